@@ -1,0 +1,50 @@
+"""What every command line shares: reading dataclasses from arguments, and errors as one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from robust_backbones.errors import InputError
+from robust_backbones.threat_models import ThreatModel
+
+T = TypeVar("T")
+_registry = tyro.constructors.ConstructorRegistry()
+
+
+@_registry.primitive_rule
+def _threat_model(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Threat models are one argument on the command line: ``L2:3``, ``Linf:4/255``."""
+    if info.type not in (ThreatModel, ThreatModel | None):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NORM:EPSILON",
+        instance_from_str=lambda arguments: ThreatModel.parse(arguments[0]),
+        is_instance=lambda value: value is None or isinstance(value, ThreatModel),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def parse(arguments_type: Callable[..., T], arguments: Sequence[str], *, description: str) -> T:
+    """Read a (nested) dataclass from command-line arguments; unknown names exit with status 2."""
+    with _registry:
+        return tyro.cli(arguments_type, args=list(arguments), description=description)
+
+
+def run(main: Callable[[list[str]], int]) -> None:
+    """Call ``main`` with the arguments and exit with its status: 0 done, 1 ran and failed its check, 2 bad input."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        status = main(arguments)
+    except InputError as error:
+        if len(arguments) < len(sys.argv) - 1:  # --debug was given
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

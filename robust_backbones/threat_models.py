@@ -1,0 +1,87 @@
+"""Threat models: the set of perturbations an adversary may choose from, a norm and a radius."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from robust_backbones.errors import InputError
+
+NORMS = ("L2", "Linf")
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """The ball {δ : ‖δ‖ <= epsilon} around an image in [0, 1] (Salman et al. 2020, eq. 2).
+
+    ``epsilon`` is in pixel units of [0, 1]; 0 is standard training, there is no second flag.
+    All methods take and return tensors of shape (N, C, H, W) and treat each image on its own.
+
+    Raises:
+        InputError: unknown norm; epsilon negative, infinite or not a number.
+    """
+
+    norm: str = "L2"
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.norm not in NORMS:
+            raise InputError(f"unknown norm {self.norm!r}: choose one of {', '.join(NORMS)}")
+        if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
+            raise InputError(f"epsilon must be a finite number >= 0, got {self.epsilon:g}")
+
+    @classmethod
+    def parse(cls, text: str) -> ThreatModel:
+        """Read ``"L2:3"``, ``"L2:0.25"`` or ``"Linf:4/255"``."""
+        norm, separator, epsilon = text.partition(":")
+        if not separator or not re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?(/\d+)?", epsilon.strip()):
+            raise InputError(f"cannot read the threat model {text!r}: write NORM:EPSILON, as in L2:3 or Linf:4/255")
+        try:
+            numerator, _, denominator = epsilon.partition("/")
+            radius = float(numerator) / float(denominator or 1)
+        except (ValueError, ZeroDivisionError):
+            raise InputError(f"cannot read epsilon {epsilon!r} in {text!r}: write a number, as in 3 or 4/255") from None
+        return cls(norm.strip(), radius)
+
+    def __str__(self) -> str:
+        in_levels = self.epsilon * 255
+        if self.norm == "Linf" and self.epsilon and math.isclose(in_levels, float(f"{in_levels:g}"), rel_tol=1e-9):
+            return f"Linf:{in_levels:g}/255"
+        return f"{self.norm}:{self.epsilon!r}".removesuffix(".0")
+
+    def random_start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A perturbation drawn uniformly from the ball."""
+        if self.norm == "Linf":
+            return (2 * torch.rand(images.shape, generator=generator, device=images.device) - 1) * self.epsilon
+        direction = self.ascent_direction(torch.randn(images.shape, generator=generator, device=images.device))
+        # The volume within radius r of a d-ball grows as r^d, hence the d-th root.
+        uniform = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+        return direction * self.epsilon * uniform ** (1 / images[0].numel())
+
+    def ascent_direction(self, gradient: Tensor) -> Tensor:
+        """The unit-norm step that increases a linear function with this gradient fastest; 0 where it is 0."""
+        if self.norm == "Linf":
+            return gradient.sign()
+        return gradient / _l2_norm(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+    def project(self, delta: Tensor) -> Tensor:
+        """The point of the ball nearest to ``delta`` in Euclidean distance."""
+        if self.norm == "Linf":
+            return delta.clamp(-self.epsilon, self.epsilon)
+        norm = _l2_norm(delta)
+        return torch.where(norm > self.epsilon, delta * (self.epsilon / norm.clamp_min(1e-12)), delta)
+
+    def size(self, delta: Tensor) -> Tensor:
+        """The norm of each perturbation, shape (N,)."""
+        if self.norm == "Linf":
+            return delta.abs().flatten(1).amax(1)
+        return _l2_norm(delta).flatten()
+
+
+def _l2_norm(tensor: Tensor) -> Tensor:
+    """Shape (N, C, H, W) -> (N, 1, 1, 1)."""
+    return torch.linalg.vector_norm(tensor, dim=(1, 2, 3), keepdim=True)

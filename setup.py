@@ -1,0 +1,30 @@
+"""Packaging; Detectron2 is not on PyPI and is installed by tools/install_detectron2.py (``make setup`` does both)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = (ROOT / "robust_backbones/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+
+setup(
+    name="robust-backbones",
+    version=VERSION,
+    description="Adversarially robust backbones for Detectron2: train, convert with proof, plug in, measure",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["robust_backbones", "robust_backbones.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "numpy",
+        "pycocotools>=2.0.8",
+        "fvcore>=0.1.5",
+        # The same module cv2 as opencv-python, without the windows that need a screen's libraries.
+        "opencv-python-headless",
+        "tqdm",
+        "tyro>=0.9",
+    ],
+    extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy"]},
+)

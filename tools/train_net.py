@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Train and evaluate Faster R-CNN or Mask R-CNN from a converted backbone; Detectron2's own interface.
+
+Example, on 8 GPUs:
+    python tools/train_net.py --num-gpus 8 --config-file detectron_configs/PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml \\
+        MODEL.WEIGHTS robust.pkl OUTPUT_DIR runs/voc_robust
+
+The run stops before training unless MODEL.WEIGHTS fills every tensor of the backbone and fits the configuration.
+DETECTRON2_DATASETS names the folder with the data sets. Without a GPU it runs on the CPU. OUTPUT_DIR gets
+model_final.pth, metrics.json and record.json (box / mask AP). Exit status: 0 done, 2 bad input.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from robust_backbones import cli
+from robust_backbones.errors import InputError
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+
+def main(arguments: list[str]) -> int:
+    from robust_backbones.detection import datasets, trainer  # noqa: F401  # says so if Detectron2 is missing
+    from detectron2.engine import default_argument_parser, launch
+
+    parser = default_argument_parser(epilog=" ")
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    cfg = configure(options)
+    if options.num_gpus > max(1, torch.cuda.device_count()):
+        raise InputError(f"--num-gpus {options.num_gpus}, but {torch.cuda.device_count()} GPUs were found")
+    launch(
+        run,
+        options.num_gpus,
+        num_machines=options.num_machines,
+        machine_rank=options.machine_rank,
+        dist_url=options.dist_url,
+        args=(cfg, options),
+    )
+    print(f"results written to {cfg.OUTPUT_DIR}")
+    return 0
+
+
+def configure(options: argparse.Namespace) -> "CfgNode":
+    """The frozen configuration, after the checks that need no model."""
+    from robust_backbones.detection.config import load_config
+    from robust_backbones.detection.datasets import check_datasets, register_datasets
+
+    if not options.config_file:
+        raise InputError("give --config-file, one of detectron_configs/*/*.yaml")
+    if len(options.opts) % 2:
+        raise InputError(f"configuration overrides come as KEY VALUE pairs, got: {' '.join(options.opts)}")
+    cfg = load_config(Path(options.config_file), options.opts)
+    output = Path(cfg.OUTPUT_DIR)
+    if not (options.resume or options.eval_only) and (output / "metrics.json").exists():
+        raise InputError(f"{output} holds another run: give --resume to go on with it, or another OUTPUT_DIR")
+    register_datasets(cfg)
+    check_datasets(cfg, eval_only=options.eval_only)
+    cfg.freeze()
+    return cfg
+
+
+def run(cfg: "CfgNode", options: argparse.Namespace) -> None:
+    """One process of the run: train and evaluate, or evaluate alone."""
+    from detectron2.engine import default_setup
+
+    from robust_backbones.detection import trainer
+    from robust_backbones.detection.datasets import register_datasets
+
+    register_datasets(cfg)  # a spawned process starts without them
+    default_setup(cfg, options)
+    if options.eval_only:
+        trainer.evaluate(cfg)
+    else:
+        trainer.train(cfg, resume=options.resume)
+
+
+if __name__ == "__main__":
+    cli.run(main)
