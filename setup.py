@@ -19,6 +19,7 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         "numpy",
+        "pillow",
         "pycocotools>=2.0.8",
         "fvcore>=0.1.5",
         # The same module cv2 as opencv-python, without the windows that need a screen's libraries.

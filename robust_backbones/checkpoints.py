@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,7 +65,7 @@ def write_checkpoint(
     """Write our own format; ``training`` is whatever a run needs to resume, and readers of the backbone ignore it."""
     content = {
         "format": FORMAT,
-        "spec": asdict(spec),
+        "spec": spec.to_dict(),
         "threat_model": str(threat_model),
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()},
     }

@@ -128,7 +128,7 @@ class BackboneMetadata:
             raise InputError(f"its backbone metadata cannot be read ({error!r})") from None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **asdict(self)}
+        return {"format": FORMAT, **asdict(self), "spec": self.spec.to_dict()}
 
 
 def write_backbone(path: Path, tensors: dict[str, np.ndarray], metadata: BackboneMetadata) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,10 @@ class BackboneSpec:
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, the same before and after a trip through JSON; ``BackboneSpec(**...)`` reads them."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
     def detectron2_overrides(self) -> dict[str, object]:
         """The Detectron2 configuration keys this backbone needs, with their values (pixel units 0 to 255)."""
         shape = ARCHITECTURES[self.arch]
@@ -98,7 +103,7 @@ def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> ResNet:
 def _build(shape: ResNetShape, num_classes: int) -> ResNet:
     block, stages = _STAGES[shape.depth]
     return ResNet(
-        block,  # type: ignore[arg-type]  # torchvision types it as either block's class
+        block,
         stages,
         num_classes=num_classes,
         groups=shape.num_groups,
@@ -130,6 +135,9 @@ def _is_optional(name: str) -> bool:
 
 class NormalizedModel(nn.Module):
     """A backbone that takes images in [0, 1] and normalises inside, so that epsilon keeps its pixel units."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: ResNet, spec: BackboneSpec) -> None:
         super().__init__()

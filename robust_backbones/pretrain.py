@@ -32,14 +32,16 @@ SCHEDULES = ("step", "one_cycle")
 class PretrainConfig:
     """The identity of a run: same config, same data, same result. The defaults are the paper's ImageNet recipe."""
 
-    threat_model: ThreatModel = ThreatModel()
+    threat_model: ThreatModel = field(default_factory=ThreatModel)
     """Training adversary, as NORM:EPSILON in [0, 1] pixel units; epsilon 0 is standard training."""
     eval_threat_model: ThreatModel | None = None
     """Adversary that robust accuracy is measured against; the training adversary when not given."""
     arch: str = "resnet50"
-    attack: AttackConfig = AttackConfig()
+    attack: AttackConfig = field(default_factory=AttackConfig)
     """Adversary's effort in training."""
-    eval_attack: AttackConfig = AttackConfig(steps=10, relative_step_size=0.25, random_start=True)
+    eval_attack: AttackConfig = field(
+        default_factory=lambda: AttackConfig(steps=10, relative_step_size=0.25, random_start=True)
+    )
     """Adversary's effort in evaluation."""
     epochs: int = 90
     batch_size: int = 512
@@ -47,7 +49,7 @@ class PretrainConfig:
     lr: float = 0.1
     """Learning rate at ``batch_size``; nothing scales it behind your back."""
     schedule: str = "step"
-    """step: a tenth of the rate every ``lr_step`` epochs; one_cycle: up from ``lr`` / 25, then down to 0, for short runs."""
+    """step: a tenth of the rate every ``lr_step`` epochs; one_cycle: up from ``lr`` / 25, then to 0, for short runs."""
     lr_step: int = 30
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -109,6 +111,9 @@ def pretrain(
     val_data = ClassificationFolder(data / "val", val_transform(config.image_size, resize=config.val_resize))
     if train_data.classes != val_data.classes:
         raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same folders")
+    steps_per_epoch = len(train_data) // config.batch_size
+    if steps_per_epoch == 0:
+        raise InputError(f"{data / 'train'} has {len(train_data)} images, less than one batch: lower --batch-size")
     if _claim(output, {**config.to_dict(), "data": data.name}):
         return RunRecord.read(output / "record.json")
 
@@ -118,7 +123,6 @@ def pretrain(
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    steps_per_epoch = max(1, len(train_data) // config.batch_size)
     scheduler = _scheduler(config, optimizer, steps_per_epoch)
     state = _State()
     checkpoint_path = output / "checkpoint.pt"
@@ -130,7 +134,7 @@ def pretrain(
         start = time.perf_counter()
         generator = torch.Generator(compute.device).manual_seed(config.seed + epoch)
         label = f"epoch {epoch + 1}/{config.epochs}"
-        row = {"epoch": epoch + 1, "lr": scheduler.get_last_lr()[0]}
+        row: dict[str, float] = {"epoch": epoch + 1, "lr": float(scheduler.get_last_lr()[0])}
         batches = train_loader(train_data, config.batch_size, epoch=epoch, workers=workers)
         row |= train_one_epoch(
             model,
@@ -174,7 +178,7 @@ def pretrain(
     record = RunRecord(
         run_id=output.name,
         task="pretrain",
-        backbone=asdict(spec),
+        backbone=spec.to_dict(),
         threat_model=str(config.threat_model),
         dataset=data.name,
         metrics={name: state.history[-1][name] for name in ("clean_accuracy", "robust_accuracy")},

@@ -36,7 +36,10 @@ def main(arguments: list[str]) -> int:
     if not report.ok:
         raise InputError(f"{options.src} does not hold a whole {checkpoint.spec.arch}; nothing was written")
     write_backbone(options.dst, tensors, metadata)
-    print("Detectron2 needs " + ", ".join(f"{key} {value}" for key, value in checkpoint.spec.detectron2_overrides().items()))
+    print(
+        "Detectron2 needs "
+        + ", ".join(f"{key} {value}" for key, value in checkpoint.spec.detectron2_overrides().items())
+    )
 
     if options.verify:
         from robust_backbones.detection.verify import TOLERANCE, feature_errors

@@ -2,8 +2,8 @@
 """Train and evaluate Faster R-CNN or Mask R-CNN from a converted backbone; Detectron2's own interface.
 
 Example, on 8 GPUs:
-    python tools/train_net.py --num-gpus 8 --config-file detectron_configs/PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml \\
-        MODEL.WEIGHTS robust.pkl OUTPUT_DIR runs/voc_robust
+    python tools/train_net.py --config-file detectron_configs/PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml \\
+        --num-gpus 8 MODEL.WEIGHTS robust.pkl OUTPUT_DIR runs/voc_robust
 
 The run stops before training unless MODEL.WEIGHTS fills every tensor of the backbone and fits the configuration.
 DETECTRON2_DATASETS names the folder with the data sets. Without a GPU it runs on the CPU. OUTPUT_DIR gets
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    from robust_backbones.detection import datasets, trainer  # noqa: F401  # says so if Detectron2 is missing
+    import robust_backbones.detection  # noqa: F401, I001  # first: it says so when Detectron2 is missing
     from detectron2.engine import default_argument_parser, launch
 
     parser = default_argument_parser(epilog=" ")

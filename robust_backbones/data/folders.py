@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from robust_backbones.errors import InputError
@@ -36,10 +36,10 @@ class ClassificationFolder(ImageFolder):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
         try:
-            image = decode_image(path, mode=ImageReadMode.RGB)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"cannot read the image {path} ({reason}): mend or remove it") from None
+            with Image.open(path) as file:
+                image = v2.functional.pil_to_tensor(file.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
+            raise InputError(f"cannot read the image {path} ({type(error).__name__}): mend or remove it") from None
         # torchvision's transforms draw from the global generator only: lend it a seed of our own for one image.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_mix(self.seed, self.epoch, index))
@@ -64,13 +64,7 @@ def val_transform(size: int, *, resize: int) -> v2.Transform:
 
 
 def train_loader(dataset: ClassificationFolder, batch_size: int, *, epoch: int, workers: int) -> DataLoader:
-    """One epoch in an order that only (seed, epoch) decides; an incomplete last batch is dropped.
-
-    Raises:
-        InputError: the data set has fewer images than one batch.
-    """
-    if len(dataset) < batch_size:
-        raise InputError(f"{dataset.root} has {len(dataset)} images, less than one batch of {batch_size}")
+    """One epoch in an order that only (seed, epoch) decides; an incomplete last batch is dropped."""
     dataset.epoch = epoch
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(_mix(dataset.seed, epoch, -1)))
     return DataLoader(

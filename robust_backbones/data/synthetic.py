@@ -1,4 +1,4 @@
-"""A data set without a download: coloured shapes on cluttered grounds, for classification and for detection with masks."""
+"""A data set without a download: coloured shapes on cluttered grounds, for classification and for detection."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Polygon = NDArray[np.float64]
 class ShapesConfig:
     """How many images of which size; the same config gives the same files."""
 
-    train_images_per_class: int = 600
+    train_images_per_class: int = 400
     val_images_per_class: int = 50
     train_scenes: int = 600
-    val_scenes: int = 100
+    val_scenes: int = 80
     image_size: int = 64
     """Side of a classification image, which shows one shape."""
     scene_size: int = 128

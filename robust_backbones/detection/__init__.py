@@ -1,6 +1,12 @@
 """Detection and segmentation on top of Detectron2; the only part of the package that imports it."""
 
+import warnings
+
 from robust_backbones.errors import InputError
+
+# Detectron2 scripts small functions at import; nothing its users can mend.
+warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
+warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=DeprecationWarning)
 
 try:
     import detectron2  # noqa: F401

@@ -33,7 +33,13 @@ class BackboneCheckpointer(DetectionCheckpointer):
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, cfg: CfgNode, whole_detector: bool = False, **checkpointables: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        cfg: CfgNode,
+        whole_detector: bool = False,
+        **checkpointables: Any,
     ) -> None:
         """``whole_detector``: for evaluation; every tensor must come from the file, not the backbone's alone."""
         super().__init__(model, save_dir, **checkpointables)
@@ -89,7 +95,9 @@ class BackboneCheckpointer(DetectionCheckpointer):
         names = backbone_tensors(self.model)
         state = self.model.state_dict()
         unfilled = [
-            name for name, short_name in names.items() if not _equal(state[name], in_file.get(name, in_file.get(short_name)))
+            name
+            for name, short_name in names.items()
+            if not _equal(state[name], in_file.get(name, in_file.get(short_name)))
         ]
         if unfilled:
             raise InputError(
@@ -103,8 +111,14 @@ class BackboneCheckpointer(DetectionCheckpointer):
                 "detector trained with this configuration, as OUTPUT_DIR/model_final.pth"
             )
         source = f" ({self.metadata.source}, threat model {self.metadata.threat_model})" if self.metadata else ""
-        self.logger.info(f"backbone: {len(names)} of {len(names)} tensors filled from {self._path}{source}")
+        self.logger.info(
+            f"backbone: {len(names)} of {len(names)} tensors filled from {self._path}{source}; "
+            f"{len(absent)} tensors of the rest of the detector are new"
+        )
         return incompatible
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        """Nothing: the same warning for a right and for a wrong backbone is what hid the wrong ones."""
 
 
 def check_config(cfg: CfgNode, spec: BackboneSpec, path: Path) -> None:
@@ -145,7 +159,9 @@ def backbone_tensors(model: nn.Module) -> dict[str, str]:
 def _agree(held: Any, wanted: Any) -> bool:
     if isinstance(wanted, (list, tuple)):
         # Published means and stds are rounded to a few decimals of 0-255 units.
-        return len(held) == len(wanted) and all(math.isclose(a, b, abs_tol=0.01) for a, b in zip(held, wanted))
+        return len(held) == len(wanted) and all(
+            math.isclose(a, b, abs_tol=0.01) for a, b in zip(held, wanted, strict=True)
+        )
     return held == wanted
 
 

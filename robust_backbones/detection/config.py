@@ -1,4 +1,4 @@
-"""Detectron2's configuration, read strictly: unknown keys, missing files and unsafe YAML are refused in one sentence."""
+"""Detectron2's configuration, read strictly: unknown keys, missing files and unsafe YAML are refused."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _unknown_key(cfg: CfgNode, message: str) -> str:
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
+    keys: list[str] = []
     for name, value in node.items():
         keys += _keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
     return keys

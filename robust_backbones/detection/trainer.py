@@ -6,7 +6,6 @@ import math
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def _record(
 ) -> RunRecord:
     backbone: dict[str, Any] = {}
     if metadata is not None:
-        backbone = {**asdict(metadata.spec), "source": metadata.source, "source_sha256": metadata.source_sha256}
+        backbone = {**metadata.spec.to_dict(), "source": metadata.source, "source_sha256": metadata.source_sha256}
     record = RunRecord(
         run_id=Path(cfg.OUTPUT_DIR).name,
         task="segmentation" if cfg.MODEL.MASK_ON else "detection",

@@ -1,0 +1,33 @@
+# make demo    the whole path on synthetic shapes, one table and one picture
+# make test    every test; make check: format, lint, types and the fast tests
+# make setup   only create .venv and install everything in it
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check clean
+
+setup: .venv/.installed
+
+.venv/.installed: setup.py pyproject.toml constraints.txt tools/install_detectron2.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, found %s: make PYTHON=python3.11" % sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python tools/install_detectron2.py
+	@touch $@
+
+demo: setup
+	$(BIN)/python tools/demo.py --output demo_output
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m 'not slow'
+
+clean:
+	rm -rf .venv demo_output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

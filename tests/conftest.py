@@ -1,0 +1,119 @@
+"""Fixtures: small real networks and images, made once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from robust_backbones.data.synthetic import ShapesConfig, write_shapes
+from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+
+# Small networks gain nothing from threads, and threads of several processes on two cores wait for each other.
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_SHAPES = ShapesConfig(
+    train_images_per_class=8, val_images_per_class=4, train_scenes=12, val_scenes=6, image_size=32, scene_size=96
+)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``shapes_classification`` and ``shapes``, both tiny."""
+    root = tmp_path_factory.mktemp("shapes")
+    write_shapes(root, TINY_SHAPES)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real images that ROBUST_BACKBONES_DATA names."""
+    folder = os.environ.get("ROBUST_BACKBONES_DATA", "")
+    if not folder or not (Path(folder) / "detectron2").is_dir():
+        pytest.skip(
+            "ROBUST_BACKBONES_DATA names no folder with the real images (detectron2/, tiny_imagenet_100.tar.gz)"
+        )
+    return Path(folder)
+
+
+@pytest.fixture
+def small_model() -> NormalizedModel:
+    """ResNet-18 with four classes, in train mode."""
+    spec = BackboneSpec("resnet18", 4)
+    return NormalizedModel(build_backbone(spec), spec).train()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """Four images in [0, 1], some pixels exactly 0 and 1; shape (4, 3, 32, 32)."""
+    return (torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1).clamp(0, 1)
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    return torch.tensor([0, 1, 2, 3])
+
+
+def randomize_batch_norms(module: torch.nn.Module, seed: int = 0) -> None:
+    """Give batch norms the varied statistics of a trained network; at their initial values they hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.weight.uniform_(0.5, 1.5, generator=generator)
+                layer.bias.uniform_(-0.2, 0.2, generator=generator)
+                layer.running_mean.uniform_(-0.2, 0.2, generator=generator)
+                layer.running_var.uniform_(0.5, 1.5, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def torchvision_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Maker of torchvision-style files with trained-looking batch norms, one an architecture."""
+    folder = tmp_path_factory.mktemp("torchvision")
+
+    def make(arch: str) -> Path:
+        path = folder / f"{arch}.pth"
+        if not path.exists():
+            backbone = build_backbone(BackboneSpec(arch, 10), seed=1)
+            randomize_batch_norms(backbone)
+            torch.save(backbone.state_dict(), path)
+        return path
+
+    return make
+
+
+def load_tool(name: str) -> ModuleType:
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_tool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a tool as its command line does, in this process: (exit status, stdout, stderr)."""
+    from robust_backbones import cli
+
+    def run(name: str, *arguments: object) -> tuple[int, str, str]:
+        tool = load_tool(name)
+        monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(tool.main)
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
+
+    return run

@@ -1,0 +1,152 @@
+"""The guard: what Detectron2 accepts without a word is refused here with the words that mend it."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from robust_backbones.checkpoints import read_checkpoint, write_checkpoint
+from robust_backbones.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
+from robust_backbones.detection.config import base_config
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, build_backbone
+from robust_backbones.threat_models import ThreatModel
+
+Maker = Callable[[str], Path]
+
+
+@pytest.fixture
+def detector(small_cfg: CfgNode) -> nn.Module:
+    return build_model(small_cfg)
+
+
+def load(detector: nn.Module, cfg: CfgNode, path: Path | str, **options: bool) -> BackboneCheckpointer:
+    checkpointer = BackboneCheckpointer(detector, cfg=cfg, **options)
+    checkpointer.load(str(path))
+    return checkpointer
+
+
+def test_a_converted_backbone_fills_every_tensor(detector: nn.Module, small_cfg: CfgNode, converted: Maker) -> None:
+    load(detector, small_cfg, converted("resnet18"))
+    tensors, _ = read_backbone(converted("resnet18"))
+    state = detector.state_dict()
+    names = backbone_tensors(detector)
+    assert set(names.values()) == set(tensors)
+    for name, short_name in names.items():
+        np.testing.assert_array_equal(state[name].numpy(), tensors[short_name])
+
+
+def test_a_c4_detector_is_filled_up_to_res5_in_its_heads(converted: Maker) -> None:
+    cfg = base_config()
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.ROI_HEADS.NAME", "Res5ROIHeads"])
+    cfg.merge_from_list([item for pair in BackboneSpec().detectron2_overrides().items() for item in pair])
+    detector = build_model(cfg)
+    names = backbone_tensors(detector)
+    assert len(names) == 265
+    assert names["roi_heads.res5.2.conv3.norm.bias"] == "res5.2.conv3.norm.bias"
+    load(detector, cfg, converted("resnet50"))
+
+
+def test_detectron2_alone_loads_nothing_in_silence(detector: nn.Module, torchvision_file: Maker) -> None:
+    """The reason for all of this; should Detectron2 mend it, the guard can go."""
+    before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    DetectionCheckpointer(detector).load(str(torchvision_file("resnet18")))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in detector.state_dict().items())
+
+
+def test_files_of_other_layouts_are_refused(
+    detector: nn.Module, small_cfg: CfgNode, torchvision_file: Maker, tmp_path: Path
+) -> None:
+    ours = tmp_path / "checkpoint.pt"
+    spec = BackboneSpec("resnet18", 4)
+    write_checkpoint(ours, spec=spec, state_dict=build_backbone(spec).state_dict(), threat_model=ThreatModel())
+    for path in (torchvision_file("resnet18"), ours):
+        with pytest.raises(InputError, match=r"tools/convert_backbone\.py"):
+            load(detector, small_cfg, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("INPUT.FORMAT", "BGR"),
+        ("MODEL.PIXEL_MEAN", [103.53, 116.28, 123.675]),
+        ("MODEL.PIXEL_STD", [1.0, 1.0, 1.0]),
+        ("MODEL.RESNETS.STRIDE_IN_1X1", True),
+        ("MODEL.RESNETS.DEPTH", 34),
+        ("MODEL.RESNETS.WIDTH_PER_GROUP", 128),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused_with_its_mend(
+    detector: nn.Module, small_cfg: CfgNode, converted: Maker, key: str, value: object
+) -> None:
+    wanted = BackboneSpec("resnet18").detectron2_overrides()[key]
+    small_cfg.merge_from_list([key, value])
+    with pytest.raises(InputError) as error:
+        load(detector, small_cfg, converted("resnet18"))
+    assert f'{key} "{wanted}"' in str(error.value)
+    small_cfg.merge_from_list([key, str(wanted)])  # the mend, as it would be typed
+    load(detector, small_cfg, converted("resnet18"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "name"])
+def test_one_wrong_tensor_is_enough(
+    detector: nn.Module, small_cfg: CfgNode, torchvision_file: Maker, tmp_path: Path, damage: str
+) -> None:
+    checkpoint = read_checkpoint(torchvision_file("resnet18"))
+    tensors, _ = convert(checkpoint)
+    tensor = tensors.pop("res4.1.conv2.weight")
+    if damage == "shape":
+        tensors["res4.1.conv2.weight"] = tensor[:, :, :1, :1]
+    elif damage == "name":
+        tensors["res4.7.conv2.weight"] = tensor
+    write_backbone(tmp_path / "damaged.pkl", tensors, BackboneMetadata.of(checkpoint))
+    with pytest.raises(InputError, match=r"fills 99 of the backbone's 100 tensors .*res4\.1\.conv2\.weight"):
+        load(detector, small_cfg, tmp_path / "damaged.pkl")
+
+
+def test_a_file_that_does_not_say_what_it_holds_is_refused(
+    detector: nn.Module, small_cfg: CfgNode, converted: Maker, tmp_path: Path
+) -> None:
+    tensors, _ = read_backbone(converted("resnet18"))
+    path = tmp_path / "anonymous.pkl"
+    path.write_bytes(pickle.dumps({"model": tensors, "__author__": "someone", "matching_heuristics": True}))
+    with pytest.raises(InputError, match="does not say"):
+        load(detector, small_cfg, path)
+
+
+def test_a_random_backbone_has_to_be_asked_for(detector: nn.Module, small_cfg: CfgNode) -> None:
+    with pytest.raises(InputError, match="FROM_SCRATCH"):
+        load(detector, small_cfg, "")
+    small_cfg.MODEL.BACKBONE.FROM_SCRATCH = True
+    load(detector, small_cfg, "")
+
+
+def test_evaluation_needs_the_whole_detector(
+    detector: nn.Module, small_cfg: CfgNode, converted: Maker, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="--eval-only"):
+        load(detector, small_cfg, "", whole_detector=True)
+    with pytest.raises(InputError, match=r"lacks .* of the detector's tensors"):
+        load(detector, small_cfg, converted("resnet18"), whole_detector=True)
+
+    saver = BackboneCheckpointer(detector, str(tmp_path), cfg=small_cfg)
+    saver.load(str(converted("resnet18")))
+    saver.save("detector")
+    again = build_model(small_cfg)
+    loaded = load(again, small_cfg, tmp_path / "detector.pth", whole_detector=True)
+    assert loaded.metadata == saver.metadata  # what the backbone was is carried on
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in detector.state_dict().items())
+
+
+def test_a_missing_file_is_named(detector: nn.Module, small_cfg: CfgNode, tmp_path: Path) -> None:
+    for name in ("none.pkl", "none.pth"):
+        with pytest.raises(InputError, match=name):
+            load(detector, small_cfg, tmp_path / name)

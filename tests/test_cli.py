@@ -1,0 +1,133 @@
+"""Command lines: every bad input is one sentence, status 2, no traceback, nothing half-written."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+Run = Callable[..., tuple[int, str, str]]
+TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
+SMALL = ["--arch", "resnet18", "--image-size", "32", "--val-resize", "32", "--batch-size", "8", "--epochs", "1"]
+FAST = [*SMALL, "--attack.steps", "1", "--eval-attack.steps", "1", "--workers", "0", "--device", "cpu"]
+
+
+def assert_refused(result: tuple[int, str, str], *words: str) -> None:
+    status, _, err = result
+    assert status == 2
+    message = err.strip().splitlines()
+    assert len(message) == 1, err
+    assert message[0].startswith("error: ")
+    for word in words:
+        assert word in message[0]
+
+
+def test_pretrain_then_convert(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    output, converted = tmp_path / "run", tmp_path / "backbone.pkl"
+    data = shapes / "shapes_classification"
+    status, out, _ = run_tool("pretrain", "--data", data, "--output", output, "--threat-model", "Linf:4/255", *FAST)
+    assert status == 0
+    assert str(output) in out.splitlines()[-1]
+    status, out, _ = run_tool("convert_backbone", output / "checkpoint.pt", converted)
+    assert status == 0
+    assert "Linf:4/255" in out
+    assert str(converted) in out.splitlines()[-1]
+    assert converted.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--threat-model", "L2:-1"], ["epsilon"]),
+        (["--threat-model", "L3:1"], ["L3"]),
+        (["--threat-model", "0.5"], ["NORM:EPSILON"]),
+        (["--arch", "resnet9"], ["resnet9"]),
+        (["--precision", "fp4"], ["fp4"]),
+        (["--epochs", "0"], ["epochs"]),
+        (["--attack.steps", "0"], ["steps"]),
+    ],
+)
+def test_pretrain_refuses(run_tool: Run, shapes: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    data = shapes / "shapes_classification"
+    result = run_tool("pretrain", "--data", data, "--output", tmp_path / "run", *FAST, *arguments)
+    assert_refused(result, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrain_refuses_data(run_tool: Run, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert_refused(run_tool("pretrain", "--data", tmp_path / "none", "--output", output, *FAST), "no data folder")
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "a").mkdir(parents=True)
+    assert_refused(run_tool("pretrain", "--data", tmp_path / "data", "--output", output, *FAST), "classes a")
+    assert not output.exists()
+
+
+def test_an_unreadable_image_stops_with_its_name(run_tool: Run, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "a").mkdir(parents=True)
+        for index in range(8):
+            (tmp_path / "data" / part / "a" / f"{index}.jpg").write_bytes(b"\xff\xd8 not a picture")
+    output = tmp_path / "run"
+    assert_refused(run_tool("pretrain", "--data", tmp_path / "data", "--output", output, *FAST), "cannot read", ".jpg")
+    assert [path.name for path in output.iterdir()] == ["config.json"]  # a claim, so that the mended data goes on
+
+
+def test_an_unknown_option_is_refused(run_tool: Run) -> None:
+    status, _, err = run_tool("pretrain", "--data", "x", "--output", "y", "--epsilon", "3")
+    assert status == 2
+    assert "epsilon" in err
+
+
+@pytest.mark.parametrize("content", [b"", b"noise", None])
+def test_convert_refuses_what_is_no_checkpoint(run_tool: Run, tmp_path: Path, content: bytes | None) -> None:
+    source, target = tmp_path / "file.pth", tmp_path / "out.pkl"
+    if content is not None:
+        source.write_bytes(content)
+    assert_refused(run_tool("convert_backbone", source, target), "file.pth")
+    assert not list(tmp_path.glob("*out.pkl*"))
+
+
+def test_convert_refuses_another_network_and_another_suffix(run_tool: Run, tmp_path: Path) -> None:
+    source = tmp_path / "vgg.pth"
+    torch.save({"features.0.weight": torch.ones(1)}, source)
+    assert_refused(run_tool("convert_backbone", source, tmp_path / "out.pkl"), "layout is not known")
+    assert_refused(run_tool("convert_backbone", source, tmp_path / "out.onnx"), ".pkl")
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sys
+
+    from robust_backbones import cli
+    from robust_backbones.errors import InputError
+    from tests.conftest import load_tool
+
+    monkeypatch.setattr(sys, "argv", ["tool", str(tmp_path / "none"), "x.pkl", "--debug"])
+    with pytest.raises(InputError):
+        cli.run(load_tool("convert_backbone").main)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_has_an_example(tool: str, run_tool: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    if tool == "install_detectron2":  # standard library alone, so not run through cli
+        pytest.skip("covered in test_install_detectron2.py")
+    status, out, _ = run_tool(tool, "--help")
+    assert status == 0
+    assert "Example" in out
+    assert f"python tools/{tool}.py" in out
+
+
+def test_table_of_records() -> None:
+    from robust_backbones.analysis.tables import transfer_table
+    from robust_backbones.records import RunRecord
+
+    classifier = RunRecord("c", "pretrain", {}, "L2:3", "d", {"clean_accuracy": 60, "robust_accuracy": 31.44}, 0, {}, 1)
+    classifier = RunRecord(**{**classifier.__dict__, "config": {"eval_threat_model": "L2:1"}})
+    detector = RunRecord("v", "detection", {}, "L2:3", "v", {"bbox/AP": 50.06, "bbox/AP50": None}, 0, {}, 1)
+    table = transfer_table([(classifier, detector)]).splitlines()
+    assert "robust acc (L2:1)" in table[0]
+    assert table[2] == "| L2:3 | 60.0 | 31.4 | 50.1 | - | - | - |"
+    assert np.unique([line.count("|") for line in table]).size == 1

@@ -1,0 +1,76 @@
+"""The whole path: on real images in a short form, and `make demo` in full."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from robust_backbones.records import RunRecord
+from tests.conftest import ROOT
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed: tools/install_detectron2.py")
+
+
+def run(*command: object, data: Path | None = None) -> str:
+    environment = {**os.environ} if data is None else {**os.environ, "DETECTRON2_DATASETS": str(data)}
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_real_images_from_pixels_to_average_precision(real_data: Path, tmp_path: Path) -> None:
+    """Ten classes of Tiny-ImageNet, then the VOC2007 and COCO subsets: the commands of the README, shortened."""
+    with tarfile.open(real_data / "tiny_imagenet_100.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    full, data = tmp_path / "tiny-imagenet-100", tmp_path / "tiny-imagenet-10"
+    for part in ("train", "val"):
+        (data / part).mkdir(parents=True)
+        for folder in sorted((full / part).iterdir())[:10]:
+            (data / part / folder.name).symlink_to(folder)
+
+    for name, threat_model in (("standard", "L2:0"), ("robust", "L2:3")):
+        recipe = f"--threat-model {threat_model} --eval-threat-model L2:0.5 --epochs 1 --batch-size 50 --lr 0.01"
+        size = "--image-size 64 --val-resize 64 --precision bf16 --attack.steps 1 --eval-attack.steps 1"
+        run("tools/pretrain.py", "--data", data, "--output", tmp_path / name, *recipe.split(), *size.split())
+        record = RunRecord.read(tmp_path / name / "record.json")
+        assert record.threat_model == threat_model
+        assert 0 <= (record.metrics["robust_accuracy"] or 0) <= (record.metrics["clean_accuracy"] or 0) <= 100
+        out = run("tools/convert_backbone.py", tmp_path / name / "checkpoint.pt", tmp_path / f"{name}.pkl", "--verify")
+        assert "features are equal" in out
+
+    for config, backbone, task in (
+        ("faster_rcnn_R_50_FPN_voc_instant", "standard", "bbox"),
+        ("mask_rcnn_R_50_FPN_coco_instant", "robust", "segm"),
+    ):
+        output = tmp_path / config
+        overrides = ["SOLVER.MAX_ITER", 12, "SOLVER.STEPS", "(10,)", "OUTPUT_DIR", output]
+        overrides += ["MODEL.WEIGHTS", tmp_path / f"{backbone}.pkl"]
+        out = run(
+            "tools/train_net.py", "--config-file", f"detectron_configs/quick/{config}.yaml", *overrides,
+            data=real_data / "detectron2",
+        )  # fmt: skip
+        assert "backbone: 265 of 265 tensors filled" in out
+        record = RunRecord.read(output / "record.json")
+        assert record.threat_model == ("L2:3" if backbone == "robust" else "L2:0")
+        assert {f"{task}/AP", f"{task}/AP50", f"{task}/AP75"} <= record.metrics.keys()
+
+
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path: Path) -> None:
+    """Its own exit status says whether box AP50 reached 30 for both backbones; a second run repeats nothing."""
+    out = run("tools/demo.py", "--output", tmp_path / "demo")
+    assert "| L2:0 |" in out
+    assert "| L2:0.5 |" in out
+    assert (tmp_path / "demo/detections.png").stat().st_size > 10_000
+    for name in ("standard", "robust"):
+        record = RunRecord.read(tmp_path / "demo" / name / "detector/record.json")
+        assert (record.metrics["bbox/AP50"] or 0) >= 30
+        assert record.metrics["segm/AP50"] is not None
+    assert "$ python" not in run("tools/demo.py", "--output", tmp_path / "demo")
