@@ -41,9 +41,10 @@ def load_config(config_file: Path, overrides: Sequence[object] = ()) -> CfgNode:
     try:
         cfg.merge_from_file(str(config_file), allow_unsafe=False)
         cfg.merge_from_list([str(item) if isinstance(item, Path) else item for item in overrides])
-    except KeyError as error:
-        raise InputError(_unknown_key(cfg, str(error.args[0]))) from None
-    except (ValueError, AssertionError, FileNotFoundError, yaml.YAMLError) as error:
+    except (KeyError, ValueError, AssertionError, AttributeError, TypeError, OSError, yaml.YAMLError) as error:
+        message = str(error.args[0]) if error.args else ""
+        if message.startswith("Non-existent"):
+            raise InputError(_unknown_key(cfg, message)) from None
         raise InputError(f"cannot use the configuration {config_file}: {' '.join(str(error).split())}") from None
     if cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
         raise InputError(f"SOLVER.AMP.DTYPE {cfg.SOLVER.AMP.DTYPE!r} is not one of float16, bfloat16")
@@ -60,7 +61,7 @@ def flat_overrides(spec: BackboneSpec) -> list[object]:
 
 
 def _unknown_key(cfg: CfgNode, message: str) -> str:
-    """yacs says ``Non-existent config key: A.B``; add the nearest keys that exist."""
+    """yacs says ``Non-existent [config] key: A.B``; add the nearest key that exists."""
     key = message.rsplit(" ", 1)[-1]
     near = difflib.get_close_matches(key, list(_keys(cfg)), n=1, cutoff=0.5)
     return f"unknown configuration key {key}" + (f": did you mean {near[0]}?" if near else ": check its spelling")
