@@ -10,7 +10,9 @@ import torch
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str, str]]
-TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
+TOOLS = sorted(
+    {path.stem for path in (ROOT / "tools").glob("*.py")} - {"install_detectron2"}
+)  # that one has its own tests
 SMALL = ["--arch", "resnet18", "--image-size", "32", "--val-resize", "32", "--batch-size", "8", "--epochs", "1"]
 FAST = [*SMALL, "--attack.steps", "1", "--eval-attack.steps", "1", "--workers", "0", "--device", "cpu"]
 
@@ -98,6 +100,42 @@ def test_convert_refuses_another_network_and_another_suffix(run_tool: Run, tmp_p
     assert_refused(run_tool("convert_backbone", source, tmp_path / "out.onnx"), ".pkl")
 
 
+def test_a_failed_proof_leaves_no_file(
+    run_tool: Run, tmp_path: Path, torchvision_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("detectron2")
+    import robust_backbones.detection.verify as verify
+
+    monkeypatch.setattr(verify, "feature_errors", lambda *_: {"res2": 1e-7, "res5": 0.3})
+    status, _, err = run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify")
+    assert status == 1
+    assert "features differ" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tool", ["train_net", "convert_backbone", "demo"])
+def test_without_detectron2_it_says_how_to_install_it(
+    run_tool: Run,
+    tool: str,
+    tmp_path: Path,
+    torchvision_file: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith("robust_backbones.detection")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    monkeypatch.setenv("DETECTRON2_DATASETS", "")  # the demo sets it: to be put back afterwards
+    arguments = {
+        "train_net": ["--config-file", "x.yaml"],
+        "convert_backbone": [torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify"],
+        "demo": ["--output", tmp_path / "demo"],
+    }
+    assert_refused(run_tool(tool, *arguments[tool]), "tools/install_detectron2.py")
+    assert not list(tmp_path.iterdir())
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import sys
 
@@ -112,8 +150,6 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_help_has_an_example(tool: str, run_tool: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    if tool == "install_detectron2":  # standard library alone, so not run through cli
-        pytest.skip("covered in test_install_detectron2.py")
     status, out, _ = run_tool(tool, "--help")
     assert status == 0
     assert "Example" in out

@@ -10,6 +10,7 @@ tools/train_net.py checks against its configuration. Exit status: 0 done, 1 the 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from robust_backbones import cli
@@ -28,6 +29,9 @@ def main(arguments: list[str]) -> int:
     if options.dst.suffix != ".pkl":
         raise InputError(f"DST must end in .pkl, got {options.dst}")
 
+    if options.verify:  # before anything is written: it says so when Detectron2 is missing
+        from robust_backbones.detection.verify import TOLERANCE, feature_errors
+
     checkpoint = read_checkpoint(options.src)
     metadata = BackboneMetadata.of(checkpoint)
     tensors, report = convert(checkpoint)
@@ -42,13 +46,12 @@ def main(arguments: list[str]) -> int:
     )
 
     if options.verify:
-        from robust_backbones.detection.verify import TOLERANCE, feature_errors
-
         errors = feature_errors(checkpoint, options.dst)
         for stage, error in errors.items():
             print(f"{stage}: max relative error {error:.1e}")
         if not max(errors.values()) < TOLERANCE:
-            print(f"NOT equal: {max(errors.values()):.1e} is not < {TOLERANCE:.0e}; do not use {options.dst}")
+            options.dst.unlink()
+            print(f"error: the features differ (not all < {TOLERANCE:.0e}); {options.dst} was removed", file=sys.stderr)
             return 1
         print(f"features are equal (all < {TOLERANCE:.0e})")
     print(f"backbone written to {options.dst}")

@@ -89,6 +89,8 @@ def main() -> int:
         print(f"error: installed, but cannot be imported: {import_detectron2().stderr.strip()}", file=sys.stderr)
         return 1
     print(f"Detectron2 {state} is installed")
+    if "without" in state:
+        print("without them: Faster / Mask R-CNN (FPN, C4) work; deformable conv, rotated boxes, C++ COCOeval do not")
     return 0
 
 

@@ -18,6 +18,7 @@ import torch
 
 from robust_backbones import cli
 from robust_backbones.errors import InputError
+from robust_backbones.records import RunRecord
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
@@ -43,7 +44,12 @@ def main(arguments: list[str]) -> int:
         dist_url=options.dist_url,
         args=(cfg, options),
     )
-    print(f"results written to {cfg.OUTPUT_DIR}")
+    if options.machine_rank == 0:
+        record = RunRecord.read(Path(cfg.OUTPUT_DIR) / ("eval_record.json" if options.eval_only else "record.json"))
+        for name, value in record.metrics.items():
+            if name.endswith(("/AP", "/AP50", "/AP75")):
+                print(f"{record.dataset} {name}: {'not defined' if value is None else f'{value:.2f}'}")
+        print(f"results written to {cfg.OUTPUT_DIR}")
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import detectron2.utils.comm as comm
 import torch
 import yaml
 from detectron2.config import CfgNode
@@ -100,7 +101,8 @@ def _record(
         config=yaml.safe_load(cfg.dump()),
         seconds=seconds,
     )
-    record.write(Path(cfg.OUTPUT_DIR) / name)
+    if comm.is_main_process():  # the others hold no results
+        record.write(Path(cfg.OUTPUT_DIR) / name)
     return record
 
 
