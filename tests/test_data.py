@@ -31,17 +31,23 @@ def epoch_images(root: Path, *, workers: int, epoch: int, seed: int = 0) -> torc
 
 def test_batches_depend_on_seed_and_epoch_alone(shapes: Path) -> None:
     root = shapes / "shapes_classification/train"
-    torch.manual_seed(1)
     first = epoch_images(root, workers=0, epoch=0)
-    state = torch.random.get_rng_state()
     assert torch.equal(epoch_images(root, workers=2, epoch=0), first)
     assert not torch.equal(epoch_images(root, workers=0, epoch=1), first)
     assert not torch.equal(epoch_images(root, workers=0, epoch=0, seed=1), first)
     assert first.shape == (32, 3, 32, 32)
     assert first.dtype == torch.uint8
-    torch.manual_seed(1)
-    epoch_images(root, workers=0, epoch=0)
+
+
+def test_one_image_is_augmented_anew_each_epoch_and_the_global_generator_is_left_alone(shapes: Path) -> None:
+    dataset = ClassificationFolder(shapes / "shapes_classification/train", train_transform(32, min_crop_scale=0.3))
+    state = torch.random.get_rng_state()
+    first = dataset[0][0]
     assert torch.equal(torch.random.get_rng_state(), state)
+    dataset.epoch = 1
+    assert not torch.equal(dataset[0][0], first)
+    dataset.epoch = 0
+    assert torch.equal(dataset[0][0], first)
 
 
 def test_augmentation_differs_between_images(tmp_path: Path) -> None:
