@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -147,6 +148,10 @@ def pretrain(
             generator=generator,
             description=label,
         )
+        if not math.isfinite(row["train_loss"]):  # before anything good on disk is overwritten
+            raise InputError(
+                f"{label}: the loss is not finite; choose another --output and a lower --lr than {config.lr:g}"
+            )
         trained = time.perf_counter()
         row["images_per_second"] = steps_per_epoch * config.batch_size / (trained - start)
         last = epoch + 1 == config.epochs

@@ -113,6 +113,12 @@ def test_nothing_is_written_for_data_that_cannot_be_used(data: Path, tmp_path: P
     assert not (tmp_path / "output").exists()
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lower --lr"):
+        pretrain(replace(CONFIG, lr=1e30, threat_model=ThreatModel()), data, tmp_path / "run", workers=0)
+    assert not (tmp_path / "run/checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -10,7 +10,7 @@ and record.json; a run that was cut off goes on when the same command is given a
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -27,7 +27,7 @@ class Arguments:
     output: Path
     """Folder for this run's results."""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     workers: int = 2
     """Processes that decode and augment images; results do not depend on it."""
 
@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> int:
     options = cli.parse(Arguments, arguments, description=__doc__)
     if not options.data.is_dir():
         raise InputError(f"no data folder {options.data}: give one that holds train/ and val/")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
     record = pretrain(options.config, options.data, options.output, device=options.device, workers=options.workers)
     clean, robust = record.metrics["clean_accuracy"], record.metrics["robust_accuracy"]
     print(f"accuracy: clean {clean:.1f} %, robust {robust:.1f} % ({record.config['eval_threat_model']})")

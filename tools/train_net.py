@@ -7,10 +7,11 @@ Example, on 8 GPUs:
 
 The run stops before training unless MODEL.WEIGHTS fills every tensor of the backbone and fits the configuration.
 DETECTRON2_DATASETS names the folder with the data sets. Without a GPU it runs on the CPU. OUTPUT_DIR gets
-model_final.pth, metrics.json and record.json (box / mask AP). Exit status: 0 done, 2 bad input.
+model_final.pth, metrics.json and record.json (box / mask AP). Exit status: 0 done, 1 training diverged, 2 bad input.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,18 @@ def main(arguments: list[str]) -> int:
     cfg = configure(options)
     if options.num_gpus > max(1, torch.cuda.device_count()):
         raise InputError(f"--num-gpus {options.num_gpus}, but {torch.cuda.device_count()} GPUs were found")
-    launch(
-        run,
-        options.num_gpus,
-        num_machines=options.num_machines,
-        machine_rank=options.machine_rank,
-        dist_url=options.dist_url,
-        args=(cfg, options),
-    )
+    try:
+        launch(
+            run,
+            options.num_gpus,
+            num_machines=options.num_machines,
+            machine_rank=options.machine_rank,
+            dist_url=options.dist_url,
+            args=(cfg, options),
+        )
+    except FloatingPointError as error:
+        print(f"error: training diverged ({error}): lower SOLVER.BASE_LR, or clip gradients", file=sys.stderr)
+        return 1
     if options.machine_rank == 0:
         record = RunRecord.read(Path(cfg.OUTPUT_DIR) / ("eval_record.json" if options.eval_only else "record.json"))
         for name, value in record.metrics.items():
