@@ -68,7 +68,7 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     out = run("tools/demo.py", "--output", tmp_path / "demo")
     assert "| L2:0 |" in out
     assert "| L2:0.5 |" in out
-    assert (tmp_path / "demo/detections.png").stat().st_size > 10_000
+    assert (tmp_path / "demo/detections.jpg").stat().st_size > 10_000
     for name in ("standard", "robust"):
         record = RunRecord.read(tmp_path / "demo" / name / "detector/record.json")
         assert (record.metrics["bbox/AP50"] or 0) >= 30

@@ -5,7 +5,7 @@ Example:
     python tools/demo.py --output demo_output
 
 Runs the project's own commands and prints each: PGD pre-training of a ResNet-50 (standard, and robust at L2 0.5),
-conversion with proof, Mask R-CNN fine-tuning and evaluation. About 8 minutes on two CPU cores; steps that are done
+conversion with proof, Mask R-CNN fine-tuning and evaluation. About 7 minutes on two CPU cores; steps that are done
 are not run again. Exit status: 0 done, 1 a step failed or a detector did not learn (box AP50 < 30), 2 bad input.
 """
 
@@ -54,9 +54,9 @@ def main(arguments: list[str]) -> int:
         records.append(_one_backbone(output / name, output / "data/shapes_classification", threat_model))
 
     register_datasets(load_config(CONFIG))
-    picture = output / "detections.png"
+    picture = output / "detections.jpg"
     results = {name: output / name / "detector/inference/coco_instances_results.json" for name in BACKBONES}
-    draw_comparison("shapes_val", results, picture)
+    draw_comparison("shapes_val", results, picture, images=3)
     table = transfer_table(records)
     (output / "table.md").write_text(table + "\n")
 

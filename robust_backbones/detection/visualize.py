@@ -26,7 +26,7 @@ def draw_comparison(
     Args:
         dataset_name: a registered data set; its first ``images`` annotated images are drawn.
         results: detector's name -> the ``coco_instances_results.json`` that its evaluation wrote.
-        output: a ``.png`` file.
+        output: a ``.png`` or ``.jpg`` file.
         min_score: detections below it are left out.
     """
     metadata = MetadataCatalog.get(dataset_name)
@@ -54,7 +54,7 @@ def draw_comparison(
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
     with atomic_path(output) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", np.vstack(padded))[1].tobytes())
+        temporary.write_bytes(cv2.imencode(output.suffix, np.vstack(padded))[1].tobytes())
 
 
 def _panel(file_name: str, title: str, objects: list[dict[str, Any]], metadata: Any) -> NDArray[np.uint8]:
