@@ -59,9 +59,10 @@ def main(arguments: list[str]) -> int:
 
 
 def configure(options: argparse.Namespace) -> "CfgNode":
-    """The frozen configuration, after the checks that need no model."""
+    """The frozen configuration, after every check; nothing has been written yet."""
     from robust_backbones.detection.config import load_config
     from robust_backbones.detection.datasets import check_datasets, register_datasets
+    from robust_backbones.detection.trainer import check_weights
 
     if not options.config_file:
         raise InputError("give --config-file, one of detectron_configs/*/*.yaml")
@@ -73,6 +74,8 @@ def configure(options: argparse.Namespace) -> "CfgNode":
         raise InputError(f"{output} holds another run: give --resume to go on with it, or another OUTPUT_DIR")
     register_datasets(cfg)
     check_datasets(cfg, eval_only=options.eval_only)
+    if not (options.resume and (output / "last_checkpoint").exists()):
+        check_weights(cfg, whole_detector=options.eval_only)
     cfg.freeze()
     return cfg
 

@@ -9,6 +9,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.colormap import colormap
 
 from robust_backbones.errors import InputError
 
@@ -27,7 +28,11 @@ def register_datasets(cfg: CfgNode) -> None:
         if name in DatasetCatalog:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
-        register_coco_instances(name, {}, str(datasets_root() / annotations), str(datasets_root() / images))
+        # One colour a class in pictures; without it every object gets a random one.
+        colors = [tuple(color) for color in colormap(rgb=True, maximum=255).astype(int).tolist()]
+        register_coco_instances(
+            name, {"thing_colors": colors}, str(datasets_root() / annotations), str(datasets_root() / images)
+        )
 
 
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import ColorMode, Visualizer
 from numpy.typing import NDArray
 
 from robust_backbones.errors import InputError
@@ -62,9 +62,9 @@ def _panel(file_name: str, title: str, objects: list[dict[str, Any]], metadata: 
     image = cv2.imread(file_name)
     if image is None:
         raise InputError(f"cannot read the image {file_name}: mend or remove it")
-    drawn = Visualizer(image[:, :, ::-1], metadata, scale=400 / image.shape[1]).draw_dataset_dict(
-        {"annotations": objects}
-    )
+    # In this mode the colour tells the class, where the data set has colours.
+    visualizer = Visualizer(image[:, :, ::-1], metadata, 400 / image.shape[1], ColorMode.SEGMENTATION)
+    drawn = visualizer.draw_dataset_dict({"annotations": objects})
     strip = np.full((28, drawn.get_image().shape[1], 3), 255, np.uint8)
     cv2.putText(strip, title, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
     return np.vstack([strip, drawn.get_image()[:, :, ::-1]])

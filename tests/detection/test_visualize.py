@@ -16,7 +16,7 @@ from robust_backbones.detection.visualize import draw_comparison
 def test_columns_show_what_was_found(
     shapes: Path, small_cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A detector that repeats the ground truth draws it again (its colours are random); one without, only images."""
+    """A detector that repeats the ground truth draws it again; one that is never sure draws only the images."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     register_datasets(small_cfg)
     coco = COCO(str(shapes / "shapes/annotations/instances_val.json"))
