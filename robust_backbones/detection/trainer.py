@@ -25,6 +25,14 @@ from robust_backbones.errors import InputError
 from robust_backbones.records import RunRecord
 
 
+class CocoEvaluator(COCOEvaluator):
+    """COCO's evaluator, for which a detector that finds nothing has AP 0; Detectron2's says "not a number"."""
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Any = None) -> dict[str, float]:
+        results: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        return results if coco_eval is not None else results | {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+
+
 class Trainer(DefaultTrainer):
     """Trains and evaluates one detector; ``results`` holds the last evaluation, by task and metric."""
 
@@ -59,7 +67,8 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         kind = MetadataCatalog.get(dataset_name).evaluator_type
         if kind == "coco":
-            return COCOEvaluator(dataset_name, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+            tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+            return CocoEvaluator(dataset_name, tasks, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
         if kind == "pascal_voc":
             return PascalVOCDetectionEvaluator(dataset_name)
         raise InputError(f"no evaluator for {dataset_name} of kind {kind}: choose a COCO- or VOC-format data set")
