@@ -21,6 +21,7 @@ from robust_backbones.checkpoints import load_tensors, read_safe_pickle
 from robust_backbones.convert import BackboneMetadata
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
+from robust_backbones.records import atomic_path
 
 _METADATA = "backbone_metadata"
 _HOW_TO_CONVERT = "convert it with `python tools/convert_backbone.py SRC DST.pkl --verify` and give the .pkl"
@@ -66,8 +67,20 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def save(self, name: str, **kwargs: Any) -> None:
-        metadata = {} if self.metadata is None else {_METADATA: self.metadata.to_dict()}
-        super().save(name, **metadata, **kwargs)
+        """Write ``name``.pth whole or not at all; fvcore's own ``save`` can leave half a file behind a kill."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        content = {"model": self.model.state_dict(), **kwargs}
+        content |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
+        if self.metadata is not None:
+            content[_METADATA] = self.metadata.to_dict()
+        with atomic_path(Path(self.save_dir) / f"{name}.pth") as temporary:
+            torch.save(content, temporary)
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with atomic_path(Path(self.save_dir) / "last_checkpoint") as temporary:
+            temporary.write_text(last_filename_basename)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):

@@ -146,6 +146,27 @@ def test_evaluation_needs_the_whole_detector(
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in detector.state_dict().items())
 
 
+def test_a_save_that_is_cut_off_leaves_the_last_one(
+    detector: nn.Module, small_cfg: CfgNode, converted: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = BackboneCheckpointer(detector, str(tmp_path), cfg=small_cfg)
+    saver.load(str(converted("resnet18")))
+    saver.save("model", iteration=7)
+    whole = (tmp_path / "model.pth").read_bytes()
+
+    def cut_off(content: object, path: Path) -> None:
+        path.write_bytes(whole[:1000])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut_off)
+    for name in ("model", "model_next"):
+        with pytest.raises(KeyboardInterrupt):
+            saver.save(name)
+    assert (tmp_path / "model.pth").read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last_checkpoint", "model.pth"]
+    assert saver.resume_or_load("", resume=True)["iteration"] == 7
+
+
 def test_a_missing_file_is_named(detector: nn.Module, small_cfg: CfgNode, tmp_path: Path) -> None:
     for name in ("none.pkl", "none.pth"):
         with pytest.raises(InputError, match=name):
