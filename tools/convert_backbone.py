@@ -39,21 +39,23 @@ def main(arguments: list[str]) -> int:
     print(report)
     if not report.ok:
         raise InputError(f"{options.src} does not hold a whole {checkpoint.spec.arch}; nothing was written")
-    write_backbone(options.dst, tensors, metadata)
-    print(
-        "Detectron2 needs "
-        + ", ".join(f"{key} {value}" for key, value in checkpoint.spec.detectron2_overrides().items())
-    )
-
-    if options.verify:
-        errors = feature_errors(checkpoint, options.dst)
-        for stage, error in errors.items():
-            print(f"{stage}: max relative error {error:.1e}")
-        if not max(errors.values()) < TOLERANCE:
-            options.dst.unlink()
-            print(f"error: the features differ (not all < {TOLERANCE:.0e}); {options.dst} was removed", file=sys.stderr)
-            return 1
-        print(f"features are equal (all < {TOLERANCE:.0e})")
+    # Under another name until it is proven: a failed or interrupted proof leaves no file, and the old one if there was.
+    unproven = options.dst.with_name(f".{options.dst.stem}.unproven.pkl")
+    try:
+        write_backbone(unproven, tensors, metadata)
+        overrides = checkpoint.spec.detectron2_overrides()
+        print("Detectron2 needs " + ", ".join(f"{key} {value}" for key, value in overrides.items()))
+        if options.verify:
+            errors = feature_errors(checkpoint, unproven)
+            for stage, error in errors.items():
+                print(f"{stage}: max relative error {error:.1e}")
+            if not max(errors.values()) < TOLERANCE:
+                print(f"error: the features differ (not all < {TOLERANCE:.0e}); nothing was written", file=sys.stderr)
+                return 1
+            print(f"features are equal (all < {TOLERANCE:.0e})")
+        unproven.replace(options.dst)
+    finally:
+        unproven.unlink(missing_ok=True)
     print(f"backbone written to {options.dst}")
     return 0
 

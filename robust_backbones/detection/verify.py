@@ -15,7 +15,7 @@ from robust_backbones.detection.config import CONFIG_DIR, flat_overrides, load_c
 from robust_backbones.models import NormalizedModel
 
 TOLERANCE = 1e-4
-"""Largest relative error that float32 rounding explains; a wrong stride, order or scale gives 0.1 and more."""
+"""Largest relative error that float32 rounding explains; a wrong stride, order or scale gives 0.01 and more."""
 
 
 @torch.no_grad()
