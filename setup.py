@@ -14,6 +14,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["robust_backbones", "robust_backbones.*"]),
+    package_data={"robust_backbones": ["published_backbones.csv"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
@@ -23,9 +24,16 @@ setup(
         "pycocotools>=2.0.8",
         "fvcore>=0.1.5",
         # The same module cv2 as opencv-python, without the windows that need a screen's libraries.
-        "opencv-python-headless",
+        "opencv-python-headless>=4.11",
+        "matplotlib",
+        # The AutoAttack of its authors.
+        "pyautoattack>=0.2",
+        "tensorboard",
         "tqdm",
         "tyro>=0.9",
     ],
-    extras_require={"dev": ["pytest", "hypothesis", "ruff", "mypy"]},
+    extras_require={
+        "slurm": ["submitit>=1.5"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "submitit>=1.5", "webdataset>=1"],
+    },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 
 from robust_backbones.errors import InputError
 from robust_backbones.threat_models import ThreatModel
+
+# Directions do not depend on the loss's scale, and a power of two changes no digit in float32; in float16 it keeps
+# small gradients from vanishing.
+_GRADIENT_SCALE = 2.0**8
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ def pgd(
     threat_model: ThreatModel,
     attack: AttackConfig,
     *,
+    label_smoothing: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Images near ``images`` that maximise the model's cross-entropy (Madry et al. 2018, eq. 2.1 and section 2.1).
@@ -52,6 +57,7 @@ def pgd(
         images: shape (N, 3, H, W), float32 in [0, 1].
         labels: shape (N,), class indices.
         threat_model: the ball around each image; epsilon 0 returns ``images``.
+        label_smoothing: that of the training loss, when it has one.
         generator: draws the random starts; on the device of ``images``.
 
     Returns:
@@ -59,49 +65,59 @@ def pgd(
     """
     if threat_model.epsilon == 0:
         return images
+
+    def losses(points: Tensor) -> Tensor:
+        return F.cross_entropy(model(points).float(), labels, reduction="none", label_smoothing=label_smoothing)
+
+    def run() -> Tensor:
+        start = threat_model.random_start(images, generator) if attack.random_start else None
+        return ascend(losses, images, threat_model, attack, start=start)
+
     with frozen_eval(model):
-        adversarial = _ascend(model, images, labels, threat_model, attack, generator)
+        adversarial = run()
         if attack.restarts == 1:
             return adversarial
-        loss = _losses(model, adversarial, labels)
+        with torch.no_grad():
+            loss = losses(adversarial)
         for _ in range(attack.restarts - 1):
-            candidate = _ascend(model, images, labels, threat_model, attack, generator)
-            candidate_loss = _losses(model, candidate, labels)
+            candidate = run()
+            with torch.no_grad():
+                candidate_loss = losses(candidate)
             stronger = candidate_loss > loss
             adversarial = torch.where(stronger[:, None, None, None], candidate, adversarial)
             loss = torch.maximum(loss, candidate_loss)
         return adversarial
 
 
-def _ascend(
-    model: nn.Module,
+def ascend(
+    losses: Callable[[Tensor], Tensor],
     images: Tensor,
-    labels: Tensor,
     threat_model: ThreatModel,
     attack: AttackConfig,
-    generator: torch.Generator | None,
+    *,
+    start: Tensor | None = None,
 ) -> Tensor:
-    """One run of PGD: start, then step, project, clip."""
+    """One run of projected gradient ascent: start, then step, project, clip; ``attack`` gives steps and step size.
+
+    Args:
+        losses: maps points of the shape of ``images`` to one loss an image, shape (N,).
+        start: the perturbation to start from; none is the images themselves.
+
+    Returns:
+        Detached images in [0, 1], each within ``threat_model`` of its original.
+    """
     step_size = attack.relative_step_size * threat_model.epsilon
-    adversarial = images.detach()
-    if attack.random_start:
-        adversarial = (images + threat_model.random_start(images, generator)).clamp(0, 1)
+    adversarial = images.detach() if start is None else (images + start).clamp(0, 1)
     for _ in range(attack.steps):
         adversarial.requires_grad_()
         with torch.enable_grad():
-            loss = F.cross_entropy(model(adversarial).float(), labels, reduction="sum")
+            loss = _GRADIENT_SCALE * losses(adversarial).sum()
         (gradient,) = torch.autograd.grad(loss, adversarial)
         step = step_size * threat_model.ascent_direction(gradient)
         delta = threat_model.project(adversarial.detach() + step - images)
         # Clipping moves every pixel towards the original, which lies in [0, 1]: the point stays in the ball.
         adversarial = (images + delta).clamp(0, 1)
     return adversarial
-
-
-@torch.no_grad()
-def _losses(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each image, shape (N,)."""
-    return F.cross_entropy(model(images).float(), labels, reduction="none")
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
-from torchvision.models.resnet import ResNet
+from torch import Tensor, nn
 
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, build_backbone, identify
@@ -19,6 +18,8 @@ from robust_backbones.records import atomic_path
 from robust_backbones.threat_models import ThreatModel
 
 FORMAT = "robust_backbones.checkpoint/1"
+TRAINING_FORMAT = "robust_backbones.training/1"
+"""Of the files that a run resumes from; no backbone is read from them."""
 
 # All that a pickle of numpy arrays, tensors' metadata and plain containers needs.
 _SAFE_GLOBALS = {
@@ -47,7 +48,7 @@ class Checkpoint:
     """File name without its folder."""
     source_sha256: str
 
-    def build(self) -> ResNet:
+    def build(self) -> nn.Module:
         """The network with these weights, in eval mode."""
         backbone = build_backbone(self.spec)
         backbone.load_state_dict(self.state_dict)
@@ -107,12 +108,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
             layout, state_dict = "robust_backbones", content["state_dict"]
             spec = BackboneSpec(**content["spec"])
             threat_model = ThreatModel.parse(content["threat_model"])
-            if identify(state_dict) != (spec.arch, spec.num_classes):
-                raise InputError(f"its tensors are not those of {spec.arch} with {spec.num_classes} classes")
-        elif "conv1.weight" in content and all(isinstance(value, Tensor) for value in content.values()):
+            if identify(state_dict) != BackboneSpec(spec.arch, spec.num_classes, stem=spec.stem):
+                raise InputError(
+                    f"its tensors are not those of {spec.arch} with {spec.num_classes} classes and the {spec.stem} stem"
+                )
+        elif content and all(isinstance(value, Tensor) for value in content.values()):
             layout, state_dict, threat_model = "torchvision", content, None
-            arch, num_classes = identify(state_dict)
-            spec = BackboneSpec(arch, num_classes)
+            spec = identify(state_dict)
         else:
             keys = ", ".join(str(key) for key in list(content)[:3])
             raise InputError(f"its layout is not known (keys: {keys} ...); known are our own and torchvision's")

@@ -29,14 +29,20 @@ def _threat_model(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructor
     )
 
 
-def parse(arguments_type: Callable[..., T], arguments: Sequence[str], *, description: str) -> T:
-    """Read a (nested) dataclass from command-line arguments; unknown names exit with status 2."""
+def parse(
+    arguments_type: Callable[..., T], arguments: Sequence[str], *, description: str, default: T | None = None
+) -> T:
+    """Read a (nested) dataclass from command-line arguments; unknown names exit with status 2.
+
+    ``default`` holds the values of the options that are not given, where they are not the dataclass's own.
+    """
+    options = {} if default is None else {"default": default}
     with _registry:
-        return tyro.cli(arguments_type, args=list(arguments), description=description)
+        return tyro.cli(arguments_type, args=list(arguments), description=description, **options)  # type: ignore[call-overload]
 
 
 def run(main: Callable[[list[str]], int]) -> None:
-    """Call ``main`` with the arguments and exit with its status: 0 done, 1 ran and failed its check, 2 bad input."""
+    """Call ``main`` with the arguments and exit with its status: 0 done, 1 failed, 2 bad input, 75 preempted."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         status = main(arguments)
@@ -44,7 +50,7 @@ def run(main: Callable[[list[str]], int]) -> None:
         if len(arguments) < len(sys.argv) - 1:  # --debug was given
             raise
         print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = error.exit_status
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)

@@ -71,7 +71,11 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], ConversionRe
 
     Returns:
         the tensors under Detectron2's names, and the report; the caller judges by ``report.ok``.
+
+    Raises:
+        InputError: Detectron2's ResNet cannot be this backbone.
     """
+    checkpoint.spec.detectron2_overrides()  # raises: other networks' tensors have no names there
     expected = {name: tensor.shape for name, tensor in build_backbone(checkpoint.spec).state_dict().items()}
     converted, renamed, dropped, unexpected, incorrect_shapes = {}, {}, [], [], []
     for name, tensor in checkpoint.state_dict.items():

@@ -1,13 +1,27 @@
-"""The one exception that speaks to the user."""
+"""The exceptions that speak to the user."""
 
 
 class InputError(Exception):
     """Something the user gave is wrong; the message is one sentence that says what and how to mend it.
 
-    Command lines print it without a traceback and exit with status 2 (see ``cli.run``).
+    Command lines print it without a traceback and exit with ``exit_status`` (see ``cli.run``).
     """
+
+    exit_status = 2
 
     def __init__(self, message: str) -> None:
         # A DataLoader worker re-raises as type(error)("Caught ... Original Traceback ... InputError: message");
         # keep the sentence alone.
         super().__init__(message.rsplit("InputError: ", 1)[-1].strip())
+
+
+class TrainingFailedError(InputError):
+    """A run started well and failed: its loss left the finite or the sensible, or its files could not be written."""
+
+    exit_status = 1
+
+
+class PreemptedError(InputError):
+    """A run was asked to stop, wrote its state and stopped; the same command goes on (sysexits' EX_TEMPFAIL)."""
+
+    exit_status = 75

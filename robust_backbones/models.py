@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import MNASNet, densenet161, mobilenet_v2, shufflenet_v2_x1_0, vgg16_bn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from robust_backbones.errors import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+STEMS = ("imagenet", "cifar")
 
 # depth -> residual block and blocks a stage (He et al. 2016, table 1)
 _STAGES = {
@@ -33,8 +37,19 @@ class ResNetShape:
     num_groups: int = 1
 
 
-# name (torchvision's where it has one) -> shape
-ARCHITECTURES = {
+class _MNASNet(MNASNet):
+    """torchvision's MNASNet, which also loads a plain dictionary of tensors, as files hold it."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+    ) -> None:
+        # torchvision asks which of its two definitions the tensors are from; at width 1.0 the two are the same.
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *arguments)
+
+
+# name (torchvision's where it has one) -> shape, or how to build what is no ResNet: the networks of Salman et al. 2020,
+# and the ResNets that complete the family
+ARCHITECTURES: dict[str, ResNetShape | Callable[..., nn.Module]] = {
     "resnet18": ResNetShape(18),
     "resnet34": ResNetShape(34),
     "resnet50": ResNetShape(50),
@@ -44,6 +59,11 @@ ARCHITECTURES = {
     "wide_resnet50_4": ResNetShape(50, width_per_group=256),
     "resnext50_32x4d": ResNetShape(50, width_per_group=4, num_groups=32),
     "resnext101_32x8d": ResNetShape(101, width_per_group=8, num_groups=32),
+    "densenet161": densenet161,
+    "mnasnet1_0": lambda num_classes: _MNASNet(1.0, num_classes),
+    "mobilenet_v2": mobilenet_v2,
+    "shufflenet_v2_x1_0": shufflenet_v2_x1_0,
+    "vgg16_bn": vgg16_bn,
 }
 
 
@@ -53,6 +73,11 @@ class BackboneSpec:
 
     ``mean`` and ``std`` are per channel, in [0, 1] pixel units, in the order of ``channel_order``.
     ``stride_in_1x1`` tells where a bottleneck strides: in its 3x3 convolution (False, torchvision) or its first 1x1.
+    ``stem`` is how a ResNet begins: ``imagenet``, a 7x7 convolution of stride 2 and a max-pool; ``cifar``, a 3x3
+    convolution of stride 1 for images of 32 pixels (He et al. 2016, section 4.2).
+
+    Raises:
+        InputError: unknown architecture or stem; no class; the cifar stem on what is no ResNet.
     """
 
     arch: str = "resnet50"
@@ -61,12 +86,19 @@ class BackboneSpec:
     std: tuple[float, float, float] = IMAGENET_STD
     channel_order: str = "RGB"
     stride_in_1x1: bool = False
+    stem: str = "imagenet"
 
     def __post_init__(self) -> None:
         if self.arch not in ARCHITECTURES:
             raise InputError(f"unknown architecture {self.arch!r}: choose one of {', '.join(ARCHITECTURES)}")
         if self.num_classes < 1:
             raise InputError(f"a backbone needs at least one class, got {self.num_classes}")
+        if self.stem not in STEMS:
+            raise InputError(f"unknown stem {self.stem!r}: choose one of {', '.join(STEMS)}")
+        if self.stem != "imagenet" and not isinstance(ARCHITECTURES[self.arch], ResNetShape):
+            raise InputError(
+                f"only a ResNet can have the {self.stem} stem, {self.arch} has its own: leave the stem out"
+            )
         # Lists come back from files; tuples keep the spec hashable and comparable.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
@@ -76,8 +108,17 @@ class BackboneSpec:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     def detectron2_overrides(self) -> dict[str, object]:
-        """The Detectron2 configuration keys this backbone needs, with their values (pixel units 0 to 255)."""
+        """The Detectron2 configuration keys this backbone needs, with their values (pixel units 0 to 255).
+
+        Raises:
+            InputError: Detectron2's ResNet cannot be this backbone.
+        """
         shape = ARCHITECTURES[self.arch]
+        if not isinstance(shape, ResNetShape):
+            resnets = ", ".join(arch for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape))
+            raise InputError(f"Detectron2's ResNet has no such architecture: {self.arch}; it can be {resnets}")
+        if self.stem != "imagenet":
+            raise InputError(f"Detectron2's ResNet has no {self.stem} stem: train the backbone with the imagenet stem")
         return {
             "INPUT.FORMAT": self.channel_order,
             "MODEL.PIXEL_MEAN": [round(255 * value, 3) for value in self.mean],
@@ -91,46 +132,74 @@ class BackboneSpec:
         }
 
 
-def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> ResNet:
-    """A torchvision ResNet with fresh weights drawn from ``seed``; the global generator is left as it was."""
+def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
+    """torchvision's network with fresh weights drawn from ``seed``; the global generator is left as it was."""
     if spec.stride_in_1x1:
         raise InputError("torchvision's ResNet strides in the 3x3 convolution: stride_in_1x1 cannot be built")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _build(ARCHITECTURES[spec.arch], spec.num_classes)
+        return _build(spec.arch, spec.num_classes, spec.stem)
 
 
-def _build(shape: ResNetShape, num_classes: int) -> ResNet:
+def _build(arch: str, num_classes: int, stem: str) -> nn.Module:
+    shape = ARCHITECTURES[arch]
+    if not isinstance(shape, ResNetShape):
+        return shape(num_classes=num_classes)
     block, stages = _STAGES[shape.depth]
-    return ResNet(
+    net = ResNet(
         block,
         stages,
         num_classes=num_classes,
         groups=shape.num_groups,
         width_per_group=shape.width_per_group,
     )
+    if stem == "cifar":
+        net.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as the layers behind it
+        net.maxpool = nn.Identity()
+    return net
 
 
-def identify(state_dict: dict[str, Tensor]) -> tuple[str, int]:
-    """The architecture and the number of classes of a torchvision-named ResNet, told by its tensors' shapes.
+def identify(state_dict: dict[str, Tensor]) -> BackboneSpec:
+    """The architecture, stem and number of classes of a torchvision-named network, told by its tensors' shapes.
+
+    What no tensor tells (``mean``, ``std``, ``channel_order``) is ImageNet's in the spec that is returned.
 
     Raises:
         InputError: no known architecture has exactly these tensors.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if not _is_optional(name)}
-    if "fc.weight" not in state_dict or state_dict["fc.weight"].ndim != 2:
-        raise InputError("the file holds no torchvision ResNet (no classifier fc.weight)")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if not _is_counter(name)}
+    stem = "cifar" if shapes.get("conv1.weight") == (64, 3, 3, 3) else "imagenet"
     for arch, shape in ARCHITECTURES.items():
-        with torch.device("meta"):
-            reference = _build(shape, 1).state_dict()
-        if shapes == {name: tuple(tensor.shape) for name, tensor in reference.items() if not _is_optional(name)}:
-            return arch, len(state_dict["fc.weight"])
-    raise InputError(f"the file holds none of the known architectures ({', '.join(ARCHITECTURES)})")
+        # Building a reference takes up to 0.3 s: pass over those that cannot be it.
+        if isinstance(shape, ResNetShape) != ("layer1.0.conv1.weight" in shapes):
+            continue
+        reference, classifier = _reference(arch, stem)
+        num_classes, *_ = shapes.get(f"{classifier}.weight") or (0,)
+        in_features = reference[f"{classifier}.weight"][1]
+        head = {f"{classifier}.weight": (num_classes, in_features), f"{classifier}.bias": (num_classes,)}
+        if shapes == reference | head:
+            return BackboneSpec(arch, num_classes, stem=stem)
+    names = ", ".join(list(shapes)[:3])
+    raise InputError(
+        f"its layout is not known, for its tensors ({names} ...) are those of none of the known architectures "
+        f"({', '.join(ARCHITECTURES)}) by torchvision's names"
+    )
 
 
-def _is_optional(name: str) -> bool:
-    """Tensors that do not tell architectures apart: the classifier, and a counter that old files lack."""
-    return name.startswith("fc.") or name.endswith("num_batches_tracked")
+@cache
+def _reference(arch: str, stem: str) -> tuple[dict[str, tuple[int, ...]], str]:
+    """The shapes of an architecture's tensors with one class, by name, and the name of its classifier layer."""
+    with torch.device("meta"):
+        net = _build(arch, 1, stem)
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if not _is_counter(name)}
+    *_, classifier = (name for name, module in net.named_modules() if isinstance(module, nn.Linear))
+    return shapes, classifier
+
+
+def _is_counter(name: str) -> bool:
+    """Batch norm's counters, which old files lack."""
+    return name.endswith("num_batches_tracked")
 
 
 class NormalizedModel(nn.Module):
@@ -139,7 +208,7 @@ class NormalizedModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: ResNet, spec: BackboneSpec) -> None:
+    def __init__(self, backbone: nn.Module, spec: BackboneSpec) -> None:
         super().__init__()
         self.backbone = backbone
         self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None], persistent=False)
@@ -154,8 +223,16 @@ class NormalizedModel(nn.Module):
         return self.backbone(self.normalize(images))
 
     def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Images in [0, 1] -> the outputs of layer1 (stride 4) to layer4 (stride 32), by name."""
+        """Images in [0, 1] -> the outputs of a ResNet's layer1 to layer4, by name.
+
+        Their strides are 4, 8, 16 and 32; 1, 2, 4 and 8 with the cifar stem.
+
+        Raises:
+            InputError: the backbone is no ResNet.
+        """
         net = self.backbone
+        if not isinstance(net, ResNet):
+            raise InputError(f"only a ResNet has the stages layer1 to layer4, this backbone is a {type(net).__name__}")
         x = net.maxpool(net.relu(net.bn1(net.conv1(self.normalize(images)))))
         outputs = {}
         for name in ("layer1", "layer2", "layer3", "layer4"):

@@ -15,7 +15,7 @@ from typing import Any
 
 from robust_backbones.errors import InputError
 
-_PACKAGES = ("torch", "torchvision", "detectron2", "sal-detectron2", "pycocotools", "fvcore", "numpy")
+_PACKAGES = ("torch", "torchvision", "detectron2", "sal-detectron2", "pycocotools", "fvcore", "numpy", "pyautoattack")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class RunRecord:
 
     run_id: str
     task: str
-    """``pretrain``, ``detection`` or ``segmentation``."""
+    """``pretrain``, ``robustness``, ``detection`` or ``segmentation``."""
     backbone: dict[str, Any]
     """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``."""
     threat_model: str | None
@@ -63,6 +63,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def claim(output: Path, identity: dict[str, Any]) -> bool:
+    """Make ``output`` the folder of the run that ``identity`` tells; True when that run has already finished there.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    path = output / "config.json"
+    if path.exists():
+        held = json.loads(path.read_text())
+        if different := sorted(key for key in identity.keys() | held.keys() if identity.get(key) != held.get(key)):
+            raise InputError(
+                f"{output} holds another run (it differs in {', '.join(different)}): choose another --output"
+            )
+        return (output / "record.json").exists()
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"{output} is not empty and holds no run of ours: choose another --output")
+    write_json(path, identity)
+    return False
 
 
 def write_json(path: Path, value: object) -> None:

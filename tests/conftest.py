@@ -11,10 +11,15 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from robust_backbones.attacks import AttackConfig, pgd
+from robust_backbones.data.datasets import open_dataset
 from robust_backbones.data.synthetic import ShapesConfig, write_shapes
+from robust_backbones.data.transforms import val_transform
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.threat_models import ThreatModel
 
 # Small networks gain nothing from threads, and threads of several processes on two cores wait for each other.
 torch.set_num_threads(1)
@@ -31,6 +36,32 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("shapes")
     write_shapes(root, TINY_SHAPES)
     return root
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[NormalizedModel, Tensor, Tensor]:
+    """A ResNet-18 in eval mode that has learnt the four shapes under attack; 80 held-out images, their labels."""
+    root = tmp_path_factory.mktemp("trained")
+    counts = {"train_images_per_class": 100, "val_images_per_class": 20, "train_scenes": 1, "val_scenes": 1}
+    write_shapes(root, ShapesConfig(image_size=32, **counts))
+    columns = []
+    for part in ("train", "val"):
+        dataset = open_dataset(root / "shapes_classification" / part, val_transform(32, resize=32))
+        columns.append(torch.stack([image for image, _ in dataset]).float() / 255)
+        columns.append(torch.tensor(dataset.labels))
+    images, labels, held_out, held_out_labels = columns
+    spec = BackboneSpec("resnet18", 4)
+    model = NormalizedModel(build_backbone(spec), spec).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        for rows in torch.randperm(len(images), generator=generator).split(25):
+            adversarial = pgd(model, images[rows], labels[rows], ThreatModel("L2", 0.25), AttackConfig(steps=1))
+            loss = F.cross_entropy(model(adversarial), labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval(), held_out, held_out_labels
 
 
 @pytest.fixture(scope="session")

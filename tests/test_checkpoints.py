@@ -47,9 +47,41 @@ def test_our_own_round_trip(tmp_path: Path) -> None:
     torch.testing.assert_close(checkpoint.build()(images), backbone.eval()(images))
 
 
-def test_a_torchvision_file(torchvision_file: Callable[[str], Path]) -> None:
-    checkpoint = read_checkpoint(torchvision_file("wide_resnet50_2"))
-    assert checkpoint.spec == BackboneSpec("wide_resnet50_2", 10)
+@pytest.mark.parametrize(
+    ("arch", "stem"),
+    [
+        ("resnet18", "cifar"),
+        ("densenet161", "imagenet"),
+        ("mnasnet1_0", "imagenet"),
+        ("mobilenet_v2", "imagenet"),
+        ("shufflenet_v2_x1_0", "imagenet"),
+    ],
+)
+def test_our_own_round_trip_of_other_networks(tmp_path: Path, arch: str, stem: str) -> None:
+    spec = BackboneSpec(arch, 5, stem=stem)
+    backbone = build_backbone(spec, seed=1).eval()
+    path = tmp_path / "checkpoint.pt"
+    write_checkpoint(path, spec=spec, state_dict=backbone.state_dict(), threat_model=ThreatModel("L2", 3))
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.spec == spec
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(checkpoint.build()(images), backbone(images))
+
+
+def test_a_checkpoint_from_before_the_stem(tmp_path: Path) -> None:
+    spec, path = BackboneSpec("resnet18", 5), tmp_path / "checkpoint.pt"
+    state_dict = build_backbone(spec).state_dict()
+    write_checkpoint(path, spec=spec, state_dict=state_dict, threat_model=ThreatModel())
+    content = torch.load(path, weights_only=True)
+    del content["spec"]["stem"]
+    torch.save(content, path)
+    assert read_checkpoint(path).spec == spec
+
+
+@pytest.mark.parametrize("arch", ["wide_resnet50_2", "mobilenet_v2"])
+def test_a_torchvision_file(torchvision_file: Callable[[str], Path], arch: str) -> None:
+    checkpoint = read_checkpoint(torchvision_file(arch))
+    assert checkpoint.spec == BackboneSpec(arch, 10)
     assert (checkpoint.layout, checkpoint.threat_model) == ("torchvision", None)
 
 
@@ -119,7 +151,9 @@ def test_a_truncated_file_is_refused(tmp_path: Path, torchvision_file: Callable[
         ([1, 2], "holds a list"),
         ({"epoch": 3}, "layout is not known"),
         ({"module.conv1.weight": torch.ones(1)}, "layout is not known"),
-        ({"conv1.weight": torch.ones(1)}, "no torchvision ResNet"),
+        ({"conv1.weight": torch.ones(1)}, "none of the known architectures"),
+        ({"layer1.0.conv1.weight": torch.ones(())}, "none of the known architectures"),
+        ({}, "layout is not known"),
         ({"format": "robust_backbones.checkpoint/1"}, "damaged"),
         ({"format": "robust_backbones.checkpoint/1", "spec": {"arch": "resnet9"}, "state_dict": {}}, "unknown arch"),
     ],
@@ -131,9 +165,14 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: object, messa
         read_checkpoint(path)
 
 
-def test_our_format_with_tensors_of_another_network_is_refused(tmp_path: Path) -> None:
-    state_dict = build_backbone(BackboneSpec("resnet34", 5)).state_dict()
+@pytest.mark.parametrize(
+    "other",
+    [BackboneSpec("resnet34", 5), BackboneSpec("resnet18", 6), BackboneSpec("resnet18", 5, stem="cifar")],
+    ids=["architecture", "classes", "stem"],
+)
+def test_our_format_with_tensors_of_another_network_is_refused(tmp_path: Path, other: BackboneSpec) -> None:
+    state_dict = build_backbone(other).state_dict()
     path = tmp_path / "checkpoint.pt"
     write_checkpoint(path, spec=BackboneSpec("resnet18", 5), state_dict=state_dict, threat_model=ThreatModel())
-    with pytest.raises(InputError, match="not those of resnet18"):
+    with pytest.raises(InputError, match="not those of resnet18 with 5 classes and the imagenet stem"):
         read_checkpoint(path)

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from robust_backbones.checkpoints import read_checkpoint
+from robust_backbones.checkpoints import read_checkpoint, write_checkpoint
 from robust_backbones.convert import BackboneMetadata, convert, detectron2_name, read_backbone, write_backbone
 from robust_backbones.errors import InputError
-from robust_backbones.models import ARCHITECTURES, BackboneSpec, build_backbone
+from robust_backbones.models import ARCHITECTURES, BackboneSpec, ResNetShape, build_backbone
+from robust_backbones.threat_models import ThreatModel
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [arch for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)])
 def test_every_tensor_gets_its_own_name(arch: str) -> None:
     with torch.device("meta"):
         state_dict = build_backbone(BackboneSpec(arch)).state_dict()
@@ -66,6 +67,35 @@ def test_what_does_not_fit_is_reported(torchvision_file: Callable[[str], Path]) 
     assert report.unexpected == ("layer9.0.conv1.weight",)
     assert report.incorrect_shapes == ("conv1.weight",)
     assert "layer9.0.conv1.weight" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (BackboneSpec("mobilenet_v2", 5), "Detectron2's ResNet has no such architecture: mobilenet_v2"),
+        (BackboneSpec("resnet18", 5, stem="cifar"), "Detectron2's ResNet has no cifar stem"),
+    ],
+    ids=["architecture", "stem"],
+)
+def test_what_detectron2_cannot_be_is_refused_before_anything_is_written(
+    run_tool: Callable[..., tuple[int, str, str]], tmp_path: Path, spec: BackboneSpec, message: str
+) -> None:
+    source, folder = tmp_path / "checkpoint.pt", tmp_path / "converted"
+    folder.mkdir()
+    state_dict = build_backbone(spec).state_dict()
+    write_checkpoint(source, spec=spec, state_dict=state_dict, threat_model=ThreatModel())
+    status, _, error = run_tool("convert_backbone", source, folder / "out.pkl")
+    assert status == 2
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+    assert not list(folder.iterdir())
+
+
+def test_a_file_from_before_the_stem(torchvision_file: Callable[[str], Path]) -> None:
+    metadata = BackboneMetadata.of(read_checkpoint(torchvision_file("resnet18")))
+    content = metadata.to_dict()
+    del content["spec"]["stem"]
+    assert BackboneMetadata.from_dict(content) == metadata
 
 
 def test_a_file_says_what_it_holds_and_is_reproducible(tmp_path: Path, torchvision_file: Callable[[str], Path]) -> None:

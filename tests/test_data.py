@@ -1,6 +1,8 @@
-"""Classification folders and the synthetic shapes."""
+"""Classification data sets of either layout against torchvision's reading of them, and the synthetic shapes."""
 
 import json
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,91 +11,177 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
-from robust_backbones.data.folders import (
-    ClassificationFolder,
-    train_loader,
-    train_transform,
-    val_loader,
-    val_transform,
-)
+from robust_backbones.data.datasets import ClassificationDataset, find_unreadable, open_dataset
+from robust_backbones.data.decoding import ImageInputError, ResizedCache
 from robust_backbones.data.synthetic import CLASSES, write_shapes
+from robust_backbones.data.transforms import padded_crop_transform, train_transform, val_transform
 from robust_backbones.errors import InputError
 from tests.conftest import TINY_SHAPES
 
 TRANSFORM = val_transform(32, resize=32)
+AUGMENT = train_transform(32, min_crop_scale=0.3)
 
 
-def epoch_images(root: Path, *, workers: int, epoch: int, seed: int = 0) -> torch.Tensor:
-    dataset = ClassificationFolder(root, train_transform(32, min_crop_scale=0.3), seed=seed)
-    return torch.cat([images for images, _ in train_loader(dataset, 8, epoch=epoch, workers=workers)])
+def write_noise(path: Path, seed: int, height: int = 40, width: int = 50) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(path), image)
 
 
-def test_batches_depend_on_seed_and_epoch_alone(shapes: Path) -> None:
-    root = shapes / "shapes_classification/train"
-    first = epoch_images(root, workers=0, epoch=0)
-    assert torch.equal(epoch_images(root, workers=2, epoch=0), first)
-    assert not torch.equal(epoch_images(root, workers=0, epoch=1), first)
-    assert not torch.equal(epoch_images(root, workers=0, epoch=0, seed=1), first)
-    assert first.shape == (32, 3, 32, 32)
-    assert first.dtype == torch.uint8
+def same_items(one: ClassificationDataset, other: ClassificationDataset) -> bool:
+    return all(torch.equal(a, b) and x == y for (a, x), (b, y) in zip(one, other, strict=True))
 
 
-def test_one_image_is_augmented_anew_each_epoch_and_the_global_generator_is_left_alone(shapes: Path) -> None:
-    dataset = ClassificationFolder(shapes / "shapes_classification/train", train_transform(32, min_crop_scale=0.3))
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Six images in two classes; folders within folders, several formats, a name that sorts by letter case."""
+    names = ("b/2.jpg", "b/10.jpg", "b/deep/er/1.JPEG", "A/z.png", "A/y.jpg", "A/Y.jpg")
+    for seed, name in enumerate(names):
+        write_noise(tmp_path / "train" / name, seed)
+    (tmp_path / "train/A/notes.txt").write_text("not an image")
+    return tmp_path / "train"
+
+
+def test_classes_order_labels_and_pixels_are_those_of_torchvision(pictures: Path) -> None:
+    ours = open_dataset(pictures, v2.Identity())
+    theirs = ImageFolder(str(pictures))
+    assert (ours.classes, ours.labels) == (theirs.classes, theirs.targets)
+    assert [str(pictures / name) for name in ours.names] == [path for path, _ in theirs.samples]
+    for (image, label), (expected, target) in zip(ours, theirs, strict=True):
+        assert torch.equal(image, v2.functional.pil_to_tensor(expected))
+        assert label == target
+
+
+def test_an_image_is_augmented_anew_each_epoch_and_seed_and_the_global_generator_is_left_alone(shapes: Path) -> None:
+    dataset = open_dataset(shapes / "shapes_classification/train", AUGMENT)
     state = torch.random.get_rng_state()
     first = dataset[0][0]
+    assert first.shape == (3, 32, 32)
+    assert first.dtype == torch.uint8
     assert torch.equal(torch.random.get_rng_state(), state)
     dataset.epoch = 1
     assert not torch.equal(dataset[0][0], first)
     dataset.epoch = 0
     assert torch.equal(dataset[0][0], first)
+    other_seed = open_dataset(shapes / "shapes_classification/train", AUGMENT, seed=1)
+    assert not torch.equal(other_seed[0][0], first)
 
 
 def test_augmentation_differs_between_images(tmp_path: Path) -> None:
     """The same picture under several names is not cropped the same way."""
-    (tmp_path / "a").mkdir()
-    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     for index in range(4):
-        cv2.imwrite(str(tmp_path / "a" / f"{index}.png"), picture)
-    dataset = ClassificationFolder(tmp_path, train_transform(32, min_crop_scale=0.3))
-    assert len({dataset[index][0].numpy().tobytes() for index in range(4)}) == 4
+        write_noise(tmp_path / f"a/{index}.png", seed=0)
+    dataset = open_dataset(tmp_path, AUGMENT)
+    assert len({image.numpy().tobytes() for image, _ in dataset}) == 4
 
 
-def test_validation_images_come_once_and_in_order(shapes: Path) -> None:
-    dataset = ClassificationFolder(shapes / "shapes_classification/val", TRANSFORM)
-    labels = torch.cat([labels for _, labels in val_loader(dataset, 3, workers=0)])
-    assert labels.tolist() == dataset.targets
+def test_a_data_set_travels_to_other_processes(pictures: Path) -> None:
+    dataset = open_dataset(pictures, AUGMENT, seed=3)
+    assert same_items(pickle.loads(pickle.dumps(dataset)), dataset)
 
 
-def test_grayscale_images_get_three_channels(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    cv2.imwrite(str(tmp_path / "a/gray.jpg"), np.full((40, 50), 77, np.uint8))
-    image, _ = ClassificationFolder(tmp_path, TRANSFORM)[0]
-    assert image.shape == (3, 32, 32)
-    assert image.float().mean() == pytest.approx(77, abs=1)
+def test_items_stay_what_they_are_when_others_are_left_out(pictures: Path) -> None:
+    dataset = open_dataset(pictures, AUGMENT, seed=3)
+    rest = dataset.without([dataset.names[0], dataset.names[4]])
+    kept = [1, 2, 3, 5]
+    assert len(rest) == 4
+    assert rest.names == [dataset.names[index] for index in kept]
+    assert rest.labels == [dataset.labels[index] for index in kept]
+    assert rest.classes == dataset.classes
+    for position, index in enumerate(kept):
+        assert torch.equal(rest[position][0], dataset[index][0])
+        assert rest[position][1] == dataset[index][1]
+    again = rest.without([dataset.names[2]])
+    assert torch.equal(again[1][0], dataset[3][0])
+    assert len(dataset) == 6
+    assert same_items(dataset.without([]), dataset)
+
+
+def test_what_cannot_be_left_out_is_named(pictures: Path) -> None:
+    dataset = open_dataset(pictures, TRANSFORM)
+    with pytest.raises(InputError, match=r"a/none\.jpg"):
+        dataset.without(["a/none.jpg"])
+    with pytest.raises(InputError, match="class A of"):
+        dataset.without([name for name in dataset.names if name.startswith("A/")])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_unreadable_image_is_found(pictures: Path, workers: int) -> None:
+    (pictures / "A/y.jpg").write_bytes(b"not a picture")
+    whole = (pictures / "b/10.jpg").read_bytes()
+    (pictures / "b/10.jpg").write_bytes(whole[: len(whole) // 2])
+    dataset = open_dataset(pictures, TRANSFORM)
+    (pictures / "b/2.jpg").unlink()
+    state = torch.random.get_rng_state()
+    found = find_unreadable(dataset, workers=workers)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert set(found) == {"A/y.jpg", "b/10.jpg", "b/2.jpg"}
+    assert found["A/y.jpg"] == "not in a known image format"
+    assert "truncated" in found["b/10.jpg"]
+    assert found["b/2.jpg"] == "No such file or directory"
+    rest = dataset.without(found)
+    assert len(rest) == 3
+    assert find_unreadable(rest, workers=0) == {}
+    with pytest.raises(ImageInputError, match=r"A/y\.jpg \(not in a known"):
+        dataset[dataset.names.index("A/y.jpg")]
+
+
+def test_items_from_a_cache_do_not_depend_on_what_it_held(pictures: Path, tmp_path: Path) -> None:
+    datasets = [open_dataset(pictures, AUGMENT, cache=ResizedCache(tmp_path / "cache", 32)) for _ in range(2)]
+    assert find_unreadable(datasets[0].without([datasets[0].names[0]]), workers=2) == {}
+    assert same_items(*datasets)
+    assert datasets[0].load(0).shape == (3, 32, 40)
+
+
+def test_a_changed_image_and_another_part_are_cached_anew(tmp_path: Path) -> None:
+    cache = ResizedCache(tmp_path / "cache", 32)
+    for part, seed in (("train", 0), ("val", 1)):
+        write_noise(tmp_path / part / "a/0.bmp", seed)
+        os.utime(tmp_path / part / "a/0.bmp", (0, 0))  # one name, size and time: only the part tells them apart
+    train, val = (open_dataset(tmp_path / part, v2.Identity(), cache=cache) for part in ("train", "val"))
+    before = train[0][0]
+    assert not torch.equal(val[0][0], before)
+    write_noise(tmp_path / "train/a/0.bmp", seed=2, height=60)
+    assert not torch.equal(train[0][0], before)
 
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no folder"):
-        ClassificationFolder(tmp_path / "none", TRANSFORM)
-    with pytest.raises(InputError, match="class folder"):
-        ClassificationFolder(tmp_path, TRANSFORM)
+        open_dataset(tmp_path / "none", TRANSFORM)
+    with pytest.raises(InputError, match="neither class folders nor shards"):
+        open_dataset(tmp_path, TRANSFORM)
     (tmp_path / "empty_class").mkdir()
     with pytest.raises(InputError, match="empty_class"):
-        ClassificationFolder(tmp_path, TRANSFORM)
+        open_dataset(tmp_path, TRANSFORM)
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(InputError, match="both class folders and shards"):
+        open_dataset(tmp_path, TRANSFORM)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_is_named(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a/broken.jpg").write_bytes(b"not a picture")
-    dataset = ClassificationFolder(tmp_path, TRANSFORM)
-    with pytest.raises(InputError) as error:
-        next(iter(val_loader(dataset, 1, workers=workers)))
-    assert str(error.value).startswith("cannot read the image")
-    assert "broken.jpg" in str(error.value)
-    assert "\n" not in str(error.value)
+def test_validation_images_are_cropped_as_torchvision_crops_pillow_images(pictures: Path) -> None:
+    ours = open_dataset(pictures, val_transform(24, resize=30))
+    theirs = ImageFolder(str(pictures), v2.Compose([v2.Resize(30), v2.CenterCrop(24), v2.PILToTensor()]))
+    for (image, _), (expected, _) in zip(ours, theirs, strict=True):
+        assert image.shape == (3, 24, 24)
+        assert (image.int() - expected.int()).abs().max() <= 1  # Pillow and torch round a half differently
+
+
+def test_padded_crops_are_windows_of_the_image_in_a_black_border() -> None:
+    image = torch.randint(1, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    bordered = np.zeros((3, 12, 12), np.uint8)
+    bordered[:, 2:10, 2:10] = image
+    windows = [bordered[:, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
+    allowed = {window.tobytes() for window in windows} | {window[:, :, ::-1].tobytes() for window in windows}
+    assert len(allowed) == 50
+    transform = padded_crop_transform(8, padding=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        seen = {transform(image).numpy().tobytes() for _ in range(600)}
+    assert seen == allowed
+    assert padded_crop_transform(32)(torch.zeros(3, 50, 70, dtype=torch.uint8)).shape == (3, 32, 32)
 
 
 def test_shapes_are_annotated_where_they_are(shapes: Path) -> None:

@@ -1,43 +1,138 @@
 """Backbones: recognised by their shapes, built from their spec, fed in [0, 1]."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_backbones.errors import InputError
-from robust_backbones.models import ARCHITECTURES, BackboneSpec, NormalizedModel, build_backbone, identify
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_an_architecture_is_told_by_its_shapes(arch: str) -> None:
-    with torch.device("meta"):
-        state_dict = build_backbone(BackboneSpec(arch, 7)).state_dict()
-    assert identify(state_dict) == (arch, 7)
-    without_counters = {name: t for name, t in state_dict.items() if not name.endswith("num_batches_tracked")}
-    assert identify(without_counters) == (arch, 7)
-
-
-def test_a_backbone_with_a_tensor_missing_is_not_recognised() -> None:
-    state_dict = build_backbone(BackboneSpec("resnet18", 7)).state_dict()
-    del state_dict["layer3.0.bn1.weight"]
-    with pytest.raises(InputError, match="none of the known architectures"):
-        identify(state_dict)
-
-
-@pytest.mark.parametrize(
-    ("arch", "parameters"),
-    # torchvision's documented sizes
-    [
-        ("resnet18", 11_689_512),
-        ("resnet50", 25_557_032),
-        ("wide_resnet50_2", 68_883_240),
-        ("resnext50_32x4d", 25_028_904),
-    ],
+from robust_backbones.models import (
+    ARCHITECTURES,
+    BackboneSpec,
+    NormalizedModel,
+    ResNetShape,
+    build_backbone,
+    identify,
 )
-def test_sizes_are_the_published_ones(arch: str, parameters: int) -> None:
+
+RESNETS = [arch for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)]
+OTHERS = [arch for arch in ARCHITECTURES if arch not in RESNETS]
+# torchvision's documented sizes, with 1000 classes
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "wide_resnet50_2": 68_883_240,
+    "resnext50_32x4d": 25_028_904,
+    "resnext101_32x8d": 88_791_336,
+    "densenet161": 28_681_000,
+    "mnasnet1_0": 4_383_312,
+    "mobilenet_v2": 3_504_872,
+    "shufflenet_v2_x1_0": 2_278_604,
+    "vgg16_bn": 138_365_992,
+}
+
+
+def on_meta(spec: BackboneSpec) -> nn.Module:
+    """The network without memory for its tensors."""
     with torch.device("meta"):
-        backbone = build_backbone(BackboneSpec(arch))
-    assert sum(parameter.numel() for parameter in backbone.parameters()) == parameters
+        return build_backbone(spec)
+
+
+def parameters(spec: BackboneSpec) -> int:
+    return sum(parameter.numel() for parameter in on_meta(spec).parameters())
+
+
+@pytest.mark.parametrize("num_classes", [1, 7])
+@pytest.mark.parametrize(
+    ("arch", "stem"), [(arch, "imagenet") for arch in ARCHITECTURES] + [(arch, "cifar") for arch in RESNETS]
+)
+def test_a_network_is_told_by_its_shapes(arch: str, stem: str, num_classes: int) -> None:
+    spec = BackboneSpec(arch, num_classes, stem=stem)
+    state_dict = on_meta(spec).state_dict()
+    assert identify(state_dict) == spec
+    without_counters = {name: t for name, t in state_dict.items() if not name.endswith("num_batches_tracked")}
+    assert identify(without_counters) == spec
+
+
+@pytest.mark.parametrize(("arch", "classifier"), [("resnet18", "fc"), ("mobilenet_v2", "classifier.1")])
+def test_a_network_that_lacks_or_bends_a_tensor_is_not_recognised(arch: str, classifier: str) -> None:
+    state_dict = on_meta(BackboneSpec(arch, 7)).state_dict()
+    spoiled = {name: {k: t for k, t in state_dict.items() if k != name} for name in state_dict if "tracked" not in name}
+    weight, bias = f"{classifier}.weight", f"{classifier}.bias"
+    spoiled["wide"] = state_dict | {weight: torch.ones(7, 99)}
+    spoiled["odd"] = state_dict | {bias: torch.ones(6)}
+    spoiled["scalar"] = state_dict | {weight: torch.ones(())}
+    spoiled["more"] = state_dict | {"attention.weight": torch.ones(1)}
+    for content in spoiled.values():
+        with pytest.raises(InputError, match="none of the known architectures"):
+            identify(content)
+
+
+@pytest.mark.parametrize(("arch", "size"), PARAMETERS.items())
+def test_sizes_are_the_published_ones(arch: str, size: int) -> None:
+    assert parameters(BackboneSpec(arch)) == size
+
+
+@pytest.mark.parametrize(("arch", "width"), [("resnet50", 64), ("wide_resnet50_2", 128), ("wide_resnet50_4", 256)])
+def test_a_wide_resnet_widens_its_3x3_convolutions_alone(arch: str, width: int) -> None:
+    """Zagoruyko & Komodakis 2016, counted by hand; 223.4 million parameters for the 4 of Salman et al. 2020."""
+    total = 3 * 64 * 7 * 7 + 2 * 64  # the stem and its norm
+    channels = 64
+    for stage, blocks in enumerate([3, 4, 6, 3]):
+        inner, outer = width * 2**stage, 256 * 2**stage
+        total += channels * outer + 2 * outer  # the shortcut of the first block
+        for _ in range(blocks):
+            total += channels * inner + inner * inner * 3 * 3 + inner * outer + 2 * (inner + inner + outer)
+            channels = outer
+    total += 2048 * 1000 + 1000
+    assert parameters(BackboneSpec(arch)) == total
+    if width == 256:
+        assert round(total / 1e6, 1) == 223.4
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "shufflenet_v2_x1_0", "mnasnet1_0"])
+def test_a_built_network_classifies(arch: str, images: Tensor) -> None:
+    spec = BackboneSpec(arch, 4)
+    assert NormalizedModel(build_backbone(spec), spec).eval()(images).shape == (4, 4)
+
+
+def test_mnasnet_loads_a_plain_dictionary_of_tensors() -> None:
+    """As files hold it; torchvision's own wants the state dict's metadata too."""
+    spec = BackboneSpec("mnasnet1_0", 4)
+    source, target = build_backbone(spec, seed=1), build_backbone(spec)
+    target.load_state_dict(dict(source.state_dict()))
+    assert all(torch.equal(tensor, source.state_dict()[name]) for name, tensor in target.state_dict().items())
+
+
+def test_a_cifar_stem_keeps_the_resolution(images: Tensor) -> None:
+    """He et al. 2016, section 4.2: 32-pixel images enter the first stage as they are."""
+    spec = BackboneSpec("resnet18", 4, stem="cifar")
+    model = NormalizedModel(build_backbone(spec), spec).eval()
+    stages = model.stages(images)
+    assert [tuple(stage.shape) for stage in stages.values()] == [
+        (4, 64, 32, 32),
+        (4, 128, 16, 16),
+        (4, 256, 8, 8),
+        (4, 512, 4, 4),
+    ]
+    torch.testing.assert_close(model.backbone.fc(stages["layer4"].mean(dim=(2, 3))), model(images))
+    # Kaiming initialisation over 64 outputs of 3x3: variance 2 / 576.
+    assert model.backbone.conv1.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.1)
+
+
+def test_a_stem_changes_nothing_behind_it() -> None:
+    of_imagenet, of_cifar = (
+        dict(on_meta(BackboneSpec(stem=stem)).named_parameters()) for stem in ("imagenet", "cifar")
+    )
+    different = [name for name, parameter in of_imagenet.items() if parameter.shape != of_cifar[name].shape]
+    assert of_imagenet.keys() == of_cifar.keys()
+    assert different == ["conv1.weight"]
+    assert of_cifar["conv1.weight"].shape == (64, 3, 3, 3)
 
 
 def test_weights_depend_on_the_seed_alone() -> None:
@@ -81,6 +176,42 @@ def test_detectron2_overrides_of_resnet50() -> None:
     }
 
 
-def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"unknown architecture 'resnet5'.*resnet50"):
-        BackboneSpec("resnet5")
+@pytest.mark.parametrize("arch", OTHERS)
+def test_detectron2_cannot_be_what_is_no_resnet(arch: str) -> None:
+    with pytest.raises(InputError, match=f"no such architecture: {arch}; it can be resnet18, .*resnext101_32x8d$"):
+        BackboneSpec(arch).detectron2_overrides()
+
+
+def test_detectron2_has_no_cifar_stem() -> None:
+    with pytest.raises(InputError, match="Detectron2's ResNet has no cifar stem"):
+        BackboneSpec("resnet18", stem="cifar").detectron2_overrides()
+
+
+def test_only_a_resnet_has_stages(images: Tensor) -> None:
+    spec = BackboneSpec("mobilenet_v2", 4)
+    with pytest.raises(
+        InputError, match="only a ResNet has the stages layer1 to layer4, this backbone is a MobileNetV2"
+    ):
+        NormalizedModel(build_backbone(spec), spec).stages(images)
+
+
+def test_a_spec_goes_through_a_file_and_old_ones_are_read() -> None:
+    spec = BackboneSpec("resnet18", 5, mean=(0.1, 0.2, 0.3), stem="cifar")
+    content = json.loads(json.dumps(spec.to_dict()))
+    assert BackboneSpec(**content) == spec
+    del content["stem"]  # as written before there was a choice
+    assert BackboneSpec(**content) == replace(spec, stem="imagenet")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"arch": "resnet5"}, r"unknown architecture 'resnet5'.*resnet50.*vgg16_bn"),
+        ({"num_classes": 0}, "at least one class"),
+        ({"stem": "tinyimagenet"}, "unknown stem 'tinyimagenet': choose one of imagenet, cifar"),
+        ({"arch": "vgg16_bn", "stem": "cifar"}, "only a ResNet can have the cifar stem, vgg16_bn has its own"),
+    ],
+)
+def test_what_is_no_backbone_is_refused(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BackboneSpec(**wrong)

@@ -1,23 +1,30 @@
 #!/usr/bin/env python
-"""Train a backbone adversarially with PGD, or normally at epsilon 0, on any folder with train/ and val/ in it.
+"""Train a backbone adversarially, or normally at epsilon 0, on folders of images or WebDataset shards.
 
-Example, the paper's recipe on ImageNet at epsilon 3:
-    python tools/pretrain.py --data imagenet --output runs/r50_l2_eps3 --threat-model L2:3
+Examples:
+    python tools/pretrain.py --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3
+    torchrun --nproc-per-node 8 tools/pretrain.py --recipe wide_resnet50_4_l2_eps5 --micro-batch-size 32 \
+        --data imagenet --output runs/wrn50_4_l2_eps5 --precision bf16
+    python tools/pretrain.py --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3 \
+        --cluster.executor slurm --cluster.nodes 2 --cluster.partition gpu
 
-DATA/train and DATA/val hold one folder of images a class. OUTPUT gets checkpoint.pt, metrics.jsonl (a row an epoch)
-and record.json; a run that was cut off goes on when the same command is given again. --debug shows tracebacks.
+DATA/train and DATA/val hold one folder of images a class, or shards (*.tar). A recipe is that of a published backbone
+(--list-recipes shows them); without one, the options' defaults are the paper's ResNet-50. OUTPUT gets checkpoint.pt,
+best.pt, metrics.jsonl (a row an epoch), steps.jsonl, tensorboard/ and record.json; a run that was cut off goes on when
+the same command is given again. Exit status: 0 done, 1 the training failed, 2 bad input, 75 preempted (give the
+command again). --debug shows tracebacks.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 import tyro
 
-from robust_backbones import cli
+from robust_backbones import cli, zoo
+from robust_backbones.cluster import ClusterConfig, PretrainJob, log_folder, submit
 from robust_backbones.errors import InputError
-from robust_backbones.pretrain import PretrainConfig, pretrain
+from robust_backbones.pretrain import Execution, PretrainConfig, pretrain, recipe
 
 
 @dataclass
@@ -26,19 +33,33 @@ class Arguments:
     """Folder that holds train/ and val/."""
     output: Path
     """Folder for this run's results."""
+    recipe: str = ""
+    """Published backbone whose recipe the options start from."""
+    list_recipes: bool = False
+    """Show the recipes with the ImageNet accuracy to expect, and stop."""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    workers: int = 2
-    """Processes that decode and augment images; results do not depend on it."""
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = field(default_factory=Execution)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
 def main(arguments: list[str]) -> int:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    if "--list-recipes" in arguments:
+        print(zoo.table())
+        return 0
+    default = PretrainConfig()
+    if "--recipe" in arguments[:-1]:
+        default = recipe(arguments[arguments.index("--recipe") + 1])
+    defaults = Arguments(tyro.MISSING, tyro.MISSING, config=default)
+    options = cli.parse(Arguments, arguments, description=__doc__, default=defaults)
     if not options.data.is_dir():
         raise InputError(f"no data folder {options.data}: give one that holds train/ and val/")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
-    record = pretrain(options.config, options.data, options.output, device=options.device, workers=options.workers)
+    if options.cluster.executor:
+        job = PretrainJob(options.config, options.data.resolve(), options.output.resolve(), options.execution)
+        submitted = submit(job, options.cluster)
+        print(f"submitted as job {submitted.job_id}; its logs are in {log_folder(job.output)}, its results will be in")
+        print(options.output)
+        return 0
+    record = pretrain(options.config, options.data, options.output, options.execution)
     clean, robust = record.metrics["clean_accuracy"], record.metrics["robust_accuracy"]
     print(f"accuracy: clean {clean:.1f} %, robust {robust:.1f} % ({record.config['eval_threat_model']})")
     print(f"checkpoint and record written to {options.output}")

@@ -1,78 +1,44 @@
-"""Classification data in ImageNet's layout, one folder a class, with augmentation that only the seed decides."""
+"""Images in ImageNet's layout: one folder a class, the class being the folder's name."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 from robust_backbones.errors import InputError
 
 
-class ClassificationFolder(ImageFolder):
-    """Items are (uint8 image of shape (3, size, size), class index); classes are the folders in sorted order.
+@dataclass(frozen=True)
+class FolderImages:
+    """Classes are the folders in sorted order, images follow class by class; the order is torchvision's."""
 
-    The random part of an item depends on (seed, epoch, index) alone: not on workers, order or device.
+    root: Path
+    classes: list[str]
+    labels: list[int]
+    names: list[str]
+    """Paths relative to ``root``."""
 
-    Raises:
-        InputError: the folder is missing, holds no class, or a class holds no image; on access, an unreadable image.
-    """
+    @classmethod
+    def scan(cls, root: Path) -> FolderImages:
+        """List the images without opening them.
 
-    def __init__(self, root: Path, transform: v2.Transform, *, seed: int = 0) -> None:
-        if not root.is_dir():
-            raise InputError(f"no folder {root}: expected one folder of images a class in it")
+        Raises:
+            InputError: a class folder holds no image.
+        """
         try:
-            super().__init__(str(root), transform=transform)
+            listing = ImageFolder(str(root))
         except FileNotFoundError as error:  # torchvision says which classes are empty, in several lines
             raise InputError(f"cannot use {root}: {str(error).splitlines()[0].rstrip('. ')}; add or remove") from None
-        self.seed = seed
-        self.epoch = 0
+        names = [os.path.relpath(path, root) for path, _ in listing.samples]
+        return cls(root, listing.classes, listing.targets, names)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        try:
-            with Image.open(path) as file:
-                image = v2.functional.pil_to_tensor(file.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on damaged files
-            raise InputError(f"cannot read the image {path} ({type(error).__name__}): mend or remove it") from None
-        # torchvision's transforms draw from the global generator only: lend it a seed of our own for one image.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_mix(self.seed, self.epoch, index))
-            return self.transform(image), label
+    def read(self, index: int) -> bytes:
+        return (self.root / self.names[index]).read_bytes()
 
-
-def _mix(seed: int, epoch: int, index: int) -> int:
-    """A 62-bit seed for one image of one epoch; tuples of integers hash the same in every process."""
-    return hash((seed, epoch, index)) & (2**62 - 1)
-
-
-def train_transform(size: int, *, min_crop_scale: float) -> v2.Transform:
-    """Random resized crop and flip, as ImageNet training has it; ``min_crop_scale`` is a share of the area."""
-    return v2.Compose(
-        [v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True), v2.RandomHorizontalFlip()]
-    )
-
-
-def val_transform(size: int, *, resize: int) -> v2.Transform:
-    """Shorter side to ``resize``, then the central ``size`` x ``size`` pixels."""
-    return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
-
-
-def train_loader(dataset: ClassificationFolder, batch_size: int, *, epoch: int, workers: int) -> DataLoader:
-    """One epoch in an order that only (seed, epoch) decides; an incomplete last batch is dropped."""
-    dataset.epoch = epoch
-    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(_mix(dataset.seed, epoch, -1)))
-    return DataLoader(
-        dataset, batch_size, sampler=order, num_workers=workers, drop_last=True, pin_memory=torch.cuda.is_available()
-    )
-
-
-def val_loader(dataset: ClassificationFolder, batch_size: int, *, workers: int) -> DataLoader:
-    """All images once, in order."""
-    order = SequentialSampler(dataset)
-    return DataLoader(dataset, batch_size, sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available())
+    def stamp(self, index: int) -> tuple[int, ...]:
+        """Size in bytes and time of change in ns."""
+        status = (self.root / self.names[index]).stat()
+        return status.st_size, status.st_mtime_ns

@@ -1,0 +1,89 @@
+"""Runs on a cluster: submitit starts one process a GPU, and starts the run again after preemption or time-out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.errors import InputError
+from robust_backbones.pretrain import Execution, PretrainConfig, pretrain
+
+EXECUTORS = ("slurm", "local", "debug")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where a run is submitted to, and what it asks for there."""
+
+    executor: str = ""
+    """slurm; local (processes of this machine) or debug (this process) to try a submission; empty: run here and now."""
+    nodes: int = 1
+    processes: int = 8
+    """On each node; with --device cuda, each has a GPU of its own."""
+    partition: str = ""
+    hours: float = 24.0
+    """Time that one job may take; a run that needs more is started again where it was."""
+    restarts: int = 20
+    """How often a run may hit its time limit; preemptions do not count."""
+
+    def __post_init__(self) -> None:
+        if self.executor and self.executor not in EXECUTORS:
+            raise InputError(f"unknown executor {self.executor!r}: choose one of {', '.join(EXECUTORS)}")
+        if self.nodes < 1 or self.processes < 1 or self.hours <= 0 or self.restarts < 0:
+            raise InputError("a submission needs nodes and processes >= 1, hours > 0 and restarts >= 0")
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """One process's part in a submitted run; submitit calls it, and calls it again after an interruption."""
+
+    config: PretrainConfig
+    data: Path
+    output: Path
+    execution: Execution
+
+    def __call__(self) -> dict[str, float | None]:
+        import submitit
+
+        if submitit.JobEnvironment().num_tasks > 1:
+            # Each process keeps all GPUs in sight and takes the one of its local rank.
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        return pretrain(self.config, self.data, self.output, self.execution).metrics
+
+    def checkpoint(self) -> Any:
+        """What to submit when the scheduler takes the machine away: the same job, which goes on where it was."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def submit(job: PretrainJob, cluster: ClusterConfig) -> Any:
+    """Hand ``job`` to the cluster; the submitit job has its ``job_id`` and ``result()``.
+
+    Logs go to a folder beside the run's output, with ``_jobs`` after its name.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise InputError("--cluster.executor needs the package submitit: pip install submitit") from None
+    executor = submitit.AutoExecutor(log_folder(job.output), cluster=cluster.executor)
+    executor.update_parameters(
+        name=job.output.name,
+        nodes=cluster.nodes,
+        tasks_per_node=cluster.processes,
+        gpus_per_node=cluster.processes if job.execution.device == "cuda" else 0,
+        cpus_per_task=1 + job.execution.workers,
+        timeout_min=round(60 * cluster.hours),
+        stderr_to_stdout=True,
+        slurm_max_num_timeout=cluster.restarts,
+        **({"slurm_partition": cluster.partition} if cluster.partition else {}),
+    )
+    try:
+        return executor.submit(job)
+    except (OSError, submitit.core.utils.FailedJobError) as error:
+        raise InputError(f"cannot submit to {cluster.executor} ({str(error).splitlines()[0]})") from error
+
+
+def log_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}_jobs")

@@ -1,0 +1,76 @@
+"""An epoch as batches, over any number of processes and from any step on."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch.utils.data import DataLoader
+
+from robust_backbones.data.datasets import ClassificationDataset, init_worker, mix
+from robust_backbones.errors import InputError
+
+
+def steps_per_epoch(dataset: ClassificationDataset, batch_size: int) -> int:
+    """Optimiser steps that an epoch has images for; ``batch_size`` is global."""
+    return len(dataset) // batch_size
+
+
+def train_batches(
+    dataset: ClassificationDataset,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    epoch: int,
+    first_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int,
+) -> DataLoader:
+    """One epoch of micro-batches in an order that only (seed, epoch) decides.
+
+    Step s consists of images s * batch_size to (s + 1) * batch_size of the order; rank r gets the r-th part of them, in
+    ``batch_size / world_size / micro_batch_size`` consecutive micro-batches. An incomplete last step is dropped.
+
+    Args:
+        batch_size: images of one optimiser step, over all ranks.
+        micro_batch_size: images that one rank gets at a time.
+        first_step: where to begin; the images of earlier steps are not loaded.
+
+    Raises:
+        InputError: the batch does not split evenly; the epoch ends before ``first_step``.
+    """
+    if batch_size % (world_size * micro_batch_size):
+        raise InputError(
+            f"a batch of {batch_size} images does not split into micro-batches of {micro_batch_size} on {world_size} "
+            f"process(es): choose a multiple of {world_size * micro_batch_size}"
+        )
+    steps = steps_per_epoch(dataset, batch_size)
+    if not 0 <= first_step <= steps:
+        raise InputError(f"cannot begin at step {first_step} of {steps}: was the data set larger when the run began")
+    generator = torch.Generator().manual_seed(mix(dataset.seed, epoch, -1))
+    order = torch.randperm(len(dataset), generator=generator)[: steps * batch_size]
+    parts = order.view(steps, world_size, batch_size // world_size)[first_step:, rank]
+    dataset = copy.copy(dataset)  # the epoch is this loader's own: a loader made later does not change it
+    dataset.epoch = epoch
+    return _loader(dataset, parts.reshape(-1, micro_batch_size).tolist(), workers)
+
+
+def val_batches(
+    dataset: ClassificationDataset, batch_size: int, *, rank: int = 0, world_size: int = 1, workers: int
+) -> DataLoader:
+    """Every image once, in order: rank r gets the r-th of ``world_size`` parts, which differ by at most one image."""
+    start, stop = (len(dataset) * part // world_size for part in (rank, rank + 1))
+    batches = [list(range(first, min(first + batch_size, stop))) for first in range(start, stop, batch_size)]
+    return _loader(dataset, batches, workers)
+
+
+def _loader(dataset: ClassificationDataset, batches: list[list[int]], workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        worker_init_fn=init_worker,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # for the workers' seeds, which are else drawn from the global generator
+    )

@@ -1,0 +1,179 @@
+"""Classification data whatever its layout, with augmentation that only the seed decides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import cv2
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode
+from robust_backbones.data.folders import FolderImages
+from robust_backbones.data.shards import ShardImages
+from robust_backbones.errors import InputError
+
+
+class ImageSource(Protocol):
+    """Where the images of a data set are: labels and names have one entry an image."""
+
+    @property
+    def root(self) -> Path: ...
+    @property
+    def classes(self) -> list[str]: ...
+    @property
+    def labels(self) -> list[int]: ...
+    @property
+    def names(self) -> list[str]: ...
+
+    def read(self, index: int) -> bytes:
+        """The image file's bytes."""
+
+    def stamp(self, index: int) -> tuple[int, ...]:
+        """Numbers that change when the image does."""
+
+
+class ClassificationDataset(Dataset[tuple[Tensor, int]]):
+    """Items are (uint8 image of shape (3, size, size), class index).
+
+    The random part of an item depends on (seed, epoch, its index in the full data set) alone: not on workers, order,
+    device or images left out.
+
+    Raises:
+        ImageInputError: on access, an image that cannot be decoded.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: v2.Transform, *, seed: int = 0, cache: ResizedCache | None = None
+    ) -> None:
+        self.classes = source.classes
+        self.labels = source.labels
+        self.names = source.names
+        self.transform = transform
+        self.seed = seed
+        self.epoch = 0
+        self.cache = cache
+        self._source = source
+        self._indices: Sequence[int] = range(len(source.names))
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        image = self.load(position)
+        # torchvision's transforms draw from the global generator only: lend it a seed of our own for one image.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix(self.seed, self.epoch, self._indices[position]))
+            return self.transform(image), self.labels[position]
+
+    def load(self, position: int) -> Tensor:
+        """The image before its transform, uint8 of shape (3, H, W)."""
+        index, name = self._indices[position], self.names[position]
+        try:
+            if self.cache is None:
+                return decode(self._source.read(index), name)
+            key = f"{self._source.root.name}/{name}"  # train and val may share names, and a cache
+            return self.cache.load(key, self._source.stamp(index), lambda: self._source.read(index))
+        except OSError as error:
+            raise ImageInputError.of(name, error) from None
+
+    def take(self, positions: Sequence[int]) -> ClassificationDataset:
+        """The data set of these items alone, in this order; each stays what it is."""
+        part = copy.copy(self)
+        part.names = [self.names[position] for position in positions]
+        part.labels = [self.labels[position] for position in positions]
+        part._indices = [self._indices[position] for position in positions]
+        return part
+
+    def sample(self, count: int, *, seed: int) -> ClassificationDataset:
+        """``count`` items in an order that ``seed`` draws; a greater count adds to a smaller's."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.take(order[:count].tolist())
+
+    def without(self, names: Collection[str]) -> ClassificationDataset:
+        """The data set less the named images; every other item stays what it is.
+
+        Raises:
+            InputError: a name that is not in the data set; a class that loses its last image.
+        """
+        if unknown := sorted(set(names) - set(self.names)):
+            raise InputError(f"cannot leave out {unknown[0]}: it is not in {self._source.root}")
+        left_out = set(names)
+        rest = self.take([position for position, name in enumerate(self.names) if name not in left_out])
+        if emptied := sorted(set(self.labels) - set(rest.labels)):
+            raise InputError(
+                f"class {self.classes[emptied[0]]} of {self._source.root} keeps no image: mend some or remove the class"
+            )
+        return rest
+
+
+def open_dataset(
+    root: Path, transform: v2.Transform, *, seed: int = 0, cache: ResizedCache | None = None
+) -> ClassificationDataset:
+    """The images in ``root``, which holds either one folder a class or WebDataset shards (see ``ShardImages``).
+
+    Raises:
+        InputError: ``root`` is missing or has neither layout, or what is in it cannot be used.
+    """
+    if not root.is_dir():
+        raise InputError(f"no folder {root}: expected one folder of images a class in it, or shards (*.tar)")
+    shards = any(root.glob("*.tar"))
+    folders = any(path.is_dir() for path in root.iterdir())
+    if shards == folders:
+        found = "both class folders and shards" if shards else "neither class folders nor shards"
+        raise InputError(f"{root} holds {found} (*.tar, not compressed): expected one of the two")
+    source: ImageSource = ShardImages.scan(root) if shards else FolderImages.scan(root)
+    return ClassificationDataset(source, transform, seed=seed, cache=cache)
+
+
+def find_unreadable(dataset: ClassificationDataset, *, workers: int) -> dict[str, str]:
+    """Decode every image once: name -> reason of those that cannot be. With a cache, this fills it."""
+    loader = DataLoader(
+        _Readability(dataset),
+        batch_size=16,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),
+    )
+    found = {}
+    with tqdm(total=len(dataset), desc="checking images", unit="img", disable=None) as progress:
+        for reasons in loader:
+            for name, reason in reasons:
+                if reason is not None:
+                    found[name] = reason
+            progress.update(len(reasons))
+    return found
+
+
+class _Readability(Dataset[tuple[str, str | None]]):
+    """Items are (name, reason why the image cannot be read or None)."""
+
+    def __init__(self, dataset: ClassificationDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, position: int) -> tuple[str, str | None]:
+        try:
+            self.dataset.load(position)
+        except ImageInputError as error:
+            return self.dataset.names[position], error.reason
+        return self.dataset.names[position], None
+
+
+def init_worker(worker: int) -> None:
+    """One process does one thing at a time; OpenCV's own pool of threads does not survive a fork either."""
+    cv2.setNumThreads(0)
+
+
+def mix(seed: int, epoch: int, index: int) -> int:
+    """A 62-bit seed for one image of one epoch; tuples of integers hash the same in every process."""
+    return hash((seed, epoch, index)) & (2**62 - 1)

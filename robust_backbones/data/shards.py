@@ -1,0 +1,161 @@
+"""Images in WebDataset shards, tar files of samples, read at any place rather than as a stream."""
+
+from __future__ import annotations
+
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count, groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from robust_backbones.errors import InputError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
+
+
+@dataclass(frozen=True)
+class ShardImages:
+    """Samples of all ``*.tar`` files of a folder, shard by shard in sorted order.
+
+    A sample is what neighbouring members with one key are, the key being the path up to the basename's first dot:
+    ``KEY.jpg`` (or .jpeg, .png) and ``KEY.cls`` with the label as a decimal number; other members are passed over.
+    ``classes.txt`` beside the shards names the classes, one a line; without it they are "0", "1", ...
+
+    WebDataset itself streams: it shuffles within a buffer, and it neither splits an epoch exactly over processes nor
+    starts in the middle of one. With the place of every image known, shards are an indexed data set like any other and
+    all three come for free. The price is that shards must lie on a file system, not behind a URL.
+    """
+
+    root: Path
+    classes: list[str]
+    labels: list[int]
+    names: list[str]
+    """``SHARD.tar:MEMBER``."""
+    paths: list[Path]
+    shards: NDArray[np.int32]
+    """Of each image: index into ``paths``."""
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    stamps: list[tuple[int, int]]
+    """Of each shard: size in bytes and time of change in ns."""
+
+    @classmethod
+    def scan(cls, root: Path) -> ShardImages:
+        """Index the shards; of images only the headers are read.
+
+        Raises:
+            InputError: a shard is damaged or compressed; a sample lacks its image or label; a label is no class; a
+                class has no sample.
+        """
+        paths = sorted(root.glob("*.tar"))
+        labels, names, places = [], [], []
+        for shard, path in enumerate(paths):
+            for member, label, offset, size in _samples(path):
+                labels.append(label)
+                names.append(f"{path.name}:{member}")
+                places.append((shard, offset, size))
+        shards, offsets, sizes = np.array(places, np.int64).reshape(-1, 3).T
+        status = [path.stat() for path in paths]
+        return cls(
+            root,
+            _classes(root, labels, names),
+            labels,
+            names,
+            paths,
+            shards.astype(np.int32),
+            offsets.copy(),
+            sizes.copy(),
+            [(file.st_size, file.st_mtime_ns) for file in status],
+        )
+
+    def read(self, index: int) -> bytes:
+        # A shard is opened for each image, as the file of a folder is: a thousand kept open exceed the usual limit of
+        # a process, and descriptors do not travel to workers that are spawned.
+        with open(self.paths[self.shards[index]], "rb", buffering=0) as file:
+            return os.pread(file.fileno(), int(self.sizes[index]), int(self.offsets[index]))
+
+    def stamp(self, index: int) -> tuple[int, ...]:
+        return *self.stamps[self.shards[index]], int(self.offsets[index])
+
+
+def _classes(root: Path, labels: list[int], names: list[str]) -> list[str]:
+    """The classes' names, once it is sure that labels and classes belong together."""
+    if not labels:
+        raise InputError(f"the shards in {root} hold no sample: each needs KEY.jpg (or .jpeg, .png) and KEY.cls")
+    path = root / "classes.txt"
+    present = set(labels)
+    if path.exists():
+        classes = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        if max(present) >= len(classes):
+            name = names[next(index for index, label in enumerate(labels) if label >= len(classes))]
+            raise InputError(f"the label of {name} is not one of the {len(classes)} classes in {path}: mend either")
+        total = len(classes)
+    else:
+        total = max(present) + 1
+    if len(present) < total:
+        missing = next(label for label in count() if label not in present)
+        raise InputError(f"the shards in {root} hold no sample of class {missing}, of {total}: add some or renumber")
+    return classes if path.exists() else [str(label) for label in range(total)]
+
+
+def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
+    """(name of the image member, label, offset and size of the image in bytes) of each sample.
+
+    Raises:
+        InputError: see ``ShardImages.scan``.
+    """
+    with open(path, "rb") as file:
+        keyed = ((_key(member[0]), member) for member in _members(file, path))
+        for key, group in groupby((pair for pair in keyed if pair[0]), key=itemgetter(0)):
+            images, labels = [], []
+            for _, (name, offset, size) in group:
+                extension = name[len(key) + 1 :].lower()
+                if extension in IMAGE_EXTENSIONS:
+                    images.append((name, offset, size))
+                elif extension == "cls":
+                    file.seek(offset)
+                    labels.append(file.read(min(size, 100)))
+            if not images and not labels:
+                continue  # a note, or what other programs keep in a shard
+            if len(images) != 1 or len(labels) != 1:
+                raise InputError(
+                    f"sample {key} of {path} has {len(images)} images and {len(labels)} labels: "
+                    f"it needs {key}.jpg (or .jpeg, .png) and {key}.cls, side by side"
+                )
+            if not re.fullmatch(rb"\s*\d{1,9}\s*", labels[0]):
+                raise InputError(f"{key}.cls of {path} is not a class number: it must hold a decimal number >= 0")
+            name, offset, size = images[0]
+            yield name, int(labels[0]), offset, size
+
+
+def _key(name: str) -> str | None:
+    """What the members of a sample share, as WebDataset has it; None where it sees no part of a sample."""
+    match = re.match(r"((?:.*/)?[^./]+)\.[^/]*$", name)
+    return match[1] if match and not re.match(r"__[^/]*__(/|$)", name) else None
+
+
+def _members(file: BinaryIO, path: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of the regular files of an open tar archive."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    yield member.name, member.offset_data, member.size
+                archive.members.clear()  # type: ignore[attr-defined]  # else it keeps a million of them
+            end = archive.offset
+    except tarfile.TarError as error:
+        file.seek(0)
+        if file.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
+            raise InputError(f"{path} is compressed: unpack it, images hardly shrink anyway") from None
+        raise InputError(f"{path} is damaged or no tar file ({error}): copy or pack it again") from None
+    # An archive ends with empty blocks; at a damaged header tarfile stops as if it had ended.
+    file.seek(end)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise InputError(f"{path} is damaged (at byte {end}): copy or pack it again")

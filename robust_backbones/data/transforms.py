@@ -1,0 +1,27 @@
+"""Augmentation on uint8 images: what ImageNet and CIFAR training have always done."""
+
+from __future__ import annotations
+
+from torchvision.transforms import v2
+
+
+def train_transform(size: int, *, min_crop_scale: float) -> v2.Transform:
+    """Random resized crop and flip, as ImageNet training has it; ``min_crop_scale`` is a share of the area."""
+    return v2.Compose(
+        [v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+    )
+
+
+def padded_crop_transform(size: int, *, padding: int = 4) -> v2.Transform:
+    """Random ``size`` x ``size`` pixels of the image with a black border ``padding`` wide, and flip, as CIFAR has it.
+
+    An image whose shorter side is not ``size`` is resized to it first.
+    """
+    return v2.Compose(
+        [v2.Resize(size, antialias=True), v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]
+    )
+
+
+def val_transform(size: int, *, resize: int) -> v2.Transform:
+    """Shorter side to ``resize``, then the central ``size`` x ``size`` pixels."""
+    return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])

@@ -1,0 +1,205 @@
+"""What robust training minimises: PGD, free, fast and TRADES, behind one interface.
+
+Every objective is a function of the images, the labels and the ball around each image. It gets the network twice:
+``model`` as it trains (train mode, with gradients to its weights) and ``adversary`` as attacks see it (eval mode).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust_backbones.attacks import AttackConfig, ascend, frozen_eval, pgd
+from robust_backbones.errors import InputError
+from robust_backbones.threat_models import ThreatModel
+
+
+class Network(Protocol):
+    """Images in [0, 1] of shape (N, 3, H, W) -> float32 logits (N, classes)."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Which objective, and its own parameters; the defaults are the paper's plain PGD training."""
+
+    kind: str = "pgd"
+    """pgd: PGD adversarial training with ``attack`` (Madry et al. 2018). fast: one signed step of 1.25 epsilon from a
+    random start (Wong et al. 2020). free: each batch is replayed and every backward pass updates both the weights and
+    the perturbation (Shafahi et al. 2019). trades: clean loss plus ``trades_beta`` times the divergence under
+    ``attack`` (Zhang et al. 2019). free and fast have no use for ``attack``."""
+    replays: int = 4
+    """m of free training: replays of each batch. Train for 1/m of the epochs to spend the same time."""
+    trades_beta: float = 6.0
+    """1/lambda of TRADES: the weight of the robust term."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes (Szegedy et al. 2016)."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in OBJECTIVES:
+            raise InputError(f"unknown objective {self.kind!r}: choose one of {', '.join(OBJECTIVES)}")
+        if self.replays < 1:
+            raise InputError(f"free training needs at least one replay, got {self.replays}")
+        if not (math.isfinite(self.trades_beta) and self.trades_beta >= 0):
+            raise InputError(f"trades_beta must be >= 0, got {self.trades_beta:g}")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"label_smoothing is a share in [0, 1), got {self.label_smoothing:g}")
+
+    def build(self, attack: AttackConfig) -> Objective:
+        return OBJECTIVES[self.kind](self, attack)
+
+
+@dataclass
+class Objective:
+    """PGD adversarial training: the loss on the worst images that PGD finds (Madry et al. 2018, eq. 2.1)."""
+
+    config: ObjectiveConfig
+    attack: AttackConfig
+    replays: int = field(default=1, init=False)
+    """Optimiser steps on each batch."""
+
+    def loss(
+        self,
+        model: Network,
+        adversary: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        threat_model: ThreatModel,
+        *,
+        part: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The mean loss over a (micro-)batch, a scalar in nats, and the logits (N, classes) on the perturbed images.
+
+        ``part`` is the micro-batch's place within its step.
+        """
+        adversarial = pgd(
+            adversary,
+            images,
+            labels,
+            threat_model,
+            self.attack,
+            label_smoothing=self.config.label_smoothing,
+            generator=generator,
+        )
+        logits = model(adversarial)
+        return self.cross_entropy(logits, labels), logits
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+
+    def after_backward(self) -> None:
+        """Called once the gradients of the last loss are there."""
+
+    def chance_loss(self, classes: int) -> float:
+        """The loss in nats of a network that says nothing; a run far above it has left the rails."""
+        return math.log(classes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What carries over from one batch to the next, in this process."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+
+
+class Fast(Objective):
+    """PGD with one step of 1.25 epsilon from a random start in the ball (Wong et al. 2020, algorithm 3)."""
+
+    def __init__(self, config: ObjectiveConfig, attack: AttackConfig) -> None:
+        super().__init__(config, AttackConfig(steps=1, relative_step_size=1.25, random_start=True))
+
+
+class Free(Objective):
+    """Replay each batch m times; each gradient updates weights and perturbation at once (Shafahi et al. 2019, alg. 1).
+
+    The perturbation of one batch is where the next one starts. One is kept for each micro-batch of a step.
+    """
+
+    def __init__(self, config: ObjectiveConfig, attack: AttackConfig) -> None:
+        super().__init__(config, attack)
+        self.replays = config.replays
+        self._deltas: dict[int, Tensor] = {}
+        self._last: tuple[int, Tensor, ThreatModel] | None = None
+
+    def loss(
+        self,
+        model: Network,
+        adversary: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        threat_model: ThreatModel,
+        *,
+        part: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        delta = self._deltas.get(part)
+        if delta is None or delta.shape != images.shape:
+            delta = torch.zeros_like(images)
+        # The ball may have grown or shrunk since (epsilon warm-up).
+        delta = threat_model.project(delta.to(images.device)).requires_grad_()
+        self._last = (part, delta, threat_model)
+        logits = model((images + delta).clamp(0, 1))
+        return self.cross_entropy(logits, labels), logits
+
+    def after_backward(self) -> None:
+        assert self._last is not None
+        part, delta, threat_model = self._last
+        assert delta.grad is not None
+        step = threat_model.epsilon * threat_model.ascent_direction(delta.grad)
+        self._deltas[part] = threat_model.project(delta.detach() + step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(part): delta.cpu() for part, delta in self._deltas.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._deltas = {int(part): delta for part, delta in state.items()}
+
+
+class Trades(Objective):
+    """CE(f(x), y) + beta KL(f(x) ‖ f(x')), with x' the image in the ball that maximises the KL (Zhang et al. 2019).
+
+    Equation 5 and algorithm 1: the ascent starts at the image plus Gaussian noise of 0.001 (at the image itself the
+    divergence has no gradient). ``loss`` returns the logits at x'.
+    """
+
+    def loss(
+        self,
+        model: Network,
+        adversary: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        threat_model: ThreatModel,
+        *,
+        part: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        adversarial = images
+        if threat_model.epsilon > 0:
+            with frozen_eval(adversary):
+                with torch.no_grad():
+                    target = F.softmax(adversary(images), dim=1)
+
+                def divergence(points: Tensor) -> Tensor:
+                    return F.kl_div(F.log_softmax(adversary(points), dim=1), target, reduction="none").sum(1)
+
+                noise = 1e-3 * torch.randn(images.shape, generator=generator, device=images.device)
+                start = threat_model.project(noise)
+                adversarial = ascend(divergence, images, threat_model, self.attack, start=start)
+        clean_logits, logits = model(images), model(adversarial)
+        divergences = F.kl_div(
+            F.log_softmax(logits, dim=1), F.log_softmax(clean_logits, dim=1), reduction="batchmean", log_target=True
+        )
+        return self.cross_entropy(clean_logits, labels) + self.config.trades_beta * divergences, logits
+
+    def chance_loss(self, classes: int) -> float:
+        return (1 + self.config.trades_beta) * math.log(classes)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {"pgd": Objective, "fast": Fast, "free": Free, "trades": Trades}

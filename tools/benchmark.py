@@ -1,0 +1,249 @@
+#!/usr/bin/env python
+r"""Benchmarks whose numbers the README quotes: what adversarial training buys, and what the fast paths save.
+
+Examples:
+    python tools/benchmark.py robustness --data cifar10 --output runs/cifar10
+    python tools/benchmark.py throughput --data imagenet --output runs/throughput
+
+robustness trains a ResNet-18 on 32 px images twice with one budget, without and with PGD at Linf 8/255, and measures
+both against PGD-20, with 95 % intervals; it goes on where it was cut off. throughput times training steps and image
+loading in ways that take turns, so that a busy machine slows all of them, and quotes ratios. --debug shows tracebacks.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from robust_backbones import cli
+from robust_backbones.analysis.plots import accuracy_curves
+from robust_backbones.analysis.tables import markdown, robustness_table
+from robust_backbones.attacks import AttackConfig
+from robust_backbones.checkpoints import read_checkpoint
+from robust_backbones.data.datasets import open_dataset
+from robust_backbones.data.decoding import ResizedCache
+from robust_backbones.data.transforms import train_transform
+from robust_backbones.engine import Compute, Learner
+from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.objectives import ObjectiveConfig
+from robust_backbones.pretrain import Execution, PretrainConfig, pretrain
+from robust_backbones.records import atomic_path, versions, write_json
+from robust_backbones.robustness import RobustnessConfig, evaluate_robustness
+from robust_backbones.threat_models import ThreatModel
+
+ROBUSTNESS = PretrainConfig(
+    eval_threat_model=ThreatModel("Linf", 8 / 255),
+    arch="resnet18",
+    eval_attack=AttackConfig(steps=20, relative_step_size=0.25, random_start=True),
+    epochs=4,
+    batch_size=64,
+    lr=0.1,
+    schedule="one_cycle",
+    weight_decay=5e-4,
+    augmentation="padded_crop",
+    image_size=32,
+    val_resize=32,
+    precision="bf16",
+    eval_images=1000,
+)
+
+
+@dataclass
+class Robustness:
+    """Train with and without an adversary on one budget; a table and the curves of both."""
+
+    data: Path
+    """Folder that holds train/ and val/ with images of 32 px."""
+    output: Path
+    """Folder for both runs, table.md and curves.png."""
+    epochs: int = ROBUSTNESS.epochs
+    images: int = 2000
+    """Validation images of the final measurement; the curves are on 1000."""
+    seed: int = 0
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    workers: int = 1
+
+
+@dataclass
+class Throughput:
+    """Time the training step's variants and the ways to load images, in turns."""
+
+    data: Path
+    """Folder that holds train/ with images of the size that training crops from."""
+    output: Path
+    """Folder for throughput.json and table.md."""
+    arch: str = "resnet50"
+    image_size: int = 224
+    batch_size: int = 16
+    rounds: int = 3
+    """Turns of each variant; the table gives medians."""
+    images: int = 64
+    """Images that a turn of loading takes."""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+Arguments = (
+    Annotated[Robustness, tyro.conf.subcommand("robustness")]
+    | Annotated[Throughput, tyro.conf.subcommand("throughput")]
+)
+
+
+def main(arguments: list[str]) -> int:
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    return robustness(options) if isinstance(options, Robustness) else throughput(options)
+
+
+def robustness(options: Robustness) -> int:
+    threat_model = ROBUSTNESS.eval_threat_model
+    assert threat_model is not None
+    execution = Execution(device=options.device, workers=options.workers)
+    folders, records = {}, {}
+    for name, trained_at in (("standard", ThreatModel()), ("robust", threat_model)):
+        print(f"== {name} training ({trained_at})", flush=True)
+        folders[name] = options.output / name
+        config = replace(ROBUSTNESS, threat_model=trained_at, epochs=options.epochs, seed=options.seed)
+        training = pretrain(config, options.data, folders[name], execution)
+        evaluation = evaluate_robustness(
+            RobustnessConfig(
+                threat_model,
+                ROBUSTNESS.eval_attack,
+                autoattack=False,
+                limit=options.images,
+                image_size=32,
+                val_resize=32,
+            ),
+            read_checkpoint(folders[name] / "checkpoint.pt"),
+            options.data / "val",
+            options.output / f"{name}_evaluation",
+            device=options.device,
+            workers=options.workers,
+        )
+        records[name] = (training, evaluation)
+    accuracy_curves(folders, options.output / "curves.png")
+    return _write_table(robustness_table(records), options.output, "the curves are in curves.png beside it")
+
+
+def throughput(options: Throughput) -> int:
+    rows = [*_time_steps(options), *_time_loading(options)]
+    write_json(options.output / "throughput.json", {"rows": rows, "versions": versions(), "options": _plain(options)})
+    cells = [[row["what"], f"{row['images_per_second']:.1f}", f"{row['ratio']:.2f}x"] for row in rows]
+    table = markdown(["variant", "img/s", "ratio"], cells)
+    return _write_table(table, options.output, "the record is throughput.json beside it")
+
+
+def _time_steps(options: Throughput) -> list[dict]:
+    """PGD-3 training steps of the same network: the plain loop first, which the ratios refer to."""
+    device = torch.device(options.device)
+    images = torch.randint(0, 256, (options.batch_size, 3, options.image_size, options.image_size), dtype=torch.uint8)
+    batch = [(images, torch.arange(options.batch_size) % 10)]
+    variants: dict[str, Callable[[], None]] = {"step: plain PyTorch fp32": _plain_step(options, device, batch[0])}
+    for precision, attack_precision in (("fp32", ""), ("fp32", "bf16"), ("bf16", "")):
+        learner = _learner(options, Compute(device, precision, attack_precision))
+        name = f"step: {precision}, folded attack in {attack_precision or precision}"
+        variants[name] = lambda learner=learner: learner.step(batch)
+    return _in_turns(variants, options.batch_size, options.rounds, device)
+
+
+def _network(options: Throughput, device: torch.device) -> NormalizedModel:
+    spec = BackboneSpec(options.arch, 10)
+    return NormalizedModel(build_backbone(spec), spec).to(device)
+
+
+def _learner(options: Throughput, compute: Compute) -> Learner:
+    model = _network(options, compute.device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    objective = ObjectiveConfig().build(AttackConfig())
+    return Learner(model, optimizer, scheduler, objective, ThreatModel("L2", 3.0), compute)
+
+
+def _plain_step(options: Throughput, device: torch.device, batch: tuple[torch.Tensor, torch.Tensor]) -> Callable:
+    """The step as one writes it first: the network itself in eval mode, default memory layout, nothing folded."""
+    model, loss_of = _network(options, device), torch.nn.functional.cross_entropy
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    images, labels = batch[0].to(device) / 255, batch[1].to(device)
+
+    def step() -> None:
+        model.eval()
+        delta = torch.zeros_like(images)
+        for _ in range(3):
+            delta.requires_grad_()
+            (gradient,) = torch.autograd.grad(loss_of(model(images + delta), labels), delta)
+            delta = delta.detach() + 2 * gradient / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+            delta = delta * (3 / delta.flatten(1).norm(dim=1)).clamp(max=1)[:, None, None, None]
+            delta = (images + delta).clamp(0, 1) - images
+        model.train()
+        optimizer.zero_grad()
+        loss_of(model(images + delta), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def _time_loading(options: Throughput) -> list[dict]:
+    """One process that decodes and augments: Pillow first, which the ratios refer to."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    transform = train_transform(options.image_size, min_crop_scale=0.08)
+    pillow = ImageFolder(str(options.data / "train"), v2.Compose([transform, v2.PILToTensor()]))
+    cache = ResizedCache(options.output / "cache", 256)
+    ours = open_dataset(options.data / "train", transform)
+    cached = open_dataset(options.data / "train", transform, cache=cache)
+    count = min(options.images, len(ours))
+    for index in range(count):
+        cached.load(index)
+
+    def all_of(dataset) -> Callable[[], None]:
+        return lambda: [dataset[index] for index in range(count)] and None
+
+    variants = {
+        "loading: Pillow": all_of(pillow),
+        "loading: ours": all_of(ours),
+        "loading: ours, cache of 256 px": all_of(cached),
+    }
+    return _in_turns(variants, count, options.rounds, torch.device("cpu"))
+
+
+def _in_turns(variants: dict[str, Callable[[], None]], images: int, rounds: int, device: torch.device) -> list[dict]:
+    """Images a second of each variant, and how many times the first one's that is; one turn of each warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    first = seconds[next(iter(variants))]
+    return [
+        {
+            "what": name,
+            "images_per_second": images / median(times),
+            # Of the same turn: what slows the machine slows both.
+            "ratio": median(a / b for a, b in zip(first, times, strict=True)),
+            "seconds": times,
+        }
+        for name, times in seconds.items()
+    ]
+
+
+def _plain(options: Throughput) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def _write_table(table: str, output: Path, rest: str) -> int:
+    with atomic_path(output / "table.md") as temporary:
+        temporary.write_text(table + "\n")
+    print(f"\n{table}\n\ntable written to {output / 'table.md'}; {rest}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
