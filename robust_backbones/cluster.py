@@ -67,21 +67,22 @@ def submit(job: PretrainJob, cluster: ClusterConfig) -> Any:
         import submitit
     except ImportError:
         raise InputError("--cluster.executor needs the package submitit: pip install submitit") from None
-    executor = submitit.AutoExecutor(log_folder(job.output), cluster=cluster.executor)
-    executor.update_parameters(
-        name=job.output.name,
-        nodes=cluster.nodes,
-        tasks_per_node=cluster.processes,
-        gpus_per_node=cluster.processes if job.execution.device == "cuda" else 0,
-        cpus_per_task=1 + job.execution.workers,
-        timeout_min=round(60 * cluster.hours),
-        stderr_to_stdout=True,
-        slurm_max_num_timeout=cluster.restarts,
-        **({"slurm_partition": cluster.partition} if cluster.partition else {}),
-    )
     try:
+        executor = submitit.AutoExecutor(
+            log_folder(job.output), cluster=cluster.executor, slurm_max_num_timeout=cluster.restarts
+        )
+        executor.update_parameters(
+            name=job.output.name,
+            nodes=cluster.nodes,
+            tasks_per_node=cluster.processes,
+            gpus_per_node=cluster.processes if job.execution.device == "cuda" else 0,
+            cpus_per_task=1 + job.execution.workers,
+            timeout_min=round(60 * cluster.hours),
+            stderr_to_stdout=True,
+            **({"slurm_partition": cluster.partition} if cluster.partition else {}),
+        )
         return executor.submit(job)
-    except (OSError, submitit.core.utils.FailedJobError) as error:
+    except (OSError, RuntimeError, submitit.core.utils.FailedJobError) as error:
         raise InputError(f"cannot submit to {cluster.executor} ({str(error).splitlines()[0]})") from error
 
 

@@ -33,6 +33,17 @@ def batches(count: int = 3, size: int = 8) -> list[Batch]:
     return out
 
 
+def noisy_batches(images: Tensor, labels: Tensor, count: int, size: int) -> list[Batch]:
+    """uint8 batches of a trained network's images under noise, which keeps it from being sure of itself."""
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for _ in range(count):
+        rows = torch.randint(0, len(images), (size,), generator=generator)
+        noisy = images[rows] + 0.4 * torch.randn(images[rows].shape, generator=generator)
+        out.append(((255 * noisy.clamp(0, 1)).to(torch.uint8), labels[rows]))
+    return out
+
+
 def resnet() -> NormalizedModel:
     return NormalizedModel(build_backbone(SPEC), SPEC)
 
@@ -65,8 +76,8 @@ def same_weights(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in first.state_dict().items())
 
 
-def reference_losses(model: NormalizedModel, data: list[Batch], threat_model: ThreatModel) -> Iterator[float]:
-    """The recipe in plain PyTorch: no folding, no channels-last, perturbation and momentum kept by hand."""
+def reference_losses(model: NormalizedModel, data: list[Batch], epsilon: float, rate: float) -> Iterator[float]:
+    """The recipe at an l2 epsilon in plain PyTorch: nothing folded, perturbation and momentum kept by hand."""
     momenta = [torch.zeros_like(parameter) for parameter in model.parameters()]
     for images, labels in data:
         x, delta = images / 255, torch.zeros(images.shape)
@@ -75,10 +86,11 @@ def reference_losses(model: NormalizedModel, data: list[Batch], threat_model: Th
             delta.requires_grad_()
             loss = F.cross_entropy(model(x + delta), labels)
             (gradient,) = torch.autograd.grad(loss, delta)
-            norms = gradient.flatten(1).norm(dim=1)[:, None, None, None]
-            delta = delta.detach() + 2 / 3 * threat_model.epsilon * gradient / norms
-            length = delta.flatten(1).norm(dim=1)[:, None, None, None]
-            delta = delta * (threat_model.epsilon / length).clamp(max=1)
+            # An image that the network is quite sure of has no gradient, and keeps its place.
+            norms = gradient.flatten(1).norm(dim=1)[:, None, None, None].clamp(min=1e-30)
+            delta = delta.detach() + 2 / 3 * epsilon * gradient / norms
+            length = delta.flatten(1).norm(dim=1)[:, None, None, None].clamp(min=1e-30)
+            delta = delta * (epsilon / length).clamp(max=1)
             delta = (x + delta).clamp(0, 1) - x
         model.train()
         loss = F.cross_entropy(model(x + delta), labels)
@@ -86,28 +98,36 @@ def reference_losses(model: NormalizedModel, data: list[Batch], threat_model: Th
         with torch.no_grad():
             for parameter, momentum, gradient in zip(model.parameters(), momenta, gradients, strict=True):
                 momentum.mul_(0.9).add_(gradient + 1e-4 * parameter)
-                parameter.sub_(0.01 * momentum)
+                parameter.sub_(rate * momentum)
         yield loss.item()
 
 
-def test_fifty_steps_follow_a_slow_reference_of_the_recipe() -> None:
-    """Loss by loss within 1e-3: folding, channels-last and our bookkeeping change nothing but rounding."""
-    data, threat_model = batches(50, 16), ThreatModel("L2", 0.5)
-    expected = list(reference_losses(resnet(), data, threat_model))
-    model = resnet().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+@pytest.mark.slow
+def test_fifty_steps_follow_a_slow_reference_of_the_recipe(trained: tuple[NormalizedModel, Tensor, Tensor]) -> None:
+    """As trajectories within 1e-3, relative: folding, channels-last and our bookkeeping change nothing but rounding.
+
+    From a trained network and with small steps: on random weights each step multiplies any rounding a hundredfold, and
+    plain PyTorch departs from itself as soon as only its memory format changes.
+    """
+    start, images, labels = trained
+    data, rate, epsilon = noisy_batches(images, labels, 50, 32), 5e-4, 0.05
+    expected = list(reference_losses(copy.deepcopy(start), data, epsilon, rate))
+    model = copy.deepcopy(start).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     objective = ObjectiveConfig().build(AttackConfig())
-    ours = []
+    ours: list[float] = []
     train_one_epoch(
-        Learner(model, optimizer, scheduler, objective, threat_model, CPU),
+        Learner(model, optimizer, scheduler, objective, ThreatModel("L2", epsilon), CPU),
         data,
         steps=50,
         log_period=1,
         on_log=lambda step, totals: ours.append(totals.metrics()["train_loss"]),
     )
-    assert ours == pytest.approx(expected, rel=1e-3)
-    assert ours[-1] < 0.5 * ours[0]  # and it learns, so they had a way to go
+    difference = torch.tensor(ours) - torch.tensor(expected)
+    assert difference.norm() < 1e-3 * torch.tensor(expected).norm()
+    assert ours == pytest.approx(expected, rel=5e-3)  # nor does any one loss stray
+    assert sum(ours[-10:]) < 0.9 * sum(ours[:10])  # and it learns, so there was a way to go
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])

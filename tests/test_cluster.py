@@ -1,0 +1,52 @@
+"""Submitted runs, by submitit's executors for one machine."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from robust_backbones.cluster import ClusterConfig, PretrainJob, log_folder, submit
+from robust_backbones.errors import InputError
+from robust_backbones.records import RunRecord
+from tests.test_pretrain import CONFIG, HERE
+
+submitit = pytest.importorskip("submitit")
+
+
+def job(shapes: Path, output: Path) -> PretrainJob:
+    return PretrainJob(replace(CONFIG, epochs=1), shapes / "shapes_classification", output, HERE)
+
+
+def test_a_submitted_run_is_the_run(shapes: Path, tmp_path: Path) -> None:
+    submitted = submit(job(shapes, tmp_path / "run"), ClusterConfig("debug", processes=1))
+    assert submitted.result() == RunRecord.read(tmp_path / "run/record.json").metrics
+    assert log_folder(tmp_path / "run").is_dir()
+
+
+@pytest.mark.slow
+def test_local_processes_form_one_run(shapes: Path, tmp_path: Path) -> None:
+    submitted = submit(job(shapes, tmp_path / "run"), ClusterConfig("local", processes=2, hours=0.2))
+    results = submitted.results()
+    record = RunRecord.read(tmp_path / "run/record.json")
+    assert results == [record.metrics, record.metrics]
+    assert record.config["processes"] == 2
+
+
+def test_an_interrupted_job_is_submitted_again_as_it_is(shapes: Path, tmp_path: Path) -> None:
+    one = job(shapes, tmp_path / "run")
+    again = one.checkpoint()
+    assert isinstance(again, submitit.helpers.DelayedSubmission)
+    assert (again.function, again.args, again.kwargs) == (one, (), {})
+
+
+def test_a_machine_without_slurm_says_so(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match="cannot submit to slurm"):
+        submit(job(shapes, tmp_path / "run"), ClusterConfig("slurm"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"executor": "pbs"}, {"nodes": 0}, {"processes": 0}, {"hours": 0.0}])
+def test_what_cannot_be_asked_for_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        ClusterConfig(**wrong)
