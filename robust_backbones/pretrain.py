@@ -127,16 +127,19 @@ class PretrainConfig:
             raise InputError(f"progressive_size {self.progressive_size} exceeds image_size {self.image_size}")
         if bool(self.progressive_size) != bool(self.progressive_epochs):
             raise InputError("progressive resizing needs both progressive_size and progressive_epochs")
-        if self.eval_threat_model is None:
-            object.__setattr__(self, "eval_threat_model", self.threat_model)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; threat models as text."""
         return {
             **asdict(self),
             "threat_model": str(self.threat_model),
-            "eval_threat_model": str(self.eval_threat_model),
+            "eval_threat_model": str(self.evaluated_at),
         }
+
+    @property
+    def evaluated_at(self) -> ThreatModel:
+        """The adversary that robust accuracy is measured against."""
+        return self.eval_threat_model or self.threat_model
 
     def compute(self, device: torch.device, compile_mode: str = "") -> Compute:
         return Compute(device, self.precision, self.attack_precision, compile_mode)
@@ -442,7 +445,6 @@ class _Run:
 
     def _evaluate(self, description: str) -> dict[str, float]:
         config, processes = self.config, self.processes
-        assert config.eval_threat_model is not None
         images = self.val_data.sample(config.eval_images, seed=config.seed) if config.eval_images else self.val_data
         return evaluate(
             self.learner.evaluated,
@@ -453,7 +455,7 @@ class _Run:
                 world_size=processes.size,
                 workers=self.execution.workers,
             ),
-            config.eval_threat_model,
+            config.evaluated_at,
             config.eval_attack,
             self.compute,
             generator=torch.Generator(self.compute.device).manual_seed(config.seed + processes.rank),
@@ -583,6 +585,6 @@ def _summary(row: dict[str, Any], config: PretrainConfig) -> str:
     if "clean_accuracy" in row:
         text += (
             f", validation accuracy clean {row['clean_accuracy']:.1f} %, "
-            f"robust ({config.eval_threat_model}) {row['robust_accuracy']:.1f} %"
+            f"robust ({config.evaluated_at}) {row['robust_accuracy']:.1f} %"
         )
     return text + (f", {row['images_per_second']:.0f} img/s" if "images_per_second" in row else "")

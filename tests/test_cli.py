@@ -1,12 +1,18 @@
 """Command lines: every bad input is one sentence, status 2, no traceback, nothing half-written."""
 
+import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from robust_backbones.engine import Learner
+from robust_backbones.records import RunRecord
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str, str]]
@@ -15,6 +21,7 @@ TOOLS = sorted(
 )  # that one has its own tests
 SMALL = ["--arch", "resnet18", "--image-size", "32", "--val-resize", "32", "--batch-size", "8", "--epochs", "1"]
 FAST = [*SMALL, "--attack.steps", "1", "--eval-attack.steps", "1", "--workers", "0", "--device", "cpu"]
+FAST += ["--no-tensorboard"]
 
 
 def assert_refused(result: tuple[int, str, str], *words: str) -> None:
@@ -32,6 +39,7 @@ def test_pretrain_then_convert(run_tool: Run, shapes: Path, tmp_path: Path) -> N
     data = shapes / "shapes_classification"
     status, out, _ = run_tool("pretrain", "--data", data, "--output", output, "--threat-model", "Linf:4/255", *FAST)
     assert status == 0
+    assert "% (Linf:4/255)" in out.splitlines()[-2]  # measured against the training adversary when no other is given
     assert str(output) in out.splitlines()[-1]
     status, out, _ = run_tool("convert_backbone", output / "checkpoint.pt", converted)
     assert status == 0
@@ -76,6 +84,68 @@ def test_an_unreadable_image_stops_with_its_name(run_tool: Run, tmp_path: Path) 
     output = tmp_path / "run"
     assert_refused(run_tool("pretrain", "--data", tmp_path / "data", "--output", output, *FAST), "cannot read", ".jpg")
     assert [path.name for path in output.iterdir()] == ["config.json"]  # a claim, so that the mended data goes on
+
+
+def test_recipes_are_listed_and_overridden(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    status, out, _ = run_tool("pretrain", "--list-recipes")
+    assert status == 0
+    assert len(out.splitlines()) == 68
+    assert [line.split() for line in out.splitlines() if line.startswith("resnet50_l2_eps3 ")] == [
+        ["resnet50_l2_eps3", "resnet50", "L2:3", "62.83"]
+    ]
+    data, output = shapes / "shapes_classification", tmp_path / "run"
+    size = [*FAST[2:], "--lr", "0.01"]
+    status, _, _ = run_tool("pretrain", "--recipe", "resnet18_linf_eps4.0", "--data", data, "--output", output, *size)
+    assert status == 0
+    config = RunRecord.read(output / "record.json").config
+    assert (config["arch"], config["threat_model"], config["eval_threat_model"]) == ("resnet18", *["Linf:4/255"] * 2)
+    assert (config["lr"], config["momentum"], config["batch_size"]) == (0.01, 0.9, 8)
+    assert_refused(run_tool("pretrain", "--recipe", "resnet50_l2_eps4", "--data", data, "--output", output), "nearest")
+
+
+def test_a_failed_training_has_its_own_status(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    data = shapes / "shapes_classification"
+    status, _, err = run_tool("pretrain", "--data", data, "--output", tmp_path / "run", *FAST, "--lr", "1e30")
+    assert status == 1
+    assert "not finite" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_run_asked_to_stop_has_its_own_status(
+    run_tool: Run, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Learner.step
+
+    def step(self: Learner, batch: Any) -> None:
+        original(self, batch)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Learner, "step", step)
+    data = shapes / "shapes_classification"
+    status, _, err = run_tool("pretrain", "--data", data, "--output", tmp_path / "run", *FAST)
+    assert status == 75
+    assert "same command" in err
+
+
+def test_a_run_is_submitted(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    data, output = shapes / "shapes_classification", tmp_path / "run"
+    options = ["--cluster.executor", "debug", "--cluster.processes", "1"]
+    status, out, _ = run_tool("pretrain", "--data", data, "--output", output, *FAST, *options)
+    assert status == 0
+    assert "submitted as job" in out
+    assert str(output) in out.splitlines()[-1]
+
+
+def test_throughput_is_measured_in_turns(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    size = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2", "--rounds", "1", "--images", "4"]
+    arguments = ["--data", shapes / "shapes_classification", "--output", tmp_path, "--device", "cpu", *size]
+    status, out, _ = run_tool("benchmark", "throughput", *arguments)
+    assert status == 0
+    assert (tmp_path / "table.md").read_text() in out
+    rows = json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    assert [row["ratio"] for row in rows if "plain" in row["what"] or "Pillow" in row["what"]] == [1, 1]
+    assert all(row["images_per_second"] > 0 for row in rows)
 
 
 def test_an_unknown_option_is_refused(run_tool: Run) -> None:
@@ -158,7 +228,6 @@ def test_help_has_an_example(tool: str, run_tool: Run, capsys: pytest.CaptureFix
 
 def test_table_of_records() -> None:
     from robust_backbones.analysis.tables import transfer_table
-    from robust_backbones.records import RunRecord
 
     classifier = RunRecord("c", "pretrain", {}, "L2:3", "d", {"clean_accuracy": 60, "robust_accuracy": 31.44}, 0, {}, 1)
     classifier = RunRecord(**{**classifier.__dict__, "config": {"eval_threat_model": "L2:1"}})
@@ -167,3 +236,23 @@ def test_table_of_records() -> None:
     assert "robust acc (L2:1)" in table[0]
     assert table[2] == "| L2:3 | 60.0 | 31.4 | 50.1 | - | - | - |"
     assert np.unique([line.count("|") for line in table]).size == 1
+
+
+def test_table_and_curves_of_robustness(tmp_path: Path) -> None:
+    from robust_backbones.analysis.plots import accuracy_curves
+    from robust_backbones.analysis.tables import robustness_table
+
+    training = RunRecord("t", "pretrain", {}, "L2:1", "d", {}, 0, {"epochs": 4, "eval_threat_model": "L2:2"}, 90)
+    metrics = {f"{stage}_accuracy{end}": 50.0 for stage in ("clean", "pgd") for end in ("", "_low", "_high")}
+    metrics |= {"pgd_accuracy": 12.34, "pgd_accuracy_low": 10.0}
+    adversary = {"threat_model": "L2:2", "attack": {"steps": 20}}
+    evaluation = RunRecord("e", "robustness", {}, "L2:1", "d", metrics, 0, adversary, 1)
+    table = robustness_table({"robust": (training, evaluation)}).splitlines()
+    assert "robust acc (L2:2, PGD-20)" in table[0]
+    assert table[2] == "| robust | L2:1 | 4 | 2 | 50.0 (50.0 to 50.0) | 12.3 (10.0 to 50.0) |"
+
+    training.write(tmp_path / "record.json")
+    rows = [{"step": 5, "epoch": 1, "clean_accuracy": 60, "robust_accuracy": 20}, {"step": 9, "epoch": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    accuracy_curves({"robust": tmp_path}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^\$? ?python (tools/\w+\.py.*(?:\\\n.*)*)", README, flags=re.MULTILINE)
+COMMANDS = re.findall(r"^\$? ?(?:python|torchrun .*?) (tools/\w+\.py.*(?:\\\n.*)*)", README, flags=re.MULTILINE)
 
 
 def test_named_files_exist() -> None:
@@ -31,6 +31,7 @@ def test_options_are_known(command: str, run_tool: Callable[..., tuple[int, str,
     words = command.replace("\\\n", " ").split()
     tool = words[0].removeprefix("tools/").removesuffix(".py")
     if tool != "install_detectron2":
-        _, help_text, _ = run_tool(tool, "--help")
+        subcommand = re.findall(r"^[a-z]+$", words[1])
+        _, help_text, _ = run_tool(tool, *subcommand, "--help")
         for option in (word for word in words if word.startswith("--")):
             assert option in help_text, f"{tool} has no {option}"

@@ -99,8 +99,7 @@ def main(arguments: list[str]) -> int:
 
 
 def robustness(options: Robustness) -> int:
-    threat_model = ROBUSTNESS.eval_threat_model
-    assert threat_model is not None
+    threat_model = ROBUSTNESS.evaluated_at
     execution = Execution(device=options.device, workers=options.workers)
     folders, records = {}, {}
     for name, trained_at in (("standard", ThreatModel()), ("robust", threat_model)):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a backbone adversarially, or normally at epsilon 0, on folders of images or WebDataset shards.
+r"""Train a backbone adversarially, or normally at epsilon 0, on folders of images or WebDataset shards.
 
 Examples:
     python tools/pretrain.py --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3
