@@ -72,6 +72,7 @@ class Learner:
         model: the network itself, unwrapped, on the device.
         averaged: the exponential moving average of its weights, or None.
         step_count: batches learnt from so far (with free training, each of them several times).
+        rate, epsilon: the last step's learning rate and radius of the ball.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Learner:
             self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self._generator = torch.Generator(compute.device).manual_seed(seed * 1_000_003 + processes.rank)
         self.step_count = 0
+        self.rate, self.epsilon = 0.0, 0.0
         self.meter = Meter(compute.device, processes)
 
     @property
@@ -129,6 +131,7 @@ class Learner:
         """
         self.model.train()
         threat_model = self.threat_model
+        self.rate, self.epsilon = float(self.scheduler.get_last_lr()[0]), threat_model.epsilon
         on_device = [
             (self.compute.to_unit_range(images), labels.to(self.compute.device, non_blocking=True))
             for images, labels in batch
@@ -304,21 +307,25 @@ def train_one_epoch(
         for step in range(first_step, steps):
             batch = list(islice(source, accumulate))
             assert len(batch) == accumulate, "the loader ended before the epoch"
-            rate = learner.scheduler.get_last_lr()[0]
             learner.step(batch)
             progress.update()
             if (step + 1) % log_period == 0 or step + 1 == steps or stop():
                 totals, bad_step = learner.meter.read()
                 if bad_step is not None:
-                    raise TrainingFailedError(f"the loss of step {bad_step + 1} is not finite (learning rate {rate:g})")
+                    raise TrainingFailedError(
+                        f"the loss of step {bad_step + 1} is not finite (learning rate {learner.rate:g})"
+                    )
                 metrics = totals.metrics()
                 if classes > 1 and metrics["train_loss"] > 10 * learner.objective.chance_loss(classes):
                     raise TrainingFailedError(
                         f"the loss diverges: {metrics['train_loss']:.3g} around step {learner.step_count} "
-                        f"(learning rate {rate:g}), ten times that of chance"
+                        f"(learning rate {learner.rate:g}), ten times that of chance"
                     )
+                images = learner.processes.size * sum(len(labels) for _, labels in batch)
                 progress.set_postfix_str(
-                    f"loss {metrics['train_loss']:.3f}, accuracy {metrics['train_accuracy']:.1f} %", refresh=False
+                    f"{images * (progress.format_dict['rate'] or 0):.0f} img/s, loss {metrics['train_loss']:.3f}, "
+                    f"accuracy {metrics['train_accuracy']:.1f} %",
+                    refresh=False,
                 )
                 on_log(step + 1, totals)
 

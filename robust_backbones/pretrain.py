@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -264,11 +264,7 @@ class _Run:
         self.train_data, self.val_data = self._open("train"), self._open("val")
         if self.train_data.classes != self.val_data.classes:
             raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same")
-        self.steps = steps_per_epoch(self.train_data, config.batch_size)
-        if self.steps == 0:
-            raise InputError(
-                f"{data / 'train'} has {len(self.train_data)} images, less than one batch: lower --batch-size"
-            )
+        self.steps = self._steps_per_epoch()
         self.micro_batch_size = execution.micro_batch_size or max(1, config.batch_size // processes.size)
         self.accumulate = config.batch_size // (self.micro_batch_size * processes.size)
         self._loader(epoch=0, first_step=0)  # refuses batches that do not divide, before anything is written
@@ -284,6 +280,14 @@ class _Run:
             cache = ResizedCache(self.execution.cache, config.cache_short_side)
         transform = val_transform(config.image_size, resize=config.val_resize)
         return open_dataset(self.data / part, transform, seed=config.seed, cache=cache)
+
+    def _steps_per_epoch(self) -> int:
+        steps = steps_per_epoch(self.train_data, self.config.batch_size)
+        if steps == 0:
+            raise InputError(
+                f"{self.data / 'train'} has {len(self.train_data)} images, less than one batch: lower --batch-size"
+            )
+        return steps
 
     def _loader(self, *, epoch: int, first_step: int) -> Any:
         size = self.config.image_size_at(epoch)
@@ -339,7 +343,7 @@ class _Run:
         skipped = self.processes.agree(json.loads(path.read_text()) if self.processes.is_main else None)
         self.train_data = self.train_data.without(skipped["train"])
         self.val_data = self.val_data.without(skipped["val"])
-        self.steps = steps_per_epoch(self.train_data, self.config.batch_size)
+        self.steps = self._steps_per_epoch()
         self.skipped = {f"{part}/{name}": reason for part, names in skipped.items() for name, reason in names.items()}
         where = f", see {path}" if self.skipped else ""
         self._say(f"{len(self.skipped)} images cannot be read and are left out{where}")
@@ -388,8 +392,8 @@ class _Run:
             row = {
                 "epoch": epoch + 1,
                 "step": learner.step_count,
-                "lr": float(learner.scheduler.get_last_lr()[0]),
-                "epsilon": learner.threat_model.epsilon,
+                "lr": learner.rate,
+                "epsilon": learner.epsilon,
                 **totals.metrics(),
                 "images_per_second": totals.images / elapsed,
             }
@@ -457,7 +461,8 @@ class _Run:
             ),
             config.evaluated_at,
             config.eval_attack,
-            self.compute,
+            # In float16 small gradients vanish, and a network would look more robust than it is.
+            replace(self.compute, precision="fp32") if config.precision == "fp16" else self.compute,
             generator=torch.Generator(self.compute.device).manual_seed(config.seed + processes.rank),
             processes=processes,
             description=description,

@@ -119,8 +119,9 @@ def evaluate_robustness(
     if images.num_classes != spec.num_classes:
         raise InputError(f"{data} holds {images.num_classes} classes, but {checkpoint.source} knows {spec.num_classes}")
     skipped = config.skipped(spec.num_classes)
-    for stage, reason in skipped.items():
-        print(f"{stage} is skipped: {reason}")
+    if config.autoattack:
+        for stage, reason in skipped.items():
+            print(f"{stage} is skipped: {reason}")
     identity = {
         **config.to_dict(),
         "data": data.name,

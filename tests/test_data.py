@@ -184,6 +184,19 @@ def test_padded_crops_are_windows_of_the_image_in_a_black_border() -> None:
     assert padded_crop_transform(32)(torch.zeros(3, 50, 70, dtype=torch.uint8)).shape == (3, 32, 32)
 
 
+def test_a_sample_is_of_the_same_items_and_a_greater_one_adds_to_it(shapes: Path) -> None:
+    dataset = open_dataset(shapes / "shapes_classification/train", train_transform(32, min_crop_scale=0.3))
+    small, great = dataset.sample(5, seed=1), dataset.sample(9, seed=1)
+    assert great.names[:5] == small.names
+    assert set(great.names) < set(dataset.names)
+    assert dataset.sample(9, seed=2).names != great.names
+    for position, name in enumerate(great.names):
+        image, label = great[position]
+        whole_image, whole_label = dataset[dataset.names.index(name)]
+        assert torch.equal(image, whole_image)  # cropped alike: it keeps its place in the full data set
+        assert label == whole_label
+
+
 def test_shapes_are_annotated_where_they_are(shapes: Path) -> None:
     """Polygon, box and area agree with the rasterised mask, boxes never overlap, and every class occurs."""
     coco = COCO(str(shapes / "shapes/annotations/instances_train.json"))

@@ -63,6 +63,45 @@ def test_real_images_from_pixels_to_average_precision(real_data: Path, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.real_data
+def test_real_images_with_and_without_an_adversary(real_data: Path, tmp_path: Path) -> None:
+    """A little of CIFAR-10 through the benchmark of the README and the evaluation, as class folders and as shards."""
+    data = tmp_path / "cifar10"
+    taken: dict[str, int] = {}
+    with tarfile.open(real_data / "cifar10.tar.gz") as archive:
+        for member in archive:
+            part, name, *_ = Path(member.name).parts if member.isfile() else ("", "")
+            taken[part + name] = taken.get(part + name, 0) + 1
+            if member.isfile() and taken[part + name] <= (64 if part == "train" else 10):
+                member.name = member.name.replace("test/", "val/", 1)
+                archive.extract(member, data, filter="data")
+
+    out = run("tools/benchmark.py", "robustness", "--data", data, "--output", tmp_path / "runs", "--epochs", 1)
+    assert "| robust | Linf:8/255 | 1 |" in out
+    assert (tmp_path / "runs/table.md").read_text() in out
+    assert (tmp_path / "runs/curves.png").stat().st_size > 5_000
+
+    classes = sorted(path.name for path in (data / "val").iterdir())
+    assert len(classes) == 10
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards/0.tar", "w") as archive:
+        for index, path in enumerate(sorted((data / "val").rglob("*.jpg"))):
+            (tmp_path / "label").write_text(str(classes.index(path.parent.name)))
+            archive.add(path, f"{index:04}.jpg")
+            archive.add(tmp_path / "label", f"{index:04}.cls")
+    attack = ["--threat-model", "Linf:8/255", "--image-size", 32, "--val-resize", 32, "--limit", 50]
+    attack += ["--apgd-steps", 5, "--square-queries", 20]
+    outcomes = []
+    for folder in ("cifar10/val", "shards"):
+        output = tmp_path / f"evaluation_{folder.partition('/')[0]}"
+        checkpoint = tmp_path / "runs/robust/checkpoint.pt"
+        run("tools/evaluate.py", "classifier", checkpoint, "--data", tmp_path / folder, "--output", output, *attack)
+        outcomes.append(RunRecord.read(output / "record.json").metrics)
+    assert outcomes[0] == outcomes[1]
+    assert 0 <= outcomes[0]["autoattack_accuracy"] <= outcomes[0]["clean_accuracy"] <= 100
+
+
+@pytest.mark.slow
 def test_the_demo_learns(tmp_path: Path) -> None:
     """Its own exit status says whether box AP50 reached 30 for both backbones; a second run repeats nothing."""
     out = run("tools/demo.py", "--output", tmp_path / "demo")

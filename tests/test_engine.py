@@ -148,9 +148,11 @@ def test_micro_batches_add_up_to_the_batch(accumulate: int) -> None:
     assert split.step_count == 4
 
 
-@pytest.mark.parametrize("kind", ["pgd", "free", "trades", "fast"])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("pgd", "fp32"), ("free", "fp32"), ("trades", "fp32"), ("fast", "fp32"), ("pgd", "fp16")]
+)
 @pytest.mark.parametrize("cut", [1, 3])
-def test_state_is_all_there_is(kind: str, cut: int) -> None:
+def test_state_is_all_there_is(kind: str, precision: str, cut: int) -> None:
     """k steps, state out, state into a new learner, the rest: bit for bit the unbroken run, dropout included."""
 
     def new() -> Learner:
@@ -158,7 +160,12 @@ def test_state_is_all_there_is(kind: str, cut: int) -> None:
         model.backbone.insert(5, nn.Dropout(0.5))
         attack = AttackConfig(steps=1, random_start=True)
         return learner(
-            model, objective=ObjectiveConfig(kind, replays=2), attack=attack, ema_decay=0.8, epsilon_warmup_steps=3
+            model,
+            objective=ObjectiveConfig(kind, replays=2),
+            attack=attack,
+            compute=Compute(torch.device("cpu"), precision),
+            ema_decay=0.8,
+            epsilon_warmup_steps=3,
         )
 
     data = batches(5)
