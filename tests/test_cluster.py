@@ -1,5 +1,8 @@
 """Submitted runs, by submitit's executors for one machine."""
 
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,8 +10,9 @@ import pytest
 
 from robust_backbones.cluster import ClusterConfig, PretrainJob, log_folder, submit
 from robust_backbones.errors import InputError
+from robust_backbones.pretrain import pretrain
 from robust_backbones.records import RunRecord
-from tests.test_pretrain import CONFIG, HERE
+from tests.test_pretrain import CONFIG, HERE, same_weights
 
 submitit = pytest.importorskip("submitit")
 
@@ -50,3 +54,26 @@ def test_a_machine_without_slurm_says_so(shapes: Path, tmp_path: Path, monkeypat
 def test_what_cannot_be_asked_for_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError):
         ClusterConfig(**wrong)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_was(shapes: Path, tmp_path: Path) -> None:
+    """The signal that Slurm sends, to the job's own process: what submitit keeps for the next start ends the same."""
+    data = shapes / "shapes_classification"
+    config = replace(CONFIG, epochs=6)
+    pretrain(config, data, tmp_path / "unbroken", HERE)
+    job = PretrainJob(config, data, tmp_path / "run", replace(HERE, checkpoint_minutes=0))
+    submitted = submit(job, ClusterConfig("local", processes=1, hours=0.2))
+    while not (tmp_path / "run/checkpoints/step_000000003.pt").exists():
+        assert submitted.state != "FINISHED"
+        time.sleep(0.05)
+    controller = submitted.job_id
+    process = int(Path(f"/proc/{controller}/task/{controller}/children").read_text().split()[0])
+    os.kill(process, signal.SIGUSR2)
+    while "Requeued job" not in submitted.stdout():
+        assert not (tmp_path / "run/record.json").exists()
+        time.sleep(0.05)
+    again = submitit.core.utils.DelayedSubmission.load(submitted.paths.submitted_pickle)
+    metrics = submit(again.function, ClusterConfig("debug", processes=1)).result()
+    assert metrics == RunRecord.read(tmp_path / "unbroken/record.json").metrics
+    assert same_weights(tmp_path / "run", tmp_path / "unbroken")
