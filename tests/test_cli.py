@@ -95,7 +95,7 @@ def test_recipes_are_listed_and_overridden(run_tool: Run, shapes: Path, tmp_path
     ]
     data, output = shapes / "shapes_classification", tmp_path / "run"
     size = [*FAST[2:], "--lr", "0.01"]
-    status, _, _ = run_tool("pretrain", "--recipe", "resnet18_linf_eps4.0", "--data", data, "--output", output, *size)
+    status, _, _ = run_tool("pretrain", "--recipe=resnet18_linf_eps4.0", "--data", data, "--output", output, *size)
     assert status == 0
     config = RunRecord.read(output / "record.json").config
     assert (config["arch"], config["threat_model"], config["eval_threat_model"]) == ("resnet18", *["Linf:4/255"] * 2)

@@ -46,15 +46,14 @@ def main(arguments: list[str]) -> int:
     if "--list-recipes" in arguments:
         print(zoo.table())
         return 0
-    default = PretrainConfig()
-    if "--recipe" in arguments[:-1]:
-        default = recipe(arguments[arguments.index("--recipe") + 1])
-    defaults = Arguments(tyro.MISSING, tyro.MISSING, config=default)
-    options = cli.parse(Arguments, arguments, description=__doc__, default=defaults)
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    if options.recipe:  # once more, now with the recipe's values where no option is given
+        defaults = Arguments(options.data, options.output, config=recipe(options.recipe))
+        options = cli.parse(Arguments, arguments, description=__doc__, default=defaults)
     if not options.data.is_dir():
         raise InputError(f"no data folder {options.data}: give one that holds train/ and val/")
     if options.cluster.executor:
-        job = PretrainJob(options.config, options.data.resolve(), options.output.resolve(), options.execution)
+        job = PretrainJob(options.config, options.data.absolute(), options.output.absolute(), options.execution)
         submitted = submit(job, options.cluster)
         print(f"submitted as job {submitted.job_id}; its logs are in {log_folder(job.output)}, its results will be in")
         print(options.output)
