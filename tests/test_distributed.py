@@ -25,6 +25,7 @@ from robust_backbones.distributed import (
 )
 from robust_backbones.engine import train_one_epoch
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.objectives import ObjectiveConfig
 from robust_backbones.records import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import ROOT
@@ -100,7 +101,7 @@ def train_without_norms(rank: int, size: int) -> list[Tensor]:
 
 def train_with_norms(rank: int, size: int) -> dict[str, Tensor]:
     with join_processes(CPU) as processes:
-        one = learner(small(), processes=processes)
+        one = learner(small(), objective=ObjectiveConfig("trades"), processes=processes)
         train_one_epoch(one, parted(rank, size), steps=4, accumulate=2)
         return {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
 
@@ -116,7 +117,10 @@ def test_gradients_are_those_of_the_global_batch(tmp_path: Path) -> None:
 
 
 def test_processes_end_with_the_same_network(tmp_path: Path) -> None:
-    """Batch statistics are each process's own, and their running averages are averaged after every step."""
+    """Batch statistics are each process's own, and their running averages are averaged after every step.
+
+    With TRADES, whose loss takes two passes through the network.
+    """
     first, second = spawn(train_with_norms, tmp_path)
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 

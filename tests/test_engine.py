@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -252,10 +253,24 @@ def test_a_loss_that_is_not_finite_names_its_step() -> None:
     assert not logged  # nothing may be saved
 
 
-def test_a_diverging_loss_stops() -> None:
-    one = learner(small(), lr=1e4)
-    with pytest.raises(TrainingFailedError, match="diverges"):
-        train_one_epoch(one, batches(20), steps=20, log_period=5, classes=3)
+@pytest.mark.parametrize(("bias", "diverges"), [(9.0, False), (13.0, True)])
+def test_ten_times_the_loss_of_chance_is_divergence(bias: float, diverges: bool) -> None:
+    """With all images of class 0 and the others' logits raised by b, the loss is about b + log 2; 10 log 3 is 11."""
+    one = learner(small(), ThreatModel(), lr=0.0)
+    with torch.no_grad():
+        one.model.backbone[-1].weight.zero_()
+        one.model.backbone[-1].bias.copy_(torch.tensor([0, bias, bias]))
+    data = [(images, torch.zeros_like(labels)) for images, labels in batches()]
+    with pytest.raises(TrainingFailedError, match="diverges") if diverges else nullcontext():
+        train_one_epoch(one, data, steps=3, classes=3)
+
+
+def test_the_loss_scale_is_part_of_the_state() -> None:
+    first, second = (learner(small(), compute=Compute(torch.device("cpu"), "fp16")) for _ in range(2))
+    first.step([batches(1)[0]])
+    first._scaler.update(128.0)
+    second.load_state_dict(first.state_dict())
+    assert second._scaler.get_scale() == 128
 
 
 def test_a_request_to_stop_is_heard_at_once() -> None:
