@@ -96,8 +96,8 @@ class Learner:
         self._adversary = compute.compile(self._twin)
         network: nn.Module = model
         if processes.size > 1:
-            # Statistics are averaged after each step instead (below): a broadcast between two forward passes of one
-            # loss would change what the backward pass needs.
+            # Statistics are averaged over the processes once a step (below), which uses what all of them saw; a
+            # broadcast before each pass would only spread the main process's.
             network = DistributedDataParallel(model, broadcast_buffers=False)
         self._network = compute.compile(network)
         self._wrapped = network
