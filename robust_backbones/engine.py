@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.distributed import ALONE, Processes
-from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.folding import FoldedTwin
 from robust_backbones.models import NormalizedModel
 from robust_backbones.objectives import Objective
@@ -292,7 +292,7 @@ def train_one_epoch(
         classes: how many there are, to tell a diverging loss; 0 does not tell.
 
     Raises:
-        TrainingFailedError: the loss is not finite, or ten times that of chance on average between two calls.
+        DivergedError: the loss is not finite, or ten times that of chance on average between two calls.
     """
     source = iter(micro_batches)
     progress = tqdm(
@@ -312,12 +312,12 @@ def train_one_epoch(
             if (step + 1) % log_period == 0 or step + 1 == steps or stop():
                 totals, bad_step = learner.meter.read()
                 if bad_step is not None:
-                    raise TrainingFailedError(
+                    raise DivergedError(
                         f"the loss of step {bad_step + 1} is not finite (learning rate {learner.rate:g})"
                     )
                 metrics = totals.metrics()
                 if classes > 1 and metrics["train_loss"] > 10 * learner.objective.chance_loss(classes):
-                    raise TrainingFailedError(
+                    raise DivergedError(
                         f"the loss diverges: {metrics['train_loss']:.3g} around step {learner.step_count} "
                         f"(learning rate {learner.rate:g}), ten times that of chance"
                     )

@@ -16,9 +16,13 @@ class InputError(Exception):
 
 
 class TrainingFailedError(InputError):
-    """A run started well and failed: its loss left the finite or the sensible, or its files could not be written."""
+    """A run started well and failed."""
 
     exit_status = 1
+
+
+class DivergedError(TrainingFailedError):
+    """The loss left the finite, or the sensible."""
 
 
 class PreemptedError(InputError):

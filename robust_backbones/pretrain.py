@@ -28,7 +28,7 @@ from robust_backbones.distributed import (
     synchronize_batch_norms,
 )
 from robust_backbones.engine import Compute, Learner, Totals, evaluate, train_one_epoch
-from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
+from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
 from robust_backbones.logs import RunLog
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.objectives import ObjectiveConfig
@@ -216,7 +216,8 @@ def pretrain(
 
     Raises:
         InputError: the data cannot be used, or ``output`` holds another run.
-        TrainingFailedError: the loss left the finite, or a file could not be written.
+        DivergedError: the loss left the finite, or the sensible.
+        TrainingFailedError: a file could not be written.
         PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
     """
     if execution.device == "cuda" and not torch.cuda.is_available():
@@ -424,8 +425,8 @@ class _Run:
                 classes=self.spec.num_classes,
                 description=label,
             )
-        except TrainingFailedError as error:
-            raise TrainingFailedError(
+        except DivergedError as error:
+            raise DivergedError(
                 f"{label}: {error}; the last good checkpoint is {self._last_good()}; "
                 "give a lower --lr and another --output"
             ) from None

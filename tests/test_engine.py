@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.engine import Compute, Learner, Totals, evaluate, train_one_epoch
-from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.objectives import ObjectiveConfig
 from robust_backbones.threat_models import ThreatModel
@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_names_its_step() -> None:
             yield batch
 
     logged: list[int] = []
-    with pytest.raises(TrainingFailedError, match=r"step 4 is not finite \(learning rate 0.025\)"):
+    with pytest.raises(DivergedError, match=r"step 4 is not finite \(learning rate 0.025\)"):
         train_one_epoch(one, poisoned(), steps=6, on_log=lambda step, t: logged.append(step))
     assert not logged  # nothing may be saved
 
@@ -261,7 +261,7 @@ def test_ten_times_the_loss_of_chance_is_divergence(bias: float, diverges: bool)
         one.model.backbone[-1].weight.zero_()
         one.model.backbone[-1].bias.copy_(torch.tensor([0, bias, bias]))
     data = [(images, torch.zeros_like(labels)) for images, labels in batches()]
-    with pytest.raises(TrainingFailedError, match="diverges") if diverges else nullcontext():
+    with pytest.raises(DivergedError, match="diverges") if diverges else nullcontext():
         train_one_epoch(one, data, steps=3, classes=3)
 
 

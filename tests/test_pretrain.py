@@ -22,7 +22,7 @@ from robust_backbones import zoo
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoints import load_tensors, read_checkpoint
 from robust_backbones.engine import Learner
-from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
+from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
 from robust_backbones.objectives import ObjectiveConfig
 from robust_backbones.pretrain import Execution, PretrainConfig, pretrain, recipe
 from robust_backbones.records import RunRecord
@@ -261,7 +261,7 @@ def test_the_global_generator_is_left_as_it_was(data: Path, tmp_path: Path) -> N
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(TrainingFailedError, match=r"epoch 1/3: .* checkpoint is none; give a lower --lr"):
+    with pytest.raises(DivergedError, match=r"epoch 1/3: .* checkpoint is none; give a lower --lr"):
         pretrain(replace(CONFIG, lr=1e30, threat_model=ThreatModel()), data, tmp_path / "run", HERE)
     assert not (tmp_path / "run/checkpoint.pt").exists()
 
@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
         original(self, batch)
 
     monkeypatch.setattr(Learner, "step", step)
-    with pytest.raises(TrainingFailedError, match=r"step 6 is not finite .* is .*step_000000004\.pt"):
+    with pytest.raises(DivergedError, match=r"step 6 is not finite .* is .*step_000000004\.pt"):
         pretrain(CONFIG, data, tmp_path / "later", HERE)
     assert load_tensors(tmp_path / "later/checkpoints/step_000000004.pt")["progress"]["epoch"] == 1
 
@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000_000, limit[1]))  # weights are 45 MB
     try:
-        with pytest.raises(TrainingFailedError, match=r"cannot write .*; the last good checkpoint is .*000004\.pt"):
+        with pytest.raises(TrainingFailedError, match=r"^cannot write .*; the last good checkpoint is .*000004\.pt$"):
             pretrain(CONFIG, data, output, replace(HERE, checkpoint_minutes=0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
