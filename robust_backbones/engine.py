@@ -20,7 +20,7 @@ from robust_backbones.distributed import ALONE, Processes
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.folding import FoldedTwin
 from robust_backbones.models import NormalizedModel
-from robust_backbones.objectives import Objective
+from robust_backbones.objectives import MicroBatch, Objective
 from robust_backbones.threat_models import ThreatModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -141,15 +141,8 @@ class Learner:
             for part, (images, labels) in enumerate(on_device):
                 with self._gradients_stay_local(last=part + 1 == len(on_device)):
                     self._twin.refresh()
-                    loss, logits = self.objective.loss(
-                        self._forward,
-                        self._adversary,
-                        images,
-                        labels,
-                        threat_model,
-                        part=part,
-                        generator=self._generator,
-                    )
+                    micro_batch = MicroBatch(images, labels, threat_model, part, self._generator)
+                    loss, logits = self.objective.loss(self._forward, self._adversary, micro_batch)
                     self._scaler.scale(loss / len(on_device)).backward()
                 self.objective.after_backward()
                 self.meter.add(loss.detach(), logits.detach(), labels, self.step_count)

@@ -26,6 +26,21 @@ class Network(Protocol):
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """What goes through the network at once, and the ball around each of its images."""
+
+    images: Tensor
+    """Shape (N, 3, H, W), float32 in [0, 1]."""
+    labels: Tensor
+    """Shape (N,), class indices."""
+    threat_model: ThreatModel
+    part: int = 0
+    """The micro-batch's place within its optimiser step."""
+    generator: torch.Generator | None = None
+    """Draws what is random in the attack."""
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """Which objective, and its own parameters; the defaults are the paper's plain PGD training."""
 
@@ -64,32 +79,19 @@ class Objective:
     replays: int = field(default=1, init=False)
     """Optimiser steps on each batch."""
 
-    def loss(
-        self,
-        model: Network,
-        adversary: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        threat_model: ThreatModel,
-        *,
-        part: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The mean loss over a (micro-)batch, a scalar in nats, and the logits (N, classes) on the perturbed images.
-
-        ``part`` is the micro-batch's place within its step.
-        """
+    def loss(self, model: Network, adversary: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The mean loss over a micro-batch, a scalar in nats, and the logits (N, classes) on the perturbed images."""
         adversarial = pgd(
             adversary,
-            images,
-            labels,
-            threat_model,
+            batch.images,
+            batch.labels,
+            batch.threat_model,
             self.attack,
             label_smoothing=self.config.label_smoothing,
-            generator=generator,
+            generator=batch.generator,
         )
         logits = model(adversarial)
-        return self.cross_entropy(logits, labels), logits
+        return self.cross_entropy(logits, batch.labels), logits
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
@@ -126,34 +128,23 @@ class Free(Objective):
         super().__init__(config, attack)
         self.replays = config.replays
         self._deltas: dict[int, Tensor] = {}
-        self._last: tuple[int, Tensor, ThreatModel] | None = None
+        self._last: tuple[MicroBatch, Tensor] | None = None
 
-    def loss(
-        self,
-        model: Network,
-        adversary: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        threat_model: ThreatModel,
-        *,
-        part: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        delta = self._deltas.get(part)
-        if delta is None or delta.shape != images.shape:
-            delta = torch.zeros_like(images)
-        # The ball may have grown or shrunk since (epsilon warm-up).
-        delta = threat_model.project(delta.to(images.device)).requires_grad_()
-        self._last = (part, delta, threat_model)
-        logits = model((images + delta).clamp(0, 1))
-        return self.cross_entropy(logits, labels), logits
+    def loss(self, model: Network, adversary: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        delta = self._deltas.get(batch.part)
+        if delta is None or delta.shape != batch.images.shape:
+            delta = torch.zeros_like(batch.images)
+        delta = delta.to(batch.images.device).requires_grad_()
+        self._last = (batch, delta)
+        logits = model((batch.images + delta).clamp(0, 1))
+        return self.cross_entropy(logits, batch.labels), logits
 
     def after_backward(self) -> None:
         assert self._last is not None
-        part, delta, threat_model = self._last
+        batch, delta = self._last
         assert delta.grad is not None
-        step = threat_model.epsilon * threat_model.ascent_direction(delta.grad)
-        self._deltas[part] = threat_model.project(delta.detach() + step)
+        step = batch.threat_model.epsilon * batch.threat_model.ascent_direction(delta.grad)
+        self._deltas[batch.part] = batch.threat_model.project(delta.detach() + step)
 
     def state_dict(self) -> dict[str, Any]:
         return {str(part): delta.cpu() for part, delta in self._deltas.items()}
@@ -169,18 +160,8 @@ class Trades(Objective):
     divergence has no gradient). ``loss`` returns the logits at x'.
     """
 
-    def loss(
-        self,
-        model: Network,
-        adversary: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        threat_model: ThreatModel,
-        *,
-        part: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        adversarial = images
+    def loss(self, model: Network, adversary: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        images, adversarial, threat_model = batch.images, batch.images, batch.threat_model
         if threat_model.epsilon > 0:
             with frozen_eval(adversary):
                 with torch.no_grad():
@@ -189,14 +170,14 @@ class Trades(Objective):
                 def divergence(points: Tensor) -> Tensor:
                     return F.kl_div(F.log_softmax(adversary(points), dim=1), target, reduction="none").sum(1)
 
-                noise = 1e-3 * torch.randn(images.shape, generator=generator, device=images.device)
+                noise = 1e-3 * torch.randn(images.shape, generator=batch.generator, device=images.device)
                 start = threat_model.project(noise)
                 adversarial = ascend(divergence, images, threat_model, self.attack, start=start)
         clean_logits, logits = model(images), model(adversarial)
         divergences = F.kl_div(
             F.log_softmax(logits, dim=1), F.log_softmax(clean_logits, dim=1), reduction="batchmean", log_target=True
         )
-        return self.cross_entropy(clean_logits, labels) + self.config.trades_beta * divergences, logits
+        return self.cross_entropy(clean_logits, batch.labels) + self.config.trades_beta * divergences, logits
 
     def chance_loss(self, classes: int) -> float:
         return (1 + self.config.trades_beta) * math.log(classes)

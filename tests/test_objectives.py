@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
-from robust_backbones.objectives import ObjectiveConfig
+from robust_backbones.objectives import MicroBatch, ObjectiveConfig
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
 
@@ -87,7 +87,7 @@ def test_pgd_is_the_loss_at_the_worst_point(
     expected = smoothed(same(network).train()(images + delta)).mean()
 
     objective = ObjectiveConfig(label_smoothing=smoothing).build(ATTACK)
-    loss, logits = objective.loss(network.train(), Adversary(network), images, labels, threat_model)
+    loss, logits = objective.loss(network.train(), Adversary(network), MicroBatch(images, labels, threat_model))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert logits.shape == (4, 4)
 
@@ -103,7 +103,7 @@ def test_fast_is_one_step_from_a_random_start(network: NormalizedModel, images: 
 
     objective = ObjectiveConfig("fast").build(AttackConfig(steps=9))
     generator = torch.Generator().manual_seed(7)
-    loss, _ = objective.loss(network.train(), Adversary(network), images, labels, LINF, generator=generator)
+    loss, _ = objective.loss(network.train(), Adversary(network), MicroBatch(images, labels, LINF, generator=generator))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -135,7 +135,7 @@ def test_free_updates_weights_and_perturbation_with_one_gradient(
     for x, y in batches:
         for _ in range(objective.replays):
             optimizer.zero_grad()
-            loss, _ = objective.loss(network.train(), Adversary(network), x, y, threat_model)
+            loss, _ = objective.loss(network.train(), Adversary(network), MicroBatch(x, y, threat_model))
             loss.backward()
             objective.after_backward()
             optimizer.step()
@@ -150,14 +150,16 @@ def test_free_keeps_one_perturbation_a_micro_batch_and_carries_them_over(
     objective, other = (ObjectiveConfig("free").build(ATTACK) for _ in range(2))
     parts = [(images.double(), labels), (images.double().flip(0), labels.flip(0))]
     for part, (x, y) in enumerate(parts):
-        loss, _ = objective.loss(network, Adversary(network), x, y, LINF, part=part)
+        loss, _ = objective.loss(network, Adversary(network), MicroBatch(x, y, LINF, part=part))
         loss.backward()
         objective.after_backward()
     state = objective.state_dict()
     assert not torch.equal(state["0"], state["1"])
     torch.testing.assert_close(state["0"], state["1"].flip(0))  # each saw its own images
     other.load_state_dict(state)
-    losses = [o.loss(network, Adversary(network), *parts[1], LINF, part=1)[0].item() for o in (objective, other)]
+    losses = [
+        o.loss(network, Adversary(network), MicroBatch(*parts[1], LINF, part=1))[0].item() for o in (objective, other)
+    ]
     assert losses[0] == losses[1]
 
 
@@ -185,7 +187,9 @@ def test_trades_is_clean_loss_plus_weighted_divergence(
 
     objective = ObjectiveConfig("trades", trades_beta=beta).build(ATTACK)
     generator = torch.Generator().manual_seed(3)
-    loss, logits = objective.loss(network.train(), Adversary(network), images, labels, LINF, generator=generator)
+    loss, logits = objective.loss(
+        network.train(), Adversary(network), MicroBatch(images, labels, LINF, generator=generator)
+    )
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(logits, adversarial, rtol=1e-5, atol=1e-5)
 
@@ -195,11 +199,11 @@ def test_epsilon_zero_is_standard_training(network: NormalizedModel, images: Ten
     images = images.double()
     expected = F.cross_entropy(network.train()(images), labels).item()
     objective = ObjectiveConfig(kind).build(ATTACK)
-    loss, _ = objective.loss(network.train(), Adversary(network), images, labels, ThreatModel("L2", 0))
+    loss, _ = objective.loss(network.train(), Adversary(network), MicroBatch(images, labels, ThreatModel("L2", 0)))
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     loss.backward()
     objective.after_backward()
-    again, _ = objective.loss(network.train(), Adversary(network), images, labels, ThreatModel("L2", 0))
+    again, _ = objective.loss(network.train(), Adversary(network), MicroBatch(images, labels, ThreatModel("L2", 0)))
     assert again.item() == pytest.approx(expected, rel=1e-6)
 
 
