@@ -115,6 +115,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         elif content and all(isinstance(value, Tensor) for value in content.values()):
             layout, state_dict, threat_model = "torchvision", content, None
             spec = identify(state_dict)
+        elif content.get("format") == TRAINING_FORMAT:
+            raise InputError("a run resumes from it: give the checkpoint.pt or best.pt of the same run")
         else:
             keys = ", ".join(str(key) for key in list(content)[:3])
             raise InputError(f"its layout is not known (keys: {keys} ...); known are our own and torchvision's")

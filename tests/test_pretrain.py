@@ -104,6 +104,8 @@ def test_a_run_leaves_checkpoints_metrics_and_record(finished: tuple[Path, RunRe
         "step_000000008.pt",
         "step_000000012.pt",
     ]
+    with pytest.raises(InputError, match=r"give the checkpoint\.pt or best\.pt"):
+        read_checkpoint(output / "checkpoints/step_000000012.pt")
     assert list((output / "tensorboard").glob("events.*"))
     assert not list(output.rglob(".*"))
 
