@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -48,8 +49,9 @@ def run(main: Callable[[list[str]], int]) -> None:
         status = main(arguments)
     except InputError as error:
         if len(arguments) < len(sys.argv) - 1:  # --debug was given
-            raise
-        print(f"error: {error}", file=sys.stderr)
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)
         status = error.exit_status
     except KeyboardInterrupt:
         status = 130

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
 
-from robust_backbones.checkpoints import Checkpoint, read_safe_pickle
+from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec, build_backbone
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, reference_shapes
 from robust_backbones.records import atomic_path
+from robust_backbones.safe_files import METADATA, read_file
 
 FORMAT = "robust_backbones.backbone/1"
+SUFFIXES = (".pkl", ".pth", ".safetensors")
 
-# torchvision's name -> Detectron2's. Both count blocks and convolutions alike; stages are shifted by one.
-_RENAMES = (
-    (re.compile(r"conv1\.weight"), r"stem.conv1.weight"),
-    (re.compile(r"bn1\.(\w+)"), r"stem.conv1.norm.\1"),
-    (re.compile(r"layer(\d)\.(\d+)\.conv(\d)\.weight"), r"res{stage}.\2.conv\3.weight"),
-    (re.compile(r"layer(\d)\.(\d+)\.bn(\d)\.(\w+)"), r"res{stage}.\2.conv\3.norm.\4"),
-    (re.compile(r"layer(\d)\.(\d+)\.downsample\.0\.weight"), r"res{stage}.\2.shortcut.weight"),
-    (re.compile(r"layer(\d)\.(\d+)\.downsample\.1\.(\w+)"), r"res{stage}.\2.shortcut.norm.\3"),
+# torchvision's name, Detectron2's. Both count blocks and convolutions alike; stages are shifted by one.
+_NAMES = (
+    ("conv1.weight", "stem.conv1.weight"),
+    ("bn1.{tensor}", "stem.conv1.norm.{tensor}"),
+    ("layer{stage}.{block}.conv{i}.weight", "res{stage}.{block}.conv{i}.weight"),
+    ("layer{stage}.{block}.bn{i}.{tensor}", "res{stage}.{block}.conv{i}.norm.{tensor}"),
+    ("layer{stage}.{block}.downsample.0.weight", "res{stage}.{block}.shortcut.weight"),
+    ("layer{stage}.{block}.downsample.1.{tensor}", "res{stage}.{block}.shortcut.norm.{tensor}"),
 )
 
 
@@ -34,40 +40,73 @@ class ConversionReport:
 
     source: str
     source_sha256: str
+    layout: str
     renamed: dict[str, str]
     dropped: tuple[str, ...]
-    """Of no use to a detector: the classifier, and batch norm's counters."""
+    """Of no use to a detector: the classifier, batch norm's counters, and what the file holds beside the network."""
     missing: tuple[str, ...]
     """The architecture has them, the source does not."""
     unexpected: tuple[str, ...]
     """The source has them, the architecture does not."""
     incorrect_shapes: tuple[str, ...]
+    not_finite: tuple[str, ...]
+    """They hold a NaN or an infinity."""
 
     @property
     def ok(self) -> bool:
-        return not (self.missing or self.unexpected or self.incorrect_shapes)
+        return not self._problems()
+
+    def check(self) -> None:
+        """Raise ``InputError`` unless ``ok``."""
+        if not self.ok:
+            raise InputError(f"{self.source} does not hold a whole backbone ({'; '.join(self._problems())})")
 
     def __str__(self) -> str:
-        lines = [f"{len(self.renamed)} tensors renamed, {len(self.dropped)} dropped (classifier, counters)"]
-        for problem in ("missing", "unexpected", "incorrect_shapes"):
-            if names := getattr(self, problem):
-                lines.append(f"{problem.replace('_', ' ')}: {', '.join(names)}")
-        return "\n".join(lines)
+        """A table: tensors by part of the network, and every problem by name."""
+        rows = [*Counter(name.split(".")[0] for name in self.renamed.values()).items()]
+        rows += [("renamed", len(self.renamed)), ("dropped", len(self.dropped))]
+        return "\n".join([*(f"{part:8} {count:4} tensors" for part, count in rows), *self._problems()])
+
+    def _problems(self) -> list[str]:
+        problems = ("missing", "unexpected", "incorrect_shapes", "not_finite")
+        return [f"{what.replace('_', ' ')}: {', '.join(names)}" for what in problems if (names := getattr(self, what))]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok}
 
 
-def detectron2_name(name: str) -> str | None:
-    """Detectron2's name of a torchvision backbone tensor; None for what a detector has no use for."""
-    if name.startswith("fc.") or name.endswith("num_batches_tracked"):
-        return None
-    for pattern, template in _RENAMES:
-        if match := pattern.fullmatch(name):
-            stage = int(match[1]) + 1 if "{stage}" in template else 0
-            return match.expand(template.replace("{stage}", str(stage)))
+def detectron2_name(name: str) -> str:
+    """Detectron2's name of a torchvision backbone tensor.
+
+    Raises:
+        KeyError: no ResNet of torchvision has such a tensor, but for the classifier.
+    """
+    return _translate(name, 0, 1, shift=1)
+
+
+def torchvision_name(name: str) -> str:
+    """torchvision's name of a tensor of Detectron2's ResNet.
+
+    Raises:
+        KeyError: Detectron2's ResNet has no such tensor.
+    """
+    return _translate(name, 1, 0, shift=-1)
+
+
+def _translate(name: str, source: int, target: int, *, shift: int) -> str:
+    for row in _NAMES:
+        pattern = re.escape(row[source]).replace(r"\{tensor\}", r"(?P<tensor>\w+)")
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", pattern)
+        if match := re.fullmatch(pattern, name):
+            fields: dict[str, Any] = match.groupdict()
+            if "stage" in fields:
+                fields["stage"] = int(fields["stage"]) + shift
+            return row[target].format(**fields)
     raise KeyError(name)
 
 
-def convert(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], ConversionReport]:
-    """Rename a backbone's tensors; values are left as they are (float32, numpy).
+def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport]:
+    """Rename a backbone's tensors; values are left as they are (as float32).
 
     Returns:
         the tensors under Detectron2's names, and the report; the caller judges by ``report.ok``.
@@ -76,27 +115,32 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, np.ndarray], ConversionRe
         InputError: Detectron2's ResNet cannot be this backbone.
     """
     checkpoint.spec.detectron2_overrides()  # raises: other networks' tensors have no names there
-    expected = {name: tensor.shape for name, tensor in build_backbone(checkpoint.spec).state_dict().items()}
-    converted, renamed, dropped, unexpected, incorrect_shapes = {}, {}, [], [], []
+    expected, _ = reference_shapes(checkpoint.spec.arch, checkpoint.spec.stem)
+    converted: dict[str, Tensor] = {}
+    renamed: dict[str, str] = {}
+    problems: dict[str, list[str]] = {"unexpected": [], "incorrect_shapes": [], "not_finite": []}
+    dropped = list(checkpoint.left_out)
     for name, tensor in checkpoint.state_dict.items():
-        if name not in expected:
-            unexpected.append(name)
-        elif (new_name := detectron2_name(name)) is None:
+        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
             dropped.append(name)
+        elif name not in expected:
+            problems["unexpected"].append(name)
         elif tensor.shape != expected[name]:
-            incorrect_shapes.append(name)
+            problems["incorrect_shapes"].append(name)
+        elif not tensor.isfinite().all():
+            problems["not_finite"].append(name)
         else:
-            renamed[name] = new_name
-            converted[new_name] = tensor.float().numpy()
-    wanted = {name for name in expected if detectron2_name(name) is not None}
+            renamed[name] = detectron2_name(name)
+            converted[renamed[name]] = tensor.float().contiguous()
+    wanted = {name for name in expected if not name.startswith("fc.")}
     report = ConversionReport(
         source=checkpoint.source,
         source_sha256=checkpoint.source_sha256,
+        layout=checkpoint.layout,
         renamed=renamed,
         dropped=tuple(dropped),
         missing=tuple(sorted(wanted - set(checkpoint.state_dict))),
-        unexpected=tuple(unexpected),
-        incorrect_shapes=tuple(incorrect_shapes),
+        **{problem: tuple(names) for problem, names in problems.items()},
     )
     return converted, report
 
@@ -135,31 +179,92 @@ class BackboneMetadata:
         return {"format": FORMAT, **asdict(self), "spec": self.spec.to_dict()}
 
 
-def write_backbone(path: Path, tensors: dict[str, np.ndarray], metadata: BackboneMetadata) -> None:
-    """Write a ``.pkl`` as Detectron2 reads it; identical input gives identical bytes.
+def write_backbone(path: Path, tensors: dict[str, Tensor], metadata: BackboneMetadata) -> None:
+    """Write a ``.pkl``, ``.pth`` or ``.safetensors`` by the suffix; identical input gives identical bytes.
 
     ``matching_heuristics`` lets Detectron2 put ``res2.*`` under whatever prefix the detector gives its backbone.
     """
-    content = {
-        "model": {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)},
-        "__author__": "robust-backbones",
-        "matching_heuristics": True,
-        "metadata": metadata.to_dict(),
-    }
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        pickle.dump(content, file, protocol=4)
+    content = {"__author__": "robust-backbones", "matching_heuristics": True, "metadata": metadata.to_dict()}
+    with atomic_path(path) as temporary:
+        if path.suffix == ".safetensors":
+            _save_safetensors(temporary, tensors, metadata)
+        elif path.suffix == ".pth":
+            _save_torch(temporary, {"model": _own(tensors), **content})
+        else:
+            arrays = {name: tensors[name].numpy() for name in sorted(tensors)}
+            with open(temporary, "wb") as file:
+                pickle.dump({"model": arrays, **content}, file, protocol=4)
 
 
-def read_backbone(path: Path) -> tuple[dict[str, np.ndarray], BackboneMetadata]:
+def write_torchvision(path: Path, checkpoint: Checkpoint) -> None:
+    """Write torchvision's state dict, classifier included, as ``.pth`` or, with the metadata, ``.safetensors``.
+
+    Raises:
+        InputError: torchvision's network is another one; or its inputs are, which a ``.pth`` cannot say.
+    """
+    spec = checkpoint.spec
+    if spec.stride_in_1x1 or spec.stem != "imagenet":
+        raise InputError(f"torchvision has no {spec.arch} with this stem and stride: keep it in Detectron2's format")
+    if path.suffix == ".pth" and (spec.mean, spec.std, spec.channel_order) != (IMAGENET_MEAN, IMAGENET_STD, "RGB"):
+        raise InputError(
+            f"{path} could not say that its input is {spec.channel_order} with mean {spec.mean} and std {spec.std}: "
+            "write a .safetensors"
+        )
+    with atomic_path(path) as temporary:
+        if path.suffix == ".safetensors":
+            _save_safetensors(temporary, checkpoint.state_dict, BackboneMetadata.of(checkpoint))
+        else:
+            _save_torch(temporary, _own(checkpoint.state_dict))
+
+
+def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In the order of their names, with storages of their own: torch.save writes all that a tensor is a view of."""
+    return {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in sorted(tensors)}
+
+
+def _save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: BackboneMetadata) -> None:
+    # One string: several would come in any order.
+    strings = {"robust_backbones": json.dumps(metadata.to_dict(), sort_keys=True)}
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, strings)
+
+
+def _save_torch(path: Path, content: dict[str, Any]) -> None:
+    with open(path, "wb") as file:  # given a path, torch.save would write its name into the file
+        torch.save(content, file)
+
+
+def metadata_in(content: Any) -> BackboneMetadata | None:
+    """What a file's content, as ``read_file`` gives it, says about itself; None where it is not one of ours.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not isinstance(content, dict):
+        return None
+    if METADATA in content:
+        text = content[METADATA].get("robust_backbones")
+        try:
+            return None if text is None else BackboneMetadata.from_dict(json.loads(text))
+        except ValueError as error:
+            raise InputError(f"its backbone metadata cannot be read ({error})") from None
+    for key in ("metadata", "backbone_metadata"):
+        if key in content and isinstance(content.get("model"), dict):
+            return BackboneMetadata.from_dict(content[key])
+    return None
+
+
+def read_backbone(path: Path) -> tuple[dict[str, Tensor], BackboneMetadata]:
     """Read a file of ``write_backbone``: tensors under Detectron2's names, and the metadata.
 
     Raises:
         InputError: missing, not safely readable, or not made by ``tools/convert_backbone.py``.
     """
-    content = read_safe_pickle(path)
-    if not (isinstance(content.get("model"), dict) and "metadata" in content):
-        raise InputError(f"{path} does not say what backbone it holds: convert it with tools/convert_backbone.py")
+    content = read_file(path)
     try:
-        return content["model"], BackboneMetadata.from_dict(content["metadata"])
+        metadata = metadata_in(content)
     except InputError as error:
         raise InputError(f"{path}: {error}; convert it again with tools/convert_backbone.py") from None
+    if metadata is None:
+        raise InputError(f"{path} does not say what backbone it holds: convert it with tools/convert_backbone.py")
+    tensors = content.get("model", content)
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}, metadata

@@ -21,6 +21,12 @@ class TrainingFailedError(InputError):
     exit_status = 1
 
 
+class ProofFailedError(InputError):
+    """A conversion is not what it was made from; nothing of it is kept."""
+
+    exit_status = 1
+
+
 class DivergedError(TrainingFailedError):
     """The loss left the finite, or the sensible."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -71,13 +71,15 @@ ARCHITECTURES: dict[str, ResNetShape | Callable[..., nn.Module]] = {
 class BackboneSpec:
     """Everything needed to rebuild a backbone and to feed it; travels inside checkpoints and converted files.
 
-    ``mean`` and ``std`` are per channel, in [0, 1] pixel units, in the order of ``channel_order``.
+    ``num_classes`` is 0 for a ResNet without a classifier.
+    ``mean`` and ``std`` are per channel, in [0, 1] pixel units, in the order of ``channel_order`` (RGB or BGR).
     ``stride_in_1x1`` tells where a bottleneck strides: in its 3x3 convolution (False, torchvision) or its first 1x1.
     ``stem`` is how a ResNet begins: ``imagenet``, a 7x7 convolution of stride 2 and a max-pool; ``cifar``, a 3x3
     convolution of stride 1 for images of 32 pixels (He et al. 2016, section 4.2).
 
     Raises:
-        InputError: unknown architecture or stem; no class; the cifar stem on what is no ResNet.
+        InputError: unknown architecture, stem or channel order; a classifier of no class, the cifar stem or the stride
+            in the 1x1 convolution on what cannot have it.
     """
 
     arch: str = "resnet50"
@@ -91,8 +93,10 @@ class BackboneSpec:
     def __post_init__(self) -> None:
         if self.arch not in ARCHITECTURES:
             raise InputError(f"unknown architecture {self.arch!r}: choose one of {', '.join(ARCHITECTURES)}")
-        if self.num_classes < 1:
+        if self.num_classes < (0 if isinstance(ARCHITECTURES[self.arch], ResNetShape) else 1):
             raise InputError(f"a backbone needs at least one class, got {self.num_classes}")
+        if self.channel_order not in ("RGB", "BGR"):
+            raise InputError(f"unknown channel order {self.channel_order!r}: choose RGB or BGR")
         if self.stem not in STEMS:
             raise InputError(f"unknown stem {self.stem!r}: choose one of {', '.join(STEMS)}")
         if self.stem != "imagenet" and not isinstance(ARCHITECTURES[self.arch], ResNetShape):
@@ -133,12 +137,18 @@ class BackboneSpec:
 
 
 def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
-    """torchvision's network with fresh weights drawn from ``seed``; the global generator is left as it was."""
-    if spec.stride_in_1x1:
-        raise InputError("torchvision's ResNet strides in the 3x3 convolution: stride_in_1x1 cannot be built")
+    """torchvision's network with fresh weights drawn from ``seed``; the global generator is left as it was.
+
+    Two things torchvision's does not have: no classifier at all, and bottlenecks that stride in their first 1x1.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return _build(spec.arch, spec.num_classes, spec.stem)
+        net = _build(spec.arch, spec.num_classes, spec.stem)
+    if spec.stride_in_1x1:
+        for block in net.modules():
+            if isinstance(block, Bottleneck):
+                block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    return net
 
 
 def _build(arch: str, num_classes: int, stem: str) -> nn.Module:
@@ -149,10 +159,12 @@ def _build(arch: str, num_classes: int, stem: str) -> nn.Module:
     net = ResNet(
         block,
         stages,
-        num_classes=num_classes,
+        num_classes=num_classes or 1,
         groups=shape.num_groups,
         width_per_group=shape.width_per_group,
     )
+    if not num_classes:
+        net.fc = nn.Identity()
     if stem == "cifar":
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as the layers behind it
@@ -163,33 +175,61 @@ def _build(arch: str, num_classes: int, stem: str) -> nn.Module:
 def identify(state_dict: dict[str, Tensor]) -> BackboneSpec:
     """The architecture, stem and number of classes of a torchvision-named network, told by its tensors' shapes.
 
-    What no tensor tells (``mean``, ``std``, ``channel_order``) is ImageNet's in the spec that is returned.
+    What no tensor tells (``mean``, ``std``, ``channel_order``, ``stride_in_1x1``) is torchvision's in the spec.
 
     Raises:
         InputError: no known architecture has exactly these tensors.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if not _is_counter(name)}
     stem = "cifar" if shapes.get("conv1.weight") == (64, 3, 3, 3) else "imagenet"
-    for arch, shape in ARCHITECTURES.items():
-        # Building a reference takes up to 0.3 s: pass over those that cannot be it.
-        if isinstance(shape, ResNetShape) != ("layer1.0.conv1.weight" in shapes):
-            continue
-        reference, classifier = _reference(arch, stem)
-        num_classes, *_ = shapes.get(f"{classifier}.weight") or (0,)
-        in_features = reference[f"{classifier}.weight"][1]
-        head = {f"{classifier}.weight": (num_classes, in_features), f"{classifier}.bias": (num_classes,)}
-        if shapes == reference | head:
+    nearest: tuple[float, str] = (0.9, "")  # a share of equal tensors, and what differs
+    for arch in _candidates(shapes):
+        reference, classifier = reference_shapes(arch, stem)
+        weight, bias = f"{classifier}.weight", f"{classifier}.bias"
+        body = {name: shape for name, shape in reference.items() if name not in (weight, bias)}
+        num_classes, *_ = shapes.get(weight) or (0,)
+        if num_classes and shapes == body | {weight: (num_classes, reference[weight][1]), bias: (num_classes,)}:
             return BackboneSpec(arch, num_classes, stem=stem)
+        if shapes == body and isinstance(ARCHITECTURES[arch], ResNetShape):
+            return BackboneSpec(arch, 0, stem=stem)
+        equal = sum(shapes.get(name) == shape for name, shape in body.items()) / len(body)
+        nearest = max(nearest, (equal, f"it comes nearest to {arch}, but {_difference(shapes, body, (weight, bias))}"))
+    if nearest[1]:
+        raise InputError(nearest[1])
     names = ", ".join(list(shapes)[:3])
     raise InputError(
-        f"its layout is not known, for its tensors ({names} ...) are those of none of the known architectures "
-        f"({', '.join(ARCHITECTURES)}) by torchvision's names"
+        f"its tensors ({names} ...) are those of none of the known architectures ({', '.join(ARCHITECTURES)}) by "
+        "torchvision's names; Detectron2's ResNet has no such architecture either"
     )
 
 
+def _difference(shapes: dict[str, tuple[int, ...]], body: dict[str, tuple[int, ...]], head: tuple[str, str]) -> str:
+    found = {
+        "lacks": [name for name in body if name not in shapes],
+        "has no place for": [name for name in shapes if name not in body and name not in head],
+        "differs in the shape of": [name for name, shape in body.items() if shapes.get(name, shape) != shape],
+    }
+    parts = [f"{what} {', '.join(names[:3])}" + " ..." * (len(names) > 3) for what, names in found.items() if names]
+    return " and ".join(parts) or f"its classifier {head[0].removesuffix('.weight')} is not one linear layer"
+
+
+def _candidates(names: Collection[str]) -> list[str]:
+    """Architectures that may have these tensors: to build a reference of one takes up to 0.3 s."""
+    if "layer1.0.conv1.weight" not in names:
+        return [arch for arch, shape in ARCHITECTURES.items() if not isinstance(shape, ResNetShape)]
+    blocks = [
+        sum(name.startswith(f"layer{i}.") and name.endswith(".conv1.weight") for name in names) for i in range(1, 5)
+    ]
+    resnets = {arch: _STAGES[shape.depth][1] for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)}
+    return [arch for arch in resnets if resnets[arch] == blocks] or list(resnets)
+
+
 @cache
-def _reference(arch: str, stem: str) -> tuple[dict[str, tuple[int, ...]], str]:
-    """The shapes of an architecture's tensors with one class, by name, and the name of its classifier layer."""
+def reference_shapes(arch: str, stem: str) -> tuple[dict[str, tuple[int, ...]], str]:
+    """The shapes of an architecture's tensors with one class, by name, and the name of its classifier layer.
+
+    Batch norm's counters are left out, as old files do.
+    """
     with torch.device("meta"):
         net = _build(arch, 1, stem)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if not _is_counter(name)}

@@ -55,7 +55,7 @@ class RunRecord:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name once the block has finished without error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # writers go by the suffix
     try:
         yield temporary
         with open(temporary, "rb") as file:

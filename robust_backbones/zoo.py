@@ -1,14 +1,18 @@
-"""The published robust ImageNet backbones of Salman et al. 2020: what each one is, and what its file is called."""
+"""The published robust ImageNet backbones of Salman et al. 2020: what each one is, and its file from the hub."""
 
 from __future__ import annotations
 
 import csv
 import difflib
+import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from robust_backbones.checkpoints import sha256
 from robust_backbones.errors import InputError
+from robust_backbones.records import atomic_path
 from robust_backbones.threat_models import ThreatModel
 
 REPOSITORY = "madrylab/robust-imagenet-models"
@@ -61,6 +65,53 @@ def find(name: str) -> PublishedBackbone:
         nearest = ", ".join(difflib.get_close_matches(name, published(), n=4, cutoff=0))
         raise InputError(f"no published backbone is called {name!r}: the nearest names are {nearest}")
     return published()[name]
+
+
+def cache_folder() -> Path:
+    """Where downloads and what is made of them are kept: ROBUST_BACKBONES_CACHE, or a folder under ~/.cache."""
+    return Path(os.environ.get("ROBUST_BACKBONES_CACHE") or Path.home() / ".cache/robust_backbones")
+
+
+def fetch(name: str) -> Path:
+    """The file of a published backbone, downloaded at the first use; an interrupted download goes on.
+
+    Its sha256 is noted beside it at the first use and holds from then on; while downloading, the hub's own holds too.
+    HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 forbids the network.
+
+    Raises:
+        InputError: no such backbone; it cannot be had from the hub (the message says which file to put where); it is
+            not the file that it was.
+    """
+    path = cache_folder() / "published" / find(name).file
+    note = path.with_name(f"{path.name}.sha256")
+    if not path.exists():
+        promised = _download(path)
+        if promised and sha256(path) != promised:
+            path.unlink()
+            raise InputError(f"the hub sent a damaged {path.name}, and it was deleted: run the same command again")
+    found = sha256(path)
+    if not note.exists():
+        with atomic_path(note) as temporary:
+            temporary.write_text(found + "\n")
+    elif note.read_text().strip() != found:
+        raise InputError(f"{path} is not the file that it was (see {note.name}): delete both to download it again")
+    return path
+
+
+def _download(path: Path) -> str:
+    """Download to ``path``; returns the sha256 that the hub gives, or nothing where it gives none."""
+    # Only here: it takes a second to import, and the table needs none of it.
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    endpoint = os.environ.get("HF_ENDPOINT") or None
+    url = hf_hub_url(REPOSITORY, path.name, endpoint=endpoint)
+    try:
+        etag = get_hf_file_metadata(url).etag or ""
+        hf_hub_download(REPOSITORY, path.name, local_dir=path.parent, endpoint=endpoint)
+    except Exception as error:  # a network can fail in any way
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot download {path.name} ({reason}): put {url} at {path} yourself") from None
+    return etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
 
 
 def table() -> str:

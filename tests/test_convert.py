@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from robust_backbones.checkpoints import read_checkpoint, write_checkpoint
+from robust_backbones.checkpoints import write_checkpoint
 from robust_backbones.convert import BackboneMetadata, convert, detectron2_name, read_backbone, write_backbone
 from robust_backbones.errors import InputError
 from robust_backbones.models import ARCHITECTURES, BackboneSpec, ResNetShape, build_backbone
+from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 
 

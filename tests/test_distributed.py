@@ -15,7 +15,6 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.checkpoints import read_checkpoint
 from robust_backbones.distributed import (
     ALONE,
     join_processes,
@@ -27,6 +26,7 @@ from robust_backbones.engine import train_one_epoch
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.objectives import ObjectiveConfig
 from robust_backbones.records import RunRecord
+from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import ROOT
 from tests.test_engine import batches, learner, noisy_batches, small

@@ -24,7 +24,6 @@ from robust_backbones import cli
 from robust_backbones.analysis.plots import accuracy_curves
 from robust_backbones.analysis.tables import markdown, robustness_table
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.checkpoints import read_checkpoint
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.data.decoding import ResizedCache
 from robust_backbones.data.transforms import train_transform
@@ -34,6 +33,7 @@ from robust_backbones.objectives import ObjectiveConfig
 from robust_backbones.pretrain import Execution, PretrainConfig, pretrain
 from robust_backbones.records import atomic_path, versions, write_json
 from robust_backbones.robustness import RobustnessConfig, evaluate_robustness
+from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 
 ROBUSTNESS = PretrainConfig(
@@ -225,7 +225,9 @@ def _time_loading(options: Throughput) -> list[dict]:
 def _in_turns(variants: dict[str, Callable[[], None]], images: int, rounds: int, device: torch.device) -> list[dict]:
     """Images a second of each variant, and how many times the first one's that is; the first turns warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    warm_up = 3 if device.type == "cuda" else 1  # CUDA graphs are captured in the second call and replayed from the third
+    warm_up = (
+        3 if device.type == "cuda" else 1
+    )  # CUDA graphs are captured in the second call and replayed from the third
     for turn in range(warm_up + rounds):
         for name, run in variants.items():
             start = time.perf_counter()

@@ -16,9 +16,9 @@ import torch
 import tyro
 
 from robust_backbones import cli
-from robust_backbones.checkpoints import read_checkpoint
 from robust_backbones.errors import InputError
 from robust_backbones.robustness import RobustnessConfig, evaluate_robustness
+from robust_backbones.sources import read_checkpoint
 
 
 @dataclass

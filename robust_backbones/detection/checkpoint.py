@@ -17,11 +17,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import nn
 
-from robust_backbones.checkpoints import load_tensors, read_safe_pickle
-from robust_backbones.convert import BackboneMetadata
+from robust_backbones.convert import BackboneMetadata, metadata_in
+from robust_backbones.detection.published import PREFIX
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
 from robust_backbones.records import atomic_path
+from robust_backbones.safe_files import METADATA, read_file
 
 _METADATA = "backbone_metadata"
 _HOW_TO_CONVERT = "convert it with `python tools/convert_backbone.py SRC DST.pkl --verify` and give the .pkl"
@@ -52,6 +53,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load ``path``, or raise ``InputError`` saying what does not fit and how to mend it."""
         if path:
+            path = self.path_manager.get_local_path(path) if path.startswith(PREFIX) else path
             self._path = Path(path)
             if not self._path.is_file():
                 raise InputError(
@@ -83,20 +85,17 @@ class BackboneCheckpointer(DetectionCheckpointer):
             temporary.write_text(last_filename_basename)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pkl"):
-            content = read_safe_pickle(Path(filename))
-            metadata = content.pop("metadata", None)
-        else:
-            content = load_tensors(Path(filename))
-            metadata = content.pop(_METADATA, None)
-        if not isinstance(content.get("model"), dict):
+        content = read_file(Path(filename))
+        try:
+            self.metadata = metadata_in(content)
+        except InputError as error:
+            raise InputError(f"{self._path}: {error}; {_HOW_TO_CONVERT}") from None
+        if filename.endswith(".safetensors") and self.metadata is not None:
+            tensors = {name: tensor for name, tensor in content.items() if name != METADATA}
+            content = {"model": tensors, "matching_heuristics": True}
+        if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
             raise InputError(f"{self._path} holds no Detectron2 weights: {_HOW_TO_CONVERT}")
-        if metadata is not None:
-            try:
-                self.metadata = BackboneMetadata.from_dict(metadata)
-            except InputError as error:
-                raise InputError(f"{self._path}: {error}; {_HOW_TO_CONVERT}") from None
-        elif not self.cfg.MODEL.BACKBONE.FROM_SCRATCH:
+        if self.metadata is None and not self.cfg.MODEL.BACKBONE.FROM_SCRATCH:
             raise InputError(f"{self._path} does not say what backbone it holds: {_HOW_TO_CONVERT}")
         return content
 

@@ -1,45 +1,140 @@
-"""The proof of a conversion: on one image, Detectron2's res2-res5 equal the source network's layer1-layer4."""
+"""The proof of a conversion: Detectron2's res2-res5 equal the source's layer1-layer4, each fed in its own way."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import center_crop, pil_to_tensor
 
 from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.convert import read_backbone
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, flat_overrides, load_config
+from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import NormalizedModel
 
 TOLERANCE = 1e-4
 """Largest relative error that float32 rounding explains; a wrong stride, order or scale gives 0.01 and more."""
 
+_STAGES = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
+_NORMS = {"eval": "FrozenBN", "train": "BN"}
+_SMALLEST_SIDE, _LARGEST_SIDE = 64, 512
+
+
+@dataclass(frozen=True)
+class StageError:
+    """How far one stage's features lie from the source's."""
+
+    image: str
+    """``random``, or the image file's name."""
+    batch_norm: str
+    """``eval``: by the statistics in the file (Detectron2's FrozenBN); ``train``: by those of the image itself (BN)."""
+    stage: str
+    largest: float
+    """max|difference|, in units of the features."""
+    relative: float
+    """max|difference| / max|source|."""
+
+
+def prove(checkpoint: Checkpoint, converted: Path, *, image: Path | None = None) -> list[StageError]:
+    """``feature_errors``, all below ``TOLERANCE``.
+
+    Raises:
+        ProofFailedError: one is not.
+        InputError: as ``feature_errors``.
+    """
+    errors = feature_errors(checkpoint, converted, image=image)
+    if wrong := [error for error in errors if not error.relative < TOLERANCE]:
+        stages = ", ".join(f"{error.stage} by {error.relative:.1e}" for error in wrong)
+        raise ProofFailedError(f"the features of {checkpoint.source} and of what was made from it differ ({stages})")
+    return errors
+
 
 @torch.no_grad()
-def feature_errors(checkpoint: Checkpoint, converted: Path, *, size: int = 224) -> dict[str, float]:
-    """Largest relative error of each stage, max|difference| / max|source|, by Detectron2's stage names.
+def feature_errors(
+    checkpoint: Checkpoint, converted: Path, *, image: Path | None = None, size: int = 224
+) -> list[StageError]:
+    """Compare all stages, on random pixels and on the image file if one is given, in both modes of batch norm.
 
-    The converted file goes the way that training goes: configuration, model, checkpoint guard, and the detector's
-    own preprocessing of a uint8 image. The reference is torchvision's network on the same image in [0, 1].
+    The converted file goes the way that training goes: configuration, model, checkpoint guard, image reader and the
+    detector's own preprocessing of uint8 pixels. The reference is torchvision's network on the same pixels in [0, 1].
+
+    Raises:
+        InputError: the file does not fill the whole backbone or does not fit; the image cannot be read.
     """
+    if image is not None:
+        _pixels_of(image)
     _, metadata = read_backbone(converted)
-    cfg = load_config(CONFIG_DIR / "Base-RCNN-FPN.yaml", [*flat_overrides(metadata.spec), "MODEL.DEVICE", "cpu"])
-    detector = build_model(cfg).eval()
-    BackboneCheckpointer(detector, cfg=cfg).load(str(converted))
+    errors = []
+    for mode, norm in _NORMS.items():
+        overrides = ["MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.DEVICE", "cpu"]
+        cfg = load_config(CONFIG_DIR / "Base-RCNN-FPN.yaml", [*flat_overrides(metadata.spec), *overrides])
+        detector = build_model(cfg).train(mode == "train")
+        BackboneCheckpointer(detector, cfg=cfg).load(str(converted))
+        reference = NormalizedModel(checkpoint.build(), checkpoint.spec).train(mode == "train")
+        if mode == "train":
+            # The statistics of a few pixels, taken layer by layer, multiply float32's rounding a thousandfold, that of
+            # mean and std as well.
+            detector, reference, spec = detector.double(), reference.double(), checkpoint.spec
+            _set(detector.pixel_mean, cfg.MODEL.PIXEL_MEAN)
+            _set(detector.pixel_std, cfg.MODEL.PIXEL_STD)
+            _set(reference.mean, spec.mean)
+            _set(reference.std, spec.std)
+        for name, for_detector, for_reference in _inputs(cfg.INPUT.FORMAT, checkpoint.spec.channel_order, image, size):
+            features = detector.backbone.bottom_up(detector.preprocess_image([{"image": for_detector}]).tensor)
+            expected = reference.stages(for_reference[None].to(reference.mean.dtype) / 255)
+            for stage, layer in _STAGES.items():
+                largest = (features[stage] - expected[layer]).abs().max().item()
+                scale = expected[layer].abs().max().item()
+                # A NaN is no proof, and neither are features that are zero throughout.
+                errors.append(StageError(name, mode, stage, largest, largest / scale if scale else float("nan")))
+    return errors
 
-    image = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    in_format = image if cfg.INPUT.FORMAT == "RGB" else image.flip(0)
-    features = detector.backbone.bottom_up(detector.preprocess_image([{"image": in_format}]).tensor)
 
-    reference = NormalizedModel(checkpoint.build(), checkpoint.spec).eval().stages(image[None] / 255)
-    return {
-        stage: _relative_error(features[stage], reference[layer])
-        for stage, layer in (("res2", "layer1"), ("res3", "layer2"), ("res4", "layer3"), ("res5", "layer4"))
-    }
+def _set(buffer: Tensor, values: Sequence[float]) -> None:
+    buffer.copy_(torch.tensor(values, dtype=buffer.dtype)[:, None, None])
 
 
-def _relative_error(ours: Tensor, reference: Tensor) -> float:
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
+def _inputs(in_format: str, source_order: str, image: Path | None, size: int) -> Iterable[tuple[str, Tensor, Tensor]]:
+    """The same pixels for the detector and for the source, each in its own order of channels: uint8, (3, H, W)."""
+    pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    yield "random", _in_order(pixels, in_format), _in_order(pixels, source_order)
+    if image is not None:
+        for_detector = torch.from_numpy(read_image(str(image), in_format).copy()).permute(2, 0, 1)
+        yield image.name, _central_crop(for_detector), _in_order(_central_crop(_pixels_of(image)), source_order)
+
+
+def _pixels_of(image: Path) -> Tensor:
+    """By Pillow alone: what Detectron2's reader is held to."""
+    try:
+        with Image.open(image) as file:
+            return pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the image {image} ({error}): give a JPEG or PNG file") from None
+
+
+def _central_crop(image: Tensor) -> Tensor:
+    """At most 512 pixels a side, and multiples of 32: the detector would pad others, and the source has no padding."""
+    height, width = (min(side, _LARGEST_SIDE) // 32 * 32 for side in image.shape[1:])
+    if min(height, width) < _SMALLEST_SIDE:
+        raise InputError(f"the image has {image.shape[2]}x{image.shape[1]} pixels: give one of 64x64 or more")
+    return center_crop(image, [height, width])
+
+
+def _in_order(rgb: Tensor, order: str) -> Tensor:
+    return rgb if order == "RGB" else rgb.flip(0)
+
+
+def table(errors: Sequence[StageError]) -> str:
+    """One line for each stage, image and mode of batch norm."""
+    rows = [("image", "batch norm", "stage", "max error", "relative")]
+    rows += [(e.image, e.batch_norm, e.stage, f"{e.largest:.1e}", f"{e.relative:.1e}") for e in errors]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from robust_backbones.checkpoints import read_checkpoint
 from robust_backbones.convert import BackboneMetadata, convert, write_backbone
 from robust_backbones.detection.verify import TOLERANCE, feature_errors
+from robust_backbones.sources import read_checkpoint
 
 Maker = Callable[[str], Path]
 

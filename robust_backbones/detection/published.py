@@ -1,0 +1,52 @@
+"""``MODEL.WEIGHTS robust://NAME``: a published backbone, downloaded, converted and proven at the first use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
+
+from robust_backbones import zoo
+from robust_backbones.checkpoints import sha256
+from robust_backbones.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.records import atomic_path
+from robust_backbones.sources import read_published
+
+PREFIX = "robust://"
+
+
+def converted_backbone(name: str) -> Path:
+    """The published backbone ``name`` in Detectron2's format, in the cache.
+
+    Raises:
+        InputError: there is none of this name, it cannot be downloaded, or Detectron2's ResNet cannot be it.
+        ProofFailedError: its features differ from the source's.
+    """
+    from robust_backbones.detection.verify import prove  # which itself loads weights as training does
+
+    source = zoo.fetch(name)
+    path = zoo.cache_folder() / "detectron2" / f"{name}.pkl"
+    if path.exists() and read_backbone(path)[1].source_sha256 == sha256(source):
+        return path
+    checkpoint = read_published(name)
+    tensors, report = convert(checkpoint)
+    report.check()
+    with atomic_path(path) as temporary:
+        write_backbone(temporary, tensors, BackboneMetadata.of(checkpoint))
+        prove(checkpoint, temporary)
+    return path
+
+
+class RobustPathHandler(PathHandler):
+    """Makes ``robust://NAME`` a path for all of Detectron2."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **_: Any) -> str:
+        return str(converted_backbone(path.removeprefix(PREFIX)))
+
+
+PathManager.register_handler(RobustPathHandler())
