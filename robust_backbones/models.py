@@ -103,9 +103,16 @@ class BackboneSpec:
             raise InputError(
                 f"only a ResNet can have the {self.stem} stem, {self.arch} has its own: leave the stem out"
             )
+        if self.stride_in_1x1 and not self._has_bottlenecks:
+            raise InputError(f"{self.arch} has no bottlenecks, whose 1x1 convolution could stride: leave that out")
         # Lists come back from files; tuples keep the spec hashable and comparable.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
+
+    @property
+    def _has_bottlenecks(self) -> bool:
+        shape = ARCHITECTURES[self.arch]
+        return isinstance(shape, ResNetShape) and _STAGES[shape.depth][0] is Bottleneck
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the same before and after a trip through JSON; ``BackboneSpec(**...)`` reads them."""
@@ -132,7 +139,7 @@ class BackboneSpec:
             "MODEL.RESNETS.WIDTH_PER_GROUP": shape.width_per_group,
             "MODEL.RESNETS.NUM_GROUPS": shape.num_groups,
             # A basic block does not expand its channels by 4 as a bottleneck does.
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if _STAGES[shape.depth][0] is BasicBlock else 256,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": 256 if self._has_bottlenecks else 64,
         }
 
 
@@ -215,7 +222,7 @@ def _difference(shapes: dict[str, tuple[int, ...]], body: dict[str, tuple[int, .
 
 def _candidates(names: Collection[str]) -> list[str]:
     """Architectures that may have these tensors: to build a reference of one takes up to 0.3 s."""
-    if "layer1.0.conv1.weight" not in names:
+    if not any(name.startswith("layer1.") for name in names):
         return [arch for arch, shape in ARCHITECTURES.items() if not isinstance(shape, ResNetShape)]
     blocks = [
         sum(name.startswith(f"layer{i}.") and name.endswith(".conv1.weight") for name in names) for i in range(1, 5)

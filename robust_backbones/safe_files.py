@@ -103,7 +103,9 @@ def read_file(path: Path) -> Any:
             # Copy on write: tensors can be changed, the file cannot.
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             is_archive = start.startswith(b"PK\x03\x04")
-            return _with_tensors(_read_archive(content, file) if is_archive else _read_pickles(content))
+            return _with_tensors(
+                _read_archive(content, file) if is_archive else _read_pickles(content, memoryview(content))
+            )
     except Exception as error:  # a damaged or hostile file can fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
@@ -153,32 +155,40 @@ def _read_archive(content: mmap.mmap, file: BinaryIO) -> Any:
     return _unpickle(io.BytesIO(records[pickles[0]]), storage)
 
 
-def _read_pickles(content: mmap.mmap) -> Any:
-    """One pickle, or torch.save before 1.6: five pickles, then the storages, each behind its number of elements."""
-    first = _unpickle(content)
+def _read_pickles(stream: _Stream, data: memoryview, *, nested: bool = False) -> Any:
+    """One pickle, or torch.save before 1.6: five pickles, then the storages, each behind its number of elements.
+
+    ``data`` is all that the stream is of.
+    """
+    first = _unpickle(stream, nested=nested)
     if not isinstance(first, int) or first != _LEGACY_MAGIC:
         return first
-    version, system = _unpickle(content), _unpickle(content)
+    version, system = _unpickle(stream), _unpickle(stream)
     if version != _LEGACY_VERSION or not system.get("little_endian"):
         raise ValueError("it is of an unknown version of torch.save")
-    start, dtypes = content.tell(), {}
+    start, dtypes = stream.tell(), {}
 
     # The storages lie behind the pickle that says how wide their elements are: read it twice.
     def note(dtype: torch.dtype, key: str, numel: int) -> None:
         dtypes[key] = dtype
 
-    _unpickle(content, note)
-    keys = _unpickle(content)
-    position, storages = content.tell(), {}
+    _unpickle(stream, note)
+    keys = _unpickle(stream)
+    position, storages = stream.tell(), {}
     for key in keys:
-        (numel,) = struct.unpack("<q", content[position : position + 8])
+        (numel,) = struct.unpack("<q", data[position : position + 8])
         end = position + 8 + numel * dtypes[key].itemsize
-        if numel < 0 or end > len(content):
+        if numel < 0 or end > len(data):
             raise ValueError("it is cut off")
-        storages[key] = memoryview(content)[position + 8 : end]
+        storages[key] = data[position + 8 : end]
         position = end
-    content.seek(start)
-    return _unpickle(content, lambda dtype, key, numel: _flat(storages[key], dtype, numel))
+    stream.seek(start)
+    return _unpickle(stream, lambda dtype, key, numel: _flat(storages[key], dtype, numel))
+
+
+def _read_storage(data: bytes) -> Any:
+    """A storage in a pickle that torch.save had no part in: a file of torch.save in the pickle."""
+    return _read_pickles(io.BytesIO(data), memoryview(data), nested=True)
 
 
 class _Stream(Protocol):
@@ -192,15 +202,15 @@ Storage = Callable[[torch.dtype, str, int], Tensor | None]
 """Finds a storage: (element type, key, number of elements) -> all its elements; None while they are not known."""
 
 
-def _unpickle(stream: _Stream, storage: Storage | None = None) -> Any:
-    """Read one pickle from where the stream stands, and leave it behind that pickle."""
+def _unpickle(stream: _Stream, storage: Storage | None = None, *, nested: bool = True) -> Any:
+    """Read one pickle from where the stream stands, and leave it behind that pickle; ``nested`` ones hold no files."""
     start = stream.tell()
     # Lengths are checked here against what there is, before the unpickler would allocate them.
     for count, _ in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
         if count > _MAX_OPCODES:
             raise ValueError("its pickle is longer than that of any checkpoint")
     stream.seek(start)
-    return _Unpickler(stream, storage).load()
+    return _Unpickler(stream, storage, nested=nested).load()
 
 
 @dataclass(frozen=True)
@@ -324,12 +334,14 @@ class _Unpickler(pickle._Unpickler):
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, stream: _Stream, storage: Storage | None) -> None:
+    def __init__(self, stream: _Stream, storage: Storage | None, *, nested: bool) -> None:
         super().__init__(stream, encoding="latin1")
-        self._storage = storage
+        self._storage, self._nested = storage, nested
         self._storages: dict[str, Tensor | None] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes") and not self._nested:
+            return _read_storage
         return _KNOWN.get((module, name), Inert)
 
     def get_extension(self, code: int) -> None:

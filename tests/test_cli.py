@@ -164,9 +164,11 @@ def test_convert_refuses_what_is_no_checkpoint(run_tool: Run, tmp_path: Path, co
 
 
 def test_convert_refuses_another_network_and_another_suffix(run_tool: Run, tmp_path: Path) -> None:
-    source = tmp_path / "vgg.pth"
-    torch.save({"features.0.weight": torch.ones(1)}, source)
-    assert_refused(run_tool("convert_backbone", source, tmp_path / "out.pkl"), "layout is not known")
+    source = tmp_path / "vit.pth"
+    torch.save({"cls_token": torch.ones(1)}, source)
+    assert_refused(
+        run_tool("convert_backbone", source, tmp_path / "out.pkl"), "Detectron2's ResNet has no such architecture"
+    )
     assert_refused(run_tool("convert_backbone", source, tmp_path / "out.onnx"), ".pkl")
 
 
@@ -176,10 +178,11 @@ def test_a_failed_proof_leaves_no_file(
     pytest.importorskip("detectron2")
     import robust_backbones.detection.verify as verify
 
-    monkeypatch.setattr(verify, "feature_errors", lambda *_: {"res2": 1e-7, "res5": 0.3})
+    wrong = [verify.StageError("random", "eval", "res5", 0.3, 0.3)]
+    monkeypatch.setattr(verify, "feature_errors", lambda *_, **__: wrong)
     status, _, err = run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify")
     assert status == 1
-    assert "features differ" in err
+    assert "the features of resnet18.pth and of what was made from it differ (res5 by 3.0e-01)" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -206,16 +209,11 @@ def test_without_detectron2_it_says_how_to_install_it(
     assert not list(tmp_path.iterdir())
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import sys
-
-    from robust_backbones import cli
-    from robust_backbones.errors import InputError
-    from tests.conftest import load_tool
-
-    monkeypatch.setattr(sys, "argv", ["tool", str(tmp_path / "none"), "x.pkl", "--debug"])
-    with pytest.raises(InputError):
-        cli.run(load_tool("convert_backbone").main)
+def test_debug_shows_the_traceback_and_keeps_the_status(run_tool: Run, tmp_path: Path) -> None:
+    status, _, err = run_tool("convert_backbone", tmp_path / "none", "x.pkl", "--debug")
+    assert status == 2
+    assert err.startswith("Traceback")
+    assert "no file at" in err
 
 
 @pytest.mark.parametrize("tool", TOOLS)

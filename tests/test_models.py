@@ -69,8 +69,44 @@ def test_a_network_that_lacks_or_bends_a_tensor_is_not_recognised(arch: str, cla
     spoiled["scalar"] = state_dict | {weight: torch.ones(())}
     spoiled["more"] = state_dict | {"attention.weight": torch.ones(1)}
     for content in spoiled.values():
-        with pytest.raises(InputError, match="none of the known architectures"):
+        with pytest.raises(
+            InputError, match=f"it comes nearest to {arch}, but "
+        ):
             identify(content)
+
+
+def test_what_differs_is_named() -> None:
+    state_dict = on_meta(BackboneSpec("resnet50", 7)).state_dict()
+    del state_dict["layer3.2.bn1.bias"]
+    state_dict["layer2.0.conv2.weight"] = torch.ones(1)
+    state_dict["attention"] = torch.ones(1)
+    with pytest.raises(InputError) as error:
+        identify(state_dict)
+    assert str(error.value) == (
+        "it comes nearest to resnet50, but lacks layer3.2.bn1.bias and has no place for attention and differs in the "
+        "shape of layer2.0.conv2.weight"
+    )
+
+
+@pytest.mark.parametrize("arch", RESNETS)
+def test_a_resnet_without_a_classifier(arch: str) -> None:
+    spec = BackboneSpec(arch, 0)
+    state_dict = on_meta(spec).state_dict()
+    assert not [name for name in state_dict if name.startswith("fc.")]
+    assert identify(state_dict) == spec
+
+
+def test_where_a_bottleneck_strides(images: Tensor) -> None:
+    """The same tensors, another function: a stride in the 1x1 convolution passes over three positions of four."""
+    torchvision_net, msra_net = (build_backbone(BackboneSpec(stride_in_1x1=flag)) for flag in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(torchvision_net.parameters(), msra_net.parameters(), strict=True))
+    strides = [(block.conv1.stride[0], block.conv2.stride[0]) for block in (msra_net.layer1[0], msra_net.layer2[0])]
+    assert strides == [(1, 1), (2, 1)]
+    assert (torchvision_net.layer2[0].conv1.stride[0], torchvision_net.layer2[0].conv2.stride[0]) == (1, 2)
+    x = torch.rand(1, 256, 8, 8)
+    first, second = (net.eval().layer2[0](x) for net in (torchvision_net, msra_net))
+    assert first.shape == second.shape
+    assert not torch.allclose(first, second, atol=0.01)
 
 
 @pytest.mark.parametrize(("arch", "size"), PARAMETERS.items())
@@ -207,7 +243,10 @@ def test_a_spec_goes_through_a_file_and_old_ones_are_read() -> None:
     ("wrong", "message"),
     [
         ({"arch": "resnet5"}, r"unknown architecture 'resnet5'.*resnet50.*vgg16_bn"),
-        ({"num_classes": 0}, "at least one class"),
+        ({"num_classes": -1}, "at least one class"),
+        ({"arch": "vgg16_bn", "num_classes": 0}, "at least one class"),
+        ({"channel_order": "GRB"}, "unknown channel order 'GRB': choose RGB or BGR"),
+        ({"arch": "resnet18", "stride_in_1x1": True}, "resnet18 has no bottlenecks"),
         ({"stem": "tinyimagenet"}, "unknown stem 'tinyimagenet': choose one of imagenet, cifar"),
         ({"arch": "vgg16_bn", "stem": "cifar"}, "only a ResNet can have the cifar stem, vgg16_bn has its own"),
     ],

@@ -20,12 +20,13 @@ import torch
 import robust_backbones.pretrain as pretrain_module
 from robust_backbones import zoo
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.checkpoints import load_tensors, read_checkpoint
+from robust_backbones.checkpoints import load_tensors
 from robust_backbones.engine import Learner
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
 from robust_backbones.objectives import ObjectiveConfig
 from robust_backbones.pretrain import Execution, PretrainConfig, pretrain, recipe
 from robust_backbones.records import RunRecord
+from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import ROOT
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import robust_backbones.robustness as robustness
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from robust_backbones.checkpoints import Checkpoint, write_checkpoint
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.engine import Compute
@@ -29,6 +29,7 @@ from robust_backbones.robustness import (
     evaluate_robustness,
     wilson_interval,
 )
+from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 
 CPU = Compute(torch.device("cpu"))
