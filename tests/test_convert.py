@@ -1,15 +1,21 @@
 """Conversion: every tensor is accounted for, values are untouched, bytes are reproducible."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from torchvision.models import resnet50
 
 from robust_backbones.checkpoints import write_checkpoint
 from robust_backbones.convert import (
+    SUFFIXES,
     BackboneMetadata,
     convert,
     detectron2_name,
@@ -102,15 +108,112 @@ def test_a_file_from_before_the_stem(torchvision_file: Callable[[str], Path]) ->
     assert BackboneMetadata.from_dict(content) == metadata
 
 
-def test_a_file_says_what_it_holds_and_is_reproducible(tmp_path: Path, torchvision_file: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_says_what_it_holds(tmp_path: Path, torchvision_file: Callable[[str], Path], suffix: str) -> None:
     checkpoint = read_checkpoint(torchvision_file("resnet18"))
-    for name in ("a.pkl", "b.pkl"):
-        write_backbone(tmp_path / name, convert(checkpoint)[0], BackboneMetadata.of(checkpoint))
-    assert (tmp_path / "a.pkl").read_bytes() == (tmp_path / "b.pkl").read_bytes()
-    tensors, metadata = read_backbone(tmp_path / "a.pkl")
+    path = tmp_path / f"backbone{suffix}"
+    write_backbone(path, convert(checkpoint)[0], BackboneMetadata.of(checkpoint))
+    tensors, metadata = read_backbone(path)
     assert metadata == BackboneMetadata.of(checkpoint)
     assert metadata.spec == BackboneSpec("resnet18", 10)
-    assert set(tensors) == set(convert(checkpoint)[0])
+    assert tensors.keys() == convert(checkpoint)[0].keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in convert(checkpoint)[0].items())
+
+
+def test_identical_input_gives_identical_bytes(torchvision_file: Callable[[str], Path], tmp_path: Path) -> None:
+    """In two processes, which hash and order differently; and no file holds more than its tensors."""
+    source = torchvision_file("resnet18")
+    code = (
+        "import sys, pathlib; from robust_backbones.convert import *\n"
+        "from robust_backbones.sources import read_checkpoint\n"
+        "checkpoint = read_checkpoint(pathlib.Path(sys.argv[1])); folder = pathlib.Path(sys.argv[2])\n"
+        "for suffix in SUFFIXES: "
+        "write_backbone(folder / f'x{suffix}', convert(checkpoint)[0], BackboneMetadata.of(checkpoint))\n"
+        "for suffix in SUFFIXES[1:]: write_torchvision(folder / f'y{suffix}', checkpoint)\n"
+    )
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        subprocess.run([sys.executable, "-c", code, source, tmp_path / run], check=True)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["x.pkl", "x.pth", "x.safetensors", "y.pth", "y.safetensors"]
+    for name in files:
+        content = (tmp_path / "a" / name).read_bytes()
+        assert content == (tmp_path / "b" / name).read_bytes()
+        assert len(content) < 1.02 * source.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES[1:])
+def test_back_to_torchvision(
+    run_tool: Callable[..., tuple[int, str, str]],
+    torchvision_file: Callable[[str], Path],
+    tmp_path: Path,
+    suffix: str,
+) -> None:
+    source, there, back = torchvision_file("resnet50"), tmp_path / f"there{suffix}", tmp_path / f"back{suffix}"
+    assert run_tool("convert_backbone", source, there)[0] == 0
+    status, out, _ = run_tool("convert_backbone", there, back, "--to", "torchvision", "--verify")
+    assert status == 0
+    assert "every tensor reads back equal" in out
+    net = resnet50(num_classes=10)
+    state_dict = safetensors.torch.load_file(back) if suffix == ".safetensors" else torch.load(back, weights_only=True)
+    assert net.load_state_dict(state_dict, strict=False).missing_keys == ["fc.weight", "fc.bias"]
+    original = torch.load(source, weights_only=True)
+    assert all(torch.equal(tensor, original[name]) for name, tensor in state_dict.items())
+
+
+def test_what_a_torchvision_file_could_not_say_is_refused(
+    run_tool: Callable[..., tuple[int, str, str]], torchvision_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    half = ("0.5", "0.5", "0.5")
+    options = ("--to", "torchvision", "--mean", *half, "--std", *half)
+    status, _, err = run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.pth", *options)
+    assert status == 2
+    assert "write a .safetensors" in err
+    assert run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.safetensors", *options)[0] == 0
+    assert read_checkpoint(tmp_path / "out.safetensors").spec.mean == (0.5, 0.5, 0.5)
+    options = ("--to", "torchvision", "--stride-in-1x1", "true")
+    status, _, err = run_tool("convert_backbone", torchvision_file("resnet50"), tmp_path / "out.pth", *options)
+    assert status == 2
+    assert "torchvision has no resnet50 with this stem and stride" in err
+
+
+def test_json_is_all_there_is_on_stdout(
+    run_tool: Callable[..., tuple[int, str, str]], torchvision_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("detectron2")
+    target = tmp_path / "backbone.pkl"
+    status, out, err = run_tool("convert_backbone", torchvision_file("resnet18"), target, "--verify", "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert result["output"] == str(target)
+    assert str(target) in err.splitlines()[-1]
+    assert result["report"]["ok"]
+    assert len(result["report"]["renamed"]) == 100
+    assert result["overrides"]["MODEL.RESNETS.DEPTH"] == 18
+    assert max(error["relative"] for error in result["errors"]) < 1e-4
+    assert result["metadata"] == BackboneMetadata.of(read_checkpoint(torchvision_file("resnet18"))).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--image", "photo.jpg"), "give --verify too"),
+        (("--to", "torchvision", "--write-config", "x.yaml"), "leave out --to torchvision"),
+        (("--write-config", "x.yaml", "--base-config", "none.yaml"), "no configuration at none.yaml"),
+        (("--threat-model", "L7:3"), "L7"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    run_tool: Callable[..., tuple[int, str, str]],
+    torchvision_file: Callable[[str], Path],
+    tmp_path: Path,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    status, _, err = run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.pth", *options)
+    assert status == 2
+    assert message in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

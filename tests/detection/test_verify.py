@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.convert import BackboneMetadata, convert, write_backbone
 from robust_backbones.detection.verify import TOLERANCE, StageError, feature_errors, prove, table
 from robust_backbones.errors import InputError, ProofFailedError
