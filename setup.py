@@ -25,15 +25,17 @@ setup(
         "fvcore>=0.1.5",
         # The same module cv2 as opencv-python, without the windows that need a screen's libraries.
         "opencv-python-headless>=4.11",
+        "huggingface_hub>=1.0",
         "matplotlib",
         # The AutoAttack of its authors.
         "pyautoattack>=0.2",
+        "safetensors>=0.5",
         "tensorboard",
         "tqdm",
         "tyro>=0.9",
     ],
     extras_require={
         "slurm": ["submitit>=1.5"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "submitit>=1.5", "webdataset>=1"],
+        "dev": ["pytest", "hypothesis", "ruff", "mypy", "dill", "submitit>=1.5", "webdataset>=1"],
     },
 )

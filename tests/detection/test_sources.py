@@ -88,7 +88,7 @@ def test_a_caffe2_file_is_read_as_detectron2_reads_it(torchvision_file: Maker, t
     write_backbone(tmp_path / "ours.pkl", tensors, BackboneMetadata.of(checkpoint))
     BackboneCheckpointer(ours, cfg=cfg).load(str(tmp_path / "ours.pkl"))
     for name in backbone_tensors(theirs):
-        # Detectron2 fills in a variance of 1, to which the norm adds epsilon; a scale and a shift alone are what is meant.
+        # Detectron2 fills in a variance of 1, to which the norm adds epsilon; a scale and a shift alone are meant.
         expected = theirs.state_dict()[name] - (1e-5 if name.endswith("running_var") else 0)
         torch.testing.assert_close(ours.state_dict()[name], expected, rtol=0, atol=0)
     errors = feature_errors(checkpoint, tmp_path / "ours.pkl", size=64)
