@@ -118,6 +118,10 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
         return (normalized * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send before they take a machine away."""
+
+
 class StopRequest:
     """Whether the machine has asked this process to stop."""
 
@@ -129,14 +133,14 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGTERM and SIGUSR1, which schedulers send before they take a machine away, into a flag to look at."""
+    """Turn ``STOP_SIGNALS`` into a flag to look at."""
     request = StopRequest()
 
     def remember(number: int, frame: FrameType | None) -> None:
         request.signal = number
 
     try:
-        previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
     except ValueError:  # only the main thread may set handlers; in another one nothing can be asked
         previous = {}
     try:

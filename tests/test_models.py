@@ -69,9 +69,7 @@ def test_a_network_that_lacks_or_bends_a_tensor_is_not_recognised(arch: str, cla
     spoiled["scalar"] = state_dict | {weight: torch.ones(())}
     spoiled["more"] = state_dict | {"attention.weight": torch.ones(1)}
     for content in spoiled.values():
-        with pytest.raises(
-            InputError, match=f"it comes nearest to {arch}, but "
-        ):
+        with pytest.raises(InputError, match=f"it comes nearest to {arch}, but "):
             identify(content)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -198,20 +199,25 @@ def test_a_damaged_checkpoint_is_passed_over(
         pretrain(CONFIG, data, output, HERE)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_asked_to_stop_says_so_and_goes_on(
-    finished: tuple[Path, RunRecord], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, RunRecord], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
+    """A scheduler's signal goes to all processes: the workers leave it to the main one."""
     original = Learner.step
 
     def step(self: Learner, batch: Any) -> None:
         original(self, batch)
         if self.step_count == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            # By another process: from its parent, a worker of torch's takes it for the end of its work.
+            pids = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+            subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
+            time.sleep(0.5)  # for the end of a worker to be heard of
 
     monkeypatch.setattr(Learner, "step", step)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(PreemptedError, match=r"step_000000006\.pt, and the same command"):
-        pretrain(CONFIG, data, tmp_path / "whole", replace(HERE, log_period=50))
+        pretrain(CONFIG, data, tmp_path / "whole", replace(HERE, log_period=50, workers=workers))
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()
     pretrain(CONFIG, data, tmp_path / "whole", HERE)

@@ -572,5 +572,5 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     assert "holds 4 classes, but resnet18.pth knows 10" in err
     status, _, err = run_tool("evaluate", "classifier", tmp_path / "none.pt", *good)
     assert status == 2
-    assert "no checkpoint" in err
+    assert "no file at" in err
     assert not (tmp_path / "run").exists()
