@@ -171,6 +171,7 @@ class BackboneMetadata:
             fields = dict(content)
             if fields.pop("format") != FORMAT:
                 raise KeyError("format")
+            fields.pop("overrides", None)  # for readers without this package; the spec gives them again
             return cls(spec=BackboneSpec(**fields.pop("spec")), **fields)
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"its backbone metadata cannot be read ({error!r})") from None
@@ -184,10 +185,11 @@ def write_backbone(path: Path, tensors: dict[str, Tensor], metadata: BackboneMet
 
     ``matching_heuristics`` lets Detectron2 put ``res2.*`` under whatever prefix the detector gives its backbone.
     """
-    content = {"__author__": "robust-backbones", "matching_heuristics": True, "metadata": metadata.to_dict()}
+    fields = {**metadata.to_dict(), "overrides": metadata.spec.detectron2_overrides()}
+    content = {"__author__": "robust-backbones", "matching_heuristics": True, "metadata": fields}
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
-            _save_safetensors(temporary, tensors, metadata)
+            _save_safetensors(temporary, tensors, fields)
         elif path.suffix == ".pth":
             _save_torch(temporary, {"model": _own(tensors), **content})
         else:
@@ -212,7 +214,7 @@ def write_torchvision(path: Path, checkpoint: Checkpoint) -> None:
         )
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
-            _save_safetensors(temporary, checkpoint.state_dict, BackboneMetadata.of(checkpoint))
+            _save_safetensors(temporary, checkpoint.state_dict, BackboneMetadata.of(checkpoint).to_dict())
         else:
             _save_torch(temporary, _own(checkpoint.state_dict))
 
@@ -222,9 +224,9 @@ def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in sorted(tensors)}
 
 
-def _save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: BackboneMetadata) -> None:
+def _save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     # One string: several would come in any order.
-    strings = {"robust_backbones": json.dumps(metadata.to_dict(), sort_keys=True)}
+    strings = {"robust_backbones": json.dumps(metadata, sort_keys=True)}
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, strings)
 
 

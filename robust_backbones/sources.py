@@ -20,6 +20,7 @@ from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, i
 from robust_backbones.safe_files import METADATA, read_file
 from robust_backbones.threat_models import ThreatModel
 
+HUB = "hub:"
 _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _STATE_DICTS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
@@ -91,9 +92,15 @@ class Statement:
 def read_checkpoint(path: Path, *, source: str = "", statement: Statement | None = None) -> Checkpoint:
     """Read a backbone from any of ``SOURCES``; ``source`` forces one, otherwise the file's keys tell it.
 
+    ``hub:NAME`` is one of the published backbones (``zoo``), which is downloaded at the first use.
+
     Raises:
         InputError: the file is missing, is no checkpoint, or its layout, architecture or normalisation is not known.
     """
+    if str(path).startswith(HUB):
+        if source or statement:
+            raise InputError("a published backbone says all there is to know: leave out what describes it")
+        return read_published(str(path).removeprefix(HUB))
     if source and source not in SOURCES:
         raise InputError(f"unknown source {source!r}: choose one of {', '.join(SOURCES)}")
     content, statement = read_file(path), statement or Statement()
@@ -111,7 +118,7 @@ def read_checkpoint(path: Path, *, source: str = "", statement: Statement | None
 
 
 def read_published(name: str) -> Checkpoint:
-    """Read a published backbone, downloading it at the first use.
+    """The published backbone ``name``, downloaded at the first use.
 
     Raises:
         InputError: there is none of this name; it cannot be downloaded; the file is not what the name says.

@@ -30,7 +30,7 @@ from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.convert import SUFFIXES, BackboneMetadata, convert, write_backbone, write_torchvision
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.records import atomic_path
-from robust_backbones.sources import SOURCES, Statement, read_checkpoint, read_published
+from robust_backbones.sources import SOURCES, Statement, read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 
 BASE_CONFIG = Path(__file__).resolve().parents[1] / "detectron_configs/Base-RCNN-FPN.yaml"
@@ -117,11 +117,8 @@ def read(options: argparse.Namespace) -> Checkpoint:
         stride_in_1x1=options.stride_in_1x1 and options.stride_in_1x1 == "true",
         threat_model=options.threat_model and ThreatModel.parse(options.threat_model),
     )
-    if options.src.startswith("hub:"):
-        if options.source or statement != Statement():
-            raise InputError("a published backbone says all there is to know: leave out what describes SRC")
-        return read_published(options.src.removeprefix("hub:"))
-    return read_checkpoint(Path(options.src), source=options.source, statement=statement)
+    stated = statement if statement != Statement() else None
+    return read_checkpoint(Path(options.src), source=options.source, statement=stated)
 
 
 def check_equal(checkpoint: Checkpoint, written: Path) -> None:

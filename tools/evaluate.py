@@ -33,7 +33,7 @@ class Classifier:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """File of tools/pretrain.py or torchvision state dict."""
+    """A checkpoint of any source that tools/convert_backbone.py knows, or hub:NAME."""
     data: Path
     """Folder that holds one folder of images a class."""
     output: Path

@@ -43,6 +43,19 @@ def test_resnet50_is_what_detectron2s_own_rules_give(torchvision_file: Maker) ->
         np.testing.assert_array_equal(tensor.numpy(), expected[name])
 
 
+@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+def test_detectron2_alone_loads_what_was_converted(
+    torchvision_file: Maker, small_cfg: CfgNode, tmp_path: Path, suffix: str
+) -> None:
+    checkpoint, path = read_checkpoint(torchvision_file("resnet18")), tmp_path / f"backbone{suffix}"
+    tensors, _ = convert(checkpoint)
+    write_backbone(path, tensors, BackboneMetadata.of(checkpoint))
+    detector = build_model(small_cfg)
+    DetectionCheckpointer(detector).load(str(path))
+    for name, short_name in backbone_tensors(detector).items():
+        assert torch.equal(detector.state_dict()[name], tensors[short_name])
+
+
 def caffe2_blobs(state: dict[str, Tensor], *, bias: bool) -> dict[str, np.ndarray]:
     """A backbone's tensors under Caffe2's names, each batch norm as the scale and the shift that it amounts to."""
     blobs = {}

@@ -54,6 +54,13 @@ def test_every_format_is_proven_on_a_photograph_too(
     assert len(table(errors).splitlines()) == 17
 
 
+@pytest.mark.real_data
+def test_features_are_equal_on_a_real_photograph(torchvision_file: Maker, converted: Maker, real_data: Path) -> None:
+    photograph = min((real_data / "detectron2/VOC2007/JPEGImages").iterdir())
+    errors = prove(read_checkpoint(torchvision_file("resnet18")), converted("resnet18"), image=photograph)
+    assert {e.image for e in errors} == {"random", photograph.name}
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
