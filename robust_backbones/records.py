@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from robust_backbones.errors import InputError
@@ -55,7 +56,7 @@ class RunRecord:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name once the block has finished without error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # writers go by the suffix
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{get_ident()}.tmp{path.suffix}")  # writers go by it
     try:
         yield temporary
         with open(temporary, "rb") as file:

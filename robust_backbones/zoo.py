@@ -73,7 +73,7 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The file of a published backbone, downloaded at the first use; an interrupted download goes on.
+    """The file of a published backbone, downloaded at the first use; a download that was cut off goes on.
 
     Its sha256 is noted beside it at the first use and holds from then on; while downloading, the hub's own holds too.
     HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 forbids the network.
@@ -85,10 +85,7 @@ def fetch(name: str) -> Path:
     path = cache_folder() / "published" / find(name).file
     note = path.with_name(f"{path.name}.sha256")
     if not path.exists():
-        promised = _download(path)
-        if promised and sha256(path) != promised:
-            path.unlink()
-            raise InputError(f"the hub sent a damaged {path.name}, and it was deleted: run the same command again")
+        _download(path)
     found = sha256(path)
     if not note.exists():
         with atomic_path(note) as temporary:
@@ -98,20 +95,37 @@ def fetch(name: str) -> Path:
     return path
 
 
-def _download(path: Path) -> str:
-    """Download to ``path``; returns the sha256 that the hub gives, or nothing where it gives none."""
+def _download(path: Path) -> None:
+    """Download to ``path``, which appears once the file is whole and the one that the hub promised."""
     # Only here: it takes a second to import, and the table needs none of it.
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    url = hf_hub_url(REPOSITORY, path.name, endpoint=endpoint)
     try:
-        etag = get_hf_file_metadata(url).etag or ""
-        hf_hub_download(REPOSITORY, path.name, local_dir=path.parent, endpoint=endpoint)
-    except Exception as error:  # a network can fail in any way
-        reason = " ".join(str(error).split())
-        raise InputError(f"cannot download {path.name} ({reason}): put {url} at {path} yourself") from None
-    return etag if re.fullmatch("[0-9a-f]{64}", etag) else ""
+        from filelock import FileLock
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
+    except ImportError:
+        raise InputError("huggingface_hub is not installed: run `pip install huggingface_hub`") from None
+
+    url = hf_hub_url(REPOSITORY, path.name, endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # hf_hub_download would start again after a process was killed.
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():  # another process had the lock
+            return
+        try:
+            promised = get_hf_file_metadata(url)
+            etag = re.sub(r"\W", "", promised.etag or "")
+            part = path.with_name(f".{path.name}.{etag[:16]}.part")
+            with open(part, "ab") as file:
+                headers, size = build_hf_headers(token=False), promised.size
+                http_get(promised.location, file, resume_size=file.tell(), headers=headers, expected_size=size)
+        except Exception as error:  # a network can fail in any way
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"cannot download {path.name} ({reason}): put {url} at {path} yourself") from None
+        if re.fullmatch("[0-9a-f]{64}", etag) and sha256(part) != etag:
+            part.unlink()
+            raise InputError(f"the hub sent a damaged {path.name}, and it was deleted: run the same command again")
+        os.replace(part, path)
 
 
 def table() -> str:

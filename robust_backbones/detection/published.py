@@ -11,6 +11,7 @@ from iopath.common.file_io import PathHandler
 from robust_backbones import zoo
 from robust_backbones.checkpoints import sha256
 from robust_backbones.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.errors import InputError
 from robust_backbones.records import atomic_path
 from robust_backbones.sources import read_published
 
@@ -28,7 +29,8 @@ def converted_backbone(name: str) -> Path:
 
     source = zoo.fetch(name)
     path = zoo.cache_folder() / "detectron2" / f"{name}.pkl"
-    if path.exists() and read_backbone(path)[1].source_sha256 == sha256(source):
+    note = path.with_name(f"{path.name}.sha256")
+    if _is_made_of(path, note, sha256(source)):
         return path
     checkpoint = read_published(name)
     tensors, report = convert(checkpoint)
@@ -36,7 +38,17 @@ def converted_backbone(name: str) -> Path:
     with atomic_path(path) as temporary:
         write_backbone(temporary, tensors, BackboneMetadata.of(checkpoint))
         prove(checkpoint, temporary)
+    with atomic_path(note) as temporary:
+        temporary.write_text(sha256(path) + "\n")
     return path
+
+
+def _is_made_of(path: Path, note: Path, source_sha256: str) -> bool:
+    """Whether ``path`` is as it was written, from that source, by this version of the format."""
+    try:
+        return note.read_text().strip() == sha256(path) and read_backbone(path)[1].source_sha256 == source_sha256
+    except (OSError, InputError):
+        return False
 
 
 class RobustPathHandler(PathHandler):
