@@ -15,7 +15,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
@@ -47,6 +47,8 @@ _STORAGE_DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
 }
 _NUMPY_DTYPES = {
     "f8": torch.float64,
@@ -56,8 +58,13 @@ _NUMPY_DTYPES = {
     "i4": torch.int32,
     "i2": torch.int16,
     "i1": torch.int8,
+    "u8": torch.uint64,
+    "u4": torch.uint32,
+    "u2": torch.uint16,
     "u1": torch.uint8,
     "b1": torch.bool,
+    "c8": torch.complex64,
+    "c16": torch.complex128,
 }
 
 
@@ -88,9 +95,13 @@ def read_file(path: Path) -> Any:
     Raises:
         InputError: the file is missing, damaged, of another kind, or claims more than it can hold.
     """
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from error
+    if is_folder:
         raise InputError(f"{path} is a folder: give the file in it")
-    if not path.is_file():
+    if not is_file:
         raise InputError(f"no file at {path}: check the path")
     try:
         size = path.stat().st_size
@@ -107,7 +118,7 @@ def read_file(path: Path) -> Any:
                 _read_archive(content, file) if is_archive else _read_pickles(content, memoryview(content))
             )
     except Exception as error:  # a damaged or hostile file can fail in any way
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:200] or type(error).__name__
         raise InputError(
             f"{path} cannot be read safely ({reason}): give a file of tensors saved by torch.save, safetensors "
             "or Detectron2"
@@ -131,6 +142,10 @@ def _read_archive(content: mmap.mmap, file: BinaryIO) -> Any:
             raise ValueError("it holds too many records")
     archive = zipfile.ZipFile(file)
     records: dict[str, memoryview] = {}
+    if any(entry.filename.endswith("/constants.pkl") for entry in archive.infolist()):
+        raise ValueError("it is a TorchScript program, not a state_dict()")
+    if sum(entry.file_size for entry in archive.infolist()) > len(content):
+        raise ValueError("its records overlap")
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED or entry.filename in records:
             raise ValueError("its records are compressed or doubled, which torch.save never does")
@@ -144,8 +159,6 @@ def _read_archive(content: mmap.mmap, file: BinaryIO) -> Any:
     if len(pickles) != 1:
         raise ValueError("it is a zip archive of something else")
     folder = pickles[0].removesuffix("data.pkl")
-    if f"{folder}constants.pkl" in records:
-        raise ValueError("it is a TorchScript program, not a state_dict()")
     if bytes(records.get(f"{folder}byteorder", b"little")) != b"little":
         raise ValueError("it is from a big-endian machine")
 
@@ -175,6 +188,8 @@ def _read_pickles(stream: _Stream, data: memoryview, *, nested: bool = False) ->
     _unpickle(stream, note)
     keys = _unpickle(stream)
     position, storages = stream.tell(), {}
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("it names its storages in an unknown way")
     for key in keys:
         (numel,) = struct.unpack("<q", data[position : position + 8])
         end = position + 8 + numel * dtypes[key].itemsize
@@ -206,11 +221,21 @@ def _unpickle(stream: _Stream, storage: Storage | None = None, *, nested: bool =
     """Read one pickle from where the stream stands, and leave it behind that pickle; ``nested`` ones hold no files."""
     start = stream.tell()
     # Lengths are checked here against what there is, before the unpickler would allocate them.
-    for count, _ in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
-        if count > _MAX_OPCODES:
-            raise ValueError("its pickle is longer than that of any checkpoint")
+    for _ in range(_MAX_OPCODES):
+        operation = pickletools.code2op.get(stream.read(1).decode("latin1"))  # type: ignore[attr-defined]
+        if operation is None:
+            raise ValueError("it is cut off, or of something else")
+        if operation.name == "STRING":  # pickletools takes it for ASCII; arrays of Python 2 are not
+            stream.readline()
+        elif operation.arg is not None:
+            operation.arg.reader(stream)
+        if operation.name == "STOP":
+            break
+    else:
+        raise ValueError("its pickle is longer than that of any checkpoint")
+    size = stream.tell() - start
     stream.seek(start)
-    return _Unpickler(stream, storage, nested=nested).load()
+    return _Unpickler(stream, storage, nested=nested, size=size).load()
 
 
 @dataclass(frozen=True)
@@ -228,11 +253,13 @@ class _NumpyType:
         if state[1] not in ("<", "=", "|"):
             raise ValueError("it holds big-endian arrays")
 
-    def tensor(self, data: Any, shape: Iterable[int], *, fortran: bool) -> Tensor:
-        dtype, sizes = _NUMPY_DTYPES[self.code], [int(size) for size in shape]
+    def tensor(self, data: Any, shape: Any, *, fortran: bool) -> Any:
+        dtype, sizes = _NUMPY_DTYPES.get(self.code), list(shape)
+        if dtype is None:  # of strings, objects, records
+            return Inert()
         if isinstance(data, str):  # bytes in a pickle of Python 2
             data = data.encode("latin1")
-        flat = _flat(memoryview(data), dtype, math.prod(sizes))
+        flat = _flat(memoryview(data), dtype, _count(sizes))
         return flat.reshape(sizes[::-1]).permute(*range(len(sizes))[::-1]) if fortran else flat.reshape(sizes)
 
 
@@ -247,12 +274,22 @@ class _NumpyArray:
         self.tensor = dtype.tensor(data, shape, fortran=bool(fortran))
 
 
-def _numpy_from_buffer(buffer: Any, dtype: _NumpyType, shape: Iterable[int], order: str) -> Tensor:
-    return dtype.tensor(buffer, shape, fortran=order == "F")
+def _numpy_from_buffer(buffer: Any, dtype: _NumpyType, shape: Any, order: str, axes: Any = None) -> Any:
+    array = dtype.tensor(buffer, shape, fortran=order == "F")
+    return array.permute(axes) if order == "K" and isinstance(array, Tensor) else array
 
 
 def _numpy_scalar(dtype: _NumpyType, data: Any) -> Any:
-    return dtype.tensor(data, (), fortran=False).item()
+    scalar = dtype.tensor(data, (), fortran=False)
+    return scalar.item() if isinstance(scalar, Tensor) else scalar
+
+
+def _dill_array(function: Any, arguments: Any, state: Any, *_: Any) -> Any:
+    if function is not _NumpyArray:
+        return Inert()
+    array = _NumpyArray()
+    array.set_state(state)
+    return array
 
 
 def _flat(data: memoryview, dtype: torch.dtype, numel: int) -> Tensor:
@@ -267,11 +304,20 @@ def _flat(data: memoryview, dtype: torch.dtype, numel: int) -> Tensor:
 
 
 def _tensor(storage: Tensor | None, offset: int, size: Any, stride: Any, *_: Any) -> Any:
-    if storage is None:
+    if not isinstance(storage, Tensor):  # not known yet, or of an unknown type
         return Inert()
-    if min((offset, *size, *stride), default=0) < 0 or math.prod(size) > len(storage):
+    if _count((offset,)) < 0 or _count(stride) < 0 or _count(size) > len(storage):
         raise ValueError("it claims tensors larger than the file")
     return storage.as_strided(tuple(size), tuple(stride), offset)  # raises where it leaves the storage
+
+
+def _count(sizes: Any) -> int:
+    """The number of elements of a tensor of these sizes, which must be such."""
+    if not isinstance(sizes, (tuple, list)) or len(sizes) > 64:
+        raise ValueError("it holds tensors of an unknown shape")
+    if not all(isinstance(size, int) and 0 <= size < 2**63 for size in sizes):
+        raise ValueError("it holds tensors of an unknown shape")
+    return math.prod(sizes)
 
 
 def _parameter(data: Any, *_: Any) -> Any:
@@ -279,12 +325,13 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 
 def _from_type(function: Any, _: Any, arguments: Any, *__: Any) -> Any:
-    return function(*arguments)
+    known = function in (_tensor, _parameter) and isinstance(arguments, tuple)
+    return function(*arguments) if known else Inert()
 
 
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise ValueError(f"it encodes bytes as {encoding}")
+        raise ValueError("it encodes bytes in an unknown way")
     return text.encode("latin1")
 
 
@@ -295,10 +342,11 @@ def _bytes(*content: Any) -> bytes:
 
 
 def _dictionary(pairs: Any = ()) -> dict[Any, Any]:
-    return {} if isinstance(pairs, Inert) else {_key(key): value for key, value in pairs}
+    return {_key(key): value for key, value in pairs} if isinstance(pairs, (list, tuple)) else {}
 
 
 def _size(sizes: Any = ()) -> tuple[Any, ...]:
+    _count(sizes)
     return tuple(sizes)
 
 
@@ -315,6 +363,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
     ("torch._tensor", "_rebuild_from_type_v2"): _from_type,
     ("numpy", "dtype"): _NumpyType,
+    ("dill._dill", "_create_array"): _dill_array,
     **{
         (module, name): _StorageType(dtype)
         for name, dtype in _STORAGE_DTYPES.items()
@@ -334,9 +383,10 @@ class _Unpickler(pickle._Unpickler):
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, stream: _Stream, storage: Storage | None, *, nested: bool) -> None:
+    def __init__(self, stream: _Stream, storage: Storage | None, *, nested: bool, size: int) -> None:
         super().__init__(stream, encoding="latin1")
         self._storage, self._nested = storage, nested
+        self._allowance = 16 * size + 2**24
         self._storages: dict[str, Tensor | None] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -349,9 +399,15 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, identifier: Any) -> Any:
         """A storage, as torch.save notes it: ("storage", type, key, device, number of elements, view or None)."""
-        kind, storage_type, key, _, numel, *view = identifier
-        if self._storage is None or kind != "storage" or any(part is not None for part in view):
+        if not isinstance(identifier, tuple) or self._storage is None:
             raise ValueError("it refers to something outside itself")
+        if identifier[0] == "module":  # a class beside its source code
+            return Inert
+        kind, storage_type, key, _, numel, *view = identifier
+        if kind != "storage" or not isinstance(key, str) or any(part is not None for part in view):
+            raise ValueError("it refers to something outside itself")
+        if not isinstance(storage_type, _StorageType) or not isinstance(numel, int):
+            raise ValueError("it holds tensors of an unknown type")
         if key not in self._storages:
             self._storages[key] = self._storage(storage_type.dtype, key, numel)
         return self._storages[key]
@@ -360,15 +416,40 @@ class _Unpickler(pickle._Unpickler):
         """Only arrays and their types have a state that matters."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, (_NumpyArray, _NumpyType)):
+            if not isinstance(state, tuple):
+                raise ValueError("it holds an array of an unknown kind")
+            self._spend(state)
             target.set_state(state)
 
-    def load_newobj(self) -> None:
-        arguments, cls = self.stack.pop(), self.stack.pop()
-        self.append(cls(*arguments))
+    def load_reduce(self) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self._call(function, arguments, {})
+
+    load_newobj = load_reduce
 
     def load_newobj_ex(self) -> None:
         keywords, arguments, cls = self.stack.pop(), self.stack.pop(), self.stack.pop()
-        self.append(cls(*arguments, **keywords))
+        self._call(cls, arguments, keywords)
+
+    def _call(self, function: Any, arguments: Any, keywords: Any) -> None:
+        if not isinstance(arguments, tuple) or not isinstance(keywords, dict):  # to unpack a tensor takes much memory
+            raise ValueError("it calls something in an unknown way")
+        self._spend((*arguments, *keywords.values()))
+        self.append(function(*arguments, **keywords))
+
+    def _instantiate(self, klass: Any, arguments: Any) -> None:
+        self._call(klass, tuple(arguments), {})
+
+    def _spend(self, parts: tuple[Any, ...]) -> None:
+        """Count what a function could copy: parts named again and again grow to far more than the file."""
+        inner = (part for outer in parts if isinstance(outer, tuple) for part in outer)
+        for part in (*parts, *inner):
+            if isinstance(part, (str, bytes, bytearray)):
+                self._allowance -= len(part)
+            elif isinstance(part, (list, tuple, dict)):
+                self._allowance -= 32 * len(part)
+        if self._allowance < 0:
+            raise ValueError("it unfolds to far more than it holds")
 
     def load_dict(self) -> None:
         items = self.pop_mark()
@@ -389,11 +470,13 @@ class _Unpickler(pickle._Unpickler):
             self.stack[-1].add(_key(item))
 
     def load_frozenset(self) -> None:
-        self.append(frozenset(map(_key, self.pop_mark())))
+        items = self.pop_mark()  # first: it changes what append is
+        self.append(frozenset(map(_key, items)))
 
     dispatch.update(
         {
             pickle.BUILD[0]: load_build,
+            pickle.REDUCE[0]: load_reduce,
             pickle.NEWOBJ[0]: load_newobj,
             pickle.NEWOBJ_EX[0]: load_newobj_ex,
             pickle.DICT[0]: load_dict,
@@ -408,7 +491,7 @@ class _Unpickler(pickle._Unpickler):
 def _key(key: Any) -> Any:
     """``key``, if hashing it takes no recursion: a million tuples in each other would overflow the stack."""
     for part in key if isinstance(key, tuple) else (key,):
-        if not (part is None or isinstance(part, (str, bytes, int, float, Inert, type(Inert), torch.dtype))):
+        if not (part is None or isinstance(part, (str, bytes, int, float, Inert, type(Inert), Tensor))):
             raise ValueError(f"it has a {type(part).__name__} for a key")
     return key
 
