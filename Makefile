@@ -20,14 +20,15 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/python tools/demo.py --output demo_output
 
+# Each test process on a core of its own: threads of several that share cores wait for each other.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 --dist worksteal
 
 clean:
 	rm -rf .venv demo_output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -36,6 +36,6 @@ setup(
     ],
     extras_require={
         "slurm": ["submitit>=1.5"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "dill", "submitit>=1.5", "webdataset>=1"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "dill", "submitit>=1.5", "webdataset>=1"],
     },
 )
