@@ -107,15 +107,22 @@ def _download(path: Path) -> None:
         raise InputError("huggingface_hub is not installed: run `pip install huggingface_hub`") from None
 
     url = hf_hub_url(REPOSITORY, path.name, endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot keep downloads in {path.parent} ({error}): set ROBUST_BACKBONES_CACHE") from None
     # hf_hub_download would start again after a process was killed.
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists():  # another process had the lock
             return
         try:
             promised = get_hf_file_metadata(url)
+            if not (promised.commit_hash and promised.size):
+                raise ValueError("what answered is no hub")  # such as a network's log-in page
             etag = re.sub(r"\W", "", promised.etag or "")
             part = path.with_name(f".{path.name}.{etag[:16]}.part")
+            if part.exists() and part.stat().st_size > promised.size:
+                part.unlink()
             with open(part, "ab") as file:
                 headers, size = build_hf_headers(token=False), promised.size
                 http_get(promised.location, file, resume_size=file.tell(), headers=headers, expected_size=size)

@@ -37,6 +37,8 @@ class FakeHub(ThreadingHTTPServer):
         """Each download waits for one of its own, if there is one."""
         self.error: tuple[int, str] | None = None
         """Status and X-Error-Code with which every request is answered."""
+        self.is_hub = True
+        """Otherwise what answers knows nothing but the content, as a log-in page or a file server does."""
         self.etag = ""
         """Told in place of the files' sha256."""
 
@@ -79,7 +81,13 @@ class _Handler(BaseHTTPRequestHandler):
             status, code = self.server.error or (404, "EntryNotFound")
             self._send(status, {"X-Error-Code": code, "Content-Length": "0"})
             return b""
+        if not self.server.is_hub:
+            self._send(200, {"Content-Length": str(len(content))})
+            return content
         start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked else 0
+        if start >= len(content):
+            self._send(416, {"Content-Range": f"bytes */{len(content)}", "Content-Length": "0"})
+            return b""
         etag = self.server.etag or hashlib.sha256(content).hexdigest()
         headers = {
             "X-Repo-Commit": "0123456789abcdef" * 2 + "01234567",

@@ -322,10 +322,11 @@ def test_other_precisions_become_float32(tmp_path: Path, tensors: Tensors, dtype
     assert torch.equal(converted["stem.conv1.weight"], tensors["conv1.weight"].to(dtype).float())
 
 
-def test_tensors_that_are_not_finite_are_reported(tmp_path: Path, tensors: Tensors) -> None:
+@pytest.mark.parametrize("twice", [False, True])
+def test_tensors_that_are_not_finite_are_reported(tmp_path: Path, tensors: Tensors, twice: bool) -> None:
     spoiled = dict(tensors)
     spoiled["layer1.0.bn1.bias"] = torch.full((64,), torch.nan)
-    torch.save(spoiled, tmp_path / "file.pth")
+    torch.save(robustness_content(spoiled) if twice else spoiled, tmp_path / "file.pth", pickle_module=dill)
     _, report = convert(read_checkpoint(tmp_path / "file.pth"))
     assert report.not_finite == ("layer1.0.bn1.bias",)
     with pytest.raises(InputError, match=r"not finite: layer1\.0\.bn1\.bias"):

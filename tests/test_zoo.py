@@ -280,6 +280,35 @@ def test_whoever_downloads_nothing_imports_no_huggingface_hub() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_what_answers_without_being_a_hub_is_not_believed(hub: FakeHub) -> None:
+    hub.files[FILE] = b"<html>Log in to this network</html>"
+    hub.is_hub = False
+    assert "no hub" in refused()
+    assert files_in(cache_folder() / "published") == set()
+    hub.files[FILE], hub.is_hub = CONTENT, True
+    assert fetch(NAME).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+def test_what_was_begun_does_not_stop_a_download(hub: FakeHub, excess: int) -> None:
+    """A whole file that a kill left without its name is taken; one that is too long, for whatever reason, is not."""
+    hub.files[FILE] = CONTENT
+    path = cache_folder() / "published" / FILE
+    path.parent.mkdir(parents=True)
+    start = hashlib.sha256(CONTENT).hexdigest()[:16]
+    path.with_name(f".{FILE}.{start}.part").write_bytes(CONTENT + bytes(excess))
+    assert fetch(NAME).read_bytes() == CONTENT
+    assert hub.downloads == [FILE] * excess
+
+
+def test_a_cache_that_cannot_be_made_is_an_error_of_one_line(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ROBUST_BACKBONES_CACHE", str(tmp_path / "file"))
+    assert "set ROBUST_BACKBONES_CACHE" in refused()
+
+
 def test_of_two_that_download_at_once_one_waits_for_the_other(hub: FakeHub) -> None:
     hub.files[FILE] = CONTENT
     hub.gates = [Event()]

@@ -117,8 +117,7 @@ def read(options: argparse.Namespace) -> Checkpoint:
         stride_in_1x1=options.stride_in_1x1 and options.stride_in_1x1 == "true",
         threat_model=options.threat_model and ThreatModel.parse(options.threat_model),
     )
-    stated = statement if statement != Statement() else None
-    return read_checkpoint(Path(options.src), source=options.source, statement=stated)
+    return read_checkpoint(Path(options.src), source=options.source, statement=statement)
 
 
 def check_equal(checkpoint: Checkpoint, written: Path) -> None:
