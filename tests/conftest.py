@@ -30,6 +30,11 @@ TINY_SHAPES = ShapesConfig(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests come first: at the end every core has short ones to share."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``shapes_classification`` and ``shapes``, both tiny."""

@@ -593,8 +593,10 @@ def archive_of_many_records() -> bytes:
 
 
 def archive_of_a_large_record() -> bytes:
-    before, after = archive(program(storage(4))).rsplit(struct.pack("<2L", 16, 16), 1)
-    return before + struct.pack("<2L", 2**31, 2**31) + after
+    pickled = program(storage(4))
+    content = archive(pickled)
+    before, after = content.rsplit(struct.pack("<2L", 16, 16), 1)
+    return before + struct.pack("<2L", *[len(content) - len(pickled)] * 2) + after
 
 
 def with_storage(numel: int, claimed: int, operations: bytes = b"") -> bytes:
