@@ -22,13 +22,13 @@ demo: setup
 
 # Each test process on a core of its own: threads of several that share cores wait for each other.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 --maxschedchunk 1
 
 clean:
 	rm -rf .venv demo_output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
