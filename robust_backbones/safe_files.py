@@ -306,7 +306,9 @@ def _flat(data: memoryview, dtype: torch.dtype, numel: int) -> Tensor:
 def _tensor(storage: Tensor | None, offset: int, size: Any, stride: Any, *_: Any) -> Any:
     if not isinstance(storage, Tensor):  # not known yet, or of an unknown type
         return Inert()
-    if _count((offset,)) < 0 or _count(stride) < 0 or _count(size) > len(storage):
+    for numbers in ((offset,), stride):
+        _count(numbers)  # raises where they are none
+    if _count(size) > len(storage):
         raise ValueError("it claims tensors larger than the file")
     return storage.as_strided(tuple(size), tuple(stride), offset)  # raises where it leaves the storage
 
