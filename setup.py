@@ -21,6 +21,7 @@ setup(
         "torchvision>=0.21",
         "numpy",
         "pillow",
+        "faster-coco-eval>=1.6",
         "pycocotools>=2.0.8",
         "fvcore>=0.1.5",
         # The same module cv2 as opencv-python, without the windows that need a screen's libraries.

@@ -91,8 +91,13 @@ def synchronize_batch_norms(model: nn.Module, device: torch.device) -> nn.Module
     """``model`` with batch statistics taken over the batches of all processes, so that their number does not matter."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return synchronize_on_cpu(model, nn.BatchNorm2d)
+
+
+def synchronize_on_cpu(model: nn.Module, layer: type[nn.Module]) -> nn.Module:
+    """``model`` whose batch norms of type ``layer``, torch's SyncBatchNorm among them, synchronise without a GPU."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, layer):
             module.__class__ = _CpuSyncBatchNorm
     return model
 

@@ -16,7 +16,17 @@ from typing import Any
 
 from robust_backbones.errors import InputError
 
-_PACKAGES = ("torch", "torchvision", "detectron2", "sal-detectron2", "pycocotools", "fvcore", "numpy", "pyautoattack")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "detectron2",
+    "sal-detectron2",
+    "pycocotools",
+    "faster-coco-eval",
+    "fvcore",
+    "numpy",
+    "pyautoattack",
+)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Detection and segmentation on top of Detectron2; the only part of the package that imports it."""
 
+import logging
 import warnings
 
 from robust_backbones.errors import InputError
@@ -7,6 +8,8 @@ from robust_backbones.errors import InputError
 # Detectron2 scripts small functions at import; nothing its users can mend.
 warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
 warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=DeprecationWarning)
+warnings.filterwarnings("ignore", message="torch.meshgrid")
+logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 try:
     import detectron2  # noqa: F401

@@ -25,6 +25,9 @@ from robust_backbones.records import atomic_path
 from robust_backbones.safe_files import METADATA, read_file
 
 _METADATA = "backbone_metadata"
+_UNFILLED = "unfilled_backbone_tensors"
+# These use the file's four tensors as they are; with GN or LN the shapes fit too, and the features are others.
+_BATCH_NORMS = ("FrozenBN", "SyncBN", "BN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 _HOW_TO_CONVERT = "convert it with `python tools/convert_backbone.py SRC DST.pkl --verify` and give the .pkl"
 
 
@@ -48,6 +51,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
         self.cfg = cfg
         self.whole_detector = whole_detector
         self.metadata: BackboneMetadata | None = None
+        self.unfilled: list[str] = []
+        """Backbone tensors that no file filled, which MODEL.BACKBONE.ALLOW_PARTIAL let through; they are random."""
         self._path = Path()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -60,7 +65,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
                     f"no weights at {path}: check MODEL.WEIGHTS, or make them with tools/convert_backbone.py"
                 )
         elif self.whole_detector:
-            raise InputError("--eval-only needs a trained detector: give MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
+            raise InputError("a trained detector is needed here: give MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
         elif not self.cfg.MODEL.BACKBONE.FROM_SCRATCH:
             raise InputError(
                 "MODEL.WEIGHTS is empty, so the backbone would be random: give a converted backbone, "
@@ -68,17 +73,33 @@ class BackboneCheckpointer(DetectionCheckpointer):
             )
         return super().load(path, *args, **kwargs)
 
-    def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``name``.pth whole or not at all; fvcore's own ``save`` can leave half a file behind a kill."""
+    def save(self, name: str, *, model: nn.Module | None = None, resumable: bool = True, **content: Any) -> None:
+        """Write ``name``.pth whole or not at all; fvcore's own ``save`` can leave half a file behind a kill.
+
+        Args:
+            model: whose weights to write instead of the trained one's, such as their average.
+            resumable: write the optimiser's and the trainer's state too, and make it the last checkpoint.
+            content: further entries of the file.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
-        content = {"model": self.model.state_dict(), **kwargs}
-        content |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
+        content = {"model": (model or self.model).state_dict(), **content}
         if self.metadata is not None:
             content[_METADATA] = self.metadata.to_dict()
+        if self.unfilled:
+            content[_UNFILLED] = self.unfilled
+        if resumable:
+            content |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
         with atomic_path(Path(self.save_dir) / f"{name}.pth") as temporary:
             torch.save(content, temporary)
-        self.tag_last_checkpoint(f"{name}.pth")
+        if resumable:
+            self.tag_last_checkpoint(f"{name}.pth")
+
+    def has_checkpoint(self) -> bool:
+        return newest_checkpoint(Path(self.save_dir)) is not None
+
+    def get_checkpoint_file(self) -> str:
+        return str(newest_checkpoint(Path(self.save_dir)) or "")
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with atomic_path(Path(self.save_dir) / "last_checkpoint") as temporary:
@@ -95,6 +116,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             content = {"model": tensors, "matching_heuristics": True}
         if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
             raise InputError(f"{self._path} holds no Detectron2 weights: {_HOW_TO_CONVERT}")
+        self.unfilled = list(content.pop(_UNFILLED, []))
         if self.metadata is None and not self.cfg.MODEL.BACKBONE.FROM_SCRATCH:
             raise InputError(f"{self._path} does not say what backbone it holds: {_HOW_TO_CONVERT}")
         return content
@@ -111,20 +133,24 @@ class BackboneCheckpointer(DetectionCheckpointer):
             for name, short_name in names.items()
             if not _equal(state[name], in_file.get(name, in_file.get(short_name)))
         ]
-        if unfilled:
+        filled = f"{len(names) - len(unfilled)} of the backbone's {len(names)} tensors"
+        if unfilled and not (self.cfg.MODEL.BACKBONE.ALLOW_PARTIAL and len(unfilled) < len(names)):
             raise InputError(
-                f"{self._path} fills {len(names) - len(unfilled)} of the backbone's {len(names)} tensors "
-                f"(not {_some(unfilled)}): {_HOW_TO_CONVERT}"
+                f"{self._path} fills {filled} (not {_some(unfilled)}): {_HOW_TO_CONVERT}"
+                + (", or --allow-partial-backbone to leave the rest random" if len(unfilled) < len(names) else "")
             )
+        if unfilled:
+            self.unfilled = unfilled
+            self.logger.warning(f"{self._path} fills only {filled}; random, as allowed: {', '.join(unfilled)}")
         absent = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         if self.whole_detector and absent:
             raise InputError(
-                f"{self._path} lacks {len(absent)} of the detector's tensors ({_some(absent)}): --eval-only needs a "
-                "detector trained with this configuration, as OUTPUT_DIR/model_final.pth"
+                f"{self._path} lacks {len(absent)} of the detector's tensors ({_some(absent)}): give a detector that "
+                "was trained with this configuration, such as OUTPUT_DIR/model_final.pth"
             )
         source = f" ({self.metadata.source}, threat model {self.metadata.threat_model})" if self.metadata else ""
         self.logger.info(
-            f"backbone: {len(names)} of {len(names)} tensors filled from {self._path}{source}; "
+            f"backbone: {len(names) - len(unfilled)} of {len(names)} tensors filled from {self._path}{source}; "
             f"{len(absent)} tensors of the rest of the detector are new"
         )
         return incompatible
@@ -139,17 +165,28 @@ def check_config(cfg: CfgNode, spec: BackboneSpec, path: Path) -> None:
     Raises:
         InputError: naming each key that differs, and the overrides that mend it.
     """
-    differing = {}
-    for key, wanted in spec.detectron2_overrides().items():
+    differing: dict[str, tuple[object, object]] = {}
+    for key, wanted in {**spec.detectron2_overrides(), "MODEL.RESNETS.STEM_OUT_CHANNELS": 64}.items():
         held = cfg
         for part in key.split("."):
             held = held[part]
         if not _agree(held, wanted):
             differing[key] = (held, wanted)
+    if cfg.MODEL.RESNETS.NORM not in _BATCH_NORMS:
+        differing["MODEL.RESNETS.NORM"] = (cfg.MODEL.RESNETS.NORM, "FrozenBN")
     if differing:
         found = ", ".join(f"{key} is {held}" for key, (held, _) in differing.items())
         mend = " ".join(f'{key} "{wanted}"' for key, (_, wanted) in differing.items())
         raise InputError(f"the configuration does not fit the backbone in {path} ({found}): add the overrides {mend}")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The training checkpoint to go on from: what ``last_checkpoint`` names if it is there, else the latest one."""
+    note = folder / "last_checkpoint"
+    if note.is_file() and (named := folder / note.read_text().strip()).is_file():
+        return named
+    # model_final sorts behind model_0000099, which is when it was written.
+    return max(folder.glob("model_[0-9f]*.pth"), default=None)
 
 
 def backbone_tensors(model: nn.Module) -> dict[str, str]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree.ElementTree import ParseError
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 
 from robust_backbones.errors import InputError
@@ -35,21 +39,25 @@ def register_datasets(cfg: CfgNode) -> None:
         )
 
 
-def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
     """Load every annotation and look for every image that the run will read.
 
+    Returns:
+        A sentence for each set with boxes that have no area or leave their image; training clips or drops these.
+
     Raises:
-        InputError: an unknown or missing set, a missing image, a set without objects, or a number of classes other
-            than MODEL.ROI_HEADS.NUM_CLASSES.
+        InputError: an unknown or missing set, a missing image, a set without objects or with boxes that are no numbers,
+            or a number of classes other than MODEL.ROI_HEADS.NUM_CLASSES.
     """
     names = list(cfg.DATASETS.TEST) if eval_only else [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     if not names:
         raise InputError("the configuration names no data set: set DATASETS.TRAIN and DATASETS.TEST")
-    for name in dict.fromkeys(names):
-        _check(name, cfg)
+    if not cfg.DATASETS.TEST:
+        raise InputError("the configuration names no data set to evaluate on: set DATASETS.TEST")
+    return [sentence for name in dict.fromkeys(names) for sentence in _check(name, cfg)]
 
 
-def _check(name: str, cfg: CfgNode) -> None:
+def _check(name: str, cfg: CfgNode) -> Iterator[str]:
     if name not in DatasetCatalog:
         raise InputError(
             f"unknown data set {name!r}: use one of Detectron2's own (coco_2017_train, voc_2007_trainval, ...) "
@@ -57,14 +65,16 @@ def _check(name: str, cfg: CfgNode) -> None:
         )
     try:
         items: list[dict[str, Any]] = DatasetCatalog.get(name)
-    except (OSError, KeyError, ValueError) as error:
+    except FileNotFoundError as error:
+        raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ParseError) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"the annotations of {name} are damaged ({told}): {_layout(name)}") from None
+    if missing := _missing_images(items):
         raise InputError(
-            f"cannot read the data set {name} ({error}): set DETECTRON2_DATASETS to the folder that holds it "
-            f"(now {datasets_root()}), in Detectron2's layout"
-        ) from None
-    for item in items:
-        if not os.path.isfile(item["file_name"]):
-            raise InputError(f"{name} has annotations for {item['file_name']}, which does not exist: add or remove it")
+            f"{name} lacks {len(missing)} of its {len(items)} images, {missing[0]} the first: {_layout(name)}, "
+            "and every image that the annotations name"
+        )
     if not any(item["annotations"] for item in items):
         raise InputError(f"{name} holds no annotated object: nothing can be learnt from or measured on it")
     classes = len(MetadataCatalog.get(name).thing_classes)
@@ -72,4 +82,50 @@ def _check(name: str, cfg: CfgNode) -> None:
         raise InputError(
             f"{name} has {classes} classes but MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}: "
             f"give MODEL.ROI_HEADS.NUM_CLASSES {classes}"
+        )
+    yield from _check_boxes(name, items)
+
+
+def _layout(name: str) -> str:
+    """How the folder of data sets has to look."""
+    metadata, root = MetadataCatalog.get(name), datasets_root()
+    if "dirname" in metadata.as_dict():  # VOC
+        year = os.path.relpath(metadata.dirname, root)
+        parts = f"{year}/ImageSets/Main/{metadata.split}.txt, {year}/Annotations/*.xml and {year}/JPEGImages/*.jpg"
+    else:
+        parts = " and ".join(os.path.relpath(path, root) for path in (metadata.json_file, metadata.image_root))
+    return f"DETECTRON2_DATASETS (now {root}) must name a folder with {parts}"
+
+
+def _missing_images(items: list[dict[str, Any]]) -> list[str]:
+    # One listing a folder: asking for each of COCO's 118,000 files takes minutes on a network disk.
+    present: dict[str, set[str]] = {}
+    missing = []
+    for item in items:
+        folder, file = os.path.split(item["file_name"])
+        if folder not in present:
+            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if file not in present[folder]:
+            missing.append(item["file_name"])
+    return missing
+
+
+def _check_boxes(name: str, items: list[dict[str, Any]]) -> Iterator[str]:
+    rows = [
+        (*BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), item["width"], item["height"])
+        for item in items
+        for a in item["annotations"]
+    ]
+    left, top, right, bottom, width, height = np.array(rows, np.float64).T
+    if broken := int((~np.isfinite(left + top + right + bottom)).sum()):
+        raise InputError(f"{name} has {broken} boxes that are no numbers: mend or remove them")
+    empty = (right <= left) | (bottom <= top)
+    # A pixel is the rounding of annotations.
+    outside = (left < -1) | (top < -1) | (right > width + 1) | (bottom > height + 1)
+    if empty.all() or ((left >= width) | (top >= height) | (right <= 0) | (bottom <= 0)).all():
+        raise InputError(f"none of the {len(rows)} boxes of {name} has any area within its image: mend the annotations")
+    if empty.any() or outside.any():
+        yield (
+            f"{name}: {empty.sum()} of {len(rows)} boxes have no area and {outside.sum()} leave their image by more "
+            "than a pixel; training drops the former and clips the latter"
         )

@@ -1,8 +1,9 @@
-"""Detectron2's DefaultTrainer with the checkpoint guard, bfloat16, our evaluators and a record at the end."""
+"""Detectron2's DefaultTrainer made trustworthy: guarded weights, exact resumption, bfloat16, a record at the end."""
 
 from __future__ import annotations
 
-import math
+import json
+import logging
 import time
 import weakref
 from collections.abc import Mapping
@@ -14,68 +15,192 @@ import torch
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer
-from detectron2.engine.hooks import HookBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, hooks
+from detectron2.engine.train_loop import HookBase
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from robust_backbones.convert import BackboneMetadata
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
-from robust_backbones.errors import InputError
-from robust_backbones.records import RunRecord
+from robust_backbones.detection.data_stream import TrainingStream, random_state
+from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator
+from robust_backbones.detection.hooks import Checkpoints, Evaluation, WeightAverage, build_precise_bn, flat_metrics
+from robust_backbones.distributed import StopRequest, stop_on_signals, synchronize_on_cpu
+from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
+from robust_backbones.records import RunRecord, write_jsonl
 
-
-class CocoEvaluator(COCOEvaluator):
-    """COCO's evaluator, for which a detector that finds nothing has AP 0; Detectron2's says "not a number"."""
-
-    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Any = None) -> dict[str, float]:
-        results: dict[str, float] = super()._derive_coco_results(coco_eval, iou_type, class_names)
-        return results if coco_eval is not None else results | {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+_logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trains and evaluates one detector; ``results`` holds the last evaluation, by task and metric."""
+    """Trains and evaluates one detector.
+
+    Steps, losses and updates are Detectron2's. A run that was cut off goes on with the images, the augmentation and the
+    random numbers that it would have had; what evaluations draw does not reach training.
+    """
 
     checkpointer: BackboneCheckpointer
 
     def __init__(self, cfg: CfgNode) -> None:
-        self._bfloat16 = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
-        if self._bfloat16:
-            # DefaultTrainer's own AMP is float16 with loss scaling, for CUDA alone.
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.SOLVER.AMP.ENABLED = False
-        super().__init__(cfg)
+        TrainerBase.__init__(self)
+        self.cfg = cfg
+        # In Detectron2's order: each of these draws random numbers.
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self.stream = TrainingStream(cfg)
+
+        device = torch.device(cfg.MODEL.DEVICE)
+        if comm.get_world_size() > 1:
+            if device.type == "cpu":
+                synchronize_on_cpu(model, nn.SyncBatchNorm)
+            devices = [comm.get_local_rank()] if device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16":
+            scaler = torch.amp.GradScaler(device.type)
+            self._trainer = AMPTrainer(model, self.stream, optimizer, grad_scaler=scaler)
+        else:
+            self._trainer = SimpleTrainer(model, self.stream, optimizer)
+        self._bfloat16 = torch.autocast(
+            device.type, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = BackboneCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self))
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self._random_states: list[dict[str, Any]] = []
+        self.register_hooks(self.build_hooks())
 
     def build_hooks(self) -> list[HookBase | None]:
-        # DefaultTrainer offers no place to choose the checkpointer; this is the last call before it is used.
-        self.checkpointer = BackboneCheckpointer(
-            self._trainer.model, self.cfg.OUTPUT_DIR, cfg=self.cfg, trainer=weakref.proxy(self)
+        cfg, model = self.cfg, self.checkpointer.model
+        self.average = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
+        self.evaluation = Evaluation(
+            cfg.TEST.EVAL_PERIOD,
+            lambda: self.test(cfg, self.evaluated_model),
+            metric=cfg.TEST.BEST_METRIC or ("segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"),
+            dataset=cfg.DATASETS.TEST[0],
+            images=cfg.TEST.VISUALIZE,
         )
-        return super().build_hooks()
+        return [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            self.average,
+            build_precise_bn(cfg, self.model),
+            Checkpoints(cfg.SOLVER.CHECKPOINT_PERIOD),
+            self.evaluation,
+        ]
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The detector with the weights that count: their average where one is kept."""
+        return self.average.model if self.average else self.checkpointer.model
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        super().resume_or_load(resume)
+        if self.start_iter and comm.is_main_process():
+            # What was logged behind the checkpoint will be logged again.
+            path = Path(self.cfg.OUTPUT_DIR) / "metrics.json"
+            lines = path.read_text().splitlines() if path.exists() else []
+            rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one off
+            write_jsonl(path, [row for row in rows if row["iteration"] < self.start_iter])
+
+    def train(self) -> None:
+        """Train from ``start_iter`` to the end, and evaluate.
+
+        Raises:
+            PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
+            DivergedError: a loss is not finite.
+        """
+        _logger.info(f"Starting training from iteration {self.start_iter}")
+        if comm.is_main_process():
+            self.register_hooks([hooks.PeriodicWriter(self.build_writers())])
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage, stop_on_signals() as stop:
+            try:
+                self.before_train()
+                while self.iter < self.max_iter:
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                    if self.iter + 1 < self.max_iter and self._asked_to_stop(stop):
+                        self.save()
+                        raise PreemptedError(
+                            f"asked to stop after iteration {self.iter + 1} of {self.max_iter}: the state is in "
+                            f"{self.cfg.OUTPUT_DIR}, and --resume goes on with it"
+                        )
+                    self.iter += 1
+            except FloatingPointError as error:
+                reason = str(error).splitlines()[0]
+                raise DivergedError(
+                    f"training diverged ({reason}): lower SOLVER.BASE_LR, or clip gradients with "
+                    "SOLVER.CLIP_GRADIENTS.ENABLED True"
+                ) from None
+            finally:
+                self.after_train()
 
     def run_step(self) -> None:
         # Only convolutions and matrix products run in bfloat16: losses, gradients' sums and the update do not.
-        with torch.autocast(torch.device(self.cfg.MODEL.DEVICE).type, torch.bfloat16, enabled=self._bfloat16):
+        with self._bfloat16:
             super().run_step()
 
+    def _asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether any process was: they stop together."""
+        if comm.get_world_size() == 1:
+            return bool(stop)
+        asked = torch.tensor(int(bool(stop)), device=self.cfg.MODEL.DEVICE)
+        torch.distributed.all_reduce(asked)
+        return bool(asked.item())
+
+    def save(self, *, final: bool = False) -> None:
+        """Write a checkpoint to go on from, or the final detector; every process has to call it."""
+        self._random_states = comm.all_gather({"start": self.stream.random_state_at_start, "now": random_state()})
+        name = "model_final" if final else f"model_{self.iter:07d}"
+        # Nothing is trained from the final file: it holds the weights that the evaluation will see.
+        self.checkpointer.save(name, model=self.evaluated_model if final else None, categories=self.categories)
+        comm.synchronize()
+
+    def save_best(self, best: Mapping[str, Any]) -> None:
+        self.checkpointer.save(
+            "model_best", model=self.evaluated_model, resumable=False, best=dict(best), categories=self.categories
+        )
+
     @property
-    def results(self) -> dict[str, Any]:
-        return getattr(self, "_last_eval_results", {})
+    def categories(self) -> list[dict[str, Any]]:
+        """COCO's list of categories for the detector's classes, in their order."""
+        metadata = MetadataCatalog.get(self.cfg.DATASETS.TRAIN[0])
+        ids = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+        by_class = {number: category for category, number in ids.items()}
+        return [{"id": by_class.get(i, i + 1), "name": name} for i, name in enumerate(metadata.thing_classes)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "random_states": self._random_states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        states = state_dict["random_states"]
+        if len(states) == comm.get_world_size():
+            own = states[comm.get_rank()]
+            self.stream.go_on(self.iter + 1, at_start=own["start"], now=own["now"])
+        else:
+            _logger.warning(
+                f"the run was begun by {len(states)} processes and goes on with {comm.get_world_size()}: from here on "
+                "its images and random numbers are others than the unbroken run's"
+            )
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         kind = MetadataCatalog.get(dataset_name).evaluator_type
         if kind == "coco":
             tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-            return CocoEvaluator(dataset_name, tasks, output_dir=str(Path(cfg.OUTPUT_DIR) / "inference"))
+            folder = str(Path(cfg.OUTPUT_DIR) / "inference")
+            return CocoEvaluator(dataset_name, tasks, output_dir=folder, reference=cfg.TEST.REFERENCE_EVAL)
         if kind == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
+            return VocEvaluator(dataset_name)
         raise InputError(f"no evaluator for {dataset_name} of kind {kind}: choose a COCO- or VOC-format data set")
 
 
-def check_weights(cfg: CfgNode, *, whole_detector: bool) -> None:
-    """Load MODEL.WEIGHTS into a detector that is thrown away: a wrong file stops the run before anything is written.
+def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
+    """Load the run's weights into a detector that is thrown away: a wrong file stops it before anything is written.
 
     Takes seconds, and in the first process alone: no worker of a multi-GPU launch has to fail for it.
 
@@ -85,57 +210,73 @@ def check_weights(cfg: CfgNode, *, whole_detector: bool) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    BackboneCheckpointer(build_model(cfg), cfg=cfg, whole_detector=whole_detector).load(cfg.MODEL.WEIGHTS)
+    checkpointer = BackboneCheckpointer(build_model(cfg), cfg.OUTPUT_DIR, cfg=cfg, whole_detector=whole_detector)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume and not whole_detector)
 
 
-def train(cfg: CfgNode, *, resume: bool) -> RunRecord:
-    """Train from MODEL.WEIGHTS (or the last checkpoint), evaluate, and write record.json to OUTPUT_DIR."""
+def train(cfg: CfgNode, *, resume: bool) -> None:
+    """Train from MODEL.WEIGHTS (or the last checkpoint), evaluate, and write record.json to OUTPUT_DIR.
+
+    Raises:
+        TrainingFailedError: a result is not what TEST.EXPECTED_RESULTS says; the record is written.
+    """
     start = time.perf_counter()
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.train()
-    seconds = time.perf_counter() - start
-    return _record(cfg, trainer.results, trainer.checkpointer.metadata, seconds, "record.json")
+    if not comm.is_main_process():  # the others hold no results
+        return
+    metrics = dict(trainer.evaluation.results)
+    if cfg.TEST.EVAL_PERIOD > 0 and (best := trainer.evaluation.best):
+        metrics |= {f"best/{best['metric']}": best["value"], "best/iteration": best["iteration"]}
+    _write_record(cfg, metrics, trainer.checkpointer, time.perf_counter() - start, "record.json")
+    _check_expected(cfg, metrics)
 
 
-def evaluate(cfg: CfgNode) -> RunRecord:
-    """Evaluate the detector in MODEL.WEIGHTS and write eval_record.json to OUTPUT_DIR."""
+def evaluate(cfg: CfgNode) -> None:
+    """Evaluate the detector in MODEL.WEIGHTS and write eval_record.json to OUTPUT_DIR.
+
+    Raises:
+        TrainingFailedError: a result is not what TEST.EXPECTED_RESULTS says; the record is written.
+    """
     start = time.perf_counter()
     model = Trainer.build_model(cfg)
     checkpointer = BackboneCheckpointer(model, cfg=cfg, whole_detector=True)
     checkpointer.load(cfg.MODEL.WEIGHTS)
-    results = Trainer.test(cfg, model)
-    return _record(cfg, results, checkpointer.metadata, time.perf_counter() - start, "eval_record.json")
+    metrics = flat_metrics(Trainer.test(cfg, model))
+    if comm.is_main_process():
+        _write_record(cfg, metrics, checkpointer, time.perf_counter() - start, "eval_record.json")
+        _check_expected(cfg, metrics)
 
 
-def _record(
-    cfg: CfgNode, results: Mapping[str, Any], metadata: BackboneMetadata | None, seconds: float, name: str
-) -> RunRecord:
+def _write_record(
+    cfg: CfgNode, metrics: Mapping[str, float | None], checkpointer: BackboneCheckpointer, seconds: float, name: str
+) -> None:
     backbone: dict[str, Any] = {}
+    metadata = checkpointer.metadata
     if metadata is not None:
         backbone = {**metadata.spec.to_dict(), "source": metadata.source, "source_sha256": metadata.source_sha256}
+    if checkpointer.unfilled:
+        backbone["unfilled_tensors"] = checkpointer.unfilled
     record = RunRecord(
         run_id=Path(cfg.OUTPUT_DIR).name,
         task="segmentation" if cfg.MODEL.MASK_ON else "detection",
         backbone=backbone,
         threat_model=metadata.threat_model if metadata else None,
         dataset=", ".join(cfg.DATASETS.TEST),
-        metrics=flat_metrics(results),
+        metrics=dict(metrics),
         seed=cfg.SEED,
         config=yaml.safe_load(cfg.dump()),
         seconds=seconds,
     )
-    if comm.is_main_process():  # the others hold no results
-        record.write(Path(cfg.OUTPUT_DIR) / name)
-    return record
+    record.write(Path(cfg.OUTPUT_DIR) / name)
 
 
-def flat_metrics(results: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
-    """``{"bbox": {"AP": 40.1}}`` -> ``{"bbox/AP": 40.1}``; what is not defined (no object of a size) is None."""
-    flat: dict[str, float | None] = {}
-    for name, value in results.items():
-        if isinstance(value, Mapping):
-            flat |= flat_metrics(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = float(value) if math.isfinite(value) else None
-    return flat
+def _check_expected(cfg: CfgNode, metrics: Mapping[str, float | None]) -> None:
+    for task, name, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
+        value = metrics.get(f"{task}/{name}")
+        if value is None or abs(value - expected) > tolerance:
+            raise TrainingFailedError(
+                f"{task}/{name} is {value if value is None else format(value, '.2f')}, and TEST.EXPECTED_RESULTS says "
+                f"{expected} ± {tolerance}: weights, data or configuration are not those that it was measured with"
+            )

@@ -1,21 +1,27 @@
-"""Ground truth and detections of several detectors side by side on the same images."""
+"""Pictures of objects: of several detectors side by side, of one beside the ground truth, of one image."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.structures import BoxMode
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import Visualizer
 from numpy.typing import NDArray
 
 from robust_backbones.errors import InputError
 from robust_backbones.records import atomic_path
+
+TITLE_HEIGHT = 28
+"""Height in pixels of the white strip above a panel."""
 
 
 def draw_comparison(
@@ -47,24 +53,110 @@ def draw_comparison(
             ]
             for name, detector in detections.items()
         }
-        columns = {"ground truth": item["annotations"], **found}
-        rows.append(
-            np.hstack([_panel(item["file_name"], title, objects, metadata) for title, objects in columns.items()])
-        )
+        rows.append(_panels(item["file_name"], {"ground truth": item["annotations"], **found}, metadata))
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
-    with atomic_path(output) as temporary:
-        temporary.write_bytes(cv2.imencode(output.suffix, np.vstack(padded))[1].tobytes())
+    write_picture(output, np.vstack(padded))
 
 
-def _panel(file_name: str, title: str, objects: list[dict[str, Any]], metadata: Any) -> NDArray[np.uint8]:
-    """One image with its objects under a title; BGR, about 400 pixels wide."""
-    image = cv2.imread(file_name)
-    if image is None:
-        raise InputError(f"cannot read the image {file_name}: mend or remove it")
-    # In this mode the colour tells the class, where the data set has colours.
-    visualizer = Visualizer(image[:, :, ::-1], metadata, 400 / image.shape[1], ColorMode.SEGMENTATION)
-    drawn = visualizer.draw_dataset_dict({"annotations": objects})
-    strip = np.full((28, drawn.get_image().shape[1], 3), 255, np.uint8)
-    cv2.putText(strip, title, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.vstack([strip, drawn.get_image()[:, :, ::-1]])
+def ground_truth_beside_detections(
+    items: Iterable[Mapping[str, Any]], detections: Iterable[Instances], metadata: Any, *, min_score: float = 0.5
+) -> list[NDArray[np.uint8]]:
+    """For each image a picture of what is in it, left, and of what a detector found in it, right.
+
+    Args:
+        items: images as Detectron2's data sets hold them, with ``file_name`` and ``annotations``.
+        detections: a detector's output for each of them, on the CPU, in pixels of the image as it is in the file.
+        metadata: the data set's; see ``draw_objects``.
+        min_score: detections below it are left out.
+
+    Returns:
+        (H, W, 3) uint8 RGB each, of two panels about 400 pixels wide under their titles.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    return [
+        _panels(
+            item["file_name"],
+            {
+                "ground truth": item.get("annotations", []),
+                f"detections, score >= {min_score:g}": objects_in(found, min_score=min_score),
+            },
+            metadata,
+        )
+        for item, found in zip(items, detections, strict=True)
+    ]
+
+
+def objects_in(instances: Instances, *, min_score: float = 0.0) -> list[dict[str, Any]]:
+    """Detections on the CPU as ``draw_objects`` takes them, without those that score below ``min_score``."""
+    rows = instances_to_coco_json(instances, 0)
+    return [{**row, "bbox_mode": BoxMode.XYWH_ABS} for row in rows if row["score"] >= min_score]
+
+
+def draw_objects(
+    image: NDArray[np.uint8], objects: Sequence[Mapping[str, Any]], metadata: Any, *, scale: float = 1.0
+) -> NDArray[np.uint8]:
+    """An image with its objects' boxes, masks, class names and scores; the colour tells the class.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        objects: annotations in Detectron2's format: ``bbox`` in pixels, ``bbox_mode``, ``category_id`` from 0, and, if
+            they have them, ``segmentation`` (polygons or RLE), ``iscrowd``, ``score`` in [0, 1].
+        metadata: of the data set; its ``thing_classes`` and ``thing_colors`` are used where it has them.
+        scale: size of the picture in sizes of the image.
+
+    Returns:
+        (scale * H, scale * W, 3) uint8 RGB.
+    """
+    names = metadata.get("thing_classes")
+    colors = metadata.get("thing_colors") or colormap(rgb=True, maximum=255)
+    labels = []
+    for item in objects:
+        label = names[item["category_id"]] if names else str(item["category_id"])
+        label += f" {item['score']:.0%}" if "score" in item else ""
+        label += " (crowd)" if item.get("iscrowd") else ""
+        labels.append(label.replace("$", r"\$"))  # matplotlib would typeset what is between two of them
+    boxes = [BoxMode.convert(item["bbox"], item["bbox_mode"], BoxMode.XYXY_ABS) for item in objects]
+    masks = [item.get("segmentation", []) for item in objects]
+    # Detectron2's own drawing of annotations and of detections gives every object a random shade of its class's colour.
+    drawn = Visualizer(image, metadata, scale).overlay_instances(
+        boxes=np.array(boxes, float).reshape(-1, 4),
+        labels=labels,
+        masks=masks if any("segmentation" in item for item in objects) else None,
+        assigned_colors=[np.array(colors[item["category_id"] % len(colors)]) / 255 for item in objects],
+    )
+    return drawn.get_image()
+
+
+def read_rgb(file_name: str | Path) -> NDArray[np.uint8]:
+    """An image file as (H, W, 3) uint8 RGB, the way up that its EXIF data say, as Detectron2 reads it.
+
+    Raises:
+        InputError: it is missing, damaged or no image.
+    """
+    try:
+        return read_image(str(file_name), "RGB")
+    except Exception as error:  # Pillow's decoders fail on damaged files in many ways
+        raise InputError(f"cannot read the image {file_name}: mend or remove it") from error
+
+
+def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
+    """Write an (H, W, 3) uint8 RGB image to a ``.png`` or ``.jpg`` file, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(cv2.imencode(path.suffix, image[:, :, ::-1])[1].tobytes())
+
+
+def _panels(
+    file_name: str, columns: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Any, *, width: int = 400
+) -> NDArray[np.uint8]:
+    """One image beside itself, each time with the objects of a column under its title; RGB."""
+    image = read_rgb(file_name)
+    panels = []
+    for title, objects in columns.items():
+        drawn = draw_objects(image, objects, metadata, scale=width / image.shape[1])
+        strip = np.full((TITLE_HEIGHT, drawn.shape[1], 3), 255, np.uint8)
+        cv2.putText(strip, title, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+        panels.append(np.vstack([strip, drawn]))
+    return np.hstack(panels)

@@ -14,7 +14,7 @@ from torch import nn
 
 from robust_backbones.checkpoints import write_checkpoint
 from robust_backbones.convert import BackboneMetadata, convert, read_backbone, write_backbone
-from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
+from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors, newest_checkpoint
 from robust_backbones.detection.config import base_config
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, build_backbone
@@ -83,12 +83,16 @@ def test_files_of_other_layouts_are_refused(
         ("MODEL.RESNETS.STRIDE_IN_1X1", True),
         ("MODEL.RESNETS.DEPTH", 34),
         ("MODEL.RESNETS.WIDTH_PER_GROUP", 128),
+        ("MODEL.RESNETS.STEM_OUT_CHANNELS", 32),
+        ("MODEL.RESNETS.NORM", "GN"),
+        ("MODEL.RESNETS.NORM", ""),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused_with_its_mend(
     detector: nn.Module, small_cfg: CfgNode, converted: Maker, key: str, value: object
 ) -> None:
-    wanted = BackboneSpec("resnet18").detectron2_overrides()[key]
+    others = {"MODEL.RESNETS.NORM": "FrozenBN", "MODEL.RESNETS.STEM_OUT_CHANNELS": 64}
+    wanted = (BackboneSpec("resnet18").detectron2_overrides() | others)[key]
     small_cfg.merge_from_list([key, value])
     with pytest.raises(InputError) as error:
         load(detector, small_cfg, converted("resnet18"))
@@ -113,6 +117,54 @@ def test_one_wrong_tensor_is_enough(
         load(detector, small_cfg, tmp_path / "damaged.pkl")
 
 
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "naiveSyncBN"])
+def test_every_batch_norm_takes_the_file_s(small_cfg: CfgNode, converted: Maker, norm: str) -> None:
+    small_cfg.MODEL.RESNETS.NORM = norm
+    load(build_model(small_cfg), small_cfg, converted("resnet18"))
+
+
+def test_parts_may_be_missing_where_that_is_asked_for(
+    small_cfg: CfgNode, torchvision_file: Maker, tmp_path: Path
+) -> None:
+    checkpoint = read_checkpoint(torchvision_file("resnet18"))
+    tensors, _ = convert(checkpoint)
+    part = {name: tensor for name, tensor in tensors.items() if not name.startswith("res5.")}
+    write_backbone(tmp_path / "part.pkl", part, BackboneMetadata.of(checkpoint))
+    write_backbone(tmp_path / "none.pkl", {"fc.bias": tensors["stem.conv1.weight"]}, BackboneMetadata.of(checkpoint))
+    with pytest.raises(InputError, match="--allow-partial-backbone"):
+        load(build_model(small_cfg), small_cfg, tmp_path / "part.pkl")
+    small_cfg.MODEL.BACKBONE.ALLOW_PARTIAL = True
+    saver = BackboneCheckpointer(build_model(small_cfg), str(tmp_path), cfg=small_cfg)
+    saver.load(str(tmp_path / "part.pkl"))
+    assert {name.split("bottom_up.")[1] for name in saver.unfilled} == tensors.keys() - part.keys()
+    assert saver.unfilled
+    # It is whole from now on, and still known for what it is.
+    saver.save("detector")
+    small_cfg.MODEL.BACKBONE.ALLOW_PARTIAL = False
+    assert load(build_model(small_cfg), small_cfg, tmp_path / "detector.pth").unfilled == saver.unfilled
+    # But a file that fits nothing is still a mistake.
+    small_cfg.MODEL.BACKBONE.ALLOW_PARTIAL = True
+    with pytest.raises(InputError, match="fills 0 of"):
+        load(build_model(small_cfg), small_cfg, tmp_path / "none.pkl")
+
+
+def test_the_newest_checkpoint_is_found_without_a_note(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("model_best", "backbone"):
+        (tmp_path / f"{name}.pth").touch()
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("model_0000099", "model_0000199"):
+        (tmp_path / f"{name}.pth").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "model_0000199.pth"
+    (tmp_path / "last_checkpoint").write_text("model_0000299.pth")  # which a user has removed
+    assert newest_checkpoint(tmp_path) == tmp_path / "model_0000199.pth"
+    (tmp_path / "last_checkpoint").write_text("model_0000099.pth\n")  # who wants to go back
+    assert newest_checkpoint(tmp_path) == tmp_path / "model_0000099.pth"
+    (tmp_path / "last_checkpoint").unlink()
+    (tmp_path / "model_final.pth").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "model_final.pth"
+
+
 def test_a_file_that_does_not_say_what_it_holds_is_refused(
     detector: nn.Module, small_cfg: CfgNode, converted: Maker, tmp_path: Path
 ) -> None:
@@ -133,7 +185,7 @@ def test_a_random_backbone_has_to_be_asked_for(detector: nn.Module, small_cfg: C
 def test_evaluation_needs_the_whole_detector(
     detector: nn.Module, small_cfg: CfgNode, converted: Maker, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match="--eval-only"):
+    with pytest.raises(InputError, match="trained detector is needed"):
         load(detector, small_cfg, "", whole_detector=True)
     with pytest.raises(InputError, match=r"lacks .* of the detector's tensors"):
         load(detector, small_cfg, converted("resnet18"), whole_detector=True)

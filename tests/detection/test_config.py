@@ -1,18 +1,47 @@
 """Configurations: every file merges, says what it changes, and nothing unknown gets in."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import detectron2
 import pytest
+import torch
 import yaml
 from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from torch import nn
 
 from robust_backbones.detection.checkpoint import backbone_tensors
 from robust_backbones.detection.config import CONFIG_DIR, base_config, load_config
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec
+from robust_backbones.models import ARCHITECTURES, BackboneSpec, ResNetShape
 
-FILES = sorted(CONFIG_DIR.rglob("*.yaml"))
+# Files that a run starts from; the others are merged behind one of them.
+TASKS = [
+    path
+    for path in sorted(CONFIG_DIR.rglob("*.yaml"))
+    if path.parent.name not in ("architectures", "protocols") and path.stem not in ("Base-VOC", "Base-shapes")
+]
+FAMILIES = {
+    family: [path for path in TASKS if family in path.stem or (family == "FPN" and path.stem == "Base-instant")]
+    for family in ("FPN", "C4")
+}
+ARCHITECTURE_FILES = sorted((CONFIG_DIR / "architectures").glob("*.yaml"))
+PROTOCOLS = {
+    "FPN": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn", "frozen", "scratch")],
+    "C4": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn_C4", "frozen", "scratch")],
+}
+DETECTORS = {family: CONFIG_DIR / f"COCO-InstanceSegmentation/mask_rcnn_R_50_{family}_1x.yaml" for family in FAMILIES}
+FAMILY = pytest.mark.parametrize("family", ["FPN", "C4"])
+
+DETECTRON2_CONFIGS = Path(detectron2.__file__).parent / "model_zoo/configs"
+
+# Keys that a file states although its base has the same value.
+RESTATED = {
+    "MODEL.MASK_ON",  # neither leaf of COCO hides what it trains
+    "MODEL.WEIGHTS",  # scratch.yaml, for a base that somebody wrote with weights
+}
 
 
 def leaves(node: CfgNode, prefix: str = "") -> dict[str, object]:
@@ -22,50 +51,293 @@ def leaves(node: CfgNode, prefix: str = "") -> dict[str, object]:
     return out
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIG_DIR)))
-def test_a_file_is_the_difference_from_its_base(path: Path) -> None:
-    """Every key it sets differs from its base, and a detector can be built from it with R50's 265 tensors."""
-    cfg = load_config(path, ["MODEL.DEVICE", "cpu"])
+def name_of(path: Path) -> str:
+    return str(path.relative_to(CONFIG_DIR))
+
+
+def bases_of(path: Path) -> list[Path]:
+    bases = yaml.safe_load(path.read_text()).get("_BASE_", [])
+    return [path.parent / base for base in ([bases] if isinstance(bases, str) else bases)]
+
+
+def declared_by(path: Path) -> dict[str, object]:
     own = yaml.safe_load(path.read_text())
-    base_file = own.pop("_BASE_", None)
-    base = load_config(path.parent / base_file) if base_file else base_config()
-    merged, before = leaves(cfg), leaves(base)
-    # The root base states what Detectron2's defaults would also give: it is what every other file rests on.
-    if base_file:
-        for key in leaves(CfgNode(own)):
-            if key != "MODEL.MASK_ON":  # stated by both leaves of COCO, so that neither hides what it trains
-                assert merged[key] != before[key], f"{key} repeats its base"
-    assert len(backbone_tensors(build_model(cfg))) == 265
+    return leaves(CfgNode({key: value for key, value in own.items() if key not in ("_BASE_", "VERSION")}))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIG_DIR)))
-def test_every_file_fits_a_torchvision_resnet50(path: Path) -> None:
+def changed(before: CfgNode, after: CfgNode) -> set[str]:
+    old, new = leaves(before), leaves(after)
+    assert old.keys() == new.keys()
+    return {key for key, value in new.items() if value != old[key]} - {"MODEL.DEVICE"}  # that is the machine's
+
+
+def build(files: Path | Sequence[Path]) -> nn.Module:
+    """A detector without memory or values: all of the structure in 50 ms, whatever its width."""
+    with torch.device("meta"):
+        return build_model(load_config(files, ["MODEL.DEVICE", "meta"]))
+
+
+def test_there_are_files_of_every_kind() -> None:
+    assert {family: len(files) for family, files in FAMILIES.items()} == {"FPN": 14, "C4": 12}
+    assert set(TASKS) == {*FAMILIES["FPN"], *FAMILIES["C4"], CONFIG_DIR / "Base-RCNN.yaml"}
+    resnets = {arch for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)}
+    assert {path.stem for path in ARCHITECTURE_FILES} == resnets - {"resnet50"}
+    assert set((CONFIG_DIR / "protocols").iterdir()) == {*PROTOCOLS["FPN"], *PROTOCOLS["C4"]}
+
+
+@pytest.mark.parametrize("path", TASKS, ids=name_of)
+def test_a_task_is_the_difference_from_its_base(path: Path) -> None:
+    """Every key it sets differs from its base, no other does, and a detector with R50's 265 tensors can be built."""
+    bases = bases_of(path)
+    changes = changed(load_config(bases) if bases else base_config(), load_config(path))
+    assert changes <= (declared := declared_by(path).keys())
+    # The detectors state what Detectron2's defaults would also give: it is what every other file rests on.
+    if not path.stem.startswith("Base-RCNN"):
+        assert declared - changes <= RESTATED
+    assert len(backbone_tensors(build(path))) == 265
+
+
+@pytest.mark.parametrize(
+    ("family", "overlay"),
+    [(family, overlay) for family in FAMILIES for overlay in [*ARCHITECTURE_FILES, *PROTOCOLS[family]]],
+    ids=lambda value: value if isinstance(value, str) else value.stem,
+)
+def test_an_overlay_is_the_difference_from_every_task_of_its_family(family: str, overlay: Path) -> None:
+    assert yaml.safe_load(overlay.read_text())["VERSION"] == 2
+    declared = declared_by(overlay).keys()
+    for task in FAMILIES[family]:
+        changes = changed(load_config(task), load_config([task, overlay]))
+        assert changes <= declared
+        assert declared - changes <= RESTATED
+
+
+@FAMILY
+@pytest.mark.parametrize("overlay", ["PascalVOC-Detection/Base-VOC.yaml", "quick/Base-shapes.yaml"])
+def test_the_shared_part_of_tasks_fits_both_families(overlay: str, family: str) -> None:
+    """Also where no task has a detector and this part in that way, as Mask R-CNN on VOC."""
+    changes = changed(load_config(DETECTORS[family]), load_config([DETECTORS[family], CONFIG_DIR / overlay]))
+    assert changes == declared_by(CONFIG_DIR / overlay).keys()
+
+
+def test_overlays_that_can_be_combined_do_not_contradict() -> None:
+    """So that their order does not matter: an architecture with any protocol, and scratch with the one it bottoms."""
+    protocols = {path.stem: declared_by(path) for path in (CONFIG_DIR / "protocols").glob("*.yaml")}
+    pairs = [(declared_by(path), protocol) for path in ARCHITECTURE_FILES for protocol in protocols.values()]
+    pairs += [(protocols["scratch"], protocols[name]) for name in ("syncbn", "syncbn_C4")]
+    for first, second in pairs:
+        assert all(first[key] == second[key] for key in first.keys() & second.keys())
+
+
+@FAMILY
+def test_every_task_merges_with_every_architecture_and_protocol(family: str) -> None:
+    for task in FAMILIES[family]:
+        for protocol in PROTOCOLS[family]:
+            for architecture in ARCHITECTURE_FILES:
+                cfg = load_config([task, protocol, architecture])
+                wanted = leaves(load_config(task))
+                for path in (protocol, architecture):
+                    wanted |= leaves(CfgNode(yaml.safe_load(path.read_text())))
+                assert leaves(cfg) == wanted
+
+
+@pytest.mark.parametrize("path", TASKS, ids=name_of)
+def test_every_task_fits_a_torchvision_resnet50(path: Path) -> None:
     merged = leaves(load_config(path))
     for key, value in BackboneSpec().detectron2_overrides().items():
         assert merged[key] == value
 
 
+TENSORS = {
+    "resnet18": 100, "resnet34": 180, "resnet101": 520, "resnet152": 775, "wide_resnet50_2": 265,
+    "wide_resnet50_4": 265, "resnext50_32x4d": 265, "resnext101_32x8d": 520,
+}  # fmt: skip
+
+
+@FAMILY
+@pytest.mark.parametrize("path", ARCHITECTURE_FILES, ids=lambda path: path.stem)
+def test_an_architecture_is_what_the_backbone_needs(path: Path, family: str) -> None:
+    """All of its keys and no more than R50's do not give already; the tensors are those of a converted file.
+
+    A convolution without bias has one tensor and its batch norm four: 5 for each convolution of the architecture.
+    """
+    needed = BackboneSpec(path.stem).detectron2_overrides()
+    of_r50 = BackboneSpec().detectron2_overrides()
+    assert declared_by(path) == {key: value for key, value in needed.items() if value != of_r50[key]}
+    merged = leaves(load_config([DETECTORS[family], path]))
+    assert {key: merged[key] for key in needed} == needed
+    for protocol in (None, *PROTOCOLS[family]):
+        detector = build([DETECTORS[family], path, *([protocol] if protocol else [])])
+        assert len(backbone_tensors(detector)) == TENSORS[path.stem]
+
+
+SCHEDULES = [
+    ("PascalVOC-Detection/faster_rcnn_R_50_{}", 18000, (12000, 16000), 100, 20, False),
+    ("PascalVOC-Detection/faster_rcnn_R_50_{}_voc07", 9000, (6000, 8000), 100, 20, False),
+    ("COCO-Detection/faster_rcnn_R_50_{}_1x", 90000, (60000, 80000), 1000, 80, False),
+    ("COCO-Detection/faster_rcnn_R_50_{}_2x", 180000, (120000, 160000), 1000, 80, False),
+    ("COCO-Detection/faster_rcnn_R_50_{}_3x", 270000, (210000, 250000), 1000, 80, False),
+    ("COCO-InstanceSegmentation/mask_rcnn_R_50_{}_1x", 90000, (60000, 80000), 1000, 80, True),
+    ("COCO-InstanceSegmentation/mask_rcnn_R_50_{}_2x", 180000, (120000, 160000), 1000, 80, True),
+    ("COCO-InstanceSegmentation/mask_rcnn_R_50_{}_3x", 270000, (210000, 250000), 1000, 80, True),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "iterations", "steps", "classes", "mask"),
+    ("name", "iterations", "steps", "warmup", "classes", "mask"),
     [
-        ("PascalVOC-Detection/faster_rcnn_R_50_FPN", 18000, (12000, 16000), 20, False),
-        ("COCO-Detection/faster_rcnn_R_50_FPN_1x", 90000, (60000, 80000), 80, False),
-        ("COCO-Detection/faster_rcnn_R_50_FPN_3x", 270000, (210000, 250000), 80, False),
-        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x", 90000, (60000, 80000), 80, True),
-        ("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x", 270000, (210000, 250000), 80, True),
+        *((row[0].format(family), *row[1:]) for row in SCHEDULES for family in ("FPN", "C4")),
+        ("PascalVOC-Detection/faster_rcnn_R_50_C4_24k", 24000, (18000, 22000), 100, 20, False),
     ],
 )
-def test_schedules_are_detectron2s(
-    name: str, iterations: int, steps: tuple[int, int], classes: int, mask: bool
-) -> None:
+def test_schedules(name: str, iterations: int, steps: tuple[int, int], warmup: int, classes: int, mask: bool) -> None:
     cfg = load_config(CONFIG_DIR / f"{name}.yaml")
     assert (iterations, steps, classes) == (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.MODEL.ROI_HEADS.NUM_CLASSES)
     assert cfg.MODEL.MASK_ON is mask
-    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR) == (16, 0.02)
+    assert (16, 0.02, warmup) == (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR, cfg.SOLVER.WARMUP_ITERS)
     assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT) == ("FrozenBN", 2)
+    voc = ("voc_2007_trainval",) if name.endswith("voc07") else ("voc_2007_trainval", "voc_2012_trainval")
+    assert (voc if classes == 20 else ("coco_2017_train",)) == cfg.DATASETS.TRAIN
+    assert (("voc_2007_test",) if classes == 20 else ("coco_2017_val",)) == cfg.DATASETS.TEST
+
+
+OF_THE_BACKBONE = {
+    "INPUT.FORMAT",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.WEIGHTS",
+}
+
+
+@FAMILY
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PascalVOC-Detection/faster_rcnn_R_50_{}",
+        *(f"COCO-Detection/faster_rcnn_R_50_{{}}_{schedule}" for schedule in ("1x", "3x")),
+        *(f"COCO-InstanceSegmentation/mask_rcnn_R_50_{{}}_{schedule}" for schedule in ("1x", "3x")),
+    ],
+)
+def test_only_the_backbone_tells_our_detectors_from_detectron2s(name: str, family: str) -> None:
+    """Against the files that Detectron2 ships; in C4, the ROI heads' name stands for heads of the same structure."""
+    file = f"{name.format(family)}.yaml"
+    published = base_config()
+    published.merge_from_file(str(DETECTRON2_CONFIGS / file))
+    ours = load_config(CONFIG_DIR / file, ["MODEL.DEVICE", "meta"])
+    published.MODEL.DEVICE = "meta"
+    expected = OF_THE_BACKBONE | ({"MODEL.ROI_HEADS.NAME"} if family == "C4" else set())
+    assert changed(published, ours) == expected
+    with torch.device("meta"):
+        shapes = [
+            {key: tensor.shape for key, tensor in build_model(cfg).state_dict().items()} for cfg in (ours, published)
+        ]
+    assert shapes[0] == shapes[1]
+
+
+def test_mocos_recipe() -> None:
+    """Its VOC configuration, written out by hand; naiveSyncBN there."""
+    cfg = load_config(
+        [CONFIG_DIR / "PascalVOC-Detection/faster_rcnn_R_50_C4_24k.yaml", CONFIG_DIR / "protocols/syncbn_C4.yaml"]
+    )
+    assert (cfg.MODEL.RPN.PRE_NMS_TOPK_TEST, cfg.MODEL.RPN.POST_NMS_TOPK_TEST) == (6000, 1000)
+    assert (cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.NORM, cfg.MODEL.ROI_HEADS.RES5_NORM) == (
+        0, "SyncBN", "SyncBN",
+    )  # fmt: skip
+    assert cfg.TEST.PRECISE_BN.ENABLED
+    assert cfg.INPUT.MIN_SIZE_TRAIN == (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    assert cfg.INPUT.MIN_SIZE_TEST == 800
+    solver = cfg.SOLVER
+    assert (solver.STEPS, solver.MAX_ITER, solver.WARMUP_ITERS) == ((18000, 22000), 24000, 100)
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR) == (16, 0.02)
+
+
+def of_backbone(detector: nn.Module) -> list[str]:
+    """Names of the backbone's modules: the ResNet's, and res5 in the ROI heads of C4."""
+    resnet = "backbone.bottom_up." if hasattr(detector.backbone, "bottom_up") else "backbone."
+    return [name for name, _ in detector.named_modules() if name.startswith((resnet, "roi_heads.res5."))]
+
+
+def modules_of(detector: nn.Module, kind: type[nn.Module]) -> set[str]:
+    return {name for name, module in detector.named_modules() if isinstance(module, kind)}
+
+
+def trained(detector: nn.Module) -> set[str]:
+    return {name for name, parameter in detector.named_parameters() if parameter.requires_grad}
+
+
+ANY_TASK = pytest.mark.parametrize(
+    "task", [path for path in TASKS if path.stem.endswith(("_1x", "C4", "FPN", "shapes_instant"))], ids=name_of
+)
+
+
+def family_of(task: Path) -> str:
+    return "C4" if "C4" in task.stem else "FPN"
+
+
+@ANY_TASK
+def test_without_a_protocol_it_is_detectron2s(task: Path) -> None:
+    """FrozenBN throughout, stem and res2 frozen, the rest trained."""
+    detector = build(task)
+    assert not modules_of(detector, nn.modules.batchnorm._BatchNorm)
+    norms = {name for name in of_backbone(detector) if name.endswith(".norm")}
+    assert modules_of(detector, FrozenBatchNorm2d) == norms
+    assert len(norms) == 53
+    frozen = {name for name, _ in detector.named_parameters()} - trained(detector)
+    stem_and_res2 = {name for name, _ in detector.named_parameters() if ".stem." in name or ".res2." in name}
+    assert frozen == stem_and_res2
+    assert len(frozen) == 11
+
+
+@ANY_TASK
+def test_syncbn_trains_everything_with_batch_norm(task: Path) -> None:
+    family = family_of(task)
+    detector = build([task, PROTOCOLS[family][0]])
+    assert not modules_of(detector, FrozenBatchNorm2d)
+    assert trained(detector) == {name for name, _ in detector.named_parameters()}
+    norms = modules_of(detector, nn.SyncBatchNorm)
+    assert {f"{name}.norm" for name in of_backbone(detector) if "conv" in name.rsplit(".", 1)[-1]} < norms
+    if family == "FPN":
+        convolutions = {name for name in modules_of(detector.backbone, nn.Conv2d) if name.startswith("fpn_")}
+        assert len(convolutions) == 8
+        assert all(
+            isinstance(detector.backbone.get_submodule(f"{name}.norm"), nn.SyncBatchNorm) for name in convolutions
+        )
+        assert len(norms) == 53 + 8
+    else:
+        assert isinstance(detector.roi_heads.res5_norm, nn.SyncBatchNorm)
+        assert len(norms) == 53 + 1
+
+
+@ANY_TASK
+@pytest.mark.parametrize("norm", ["FrozenBN", "SyncBN"])
+def test_frozen_trains_nothing_of_the_backbone(task: Path, norm: str) -> None:
+    with torch.device("meta"):
+        files = [task, CONFIG_DIR / "protocols/frozen.yaml"]
+        detector = build_model(load_config(files, ["MODEL.DEVICE", "meta", "MODEL.RESNETS.NORM", norm]))
+    names = [name for name, _ in detector.named_parameters()]
+    backbone = {name for name in names if name.rsplit(".", 1)[0] in of_backbone(detector)}
+    assert len(backbone) == 53  # FrozenBN has no parameters
+    assert trained(detector) == set(names) - backbone
+    assert len(modules_of(detector, FrozenBatchNorm2d)) == 53
+
+
+@ANY_TASK
+def test_scratch_freezes_nothing(task: Path) -> None:
+    family = family_of(task)
+    for before in ([], [PROTOCOLS[family][0]]):
+        files = [task, *before, CONFIG_DIR / "protocols/scratch.yaml"]
+        detector = build(files)
+        assert not modules_of(detector, FrozenBatchNorm2d)
+        assert trained(detector) == {name for name, _ in detector.named_parameters()}
+        cfg = load_config(files)
+        assert cfg.MODEL.BACKBONE.FROM_SCRATCH
+        assert cfg.MODEL.RESNETS.NORM == "SyncBN"
+        assert cfg.MODEL.WEIGHTS == ""
+        assert cfg.TEST.PRECISE_BN.ENABLED
 
 
 BASE = CONFIG_DIR / "Base-RCNN-FPN.yaml"
+BASE_C4 = CONFIG_DIR / "Base-RCNN-C4.yaml"
 
 
 @pytest.mark.parametrize(
@@ -73,9 +345,17 @@ BASE = CONFIG_DIR / "Base-RCNN-FPN.yaml"
     [
         (["MODEL.RESNET.DEPTH", 50], "MODEL.RESNETS.DEPTH"),
         (["SOLVER.BASE_LRR", 0.1], "SOLVER.BASE_LR"),
-        (["SOLVER.MAX_ITER", "many"], "Type mismatch"),
+        (["SOLVER.MAX_ITER", "many"], "the overrides: Type mismatch"),
         (["SOLVER.AMP.DTYPE", "float8"], "float8"),
         (["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True], "bfloat16"),
+        (["SOLVER.EMA_DECAY", 1.0], r"SOLVER.EMA_DECAY 1.0 is not in \[0, 1\)"),
+        (["SOLVER.EMA_DECAY", -0.5], "SOLVER.EMA_DECAY"),
+        (["SOLVER.EMA_DECAY", float("nan")], "SOLVER.EMA_DECAY"),
+        (["TEST.VISUALIZE", -1], "TEST.VISUALIZE"),
+        (["TEST.BEST_METRIC", "AP"], "TEST.BEST_METRIC 'AP' is no metric"),
+        (["MODEL.BACKBONE.ALLOW_PARTIAL", "perhaps"], "Type mismatch"),
+        (["MODEL.ROI_HEADS.RES5_NORM", "SyncBN"], r"protocols/syncbn\.yaml"),
+        (["MODEL.WEIGHTS"], "cannot use the overrides: .*odd length"),
     ],
 )
 def test_wrong_overrides_are_refused(overrides: list[object], words: str) -> None:
@@ -84,20 +364,59 @@ def test_wrong_overrides_are_refused(overrides: list[object], words: str) -> Non
     assert "\n" not in str(error.value)
 
 
+def test_a_protocol_of_the_other_family_is_refused() -> None:
+    with pytest.raises(InputError, match=r"protocols/syncbn_C4\.yaml"):
+        load_config([BASE_C4, CONFIG_DIR / "protocols/syncbn.yaml"])
+    with pytest.raises(InputError, match=r"protocols/syncbn\.yaml"):
+        load_config([BASE, CONFIG_DIR / "protocols/syncbn_C4.yaml"])
+
+
+def test_the_new_keys_and_their_defaults() -> None:
+    cfg = load_config(BASE)
+    assert cfg.MODEL.BACKBONE.ALLOW_PARTIAL is False
+    assert (cfg.SOLVER.EMA_DECAY, cfg.MODEL.ROI_HEADS.RES5_NORM) == (0.0, "")
+    assert (cfg.TEST.REFERENCE_EVAL, cfg.TEST.VISUALIZE, cfg.TEST.BEST_METRIC) == (False, 4, "")
+    values = ["SOLVER.EMA_DECAY", 0.999, "TEST.VISUALIZE", 0, "TEST.BEST_METRIC", "bbox/AP50"]
+    assert load_config(BASE, values).SOLVER.EMA_DECAY == 0.999
+
+
+def test_files_merge_from_left_to_right_and_overrides_come_last(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("SOLVER:\n  BASE_LR: 0.1\n  MAX_ITER: 10\n  WARMUP_ITERS: 1\nVERSION: 2\n")
+    second.write_text("SOLVER:\n  BASE_LR: 0.2\n  MAX_ITER: 20\nVERSION: 2\n")
+    solver = load_config([BASE, first, second], ["SOLVER.MAX_ITER", 30]).SOLVER
+    assert (solver.WARMUP_ITERS, solver.BASE_LR, solver.MAX_ITER) == (1, 0.2, 30)
+    assert load_config([BASE, second, first]).SOLVER.BASE_LR == 0.1
+    assert load_config([BASE]) == load_config(BASE)
+
+
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     with pytest.raises(InputError, match="no configuration file"):
         load_config(path)
+    with pytest.raises(InputError, match="no configuration file"):
+        load_config([])
     for text in ("MODEL: [", "MODEL:\n  RESNET_DEPTH: 50\n", "_BASE_: none.yaml\n", "just text"):
         path.write_text(text)
-        with pytest.raises(InputError) as error:
-            load_config(path)
-        assert "\n" not in str(error.value)
+        for files in (path, [BASE, path]):
+            with pytest.raises(InputError) as error:
+                load_config(files)
+            assert "\n" not in str(error.value)
+
+
+def test_the_wrong_file_of_several_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("MODEL: [")
+    with pytest.raises(InputError, match=r"broken\.yaml"):
+        load_config([BASE, path, CONFIG_DIR / "protocols/frozen.yaml"])
+    with pytest.raises(InputError, match=r"none\.yaml"):
+        load_config([BASE, tmp_path / "none.yaml"])
 
 
 def test_a_yaml_file_cannot_run_code(tmp_path: Path) -> None:
     marker, path = tmp_path / "was-run", tmp_path / "config.yaml"
     path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{marker}']\n")
-    with pytest.raises(InputError):
-        load_config(path)
+    for files in (path, [BASE, path]):
+        with pytest.raises(InputError):
+            load_config(files)
     assert not marker.exists()

@@ -1,62 +1,272 @@
-"""What is measured at the end of a run: the evaluators' edge cases and the record's metrics."""
+"""Training: it is Detectron2's, it goes on as if it had not stopped, and it keeps and records what it measured."""
 
-import math
+import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
-from detectron2.structures import Boxes, Instances
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.train_loop import HookBase
+from detectron2.utils.env import seed_all_rng
+from torch import Tensor, nn
 
+from robust_backbones.convert import BackboneMetadata, convert, write_backbone
 from robust_backbones.detection.datasets import register_datasets
-from robust_backbones.detection.trainer import Trainer, flat_metrics
+from robust_backbones.detection.trainer import Trainer, evaluate, train
+from robust_backbones.errors import DivergedError, PreemptedError, TrainingFailedError
+from robust_backbones.records import RunRecord
+from robust_backbones.sources import read_checkpoint
+
+Maker = Callable[[str], Path]
 
 
 @pytest.fixture
-def cfg(small_cfg: CfgNode, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CfgNode:
+def cfg(small_cfg: CfgNode, shapes: Path, converted: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CfgNode:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     register_datasets(small_cfg)
-    small_cfg.OUTPUT_DIR = str(tmp_path)
+    small_cfg.merge_from_list(["MODEL.WEIGHTS", str(converted("resnet18")), "OUTPUT_DIR", str(tmp_path / "run")])
+    small_cfg.merge_from_list(["SOLVER.AMP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2])
+    small_cfg.merge_from_list(["SOLVER.MAX_ITER", 9, "SOLVER.STEPS", (7,), "SOLVER.CHECKPOINT_PERIOD", 4])
+    small_cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "INPUT.MIN_SIZE_TRAIN", (96, 128), "TEST.VISUALIZE", 0])
     return small_cfg
 
 
-def evaluate(cfg: CfgNode, *, perfect: bool) -> dict[str, float | None]:
-    """The metrics of a detector that repeats the ground truth's boxes with full masks, or finds nothing."""
-    evaluator = Trainer.build_evaluator(cfg, "shapes_val")
-    evaluator.reset()
-    for item in DatasetCatalog.get("shapes_val"):
-        objects = item["annotations"] if perfect else []
-        size = (item["height"], item["width"])
-        boxes = torch.tensor([a["bbox"] for a in objects]).reshape(-1, 4)
-        masks = torch.zeros(len(objects), *size, dtype=torch.bool)
-        for mask, (x, y, width, height) in zip(masks, boxes.round().int().tolist(), strict=True):
-            mask[y : y + height, x : x + width] = True
-        boxes[:, 2:] += boxes[:, :2]
-        classes = torch.tensor([a["category_id"] for a in objects], dtype=torch.long)
-        found = Instances(
-            size, pred_boxes=Boxes(boxes), scores=torch.ones(len(objects)), pred_classes=classes, pred_masks=masks
-        )
-        evaluator.process([item], [{"instances": found}])
-    return flat_metrics(evaluator.evaluate())
+class Losses(HookBase):
+    """Every loss of every iteration; stops the run behind ``last`` as a kill would."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+        self.last = last
+
+    def after_step(self) -> None:
+        latest = self.trainer.storage.latest()
+        self.rows[self.trainer.iter] = {name: value for name, (value, _) in latest.items() if "loss" in name}
+        if self.trainer.iter == self.last:
+            raise KeyboardInterrupt
 
 
-def test_a_detector_that_finds_everything_has_box_ap_100(cfg: CfgNode) -> None:
-    metrics = evaluate(cfg, perfect=True)
-    assert metrics["bbox/AP"] == pytest.approx(100)
-    assert 0 < (metrics["segm/AP"] or 0) < 100  # a box is no triangle
+def run(
+    cfg: CfgNode, *, resume: bool = False, last: int | None = None, kind: type[DefaultTrainer] = Trainer
+) -> tuple[DefaultTrainer, Losses]:
+    Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
+    seed_all_rng(5)
+    trainer, losses = kind(cfg), Losses(last)
+    trainer.register_hooks([losses])
+    trainer.resume_or_load(resume)
+    if last is None:
+        trainer.train()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    return trainer, losses
 
 
-def test_a_detector_that_finds_nothing_has_ap_zero(cfg: CfgNode) -> None:
-    metrics = evaluate(cfg, perfect=False)
-    assert [metrics[f"{task}/{name}"] for task in ("bbox", "segm") for name in ("AP", "AP50", "AP75")] == [0] * 6
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_without_masks_there_is_no_mask_ap(cfg: CfgNode) -> None:
-    cfg.MODEL.MASK_ON = False
-    assert not [name for name in evaluate(cfg, perfect=False) if name.startswith("segm")]
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_metrics_are_flat_and_finite() -> None:
-    results = {"bbox": {"AP": 40.5, "APl": math.nan}, "set": {"segm": {"AP": 1}}}
-    assert flat_metrics(results) == {"bbox/AP": 40.5, "bbox/APl": None, "set/segm/AP": 1.0}
+@pytest.mark.parametrize("mask_on", [True, False])
+def test_losses_and_detections_are_detectron2s(cfg: CfgNode, mask_on: bool) -> None:
+    """20 iterations of its DefaultTrainer, on a CPU in float32: not a bit differs."""
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 20, "SOLVER.STEPS", (15,), "MODEL.MASK_ON", mask_on])
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 2, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0])
+    ours, our_losses = run(cfg)
+    cfg.OUTPUT_DIR += "_theirs"
+    theirs, their_losses = run(cfg, kind=DefaultTrainer)
+    assert our_losses.rows == their_losses.rows
+    assert len(our_losses.rows) == 20
+    assert ("loss_mask" in our_losses.rows[0]) == mask_on
+    assert same(weights(ours.model), weights(theirs.model))
+    loader = build_detection_test_loader(cfg, "shapes_val")
+    for batch in loader:
+        found = []
+        for trainer in (ours, theirs):
+            trainer.model.eval()
+            with torch.no_grad():
+                found.append(trainer.model(batch)[0]["instances"])
+        assert len(found[0]) > 0
+        assert torch.equal(found[0].pred_boxes.tensor, found[1].pred_boxes.tensor)
+        assert torch.equal(found[0].scores, found[1].scores)
+        assert not mask_on or torch.equal(found[0].pred_masks, found[1].pred_masks)
+
+
+TRAINED_NORMS = ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0]
+PRECISE_BN = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["DATALOADER.NUM_WORKERS", 2],
+        ["MODEL.MASK_ON", False, "SOLVER.EMA_DECAY", 0.9],
+        # Checkpoint and evaluation fall together: precise BN runs before both.
+        [*TRAINED_NORMS, *PRECISE_BN, "TEST.EVAL_PERIOD", 4, "SOLVER.AMP.ENABLED", True],
+    ],
+    ids=["mask", "box_average", "norms"],
+)
+def test_a_killed_run_goes_on_as_the_unbroken_one(cfg: CfgNode, overrides: list[Any]) -> None:
+    cfg.merge_from_list(overrides)
+    unbroken, losses = run(cfg)
+    assert isinstance(unbroken, Trainer)
+    cfg.OUTPUT_DIR += "_killed"
+    run(cfg, last=5)  # behind the checkpoint of iteration 4
+    resumed, again = run(cfg, resume=True)
+    assert isinstance(resumed, Trainer)
+    assert sorted(again.rows) == [4, 5, 6, 7, 8]
+    assert again.rows == {iteration: losses.rows[iteration] for iteration in again.rows}
+    assert same(weights(resumed.model), weights(unbroken.model))
+    assert same(weights(resumed.evaluated_model), weights(unbroken.evaluated_model))
+    assert resumed.evaluation.results == unbroken.evaluation.results
+    assert resumed.evaluation.best == unbroken.evaluation.best
+    assert (resumed.average is not None) == (cfg.SOLVER.EMA_DECAY > 0)
+
+
+def test_a_cut_off_evaluation_is_made_up_for(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg.TEST.EVAL_PERIOD = 4
+    unbroken, _ = run(cfg)
+    cfg.OUTPUT_DIR += "_killed"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "test", killed)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(False)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    assert not (Path(cfg.OUTPUT_DIR) / "model_best.pth").exists()
+    evaluated = []
+    test = Trainer.test
+    monkeypatch.setattr(Trainer, "test", lambda self, *arguments: evaluated.append(self.iter) or test(*arguments))
+    resumed, _ = run(cfg, resume=True)
+    assert evaluated == [4, 7, 9]  # before iteration 4, behind iteration 7 (both after a multiple of 4), at the end
+    assert isinstance(unbroken, Trainer)
+    assert isinstance(resumed, Trainer)
+    assert resumed.evaluation.best == unbroken.evaluation.best
+
+
+def test_evaluation_does_not_disturb_training(cfg: CfgNode) -> None:
+    cfg.TEST.VISUALIZE = 2
+    _, without = run(cfg)
+    cfg.merge_from_list(["TEST.EVAL_PERIOD", 2, "OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_evaluated"])
+    _, evaluated = run(cfg)
+    assert without.rows == evaluated.rows
+    events = list(Path(cfg.OUTPUT_DIR).glob("events.out.tfevents.*"))
+    assert any(b"shapes_val/" in path.read_bytes() and b"PNG" in path.read_bytes() for path in events)
+
+
+def test_the_last_iterations_of_a_log_are_not_there_twice(cfg: CfgNode) -> None:
+    run(cfg, last=6)
+    path = Path(cfg.OUTPUT_DIR) / "metrics.json"
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [6]
+    with open(path, "a") as file:
+        file.write('{"iteration": 7, "total_l')  # the kill came while it was written
+    run(cfg, resume=True)
+    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [8, 9]
+
+
+def test_a_signal_writes_the_state_and_stops(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, losses = run(cfg)
+    cfg.OUTPUT_DIR += "_stopped"
+    monkeypatch.setattr(Trainer, "_asked_to_stop", lambda self, stop: self.iter == 1)
+    with pytest.raises(PreemptedError, match="after iteration 2 of 9"):
+        run(cfg)
+    monkeypatch.undo()
+    _, again = run(cfg, resume=True)
+    assert again.rows == {iteration: row for iteration, row in losses.rows.items() if iteration > 1}
+
+
+def test_the_best_and_the_average_are_kept(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([3.0, 7.0, 7.0, 5.0])
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": 1.0}, "segm": {"AP": next(values)}})
+    cfg.merge_from_list(["TEST.EVAL_PERIOD", 2, "SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (5,), "SOLVER.EMA_DECAY", 0.5])
+    averages: dict[int, dict[str, Tensor]] = {}
+    mine: dict[str, Tensor] = {}
+
+    class Average(HookBase):
+        """The average by its definition, beside the trainer's own."""
+
+        def before_train(self) -> None:
+            mine.update(weights(self.trainer.checkpointer.model))
+
+        def after_step(self) -> None:
+            for name, tensor in weights(self.trainer.checkpointer.model).items():
+                first = self.trainer.iter == 0
+                mine[name] = tensor if first else mine[name] + 0.5 * (tensor - mine[name])
+            averages[self.trainer.iter + 1] = dict(mine)
+
+    seed_all_rng(5)
+    Path(cfg.OUTPUT_DIR).mkdir()
+    trainer = Trainer(cfg)
+    trainer._hooks.insert(0, Average())
+    trainer._hooks[0].trainer = trainer
+    trainer.resume_or_load(False)
+    trainer.train()
+    assert trainer.evaluation.best == {"metric": "segm/AP", "value": 7.0, "iteration": 4}
+    for name, iteration in (("model_best", 4), ("model_final", 8)):
+        held = torch.load(Path(cfg.OUTPUT_DIR) / f"{name}.pth", weights_only=True)["model"]
+        for key, tensor in averages[iteration].items():
+            torch.testing.assert_close(held[key], tensor, msg=f"{name} {key}")
+    assert not same(averages[8], weights(trainer.checkpointer.model))
+    # The best is no checkpoint to go on from.
+    assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_a_record_says_what_was_measured(cfg: CfgNode) -> None:
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 1])
+    Path(cfg.OUTPUT_DIR).mkdir()
+    train(cfg, resume=False)
+    record = RunRecord.read(Path(cfg.OUTPUT_DIR) / "record.json")
+    assert (record.task, record.dataset, record.backbone["arch"]) == ("segmentation", "shapes_val", "resnet18")
+    assert {"bbox/AP", "segm/AP50", "bbox/AP-circle", "best/segm/AP", "best/iteration"} <= record.metrics.keys()
+    assert "unfilled_tensors" not in record.backbone
+
+    cfg.merge_from_list(["MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth"])
+    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 50.0, 1.0]]
+    with pytest.raises(TrainingFailedError, match=r"bbox/AP is .* says 50\.0 ± 1\.0"):
+        evaluate(cfg)
+    measured = RunRecord.read(Path(cfg.OUTPUT_DIR) / "eval_record.json").metrics
+    assert measured == {name: value for name, value in record.metrics.items() if not name.startswith("best/")}
+    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", measured["bbox/AP"], 0.001]]
+    evaluate(cfg)
+
+
+def test_a_partial_backbone_marks_the_record(
+    cfg: CfgNode, torchvision_file: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = read_checkpoint(torchvision_file("resnet18"))
+    tensors, _ = convert(checkpoint)
+    lost = {"res4.1.conv2.weight", "res5.0.shortcut.weight"}
+    for name in lost:
+        del tensors[name]
+    write_backbone(tmp_path / "partial.pkl", tensors, BackboneMetadata.of(checkpoint))
+    cfg.merge_from_list(["MODEL.WEIGHTS", str(tmp_path / "partial.pkl"), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", ()])
+    cfg.MODEL.BACKBONE.ALLOW_PARTIAL = True
+    Path(cfg.OUTPUT_DIR).mkdir()
+    with caplog.at_level(logging.WARNING):
+        train(cfg, resume=False)
+    assert all(any(name in message for message in caplog.messages) for name in lost)
+    record = RunRecord.read(Path(cfg.OUTPUT_DIR) / "record.json")
+    unfilled = {f"backbone.bottom_up.{name}" for name in lost}
+    assert set(record.backbone["unfilled_tensors"]) == unfilled
+    cfg.merge_from_list(["MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth"])  # the mark stays with the detector
+    evaluate(cfg)
+    record = RunRecord.read(Path(cfg.OUTPUT_DIR) / "eval_record.json")
+    assert set(record.backbone["unfilled_tensors"]) == unfilled
+
+
+def test_a_diverged_run_says_so(cfg: CfgNode) -> None:
+    cfg.merge_from_list(["SOLVER.BASE_LR", 1e6, "SOLVER.WARMUP_ITERS", 0])
+    with pytest.raises(DivergedError, match=r"SOLVER\.BASE_LR") as error:
+        run(cfg)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,165 @@
+"""Detectron2's stream of training batches, which a resumed run enters where it was left: same images, same flips.
+
+Detectron2 itself starts its shuffle and its augmentation afresh, so that a resumed run is another run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import detectron2.utils.comm as comm
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data.transforms import CropTransform, HFlipTransform, NoOpTransform, ResizeTransform, VFlipTransform
+from torch.utils.data import get_worker_info
+
+
+class TrainingStream:
+    """Batches for ``cfg``: lists of Detectron2's dictionaries, one list an iteration of this process.
+
+    Drawn from its start it is ``build_detection_train_loader(cfg)``, random number by random number.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self._mapper = _SkippingMapper(
+            DatasetMapper(cfg, True),
+            batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+            grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        )
+        self._loader = build_detection_train_loader(cfg, mapper=self._mapper)
+        self.random_state_at_start: dict[str, Any] = {}
+        """What ``go_on`` needs, once the first batch has been drawn."""
+        self._random_state_now: dict[str, Any] = {}
+
+    def go_on(self, iteration: int, *, at_start: dict[str, Any], now: dict[str, Any]) -> None:
+        """Begin with the batch of ``iteration`` instead, as a stream would that has given all before it.
+
+        ``at_start`` is the first run's ``random_state_at_start``; ``now`` is what random state to leave behind, that of
+        the process when ``iteration`` was about to begin. Skipped images are not read: this takes about a
+        ten-thousandth of a second each, in the loader's workers.
+        """
+        self._mapper.skipped_batches = iteration
+        self.random_state_at_start, self._random_state_now = at_start, now
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        # What an earlier pass has left: its count, and images that wait for others of their aspect ratio.
+        self._mapper.seen = 0
+        for bucket in getattr(self._loader, "_buckets", ()):
+            bucket.clear()
+        if self._mapper.skipped_batches:
+            set_random_state(self.random_state_at_start)
+        else:
+            self.random_state_at_start = random_state()
+        batches = iter(self._loader)
+        if self._mapper.skipped_batches:
+            for _ in range(self._mapper.skipped_batches):
+                next(batches)
+            set_random_state(self._random_state_now)
+        for batch in batches:
+            yield [self._mapper.read(sample) if isinstance(sample, _Skipped) else sample for sample in batch]
+
+
+class _Skipped(dict[str, Any]):
+    """A data set's dictionary whose image was not read; ``random_state`` is NumPy's as it would have been augmented."""
+
+    random_state: Any
+
+
+class _SkippingMapper:
+    """A mapper that draws its first random numbers without reading the images they are for.
+
+    Every loader worker holds its own copy, and knows which of the stream's samples come to it.
+    """
+
+    def __init__(self, mapper: DatasetMapper, *, batch_size: int, grouped: bool) -> None:
+        self.mapper = mapper
+        self.batch_size = batch_size
+        self.grouped = grouped
+        self.skipped_batches = 0
+        self.seen = 0
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        skipped = self._batch() < self.skipped_batches
+        self.seen += 1
+        if not skipped:
+            return self.mapper(item)
+        sample = _Skipped(item)
+        sample.random_state = np.random.get_state()
+        self.mapper.augmentations(_ShapeOnly(item["height"], item["width"]))
+        return sample
+
+    def read(self, sample: _Skipped) -> dict[str, Any]:
+        """The sample as it would have been: grouping by aspect ratio keeps some images for a later batch."""
+        state = np.random.get_state()
+        np.random.set_state(sample.random_state)
+        try:
+            return self.mapper(dict(sample))
+        finally:
+            np.random.set_state(state)
+
+    def _batch(self) -> int:
+        """The batch that this sample belongs to; about, when grouping by aspect ratio may keep it for a later one."""
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        if self.grouped:  # workers hand over sample by sample, in turn
+            return (self.seen * workers + number) // self.batch_size
+        return self.seen // self.batch_size * workers + number  # batch by batch
+
+
+class _ShapeOnly:
+    """Stands in for Detectron2's AugInput: augmentations draw from an image's shape and change it, at no cost."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self._reshape(height, width)
+
+    def _reshape(self, height: int, width: int) -> None:
+        self.image = np.broadcast_to(np.uint8(0), (height, width, 3))
+
+    def transform(self, transform: Any) -> None:
+        if isinstance(transform, ResizeTransform):
+            self._reshape(transform.new_h, transform.new_w)
+        elif isinstance(transform, CropTransform):
+            self._reshape(transform.h, transform.w)
+        elif not isinstance(transform, (HFlipTransform, VFlipTransform, NoOpTransform)):
+            self.image = transform.apply_image(np.ascontiguousarray(self.image))
+
+
+def random_state() -> dict[str, Any]:
+    """Python's, NumPy's and PyTorch's global generators, as plain values and tensors that a checkpoint can hold."""
+    numpy: dict[str, Any] = np.random.get_state(legacy=False)
+    version, values, gauss = random.getstate()
+    return {
+        "python": [version, list(values), gauss],
+        "numpy": {
+            **numpy,
+            "state": {**numpy["state"], "key": torch.from_numpy(numpy["state"]["key"].astype(np.int64))},
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo every draw since ``random_state`` gave ``state``."""
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    numpy = state["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy().astype(np.uint32)}})
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave the global generators as they were: what happens inside has no influence on training."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -1,0 +1,256 @@
+"""COCO's and PASCAL VOC's average precision: Detectron2's numbers, more of them and sooner."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import detectron2.utils.comm as comm
+import faster_coco_eval  # type: ignore[import-untyped]
+import numpy as np
+from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from robust_backbones.errors import InputError
+from robust_backbones.records import atomic_path
+
+_REGIONS = {"bbox": "bbox", "segm": "segmentation"}
+_VOC_METRICS = {"11point": "11-point AP (VOC 2007)", "area": "area under the curve"}
+
+Array = NDArray[np.float64]
+
+
+class CocoEvaluator(COCOEvaluator):
+    """Evaluates by ``coco_metrics``, and writes the detections to ``coco_instances_results.json``.
+
+    Neither depends on how the images were spread over processes.
+
+    Args:
+        dataset_name: A registered set, in COCO's format or convertible to it.
+        tasks: ``bbox``, ``segm`` or both.
+        output_dir: The folder of ``coco_instances_results.json``.
+        reference: Compute with pycocotools instead of faster-coco-eval.
+    """
+
+    def __init__(
+        self, dataset_name: str, tasks: Sequence[str], *, output_dir: str | Path, reference: bool = False
+    ) -> None:
+        super().__init__(dataset_name, tuple(tasks), output_dir=str(output_dir), use_fast_impl=False)
+        self._dataset_name = dataset_name
+        self._reference = reference
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """``{task: metrics}``; ``{}`` in every process but the first, and for a set without annotations.
+
+        Raises:
+            InputError: a detection is of a class that the set does not have, or as ``coco_metrics``.
+        """
+        comm.synchronize()
+        gathered = comm.gather(self._predictions, dst=0)
+        if not comm.is_main_process():
+            return {}
+        predictions = sorted(itertools.chain(*gathered), key=lambda prediction: prediction["image_id"])
+        results = self._dataset_classes(result for prediction in predictions for result in prediction["instances"])
+        with atomic_path(Path(self._output_dir) / "coco_instances_results.json") as temporary:
+            temporary.write_text(json.dumps(results))
+        metrics = {}
+        package = "pycocotools" if self._reference else "faster-coco-eval"
+        for task in self._tasks if self._do_evaluation else ():
+            numbers = coco_metrics(self._coco_api, results, task, reference=self._reference)
+            table = create_small_table({name: number for name, number in numbers.items() if "-" not in name})
+            self._logger.info(f"{task} AP of {self._dataset_name}, computed by {package} {version(package)}:\n{table}")
+            metrics[task] = numbers
+        return metrics
+
+    def _dataset_classes(self, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The detections with the annotation file's class ids in place of the detector's."""
+        if not hasattr(self._metadata, "thing_dataset_id_to_contiguous_id"):
+            return list(results)
+        classes = {ours: theirs for theirs, ours in self._metadata.thing_dataset_id_to_contiguous_id.items()}
+        try:
+            return [{**result, "category_id": classes[result["category_id"]]} for result in results]
+        except KeyError as error:
+            raise InputError(
+                f"a detection is of class {error} but {self._dataset_name} has the classes 0 to {len(classes) - 1}: "
+                f"give MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}"
+            ) from None
+
+
+def coco_metrics(
+    ground_truth: COCO, results: Iterable[Mapping[str, Any]], task: str, *, reference: bool = False
+) -> dict[str, float]:
+    """COCO's AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl and ``AP-<class name>``, each 0 to 100.
+
+    A number is NaN where no ground truth of the class or size exists, and 0 where it does and nothing is found.
+
+    Args:
+        ground_truth: Ids of images and annotations may be anything, 0 included; not changed.
+        results: Detections in COCO's result format, with the class ids of ``ground_truth``; not changed.
+        task: ``bbox``, or ``segm``, for which an object's size is its mask's area.
+        reference: Compute with pycocotools instead of faster-coco-eval.
+
+    Raises:
+        InputError: an annotation has no area, which faster-coco-eval would take for area 0.
+    """
+    # COCO's code takes annotation 0 for "no match", and faster-coco-eval reads image ids as integers: number afresh.
+    image_ids = {theirs: ours for ours, theirs in enumerate(sorted(ground_truth.imgs))}
+    annotations = [a for a in ground_truth.dataset["annotations"] if a["image_id"] in image_ids]
+    for annotation in annotations:
+        if "area" not in annotation:
+            raise InputError(f"annotation {annotation['id']} has no area: add it, COCO's AP is not defined without")
+    dataset = {
+        "images": [{**ground_truth.imgs[theirs], "id": ours} for theirs, ours in image_ids.items()],
+        "categories": sorted(ground_truth.dataset["categories"], key=lambda category: category["id"]),
+        "annotations": [
+            {"iscrowd": 0, **annotation, "id": number, "image_id": image_ids[annotation["image_id"]]}
+            for number, annotation in enumerate(annotations, 1)
+        ],
+    }
+    # Only the task's region: a box beside the mask would decide which size the detection counts as.
+    keys = ("category_id", "score", _REGIONS[task])
+    rows = [{**{key: r[key] for key in keys}, "image_id": image_ids[r["image_id"]]} for r in results]
+
+    api, evaluation = COCO, COCOeval
+    if not reference:
+        api, evaluation = faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        truth = _indexed(api, dataset)
+        # pycocotools cannot load an empty list.
+        detections = truth.loadRes(rows) if rows else _indexed(api, {**dataset, "annotations": []})
+        evaluator = evaluation(truth, detections, task)
+        evaluator.evaluate()
+        evaluator.accumulate()
+
+    # precision: (IoU thresholds, recall thresholds, classes, sizes, most detections); recall: without the second.
+    precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
+    metrics = {"AP": precision[..., 0, 2], "AP50": precision[0, ..., 0, 2], "AP75": precision[5, ..., 0, 2]}
+    metrics |= {f"AP{size}": precision[..., row, 2] for row, size in enumerate("sml", 1)}
+    metrics |= {f"AR{most}": recall[..., 0, column] for column, most in enumerate((1, 10, 100))}
+    metrics |= {f"AR{size}": recall[..., row, 2] for row, size in enumerate("sml", 1)}
+    metrics |= {f"AP-{c['name']}": precision[:, :, row, 0, 2] for row, c in enumerate(dataset["categories"])}
+    return {name: _percent(values) for name, values in metrics.items()}
+
+
+def _indexed(api: Any, dataset: dict[str, Any]) -> Any:
+    coco = api()
+    coco.dataset = dataset
+    coco.createIndex()
+    return coco
+
+
+def _percent(values: Array) -> float:
+    defined = values[values > -1]  # -1 is COCO's mark of what has no ground truth
+    return float(np.mean(defined) * 100) if defined.size else math.nan
+
+
+class VocEvaluator(PascalVOCDetectionEvaluator):
+    """Detectron2's AP, AP50 and AP75 by the metric of the set's year and by the other one, and each class's AP."""
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """``{"bbox": metrics, other: metrics}``; ``{}`` in every process but the first.
+
+        ``bbox`` is by 11 points for VOC 2007, with ``bbox-area`` as the other, and by area for later years, with
+        ``bbox-11point``. ``AP-<class name>`` is the mean over the ten IoU thresholds; all are 0 to 100. For a class
+        without ground truth Detectron2 has 0 by 11 points, and by area NaN, or 0 where nothing is found either.
+        """
+        gathered = comm.gather(dict(self._predictions), dst=0)
+        if not comm.is_main_process():
+            return {}
+        with PathManager.open(self._image_set_path) as file:
+            order = {image: place for place, image in enumerate(file.read().split())}
+        objects = {image: self._objects(image) for image in order}
+        aps = []
+        for number, name in enumerate(self._class_names):
+            lines = [line.split(" ") for predictions in gathered for line in predictions.get(number, ())]
+            # Which of two equal scores counts first depends on the order of the lines.
+            lines.sort(key=lambda words: order[words[0]])
+            aps.append(_class_aps(lines, {image: rows[name] for image, rows in objects.items() if name in rows}))
+
+        metrics = {}
+        for column, (metric, title) in enumerate(_VOC_METRICS.items()):
+            task = "bbox" if self._is_2007 == (metric == "11point") else f"bbox-{metric}"
+            metrics[task] = self._summary(np.array(aps)[..., column])
+            table = create_small_table({key: metrics[task][key] for key in ("AP", "AP50", "AP75")})
+            self._logger.info(f"{task} of {self._dataset_name}, {title}:\n{table}")
+        return dict(sorted(metrics.items()))
+
+    def _objects(self, image: str) -> dict[str, Array]:
+        """The image's objects by class: rows of (x1, y1, x2, y2, 1 if difficult), in pixels from 1."""
+        with PathManager.open(self._anno_file_template.format(image)) as file:
+            tree = ElementTree.parse(file)
+        objects: dict[str, list[list[float]]] = {}
+        for item in tree.findall("object"):
+            row = [float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")]
+            objects.setdefault(item.findtext("name", ""), []).append([*row, float(item.findtext("difficult", "0"))])
+        return {name: np.array(rows) for name, rows in objects.items()}
+
+    def _summary(self, aps: Array) -> dict[str, float]:
+        """``aps``: (classes, IoU thresholds), 0 to 100."""
+        means = [np.mean(column) for column in aps.T]
+        metrics = {"AP": np.mean(means), "AP50": means[0], "AP75": means[5]}
+        metrics |= {f"AP-{name}": np.mean(row) for name, row in zip(self._class_names, aps, strict=True)}
+        return {name: float(value) for name, value in metrics.items()}
+
+
+def _class_aps(lines: Sequence[Sequence[str]], objects: Mapping[str, Array]) -> list[tuple[float, float]]:
+    """One class's AP by 11 points and by area, 0 to 100, at the IoU thresholds 0.5, 0.55, ..., 0.95.
+
+    Args:
+        lines: Detections as (image, score, x1, y1, x2, y2), an image's all together.
+        objects: By image, rows of (x1, y1, x2, y2, difficult).
+    """
+    first = dict(zip(objects, np.cumsum([0, *map(len, objects.values())]).tolist(), strict=False))
+    difficult = np.concatenate([np.empty(0), *(rows[:, 4] for rows in objects.values())]) > 0
+    overlaps, matches = [np.empty(0)], [np.empty(0, int)]  # each detection's best object
+    for image, group in itertools.groupby(lines, key=lambda words: words[0]):
+        boxes = np.array([[float(word) for word in words[2:]] for words in group])
+        overlap = _overlaps(boxes, objects[image]) if image in objects else np.full((len(boxes), 1), -np.inf)
+        overlaps.append(overlap.max(axis=1))
+        matches.append(overlap.argmax(axis=1) + first.get(image, 0))
+    # Detectron2's sort: a stable one would order equal scores differently, and change the AP.
+    order = np.argsort(-np.array([float(words[1]) for words in lines]))
+    overlap, match = np.concatenate(overlaps)[order], np.concatenate(matches)[order]
+
+    aps = []
+    for threshold in range(50, 100, 5):
+        hit = np.flatnonzero(overlap > threshold / 100.0)
+        counted = hit[~difficult[match[hit]]]  # a hit on a difficult object is neither right nor wrong
+        right, wrong = np.zeros(len(overlap)), np.ones(len(overlap))
+        right[counted[np.unique(match[counted], return_index=True)[1]]] = 1  # an object's first hit
+        wrong[hit] = 0
+        wrong[counted] = 1 - right[counted]
+        aps.append(_average_precisions(np.cumsum(right), np.cumsum(wrong), int(np.count_nonzero(~difficult))))
+    return aps
+
+
+def _overlaps(boxes: Array, objects: Array) -> Array:
+    """IoU of (n, 4) boxes with (m, 4 or more) objects, as (n, m); the last pixel of a box belongs to it."""
+    boxes = boxes[:, None]
+    sides = np.minimum(boxes[..., 2:4], objects[:, 2:4]) - np.maximum(boxes[..., :2], objects[:, :2]) + 1
+    shared = np.maximum(sides, 0).prod(axis=-1)
+    box_area, object_area = ((rows[..., 2:4] - rows[..., :2] + 1).prod(axis=-1) for rows in (boxes, objects))
+    return shared / (box_area + object_area - shared)
+
+
+def _average_precisions(right: Array, wrong: Array, objects: int) -> tuple[float, float]:
+    """11-point AP and area under the precision envelope, 0 to 100, of running counts of right and wrong detections."""
+    with np.errstate(invalid="ignore"):  # no object: 0 / 0
+        recall = np.concatenate([[0.0], right / np.float64(objects), [1.0]])
+    precision = np.concatenate([[0.0], right / np.maximum(right + wrong, np.finfo(float).eps), [0.0]])
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    points = envelope[1:][np.searchsorted(recall[1:-1], np.arange(0.0, 1.1, 0.1))]
+    steps = np.flatnonzero(recall[1:] != recall[:-1])
+    area = np.sum((recall[steps + 1] - recall[steps]) * envelope[steps + 1])
+    return float(np.cumsum(points / 11.0)[-1] * 100), float(area * 100)

@@ -1,0 +1,175 @@
+"""What happens between the steps of a detector's training: averaging weights, precise BN, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import detectron2.utils.comm as comm
+import torch
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.engine import hooks
+from detectron2.engine.train_loop import HookBase
+from detectron2.evaluation import inference_context
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from robust_backbones.detection.data_stream import TrainingStream, undisturbed
+from robust_backbones.detection.visualize import ground_truth_beside_detections
+from robust_backbones.errors import InputError
+
+_logger = logging.getLogger(__name__)
+
+
+class WeightAverage(HookBase):
+    """Keeps the exponential moving average of a model's weights and of its batch norms' statistics."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model = model
+        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    @property
+    def model(self) -> nn.Module:
+        """The network with the averaged weights."""
+        return self._average.module
+
+    def after_step(self) -> None:
+        self._average.update_parameters(self._model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._average.load_state_dict(state)
+
+
+class PreciseBN(hooks.PreciseBN):
+    """Detectron2's, on images that the iteration alone decides: a resumed run takes those of the unbroken one."""
+
+    def update_stats(self) -> None:
+        self._data_iter = None
+        with undisturbed():
+            seed_all_rng(self.trainer.iter)
+            super().update_stats()
+
+
+class Checkpoints(HookBase):
+    """Saves every ``period`` iterations, and the final detector; every process has to call it."""
+
+    def __init__(self, period: int) -> None:
+        self._period = period
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done < self.trainer.max_iter and done % self._period == 0:
+            self.trainer.save()
+        elif done == self.trainer.max_iter:
+            self.trainer.save(final=True)
+
+
+class Evaluation(HookBase):
+    """Evaluates every ``period`` iterations (0: never) and after the last; keeps the best detector and draws.
+
+    It stands behind ``Checkpoints``, so that an evaluation that fails loses no training; one that was cut off is
+    made up for when the run goes on.
+
+    Args:
+        evaluate: gives Detectron2's nested dictionary of results, an empty one in all but the main process.
+        metric: the name by which to keep the best, such as ``bbox/AP``.
+        images: how many of the first test set's images to draw.
+    """
+
+    def __init__(
+        self, period: int, evaluate: Callable[[], Mapping[str, Any]], *, metric: str, dataset: str, images: int
+    ) -> None:
+        self._period = period
+        self._evaluate = evaluate
+        self._metric = metric
+        self._dataset = dataset
+        self._images = images
+        self.results: dict[str, float | None] = {}
+        """The last evaluation's metrics."""
+        self.best: dict[str, Any] | None = None
+        """``metric``, its ``value``, and the ``iteration`` after which it was measured."""
+        self._evaluated_at = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluated_at": self._evaluated_at, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._evaluated_at, self.best = state["evaluated_at"], state["best"]
+
+    def before_train(self) -> None:
+        if self._is_due(self.trainer.start_iter) and self._evaluated_at < self.trainer.start_iter:
+            self._run(self.trainer.start_iter)
+
+    def after_step(self) -> None:
+        if self._is_due(self.trainer.iter + 1):
+            self._run(self.trainer.iter + 1)
+
+    def after_train(self) -> None:
+        if self.trainer.iter == self.trainer.max_iter:  # not after a failure
+            self._run(self.trainer.iter)
+
+    def _is_due(self, iteration: int) -> bool:
+        return self._period > 0 and 0 < iteration < self.trainer.max_iter and iteration % self._period == 0
+
+    def _run(self, iteration: int) -> None:
+        with undisturbed():
+            self.results = flat_metrics(self._evaluate())
+            if comm.is_main_process():
+                self._draw()
+        if comm.is_main_process():
+            numbers = {name: value for name, value in self.results.items() if value is not None}
+            self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
+            self._keep_the_best(iteration)
+        self._evaluated_at = iteration
+        comm.synchronize()
+
+    def _keep_the_best(self, iteration: int) -> None:
+        names = [name for name in self.results if f"/{name}".endswith(f"/{self._metric}")]
+        if not names:
+            raise InputError(
+                f"TEST.BEST_METRIC {self._metric!r} is not measured: choose one of {', '.join(self.results)}"
+            )
+        value = self.results[names[0]]
+        if value is not None and (self.best is None or value > self.best["value"]):
+            self.best = {"metric": names[0], "value": value, "iteration": iteration}
+            self.trainer.save_best(self.best)
+            _logger.info(f"best {names[0]} so far: {value:.2f} after iteration {iteration}; kept as model_best.pth")
+
+    def _draw(self) -> None:
+        """Ground truth beside detections, for TensorBoard."""
+        items = DatasetCatalog.get(self._dataset)[: self._images]
+        if not items:
+            return
+        model, mapper = self.trainer.evaluated_model, DatasetMapper(self.trainer.cfg, False)
+        with inference_context(model), torch.no_grad():
+            found = [model([mapper(item)])[0]["instances"].to("cpu") for item in items]
+        pictures = ground_truth_beside_detections(items, found, MetadataCatalog.get(self._dataset))
+        for item, picture in zip(items, pictures, strict=True):
+            self.trainer.storage.put_image(f"{self._dataset}/{item['image_id']}", picture.transpose(2, 0, 1))
+
+
+def build_precise_bn(cfg: Any, model: nn.Module) -> PreciseBN | None:
+    """The hook that ``cfg`` asks for; None where it asks for none or ``model`` has no batch norm that learns."""
+    if not (cfg.TEST.PRECISE_BN.ENABLED and hooks.get_bn_modules(model)):
+        return None
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0  # its few images are not worth processes of their own
+    return PreciseBN(cfg.TEST.EVAL_PERIOD, model, TrainingStream(cfg), cfg.TEST.PRECISE_BN.NUM_ITER)
+
+
+def flat_metrics(results: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
+    """``{"bbox": {"AP": 40.1}}`` -> ``{"bbox/AP": 40.1}``; what is not defined (no object of a size) is None."""
+    flat: dict[str, float | None] = {}
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            flat |= flat_metrics(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = float(value) if math.isfinite(value) else None
+    return flat

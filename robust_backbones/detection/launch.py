@@ -1,0 +1,149 @@
+"""The processes of a detector's training: started here, as by Detectron2, or joined where torchrun started them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import detectron2.engine
+import detectron2.utils.comm as comm
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
+
+from robust_backbones.distributed import STOP_SIGNALS, StopRequest
+from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
+
+# The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one.
+_TIMEOUT = timedelta(minutes=30)
+
+
+def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> CfgNode:
+    """``cfg`` for the processes that will run it: scaled where SOLVER.REFERENCE_WORLD_SIZE says what it was made for.
+
+    Detectron2 then keeps the images per process: batch and learning rate grow with the processes, iterations shrink.
+
+    Raises:
+        InputError: more processes than GPUs, or a batch that cannot be divided among them.
+    """
+    processes = _torchrun_size() or num_gpus * num_machines
+    if processes < 1:
+        raise InputError(f"--num-gpus {num_gpus} on --num-machines {num_machines} is no process at all: give 1 or more")
+    gpus = torch.cuda.device_count()
+    if gpus and cfg.MODEL.DEVICE == "cpu" and processes > 1:
+        raise InputError(
+            "several processes use the GPUs: take MODEL.DEVICE cpu away, or hide them: CUDA_VISIBLE_DEVICES="
+        )
+    if gpus and num_gpus > gpus:
+        raise InputError(f"--num-gpus {num_gpus}, but {gpus} GPUs were found")
+    batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if batch % (reference or processes):
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH {batch} cannot be divided among {reference or processes} processes: give a multiple"
+        )
+    return DefaultTrainer.auto_scale_workers(cfg, processes)
+
+
+def _torchrun_size() -> int:
+    """How many processes torchrun (or whoever sets its variables) has started; 0 when it was not used."""
+    return int(os.environ.get("WORLD_SIZE", "0"))
+
+
+def is_first_process() -> bool:
+    """Whether no process of the same run was told to start before this one: it is the one to check and to speak."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def launch(
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    *,
+    num_gpus: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+) -> None:
+    """Run ``function(*arguments)`` in ``num_gpus`` processes on each of ``num_machines``, one process a GPU.
+
+    Without CUDA they are CPU processes. Under torchrun its processes are joined and the numbers are not looked at.
+
+    Raises:
+        InputError: what ``function`` raised; a started process prints it, and this one exits with its status.
+    """
+    if _torchrun_size() > 1:
+        _join(function, arguments)
+        return
+    if num_gpus * num_machines == 1:
+        function(*arguments)
+        return
+    with _stop_signals_for_children() as stop:
+        try:
+            detectron2.engine.launch(
+                _in_child,
+                num_gpus,
+                num_machines=num_machines,
+                machine_rank=machine_rank,
+                dist_url=dist_url,
+                args=(function, arguments),
+                timeout=_TIMEOUT,
+            )
+        except ProcessException as error:
+            if isinstance(error, ProcessExitedException) and error.exit_code > 0:  # it has said why
+                sys.exit(error.exit_code)
+            if stop:
+                raise PreemptedError("asked to stop before training had begun: start it again") from None
+            raise TrainingFailedError(f"a process of the run failed: {error}") from None
+
+
+def _join(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    try:
+        function(*arguments)
+    except PreemptedError:
+        if not comm.is_main_process():  # all stop together: one says so
+            sys.exit(PreemptedError.exit_status)
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    try:
+        function(*arguments)
+    except InputError as error:
+        if comm.is_main_process() or not isinstance(error, PreemptedError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, PreemptedError):
+            comm.synchronize()  # the first to leave has the others killed, who may still be writing
+        sys.exit(error.exit_status)
+
+
+@contextmanager
+def _stop_signals_for_children() -> Iterator[StopRequest]:
+    """Hand ``STOP_SIGNALS`` on to the processes that this one has started, and remember that they came."""
+    request = StopRequest()
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                os.kill(child.pid, number)
+
+    previous = {number: signal.signal(number, hand_on) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

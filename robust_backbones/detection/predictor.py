@@ -1,0 +1,95 @@
+"""A trained detector, from its run's folder, that finds the objects of image files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+
+from robust_backbones.detection.checkpoint import BackboneCheckpointer
+from robust_backbones.detection.config import load_config
+from robust_backbones.errors import InputError
+
+
+class Predictor:
+    """Calls a detector on one image file at a time, read and resized as its run's evaluation did.
+
+    ``categories`` are its classes in COCO's format, ``metadata`` the same for ``visualize.draw_objects``.
+    """
+
+    def __init__(self, run: Path, *, device: str) -> None:
+        """``run``: the OUTPUT_DIR of tools/train_net.py, for its model_final.pth, or another .pth file in one.
+
+        Raises:
+            InputError: there is no configuration or no weights, or they do not fit each other.
+        """
+        if not run.exists():
+            raise InputError(f"no run at {run}: give the OUTPUT_DIR of tools/train_net.py, or a .pth file in it")
+        folder, weights = (run, run / "model_final.pth") if run.is_dir() else (run.parent, run)
+        if not (folder / "config.yaml").is_file():
+            raise InputError(
+                f"no config.yaml in {folder}: give the OUTPUT_DIR of tools/train_net.py, or a .pth file in it"
+            )
+        if not weights.is_file():
+            raise InputError(f"no model_final.pth in {folder}: finish its training, or give another .pth file in it")
+        # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
+        self.cfg = load_config(folder / "config.yaml", ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", False])
+        self.model = build_model(self.cfg).eval()
+        content = BackboneCheckpointer(self.model, cfg=self.cfg, whole_detector=True).load(str(weights))
+        self.categories = categories_of(content, self.cfg, weights)
+        self.metadata = Metadata(thing_classes=[category["name"] for category in self.categories])
+        self._mapper = DatasetMapper(self.cfg, is_train=False)
+
+    @torch.no_grad()
+    def __call__(self, image: Path) -> Instances:
+        """What is in an image file, on the CPU and in pixels of the image as ``visualize.read_rgb`` reads it.
+
+        Every detection that scores at least MODEL.ROI_HEADS.SCORE_THRESH_TEST: ``pred_boxes``, ``scores``,
+        ``pred_classes`` (from 0, as ``categories``) and, from a Mask R-CNN, ``pred_masks`` (N, H, W).
+        """
+        # One image a call: in a batch, the padding to a common size would change the results.
+        (output,) = self.model([self._mapper({"file_name": str(image)})])
+        return output["instances"].to("cpu")
+
+
+def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: Path) -> list[dict[str, Any]]:
+    """A detector's classes in the order of its outputs, in COCO's format: ``[{"id": 1, "name": "person"}, ...]``.
+
+    They are what its file says; if it does not, what Detectron2 knows of the data set that it was evaluated on; else
+    they have no names and count from 1.
+
+    Args:
+        content: of the file, without its weights.
+        path: the file, for what is said about it.
+
+    Raises:
+        InputError: the file's categories are no categories, or of another number than the detector's.
+    """
+    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if "categories" in content:
+        rows = content["categories"]
+        if not (isinstance(rows, list) and all(_is_category(row) for row in rows)):
+            raise InputError(f'{path} holds "categories" that are not COCO\'s: give a file of tools/train_net.py')
+        if len(rows) != count or len({row["id"] for row in rows}) != count:
+            raise InputError(
+                f"{path} names {len(rows)} categories, but its detector tells {count} classes apart: "
+                "give a .pth file of the same run as its config.yaml"
+            )
+        return [{"id": row["id"], "name": row["name"]} for row in rows]
+    known = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
+    names, contiguous = known.get("thing_classes", []), known.get("thing_dataset_id_to_contiguous_id", {})
+    if len(names) != count:
+        return [{"id": index + 1, "name": f"class {index}"} for index in range(count)]
+    ids = {index: number for number, index in contiguous.items()}
+    return [{"id": ids.get(index, index + 1), "name": name} for index, name in enumerate(names)]
+
+
+def _is_category(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("id"), int) and isinstance(row.get("name"), str)

@@ -1,0 +1,55 @@
+"""C4's ROI heads with the backbone's own res5: of any depth, frozen with it, and with a norm behind it on demand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec, get_norm
+from detectron2.modeling.backbone.resnet import ResNet
+from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+from detectron2.structures import Boxes
+from torch import Tensor, nn
+
+BASIC_BLOCK_DEPTHS = (18, 34)
+
+
+@ROI_HEADS_REGISTRY.register()
+class BackboneRes5ROIHeads(Res5ROIHeads):
+    """Detectron2's C4 heads, chosen with ``MODEL.ROI_HEADS.NAME "BackboneRes5ROIHeads"``; three things differ.
+
+    - ``res5`` is the last stage of the backbone's depth; Detectron2's is three bottlenecks also for ResNet-18 and -34.
+    - ``MODEL.BACKBONE.FREEZE_AT`` 5 freezes ``res5`` as well: its weights, and its batch norm as FrozenBN.
+    - ``MODEL.ROI_HEADS.RES5_NORM`` (``""`` for none, else as ``MODEL.RESNETS.NORM``) is a norm of the output of
+      ``res5``, which all heads then see: MoCo's detection protocol (He et al. 2020, appendix A).
+
+    The tensors of ``res5`` have Detectron2's names. The norm is ``res5_norm``, outside of ``res5``, since no backbone
+    file can fill it; it is trained in a frozen backbone, too.
+    """
+
+    @configurable
+    def __init__(self, *, res5_norm: nn.Module | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.res5_norm = nn.Identity() if res5_norm is None else res5_norm
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        arguments: dict[str, Any] = super().from_config(cfg, input_shape)
+        arguments["res5_norm"] = get_norm(cfg.MODEL.ROI_HEADS.RES5_NORM, arguments["res5"][-1].out_channels)
+        return arguments
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
+        if cfg.MODEL.RESNETS.DEPTH in BASIC_BLOCK_DEPTHS:
+            # The stages before it are built and dropped: it takes 0.1 s and needs no table of depths here.
+            blocks = ResNet.make_default_stages(cfg.MODEL.RESNETS.DEPTH, norm=cfg.MODEL.RESNETS.NORM)[-1]
+        else:
+            blocks = list(super()._build_res5_block(cfg)[0])
+        if cfg.MODEL.BACKBONE.FREEZE_AT >= 5:
+            for block in blocks:
+                block.freeze()
+        return nn.Sequential(*blocks), blocks[-1].out_channels
+
+    def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
+        """R regions of the feature maps -> their features, shape (R, channels of res5, H, W)."""
+        return self.res5_norm(super()._shared_roi_transform(features, boxes))

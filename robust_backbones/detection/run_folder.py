@@ -1,0 +1,103 @@
+"""The folder of a detector's training: whose it is, and the configuration it was begun with."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+import detectron2.utils.comm as comm
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+
+from robust_backbones.errors import InputError
+from robust_backbones.records import atomic_path
+
+# What a run may change on its way: where it runs, what it shows and how often it saves, but nothing that it computes.
+_FREE = {
+    "OUTPUT_DIR",
+    "VIS_PERIOD",
+    "CUDNN_BENCHMARK",
+    "MODEL.DEVICE",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.REFERENCE_EVAL",
+    "TEST.VISUALIZE",
+}
+
+
+def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
+    """Whether the run of ``cfg`` has already finished in its OUTPUT_DIR; an unset SEED becomes that of the run there.
+
+    Raises:
+        InputError: the folder holds another run, or this one while ``resume`` was not asked for.
+    """
+    folder = Path(cfg.OUTPUT_DIR)
+    path = folder / "config.yaml"
+    if not path.exists():
+        if folder.exists() and any(folder.glob("model_*.pth")):
+            raise InputError(f"{folder} holds checkpoints of no run of ours: give another OUTPUT_DIR")
+        return False
+    held = read_run_config(path)
+    if cfg.SEED < 0:
+        cfg.SEED = held.get("SEED", cfg.SEED)
+    own = _flat(yaml.safe_load(cfg.dump()))
+    differing = sorted(key for key in (own.keys() | held.keys()) - _FREE if own.get(key) != held.get(key))
+    if differing:
+        told = ", ".join(f"{key} is {held.get(key)} there and {own.get(key)} here" for key in differing[:3])
+        told += f", and {len(differing) - 3} more" * (len(differing) > 3)
+        raise InputError(f"{folder} holds a run of another configuration ({told}): give another OUTPUT_DIR")
+    if not resume:
+        raise InputError(f"{folder} holds this run already: give --resume to go on with it, or another OUTPUT_DIR")
+    return (folder / "record.json").exists()
+
+
+def read_run_config(path: Path) -> dict[str, Any]:
+    """The keys of a run's ``config.yaml``, by their full names."""
+    try:
+        return _flat(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError, AttributeError):
+        raise InputError(f"cannot read {path}: remove the folder, or give another OUTPUT_DIR") from None
+
+
+def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
+    """Log to OUTPUT_DIR, make it the folder of a training run, and seed the random generators.
+
+    Every process calls it. The configuration that it returns is frozen, and has the seed that was drawn where none was
+    set; each process is seeded with that and its rank, as Detectron2 does.
+    """
+    folder, rank, size = Path(cfg.OUTPUT_DIR), comm.get_rank(), comm.get_world_size()
+    folder.mkdir(parents=True, exist_ok=True)
+    setup_logger(str(folder), distributed_rank=rank, name="fvcore")
+    setup_logger(str(folder), distributed_rank=rank, name="robust_backbones")
+    logger = setup_logger(str(folder), distributed_rank=rank)
+
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.SEED < 0:
+        cfg.SEED = comm.all_gather(secrets.randbelow(2**31))[0]
+    cfg.freeze()
+    seed_all_rng(cfg.SEED + rank)
+    if training:
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+        if comm.is_main_process():
+            with atomic_path(folder / "config.yaml") as temporary:
+                temporary.write_text(cfg.dump())
+        batch = cfg.SOLVER.IMS_PER_BATCH
+        logger.info(
+            f"batch {batch} (processes: {size}, images each: {batch // size}), learning rate {cfg.SOLVER.BASE_LR:g}, "
+            f"{cfg.SOLVER.MAX_ITER} iterations, seed {cfg.SEED}"
+        )
+    logger.info("Environment info:\n" + collect_env_info())
+    logger.info("Running with full config:\n" + cfg.dump())
+    return cfg
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
