@@ -127,6 +127,15 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they take a machine away."""
 
 
+def leave_stop_signals_to_main() -> None:
+    """For data workers: schedulers signal every process; the main one answers, and needs its workers until it is done.
+
+    PyTorch gives each worker a handler of its own, so that it is of no use to call this before they have started.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
     """Whether the machine has asked this process to stop."""
 

@@ -311,10 +311,11 @@ def test_a_cache_that_cannot_be_made_is_an_error_of_one_line(
 
 def test_of_two_that_download_at_once_one_waits_for_the_other(hub: FakeHub) -> None:
     hub.files[FILE] = CONTENT
-    hub.gates = [Event()]
+    gate = Event()
+    hub.gates = [gate]
     with ThreadPoolExecutor() as pool:
         fetches = [pool.submit(fetch, NAME) for _ in range(2)]
-        Timer(0.5, hub.gates[0].set).start()
+        Timer(0.5, gate.set).start()
         assert [fetched.result().read_bytes() for fetched in fetches] == [CONTENT] * 2
     assert hub.downloads == [FILE]
 

@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int:
 
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
     from robust_backbones.detection.launch import is_first_process, launch
+    from robust_backbones.detection.trainer import check_expected
 
     cfg, finished = configure(options)
     if not finished:
@@ -64,6 +65,7 @@ def main(arguments: list[str]) -> int:
             if name.endswith(("/AP", "/AP50", "/AP75")):
                 print(f"{record.dataset} {name}: {'not defined' if value is None else f'{value:.2f}'}")
         print(f"{'finished before: ' if finished else ''}results written to {cfg.OUTPUT_DIR}")
+        check_expected(cfg, record.metrics)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode
 from robust_backbones.data.folders import FolderImages
 from robust_backbones.data.shards import ShardImages
-from robust_backbones.distributed import STOP_SIGNALS
+from robust_backbones.distributed import leave_stop_signals_to_main
 from robust_backbones.errors import InputError
 
 
@@ -174,9 +173,7 @@ class _Readability(Dataset[tuple[str, str | None]]):
 def init_worker(worker: int) -> None:
     """One process does one thing at a time; OpenCV's own pool of threads does not survive a fork either."""
     cv2.setNumThreads(0)
-    # Schedulers send these to every process; the main one answers them, and needs its workers until it is done.
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    leave_stop_signals_to_main()
 
 
 def mix(seed: int, epoch: int, index: int) -> int:

@@ -18,6 +18,8 @@ from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data.transforms import CropTransform, HFlipTransform, NoOpTransform, ResizeTransform, VFlipTransform
 from torch.utils.data import get_worker_info
 
+from robust_backbones.distributed import leave_stop_signals_to_main
+
 
 class TrainingStream:
     """Batches for ``cfg``: lists of Detectron2's dictionaries, one list an iteration of this process.
@@ -64,20 +66,32 @@ class TrainingStream:
             yield [self._mapper.read(sample) if isinstance(sample, _Skipped) else sample for sample in batch]
 
 
+class WorkerMapper:
+    """A mapper whose processes leave the signals that end a run to the main process."""
+
+    def __init__(self, mapper: DatasetMapper) -> None:
+        self.mapper = mapper
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        if get_worker_info() is not None:
+            leave_stop_signals_to_main()
+        return self.mapper(item)
+
+
 class _Skipped(dict[str, Any]):
     """A data set's dictionary whose image was not read; ``random_state`` is NumPy's as it would have been augmented."""
 
     random_state: Any
 
 
-class _SkippingMapper:
-    """A mapper that draws its first random numbers without reading the images they are for.
+class _SkippingMapper(WorkerMapper):
+    """One that draws its first random numbers without reading the images they are for.
 
     Every loader worker holds its own copy, and knows which of the stream's samples come to it.
     """
 
     def __init__(self, mapper: DatasetMapper, *, batch_size: int, grouped: bool) -> None:
-        self.mapper = mapper
+        super().__init__(mapper)
         self.batch_size = batch_size
         self.grouped = grouped
         self.skipped_batches = 0
@@ -87,7 +101,7 @@ class _SkippingMapper:
         skipped = self._batch() < self.skipped_batches
         self.seen += 1
         if not skipped:
-            return self.mapper(item)
+            return super().__call__(item)
         sample = _Skipped(item)
         sample.random_state = np.random.get_state()
         self.mapper.augmentations(_ShapeOnly(item["height"], item["width"]))

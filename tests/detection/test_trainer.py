@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robust_backbones.convert import BackboneMetadata, convert, write_backbone
 from robust_backbones.detection.datasets import register_datasets
-from robust_backbones.detection.trainer import Trainer, evaluate, train
+from robust_backbones.detection.trainer import Trainer, check_expected, evaluate, train
 from robust_backbones.errors import DivergedError, PreemptedError, TrainingFailedError
 from robust_backbones.records import RunRecord
 from robust_backbones.sources import read_checkpoint
@@ -232,13 +232,17 @@ def test_a_record_says_what_was_measured(cfg: CfgNode) -> None:
     assert "unfilled_tensors" not in record.backbone
 
     cfg.merge_from_list(["MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth"])
-    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", 50.0, 1.0]]
-    with pytest.raises(TrainingFailedError, match=r"bbox/AP is .* says 50\.0 ± 1\.0"):
-        evaluate(cfg)
+    evaluate(cfg)
     measured = RunRecord.read(Path(cfg.OUTPUT_DIR) / "eval_record.json").metrics
     assert measured == {name: value for name, value in record.metrics.items() if not name.startswith("best/")}
-    cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP", measured["bbox/AP"], 0.001]]
-    evaluate(cfg)
+
+
+def test_results_are_held_against_the_expected_ones(small_cfg: CfgNode) -> None:
+    small_cfg.TEST.EXPECTED_RESULTS = [["bbox", "AP50", 50.0, 1.0], ["segm", "AP", 30.0, 2.0]]
+    check_expected(small_cfg, {"bbox/AP50": 50.9, "segm/AP": 28.1, "bbox/AP": 0.0})
+    for metrics in ({"bbox/AP50": 51.1, "segm/AP": 30.0}, {"bbox/AP50": None, "segm/AP": 30.0}, {"segm/AP": 30.0}):
+        with pytest.raises(TrainingFailedError, match=r"bbox/AP50 is .* says 50\.0 ± 1\.0"):
+            check_expected(small_cfg, metrics)
 
 
 def test_a_partial_backbone_marks_the_record(
