@@ -165,6 +165,30 @@ def go_on(rank: int, size: int, *, start: Path) -> dict[str, Tensor]:
         return {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
 
 
+def test_data_workers_never_keep_a_process_from_ending(tmp_path: Path) -> None:
+    """Not even where an error holds on to them; torch gives workers a handler that would end them at SIGTERM."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "from torch.utils.data import DataLoader, IterableDataset\n"
+        "from robust_backbones.distributed import leave_stop_signals_to_main\n"
+        "class Endless(IterableDataset):\n"
+        "    def __iter__(self):\n"
+        "        leave_stop_signals_to_main()\n"
+        "        yield from iter(int, 1)\n"
+        "loader = iter(DataLoader(Endless(), num_workers=2))\n"
+        "next(loader), next(loader)\n"
+        "for worker in loader._workers:\n"
+        "    os.kill(worker.pid, signal.SIGTERM)\n"
+        "for _ in range(20):\n"
+        "    next(loader)\n"
+        "raise RuntimeError('as training fails')\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "RuntimeError: as training fails"
+
+
 def test_two_processes_are_one_process_of_the_same_batch(
     trained: tuple[NormalizedModel, Tensor, Tensor], tmp_path: Path
 ) -> None:
