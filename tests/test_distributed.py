@@ -151,20 +151,6 @@ def test_synchronized_batch_norm_is_batch_norm_of_the_whole_batch(tmp_path: Path
         torch.testing.assert_close(variance, reference.running_var)
 
 
-def go_on(rank: int, size: int, *, start: Path) -> dict[str, Tensor]:
-    """Eight steps of the recipe, with synchronised batch norms, from the trained network in ``start``."""
-    content = torch.load(start, weights_only=True)
-    spec = BackboneSpec("resnet18", 4)
-    model = NormalizedModel(build_backbone(spec), spec)
-    model.load_state_dict(content["model"])
-    data = [(x.chunk(size)[rank], y.chunk(size)[rank]) for x, y in content["batches"]]
-    with join_processes(CPU) as processes:
-        synchronize_batch_norms(model, CPU)
-        one = learner(model, ThreatModel("L2", 0.1), lr=0.001, attack=AttackConfig(), processes=processes)
-        train_one_epoch(one, data, steps=len(data))
-        return {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
-
-
 def test_data_workers_never_keep_a_process_from_ending(tmp_path: Path) -> None:
     """Not even where an error holds on to them; torch gives workers a handler that would end them at SIGTERM."""
     script = tmp_path / "script.py"
@@ -187,6 +173,20 @@ def test_data_workers_never_keep_a_process_from_ending(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "RuntimeError: as training fails"
+
+
+def go_on(rank: int, size: int, *, start: Path) -> dict[str, Tensor]:
+    """Eight steps of the recipe, with synchronised batch norms, from the trained network in ``start``."""
+    content = torch.load(start, weights_only=True)
+    spec = BackboneSpec("resnet18", 4)
+    model = NormalizedModel(build_backbone(spec), spec)
+    model.load_state_dict(content["model"])
+    data = [(x.chunk(size)[rank], y.chunk(size)[rank]) for x, y in content["batches"]]
+    with join_processes(CPU) as processes:
+        synchronize_batch_norms(model, CPU)
+        one = learner(model, ThreatModel("L2", 0.1), lr=0.001, attack=AttackConfig(), processes=processes)
+        train_one_epoch(one, data, steps=len(data))
+        return {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
 
 
 def test_two_processes_are_one_process_of_the_same_batch(

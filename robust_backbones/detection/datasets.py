@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
+from numpy.typing import NDArray
 
 from robust_backbones.errors import InputError
 
@@ -65,6 +67,13 @@ def _check(name: str, cfg: CfgNode) -> Iterator[str]:
         )
     try:
         items: list[dict[str, Any]] = DatasetCatalog.get(name)
+        boxes = [
+            (*BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), item["width"], item["height"])
+            for item in items
+            for a in item["annotations"]
+        ]
+        if name in cfg.DATASETS.TEST:
+            _check_areas(name)
     except FileNotFoundError as error:
         raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
     except (OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ParseError) as error:
@@ -83,7 +92,14 @@ def _check(name: str, cfg: CfgNode) -> Iterator[str]:
             f"{name} has {classes} classes but MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}: "
             f"give MODEL.ROI_HEADS.NUM_CLASSES {classes}"
         )
-    yield from _check_boxes(name, items)
+    yield from _check_boxes(name, np.array(boxes, np.float64))
+
+
+def _check_areas(name: str) -> None:
+    """COCO's AP needs them, at the end of the run; Detectron2 does not load them."""
+    if (json_file := MetadataCatalog.get(name).get("json_file")) is not None:
+        for annotation in json.loads(Path(json_file).read_text()).get("annotations", []):
+            annotation["area"]
 
 
 def _layout(name: str) -> str:
@@ -110,22 +126,20 @@ def _missing_images(items: list[dict[str, Any]]) -> list[str]:
     return missing
 
 
-def _check_boxes(name: str, items: list[dict[str, Any]]) -> Iterator[str]:
-    rows = [
-        (*BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), item["width"], item["height"])
-        for item in items
-        for a in item["annotations"]
-    ]
-    left, top, right, bottom, width, height = np.array(rows, np.float64).T
+def _check_boxes(name: str, boxes: NDArray[np.float64]) -> Iterator[str]:
+    """``boxes``: rows of (x1, y1, x2, y2, width of the image, height of the image)."""
+    left, top, right, bottom, width, height = boxes.T
     if broken := int((~np.isfinite(left + top + right + bottom)).sum()):
         raise InputError(f"{name} has {broken} boxes that are no numbers: mend or remove them")
     empty = (right <= left) | (bottom <= top)
     # A pixel is the rounding of annotations.
     outside = (left < -1) | (top < -1) | (right > width + 1) | (bottom > height + 1)
     if empty.all() or ((left >= width) | (top >= height) | (right <= 0) | (bottom <= 0)).all():
-        raise InputError(f"none of the {len(rows)} boxes of {name} has any area within its image: mend the annotations")
+        raise InputError(
+            f"none of the {len(boxes)} boxes of {name} has any area within its image: mend the annotations"
+        )
     if empty.any() or outside.any():
         yield (
-            f"{name}: {empty.sum()} of {len(rows)} boxes have no area and {outside.sum()} leave their image by more "
+            f"{name}: {empty.sum()} of {len(boxes)} boxes have no area and {outside.sum()} leave their image by more "
             "than a pixel; training drops the former and clips the latter"
         )

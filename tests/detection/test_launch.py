@@ -1,0 +1,143 @@
+"""Several processes train the detector of one, and evaluate as one; what they are started with is checked."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import detectron2.utils.comm as comm
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.env import seed_all_rng
+from torch import Tensor
+
+from robust_backbones.detection.checkpoint import BackboneCheckpointer
+from robust_backbones.detection.config import CONFIG_DIR, load_config
+from robust_backbones.detection.datasets import register_datasets
+from robust_backbones.detection.launch import launch, scale_to_processes
+from robust_backbones.detection.trainer import Trainer
+from robust_backbones.errors import InputError
+from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+
+Maker = Callable[[str], Path]
+
+# Nothing is drawn at random, every anchor and every proposal counts, and each image has as many of them: then the mean
+# over a batch of four is the mean of the means over two batches of two. (Mask R-CNN's mask loss is a mean over the
+# objects of a process, so it is another with another number of processes, in Detectron2 as here.)
+PLAIN: list[Any] = [
+    *("MODEL.MASK_ON", False, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.AMP.ENABLED", False, "SOLVER.WARMUP_ITERS", 0),
+    *("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "SOLVER.BASE_LR", 0.005, "SOLVER.CLIP_GRADIENTS.ENABLED", False),
+    *("DATALOADER.NUM_WORKERS", 0, "DATALOADER.ASPECT_RATIO_GROUPING", False, "INPUT.RANDOM_FLIP", "none"),
+    *("INPUT.MIN_SIZE_TRAIN", (96,), "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", 0, "TEST.VISUALIZE", 0),
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 100_000, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 100_000),
+    *("MODEL.RPN.NMS_THRESH", 1.0, "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 40, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),
+    *("MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False, "TEST.EXPECTED_RESULTS", []),
+]
+PROTOCOLS = {"d2": [], "syncbn": [CONFIG_DIR / "protocols/syncbn.yaml"]}
+
+
+def configuration(protocol: str, weights: Path, output: Path) -> CfgNode:
+    overrides = [*RESNET18, *PLAIN, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output]
+    if protocol == "syncbn":
+        overrides += ["TEST.PRECISE_BN.ENABLED", False]  # it draws other images with another number of processes
+    return load_config([SHAPES_CONFIG, *PROTOCOLS[protocol]], overrides)
+
+
+def train_and_evaluate(weights: Path, output: Path) -> None:
+    """In each process: train by both protocols; the first writes weights and metrics down."""
+    torch.set_num_threads(1)
+    for protocol in PROTOCOLS:
+        cfg = configuration(protocol, weights, output)
+        register_datasets(cfg)
+        seed_all_rng(11)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(False)
+        trainer.train()
+        if comm.is_main_process():
+            found = {"model": trainer.checkpointer.model.state_dict(), "metrics": trainer.evaluation.results}
+            torch.save(found, output / f"{protocol}.pt")
+    # One detector, whatever the number of processes that evaluate it.
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    seed_all_rng(12)
+    Trainer.test(cfg, Trainer.build_model(cfg))
+
+
+@pytest.fixture(scope="module")
+def outcomes(shapes: Path, converted: Maker, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What one process of batch four, and two of batch two, have written."""
+    folders = [tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(shapes))
+        patch.delenv("WORLD_SIZE", raising=False)
+        for processes, folder in enumerate(folders, 1):
+            arguments = (converted("resnet18"), folder)
+            options = {"num_gpus": processes, "num_machines": 1, "machine_rank": 0, "dist_url": "auto"}
+            launch(train_and_evaluate, arguments, **options)
+    return folders
+
+
+def differences(folders: list[Path], protocol: str, start: dict[str, Tensor]) -> tuple[float, float]:
+    """Largest difference of a weight between the two, and largest change of one by training."""
+    one, two = (torch.load(folder / f"{protocol}.pt", weights_only=True)["model"] for folder in folders)
+    assert one.keys() == two.keys()
+    floats = [name for name, tensor in one.items() if tensor.is_floating_point()]
+    moved = [(one[name] - start[name]).abs().max().item() for name in floats if name in start]
+    return max((one[name] - two[name]).abs().max().item() for name in floats), max(moved)
+
+
+# In float32, so up to the order of summation; batch statistics magnify that from step to step.
+@pytest.mark.parametrize(("protocol", "tolerance"), [("d2", 1e-5), ("syncbn", 1e-3)])
+def test_two_processes_of_two_images_are_one_of_four(
+    outcomes: list[Path], converted: Maker, tmp_path: Path, protocol: str, tolerance: float
+) -> None:
+    """With SyncBN too: its statistics are those of the whole batch."""
+    cfg = configuration(protocol, converted("resnet18"), tmp_path)
+    seed_all_rng(11)
+    start = Trainer.build_model(cfg)
+    BackboneCheckpointer(start, cfg=cfg).load(cfg.MODEL.WEIGHTS)
+    difference, change = differences(outcomes, protocol, start.state_dict())
+    assert change > 1e-2
+    assert difference < tolerance * change
+
+
+def test_evaluations_merge_exactly(outcomes: list[Path]) -> None:
+    """Of what is found, and so of every metric; test_evaluators has these."""
+    one, two = (json.loads((folder / "inference/coco_instances_results.json").read_text()) for folder in outcomes)
+    assert one == two
+    assert len(one) > 10
+
+
+@pytest.mark.parametrize(
+    ("batch", "reference", "gpus", "words"),
+    [(8, 0, 3, "divided among 3"), (8, 3, 1, "divided among 3"), (8, 0, 0, "no process")],
+)
+def test_batches_that_cannot_be_divided_are_refused(batch: int, reference: int, gpus: int, words: str) -> None:
+    cfg = load_config(SHAPES_CONFIG, ["SOLVER.IMS_PER_BATCH", batch, "SOLVER.REFERENCE_WORLD_SIZE", reference])
+    with pytest.raises(InputError, match=words):
+        scale_to_processes(cfg, num_gpus=gpus, num_machines=1)
+
+
+def test_a_recipe_for_eight_is_scaled_to_two_and_sixteen() -> None:
+    overrides = ["SOLVER.IMS_PER_BATCH", 16, "SOLVER.BASE_LR", 0.02, "SOLVER.REFERENCE_WORLD_SIZE", 8]
+    cfg = load_config(
+        SHAPES_CONFIG, [*overrides, "SOLVER.MAX_ITER", 1000, "SOLVER.STEPS", (800,), "MODEL.DEVICE", "cpu"]
+    )
+    for machines, batch, lr, iterations, step in ((2, 4, 0.005, 4000, 3200), (16, 32, 0.04, 500, 400)):
+        scaled = scale_to_processes(cfg, num_gpus=1, num_machines=machines)
+        assert (batch, pytest.approx(lr)) == (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR)
+        assert (iterations, (step,)) == (scaled.SOLVER.MAX_ITER, scaled.SOLVER.STEPS)
+    assert cfg.SOLVER.IMS_PER_BATCH == 16
+
+
+def fail() -> None:
+    raise InputError(f"process {comm.get_rank()} does not like it")
+
+
+def test_an_error_in_a_process_is_one_sentence_and_its_status(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as status:
+        launch(fail, (), num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")
+    assert status.value.code == 2
+    errors = capfd.readouterr().err
+    assert "error: process" in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,75 @@
+"""A run's folder is its own: another configuration, or a run that is there already, is refused."""
+
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode
+
+from robust_backbones.detection.run_folder import check_folder, set_up
+from robust_backbones.errors import InputError
+
+
+@pytest.fixture
+def cfg(small_cfg: CfgNode, tmp_path: Path) -> CfgNode:
+    small_cfg.OUTPUT_DIR = str(tmp_path / "run")
+    return small_cfg
+
+
+def test_a_folder_is_for_one_run(cfg: CfgNode) -> None:
+    assert not check_folder(cfg, resume=False)
+    assert not check_folder(cfg, resume=True)  # there is nothing yet to go on with
+    set_up(cfg, training=True)
+    with pytest.raises(InputError, match="--resume"):
+        check_folder(cfg, resume=False)
+    assert not check_folder(cfg, resume=True)
+    (Path(cfg.OUTPUT_DIR) / "record.json").touch()
+    assert check_folder(cfg, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("SOLVER.BASE_LR", 0.5), ("MODEL.WEIGHTS", "other.pkl"), ("DATASETS.TRAIN", ("a", "b"))]
+)
+@pytest.mark.parametrize("resume", [True, False])
+def test_another_configuration_is_refused_by_its_keys(cfg: CfgNode, key: str, value: object, resume: bool) -> None:
+    set_up(cfg, training=True)
+    cfg.merge_from_list([key, value])
+    with pytest.raises(InputError, match=f"another configuration .{key} is .* there and .* here"):
+        check_folder(cfg, resume=resume)
+
+
+def test_what_changes_no_result_may_change(cfg: CfgNode) -> None:
+    set_up(cfg, training=True)
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 7, "TEST.VISUALIZE", 0, "TEST.REFERENCE_EVAL", True])
+    assert not check_folder(cfg, resume=True)
+
+
+def test_a_seed_that_was_drawn_is_kept(cfg: CfgNode) -> None:
+    cfg.SEED = -1
+    drawn = set_up(cfg, training=True).SEED
+    assert drawn >= 0
+    assert not check_folder(cfg, resume=True)
+    assert drawn == cfg.SEED
+
+
+def test_evaluation_leaves_the_run_s_configuration_alone(cfg: CfgNode) -> None:
+    set_up(cfg, training=True)
+    before = (Path(cfg.OUTPUT_DIR) / "config.yaml").read_bytes()
+    cfg.MODEL.WEIGHTS = "model_final.pth"
+    set_up(cfg, training=False)
+    assert (Path(cfg.OUTPUT_DIR) / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["[", "just text", ""])
+def test_a_damaged_configuration_is_an_error_of_one_line(cfg: CfgNode, content: str) -> None:
+    set_up(cfg, training=True)
+    (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(content)
+    with pytest.raises(InputError, match=r"cannot read .*config\.yaml") as error:
+        check_folder(cfg, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoints_of_somebody_else_are_not_written_over(cfg: CfgNode) -> None:
+    Path(cfg.OUTPUT_DIR).mkdir()
+    (Path(cfg.OUTPUT_DIR) / "model_0000099.pth").touch()
+    with pytest.raises(InputError, match="no run of ours"):
+        check_folder(cfg, resume=True)
