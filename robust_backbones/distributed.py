@@ -139,8 +139,11 @@ def leave_stop_signals_to_main() -> None:
 
 
 @atexit.register
-def _end_data_workers() -> None:
-    """At its end Python stops daemons by SIGTERM and waits: for ever, where they leave that to the main process."""
+def end_data_workers() -> None:
+    """At its end Python stops daemons by SIGTERM and waits: for ever, where they leave that to the main process.
+
+    A process that ``multiprocessing`` has started has to call this at its end; in others it comes by itself.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call it an error
     for process in multiprocessing.active_children():
         if process.daemon:

@@ -20,7 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from robust_backbones.distributed import STOP_SIGNALS, StopRequest
+from robust_backbones.distributed import STOP_SIGNALS, StopRequest, end_data_workers
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 
 # The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one.
@@ -77,7 +77,8 @@ def launch(
     Without CUDA they are CPU processes. Under torchrun its processes are joined and the numbers are not looked at.
 
     Raises:
-        InputError: what ``function`` raised; a started process prints it, and this one exits with its status.
+        InputError: several machines without an address; or what ``function`` raised, which a started process prints
+            itself, and this one exits with its status.
     """
     if _torchrun_size() > 1:
         _join(function, arguments)
@@ -85,6 +86,11 @@ def launch(
     if num_gpus * num_machines == 1:
         function(*arguments)
         return
+    if num_machines > 1 and (dist_url == "auto" or not 0 <= machine_rank < num_machines):
+        raise InputError(
+            f"on {num_machines} machines give --dist-url tcp://FIRST_MACHINE:PORT, the same everywhere, and a "
+            f"--machine-rank from 0 to {num_machines - 1}"
+        )
     with _stop_signals_for_children() as stop:
         try:
             detectron2.engine.launch(
@@ -128,6 +134,8 @@ def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None
         if isinstance(error, PreemptedError):
             comm.synchronize()  # the first to leave has the others killed, who may still be writing
         sys.exit(error.exit_status)
+    finally:
+        end_data_workers()
 
 
 @contextmanager

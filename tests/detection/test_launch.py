@@ -1,6 +1,9 @@
 """Several processes train the detector of one, and evaluate as one; what they are started with is checked."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from robust_backbones.detection.datasets import register_datasets
 from robust_backbones.detection.launch import launch, scale_to_processes
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
+from robust_backbones.records import RunRecord
+from tests.conftest import ROOT
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG
 
 Maker = Callable[[str], Path]
@@ -128,6 +133,33 @@ def test_a_recipe_for_eight_is_scaled_to_two_and_sixteen() -> None:
         assert (batch, pytest.approx(lr)) == (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.BASE_LR)
         assert (iterations, (step,)) == (scaled.SOLVER.MAX_ITER, scaled.SOLVER.STEPS)
     assert cfg.SOLVER.IMS_PER_BATCH == 16
+
+
+@pytest.mark.parametrize(("rank", "url"), [(0, "auto"), (2, "tcp://10.0.0.1:1234"), (-1, "tcp://10.0.0.1:1234")])
+def test_machines_have_to_know_each_other(rank: int, url: str) -> None:
+    with pytest.raises(InputError, match="--dist-url"):
+        launch(fail, (), num_gpus=1, num_machines=2, machine_rank=rank, dist_url=url)
+
+
+def test_torchrun_starts_it_too(shapes: Path, converted: Maker, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["tools/train_net.py", "--config-file", SHAPES_CONFIG, *RESNET18, *PLAIN]
+    command += [
+        "MODEL.WEIGHTS",
+        converted("resnet18"),
+        "OUTPUT_DIR",
+        tmp_path / "run",
+        "SOLVER.REFERENCE_WORLD_SIZE",
+        1,
+    ]
+    environment = {**os.environ, "DETECTRON2_DATASETS": str(shapes), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [str(item) for item in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "batch 8 (processes: 2, images each: 4), learning rate 0.01" in result.stdout
+    assert result.stdout.count("results written to") == 1
+    assert RunRecord.read(tmp_path / "run/record.json").config["SOLVER"]["IMS_PER_BATCH"] == 8
 
 
 def fail() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from robust_backbones.detection.checkpoint import newest_checkpoint
 from robust_backbones.records import RunRecord
 from tests.conftest import ROOT
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG
@@ -76,6 +77,18 @@ def test_train_stop_resume_evaluate(shapes: Path, converted: Maker, tmp_path: Pa
         shapes, "--eval-only", *evaluation, "TEST.EXPECTED_RESULTS", '[["bbox", "AP", 99.0, 0.5]]', status=1
     )
     assert_refused(err, "TEST.EXPECTED_RESULTS says 99.0 ± 0.5")
+
+
+def test_two_processes_stop_together(shapes: Path, converted: Maker, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    overrides = [*RESNET18, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 60, "OUTPUT_DIR", run]
+    _, err = train_net(shapes, "--num-gpus", 2, *overrides, stop=run / "model_0000003.pth", status=75)
+    assert_refused(err, "asked to stop after iteration")
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    states = torch.load(newest, weights_only=True)["trainer"]["random_states"]
+    assert len(states) == 2
+    assert not torch.equal(states[0]["now"]["torch"], states[1]["now"]["torch"])
 
 
 def assert_refused(stderr: str, *words: str) -> None:
