@@ -66,6 +66,7 @@ def test_real_images_from_pixels_to_average_precision(real_data: Path, tmp_path:
         output, killed = tmp_path / config, tmp_path / f"{config}_killed"
         command = ["tools/train_net.py", "--config-file", f"detectron_configs/quick/{config}.yaml", "--resume"]
         command += ["SOLVER.MAX_ITER", 12, "SOLVER.STEPS", "(10,)", "SOLVER.CHECKPOINT_PERIOD", 5]
+        command += ["INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", 128]
         command += ["MODEL.WEIGHTS", tmp_path / f"{backbone}.pkl", "OUTPUT_DIR"]
         out = run(*command, output, data=real_data / "detectron2")
         assert "backbone: 265 of 265 tensors filled" in out

@@ -42,8 +42,8 @@ class TrainingStream:
         """Begin with the batch of ``iteration`` instead, as a stream would that has given all before it.
 
         ``at_start`` is the first run's ``random_state_at_start``; ``now`` is what random state to leave behind, that of
-        the process when ``iteration`` was about to begin. Skipped images are not read: this takes about a
-        ten-thousandth of a second each, in the loader's workers.
+        the process when ``iteration`` was about to begin. Skipped images are not read: this takes less than a
+        millisecond each, in the loader's workers.
         """
         self._mapper.skipped_batches = iteration
         self.random_state_at_start, self._random_state_now = at_start, now
