@@ -17,6 +17,8 @@ from robust_backbones.threat_models import ThreatModel
 
 REPOSITORY = "madrylab/robust-imagenet-models"
 """Where the files are, on the Hugging Face hub."""
+PREFIX = "robust://"
+"""What stands before a name where a path is expected."""
 
 # The accuracies are those that the authors publish beside the files; epsilon is in [0, 1] pixel units.
 _TABLE = Path(__file__).with_name("published_backbones.csv")

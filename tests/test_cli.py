@@ -186,7 +186,7 @@ def test_a_failed_proof_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("tool", ["train_net", "convert_backbone", "demo"])
+@pytest.mark.parametrize("tool", ["train_net", "convert_backbone", "demo", "predict"])
 def test_without_detectron2_it_says_how_to_install_it(
     run_tool: Run,
     tool: str,
@@ -204,6 +204,7 @@ def test_without_detectron2_it_says_how_to_install_it(
         "train_net": ["--config-file", "x.yaml"],
         "convert_backbone": [torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify"],
         "demo": ["--output", tmp_path / "demo"],
+        "predict": [ROOT / "docs/demo.jpg", "--weights", tmp_path, "--output", tmp_path / "predictions"],
     }
     assert_refused(run_tool(tool, *arguments[tool]), "tools/install_detectron2.py")
     assert not list(tmp_path.iterdir())

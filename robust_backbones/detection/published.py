@@ -11,11 +11,11 @@ from iopath.common.file_io import PathHandler
 from robust_backbones import zoo
 from robust_backbones.checkpoints import sha256
 from robust_backbones.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.detection.verify import prove
 from robust_backbones.errors import InputError
 from robust_backbones.records import atomic_path
 from robust_backbones.sources import read_published
-
-PREFIX = "robust://"
+from robust_backbones.zoo import PREFIX
 
 
 def converted_backbone(name: str) -> Path:
@@ -25,8 +25,6 @@ def converted_backbone(name: str) -> Path:
         InputError: there is none of this name, it cannot be downloaded, or Detectron2's ResNet cannot be it.
         ProofFailedError: its features differ from the source's.
     """
-    from robust_backbones.detection.verify import prove  # which itself loads weights as training does
-
     source = zoo.fetch(name)
     path = zoo.cache_folder() / "detectron2" / f"{name}.pkl"
     note = path.with_name(f"{path.name}.sha256")

@@ -23,6 +23,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import robust_backbones.detection.published  # noqa: F401  # makes robust://NAME a path
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator

@@ -190,8 +190,8 @@ def test_what_is_not_proven_is_not_kept(hub: FakeHub, value: float, error: type[
 def test_train_net_from_a_published_backbone(hub: FakeHub, shapes: Path, tmp_path: Path) -> None:
     hub.files[FILE] = resnet18_file()
     overrides = [*RESNET18, *TINY, "MODEL.WEIGHTS", f"robust://{NAME}", "SOLVER.MAX_ITER", 2]
-    result = train_net(shapes, *overrides, "OUTPUT_DIR", tmp_path / "run")
-    assert "backbone: 100 of 100 tensors filled" in result.stdout
+    out, _ = train_net(shapes, *overrides, "OUTPUT_DIR", tmp_path / "run")
+    assert "backbone: 100 of 100 tensors filled" in out
     assert hub.downloads == [FILE]
     record = RunRecord.read(tmp_path / "run/record.json")
     assert record.threat_model == "L2:3"
