@@ -25,6 +25,20 @@ def run(*command: object, data: Path | None = None) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
+def test_the_demo_learns(tmp_path: Path) -> None:
+    """First, for it takes longest. Its own exit status says whether both detectors have the expected AP50; a second run repeats nothing."""
+    out = run("tools/demo.py", "--output", tmp_path / "demo")
+    assert "| L2:0 |" in out
+    assert "| L2:0.5 |" in out
+    assert (tmp_path / "demo/detections.jpg").stat().st_size > 10_000
+    for name in ("standard", "robust"):
+        record = RunRecord.read(tmp_path / "demo" / name / "detector/record.json")
+        assert (record.metrics["bbox/AP50"] or 0) > 60
+        assert (record.metrics["segm/AP50"] or 0) > 60
+    assert "$ python" not in run("tools/demo.py", "--output", tmp_path / "demo")
+
+
 def kill_once_written(path: Path, *command: object, data: Path) -> None:
     environment = {**os.environ, "DETECTRON2_DATASETS": str(data)}
     with subprocess.Popen(
@@ -120,17 +134,3 @@ def test_real_images_with_and_without_an_adversary(real_data: Path, tmp_path: Pa
         outcomes.append(RunRecord.read(output / "record.json").metrics)
     assert outcomes[0] == outcomes[1]
     assert 0 <= outcomes[0]["autoattack_accuracy"] <= outcomes[0]["clean_accuracy"] <= 100
-
-
-@pytest.mark.slow
-def test_the_demo_learns(tmp_path: Path) -> None:
-    """Its own exit status says whether both detectors have the expected AP50; a second run repeats nothing."""
-    out = run("tools/demo.py", "--output", tmp_path / "demo")
-    assert "| L2:0 |" in out
-    assert "| L2:0.5 |" in out
-    assert (tmp_path / "demo/detections.jpg").stat().st_size > 10_000
-    for name in ("standard", "robust"):
-        record = RunRecord.read(tmp_path / "demo" / name / "detector/record.json")
-        assert (record.metrics["bbox/AP50"] or 0) > 60
-        assert (record.metrics["segm/AP50"] or 0) > 60
-    assert "$ python" not in run("tools/demo.py", "--output", tmp_path / "demo")
