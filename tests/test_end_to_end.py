@@ -27,7 +27,10 @@ def run(*command: object, data: Path | None = None) -> str:
 
 @pytest.mark.slow
 def test_the_demo_learns(tmp_path: Path) -> None:
-    """First, for it takes longest. Its own exit status says whether both detectors have the expected AP50; a second run repeats nothing."""
+    """Its own exit status says whether both detectors have the expected AP50; a second run repeats nothing.
+
+    It stands first, for it takes longest.
+    """
     out = run("tools/demo.py", "--output", tmp_path / "demo")
     assert "| L2:0 |" in out
     assert "| L2:0.5 |" in out
