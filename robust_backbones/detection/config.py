@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -113,12 +114,13 @@ def flat_overrides(spec: BackboneSpec) -> list[object]:
 def _unknown_key(cfg: CfgNode, message: str) -> str:
     """yacs says ``Non-existent [config] key: A.B``; add the nearest key that exists."""
     key = message.rsplit(" ", 1)[-1]
-    near = difflib.get_close_matches(key, list(_keys(cfg)), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, list(flat(cfg)), n=1, cutoff=0.5)
     return f"unknown configuration key {key}" + (f": did you mean {near[0]}?" if near else ": check its spelling")
 
 
-def _keys(node: CfgNode, prefix: str = "") -> list[str]:
-    keys: list[str] = []
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's values by their full names: ``{"TEST": {"VISUALIZE": 4}}`` -> ``{"TEST.VISUALIZE": 4}``."""
+    values: dict[str, Any] = {}
     for name, value in node.items():
-        keys += _keys(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [prefix + name]
-    return keys
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return values

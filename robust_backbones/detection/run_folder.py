@@ -14,6 +14,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from robust_backbones.detection.config import flat
 from robust_backbones.errors import InputError
 from robust_backbones.records import atomic_path
 
@@ -44,7 +45,7 @@ def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
     held = read_run_config(path)
     if cfg.SEED < 0:
         cfg.SEED = held.get("SEED", cfg.SEED)
-    own = _flat(yaml.safe_load(cfg.dump()))
+    own = flat(yaml.safe_load(cfg.dump()))
     differing = sorted(key for key in (own.keys() | held.keys()) - _FREE if own.get(key) != held.get(key))
     if differing:
         told = ", ".join(f"{key} is {held.get(key)} there and {own.get(key)} here" for key in differing[:3])
@@ -58,7 +59,7 @@ def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
 def read_run_config(path: Path) -> dict[str, Any]:
     """The keys of a run's ``config.yaml``, by their full names."""
     try:
-        return _flat(yaml.safe_load(path.read_text()))
+        return flat(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError, AttributeError):
         raise InputError(f"cannot read {path}: remove the folder, or give another OUTPUT_DIR") from None
 
@@ -94,10 +95,3 @@ def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
     logger.info("Environment info:\n" + collect_env_info())
     logger.info("Running with full config:\n" + cfg.dump())
     return cfg
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in node.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
