@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from robust_backbones.errors import InputError
-from robust_backbones.pretrain import Execution, PretrainConfig, pretrain
+from robust_backbones.pretrain import PretrainConfig, pretrain
+from robust_backbones.training import Execution
 
 EXECUTORS = ("slurm", "local", "debug")
 

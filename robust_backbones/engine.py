@@ -19,6 +19,7 @@ from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.distributed import ALONE, Processes
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.folding import FoldedTwin
+from robust_backbones.metrics import accuracy
 from robust_backbones.models import NormalizedModel
 from robust_backbones.objectives import MicroBatch, Objective
 from robust_backbones.threat_models import ThreatModel
@@ -332,9 +333,13 @@ def evaluate(
     *,
     generator: torch.Generator | None = None,
     processes: Processes = ALONE,
+    metric: str = "top1",
     description: str = "evaluate",
 ) -> dict[str, float]:
-    """Top-1 accuracy on images as they are and on their worst neighbours that PGD finds; each process gives its part.
+    """Accuracy on images as they are and on their worst neighbours that PGD finds; each process gives its part.
+
+    Args:
+        metric: how to count: one of ``metrics.METRICS``.
 
     Returns:
         ``clean_accuracy`` and ``robust_accuracy``, 0-100; equal at epsilon 0. An image counts as robust only if it is
@@ -342,7 +347,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(3, dtype=torch.float64, device=compute.device)
+    outcomes = [torch.zeros(3, 0, dtype=torch.int64, device=compute.device)]  # rows: label, right, right under attack
     disable = None if processes.is_main else True
     for images, labels in tqdm(batches, desc=description, unit="batch", disable=disable, leave=False):
         images, labels = compute.to_unit_range(images), labels.to(compute.device, non_blocking=True)
@@ -351,7 +356,12 @@ def evaluate(
             with torch.no_grad():
                 right = model(images).argmax(1) == labels
                 still_right = right & (model(adversarial).argmax(1) == labels)
-        sums += torch.stack([right.sum(), still_right.sum(), torch.ones_like(labels).sum()])
+        outcomes.append(torch.stack([labels, right, still_right]))
     model.train(was_training)
-    clean, robust, count = processes.sum(sums).tolist()
-    return {"clean_accuracy": 100 * clean / count, "robust_accuracy": 100 * robust / count}
+    gathered = processes.gather(torch.cat(outcomes, dim=1).cpu())
+    labels, right, still_right = torch.cat(gathered, dim=1)
+    images = labels.bincount()
+    return {
+        "clean_accuracy": accuracy(labels.bincount(right.double()), images, metric),
+        "robust_accuracy": accuracy(labels.bincount(still_right.double()), images, metric),
+    }

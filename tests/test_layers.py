@@ -10,9 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "robust_backbones"
 FLOORS = {
-    **dict.fromkeys(("errors", "threat_models", "records", "cli", "distributed", "logs", "safe_files"), 0),
+    **dict.fromkeys(("errors", "threat_models", "records", "cli", "distributed", "logs", "safe_files", "metrics"), 0),
     **dict.fromkeys(("models", "attacks", "checkpoints", "zoo", "folding", "data"), 1),
-    **dict.fromkeys(("objectives", "engine", "pretrain", "robustness", "cluster", "convert", "sources"), 2),
+    **dict.fromkeys(
+        ("objectives", "engine", "training", "pretrain", "robustness", "cluster", "convert", "sources", "transfer"), 2
+    ),
     **dict.fromkeys(("detection", "analysis"), 3),
 }
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

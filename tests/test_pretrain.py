@@ -18,17 +18,18 @@ from typing import Any
 import pytest
 import torch
 
-import robust_backbones.pretrain as pretrain_module
+import robust_backbones.training as training_module
 from robust_backbones import zoo
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoints import load_tensors
 from robust_backbones.engine import Learner
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
 from robust_backbones.objectives import ObjectiveConfig
-from robust_backbones.pretrain import Execution, PretrainConfig, pretrain, recipe
+from robust_backbones.pretrain import PretrainConfig, pretrain, recipe
 from robust_backbones.records import RunRecord
 from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.training import Execution
 from tests.conftest import ROOT
 
 CONFIG = PretrainConfig(
@@ -343,7 +344,7 @@ def test_the_best_epoch_is_kept(data: Path, tmp_path: Path, monkeypatch: pytest.
     """Robust accuracies 10, 30, 20: the second epoch's weights are the best, the third's the last."""
     accuracies = iter([10.0, 30.0, 20.0])
     monkeypatch.setattr(
-        pretrain_module, "evaluate", lambda *a, **k: {"clean_accuracy": 50.0, "robust_accuracy": next(accuracies)}
+        training_module, "evaluate", lambda *a, **k: {"clean_accuracy": 50.0, "robust_accuracy": next(accuracies)}
     )
     record = pretrain(CONFIG, data, tmp_path / "run", replace(HERE, keep_checkpoints=5))
     assert record.metrics["best/robust_accuracy"] == 30

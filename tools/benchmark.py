@@ -30,11 +30,12 @@ from robust_backbones.data.transforms import train_transform
 from robust_backbones.engine import COMPILE_MODES, Compute, Learner
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.objectives import ObjectiveConfig
-from robust_backbones.pretrain import Execution, PretrainConfig, pretrain
+from robust_backbones.pretrain import PretrainConfig, pretrain
 from robust_backbones.records import atomic_path, versions, write_json
 from robust_backbones.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.training import Execution
 
 ROBUSTNESS = PretrainConfig(
     eval_threat_model=ThreatModel("Linf", 8 / 255),

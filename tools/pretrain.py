@@ -24,7 +24,8 @@ import tyro
 from robust_backbones import cli, zoo
 from robust_backbones.cluster import ClusterConfig, PretrainJob, log_folder, submit
 from robust_backbones.errors import InputError
-from robust_backbones.pretrain import Execution, PretrainConfig, pretrain, recipe
+from robust_backbones.pretrain import PretrainConfig, pretrain, recipe
+from robust_backbones.training import Execution
 
 
 @dataclass

@@ -4,6 +4,23 @@ from __future__ import annotations
 
 from torchvision.transforms import v2
 
+from robust_backbones.errors import InputError
+
+AUGMENTATIONS = ("resized_crop", "padded_crop")
+
+
+def augmentation(name: str, size: int, *, min_crop_scale: float) -> v2.Transform:
+    """What training images go through: one of AUGMENTATIONS, to ``size`` x ``size`` pixels.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    if name not in AUGMENTATIONS:
+        raise InputError(f"unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}")
+    return (
+        padded_crop_transform(size) if name == "padded_crop" else train_transform(size, min_crop_scale=min_crop_scale)
+    )
+
 
 def train_transform(size: int, *, min_crop_scale: float) -> v2.Transform:
     """Random resized crop and flip, as ImageNet training has it; ``min_crop_scale`` is a share of the area."""
