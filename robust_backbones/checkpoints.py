@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +46,31 @@ class Checkpoint:
         backbone.load_state_dict(self.state_dict)
         return backbone.eval()
 
+    def in_rgb(self) -> Checkpoint:
+        """The same function of RGB images, where this one takes BGR: the stem's input channels change places."""
+        if self.spec.channel_order == "RGB":
+            return self
+        with torch.device("meta"):
+            stem, _ = next(pair for pair in build_backbone(self.spec).named_modules() if isinstance(pair[1], nn.Conv2d))
+        name = f"{stem}.weight"
+        spec = replace(self.spec, channel_order="RGB", mean=self.spec.mean[::-1], std=self.spec.std[::-1])
+        return replace(self, spec=spec, state_dict={**self.state_dict, name: self.state_dict[name].flip(1)})
+
 
 def write_checkpoint(
     path: Path,
     *,
     spec: BackboneSpec,
     state_dict: dict[str, Tensor],
-    threat_model: ThreatModel,
-    training: dict[str, Any] | None = None,
+    threat_model: ThreatModel | None,
 ) -> None:
-    """Write our own format; ``training`` is whatever a run needs to resume, and readers of the backbone ignore it."""
+    """Write our own format; ``threat_model`` is None where nobody said how the backbone was trained."""
     content = {
         "format": FORMAT,
         "spec": spec.to_dict(),
-        "threat_model": str(threat_model),
+        "threat_model": None if threat_model is None else str(threat_model),
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()},
     }
-    if training is not None:
-        content["training"] = training
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
 

@@ -67,10 +67,16 @@ ALONE = Processes()
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that torchrun (or a Slurm task) announces in the environment; alone when it does not."""
+    """Join the processes that torchrun (or a Slurm task) announces in the environment; alone when it does not.
+
+    Whoever has joined already stays so.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE
+        return
+    if dist.is_initialized():
+        yield Processes(dist.get_rank(), size)
         return
     # An evaluation's last batches can lie on one process alone for a while; half an hour still finds a dead one.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))

@@ -138,7 +138,8 @@ def _read_own(content: dict[str, Any], path: Path, statement: Statement) -> Chec
             f"its tensors are not those of {spec.arch} with {spec.num_classes} classes and the {spec.stem} stem"
         )
     spec, who = _agreed(spec, _fields_of(spec), {}, statement)
-    threat_model = _agreed_threat_model(ThreatModel.parse(content["threat_model"]), statement)
+    in_file = content["threat_model"]
+    threat_model = _agreed_threat_model(None if in_file is None else ThreatModel.parse(in_file), statement)
     return Checkpoint(spec, state_dict, threat_model, "robust_backbones", path.name, sha256(path), who)
 
 

@@ -391,11 +391,14 @@ class _Run:
 
     def _plan(self) -> str:
         config, size = self.config, self.processes.size
-        return (
+        plan = (
             f"batch {config.batch_size} = {size} process{'es' * (size > 1)} x {self.accumulate} x "
-            f"{self.micro_batch_size} images; learning rate {config.learning_rate:g} "
-            f"(the paper's 0.1 at batch 512 would scale to {0.1 * config.batch_size / PAPER_BATCH_SIZE:.3g} here)"
+            f"{self.micro_batch_size} images; learning rate {config.learning_rate:g}"
         )
+        if self.task.name != "pretrain":
+            return plan
+        scaled = 0.1 * config.batch_size / PAPER_BATCH_SIZE
+        return f"{plan} (the paper's 0.1 at batch 512 would scale to {scaled:.3g} here)"
 
     def _train_epoch(self, epoch: int) -> None:
         config, progress = self.config, self.progress

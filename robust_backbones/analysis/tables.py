@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
 
 from robust_backbones.records import RunRecord
 
@@ -54,6 +55,61 @@ def robustness_table(records: Mapping[str, tuple[RunRecord, RunRecord]]) -> str:
         for label, (training, evaluation) in records.items()
     ]
     return markdown(heads, rows)
+
+
+def classification_table(records: Sequence[RunRecord]) -> str:
+    """One row an experiment of classification transfer: its trials' accuracies (0-100), and how it was set.
+
+    Args:
+        records: of task ``transfer``, in any order.
+    """
+    groups: dict[tuple[str, ...], list[RunRecord]] = {}
+    for record in sorted(records, key=lambda record: record.seed):
+        key = (record.dataset, record.config["mode"], str(record.backbone["label"]), _way(record))
+        groups.setdefault(key, []).append(record)
+    heads = ["data set", "mode", "backbone", "trained at", "accuracy", "trials", "min to max", "std"]
+    heads += ["robust acc", "setting", "selected on", "otherwise"]
+    rows = []
+    for (dataset, mode, label, way), trials in sorted(groups.items()):
+        values = [trial.metrics["clean_accuracy"] or 0.0 for trial in trials]
+        against = str(trials[0].config.get("eval_threat_model", "L2:0"))
+        robust = [] if against.endswith(":0") else [trial.metrics.get("robust_accuracy") or 0.0 for trial in trials]
+        selections = {(t.config["selection"]["selected"], t.config["selection"]["on"]) for t in trials}
+        rows.append(
+            [
+                f"{dataset} ({trials[0].config['metric']})",
+                mode,
+                label,
+                str(trials[0].threat_model),
+                f"{mean(values):.1f}",
+                str(len(values)),
+                f"{min(values):.1f} to {max(values):.1f}",
+                f"{stdev(values):.2f}" if len(values) > 1 else "-",
+                f"{mean(robust):.1f} ({against})" if robust else "-",
+                ", ".join(sorted({selected for selected, _ in selections})),
+                ", ".join(sorted({on for _, on in selections})),
+                way or "-",
+            ]
+        )
+    return markdown(heads, rows)
+
+
+def _way(record: RunRecord) -> str:
+    """What a record's reader must know beside its setting: whatever is not as the paper describes it."""
+    config = record.config
+    ways = {
+        "L-BFGS": config.get("solver") == "lbfgs",
+        "no augmentation": config.get("augmentation") == "none" and config.get("solver") != "lbfgs",
+        f"{config.get('views')} cached views": config.get("views", 0) > 0,
+        "trained batch statistics": config.get("batch_norm") == "train",
+        "images not normalised": not config["normalize"],
+        f"{config['num_outputs']} outputs": config["num_outputs"] > 0,
+        f"{config['images_per_class']} training images a class": config["images_per_class"] > 0,
+        f"first {config.get('freeze')} groups frozen": config.get("freeze", 0) > 0,
+        f"layer-wise rates x{config.get('layer_decay')}": config.get("layer_decay", 1.0) < 1,
+        f"trained at {config.get('threat_model')}": not str(config.get("threat_model", "L2:0")).endswith(":0"),
+    }
+    return ", ".join(way for way, applies in ways.items() if applies)
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -84,6 +84,15 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         except OSError as error:
             raise ImageInputError.of(name, error) from None
 
+    def seen_through(
+        self, transform: v2.Transform, *, epoch: int = 0, seed: int | None = None
+    ) -> ClassificationDataset:
+        """The same items through another transform, with the random draws of an epoch (and of another seed)."""
+        view = copy.copy(self)
+        view.transform, view.epoch = transform, epoch
+        view.seed = self.seed if seed is None else seed
+        return view
+
     def take(self, positions: Sequence[int]) -> ClassificationDataset:
         """The data set of these items alone, in this order; each stays what it is."""
         part = copy.copy(self)

@@ -66,7 +66,7 @@ class Presence:
 
     dataset: TransferDataset
     state: str
-    """"present", "missing", "differs" (its counts are not the table's) or "unusable"."""
+    """One of "present", "missing", "differs" (its counts are not the table's) and "unusable"."""
     detail: str
     """The folder of a data set that is present, else what is wrong and how to mend it."""
 
@@ -141,7 +141,7 @@ def _open_row(
 ) -> tuple[ClassificationDataset, ClassificationDataset]:
     """Train and test part; raises as ``open_transfer_data``."""
     place = _place(row, data_root)
-    if place == data_root / row.name and (place / "train").is_dir():
+    if (data_root / row.name / "train").is_dir():
         train, test = _open_folders(place, transform, seed)
     else:
         sources = _open_official(row, data_root)
@@ -163,7 +163,7 @@ def _open_row(
 def _open_folders(
     root: Path, transform: v2.Transform, seed: int
 ) -> tuple[ClassificationDataset, ClassificationDataset]:
-    test = root / ("test" if (root / "test").is_dir() else "val")
+    test = root / ("val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test")
     for part in (root / "train", test):
         if not part.is_dir():
             raise InputError(f"no folder {part}: a data set's folder holds train/ and test/ (or val/)")
@@ -243,12 +243,14 @@ def _cifar(dataset: Callable[..., Any], folder: str) -> Opener:
     return lambda root: (source(root, "train"), source(root, "test"))
 
 
+def _files_and_labels(data: Any) -> Iterable[tuple[str | Path, int]]:
+    return zip(data._image_files, data._labels, strict=True)
+
+
 def _listed(
     dataset: Callable[..., Any],
     train: Sequence[str],
-    items: Callable[[Any], Iterable[tuple[str | Path, int]]] = lambda data: zip(
-        data._image_files, data._labels, strict=True
-    ),
+    items: Callable[[Any], Iterable[tuple[str | Path, int]]] = _files_and_labels,
 ) -> Opener:
     """Opener of a set of which torchvision lists the files of each split.
 
@@ -259,14 +261,13 @@ def _listed(
 
     def source(root: Path, splits: Sequence[str]) -> FolderImages:
         parts = [dataset(root, split=split) for split in splits]
-        paths, labels = zip(*(item for part in parts for item in items(part)), strict=True)
-        classes = getattr(parts[0], "classes", None)
-        if classes is None:  # torchvision 0.21 does not name the flowers
-            classes = [str(label) for label in range(max(labels) + 1)]
+        pairs = [pair for part in parts for pair in items(part)]
+        labels = [int(label) for _, label in pairs]
+        # torchvision 0.21 does not name the flowers.
+        classes = getattr(parts[0], "classes", None) or [str(label) for label in range(max(labels, default=-1) + 1)]
         if any(getattr(part, "classes", classes) != classes for part in parts):
             raise ValueError(f"the lists {' and '.join(splits)} have different classes")
-        names = [os.path.relpath(path, root) for path in paths]
-        return FolderImages(root, list(classes), [int(label) for label in labels], names)
+        return FolderImages(root, list(classes), labels, [os.path.relpath(path, root) for path, _ in pairs])
 
     return lambda root: (source(root, train), source(root, ["test"]))
 

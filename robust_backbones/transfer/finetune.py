@@ -1,0 +1,194 @@
+"""Full-network transfer: the whole network, or its last stages, learns the new task by the engine of pre-training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from robust_backbones.checkpoints import Checkpoint
+from robust_backbones.data.datasets import ClassificationDataset
+from robust_backbones.data.transfer_datasets import TransferData
+from robust_backbones.distributed import join_processes, local_device
+from robust_backbones.errors import DivergedError, InputError
+from robust_backbones.records import RunRecord, claim
+from robust_backbones.training import Execution, Task, TrainingConfig, evaluation_transform, image_cache, train
+from robust_backbones.transfer.networks import (
+    DEPTH,
+    layer_wise_rates,
+    new_classifier,
+    transferred_spec,
+    with_classifier,
+)
+from robust_backbones.transfer.protocol import (
+    Selection,
+    Setting,
+    TransferConfig,
+    TransferImages,
+    identity,
+    select,
+    trial_record,
+    without_unreadable,
+)
+
+MODE = "full_network"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainingConfig):
+    """How the network learns the new task. The defaults are the paper's full-network recipe.
+
+    A grid (``TransferConfig``) sets ``lr``, ``weight_decay`` and ``seed``. With epsilon > 0 in ``threat_model`` this is
+    adversarial fine-tuning.
+    """
+
+    epochs: int = 150
+    batch_size: int = 64
+    """Global: images that one optimiser step sees, over all processes and micro-batches."""
+    lr: float = 0.01
+    lr_step: int = 50
+    weight_decay: float = 5e-4
+    eval_period: int = 150
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    freeze: int = 0
+    """Groups that stay what they are, batch norms too: 1 the stem, 2 to 5 the stages behind it (as FREEZE_AT)."""
+    layer_decay: float = 1.0
+    """Each group's learning rate as a share of the next one's towards the output; the classifier's is ``lr``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.freeze <= DEPTH:
+            raise InputError(f"freeze is a number of groups from the input on, 0 to {DEPTH}, got {self.freeze}")
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"layer_decay is a share of the next group's rate, in (0, 1], got {self.layer_decay:g}")
+
+
+def full_finetune(
+    grid: TransferConfig,
+    config: FinetuneConfig,
+    checkpoints: Mapping[str, Checkpoint],
+    data: TransferData,
+    output: Path,
+    execution: Execution = Execution(),
+) -> list[RunRecord]:
+    """Choose a setting for every backbone, fine-tune it once a seed, and leave ``output/LABEL/seed_S/record.json``.
+
+    The record (task ``transfer``) has the metrics ``clean_accuracy`` and ``robust_accuracy``, 0-100, by the data set's
+    metric. Every run of the grid lies in a folder of its own, ``output/LABEL/runs/``, as ``training.train`` leaves it:
+    finished runs are kept, one that was cut off goes on. Held-out images select by one run a setting, of the first
+    seed; where test images select, every setting is run with every seed. Under torchrun each process calls this.
+
+    Raises:
+        InputError: data or config that cannot be used; ``output`` holds another experiment.
+        TrainingFailedError: every setting diverged, or the chosen one with another seed.
+        PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
+    """
+    if execution.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+
+    def images() -> TransferImages:
+        return TransferImages(grid, data, settings=len(grid.settings), batch_size=config.batch_size)
+
+    images()  # refuses what it cannot use, before anything is written
+    with join_processes(local_device(execution.device)) as processes:
+        plain = {**config.to_dict(), **grid.to_dict(), "mode": MODE}
+        processes.agree(claim(output, identity(plain, checkpoints, data)) if processes.is_main else None)
+        if execution.skip_unreadable:
+            if processes.is_main:  # looks, and writes the list that the others then read
+                without_unreadable(data, output, workers=execution.workers)
+            processes.agree(None)
+            data = without_unreadable(data, output, workers=execution.workers)
+            execution = replace(execution, skip_unreadable=False)
+        records = []
+        for label, checkpoint in checkpoints.items():
+            backbone = _Backbone(grid, config, checkpoint, images(), output / label, execution)
+            selection, setting = backbone.select()
+            print(f"{label}: {selection.selected}, selected on {selection.on}", flush=True)
+            for seed in grid.seeds:
+                run = backbone.run(setting, seed, selecting=False)
+                record = trial_record(
+                    output / label / f"seed_{seed}",
+                    mode=MODE,
+                    checkpoint=checkpoint,
+                    data=backbone.images,
+                    metrics=run.metrics,
+                    selection=selection,
+                    seed=seed,
+                    config={**run.config, **grid.to_dict(), "run": run.run_id},
+                    seconds=run.seconds,
+                    write=processes.is_main,
+                )
+                records.append(record)
+        return records
+
+
+@dataclass
+class _Backbone:
+    """The runs of one backbone."""
+
+    grid: TransferConfig
+    config: FinetuneConfig
+    checkpoint: Checkpoint
+    images: TransferImages
+    folder: Path
+    execution: Execution
+
+    def select(self) -> tuple[Selection, Setting]:
+        settings = {str(setting): setting for setting in self.grid.settings}
+        if len(settings) == 1:
+            (name,) = settings
+            return Selection(name, "nothing", {}), settings[name]
+        on = self.grid.select_on
+        seeds = self.grid.seeds if on == "test" else self.grid.seeds[:1]
+        scores = {
+            name: [self._score(setting, seed, selecting=on == "held_out") for seed in seeds]
+            for name, setting in settings.items()
+        }
+        chosen = select(scores)
+        return Selection(chosen, on, scores), settings[chosen]
+
+    def _score(self, setting: Setting, seed: int, *, selecting: bool) -> float | None:
+        try:
+            return self.run(setting, seed, selecting=selecting).metrics["clean_accuracy"]
+        except DivergedError as error:
+            print(f"{setting} is out: {error}", flush=True)
+            return None
+
+    def run(self, setting: Setting, seed: int, *, selecting: bool) -> RunRecord:
+        """One training: on all images and tested, or without those that select and evaluated on these."""
+        grid, images, checkpoint = self.grid, self.images, self.checkpoint
+        config = replace(self.config, lr=setting.lr, weight_decay=setting.weight_decay, seed=seed)
+        training, evaluated = images.train, images.test
+        if selecting:
+            training, evaluated = images.train.take(images.kept), images.train.take(images.held_out)
+        spec = transferred_spec(checkpoint, images.outputs, normalize=grid.normalize)
+        task = Task(
+            name="finetune",
+            dataset=images.name,
+            train=self._prepared(training, seed),
+            val=self._prepared(evaluated, seed),
+            spec=spec,
+            build=lambda: with_classifier(
+                checkpoint,
+                new_classifier(checkpoint.spec, images.outputs, seed=seed),
+                normalize=grid.normalize,
+                freeze=config.freeze,
+            ),
+            parameter_groups=lambda model: layer_wise_rates(
+                model, spec, lr=config.learning_rate, decay=config.layer_decay
+            ),
+            identity={"checkpoint": checkpoint.source_sha256, "data": images.name, "images": len(training)},
+            backbone={**checkpoint.spec.to_dict(), "source_sha256": checkpoint.source_sha256},
+            threat_model=None if checkpoint.threat_model is None else str(checkpoint.threat_model),
+            metric=images.metric,
+            keep_best=False,
+        )
+        part = "held_out" if selecting else "test"
+        return train(config, task, self.folder / "runs" / f"{setting}_{part}_seed{seed}", self.execution)
+
+    def _prepared(self, images: ClassificationDataset, seed: int) -> ClassificationDataset:
+        view = images.seen_through(evaluation_transform(self.config), seed=seed)
+        view.cache = image_cache(self.config, self.execution)
+        return view

@@ -1,0 +1,193 @@
+"""Linear classifiers on fixed features: many at once by SGD, each as if alone; or each to its optimum by L-BFGS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from robust_backbones.transfer.protocol import Penalty, Setting
+
+
+class Heads:
+    """A linear head for every seed and setting.
+
+    Shapes here and below: S seeds, G settings, C outputs, D features, N images, B images a batch.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, seeds: Sequence[int], settings: Sequence[object]) -> None:
+        self.weight = weight  # (S, G, C, D)
+        self.bias = bias  # (S, G, C)
+        self.seeds, self.settings = list(seeds), list(settings)
+
+    @torch.no_grad()
+    def predict(self, features: Tensor) -> Tensor:
+        """Features (N, D) -> the likeliest output of every head, (S, G, N)."""
+        flat = zip(self.weight.flatten(0, 1), self.bias.flatten(0, 1), strict=True)
+        predicted = torch.stack([F.linear(features, weight, bias).argmax(1) for weight, bias in flat])
+        return predicted.view(*self.bias.shape[:2], -1)
+
+    @property
+    def finite(self) -> Tensor:
+        """Which heads have not diverged, (S, G)."""
+        return self.weight.isfinite().flatten(2).all(-1) & self.bias.isfinite().all(-1)
+
+    def classifier(self, seed: int, setting: object) -> nn.Linear:
+        """One head as a layer."""
+        place = self.seeds.index(seed), self.settings.index(setting)
+        return _layer(self.weight[place], self.bias[place])
+
+
+class HeadBank(Heads):
+    """Heads in training: all at once, each as ``torch.optim.SGD`` would train it alone.
+
+    A seed draws its heads' first weights and the order of their images, a setting is a rate and a weight decay (of
+    weights and biases). Heads of one seed see the same batches, so that a step is one matrix product a seed instead of
+    one a head; the gradient of the cross-entropy is written out, as p - y.
+
+    Args:
+        classifiers: the first weights, a layer a seed.
+        momentum: of SGD, without dampening.
+    """
+
+    def __init__(
+        self,
+        classifiers: Sequence[nn.Linear],
+        seeds: Sequence[int],
+        settings: Sequence[Setting],
+        *,
+        momentum: float,
+        device: torch.device,
+    ) -> None:
+        def a_setting_each(tensors: list[Tensor]) -> Tensor:
+            return torch.stack(tensors).detach().to(device)[:, None].repeat_interleave(len(settings), dim=1)
+
+        weight = a_setting_each([layer.weight for layer in classifiers])
+        super().__init__(weight, a_setting_each([layer.bias for layer in classifiers]), seeds, settings)
+        self.momentum = momentum
+        self._velocity = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        self._lr, self._decay = (
+            torch.tensor(values, dtype=weight.dtype, device=device)[:, None]
+            for values in ([s.lr for s in settings], [s.weight_decay for s in settings])
+        )
+
+    @torch.no_grad()
+    def train_epoch(self, features: Tensor, labels: Tensor, orders: Tensor, *, batch_size: int, rate: float) -> Tensor:
+        """Go once through the images that ``orders`` names; an incomplete last batch is dropped.
+
+        Args:
+            features: (N, D), float32.
+            labels: (N,), class indices.
+            orders: (S, n), for every seed the indices of the images in the order they come.
+            rate: what every setting's learning rate is multiplied by.
+
+        Returns:
+            The mean loss of every head in nats, (S, G).
+        """
+        steps = orders.shape[1] // batch_size
+        loss = torch.zeros_like(self.bias[..., 0])
+        for batch in orders[:, : steps * batch_size].split(batch_size, dim=1):
+            loss += self._step(features[batch], labels[batch], rate)
+        return loss / steps
+
+    def _step(self, features: Tensor, labels: Tensor, rate: float) -> Tensor:
+        """One step of every head on its seed's batch, (S, B, D) and (S, B); returns the losses (S, G)."""
+        seeds, settings, outputs, dim = self.weight.shape
+        batch = labels.shape[1]
+        flat = self.weight.view(seeds, settings * outputs, dim)
+        logits = torch.baddbmm(self.bias.view(seeds, 1, -1), features, flat.mT).view(seeds, batch, settings, outputs)
+        log_p = F.log_softmax(logits, dim=-1)
+        target = labels[:, :, None, None].expand(-1, -1, settings, 1)
+        loss = -log_p.gather(-1, target).mean(1).squeeze(-1)
+        # d loss / d logits = (p - y) / B
+        gradient = log_p.exp_().scatter_add_(-1, target, -torch.ones_like(log_p[..., :1])).div_(batch)
+        gradient = gradient.view(seeds, batch, -1)
+        of_weight = torch.bmm(gradient.mT, features).view_as(self.weight)
+        of_bias = gradient.sum(1).view_as(self.bias)
+        for value, slope, velocity in zip((self.weight, self.bias), (of_weight, of_bias), self._velocity, strict=True):
+            extra = [1] * (value.dim() - 3)
+            slope.addcmul_(value, self._decay.view(settings, 1, *extra))
+            velocity.mul_(self.momentum).add_(slope)
+            value.addcmul_(velocity, self._lr.view(settings, 1, *extra), value=-rate)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weight": self.weight, "bias": self.bias, "velocity": self._velocity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.weight.copy_(state["weight"])
+        self.bias.copy_(state["bias"])
+        for velocity, saved in zip(self._velocity, state["velocity"], strict=True):
+            velocity.copy_(saved)
+
+
+def logistic_regressions(features: Tensor, labels: Tensor, *, outputs: int, penalties: Sequence[Penalty]) -> Heads:
+    """The optimum of every penalty as the heads of one seed, 0: where the search starts makes no difference.
+
+    Arguments are those of ``logistic_regression``.
+    """
+    fitted: dict[Penalty, nn.Linear] = {}
+    layer = None
+    # From the strongest on, as each optimum is near the one before it.
+    strongest_first = sorted(penalties, key=lambda penalty: -penalty.value)
+    for penalty in tqdm(strongest_first, desc="L-BFGS", unit="penalty", disable=None, leave=False):
+        layer = logistic_regression(features, labels, outputs=outputs, penalty=penalty.value, start=layer)
+        fitted[penalty] = layer
+    layers = [fitted[penalty] for penalty in penalties]
+    weight, bias = (
+        torch.stack([getattr(layer, name).detach() for layer in layers])[None] for name in ("weight", "bias")
+    )
+    return Heads(weight.to(features.device), bias.to(features.device), [0], penalties)
+
+
+def logistic_regression(
+    features: Tensor, labels: Tensor, *, outputs: int, penalty: float, start: nn.Linear | None = None
+) -> nn.Linear:
+    """The linear classifier that minimises mean cross-entropy + penalty / 2 * ‖W‖², by L-BFGS in float64.
+
+    The bias is not penalised. The objective is convex (strictly in W): where it starts decides only how long it takes.
+
+    Args:
+        features: (N, D). Each is divided by their common root mean square, which the weights returned take back, so
+            that a penalty means the same for every backbone.
+        labels: (N,), class indices below ``outputs``.
+    """
+    # Around their mean the problem is far better conditioned, and the same: the bias is free.
+    mean = features.double().mean(0)
+    scale = features.double().square().mean().sqrt()
+    x = (features - mean) / scale
+    weight = torch.zeros(outputs, x.shape[1], dtype=x.dtype, device=x.device)
+    bias = torch.zeros(outputs, dtype=x.dtype, device=x.device)
+    if start is not None:
+        start_weight, start_bias = start.weight.detach().to(mean), start.bias.detach().to(mean)
+        weight.copy_(start_weight * scale)
+        bias.copy_(start_bias + start_weight @ mean)
+    optimizer = torch.optim.LBFGS(
+        [weight.requires_grad_(), bias.requires_grad_()],
+        max_iter=2000,
+        tolerance_grad=1e-6,
+        tolerance_change=1e-12,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + penalty / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        weight = weight / scale
+        return _layer(weight.float(), (bias - weight @ mean).float())
+
+
+def _layer(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
+    layer.load_state_dict({"weight": weight.cpu(), "bias": bias.cpu()})
+    return layer

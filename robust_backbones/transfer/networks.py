@@ -1,0 +1,135 @@
+"""A pre-trained network made ready for another task: its features alone, or under a new classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
+
+from robust_backbones.checkpoints import Checkpoint
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone, reference_shapes
+
+# Modules from the input on, in groups that end where the resolution halves: stem, then four stages, as a ResNet has
+# them (Detectron2's FREEZE_AT counts the same way). What comes between the last group and the classifier belongs to it.
+_RESNET = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+_GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "densenet161": (
+        ("features.conv0", "features.norm0"),
+        ("features.denseblock1", "features.transition1"),
+        ("features.denseblock2", "features.transition2"),
+        ("features.denseblock3", "features.transition3"),
+        ("features.denseblock4", "features.norm5"),
+    ),
+    "mnasnet1_0": tuple(
+        tuple(f"layers.{index}" for index in range(*ends)) for ends in ((0, 8), (8, 9), (9, 10), (10, 12), (12, 16))
+    ),
+    "mobilenet_v2": tuple(
+        tuple(f"features.{index}" for index in range(*ends)) for ends in ((0, 2), (2, 4), (4, 7), (7, 14), (14, 19))
+    ),
+    "shufflenet_v2_x1_0": (("conv1",), ("stage2",), ("stage3",), ("stage4",), ("conv5",)),
+    "vgg16_bn": (
+        *(
+            tuple(f"features.{index}" for index in range(*ends))
+            for ends in ((0, 7), (7, 14), (14, 24), (24, 34), (34, 44))
+        ),
+    ),
+}
+_BEFORE_CLASSIFIER = {"vgg16_bn": ("classifier.0", "classifier.3")}
+DEPTH = 5
+"""Groups of every architecture."""
+
+
+def feature_extractor(checkpoint: Checkpoint, *, normalize: bool = True) -> NormalizedModel:
+    """The network without its classifier: images in [0, 1] -> features (N, D), the classifier's input; in eval mode.
+
+    Args:
+        normalize: False feeds the network images in [0, 1] as they are, against what it was trained with.
+    """
+    backbone = checkpoint.in_rgb().build()
+    backbone.set_submodule(_classifier(checkpoint.spec), nn.Identity())
+    spec = transferred_spec(checkpoint, checkpoint.spec.num_classes, normalize=normalize)
+    return NormalizedModel(backbone, spec).eval()
+
+
+def new_classifier(spec: BackboneSpec, num_outputs: int, *, seed: int) -> nn.Linear:
+    """A fresh classifier for the features of such a network, as ``build_backbone`` draws it from ``seed``."""
+    classifier = build_backbone(replace(spec, num_classes=num_outputs), seed=seed).get_submodule(_classifier(spec))
+    assert isinstance(classifier, nn.Linear)
+    return classifier
+
+
+def with_classifier(
+    checkpoint: Checkpoint, classifier: nn.Linear, *, normalize: bool = True, freeze: int = 0
+) -> FineTunedModel:
+    """The pre-trained network with another classifier; the first ``freeze`` groups of DEPTH are not learnt.
+
+    Raises:
+        InputError: there are not so many groups.
+    """
+    spec = transferred_spec(checkpoint, classifier.out_features, normalize=normalize)
+    backbone = build_backbone(spec)
+    backbone.load_state_dict({**checkpoint.in_rgb().state_dict, **classifier_weights(spec, classifier)})
+    if not 0 <= freeze <= DEPTH:
+        raise InputError(f"freeze is a number of groups from the input on, 0 to {DEPTH}, got {freeze}")
+    return FineTunedModel(backbone, spec, freeze)
+
+
+def classifier_weights(spec: BackboneSpec, classifier: nn.Linear) -> dict[str, Tensor]:
+    """The classifier's tensors under the names that they have in the whole network."""
+    return {f"{_classifier(spec)}.{key}": tensor for key, tensor in classifier.state_dict().items()}
+
+
+class FineTunedModel(NormalizedModel):
+    """A network whose first ``freeze`` groups stay what they are: no gradients, batch norms in eval mode."""
+
+    def __init__(self, backbone: nn.Module, spec: BackboneSpec, freeze: int) -> None:
+        super().__init__(backbone, spec)
+        self._frozen = [module for group in depth_groups(backbone, spec)[:freeze] for module in group]
+        for module in self._frozen:
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FineTunedModel:
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+
+def depth_groups(backbone: nn.Module, spec: BackboneSpec) -> list[list[nn.Module]]:
+    """The modules of the stem and of the four stages, from the input on; all but the classifier are in one of them."""
+    groups = _RESNET if isinstance(backbone, ResNet) else _GROUPS[spec.arch]
+    found = [[backbone.get_submodule(name) for name in names] for names in groups]
+    found[-1] += [backbone.get_submodule(name) for name in _BEFORE_CLASSIFIER.get(spec.arch, ())]
+    return found
+
+
+def layer_wise_rates(model: NormalizedModel, spec: BackboneSpec, *, lr: float, decay: float) -> list[dict[str, Any]]:
+    """The optimiser's groups: the classifier at ``lr``, and every group before it at ``decay`` times the next one's.
+
+    Frozen parameters are in none (Clark et al. 2020, section 3.1, with a group as a layer).
+    """
+
+    def group(modules: list[nn.Module], rate: float) -> Iterator[dict[str, Any]]:
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        if parameters:
+            yield {"params": parameters, "lr": rate}
+
+    classifier = model.backbone.get_submodule(_classifier(spec))
+    rows = list(group([classifier], lr))
+    for depth, modules in enumerate(reversed(depth_groups(model.backbone, spec)), start=1):
+        rows += group(modules, lr * decay**depth)
+    return rows
+
+
+def transferred_spec(checkpoint: Checkpoint, num_outputs: int, *, normalize: bool = True) -> BackboneSpec:
+    """The spec of the network with another classifier, fed with RGB images; normalised ones, or as they are."""
+    spec = replace(checkpoint.in_rgb().spec, num_classes=num_outputs)
+    return spec if normalize else replace(spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+def _classifier(spec: BackboneSpec) -> str:
+    return reference_shapes(spec.arch, spec.stem)[1]
