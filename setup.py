@@ -31,6 +31,8 @@ setup(
         # The AutoAttack of its authors.
         "pyautoattack>=0.2",
         "safetensors>=0.5",
+        # torchvision reads the lists of Flowers and Cars with it.
+        "scipy>=1.11",
         "tensorboard",
         "tqdm",
         "tyro>=0.9",

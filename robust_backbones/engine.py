@@ -352,10 +352,12 @@ def evaluate(
     for images, labels in tqdm(batches, desc=description, unit="batch", disable=disable, leave=False):
         images, labels = compute.to_unit_range(images), labels.to(compute.device, non_blocking=True)
         with compute.autocast():
-            adversarial = pgd(model, images, labels, threat_model, attack, generator=generator)
             with torch.no_grad():
-                right = model(images).argmax(1) == labels
-                still_right = right & (model(adversarial).argmax(1) == labels)
+                right = still_right = model(images).argmax(1) == labels
+            if threat_model.epsilon > 0:
+                adversarial = pgd(model, images, labels, threat_model, attack, generator=generator)
+                with torch.no_grad():
+                    still_right = right & (model(adversarial).argmax(1) == labels)
         outcomes.append(torch.stack([labels, right, still_right]))
     model.train(was_training)
     gathered = processes.gather(torch.cat(outcomes, dim=1).cpu())

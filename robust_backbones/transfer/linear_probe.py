@@ -166,6 +166,11 @@ def linear_probe(
         return probe.finish()
 
 
+def _order(seed: int, epoch: int, count: int) -> Tensor:
+    """The order that ``train_batches`` gives a data set of this seed and size."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch, -1)))
+
+
 class _Probe:
     def __init__(
         self,
@@ -183,7 +188,7 @@ class _Probe:
             self.parts["selecting"] = torch.tensor(images.kept)
         self.labels = torch.tensor(images.train.labels, device=compute.device)
         self.heads: dict[str, Sequence[Heads]] = {}
-        self.seconds = 0.0
+        self._seconds_before, self._started = 0.0, time.monotonic()
         trained = config.batch_norm == "train"
         self.features = Features(checkpoints, compute, trained_statistics=trained, normalize=config.normalize)
 
@@ -192,6 +197,11 @@ class _Probe:
         backbones = self.features.backbones
         paths = [self._folder(backbone, seed) / "record.json" for backbone in backbones for seed in self._seeds]
         return [RunRecord.read(path) for path in paths] if all(path.exists() for path in paths) else []
+
+    @property
+    def seconds(self) -> float:
+        """What the probe has taken, with what it took before it was cut off."""
+        return self._seconds_before + time.monotonic() - self._started
 
     @property
     def held_out(self) -> ClassificationDataset:
@@ -221,27 +231,29 @@ class _Probe:
         view = self.images.train.seen_through(transform, epoch=number, seed=config.data_seed)
         if config.batch_norm == "eval":
             return self.features.of(view, batch_size=_BATCH, workers=self.workers, description=description)
-        order = self._order(config.data_seed, number, len(view))
-        shuffled = self.features.of(
+        order = self._stream(number)
+        of_order = self.features.of(
             view.take(order.tolist()),
             batch_size=config.batch_size,
             workers=self.workers,
             description=description,
             train_statistics=True,
         )
-        return [features[order.argsort()] for features in shuffled]
+        return [x.new_zeros(len(view), x.shape[1]).index_copy_(0, order.to(x.device), x) for x in of_order]
 
-    @staticmethod
-    def _order(seed: int, epoch: int, count: int) -> Tensor:
-        return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch, -1)))
+    def _stream(self, epoch: int) -> Tensor:
+        """The images that go through batch norms in train mode, batch by batch; an incomplete last batch is dropped."""
+        count = len(self.labels)
+        whole = count // self.config.batch_size * self.config.batch_size
+        return _order(self.config.data_seed, epoch, count)[:whole]
 
     def _orders(self, part: Tensor, epoch: int) -> Tensor:
         """The order of the images of ``part`` for every seed, (S, n)."""
         config = self.config
         if config.batch_norm == "train":  # heads see the batches whose statistics made their features
-            shared = self._order(config.data_seed, epoch, len(self.labels))
-            return shared[torch.isin(shared, part)].expand(len(config.seeds), -1)
-        return torch.stack([part[self._order(seed, epoch, len(part))] for seed in config.seeds])
+            stream = self._stream(epoch)
+            return stream[torch.isin(stream, part)].expand(len(config.seeds), -1)
+        return torch.stack([part[_order(seed, epoch, len(part))] for seed in config.seeds])
 
     def train(self, stop: StopRequest, checkpoint_minutes: float) -> None:
         """All epochs of all heads."""
@@ -249,20 +261,21 @@ class _Probe:
         banks = {part: [self._bank(backbone) for backbone in self.features.backbones] for part in self.parts}
         self.heads = dict(banks)
         first, rows = self._restore(banks)
-        views = [self._view(number, f"view {number + 1}/{config.fixed_views}") for number in range(config.fixed_views)]
+        numbers = range(config.fixed_views if first < config.epochs else 0)
+        views = [self._view(number, f"view {number + 1}/{len(numbers)}") for number in numbers]
         log = RunLog(self.output, {"epochs": rows})
-        started = time.monotonic()
+        last_save = time.monotonic()
         try:
             for epoch in range(first, config.epochs):
                 label = f"epoch {epoch + 1}/{config.epochs}"
                 features = views[epoch % len(views)] if views else self._view(epoch, label)
                 losses = self._train_epoch(banks, epoch, features)
                 log.write("epochs", {"epoch": epoch + 1, "step": epoch + 1, **losses})
-                elapsed, last = time.monotonic() - started, epoch + 1 == config.epochs
-                if stop or last or elapsed >= 60 * checkpoint_minutes:
-                    self.seconds, started = self.seconds + elapsed, time.monotonic()
+                last = epoch + 1 == config.epochs
+                if stop or last or time.monotonic() - last_save >= 60 * checkpoint_minutes:
                     self._save(banks, epoch + 1, log.rows["epochs"])
-                    print(f"{label}: {self._remaining(epoch + 1)}", flush=True)
+                    last_save = time.monotonic()
+                    print(f"{label}, {self._remaining(epoch + 1)}", flush=True)
                 if stop and not last:
                     raise PreemptedError(
                         f"asked to stop: the state is in {self.output}, and the same command goes on from it"
@@ -323,13 +336,12 @@ class _Probe:
         for backbone, saved in zip(self.features.backbones, state["extractors"], strict=True):
             if saved:
                 backbone.extractor.load_state_dict(saved)
-        self.seconds = state["seconds"]
+        self._seconds_before = state["seconds"]
         print(f"going on from {self._state}: epoch {state['epoch'] + 1}", flush=True)
         return state["epoch"], state["rows"]
 
     def regress(self) -> None:
         """The optimum of every penalty for every backbone."""
-        started = time.monotonic()
         features = self._plain_features(self.images.train, "features")
         penalties = [Penalty(value) for value in self.config.penalties]
         for part, images in self.parts.items():
@@ -338,7 +350,6 @@ class _Probe:
                 logistic_regressions(x[rows], self.labels[rows], outputs=self.images.outputs, penalties=penalties)
                 for x in features
             ]
-        self.seconds = time.monotonic() - started
 
     def finish(self) -> list[RunRecord]:
         """Measure the trained heads, choose a setting for each backbone, and write the trials of it."""
@@ -361,6 +372,7 @@ class _Probe:
                     raise TrainingFailedError(f"{chosen.selected} diverged for {backbone.label}: give lower --lrs")
                 classifier = heads.classifier(heads.seeds[trial], setting)
                 records.append(self._leave(backbone, seed, classifier, value, chosen))
+        self._state.unlink(missing_ok=True)
         return records
 
     def _select(self, index: int, features: Tensor | None) -> Selection | None:
