@@ -4,12 +4,16 @@ r"""Benchmarks whose numbers the README quotes: what adversarial training buys, 
 Examples:
     python tools/benchmark.py robustness --data cifar10 --output runs/cifar10
     python tools/benchmark.py throughput --data imagenet --output runs/throughput
+    python tools/benchmark.py probe --data caltech101 --output runs/probe_cost
 
 robustness trains a ResNet-18 on 32 px images twice with one budget, without and with PGD at Linf 8/255, and measures
 both against PGD-20, with 95 % intervals; it goes on where it was cut off. throughput times training steps and image
-loading in ways that take turns, so that a busy machine slows all of them, and quotes ratios. --debug shows tracebacks.
+loading in ways that take turns, so that a busy machine slows all of them, and quotes ratios. probe counts the processor
+seconds of a linear probe's grid, trained in one pass and by a run for every head, which must give the same weights.
+--debug shows tracebacks.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,18 +28,24 @@ from robust_backbones import cli
 from robust_backbones.analysis.plots import accuracy_curves
 from robust_backbones.analysis.tables import markdown, robustness_table
 from robust_backbones.attacks import AttackConfig
+from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.data.decoding import ResizedCache
-from robust_backbones.data.transforms import train_transform
+from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
+from robust_backbones.data.transforms import augmentation, train_transform, val_transform
 from robust_backbones.engine import COMPILE_MODES, Compute, Learner
+from robust_backbones.errors import ProofFailedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.objectives import ObjectiveConfig
 from robust_backbones.pretrain import PretrainConfig, pretrain
-from robust_backbones.records import atomic_path, versions, write_json
+from robust_backbones.records import RunRecord, atomic_path, versions, write_json
 from robust_backbones.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.training import Execution
+from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe, order_of
+from robust_backbones.transfer.networks import DEPTH, new_classifier, with_classifier
+from robust_backbones.transfer.protocol import Setting
 
 ROBUSTNESS = PretrainConfig(
     eval_threat_model=ThreatModel("Linf", 8 / 255),
@@ -91,15 +101,37 @@ class Throughput:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@dataclass
+class Probe:
+    """Cost of a linear probe of 2 learning rates x 3 seeds: one pass for all heads against one run for each."""
+
+    data: Path
+    """Folder that holds train/ and test/."""
+    output: Path
+    """Folder for probe.json and table.md."""
+    arch: str = "resnet50"
+    image_size: int = 224
+    images: int = 128
+    """Training images."""
+    test_images: int = 64
+    epochs: int = 2
+    batch_size: int = 64
+    rounds: int = 3
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 Arguments = (
     Annotated[Robustness, tyro.conf.subcommand("robustness")]
     | Annotated[Throughput, tyro.conf.subcommand("throughput")]
+    | Annotated[Probe, tyro.conf.subcommand("probe")]
 )
 
 
 def main(arguments: list[str]) -> int:
     options = cli.parse(Arguments, arguments, description=__doc__)
-    return robustness(options) if isinstance(options, Robustness) else throughput(options)
+    if isinstance(options, Robustness):
+        return robustness(options)
+    return probe(options) if isinstance(options, Probe) else throughput(options)
 
 
 def robustness(options: Robustness) -> int:
@@ -223,6 +255,99 @@ def _time_loading(options: Throughput) -> list[dict]:
     return _in_turns(variants, count, options.rounds, torch.device("cpu"))
 
 
+def probe(options: Probe) -> int:
+    """Decoding and augmentation are the same on both sides; the other is a frozen network in plain PyTorch."""
+    checkpoint = _random_checkpoint(options)
+    size, resize = options.image_size, round(options.image_size * 256 / 224)
+    data = open_transfer_data(str(options.data), None, val_transform(size, resize=resize))
+    data = replace(
+        data, train=data.train.sample(options.images, seed=0), test=data.test.sample(options.test_images, seed=0)
+    )
+    config = ProbeConfig(
+        select_on="test", epochs=options.epochs, batch_size=options.batch_size, image_size=size, val_resize=resize
+    )
+    heads: dict[str, list[torch.Tensor]] = {}
+
+    def in_one_pass(name: str, precision: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            way = replace(config, precision=precision)
+            linear_probe(way, {"net": checkpoint}, data, Path(folder), device=options.device, workers=0)
+            trials = sorted(Path(folder).glob("net/*/checkpoint.pt"))
+            heads[name] = [read_checkpoint(path).state_dict["fc.weight"] for path in trials]
+            selected = RunRecord.read(trials[0].with_name("record.json")).config["selection"]["selected"]
+            heads["selected"] = [s for s in config.settings if str(s) == selected]
+
+    def one_by_one() -> None:
+        grid = [(setting, seed) for setting in config.settings for seed in config.seeds]
+        heads["one by one"] = [_probe_alone(options, config, checkpoint, data, *place) for place in grid]
+
+    names = ["a run for each head, fp32", "one pass for all heads, fp32", "one pass for all heads, bf16"]
+    runs = [one_by_one, lambda: in_one_pass("fp32", "fp32"), lambda: in_one_pass("bf16", "bf16")]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(options.rounds):
+        for name, run in zip(names, runs, strict=True):
+            clock = time.perf_counter if options.device == "cuda" else time.process_time
+            start = clock()
+            run()
+            seconds[name].append(clock() - start)
+            if name == names[1]:
+                first = config.settings.index(heads["selected"][0]) * len(config.seeds)
+                alone = heads["one by one"][first : first + len(config.seeds)]
+                gap = max(float((a - b).abs().max()) for a, b in zip(alone, heads["fp32"], strict=True))
+                if gap > 1e-5:
+                    raise ProofFailedError(f"the ways do not give the same weights: they differ by {gap:.1e}")
+    rows = [
+        {
+            "what": name,
+            "seconds": times,
+            "ratio": median(a / b for a, b in zip(seconds[names[0]], times, strict=True)),
+        }
+        for name, times in seconds.items()
+    ]
+    content = {"rows": rows, "largest_difference": gap, "versions": versions(), "options": _plain(options)}
+    write_json(options.output / "probe.json", content)
+    unit = "seconds" if options.device == "cuda" else "processor seconds"
+    cells = [[row["what"], f"{median(row['seconds']):.1f}", f"{row['ratio']:.1f}x"] for row in rows]
+    print(f"weights of both ways in fp32 differ by {gap:.1e} at most")
+    return _write_table(markdown(["way", unit, "ratio"], cells), options.output, "the record is probe.json beside it")
+
+
+def _random_checkpoint(options: Probe) -> Checkpoint:
+    """Time does not depend on the weights."""
+    spec = BackboneSpec(options.arch, 10)
+    return Checkpoint(spec, build_backbone(spec).state_dict(), None, "robust_backbones", "random", "")
+
+
+def _probe_alone(
+    options: Probe, config: ProbeConfig, checkpoint: Checkpoint, data: TransferData, setting: Setting, seed: int
+) -> torch.Tensor:
+    """One run as one writes it first: a frozen network with a new classifier, trained for one setting and seed."""
+    classifier = new_classifier(checkpoint.spec, len(data.train.classes), seed=seed)
+    model = with_classifier(checkpoint, classifier, freeze=DEPTH).to(options.device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=setting.lr, momentum=config.momentum, weight_decay=setting.weight_decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step)
+    transform = augmentation(config.augmentation, config.image_size, min_crop_scale=config.min_crop_scale)
+    model.train()
+    for epoch in range(config.epochs):
+        images = data.train.seen_through(transform, epoch=epoch, seed=config.data_seed)
+        for batch in order_of(seed, epoch, len(images)).split(config.batch_size):
+            if len(batch) < config.batch_size:
+                break
+            pixels, labels = zip(*(images[position] for position in batch.tolist()), strict=True)
+            logits = model(torch.stack(pixels).to(options.device) / 255)
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels, device=options.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scheduler.step()
+    model.eval()
+    with torch.no_grad():
+        for batch in torch.arange(len(data.test)).split(config.batch_size):
+            model(torch.stack([data.test[position][0] for position in batch.tolist()]).to(options.device) / 255)
+    return model.state_dict()["backbone.fc.weight"].cpu()
+
+
 def _in_turns(variants: dict[str, Callable[[], None]], images: int, rounds: int, device: torch.device) -> list[dict]:
     """Images a second of each variant, and how many times the first one's that is; the first turns warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -250,7 +375,7 @@ def _in_turns(variants: dict[str, Callable[[], None]], images: int, rounds: int,
     ]
 
 
-def _plain(options: Throughput) -> dict:
+def _plain(options: Throughput | Probe) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 

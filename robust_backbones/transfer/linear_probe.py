@@ -166,8 +166,8 @@ def linear_probe(
         return probe.finish()
 
 
-def _order(seed: int, epoch: int, count: int) -> Tensor:
-    """The order that ``train_batches`` gives a data set of this seed and size."""
+def order_of(seed: int, epoch: int, count: int) -> Tensor:
+    """The order of the images in an epoch: that which ``train_batches`` gives a data set of this seed and size."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch, -1)))
 
 
@@ -245,7 +245,7 @@ class _Probe:
         """The images that go through batch norms in train mode, batch by batch; an incomplete last batch is dropped."""
         count = len(self.labels)
         whole = count // self.config.batch_size * self.config.batch_size
-        return _order(self.config.data_seed, epoch, count)[:whole]
+        return order_of(self.config.data_seed, epoch, count)[:whole]
 
     def _orders(self, part: Tensor, epoch: int) -> Tensor:
         """The order of the images of ``part`` for every seed, (S, n)."""
@@ -253,7 +253,7 @@ class _Probe:
         if config.batch_norm == "train":  # heads see the batches whose statistics made their features
             stream = self._stream(epoch)
             return stream[torch.isin(stream, part)].expand(len(config.seeds), -1)
-        return torch.stack([part[_order(seed, epoch, len(part))] for seed in config.seeds])
+        return torch.stack([part[order_of(seed, epoch, len(part))] for seed in config.seeds])
 
     def train(self, stop: StopRequest, checkpoint_minutes: float) -> None:
         """All epochs of all heads."""

@@ -88,15 +88,19 @@ class FineTunedModel(NormalizedModel):
 
     def __init__(self, backbone: nn.Module, spec: BackboneSpec, freeze: int) -> None:
         super().__init__(backbone, spec)
-        self._frozen = [module for group in depth_groups(backbone, spec)[:freeze] for module in group]
-        for module in self._frozen:
+        self._spec, self._freeze = spec, freeze
+        for module in self._frozen():
             module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> FineTunedModel:
         super().train(mode)
-        for module in self._frozen:
+        for module in self._frozen():
             module.eval()
         return self
+
+    def _frozen(self) -> list[nn.Module]:
+        # Looked up anew each time: synchronised batch norms take the places of the first ones.
+        return [module for group in depth_groups(self.backbone, self._spec)[: self._freeze] for module in group]
 
 
 def depth_groups(backbone: nn.Module, spec: BackboneSpec) -> list[list[nn.Module]]:

@@ -40,18 +40,35 @@ CLASSIFIERS = {
 BGR = {"channel_order": "BGR", "mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.4)}
 
 
-def checkpoint_of(spec: BackboneSpec) -> Checkpoint:
-    """A network with the varied batch norms of a trained one."""
-    backbone = build_backbone(spec, seed=1)
-    randomize_batch_norms(backbone)
-    return Checkpoint(spec, backbone.state_dict(), None, "robust_backbones", "file.pt", "0" * 64)
+def three_images() -> Tensor:
+    """In [0, 1]; no channel is like another."""
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return images * torch.tensor([0.2, 0.6, 1.0])[:, None, None]
 
 
 @pytest.fixture(scope="module")
 def pixels() -> Tensor:
-    """Three images in [0, 1]; no channel is like another."""
-    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    return images * torch.tensor([0.2, 0.6, 1.0])[:, None, None]
+    return three_images()
+
+
+def network_of(spec: BackboneSpec) -> nn.Module:
+    """A network whose output depends on the image, as a trained one's does; the batch norms of a fresh one drown it."""
+    backbone = build_backbone(spec, seed=1)
+    randomize_batch_norms(backbone)
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # for dropout
+        backbone.train()(three_images())
+    return backbone.eval()
+
+
+def as_checkpoint(network: nn.Module, spec: BackboneSpec) -> Checkpoint:
+    return Checkpoint(spec, network.state_dict(), None, "robust_backbones", "file.pt", "0" * 64)
+
+
+def checkpoint_of(spec: BackboneSpec) -> Checkpoint:
+    return as_checkpoint(network_of(spec), spec)
 
 
 def classifier_of(arch: str) -> str:
@@ -113,12 +130,11 @@ def test_groups_are_in_the_order_of_the_forward_pass(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", PAPER)
 def test_features_under_the_old_classifier_are_the_networks_logits(arch: str, pixels: Tensor) -> None:
-    checkpoint = checkpoint_of(BackboneSpec(arch, CLASSES, mean=(0.1, 0.3, 0.5), std=(0.1, 0.2, 0.4)))
+    spec = BackboneSpec(arch, CLASSES, mean=(0.1, 0.3, 0.5), std=(0.1, 0.2, 0.4))
+    network = network_of(spec)
+    checkpoint = as_checkpoint(network, spec)
     extractor = feature_extractor(checkpoint)
     assert not any(module.training for module in extractor.modules())
-    network = build_backbone(checkpoint.spec)
-    network.load_state_dict(checkpoint.state_dict)
-    network.eval()
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (checkpoint.spec.mean, checkpoint.spec.std))
     with torch.no_grad():
         features, logits = extractor(pixels), network((pixels - mean) / std)
@@ -126,10 +142,10 @@ def test_features_under_the_old_classifier_are_the_networks_logits(arch: str, pi
     assert features.shape == (len(pixels), weight.shape[1])
     difference = (F.linear(features, weight, bias) - logits).abs().max()
     assert difference < 1e-5 * logits.abs().max()
-    assert logits.std(0).max() > 1e-3 * logits.abs().max()  # what differs between images is compared as well
+    assert logits.std(0).max() > 1e-2 * logits.abs().max()  # what differs between images is compared as well
 
 
-@pytest.mark.parametrize("arch", [*SMALL, "vgg16_bn"])
+@pytest.mark.parametrize("arch", SMALL)
 def test_a_new_classifier_is_that_of_a_fresh_network(arch: str) -> None:
     spec = BackboneSpec(arch, CLASSES)
     fresh = build_backbone(BackboneSpec(arch, 7), seed=3).get_submodule(classifier_of(arch))
