@@ -40,6 +40,9 @@ def by_pillow(data: bytes) -> Tensor | None:
     """What torchvision's ImageFolder reads; None when it cannot."""
     try:
         with Image.open(io.BytesIO(data)) as file:
+            if file.mode == "I;16":  # its convert clips to white
+                gray = np.round(np.array(file) / 257).astype(np.uint8)
+                return torch.from_numpy(gray).expand(3, -1, -1)
             return torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
     except Exception:
         return None
@@ -69,7 +72,7 @@ OTHER = {
     "png": encoded(picture(), "PNG"),
     "palette": encoded(picture().quantize(16), "PNG"),
     "transparent": encoded(Image.merge("RGBA", (*picture().split(), picture().convert("L"))), "PNG"),
-    "16 bit": encoded(Image.fromarray(np.arange(6000, dtype=np.uint16).reshape(60, 100)), "PNG"),
+    "16 bit": encoded(Image.fromarray(np.arange(0, 65536, 11, dtype=np.uint16)[:5800].reshape(58, 100)), "PNG"),
     "bitmap": encoded(picture().convert("1"), "PNG"),
     "webp": encoded(picture(), "WEBP"),
 }
@@ -110,6 +113,18 @@ def test_damage_gives_what_pillow_gives(data: bytes, edits: list[tuple[float, in
     ours, expected = by_us(bytes(damaged)), by_pillow(bytes(damaged))
     assert (ours is None) == (expected is None)
     assert ours is None or torch.equal(ours, expected)
+
+
+def test_sixteen_bits_keep_black_gray_and_white() -> None:
+    data = encoded(Image.fromarray(np.array([[0, 32768, 65535]], np.uint16)), "PNG")
+    assert decode(data, "picture")[:, 0].tolist() == [[0, 128, 255]] * 3
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_known_range_are_refused(mode: str) -> None:
+    data = encoded(picture().convert("L").convert(mode), "TIFF")
+    with pytest.raises(ImageInputError, match=f"mode {mode}, without a known range"):
+        decode(data, "picture")
 
 
 def test_a_jpeg_cut_in_half_is_refused() -> None:

@@ -42,11 +42,11 @@ class ImageInputError(InputError):
 def decode(data: bytes, name: str) -> Tensor:
     """An image file's bytes as uint8 of shape (3, H, W), RGB, equal to Pillow's ``convert("RGB")`` to the bit.
 
-    Orientation tags are ignored, as ImageNet training does. In memory channels come last: torchvision resizes such
-    images fastest.
+    Pillow clips gray images of 16 bits to white; here they are scaled to 8. Orientation tags are ignored, as ImageNet
+    training does. In memory channels come last: torchvision resizes such images fastest.
 
     Raises:
-        ImageInputError: ``name``, with Pillow's reason.
+        ImageInputError: ``name``, with Pillow's reason, or because nothing says which of its values is white.
     """
     # OpenCV decodes a plain JPEG 1.5 times as fast as Pillow and no slower than torchvision.io, whose decoders are
     # deprecated since torchvision 0.29. It may return a cut-off file half gray, and treats CMYK or 16 bits in its own
@@ -57,7 +57,12 @@ def decode(data: bytes, name: str) -> Tensor:
     if pixels is None:
         try:
             with Image.open(io.BytesIO(data)) as file:
-                pixels = np.array(file.convert("RGB"))
+                if file.mode in ("I", "F"):
+                    raise ValueError(f"pixels of 32 bits, Pillow's mode {file.mode}, without a known range")
+                image: Image.Image = file
+                if file.mode.startswith("I;16"):
+                    image = Image.fromarray((np.array(file, np.float32) / 257).round().astype(np.uint8))
+                pixels = np.array(image.convert("RGB"))
         except Exception as error:  # on damaged bytes Pillow raises nearly every type there is
             raise ImageInputError.of(name, error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
