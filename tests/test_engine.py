@@ -288,18 +288,24 @@ def test_accuracies_are_those_of_a_slow_count() -> None:
     threat_model = ThreatModel("Linf", 8 / 255)
     data = [(images[: 8 - index], labels[: 8 - index]) for index, (images, labels) in enumerate(batches())]
     metrics = evaluate(model, data, threat_model, ATTACK, CPU)
+    by_class = evaluate(model, data, threat_model, ATTACK, CPU, metric="mean_per_class")
     assert model.training  # given back as it was
 
     model.eval()
-    clean = robust = count = 0
+    outcomes: dict[int, list[tuple[bool, bool]]] = {}
     for images, labels in data:
         for image, label in zip(images / 255, labels, strict=True):
             adversarial = pgd(model, image[None], label[None], threat_model, ATTACK)
             right = bool(model(image[None]).argmax() == label)
-            clean += right
-            robust += right and bool(model(adversarial).argmax() == label)
-            count += 1
-    assert metrics == pytest.approx({"clean_accuracy": 100 * clean / count, "robust_accuracy": 100 * robust / count})
+            still_right = right and bool(model(adversarial).argmax() == label)
+            outcomes.setdefault(int(label), []).append((right, still_right))
+    for place, name in enumerate(("clean_accuracy", "robust_accuracy")):
+        answers = {label: [pair[place] for pair in pairs] for label, pairs in outcomes.items()}
+        count = sum(len(of_class) for of_class in answers.values())
+        assert metrics[name] == pytest.approx(100 * sum(sum(of_class) for of_class in answers.values()) / count)
+        shares = [sum(of_class) / len(of_class) for of_class in answers.values()]
+        assert by_class[name] == pytest.approx(100 * sum(shares) / len(shares))
+    assert metrics != by_class  # classes are of different sizes
 
 
 def test_robust_is_clean_at_epsilon_zero(small_model: NormalizedModel) -> None:

@@ -1,4 +1,4 @@
-"""Images in ImageNet's layout: one folder a class, the class being the folder's name."""
+"""Images in files of their own, as in ImageNet's layout: one folder a class, which has the folder's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from robust_backbones.errors import InputError
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Classes are the folders in sorted order, images follow class by class; the order is torchvision's."""
+    """Files of images and their classes.
+
+    ``scan`` takes the folders in sorted order as classes, images follow class by class; the order is torchvision's.
+    """
 
     root: Path
     classes: list[str]

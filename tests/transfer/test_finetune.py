@@ -403,9 +403,7 @@ def test_with_every_setting_out_nothing_is_chosen(checkpoint: Checkpoint, folder
     assert error.value.exit_status == 1
     assert "\n" not in str(error.value)
     with pytest.raises(DivergedError) as alone:
-        full_finetune(
-            replace(ONE, lrs=(1e6,)), CONFIG, {"robust": checkpoint}, opened(folder), tmp_path / "one", HERE
-        )
+        full_finetune(replace(ONE, lrs=(1e6,)), CONFIG, {"robust": checkpoint}, opened(folder), tmp_path / "one", HERE)
     assert alone.value.exit_status == 1
 
 
