@@ -249,6 +249,97 @@ def test_table_of_records() -> None:
     assert np.unique([line.count("|") for line in table]).size == 1
 
 
+def trial(seed: int, accuracy: float, *, on: str = "held_out", label: str = "robust", **change: Any) -> RunRecord:
+    """Of the paper's recipe, but for ``change``."""
+    selection = {"selected": "lr0.01_wd0.0005", "on": on, "scores": {}}
+    config = {
+        "mode": "full_network",
+        "metric": "mean_per_class",
+        "selection": selection,
+        "threat_model": "L2:0",
+        "eval_threat_model": "L2:0",
+        "augmentation": "resized_crop",
+        "normalize": True,
+        "num_outputs": 0,
+        "images_per_class": 0,
+        "freeze": 0,
+        "layer_decay": 1.0,
+    } | change
+    metrics = {"clean_accuracy": accuracy, "robust_accuracy": accuracy / 2}
+    run_id = f"{label}/seed_{seed}"
+    return RunRecord(run_id, "transfer", {"label": label}, "L2:3", "pets", metrics, seed, config, 1)
+
+
+def classification_rows(records: list[RunRecord]) -> list[dict[str, str]]:
+    """The rows of the table by column."""
+    from robust_backbones.analysis.tables import classification_table
+
+    heads, _, *rows = ([c.strip() for c in line.split("|")[1:-1]] for line in classification_table(records).split("\n"))
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def test_table_of_classification_counts_its_trials() -> None:
+    """By hand: of 81, 84, 88.5 the mean is 84.5 and, around it, 3.5² + 0.5² + 4² = 28.5, half of which is 3.775²."""
+    one, two = [trial(2, 88.5), trial(0, 81.0), trial(1, 84.0)], [trial(0, 70.25, on="test", label="standard")]
+    assert classification_rows([*one, *two]) == [
+        {
+            "data set": "pets (mean_per_class)",
+            "mode": "full_network",
+            "backbone": "robust",
+            "trained at": "L2:3",
+            "accuracy": "84.5",
+            "trials": "3",
+            "min to max": "81.0 to 88.5",
+            "std": "3.77",
+            "robust acc": "-",
+            "setting": "lr0.01_wd0.0005",
+            "selected on": "held_out",
+            "otherwise": "-",
+        },
+        {
+            "data set": "pets (mean_per_class)",
+            "mode": "full_network",
+            "backbone": "standard",
+            "trained at": "L2:3",
+            "accuracy": "70.2",
+            "trials": "1",
+            "min to max": "70.2 to 70.2",
+            "std": "-",
+            "robust acc": "-",
+            "setting": "lr0.01_wd0.0005",
+            "selected on": "test",
+            "otherwise": "-",
+        },
+    ]
+
+
+def test_table_of_classification_keeps_what_differs_apart() -> None:
+    """Every deviation from the paper's recipe is a row of its own and says so; of the order of records nothing."""
+    ways = {
+        "-": {},
+        "L-BFGS": {"solver": "lbfgs", "augmentation": "none"},
+        "no augmentation": {"augmentation": "none", "solver": "sgd"},
+        "3 cached views": {"views": 3},
+        "trained batch statistics": {"batch_norm": "train"},
+        "images not normalised": {"normalize": False},
+        "57 outputs": {"num_outputs": 57},
+        "5 training images a class": {"images_per_class": 5},
+        "first 2 groups frozen": {"freeze": 2},
+        "layer-wise rates x0.5": {"layer_decay": 0.5},
+        "trained at L2:0.25": {"threat_model": "L2:0.25", "eval_threat_model": "L2:0.25"},
+        "57 outputs, first 2 groups frozen": {"freeze": 2, "num_outputs": 57},
+    }
+    records = [trial(0, 10.0 + place, **change) for place, change in enumerate(ways.values())]
+    rows = classification_rows(records)
+    assert {row["otherwise"]: row["accuracy"] for row in rows} == {
+        way: f"{10 + place:.1f}" for place, way in enumerate(ways)
+    }
+    robust = {row["otherwise"]: row["robust acc"] for row in rows}
+    assert robust.pop("trained at L2:0.25") == "10.0 (L2:0.25)"  # half of 20
+    assert set(robust.values()) == {"-"}
+    assert classification_rows(records[::-1]) == rows
+
+
 def test_table_and_curves_of_robustness(tmp_path: Path) -> None:
     from robust_backbones.analysis.plots import accuracy_curves
     from robust_backbones.analysis.tables import robustness_table

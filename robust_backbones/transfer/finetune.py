@@ -11,7 +11,7 @@ import torch
 from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData
-from robust_backbones.distributed import join_processes, local_device
+from robust_backbones.distributed import Processes, join_processes, local_device
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.records import RunRecord, claim
 from robust_backbones.training import Execution, Task, TrainingConfig, evaluation_transform, image_cache, train
@@ -103,9 +103,10 @@ def full_finetune(
             execution = replace(execution, skip_unreadable=False)
         records = []
         for label, checkpoint in checkpoints.items():
-            backbone = _Backbone(grid, config, checkpoint, images(), output / label, execution)
+            backbone = _Backbone(grid, config, checkpoint, images(), output / label, execution, processes)
             selection, setting = backbone.select()
-            print(f"{label}: {selection.selected}, selected on {selection.on}", flush=True)
+            if processes.is_main:
+                print(f"{label}: {selection.selected}, selected on {selection.on}", flush=True)
             for seed in grid.seeds:
                 run = backbone.run(setting, seed, selecting=False)
                 record = trial_record(
@@ -134,6 +135,7 @@ class _Backbone:
     images: TransferImages
     folder: Path
     execution: Execution
+    processes: Processes
 
     def select(self) -> tuple[Selection, Setting]:
         settings = {str(setting): setting for setting in self.grid.settings}
@@ -153,7 +155,8 @@ class _Backbone:
         try:
             return self.run(setting, seed, selecting=selecting).metrics["clean_accuracy"]
         except DivergedError as error:
-            print(f"{setting} is out: {error}", flush=True)
+            if self.processes.is_main:
+                print(f"{setting} is out: {error}", flush=True)
             return None
 
     def run(self, setting: Setting, seed: int, *, selecting: bool) -> RunRecord:

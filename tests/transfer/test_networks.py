@@ -28,7 +28,7 @@ from tests.conftest import randomize_batch_norms
 
 OTHERS = [arch for arch, shape in ARCHITECTURES.items() if not isinstance(shape, ResNetShape)]
 PAPER = sorted({backbone.arch for backbone in published().values()})
-SMALL = ["resnet18", "densenet161", "mnasnet1_0", "mobilenet_v2", "shufflenet_v2_x1_0"]
+SMALL = ["resnet18", "mnasnet1_0", "mobilenet_v2", "shufflenet_v2_x1_0"]
 CLASSES = 5
 # Where each architecture of torchvision keeps its last layer.
 CLASSIFIERS = {
@@ -124,7 +124,7 @@ def test_groups_are_in_the_order_of_the_forward_pass(arch: str) -> None:
     assert set(passed) == set(range(DEPTH + 1))
     # A stage begins where the resolution halves, be it by a pooling between two groups.
     finest = [min(strides[depth]) for depth in range(DEPTH)]
-    assert all(later >= earlier for earlier, later in zip(finest, finest[1:], strict=False))
+    assert finest == sorted(finest)
     assert max(strides[DEPTH - 1]) in (16, 32)
 
 
@@ -206,7 +206,7 @@ def step(model: NormalizedModel, images: Tensor, groups: list[dict[str, Any]]) -
     ("arch", "freeze"),
     [
         *(("resnet18", freeze) for freeze in range(DEPTH + 1)),
-        *((arch, freeze) for arch in ("mnasnet1_0", "mobilenet_v2", "shufflenet_v2_x1_0") for freeze in (1, 3, DEPTH)),
+        *((arch, freeze) for arch in SMALL[1:] for freeze in (1, 3, DEPTH)),
         ("densenet161", 3),
     ],
 )
@@ -262,7 +262,7 @@ def test_there_are_no_more_groups_to_freeze(freeze: int) -> None:
         with_classifier(checkpoint, new_classifier(checkpoint.spec, CLASSES, seed=0), freeze=freeze)
 
 
-@pytest.mark.parametrize("arch", [*SMALL, "vgg16_bn"])
+@pytest.mark.parametrize("arch", [*SMALL, "densenet161", "vgg16_bn"])
 @pytest.mark.parametrize("freeze", [0, 2, DEPTH])
 def test_the_rate_falls_with_the_distance_from_the_output(arch: str, freeze: int) -> None:
     spec, lr, decay = BackboneSpec(arch, CLASSES), 0.3, 0.5
