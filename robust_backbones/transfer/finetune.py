@@ -156,7 +156,7 @@ class _Backbone:
             return self.run(setting, seed, selecting=selecting).metrics["clean_accuracy"]
         except DivergedError as error:
             if self.processes.is_main:
-                print(f"{setting} is out: {error}", flush=True)
+                print(f"{setting} is out: {str(error).split(';')[0]}", flush=True)  # what follows is for a single run
             return None
 
     def run(self, setting: Setting, seed: int, *, selecting: bool) -> RunRecord:
