@@ -169,7 +169,8 @@ class Learner:
     def _average_batch_norm_statistics(self) -> None:
         if self.processes.size == 1:
             return
-        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm)]
+        # Frozen ones are left alone: the mean of equal numbers may be another in its last digit.
+        norms = [module for module in self.model.modules() if isinstance(module, _BatchNorm) and module.training]
         buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
         if not buffers:
             return

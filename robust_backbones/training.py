@@ -449,7 +449,7 @@ class _Run:
         except DivergedError as error:
             raise DivergedError(
                 f"{label}: {error}; the last good checkpoint is {self._last_good()}; "
-                "give a lower --lr and another --output"
+                "give a lower learning rate and another --output"
             ) from None
         row = {"epoch": epoch + 1, "step": self.learner.step_count, **progress.totals.metrics()}
         if progress.seconds > seconds_before:

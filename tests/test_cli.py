@@ -264,6 +264,7 @@ def trial(seed: int, accuracy: float, *, on: str = "held_out", label: str = "rob
         "images_per_class": 0,
         "freeze": 0,
         "layer_decay": 1.0,
+        "epochs": 150,
     } | change
     metrics = {"clean_accuracy": accuracy, "robust_accuracy": accuracy / 2}
     run_id = f"{label}/seed_{seed}"
@@ -294,6 +295,7 @@ def test_table_of_classification_counts_its_trials() -> None:
             "robust acc": "-",
             "setting": "lr0.01_wd0.0005",
             "selected on": "held_out",
+            "epochs": "150",
             "otherwise": "-",
         },
         {
@@ -308,6 +310,7 @@ def test_table_of_classification_counts_its_trials() -> None:
             "robust acc": "-",
             "setting": "lr0.01_wd0.0005",
             "selected on": "test",
+            "epochs": "150",
             "otherwise": "-",
         },
     ]
@@ -326,7 +329,7 @@ def test_table_of_classification_keeps_what_differs_apart() -> None:
         "5 training images a class": {"images_per_class": 5},
         "first 2 groups frozen": {"freeze": 2},
         "layer-wise rates x0.5": {"layer_decay": 0.5},
-        "trained at L2:0.25": {"threat_model": "L2:0.25", "eval_threat_model": "L2:0.25"},
+        "fine-tuned at L2:0.25": {"threat_model": "L2:0.25", "eval_threat_model": "L2:0.25"},
         "57 outputs, first 2 groups frozen": {"freeze": 2, "num_outputs": 57},
     }
     records = [trial(0, 10.0 + place, **change) for place, change in enumerate(ways.values())]
@@ -335,9 +338,19 @@ def test_table_of_classification_keeps_what_differs_apart() -> None:
         way: f"{10 + place:.1f}" for place, way in enumerate(ways)
     }
     robust = {row["otherwise"]: row["robust acc"] for row in rows}
-    assert robust.pop("trained at L2:0.25") == "10.0 (L2:0.25)"  # half of 20
+    assert robust.pop("fine-tuned at L2:0.25") == "10.0 (L2:0.25)"  # half of 20
     assert set(robust.values()) == {"-"}
     assert classification_rows(records[::-1]) == rows
+
+
+def test_table_of_classification_averages_no_two_experiments() -> None:
+    unlike = [trial(0, 80.0), trial(1, 90.0, on="test"), trial(2, 20.0, epochs=1), trial(3, 60.0, held_out=0.5)]
+    rows = classification_rows(unlike)
+    assert sorted(row["accuracy"] for row in rows) == ["20.0", "60.0", "80.0", "90.0"]
+    assert {row["trials"] for row in rows} == {"1"}
+    # A trial's own numbers make no experiment of it.
+    alike = [trial(0, 80.0, run="a", lr=0.01), trial(1, 90.0, run="b", lr=0.001)]
+    assert [row["accuracy"] for row in classification_rows(alike)] == ["85.0"]
 
 
 def test_table_and_curves_of_robustness(tmp_path: Path) -> None:

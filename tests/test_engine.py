@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,6 +281,19 @@ def test_a_request_to_stop_is_heard_at_once() -> None:
         one, batches(4), steps=4, on_log=lambda step, t: logged.append(step), stop=lambda: one.step_count == 2
     )
     assert logged == [2, 4]
+
+
+def test_statistics_of_frozen_norms_are_left_alone() -> None:
+    """A mean of equal numbers may differ from them in the last digit, here a little more."""
+    model = small()
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    before = torch.full_like(norms[0].running_mean, 0.1)
+    three = SimpleNamespace(size=3, sum=lambda tensor: (tensor + tensor + tensor) * (1 + 1e-6))
+    for training in (False, True):
+        model.train(training)
+        norms[0].running_mean.copy_(before)
+        Learner._average_batch_norm_statistics(SimpleNamespace(model=model, processes=three))  # type: ignore[arg-type]
+        assert torch.equal(norms[0].running_mean, before) != training
 
 
 def test_accuracies_are_those_of_a_slow_count() -> None:

@@ -271,7 +271,7 @@ def test_the_global_generator_is_left_as_it_was(data: Path, tmp_path: Path) -> N
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DivergedError, match=r"epoch 1/3: .* checkpoint is none; give a lower --lr"):
+    with pytest.raises(DivergedError, match=r"epoch 1/3: .* checkpoint is none; give a lower learning rate"):
         pretrain(replace(CONFIG, lr=1e30, threat_model=ThreatModel()), data, tmp_path / "run", HERE)
     assert not (tmp_path / "run/checkpoint.pt").exists()
 

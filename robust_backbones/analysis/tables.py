@@ -65,16 +65,18 @@ def classification_table(records: Sequence[RunRecord]) -> str:
     """
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.seed):
-        key = (record.dataset, record.config["mode"], str(record.backbone["label"]), _way(record))
+        recipe = {name: value for name, value in record.config.items() if name not in _OF_A_TRIAL}
+        on = record.config["selection"]["on"]
+        key = (record.dataset, record.config["mode"], str(record.backbone["label"]), _way(record), on, str(recipe))
         groups.setdefault(key, []).append(record)
     heads = ["data set", "mode", "backbone", "trained at", "accuracy", "trials", "min to max", "std"]
-    heads += ["robust acc", "setting", "selected on", "otherwise"]
+    heads += ["robust acc", "setting", "selected on", "epochs", "otherwise"]
     rows = []
-    for (dataset, mode, label, way), trials in sorted(groups.items()):
+    for (dataset, mode, label, way, on, _), trials in sorted(groups.items()):
         values = [trial.metrics["clean_accuracy"] or 0.0 for trial in trials]
         against = str(trials[0].config.get("eval_threat_model", "L2:0"))
         robust = [] if against.endswith(":0") else [trial.metrics.get("robust_accuracy") or 0.0 for trial in trials]
-        selections = {(t.config["selection"]["selected"], t.config["selection"]["on"]) for t in trials}
+        regression = trials[0].config.get("solver") == "lbfgs"
         rows.append(
             [
                 f"{dataset} ({trials[0].config['metric']})",
@@ -86,12 +88,17 @@ def classification_table(records: Sequence[RunRecord]) -> str:
                 f"{min(values):.1f} to {max(values):.1f}",
                 f"{stdev(values):.2f}" if len(values) > 1 else "-",
                 f"{mean(robust):.1f} ({against})" if robust else "-",
-                ", ".join(sorted({selected for selected, _ in selections})),
-                ", ".join(sorted({on for _, on in selections})),
+                ", ".join(sorted({trial.config["selection"]["selected"] for trial in trials})),
+                on,
+                "-" if regression else str(trials[0].config["epochs"]),
                 way or "-",
             ]
         )
     return markdown(heads, rows)
+
+
+_OF_A_TRIAL = ("selection", "seed", "run", "lr", "weight_decay")
+"""Of a record's config, what may differ between the trials of an experiment."""
 
 
 def _way(record: RunRecord) -> str:
@@ -107,7 +114,7 @@ def _way(record: RunRecord) -> str:
         f"{config['images_per_class']} training images a class": config["images_per_class"] > 0,
         f"first {config.get('freeze')} groups frozen": config.get("freeze", 0) > 0,
         f"layer-wise rates x{config.get('layer_decay')}": config.get("layer_decay", 1.0) < 1,
-        f"trained at {config.get('threat_model')}": not str(config.get("threat_model", "L2:0")).endswith(":0"),
+        f"fine-tuned at {config.get('threat_model')}": not str(config.get("threat_model", "L2:0")).endswith(":0"),
     }
     return ", ".join(way for way, applies in ways.items() if applies)
 

@@ -119,6 +119,7 @@ def full_finetune(
                     seed=seed,
                     config={**run.config, **grid.to_dict(), "run": run.run_id},
                     seconds=run.seconds,
+                    run=run,
                     write=processes.is_main,
                 )
                 records.append(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -80,6 +81,8 @@ class TransferConfig:
             raise InputError(f"every learning rate must be > 0, got {self.lrs}")
         if not all(math.isfinite(decay) and decay >= 0 for decay in self.weight_decays):
             raise InputError(f"every weight decay must be >= 0, got {self.weight_decays}")
+        if len({str(setting) for setting in self.settings}) < len(self.settings):
+            raise InputError("two settings of the grid are the same in six digits: leave one out")
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out is a share of the training images, in (0, 1), got {self.held_out:g}")
         for name in ("images_per_class", "num_outputs"):
@@ -196,9 +199,14 @@ def trial_record(
     seed: int,
     config: dict[str, Any],
     seconds: float,
+    run: RunRecord | None = None,
     write: bool = True,
 ) -> RunRecord:
-    """The record of one trial, written to ``output`` unless another process does that."""
+    """The record of one trial, written to ``output`` unless another process does that.
+
+    Args:
+        run: the training that the trial's result is from, if that has a record of its own.
+    """
     record = RunRecord(
         run_id=f"{output.parent.name}/{output.name}",
         task="transfer",
@@ -214,6 +222,8 @@ def trial_record(
         config={**config, "mode": mode, "metric": data.metric, "selection": asdict(selection)},
         seconds=seconds,
     )
+    if run is not None:
+        record = replace(record, git_commit=run.git_commit, versions=run.versions)
     if write:
         record.write(output / "record.json")
     return record
@@ -250,7 +260,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
     for path in paths:
         stem = str(path).removeprefix("hub:").rsplit("/", 1)[-1]
         stem = stem.rsplit(".", 1)[0] if path.suffix in (".pt", ".pth", ".pkl", ".safetensors") else stem
-        labels.append(path.absolute().parent.name if stem in ("checkpoint", "best") else stem)
+        labels.append(Path(os.path.abspath(path)).parent.name if stem in ("checkpoint", "best") else stem)
     for label in labels:
         if labels.count(label) > 1:
             raise InputError(f"two checkpoints would be called {label}: rename a file or its folder")

@@ -82,6 +82,7 @@ def test_the_grid_is_every_rate_with_every_decay() -> None:
         ({"lrs": (float("nan"),)}, "> 0"),
         ({"weight_decays": (-1.0,)}, ">= 0"),
         ({"seeds": ()}, "seeds"),
+        ({"lrs": (0.01, 0.01000000001)}, "six digits"),
         ({"select_on": "val"}, "held_out, test"),
         ({"held_out": 1.0}, "share"),
         ({"num_outputs": -1}, "num_outputs"),
@@ -101,5 +102,6 @@ def test_checkpoints_are_called_by_their_files_or_folders() -> None:
         Path("hub:resnet50_l2_eps3"),
     ]
     assert labels_of(paths) == ["a", "b", "r50.v2", "resnet50_l2_eps3"]
+    assert labels_of([Path("runs/../checkpoint.pt")]) == [Path.cwd().name]
     with pytest.raises(InputError, match="called a"):
         labels_of([Path("x/a/checkpoint.pt"), Path("y/a/best.pt")])
