@@ -330,9 +330,8 @@ def checkpoint_path(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         F.cross_entropy(model(images), labels).backward()
         optimizer.step()
     path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.pt"
-    write_checkpoint(
-        path, spec=spec, state_dict=model.backbone.state_dict(), threat_model=ThreatModel("L2", 0.5), training=None
-    )
+    weights = model.backbone.state_dict()
+    write_checkpoint(path, spec=spec, state_dict=weights, threat_model=ThreatModel("L2", 0.5))
     return path
 
 
