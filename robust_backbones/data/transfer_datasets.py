@@ -357,7 +357,7 @@ TRANSFER_DATASETS = {
             train_images=3_030,
             test_images=5_647,
             metric="mean_per_class",
-            split="30 images a class drawn by SPLIT_SEED / the rest; without BACKGROUND_Google",
+            split="30 images a class, drawn with a fixed seed, / the rest; without BACKGROUND_Google",
             source="https://data.caltech.edu/records/mzrjq-6wc02 or by torchvision.datasets.Caltech101",
             # torchvision fails without the class that it leaves out.
             layout=("caltech101/101_ObjectCategories", "caltech101/101_ObjectCategories/BACKGROUND_Google"),
@@ -372,7 +372,7 @@ TRANSFER_DATASETS = {
             train_images=15_420,
             test_images=15_187,
             metric="mean_per_class",
-            split="60 images a class drawn by SPLIT_SEED / the rest; with 257.clutter",
+            split="60 images a class, drawn with a fixed seed, / the rest; with 257.clutter",
             source="https://data.caltech.edu/records/nyy15-4j048 or by torchvision.datasets.Caltech256",
             layout=("caltech256/256_ObjectCategories",),
             open=_drawn(
