@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch.utils.data import DataLoader
 
@@ -51,9 +49,10 @@ def train_batches(
     generator = torch.Generator().manual_seed(mix(dataset.seed, epoch, -1))
     order = torch.randperm(len(dataset), generator=generator)[: steps * batch_size]
     parts = order.view(steps, world_size, batch_size // world_size)[first_step:, rank]
-    dataset = copy.copy(dataset)  # the epoch is this loader's own: a loader made later does not change it
-    dataset.epoch = epoch
-    return _loader(dataset, parts.reshape(-1, micro_batch_size).tolist(), workers)
+    # The epoch is this loader's own: a loader made later does not change it.
+    return _loader(
+        dataset.seen_through(dataset.transform, epoch=epoch), parts.reshape(-1, micro_batch_size).tolist(), workers
+    )
 
 
 def val_batches(
