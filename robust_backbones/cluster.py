@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,26 +66,56 @@ def submit(job: PretrainJob, cluster: ClusterConfig) -> Any:
 
     Logs go to a folder beside the run's output, with ``_jobs`` after its name.
     """
+    processes = cluster.processes
+    executor = open_executor(
+        cluster,
+        log_folder(job.output),
+        name=job.output.name,
+        tasks=processes,
+        gpus=processes if job.execution.device == "cuda" else 0,
+        cpus_per_task=1 + job.execution.workers,
+    )
+    with _one_sentence(cluster):
+        return executor.submit(job)
+
+
+def open_executor(
+    cluster: ClusterConfig, folder: Path, *, name: str, tasks: int, gpus: int, cpus_per_task: int, parallel: int = 256
+) -> Any:
+    """submitit's executor for jobs of ``tasks`` processes and ``gpus`` GPUs on each node; their logs go to ``folder``.
+
+    Args:
+        parallel: how many jobs of an array run side by side.
+
+    Raises:
+        InputError: there is no such cluster, or no submitit.
+    """
     try:
         import submitit
     except ImportError:
-        raise InputError("--cluster.executor needs the package submitit: pip install submitit") from None
-    try:
-        executor = submitit.AutoExecutor(
-            log_folder(job.output), cluster=cluster.executor, slurm_max_num_timeout=cluster.restarts
-        )
+        raise InputError("a cluster needs the package submitit: pip install submitit") from None
+    with _one_sentence(cluster):
+        executor = submitit.AutoExecutor(folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.restarts)
         executor.update_parameters(
-            name=job.output.name,
+            name=name,
             nodes=cluster.nodes,
-            tasks_per_node=cluster.processes,
-            gpus_per_node=cluster.processes if job.execution.device == "cuda" else 0,
-            cpus_per_task=1 + job.execution.workers,
+            tasks_per_node=tasks,
+            gpus_per_node=gpus,
+            cpus_per_task=cpus_per_task,
             timeout_min=round(60 * cluster.hours),
             stderr_to_stdout=True,
+            slurm_array_parallelism=parallel,
             **({"slurm_partition": cluster.partition} if cluster.partition else {}),
         )
-        return executor.submit(job)
-    except (OSError, RuntimeError, submitit.core.utils.FailedJobError) as error:
+        return executor
+
+
+@contextmanager
+def _one_sentence(cluster: ClusterConfig) -> Iterator[None]:
+    """What stands between us and the scheduler as an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # all of submitit's own are RuntimeErrors
         raise InputError(f"cannot submit to {cluster.executor} ({str(error).splitlines()[0]})") from error
 
 

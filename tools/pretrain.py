@@ -47,10 +47,7 @@ def main(arguments: list[str]) -> int:
     if "--list-recipes" in arguments:
         print(zoo.table())
         return 0
-    options = cli.parse(Arguments, arguments, description=__doc__)
-    if options.recipe:  # once more, now with the recipe's values where no option is given
-        defaults = Arguments(options.data, options.output, config=recipe(options.recipe))
-        options = cli.parse(Arguments, arguments, description=__doc__, default=defaults)
+    options = parse(arguments)
     if not options.data.is_dir():
         raise InputError(f"no data folder {options.data}: give one that holds train/ and val/")
     if options.cluster.executor:
@@ -64,6 +61,14 @@ def main(arguments: list[str]) -> int:
     print(f"accuracy: clean {clean:.1f} %, robust {robust:.1f} % ({record.config['eval_threat_model']})")
     print(f"checkpoint and record written to {options.output}")
     return 0
+
+
+def parse(arguments: list[str]) -> Arguments:
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    if options.recipe:  # once more, now with the recipe's values where no option is given
+        defaults = Arguments(options.data, options.output, config=recipe(options.recipe))
+        options = cli.parse(Arguments, arguments, description=__doc__, default=defaults)
+    return options
 
 
 if __name__ == "__main__":

@@ -112,12 +112,16 @@ Arguments = (
 
 
 def main(arguments: list[str]) -> int:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    options = parse(arguments)
     if isinstance(options, Datasets):
         return datasets(options)
     if isinstance(options, Table):
         return table(options)
     return transfer(options)
+
+
+def parse(arguments: list[str]) -> Datasets | Probe | Finetune | Table:
+    return cli.parse(Arguments, arguments, description=__doc__)
 
 
 def datasets(options: Datasets) -> int:

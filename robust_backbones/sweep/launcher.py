@@ -1,0 +1,307 @@
+"""Carries out a study: runs in this machine's processes or as jobs of a cluster, each as soon as those it needs are
+done; what is cut off goes on, what fails stops nothing but the runs that need it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from robust_backbones.errors import InputError, PreemptedError
+from robust_backbones.records import write_json
+from robust_backbones.sweep.plan import Attempt, Plan, Run, count
+
+if TYPE_CHECKING:
+    from robust_backbones.cluster import ClusterConfig
+
+KILLED = -signal.SIGKILL
+"""Status of a run that ended without saying how."""
+RESTARTS = 5
+"""How often one launch goes on with a run that was cut off."""
+_CPUS_PER_PROCESS = 4
+_QUEUED = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING")
+
+
+class Handle(Protocol):
+    """A run that was started."""
+
+    def poll(self) -> int | None:
+        """Its exit status once it has ended; negative where it was killed."""
+
+    def stop(self) -> None:
+        """Ask it to write its state and to end."""
+
+
+class Executor(Protocol):
+    """Where runs are carried out."""
+
+    def begun(self) -> dict[str, Handle]:
+        """Runs that an earlier launch has started and that are this one's to wait for."""
+
+    def start(self, runs: Sequence[Run]) -> dict[str, Handle]:
+        """Start those of ``runs`` that there is room for, the first ones first."""
+
+
+def launch(
+    plan: Plan,
+    executor: Executor,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+    pause: float = 0.2,
+) -> int:
+    """Carry out every run of ``plan`` that is not done; the caller holds the lock of its folder.
+
+    Args:
+        stop: true once this process was asked to stop. Runs are then told to, and waited for.
+        pause: seconds between looks at the runs.
+
+    Returns:
+        the exit status: 0 all are done, 1 some failed, 75 asked to stop.
+    """
+    runs = {run.key: run for run in plan.runs}
+    handles, failed, starts = executor.begun(), set[str](), Counter[str]()
+    stopping = False
+    while True:
+        for key, handle in [*handles.items()]:
+            if (status := handle.poll()) is None:
+                continue
+            del handles[key]
+            if plan.is_done(runs[key]):
+                say(f"done: {key}")
+            elif stopping:
+                say(f"stopped: {key}")
+            elif (status < 0 or status == PreemptedError.exit_status) and starts[key] <= RESTARTS:
+                say(f"cut off, goes on: {key}")
+            else:
+                failed.add(key)
+                say(f"failed: {key}: {plan.last_line(runs[key])} (see {plan.log(runs[key])})")
+        if stop() and not stopping:
+            stopping = True
+            say(f"asked to stop: waiting for {len(handles)} runs to write their state")
+            for handle in handles.values():
+                handle.stop()
+        states = plan.states()
+        if not stopping:
+            started = executor.start(
+                [
+                    run
+                    for run in plan.runs
+                    if states[run.key] in ("ready", "preempted", "failed")
+                    and run.key not in handles
+                    and run.key not in failed
+                    and all(states[key] == "done" for key in run.needs)
+                ]
+            )
+            handles |= started
+            starts.update(list(started))
+            for key in started:
+                say(f"started: {key}")
+        # Runs that others have started, by hand or from a launcher that was killed, end by themselves.
+        elsewhere = [key for key, state in states.items() if state == "running" and key not in handles]
+        if not handles and (stopping or not elsewhere):
+            break
+        time.sleep(pause)
+    return _summary(plan, failed, stopping, say)
+
+
+def _summary(plan: Plan, failed: set[str], stopped: bool, say: Callable[[str], None]) -> int:
+    states = count(plan.states().values())
+    left = len(plan.runs) - states["done"]
+    text = f"{states['done']} of {len(plan.runs)} runs are done"
+    text += f", {len(failed)} failed" if failed else ""
+    text += f", {left - len(failed)} are left" if left > len(failed) else ""
+    text += ": the same command goes on" if stopped else ": the same command tries them again" if left else ""
+    say(text)
+    return 0 if not left else PreemptedError.exit_status if stopped else 1
+
+
+def start_process(plan: Plan, key: str, processes: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """One run in a process of its own, which answers signals, with its output behind that of earlier attempts."""
+    log = plan.log(plan.run(key))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "robust_backbones.sweep.runner", str(plan.output), key, str(processes)]
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a terminal's Ctrl-C reaches the launcher, which asks it to stop
+            env={**os.environ, **environment},
+        )
+
+
+@dataclass(frozen=True)
+class _Process:
+    process: subprocess.Popen[bytes]
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+
+class LocalExecutor:
+    """Processes of this machine.
+
+    Args:
+        jobs: how many runs are carried out side by side.
+        processes: of each run, one a GPU.
+        gpus: those of this machine, as CUDA_VISIBLE_DEVICES names them; each run gets its own.
+
+    Raises:
+        InputError: there are fewer GPUs than the runs need.
+    """
+
+    def __init__(self, plan: Plan, *, jobs: int = 1, processes: int = 1, gpus: Sequence[str] = ()) -> None:
+        if jobs < 1 or processes < 1:
+            raise InputError(f"--jobs {jobs} with --processes {processes} is no run at all: give 1 or more of each")
+        if gpus and jobs * processes > len(gpus):
+            raise InputError(
+                f"{jobs} runs side by side with {processes} GPUs each need {jobs * processes}, and {len(gpus)} were "
+                "found: give lower --jobs or --processes"
+            )
+        self._plan, self._processes = plan, processes
+        self._slots: list[_Process | None] = [None] * jobs
+        if gpus:
+            self._environments = [
+                {"CUDA_VISIBLE_DEVICES": ",".join(gpus[slot * processes : (slot + 1) * processes])}
+                for slot in range(jobs)
+            ]
+        else:  # threads of several runs that share cores wait for each other
+            threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
+            self._environments = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * jobs
+
+    def begun(self) -> dict[str, Handle]:
+        return {}
+
+    def start(self, runs: Sequence[Run]) -> dict[str, Handle]:
+        free = [slot for slot, held in enumerate(self._slots) if held is None or held.poll() is not None]
+        started: dict[str, Handle] = {}
+        for slot, run in zip(free, runs, strict=False):
+            process = _Process(start_process(self._plan, run.key, self._processes, self._environments[slot]))
+            started[run.key] = self._slots[slot] = process
+        return started
+
+
+@dataclass
+class ClusterJob:
+    """One run as submitit calls it, and calls it again after an interruption."""
+
+    output: Path
+    key: str
+    processes: int
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
+
+    def __call__(self) -> int:
+        self._process = start_process(Plan.read(self.output), self.key, self.processes, {})
+        return self._process.wait()
+
+    def checkpoint(self) -> Any:
+        """What to submit when the scheduler takes the machine away: the same job, once the run has written its state.
+
+        Called by a signal's handler, amid ``__call__``: Popen's own methods would wait for themselves here.
+        """
+        import submitit
+
+        if self._process is not None:
+            with suppress(ProcessLookupError, ChildProcessError):  # it has ended
+                os.kill(self._process.pid, signal.SIGTERM)
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(ClusterJob(self.output, self.key, self.processes))
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    job: Any
+    note: Path
+
+    def poll(self) -> int | None:
+        """By what the run itself has noted: the scheduler knows only whether there still is a job."""
+        if not self.job.done():
+            return None
+        attempt = Attempt.read(self.note.parent)
+        self.note.unlink(missing_ok=True)
+        return KILLED if attempt is None or attempt.status is None else attempt.status
+
+    def stop(self) -> None:
+        """The job is the cluster's: it stays there, and the next launch finds it."""
+
+
+class ClusterExecutor:
+    """Jobs of a cluster, by submitit; runs that are ready together become one array.
+
+    Conversions stay in processes of this machine: they take a minute, no GPU, and often the network that the machines
+    of a cluster lack.
+
+    Args:
+        cluster: with its executor; ``processes`` is for each run.
+        jobs: how many of an array are carried out side by side.
+        gpus: False asks for none.
+    """
+
+    def __init__(self, plan: Plan, cluster: ClusterConfig, *, jobs: int = 256, gpus: bool = True) -> None:
+        self._plan, self._cluster, self._jobs, self._gpus = plan, cluster, jobs, gpus
+        self._here = LocalExecutor(plan)
+
+    def begun(self) -> dict[str, Handle]:
+        if self._cluster.executor != "slurm":
+            return {}
+        import submitit
+
+        found: dict[str, Handle] = {}
+        for run in self._plan.runs:
+            note = self._note(run)
+            if note.exists() and not self._plan.is_done(run):
+                job = submitit.SlurmJob(self._folder, json.loads(note.read_text())["job"])
+                if job.state.split()[0] in _QUEUED:
+                    found[run.key] = _Submitted(job, note)
+        return found
+
+    def start(self, runs: Sequence[Run]) -> dict[str, Handle]:
+        started = self._here.start([run for run in runs if run.kind == "convert"])
+        for kind in dict.fromkeys(run.kind for run in runs if run.kind != "convert"):
+            started |= self._submit([run for run in runs if run.kind == kind], kind)
+        return started
+
+    def _submit(self, runs: Sequence[Run], kind: str) -> dict[str, Handle]:
+        from robust_backbones.cluster import open_executor
+
+        processes = 1 if kind == "transfer" else self._cluster.processes
+        executor = open_executor(
+            self._cluster,
+            self._folder,
+            name=f"{self._plan.name}-{kind}",
+            tasks=1,  # the tools start their processes themselves
+            gpus=processes if self._gpus else 0,
+            cpus_per_task=_CPUS_PER_PROCESS * processes,
+            parallel=self._jobs,
+        )
+        try:
+            with executor.batch():
+                jobs = [executor.submit(ClusterJob(self._plan.output.absolute(), run.key, processes)) for run in runs]
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"cannot submit to {self._cluster.executor} ({str(error).splitlines()[0]})") from error
+        started: dict[str, Handle] = {}
+        for run, job in zip(runs, jobs, strict=True):
+            write_json(self._note(run), {"job": job.job_id})
+            started[run.key] = _Submitted(job, self._note(run))
+        return started
+
+    @property
+    def _folder(self) -> Path:
+        return self._plan.output / "cluster"
+
+    def _note(self, run: Run) -> Path:
+        return self._plan.job(run) / "job.json"

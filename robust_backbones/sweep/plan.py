@@ -1,0 +1,234 @@
+"""The runs of a study, their folders, and what those say about how far they are; needs no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.errors import InputError, PreemptedError
+from robust_backbones.records import write_json
+from robust_backbones.sweep.locks import owner_of
+
+STATES = ("waiting", "ready", "running", "preempted", "failed", "done")
+"""waiting: for another run; preempted: was begun and goes on at the next launch, however it was cut off."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of one tool."""
+
+    key: str
+    """A readable name, and a hash of the configuration and the weights: another setting is another run."""
+    kind: str
+    """``pretrain``, ``convert``, ``detect`` or ``transfer``."""
+    group: str
+    """Runs of one group take about the same time."""
+    argv: tuple[str, ...]
+    """The tool's script and its arguments."""
+    needs: tuple[str, ...] = ()
+    """Keys of the runs that must be done first."""
+    results: tuple[str, ...] = ("record.json",)
+    """Files of its folder that appear whole; the run is done once all are there."""
+    work: int = 1
+    """Iterations of a detector, epochs of a pre-training."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Run:
+        """As JSON gives them: it has lists for tuples."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**values)
+
+    def command(self, processes: int) -> list[str]:
+        """``argv`` for this many processes, one a GPU."""
+        script, *arguments = self.argv
+        if self.kind == "detect":
+            return [script, "--num-gpus", str(processes), *arguments]
+        if self.kind == "pretrain" and processes > 1:
+            return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *self.argv]
+        return [*self.argv]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study: its runs, each behind those it needs, and the folder with all that they leave."""
+
+    name: str
+    manifest: str
+    """The file that it was made from."""
+    output: Path
+    runs: tuple[Run, ...]
+    cost: str = ""
+    """What the manifest says that it takes."""
+
+    def __post_init__(self) -> None:
+        earlier: set[str] = set()
+        for run in self.runs:
+            if run.key in earlier:
+                raise InputError(f"two runs are called {run.key}: give one of them another name")
+            if missing := set(run.needs) - earlier:
+                raise InputError(f"{run.key} needs {', '.join(sorted(missing))}, which is not before it")
+            earlier.add(run.key)
+
+    @classmethod
+    def read(cls, output: Path) -> Plan:
+        """What ``write`` left in ``output``."""
+        try:
+            content = json.loads((output / "plan.json").read_text())
+            runs = [Run.from_dict(row) for row in content["runs"]]
+            return cls(**{**content, "output": output, "runs": tuple(runs)})
+        except FileNotFoundError:
+            raise InputError(f"no plan in {output}: run `tools/sweep.py setup` first") from None
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{output / 'plan.json'} is no plan of ours ({error!r}): set it up again") from None
+
+    def write(self) -> None:
+        write_json(self.output / "plan.json", {**asdict(self), "output": str(self.output)})
+
+    def run(self, key: str) -> Run:
+        for run in self.runs:
+            if run.key == key:
+                return run
+        raise InputError(f"no run is called {key} in {self.output}: it was set up anew without it")
+
+    def folder(self, run: Run) -> Path:
+        """What the tool writes; it makes the folder itself."""
+        return self.output / "runs" / run.key
+
+    def job(self, run: Run) -> Path:
+        """What the sweep notes about the run: its lock, its last attempt, and all that it printed."""
+        return self.output / "jobs" / run.key
+
+    def log(self, run: Run) -> Path:
+        return self.job(run) / "log.txt"
+
+    def is_done(self, run: Run) -> bool:
+        return all((self.folder(run) / result).exists() for result in run.results)
+
+    def records(self, run: Run) -> list[Path]:
+        """The records that the run has left."""
+        paths = [self.folder(run) / result for result in run.results]
+        return [path for path in paths if path.name == "record.json" and path.exists()]
+
+    def states(self) -> dict[str, str]:
+        """One of ``STATES`` for every run, by what lies on disk."""
+        found: dict[str, str] = {}
+        for run in self.runs:
+            found[run.key] = self._state(run, all(found[key] == "done" for key in run.needs))
+        return found
+
+    def _state(self, run: Run, can_start: bool) -> str:
+        if self.is_done(run):
+            return "done"
+        if owner_of(self.job(run) / "lock.json"):
+            return "running"
+        attempt = Attempt.read(self.job(run))
+        if attempt is not None and attempt.status not in (None, 0, PreemptedError.exit_status):
+            return "failed"
+        if attempt is not None:
+            return "preempted"
+        return "ready" if can_start else "waiting"
+
+    def progress(self, run: Run) -> float:
+        """The part of the run that is behind it, 0 to 1."""
+        folder = self.folder(run)
+        if self.is_done(run):
+            return 1.0
+        if run.kind == "detect":
+            return min(1.0, (_last_row(folder / "metrics.json").get("iteration", -1) + 1) / run.work)
+        if run.kind == "pretrain":
+            epochs, step = _last_row(folder / "metrics.jsonl"), _last_row(folder / "steps.jsonl")
+            if "step" not in epochs:  # how many steps make an epoch is not known yet
+                return 0.0
+            return min(1.0, max(step.get("step", 0), epochs["step"]) / epochs["step"] * epochs["epoch"] / run.work)
+        return len(self.records(run)) / len(run.results)
+
+    def last_line(self, run: Run) -> str:
+        """What the run printed last."""
+        lines = _tail(self.log(run)).replace("\r", "\n").split("\n")  # progress bars go back to the line's beginning
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+    def remaining_seconds(self, states: Mapping[str, str]) -> tuple[dict[str, float], float | None]:
+        """How long each running run will take, where it can be told, and all that is left; None: nobody knows yet.
+
+        A run's pace is its own since it was last started. Those that have not begun take as long as those of their
+        group do on average; as many as now are believed to run side by side.
+        """
+        whole: dict[str, list[float]] = {}
+        left: dict[str, float] = {}
+        for run in self.runs:
+            if states[run.key] == "done":
+                seconds = [json.loads(path.read_text())["seconds"] for path in self.records(run)]
+                if seconds:
+                    whole.setdefault(run.group, []).append(sum(seconds))
+            elif states[run.key] == "running" and (attempt := Attempt.read(self.job(run))):
+                progress, elapsed = self.progress(run), time.time() - attempt.started
+                if progress > attempt.progress:
+                    pace = elapsed / (progress - attempt.progress)
+                    left[run.key] = pace * (1 - progress)
+                    whole.setdefault(run.group, []).append(pace)
+        total = 0.0
+        for run in self.runs:
+            if states[run.key] == "done" or run.kind == "convert":  # a minute at most
+                continue
+            if run.key in left:
+                total += left[run.key]
+            elif run.group in whole:
+                total += (1 - self.progress(run)) * sum(whole[run.group]) / len(whole[run.group])
+            else:
+                return left, None
+        return left, total / max(1, sum(state == "running" for state in states.values()))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The last time that a run was started; ``job/attempt.json``."""
+
+    started: float
+    """Seconds since the epoch."""
+    progress: float
+    """Of the run, when it was started."""
+    status: int | None = None
+    """Its exit status; None while it runs, and for one that was killed."""
+
+    @classmethod
+    def read(cls, job: Path) -> Attempt | None:
+        try:
+            return cls(**json.loads((job / "attempt.json").read_text()))
+        except FileNotFoundError:
+            return None
+
+    def write(self, job: Path) -> None:
+        write_json(job / "attempt.json", asdict(self))
+
+
+def count(states: Iterable[str]) -> dict[str, int]:
+    """How many runs are in each state."""
+    found = list(states)
+    return {state: found.count(state) for state in STATES}
+
+
+def _tail(path: Path, size: int = 8192) -> str:
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    """The last whole line of a file of JSON rows; a kill can cut off the one behind it."""
+    for line in reversed(_tail(path).split("\n")):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            return row
+    return {}

@@ -1,0 +1,74 @@
+"""``python -m robust_backbones.sweep.runner OUTPUT KEY PROCESSES``: one run of a study, in this process and under its
+lock, so that it is at work once, whoever starts it; exits with the tool's status."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
+from robust_backbones.sweep.locks import HeldError, lock
+from robust_backbones.sweep.plan import Attempt, Plan
+
+
+def main(arguments: Sequence[str]) -> int:
+    output, key, processes = arguments
+    plan = Plan.read(Path(output))
+    run = plan.run(key)
+    job = plan.job(run)
+    try:
+        with lock(job / "lock.json"):
+            if plan.is_done(run):
+                return 0
+            print(f"---- {time.strftime('%Y-%m-%d %H:%M:%S')}: {run.key}", flush=True)
+            attempt = Attempt(time.time(), plan.progress(run))
+            attempt.write(job)
+            status = call(run.command(int(processes)))
+            if status == 0 and not plan.is_done(run):
+                missing = [result for result in run.results if not (plan.folder(run) / result).exists()]
+                print(f"error: it says that it is done, and has left no {', '.join(missing)}", file=sys.stderr)
+                status = TrainingFailedError.exit_status
+            replace(attempt, status=status).write(job)
+            return status
+    except HeldError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return PreemptedError.exit_status  # whoever asked may ask again
+
+
+def call(command: Sequence[str]) -> int:
+    """Run a script, or a module behind ``-m``, as Python's command line would; gives its exit status.
+
+    It shares this process, so that the lock's owner is the process that works, and dies with it.
+    """
+    is_module = command[0] == "-m"
+    sys.argv = list(command[is_module:])
+    sys.path[0] = os.getcwd() if is_module else str(Path(command[0]).resolve().parent)
+    try:
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as exit:
+        if exit.code is None or isinstance(exit.code, int):
+            return exit.code or 0
+        print(exit.code, file=sys.stderr)
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        # torchrun's way to say that it was asked to stop
+        return PreemptedError.exit_status if type(error).__name__ == "SignalException" else 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
