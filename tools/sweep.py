@@ -141,8 +141,8 @@ def executor_for(plan: Plan, manifest: Manifest, options: Launch) -> Executor:
     if options.executor == "slurm":
         cluster = replace(manifest.cluster, executor="slurm", processes=processes)
         return ClusterExecutor(plan, cluster, jobs=options.jobs or 256, gpus=options.gpus)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    found = torch.cuda.device_count()
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))).split(",")[:found]
     if options.executor == "here" and options.jobs > 1:
         raise InputError(f"--jobs {options.jobs} needs --executor local or slurm")
     side_by_side = max(1, (len(gpus) or os.cpu_count() or 1) // processes)

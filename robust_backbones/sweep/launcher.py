@@ -37,8 +37,8 @@ class Handle(Protocol):
     def poll(self) -> int | None:
         """Its exit status once it has ended; negative where it was killed."""
 
-    def stop(self) -> None:
-        """Ask it to write its state and to end."""
+    def stop(self) -> bool:
+        """Ask it to write its state and to end; False where it is not ours to end."""
 
 
 class Executor(Protocol):
@@ -87,9 +87,8 @@ def launch(
                 say(f"failed: {key}: {plan.last_line(runs[key])} (see {plan.log(runs[key])})")
         if stop() and not stopping:
             stopping = True
+            handles = {key: handle for key, handle in handles.items() if handle.stop()}
             say(f"asked to stop: waiting for {len(handles)} runs to write their state")
-            for handle in handles.values():
-                handle.stop()
         states = plan.states()
         if not stopping:
             started = executor.start(
@@ -120,7 +119,7 @@ def _summary(plan: Plan, failed: set[str], stopped: bool, say: Callable[[str], N
     text = f"{states['done']} of {len(plan.runs)} runs are done"
     text += f", {len(failed)} failed" if failed else ""
     text += f", {left - len(failed)} are left" if left > len(failed) else ""
-    text += ": the same command goes on" if stopped else ": the same command tries them again" if left else ""
+    text += ": the same command goes on" if left else ""
     say(text)
     return 0 if not left else PreemptedError.exit_status if stopped else 1
 
@@ -148,8 +147,9 @@ class _Process:
     def poll(self) -> int | None:
         return self.process.poll()
 
-    def stop(self) -> None:
+    def stop(self) -> bool:
         self.process.send_signal(signal.SIGTERM)
+        return True
 
 
 class LocalExecutor:
@@ -235,8 +235,8 @@ class _Submitted:
         self.note.unlink(missing_ok=True)
         return KILLED if attempt is None or attempt.status is None else attempt.status
 
-    def stop(self) -> None:
-        """The job is the cluster's: it stays there, and the next launch finds it."""
+    def stop(self) -> bool:
+        return False  # the job is the cluster's: it stays there, and the next launch finds it
 
 
 class ClusterExecutor:
