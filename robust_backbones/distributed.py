@@ -6,7 +6,7 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -166,15 +166,15 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn ``STOP_SIGNALS`` into a flag to look at."""
+def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[StopRequest]:
+    """Turn these signals into a flag to look at."""
     request = StopRequest()
 
     def remember(number: int, frame: FrameType | None) -> None:
         request.signal = number
 
     try:
-        previous = {number: signal.signal(number, remember) for number in STOP_SIGNALS}
+        previous = {number: signal.signal(number, remember) for number in signals}
     except ValueError:  # only the main thread may set handlers; in another one nothing can be asked
         previous = {}
     try:

@@ -12,7 +12,7 @@ COMMANDS = re.findall(r"^\$? ?(?:python|torchrun .*?) (tools/\w+\.py.*(?:\\\n.*)
 
 
 def test_named_files_exist() -> None:
-    named = re.findall(r"\b((?:tools|detectron_configs|docs)/[\w/.-]*\w)", README)
+    named = re.findall(r"\b((?:tools|detectron_configs|docs|studies)/[\w/.-]*\w)", README)
     assert len(named) > 5
     assert not [name for name in named if not (ROOT / name).exists()]
     configurations = re.findall(r"`((?:PascalVOC|COCO|quick)[\w/-]+)`", README)

@@ -542,6 +542,21 @@ def test_progress_and_time_left(tmp_path: Path) -> None:
         assert total == pytest.approx(120 + (100 + 200) / 2, rel=0.05)
 
 
+def test_a_failure_is_named_by_its_error(tmp_path: Path) -> None:
+    plan = stubs(tmp_path, {"a": "go"})
+    run = plan.runs[0]
+    assert plan.last_line(run) == ""
+    plan.job(run).mkdir(parents=True)
+    plan.log(run).write_text("---- first\nerror: old\n---- second\n")
+    assert plan.last_line(run) == "---- second"
+    with open(plan.log(run), "a") as file:
+        file.write("10 %\r20 %\r90 %\n\n")
+    assert plan.last_line(run) == "90 %"
+    with open(plan.log(run), "a") as file:
+        file.write("error: new\nTraceback\n=====\n")
+    assert plan.last_line(run) == "error: new"
+
+
 # Locks
 
 

@@ -31,7 +31,7 @@ import torch
 import tyro
 
 from robust_backbones import cli
-from robust_backbones.distributed import stop_on_signals
+from robust_backbones.distributed import STOP_SIGNALS, stop_on_signals
 from robust_backbones.errors import InputError
 from robust_backbones.records import atomic_path
 from robust_backbones.sweep.launcher import ClusterExecutor, Executor, LocalExecutor, launch
@@ -123,10 +123,8 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
 
 
 def carry_out(manifest: Manifest, options: Launch) -> int:
-    # Ctrl-C as a scheduler's request: runs write their states.
-    signal.signal(signal.SIGINT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     plan = expand(manifest)
-    with stop_on_signals() as stop, lock(plan.output / "lock.json") as dead:
+    with stop_on_signals((*STOP_SIGNALS, signal.SIGINT)) as stop, lock(plan.output / "lock.json") as dead:
         if dead:
             print(f"taking over from {dead}, which ended without giving its lock back")
         set_up(plan, manifest)

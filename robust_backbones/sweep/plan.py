@@ -15,6 +15,8 @@ from robust_backbones.sweep.locks import owner_of
 
 STATES = ("waiting", "ready", "running", "preempted", "failed", "done")
 """waiting: for another run; preempted: was begun and goes on at the next launch, however it was cut off."""
+ATTEMPT = "----"
+"""Begins the line that each attempt begins with in a run's log."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,12 @@ class Plan:
         return len(self.records(run)) / len(run.results)
 
     def last_line(self, run: Run) -> str:
-        """What the run printed last."""
+        """What the run printed last: its error, which torchrun buries under its own, or the last line."""
         lines = _tail(self.log(run)).replace("\r", "\n").split("\n")  # progress bars go back to the line's beginning
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+        lines = [line.strip() for line in lines if line.strip()]
+        start = max((place for place, line in enumerate(lines) if line.startswith(ATTEMPT)), default=0)
+        errors = [line for line in lines[start:] if line.startswith("error: ")]
+        return (errors or lines or [""])[-1]
 
     def remaining_seconds(self, states: Mapping[str, str]) -> tuple[dict[str, float], float | None]:
         """How long each running run will take, where it can be told, and all that is left; None: nobody knows yet.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 from robust_backbones.sweep.locks import HeldError, lock
-from robust_backbones.sweep.plan import Attempt, Plan
+from robust_backbones.sweep.plan import ATTEMPT, Attempt, Plan
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
         with lock(job / "lock.json"):
             if plan.is_done(run):
                 return 0
-            print(f"---- {time.strftime('%Y-%m-%d %H:%M:%S')}: {run.key}", flush=True)
+            print(f"{ATTEMPT} {time.strftime('%Y-%m-%d %H:%M:%S')}: {run.key}", flush=True)
             attempt = Attempt(time.time(), plan.progress(run))
             attempt.write(job)
             status = call(run.command(int(processes)))
