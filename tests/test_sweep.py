@@ -808,6 +808,15 @@ def test_slurm_gets_arrays_of_what_is_ready(slurm: Path, tmp_path: Path) -> None
     assert not list(plan.output.glob("jobs/*/job.json"))
 
 
+def test_conversions_stay_here(slurm: Path, tmp_path: Path) -> None:
+    plan = stubs(tmp_path, {"a": "go", "b": "go"}, {"b": ("a",)})
+    plan = replace(plan, runs=(replace(plan.runs[0], kind="convert"), plan.runs[1]))
+    plan.write()
+    assert launch(plan, ClusterExecutor(plan, ClusterConfig("slurm", processes=1)), say=lambda text: None) == 0
+    assert ledger(plan) == ["start a", "start b"]
+    assert len(list(slurm.glob("*.sh"))) == 1
+
+
 def test_a_launcher_finds_the_jobs_of_the_one_before(slurm: Path, tmp_path: Path) -> None:
     plan = stubs(tmp_path, {"a": "wait"})
     cluster = ClusterConfig("slurm", processes=1)
