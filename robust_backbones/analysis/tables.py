@@ -1,7 +1,9 @@
-"""Markdown tables from run records."""
+"""Tables from run records, in Markdown, CSV and LaTeX."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
@@ -39,18 +41,14 @@ def robustness_table(records: Mapping[str, tuple[RunRecord, RunRecord]]) -> str:
     against = {f"{e.config['threat_model']}, PGD-{e.config['attack']['steps']}" for _, e in records.values()}
     heads[-1] += f" ({'; '.join(sorted(against))})"
 
-    def with_interval(metrics: Mapping[str, float | None], stage: str) -> str:
-        low, high = metrics[f"{stage}_accuracy_low"], metrics[f"{stage}_accuracy_high"]
-        return f"{metrics[f'{stage}_accuracy']:.1f} ({low:.1f} to {high:.1f})"
-
     rows = [
         [
             label,
             str(training.threat_model),
             str(training.config["epochs"]),
             f"{training.seconds / 60:.0f}",
-            with_interval(evaluation.metrics, "clean"),
-            with_interval(evaluation.metrics, "pgd"),
+            _with_interval(evaluation.metrics, "clean"),
+            _with_interval(evaluation.metrics, "pgd"),
         ]
         for label, (training, evaluation) in records.items()
     ]
@@ -63,6 +61,11 @@ def classification_table(records: Sequence[RunRecord]) -> str:
     Args:
         records: of task ``transfer``, in any order.
     """
+    return markdown(*classification_rows(records))
+
+
+def classification_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of ``classification_table``."""
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.seed):
         recipe = {name: value for name, value in record.config.items() if name not in _OF_A_TRIAL}
@@ -94,7 +97,7 @@ def classification_table(records: Sequence[RunRecord]) -> str:
                 way or "-",
             ]
         )
-    return markdown(heads, rows)
+    return heads, rows
 
 
 _OF_A_TRIAL = ("selection", "seed", "run", "lr", "weight_decay")
@@ -119,7 +122,90 @@ def _way(record: RunRecord) -> str:
     return ", ".join(way for way, applies in ways.items() if applies)
 
 
+def classifier_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells, a row a classifier: accuracies (0-100) as pre-training or an attack measured them.
+
+    Those under attack have their 95 % intervals.
+
+    Args:
+        records: of the tasks ``pretrain`` and ``robustness``, in any order.
+    """
+    heads = [
+        "run",
+        "task",
+        "architecture",
+        "trained at",
+        "data set",
+        "clean acc",
+        "against",
+        "robust acc",
+        "AutoAttack",
+    ]
+    rows = []
+    for record in sorted(records, key=lambda record: (record.task, record.dataset, record.run_id)):
+        robust, against = "robust", str(record.config.get("eval_threat_model", "-"))
+        if record.task == "robustness":
+            robust = "pgd"
+            against = f"{record.config['threat_model']}, PGD-{record.config['attack']['steps']}"
+        accuracies = [_with_interval(record.metrics, stage) for stage in ("clean", robust, "autoattack")]
+        kind = [
+            record.run_id,
+            record.task,
+            str(record.backbone.get("arch", "-")),
+            str(record.threat_model or "unknown"),
+        ]
+        rows.append([*kind, record.dataset, accuracies[0], against, *accuracies[1:]])
+    return heads, rows
+
+
+def _with_interval(metrics: Mapping[str, float | None], stage: str) -> str:
+    value, low, high = (metrics.get(f"{stage}_accuracy{end}") for end in ("", "_low", "_high"))
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if low is None or high is None else f"{value:.1f} ({low:.1f} to {high:.1f})"
+
+
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def csv_text(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as RFC 4180 has it, with plain line ends."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([heads, *rows])
+    return text.getvalue()
+
+
+def latex(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str, label: str, notes: Sequence[str]
+) -> str:
+    """A table environment that needs no package; text is escaped, and notes stand below in small print."""
+    lines = [" & ".join(map(_latex_text, line)) + r" \\" for line in [heads, *rows]]
+    columns = "l" * 2 + "r" * (len(heads) - 3) + r"p{0.3\textwidth}"
+    below = "".join(f"\\par {_latex_text(note)}\n" for note in notes)
+    return (
+        "\\begin{table}\n\\centering\\footnotesize\n"
+        f"\\caption{{{_latex_text(caption)}}}\n\\label{{tab:{label}}}\n"
+        f"\\begin{{tabular}}{{{columns}}}\n\\hline\n"
+        + "\n".join([lines[0], r"\hline", *lines[1:], r"\hline"])
+        + f"\n\\end{{tabular}}\n{below}\\end{{table}}\n"
+    )
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "±": r"$\pm$",
+    "†": r"$\dagger$",
+    "ε": r"$\varepsilon$",
+}
+
+
+def _latex_text(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)

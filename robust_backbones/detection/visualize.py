@@ -38,7 +38,7 @@ def draw_comparison(
     metadata = MetadataCatalog.get(dataset_name)
     items: list[dict[str, Any]] = DatasetCatalog.get(dataset_name)
     detections = {name: json.loads(path.read_text()) for name, path in results.items()}
-    rows = []
+    rows = {}
     for item in [item for item in items if item["annotations"]][:images]:
         found = {
             name: [
@@ -53,9 +53,22 @@ def draw_comparison(
             ]
             for name, detector in detections.items()
         }
-        rows.append(_panels(item["file_name"], {"ground truth": item["annotations"], **found}, metadata))
-    width = max(row.shape[1] for row in rows)
-    padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
+        rows[item["file_name"]] = {"ground truth": item["annotations"], **found}
+    draw_rows(rows, output, metadata)
+
+
+def draw_rows(
+    rows: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], output: Path, metadata: Any, *, width: int = 400
+) -> None:
+    """Write a picture with a row an image and a panel ``width`` pixels wide a column.
+
+    Args:
+        rows: image file -> title -> objects; see ``draw_objects`` for them and ``metadata``.
+        output: a ``.png`` or ``.jpg`` file.
+    """
+    pictures = [_panels(file, columns, metadata, width=width) for file, columns in rows.items()]
+    widest = max(picture.shape[1] for picture in pictures)
+    padded = [np.pad(picture, ((0, 0), (0, widest - picture.shape[1]), (0, 0))) for picture in pictures]
     write_picture(output, np.vstack(padded))
 
 

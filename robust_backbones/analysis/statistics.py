@@ -1,0 +1,213 @@
+"""What a few seeds can tell: means with intervals, paired comparisons with the standard backbone, the seeds needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+from typing import TypeVar
+
+from scipy import stats
+
+K = TypeVar("K", bound=Hashable)
+
+ALPHA = 0.05
+"""A difference counts as found when its p value after Holm's correction is below this."""
+POWER = 0.8
+"""The chance of finding a difference that a planned number of seeds has to give."""
+MOST_SEEDS = 10_000
+"""More are not counted."""
+# Percentages are known to 1e-13 or so in float64, and the smallest step of an AP is far above this.
+_ROUNDING = 1e-9
+# Power is 1 from far below on, and scipy's series need not converge above.
+_LARGEST_SHIFT = 1e4
+
+
+@dataclass(frozen=True)
+class Summary:
+    """``n`` values: mean, sample standard deviation (n - 1), 95 % t interval of the mean; one value has no spread."""
+
+    n: int
+    mean: float
+    std: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Of a backbone with the standard one, over the seeds that both have; a positive difference is the backbone's.
+
+    What does not exist is None; ``reason`` then says why there is no test.
+    """
+
+    seeds: tuple[int, ...]
+    """Those that both have."""
+    unpaired: tuple[int, ...]
+    """Those that only one of the two has; they count in means, but not here."""
+    difference: float | None
+    """Mean of the paired differences."""
+    low: float | None
+    high: float | None
+    """95 % t interval of the difference, of this comparison alone."""
+    effect: float | None
+    """Cohen's d_z: mean of the paired differences over their standard deviation (Cohen 1988, section 2.3.5)."""
+    p: float | None
+    """Of the two-sided paired t test."""
+    p_holm: float | None
+    """The same after Holm's correction for all tests of the family."""
+    seeds_needed: int | None
+    """For 80 % power at the observed effect and the family's strictest level, ALPHA / tests; None also above
+    MOST_SEEDS and for an effect of 0."""
+    reason: str
+
+    @property
+    def verdict(self) -> str:
+        if self.p_holm is None or self.difference is None:
+            return "not tested"
+        if self.p_holm >= ALPHA:
+            return "not distinguishable"
+        return "better" if self.difference > 0 else "worse"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in plain words, with what it rests on."""
+        if self.reason:
+            return f"Not tested: {self.reason}."
+        assert self.difference is not None
+        assert self.p_holm is not None
+        seeds = f"{len(self.seeds)} paired seeds"
+        if self.unpaired:
+            seeds += f" ({_numbers(self.seeds)}; {_numbers(self.unpaired)} without a partner left out)"
+        if self.effect == 0:
+            return f"Not distinguishable from standard: the mean difference over {seeds} is 0."
+        if self.verdict != "not distinguishable":
+            return (
+                f"{self.verdict.capitalize()} than standard by {abs(self.difference):.2f} over {seeds}, "
+                f"p = {p_value(self.p_holm)}."
+            )
+        needed = f"more than {MOST_SEEDS:,}" if self.seeds_needed is None else f"about {self.seeds_needed:,}"
+        return (
+            f"Not distinguishable from standard: {self.difference:+.2f} over {seeds}, p = {p_value(self.p_holm)}; "
+            f"to tell a difference of this size, {needed} seeds would be needed."
+        )
+
+
+def summarize(values: Sequence[float]) -> Summary:
+    """Mean, spread and interval of one or more values."""
+    low, high = _interval(values)
+    return Summary(len(values), fmean(values), stdev(values) if len(values) > 1 else None, low, high)
+
+
+def compare(standard: Mapping[int, float], others: Mapping[K, Mapping[int, float]]) -> dict[K, Comparison]:
+    """Each backbone with the standard one, by paired t tests that are one family for Holm's correction.
+
+    Args:
+        standard: seed -> result.
+        others: backbone -> seed -> result; the seeds need not be the same.
+    """
+    single = {key: _compare_one(standard, results) for key, results in others.items()}
+    tested = {key: comparison.p for key, comparison in single.items() if comparison.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return {
+        key: replace(
+            comparison,
+            p_holm=corrected[key],
+            seeds_needed=seeds_needed(comparison.effect, ALPHA / len(tested)) if comparison.effect else None,
+        )
+        if key in corrected
+        else comparison
+        for key, comparison in single.items()
+    }
+
+
+def _compare_one(standard: Mapping[int, float], other: Mapping[int, float]) -> Comparison:
+    seeds = tuple(sorted(standard.keys() & other.keys()))
+    differences = [other[seed] - standard[seed] for seed in seeds]
+    untested = Comparison(
+        seeds=seeds,
+        unpaired=tuple(sorted(standard.keys() ^ other.keys())),
+        difference=fmean(differences) if seeds else None,
+        low=None,
+        high=None,
+        effect=None,
+        p=None,
+        p_holm=None,
+        seeds_needed=None,
+        reason="",
+    )
+    if not standard or not other:
+        return replace(untested, reason=f"no result of {'this' if standard else 'the standard'} backbone")
+    if not seeds:
+        return replace(untested, reason="the two share no seed, and pairs need the same one")
+    if len(seeds) == 1:
+        which = "one seed" if not untested.unpaired else f"one seed that both have ({seeds[0]})"
+        return replace(untested, reason=f"{which} says nothing about how results vary over seeds")
+    if max(map(abs, differences)) <= _ROUNDING:
+        return replace(untested, difference=0.0, low=0.0, high=0.0, effect=0.0, p=1.0)
+    if max(differences) - min(differences) <= _ROUNDING:
+        # t is infinite: the formula's p of 0 would be a claim about a spread that was not seen.
+        same = f"the difference is {differences[0]:+.2f} in each of the {len(seeds)} seeds"
+        return replace(untested, reason=f"{same}, and a t test needs differences that vary")
+    low, high = _interval(differences)
+    return replace(
+        untested,
+        low=low,
+        high=high,
+        effect=fmean(differences) / stdev(differences),
+        p=float(stats.ttest_rel([other[s] for s in seeds], [standard[s] for s in seeds]).pvalue),
+    )
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values after Holm's step-down correction (1979, "A simple sequentially rejective multiple test procedure").
+
+    The smallest of m is multiplied by m, the next by m - 1 and so on; none may be below one before it, or above 1.
+    """
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def power(effect: float, n: int, alpha: float = ALPHA) -> float:
+    """The chance that a two-sided paired t test with ``n`` pairs finds an effect d_z.
+
+    t then follows the noncentral t distribution with n - 1 degrees of freedom and noncentrality d_z sqrt(n) (Cohen
+    1988; Faul et al. 2007, "G*Power 3").
+    """
+    critical = stats.t.ppf(1 - alpha / 2, n - 1)
+    shift = min(abs(effect) * math.sqrt(n), _LARGEST_SHIFT)
+    # The lower tail by symmetry: scipy's nct.cdf is NaN there from a shift of 6 on.
+    return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.sf(critical, n - 1, -shift))
+
+
+def seeds_needed(effect: float, alpha: float = ALPHA) -> int | None:
+    """The smallest number of pairs with 80 % power for an effect d_z; None above MOST_SEEDS."""
+    low, high = 1, 2  # power(low) is too small, or low is no number to test with
+    while power(effect, high, alpha) < POWER:
+        if high >= MOST_SEEDS:
+            return None
+        low, high = high, min(2 * high, MOST_SEEDS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if power(effect, middle, alpha) >= POWER else (middle, high)
+    return high
+
+
+def p_value(p: float) -> str:
+    """As it is printed: three digits behind the point."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    if len(values) < 2:
+        return None, None
+    half = float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+def _numbers(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))

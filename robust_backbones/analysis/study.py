@@ -1,0 +1,457 @@
+"""From records to comparable results: runs that differ in backbone and seed alone, and one table a metric of them."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.analysis.paper import PaperResult, differences_to_paper, paper_result
+from robust_backbones.analysis.statistics import Comparison, Summary, compare, p_value, summarize
+from robust_backbones.errors import InputError
+from robust_backbones.records import RunRecord
+from robust_backbones.threat_models import ThreatModel
+
+TASKS = {"detection": "Detection", "segmentation": "Instance segmentation", "transfer": "Classification transfer"}
+"""Tasks whose backbones are compared."""
+METHOD = (
+    "Means, sample standard deviations (n - 1) and 95 % t intervals are over seeds. Tests are two-sided paired t tests "
+    "by seed against the standard backbone; p is after Holm's correction over the tests of one table, and below 0.05 a "
+    "backbone is called better or worse. Intervals of differences are of one comparison each, not corrected. d_z is "
+    "the mean of the paired differences over their standard deviation (Cohen 1988). The seeds needed give 80 % power "
+    "at the observed effect and the strictest corrected level; from few seeds that effect is itself uncertain, and so "
+    "is their number."
+)
+METRICS = {"bbox": "box", "segm": "mask", "bbox-area": "box (area)", "bbox-11point": "box (11-point)"}
+HEADLINES = ("bbox/AP", "segm/AP", "clean_accuracy")
+"""What summary and figures are about."""
+# What a run's configuration may say without being another experiment: which backbone and seed, where it runs, what it
+# shows and how often it saves; of a transfer trial also what its grid chose.
+_FREE = {
+    "SEED",
+    "OUTPUT_DIR",
+    "VIS_PERIOD",
+    "CUDNN_BENCHMARK",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.REFERENCE_EVAL",
+    "TEST.VISUALIZE",
+    "seed",
+    "seeds",
+    "run",
+    "lr",
+    "weight_decay",
+    "micro_batch_size",
+    "processes",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A record and the folder that it lies in."""
+
+    folder: Path
+    record: RunRecord
+
+    @property
+    def weights(self) -> str:
+        """What tells its backbone's file from others: the sha256, or the name where the file does not say."""
+        return str(self.record.backbone.get("source_sha256") or self._weights_name)
+
+    @property
+    def _weights_name(self) -> str:
+        model = self.record.config.get("MODEL", {})
+        return Path(model.get("WEIGHTS", "")).stem if isinstance(model, Mapping) else ""
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Its configuration without what may differ within an experiment."""
+        return {
+            key: value
+            for key, value in _flat(self.record.config).items()
+            if key not in _FREE and not key.startswith("selection.")
+        }
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One backbone's runs in an experiment, by seed."""
+
+    name: str
+    threat_model: ThreatModel | None
+    runs: Mapping[int, Run]
+
+    @property
+    def is_standard(self) -> bool:
+        return self.threat_model is not None and self.threat_model.epsilon == 0
+
+    @property
+    def trained_at(self) -> str:
+        return "unknown" if self.threat_model is None else str(self.threat_model)
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed -> result (0-100), where there is one."""
+        found = {seed: run.record.metrics.get(metric) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that differ in backbone and seed alone: what is compared is what was varied."""
+
+    task: str
+    dataset: str
+    setting: str
+    """What tells it from the other experiments of its task and data set; empty where there is none."""
+    backbones: tuple[Backbone, ...]
+    """The standard ones first, then by norm and epsilon."""
+    notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{TASKS[self.task]} on {self.dataset}" + (f" ({self.setting})" if self.setting else "")
+
+    @property
+    def slug(self) -> str:
+        """The title as the beginning of file names, short enough for one."""
+        name = re.sub(r"[^a-z0-9]+", "_", f"{self.task} {self.dataset} {self.setting}".lower()).strip("_")
+        return name if len(name) <= 100 else f"{name[:90]}_{zlib.crc32(name.encode()):08x}"
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for backbone in self.backbones for run in backbone.runs.values()]
+
+    @property
+    def standard(self) -> Backbone | None:
+        """The backbone to compare with; None where there is none, or more than one."""
+        standards = [backbone for backbone in self.backbones if backbone.is_standard]
+        return standards[0] if len(standards) == 1 else None
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those that get a table, and that some run has a value of."""
+        names = dict.fromkeys(name for run in self.runs for name in run.record.metrics)
+        return [n for n in names if is_reported(n) and any(b.values(n) for b in self.backbones)]
+
+    @property
+    def headlines(self) -> list[str]:
+        """AP of boxes and masks, or accuracy; of several test sets each."""
+        return [name for name in self.metrics if f"/{name}".endswith(tuple(f"/{headline}" for headline in HEADLINES))]
+
+    @cached_property
+    def mixed_versions(self) -> dict[str, dict[str, list[Path]]]:
+        """Package -> version -> folders of runs, for packages that not all runs have in one version."""
+        packages = sorted({package for run in self.runs for package in run.record.versions})
+        found: dict[str, dict[str, list[Path]]] = {package: {} for package in packages}
+        for run in self.runs:
+            for package in packages:
+                found[package].setdefault(run.record.versions.get(package, "none"), []).append(run.folder)
+        return {package: versions for package, versions in found.items() if len(versions) > 1}
+
+    def is_odd(self, backbone: Backbone) -> bool:
+        """Whether a run of it has another version of some library than most runs of the experiment."""
+        odd = set()
+        for versions in self.mixed_versions.values():
+            usual = max(versions, key=lambda version: len(versions[version]))
+            odd |= {folder for version, folders in versions.items() if version != usual for folder in folders}
+        return any(run.folder in odd for run in backbone.runs.values())
+
+    @property
+    def remarks(self) -> list[str]:
+        """What holds for every table of the experiment."""
+        remarks = list(self.notes)
+        repeated = [backbone for backbone in self.backbones if len(backbone.runs) > 1]
+        if self.task != "transfer" and any(len({r.weights for r in b.runs.values()}) == 1 for b in repeated):
+            remarks.append(
+                "The seeds of a backbone start from one pre-trained file: spread and tests are about fine-tuning, and "
+                "what another pre-training would change is not in them."
+            )
+        if self.mixed_versions:
+            told = "; ".join(
+                f"{package} " + ", ".join(f"{version} in {len(folders)}" for version, folders in versions.items())
+                for package, versions in self.mixed_versions.items()
+            )
+            remarks.append(f"† Library versions are mixed ({told} runs): a difference may be theirs.")
+        return remarks
+
+
+@dataclass(frozen=True)
+class Row:
+    """A backbone in a table; ``comparison`` is with the standard backbone, None for that itself and without one."""
+
+    backbone: Backbone
+    summary: Summary | None
+    comparison: Comparison | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """One metric of an experiment: a row a backbone, the paper's values where it has some, and what to know of both."""
+
+    experiment: Experiment
+    metric: str
+    rows: tuple[Row, ...]
+    paper: PaperResult | None
+    notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.experiment.title}: {metric_name(self.metric)}"
+
+    @property
+    def slug(self) -> str:
+        return f"{self.experiment.slug}_{re.sub(r'[^a-zA-Z0-9]+', '_', self.metric)}"
+
+
+def find_runs(folders: Sequence[Path]) -> list[Run]:
+    """Every record.json in these folders, however deep, each once.
+
+    Raises:
+        InputError: a folder is missing or holds no record; a file is no record.
+    """
+    found: dict[Path, Run] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"no folder {folder}: give folders of runs")
+        paths = sorted(folder.rglob("record.json"))
+        if not paths:
+            raise InputError(f"no record.json in {folder}: give folders of finished runs")
+        for path in paths:
+            if path.resolve() not in found:
+                found[path.resolve()] = Run(path.parent, _checked(RunRecord.read(path), path))
+    return list(found.values())
+
+
+def experiments(runs: Sequence[Run]) -> list[Experiment]:
+    """The runs of TASKS, sorted into what can be compared.
+
+    Raises:
+        InputError: two runs are the same by all they say, with different results.
+    """
+    groups: dict[tuple[str, str], list[tuple[dict[str, Any], list[Run]]]] = {}
+    for run in runs:
+        if run.record.task in TASKS:
+            alternatives = groups.setdefault((run.record.task, run.record.dataset), [])
+            setting = run.setting
+            for known, members in alternatives:
+                if known == setting:
+                    members.append(run)
+                    break
+            else:
+                alternatives.append((setting, [run]))
+    order = list(TASKS)
+    found = []
+    for (task, dataset), alternatives in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        names = _tell_apart([setting for setting, _ in alternatives])
+        for name, (_, members) in zip(names, alternatives, strict=True):
+            backbones, notes = _backbones(members)
+            found.append(Experiment(task, dataset, name, backbones, notes))
+    return found
+
+
+def results(experiment: Experiment) -> list[Result]:
+    """A table's content for each metric of an experiment."""
+    return [_result(experiment, metric) for metric in experiment.metrics]
+
+
+def is_reported(metric: str) -> bool:
+    """Whether a metric gets a table of its own: AP, AP50 and AP75 of boxes and masks, clean accuracy."""
+    # The best of several evaluations on the test images is no result.
+    is_average = re.search(rf"(^|/)({'|'.join(METRICS)})/AP(50|75)?$", metric) and not metric.startswith("best/")
+    return metric == "clean_accuracy" or bool(is_average)
+
+
+def metric_name(metric: str) -> str:
+    """``segm/AP50`` -> ``mask AP50``, with the test set in front where a run has several."""
+    *dataset, kind, name = ["", *metric.split("/")][-3:]
+    text = f"{METRICS[kind]} {name}" if kind in METRICS else name.replace("_", " ")
+    return " ".join([*filter(None, dataset), text])
+
+
+def display_rows(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of a result's table, for readers; ``-`` is what does not exist."""
+    heads = ["backbone", "trained at", "n", "mean ± std", "95 % interval", "difference (95 %)", "p (Holm)", "d_z"]
+    heads.append("in words")
+    rows = []
+    for row in result.rows:
+        mark = "†" if result.experiment.is_odd(row.backbone) else ""
+        cells = [row.backbone.name + mark, row.backbone.trained_at, *_summary_cells(row.summary)]
+        rows.append([*cells, *_comparison_cells(row.comparison), row.sentence])
+    if result.paper:
+        for name, value in (("standard", result.paper.standard), ("best robust", result.paper.robust)):
+            mean = f"{value.mean:.2f}" + ("" if value.std is None else f" ± {value.std:.2f}")
+            n = "-" if value.n is None else str(value.n)
+            rows.append(
+                [f"paper: {name}", value.trained_at, n, mean, "-", "-", "-", "-", "Value of the paper, not ours."]
+            )
+    return heads, rows
+
+
+def exact_rows(result: Result) -> tuple[list[str], list[list[str]]]:
+    """The same for programs: one number a cell, unrounded; empty is what does not exist."""
+    heads = ["origin", "backbone", "trained_at", "n", "seeds", "values", "mean", "std", "low", "high"]
+    heads += ["paired_seeds", "difference", "difference_low", "difference_high", "p", "p_holm", "d_z", "seeds_needed"]
+    heads += ["verdict", "sentence"]
+    rows = []
+    for row in result.rows:
+        values, s, c = row.backbone.values(result.metric), row.summary, row.comparison
+        cells: list[Any] = ["ours", row.backbone.name, row.backbone.trained_at, len(values)]
+        cells += [" ".join(map(str, values)), " ".join(map(repr, values.values()))]
+        cells += [s.mean, s.std, s.low, s.high] if s else [None] * 4
+        if c:
+            cells += [" ".join(map(str, c.seeds)), c.difference, c.low, c.high, c.p, c.p_holm, c.effect]
+            cells += [c.seeds_needed, c.verdict]
+        else:
+            cells += [None] * 9
+        rows.append(["" if cell is None else str(cell) for cell in [*cells, row.sentence]])
+    if result.paper:
+        for value in (result.paper.standard, result.paper.robust):
+            cells = ["paper", "resnet50", value.trained_at, value.n, None, None, value.mean, value.std, *[None] * 11]
+            rows.append(["" if cell is None else str(cell) for cell in [*cells, result.paper.source]])
+    return heads, rows
+
+
+def _result(experiment: Experiment, metric: str) -> Result:
+    standard = experiment.standard
+    found = {index: backbone.values(metric) for index, backbone in enumerate(experiment.backbones)}
+    comparisons: dict[int, Comparison] = {}
+    if standard is not None:
+        own = standard.values(metric)
+        comparisons = compare(own, {i: v for i, v in found.items() if experiment.backbones[i] is not standard})
+    rows = []
+    for index, backbone in enumerate(experiment.backbones):
+        comparison = comparisons.get(index)
+        if backbone is standard:
+            sentence = "The standard backbone, with which the others are compared."
+        elif comparison is None:
+            several = any(b.is_standard for b in experiment.backbones)
+            sentence = f"Not compared: there is {'more than one' if several else 'no'} standard backbone."
+        else:
+            sentence = comparison.sentence
+        rows.append(
+            Row(backbone, summarize(list(found[index].values())) if found[index] else None, comparison, sentence)
+        )
+    paper = paper_result(experiment.runs[0].record, metric)
+    return Result(experiment, metric, tuple(rows), paper, tuple(_notes(experiment, metric, rows, paper)))
+
+
+def _notes(experiment: Experiment, metric: str, rows: Sequence[Row], paper: PaperResult | None) -> list[str]:
+    notes = []
+    for row in rows:
+        missing = sorted(row.backbone.runs.keys() - row.backbone.values(metric).keys())
+        if missing:
+            notes.append(
+                f"{row.backbone.name} trained at {row.backbone.trained_at} has no {metric_name(metric)} for "
+                f"seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}: these count nowhere."
+            )
+    if paper:
+        differences = differences_to_paper(experiment.runs[0].record, paper)
+        notes.append(
+            f"The paper's values ({paper.source}) are not comparable with ours: {'; '.join(differences)}."
+            if differences
+            else f"The paper's values ({paper.source}): same data, architecture and schedule ({paper.schedule}) as far "
+            "as it says."
+        )
+    return notes
+
+
+def _backbones(runs: Sequence[Run]) -> tuple[tuple[Backbone, ...], tuple[str, ...]]:
+    """The runs of one experiment by backbone, and what had to be left out."""
+    families: dict[tuple[str, str | None], list[Run]] = {}
+    for run in runs:
+        name = str(
+            run.record.backbone.get("label") or run.record.backbone.get("arch") or run._weights_name or "unknown"
+        )
+        families.setdefault((name, run.record.threat_model), []).append(run)
+    backbones, notes = [], []
+    for (name, trained_at), members in families.items():
+        threat_model = None if trained_at is None else ThreatModel.parse(trained_at)
+        # Seeds may come with a pre-training of their own each; two files with one seed are two backbones.
+        files = Counter((run.record.seed, run.weights) for run in members)
+        split = len({seed for seed, _ in files}) < len(files)
+        for part in sorted({run.weights for run in members}) if split else [None]:
+            chosen: dict[int, Run] = {}
+            own = [run for run in members if part is None or run.weights == part]
+            for run in sorted(own, key=lambda run: run.record.seed):
+                twin = chosen.setdefault(run.record.seed, run)
+                if twin is run:
+                    continue
+                if twin.record.metrics != run.record.metrics:
+                    raise InputError(
+                        f"{twin.folder} and {run.folder} are the same run (data, configuration, backbone, seed) with "
+                        "different results: leave one of them out"
+                    )
+                notes.append(f"{run.folder.name} repeats {twin.folder.name} to the last digit and is counted once.")
+            label = f"{name} ({own[0]._weights_name or own[0].weights[:8]})" if split else name
+            backbones.append(Backbone(label, threat_model, chosen))
+    return tuple(sorted(backbones, key=_order)), tuple(notes)
+
+
+def _order(backbone: Backbone) -> tuple[Any, ...]:
+    model = backbone.threat_model
+    if model is None:
+        return (2, "", 0.0, backbone.name)
+    return (0 if model.epsilon == 0 else 1, model.norm, model.epsilon, backbone.name)
+
+
+def _tell_apart(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each setting the keys that it does not share with all others; nothing where there is one setting."""
+    keys = sorted({key for setting in settings for key in setting})
+    differing = [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
+    names = []
+    for setting in settings:
+        parts = [f"{key} {setting.get(key)}" for key in differing[:3]]
+        names.append(", ".join(parts) + (f" and {len(differing) - 3} more" if len(differing) > 3 else ""))
+    return [name if names.count(name) == 1 else f"{name}, {i}" for i, name in enumerate(names, 1)]
+
+
+def _summary_cells(summary: Summary | None) -> list[str]:
+    if summary is None:
+        return ["0", "-", "-"]
+    if summary.std is None:
+        return ["1", f"{summary.mean:.2f}", "-"]
+    return [str(summary.n), f"{summary.mean:.2f} ± {summary.std:.2f}", f"{summary.low:.2f} to {summary.high:.2f}"]
+
+
+def _comparison_cells(comparison: Comparison | None) -> list[str]:
+    if comparison is None or comparison.difference is None:
+        return ["-"] * 3
+    difference = f"{comparison.difference:+.2f}"
+    if comparison.p_holm is None or comparison.effect is None:
+        return [difference, "-", "-"]
+    difference += f" ({comparison.low:+.2f} to {comparison.high:+.2f})"
+    return [difference, p_value(comparison.p_holm), f"{comparison.effect:+.2f}"]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"TEST": {"VISUALIZE": 4}}`` -> ``{"TEST.VISUALIZE": 4}``."""
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        values |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return values
+
+
+def _checked(record: RunRecord, path: Path) -> RunRecord:
+    """JSON can hold anything under a record's names."""
+    kinds = {"run_id": str, "task": str, "backbone": dict, "dataset": str, "metrics": dict, "seed": int, "config": dict}
+    kinds["versions"] = dict
+    wrong = [name for name, kind in kinds.items() if not isinstance(getattr(record, name), kind)]
+    if not wrong and not all(value is None or isinstance(value, int | float) for value in record.metrics.values()):
+        wrong = ["metrics"]
+    if not wrong and record.threat_model is not None:
+        try:
+            ThreatModel.parse(record.threat_model)
+        except (InputError, TypeError, AttributeError):
+            wrong = ["threat_model"]
+    if wrong:
+        raise InputError(f"{path} is not a run record ({', '.join(wrong)}): remove it, or make its run again")
+    return record
