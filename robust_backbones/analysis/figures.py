@@ -107,7 +107,8 @@ def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture 
         marker = MARKERS[index % len(MARKERS)]
         label = f"{backbone.name} {backbone.trained_at}, n = {len(curves)}"
         every = max(1, len(common) // 8)
-        axes.plot(common, means, linestyle=line, marker=marker, markevery=every, color=color, label=label)
+        start = index * every // len(experiment.backbones)  # curves that lie on each other show all their markers
+        axes.plot(common, means, linestyle=line, marker=marker, markevery=(start, every), color=color, label=label)
         axes.fill_between(common, lows, highs, color=color, alpha=0.15, linewidth=0)
         columns = zip(common, means, lows, highs, strict=True)
         rows += [[backbone.name, backbone.trained_at, len(curves), *numbers] for numbers in columns]
@@ -169,6 +170,10 @@ def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | Non
             if summary.low is not None and summary.high is not None:
                 panel.plot([summary.low, summary.high], [place, place], color=COLORS[1], linewidth=1.6)
         panel.plot([s.mean for _, s in shown], [place for place, _ in shown], MARKERS[1], color=COLORS[1], markersize=5)
+        if len(classes) < len(found[best[0]]):
+            panel.axhline(
+                MOST_CLASSES // 2 - 0.5, color=COLORS[0], linewidth=1, linestyle=":"
+            )  # the middle is left out
         panel.axvline(0, color=COLORS[0], linewidth=1)
         panel.grid(alpha=0.3)
         n = max(summary.n for _, summary in shown)
@@ -209,12 +214,13 @@ def read_curve(folder: Path, metric: str) -> dict[int, float]:
 def _draw_intervals(
     axes: Axes, places: Sequence[float], summaries: Sequence[Summary], backbones: Sequence[Backbone], metric: str
 ) -> None:
+    aside = 0.03 * (max(places) - min(places) or 1)
     for place, summary, backbone in zip(places, summaries, backbones, strict=True):
         color = COLORS[0] if backbone.is_standard else COLORS[1]
         half = 0.0 if summary.high is None else summary.high - summary.mean
         axes.errorbar(place, summary.mean, half, fmt=MARKERS[1], color=color, capsize=4, markersize=6)
         values = list(backbone.values(metric).values())
-        beside = [place + 0.12] * len(values)
+        beside = [place + aside] * len(values)
         axes.plot(beside, values, MARKERS[0], color=color, markerfacecolor="none", markersize=4, linestyle="none")
         if backbone.is_standard:
             axes.axhline(summary.mean, color=color, linewidth=1, linestyle="--")

@@ -95,29 +95,30 @@ def write_report(
     return page
 
 
-def summary(sections: Sequence[tuple[Experiment, Sequence[Result]]]) -> list[str]:
-    """What the comparisons say, a sentence or two for each headline metric of an experiment."""
-    sentences = []
-    for experiment, found in sections:
-        for result in (r for r in found if r.metric in experiment.headlines):
-            verdicts = Counter(row.comparison.verdict for row in result.rows if row.comparison is not None)
-            compared = sum(verdicts.values())
-            start = f"{result.title}:"
-            if not compared:
-                why = "nothing to compare" if len(result.rows) < 2 else "no single standard backbone to compare with"
-                sentences.append(f"{start} {why}.")
-                continue
-            counts = [f"{verdicts[v]} {v}" for v in ("better", "worse", "not distinguishable") if verdicts[v]]
-            if len(counts) == 0:
-                reasons = dict.fromkeys(row.comparison.reason for row in result.rows if row.comparison is not None)
-                sentences.append(f"{start} no difference was tested, because {'; '.join(reasons)}.")
-                continue
-            told = f"{start} of {compared} backbone{'s' * (compared > 1)} against the standard one, {', '.join(counts)}"
-            told += f", {verdicts['not tested']} not tested." if verdicts["not tested"] else "."
-            if not verdicts["better"] and not verdicts["worse"]:
-                told += " These runs give no evidence that the pre-training matters here, nor that it does not."
-            sentences.append(told)
-    return sentences
+def summary(results: Sequence[Result]) -> list[str]:
+    """What the comparisons of headline metrics say, an entry a metric of an experiment."""
+    return [_said(result) for result in results if result.metric in result.experiment.headlines]
+
+
+def _said(result: Result) -> str:
+    compared = [(row.backbone, row.comparison) for row in result.rows if row.comparison is not None]
+    if not compared:
+        why = "there is nothing to compare" if len(result.rows) < 2 else "there is no single standard backbone"
+        return f"{result.title}: not compared, because {why}."
+    parts = []
+    for verdict in ("better", "worse", "not distinguishable"):
+        named = [f"{b.trained_at} ({c.difference:+.2f})" for b, c in compared if c.verdict == verdict]
+        if named:
+            parts.append(
+                f"{verdict}{' than' if verdict != 'not distinguishable' else ' from'} standard: {', '.join(named)}"
+            )
+    untested = {c.reason: None for _, c in compared if c.reason}
+    if untested:
+        parts.append(f"not tested, because {'; '.join(untested)}")
+    text = f"{result.title}: {'; '.join(parts)}."
+    if all(c.verdict == "not distinguishable" for _, c in compared):
+        text += " These runs are no evidence that the pre-training matters here, nor that it does not."
+    return text
 
 
 def _draw(experiment: Experiment, folder: Path) -> list[Picture]:
@@ -174,7 +175,7 @@ def _page(
 
 
 def _summary_lines(sections: Sequence[tuple[Experiment, Sequence[Result], Sequence[Picture]]]) -> list[str]:
-    lines = summary([(experiment, found) for experiment, found, _ in sections])
+    lines = summary([result for _, found, _ in sections for result in found])
     return lines or ["No record is of a task whose backbones are compared: " + ", ".join(TASKS) + "."]
 
 
@@ -187,12 +188,9 @@ def _section(number: int, name: str, content: Sequence[str] | Iterator[str]) -> 
 def _experiment(experiment: Experiment, found: Sequence[Result], pictures: Sequence[Picture]) -> Iterator[str]:
     if experiment.remarks:
         yield from _list(experiment.remarks)
-    for result in sorted(found, key=lambda result: result.metric not in experiment.headlines):
-        name = metric_name(result.metric)
-        yield f"<h3>{escape(name[0].upper() + name[1:])}</h3>"
-        yield _table(result.title, *display_rows(result))
-        if result.notes:
-            yield from _list(result.notes)
+    headlines = [result for result in found if result.metric in experiment.headlines]
+    for result in headlines:
+        yield from _result(result)
     if pictures:
         yield "<h3>Figures</h3>"
     for picture in pictures:
@@ -200,6 +198,17 @@ def _experiment(experiment: Experiment, found: Sequence[Result], pictures: Seque
         source = f"data:{_MEDIA[picture.file.suffix]};base64,{data}"
         yield f'<figure>\n<img src="{source}" alt="{escape(picture.alt)}">'
         yield f"<figcaption>{escape(picture.caption)}</figcaption>\n</figure>"
+    for result in found:
+        if result not in headlines:
+            yield from _result(result)
+
+
+def _result(result: Result) -> Iterator[str]:
+    name = metric_name(result.metric)
+    yield f"<h3>{escape(name[0].upper() + name[1:])}</h3>"
+    yield _table(result.title, *display_rows(result))
+    if result.notes:
+        yield from _list(result.notes)
 
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -53,6 +53,11 @@ _FREE = {
     "processes",
 }
 
+# What a reader tells experiments apart by, before any other key of their configurations.
+_TELLING = ("mode", "MODEL.RESNETS.DEPTH", "MODEL.RESNETS.NUM_GROUPS", "MODEL.RESNETS.WIDTH_PER_GROUP")
+_TELLING += ("MODEL.BACKBONE.NAME", "MODEL.BACKBONE.FREEZE_AT", "MODEL.RESNETS.NORM", "MODEL.BACKBONE.FROM_SCRATCH")
+_TELLING += ("SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "INPUT.MIN_SIZE_TEST", "DATASETS.TRAIN")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -201,7 +206,29 @@ class Result:
     metric: str
     rows: tuple[Row, ...]
     paper: PaperResult | None
-    notes: tuple[str, ...]
+    paper_differences: tuple[str, ...]
+    """Why the paper's values do not compare with ours; empty where nothing is known to differ."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know beside ``experiment.remarks``: values that are missing, and how the paper's were made."""
+        notes = []
+        for row in self.rows:
+            missing = sorted(row.backbone.runs.keys() - row.backbone.values(self.metric).keys())
+            if missing:
+                notes.append(
+                    f"{row.backbone.name} trained at {row.backbone.trained_at} has no {metric_name(self.metric)} for "
+                    f"seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}: these count nowhere."
+                )
+        if self.paper and self.paper_differences:
+            differences = "; ".join(self.paper_differences)
+            notes.append(f"The paper's values ({self.paper.source}) are not comparable with ours: {differences}.")
+        elif self.paper:
+            notes.append(
+                f"The paper's values ({self.paper.source}) are of the same data, architecture and schedule "
+                f"({self.paper.schedule}), as far as is known."
+            )
+        return notes
 
     @property
     def title(self) -> str:
@@ -287,12 +314,11 @@ def display_rows(result: Result) -> tuple[list[str], list[list[str]]]:
         cells = [row.backbone.name + mark, row.backbone.trained_at, *_summary_cells(row.summary)]
         rows.append([*cells, *_comparison_cells(row.comparison), row.sentence])
     if result.paper:
+        told = "The paper's value, not ours" + ("; not comparable, see the notes." if result.paper_differences else ".")
         for name, value in (("standard", result.paper.standard), ("best robust", result.paper.robust)):
             mean = f"{value.mean:.2f}" + ("" if value.std is None else f" ± {value.std:.2f}")
             n = "-" if value.n is None else str(value.n)
-            rows.append(
-                [f"paper: {name}", value.trained_at, n, mean, "-", "-", "-", "-", "Value of the paper, not ours."]
-            )
+            rows.append([f"paper: {name}", value.trained_at, n, mean, "-", "-", "-", "-", told])
     return heads, rows
 
 
@@ -340,28 +366,9 @@ def _result(experiment: Experiment, metric: str) -> Result:
         rows.append(
             Row(backbone, summarize(list(found[index].values())) if found[index] else None, comparison, sentence)
         )
-    paper = paper_result(experiment.runs[0].record, metric)
-    return Result(experiment, metric, tuple(rows), paper, tuple(_notes(experiment, metric, rows, paper)))
-
-
-def _notes(experiment: Experiment, metric: str, rows: Sequence[Row], paper: PaperResult | None) -> list[str]:
-    notes = []
-    for row in rows:
-        missing = sorted(row.backbone.runs.keys() - row.backbone.values(metric).keys())
-        if missing:
-            notes.append(
-                f"{row.backbone.name} trained at {row.backbone.trained_at} has no {metric_name(metric)} for "
-                f"seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}: these count nowhere."
-            )
-    if paper:
-        differences = differences_to_paper(experiment.runs[0].record, paper)
-        notes.append(
-            f"The paper's values ({paper.source}) are not comparable with ours: {'; '.join(differences)}."
-            if differences
-            else f"The paper's values ({paper.source}): same data, architecture and schedule ({paper.schedule}) as far "
-            "as it says."
-        )
-    return notes
+    record = experiment.runs[0].record
+    paper = paper_result(record, metric)
+    return Result(experiment, metric, tuple(rows), paper, tuple(differences_to_paper(record, paper) if paper else ()))
 
 
 def _backbones(runs: Sequence[Run]) -> tuple[tuple[Backbone, ...], tuple[str, ...]]:
@@ -405,7 +412,8 @@ def _order(backbone: Backbone) -> tuple[Any, ...]:
 
 def _tell_apart(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """For each setting the keys that it does not share with all others; nothing where there is one setting."""
-    keys = sorted({key for setting in settings for key in setting})
+    order = {key: place for place, key in enumerate(_TELLING)}
+    keys = sorted({key for s in settings for key in s}, key=lambda key: (order.get(key, len(order)), key))
     differing = [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
     names = []
     for setting in settings:
