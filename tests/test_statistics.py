@@ -101,7 +101,7 @@ def test_a_mean_difference_of_zero() -> None:
 
 
 def test_an_effect_too_small_for_any_number_of_seeds() -> None:
-    standard = {seed: 40.0 for seed in range(4)}
+    standard = dict.fromkeys(range(4), 40.0)
     (comparison,) = compare(standard, {"robust": {0: 41.0, 1: 39.0, 2: 41.0, 3: 39.001}}).values()
     assert comparison.seeds_needed is None
     assert f"more than {MOST_SEEDS:,} seeds would be needed" in comparison.sentence
