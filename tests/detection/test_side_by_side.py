@@ -1,0 +1,78 @@
+"""The report's pictures: what the standard and the best robust detector find in the same test images."""
+
+import base64
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from detectron2.modeling import build_model
+
+from robust_backbones.detection.checkpoint import BackboneCheckpointer
+from robust_backbones.detection.config import load_config
+from robust_backbones.detection.side_by_side import draw_side_by_side
+from robust_backbones.detection.visualize import TITLE_HEIGHT, read_rgb
+from robust_backbones.errors import InputError
+from robust_backbones.records import RunRecord
+from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+
+
+@pytest.fixture(scope="module")
+def study(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finished runs of two detectors that were never trained: the robust one finds many things, the standard none."""
+    root = tmp_path_factory.mktemp("study")
+    for name, threat_model, scale in (("standard", "L2:0", 0.0), ("robust", "L2:3", 6.0), ("worse", "L2:5", 6.0)):
+        cfg = load_config(SHAPES_CONFIG, [*RESNET18, "MODEL.DEVICE", "cpu", "SEED", 0])
+        torch.manual_seed(0)
+        checkpointer = BackboneCheckpointer(build_model(cfg), str(root / name), cfg=cfg)
+        checkpointer.load(str(converted("resnet18")))
+        checkpointer.model.roi_heads.box_predictor.cls_score.weight.data.mul_(scale)
+        if name != "worse":  # whose weights are not there
+            categories = [{"id": number, "name": f"shape {number}"} for number in range(1, 5)]
+            checkpointer.save("model_final", categories=categories, iteration=9)
+        (root / name).mkdir(exist_ok=True)
+        (root / name / "config.yaml").write_text(cfg.dump())
+        metrics = {"segm/AP": {"standard": 1.0, "robust": 3.0, "worse": 2.0}[name]}
+        config = yaml.safe_load(cfg.dump())
+        backbone = {"arch": "resnet18", "num_classes": 10}
+        record = RunRecord(name, "segmentation", backbone, threat_model, "shapes_val", metrics, 0, config, 1.0)
+        record.write(root / name / "record.json")
+    return root
+
+
+def test_the_standard_and_the_best_robust_detector(
+    study: Path,
+    shapes: Path,
+    tmp_path: Path,
+    run_tool: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    status, _, err = run_tool("make_report", study, "--output", tmp_path, "--pictures", 2)
+    assert status == 0, err
+    (file,) = (tmp_path / "figures").glob("*_detections.jpg")
+    picture = read_rgb(file).astype(int)
+    height, width = picture.shape[0] // 2, picture.shape[1] // 3
+    assert (width, height) == (400, 400 + TITLE_HEIGHT)  # the scenes are square
+    truth, standard, robust = np.split(picture[TITLE_HEIGHT:height], 3, axis=1)
+    # The panels show the same photograph; the standard detector's has nothing drawn on it, the others have.
+    assert np.abs(truth - standard).mean() > 1
+    assert np.abs(robust - standard).mean() > 1
+    html = (tmp_path / "report.html").read_text()
+    (source,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', html)
+    assert base64.b64decode(source) == file.read_bytes()
+    assert "L2:0 seed 0, L2:3 seed 0" in html
+    assert "Single images prove nothing" in html
+
+
+def test_weights_that_are_not_there_are_named(study: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    with pytest.raises(InputError, match=r"no model_final\.pth in"):
+        draw_side_by_side({"worse": study / "worse"}, study / "x.jpg", images=1)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(study))
+    with pytest.raises(InputError, match="shapes_val lacks"):
+        draw_side_by_side({"robust": study / "robust"}, study / "x.jpg", images=1)
+    assert not (study / "x.jpg").exists()
