@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, training_figure
 from robust_backbones.analysis.paper import PAPER, differences_to_paper, paper_result
 from robust_backbones.analysis.report import STYLE, summary, write_report
 from robust_backbones.analysis.study import display_rows, exact_rows, experiments, find_runs, metric_name, results
@@ -315,6 +316,9 @@ def test_missing_metrics_are_dashes_and_said(tmp_path: Path) -> None:
     assert "no result of this backbone" in result.rows[1].sentence
     page = Page(write_report(find_runs([tmp_path]), tmp_path / "report", title="t").read_text())
     assert "has no box AP for seeds 0, 1, 2" in page.text
+    nothing = write(tmp_path / "nothing", record("L2:0", 0, metrics={"bbox/AP": None}))
+    page = Page(write_report(find_runs([nothing]), tmp_path / "report", title="t").read_text())
+    assert "No run has a value of a metric that is reported." in page.text
 
 
 def test_one_seed_has_a_reason_and_no_test(tmp_path: Path) -> None:
@@ -469,3 +473,20 @@ def test_other_bad_input_is_refused(run_tool: Run, tmp_path: Path) -> None:
     status, _, err = run_tool("make_report", tmp_path / "runs", "--output", tmp_path / "report")
     assert status == 2
     assert "metrics.json is damaged" in err
+
+
+def test_many_backbones_fit_into_the_figures(tmp_path: Path) -> None:
+    """The standard one and the best are drawn; the CSV has all."""
+    runs = [record(f"L2:{epsilon}", 0, metrics={"bbox/AP": 40.0 + epsilon}) for epsilon in range(10)]
+    (experiment,) = experiments(find_runs([write(tmp_path, *runs)]))
+    picture = training_figure(experiment, "total_loss", tmp_path / "loss")
+    assert picture is not None
+    assert "Of 10 backbones, the standard one and those with the highest box AP" in picture.caption
+    assert [f"L2:{epsilon} goes" in picture.alt for epsilon in range(10)] == [True] + [False] * 3 + [True] * 6
+    rows = list(csv.DictReader((tmp_path / "loss.csv").open()))
+    assert {row["trained_at"] for row in rows} == {f"L2:{epsilon}" for epsilon in range(10)}
+    assert training_figure(experiment, "segm/AP", tmp_path / "none") is None
+
+
+def test_every_line_is_told_without_its_colour() -> None:
+    assert len({str(line) for line in LINES}) == len(set(MARKERS)) == len(set(COLORS)) == len(COLORS)

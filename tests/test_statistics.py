@@ -48,8 +48,7 @@ def test_comparison_by_hand() -> None:
     assert comparison.verdict == "not distinguishable"
     assert comparison.seeds_needed == 5  # see test_seeds_needed_are_those_of_the_literature
     assert comparison.sentence == (
-        "Not distinguishable from standard: +2.00 over 3 paired seeds, p = 0.074; to tell a difference of this size, "
-        "about 5 seeds would be needed."
+        "Not distinguishable from standard: +2.00 over 3 paired seeds, p = 0.074; telling would take about 5 seeds."
     )
 
 
@@ -74,7 +73,7 @@ def test_only_common_seeds_are_paired_and_it_says_so() -> None:
     (comparison,) = compare(standard, {"robust": robust}).values()
     assert (comparison.seeds, comparison.unpaired) == ((1, 2), (0, 7))
     assert comparison.difference == 1.5  # of 42 - 41 and 44 - 42
-    assert "2 paired seeds (1, 2; 0, 7 without a partner left out)" in comparison.sentence
+    assert "over 2 paired seeds (1, 2; without a partner: 0, 7)" in comparison.sentence
     (single,) = compare({0: 40.0, 1: 41.0}, {"robust": {1: 42.0}}).values()
     assert single.reason == "one seed that both have (1) says nothing about how results vary over seeds"
     (none,) = compare({0: 40.0}, {"robust": {1: 42.0}}).values()
@@ -89,7 +88,7 @@ def test_differences_that_do_not_vary() -> None:
     standard = {0: 0.1, 1: 0.2}
     found = compare(standard, {"same": dict(standard), "shifted": {0: 0.2, 1: 0.3}})
     assert (found["same"].difference, found["same"].p, found["same"].effect) == (0, 1, 0)
-    assert found["same"].sentence == "Not distinguishable from standard: the mean difference over 2 paired seeds is 0."
+    assert found["same"].sentence == "Not distinguishable from standard: a mean difference of 0 over 2 paired seeds."
     assert (found["shifted"].p, found["shifted"].verdict) == (None, "not tested")
     assert "is +0.10 in each of the 2 seeds" in found["shifted"].sentence
 
@@ -97,14 +96,14 @@ def test_differences_that_do_not_vary() -> None:
 def test_a_mean_difference_of_zero() -> None:
     (comparison,) = compare({0: 1.0, 1: 2.0}, {"robust": {0: 2.0, 1: 1.0}}).values()
     assert (comparison.difference, comparison.p, comparison.seeds_needed) == (0, 1, None)
-    assert "is 0." in comparison.sentence
+    assert "difference of 0 over" in comparison.sentence
 
 
 def test_an_effect_too_small_for_any_number_of_seeds() -> None:
     standard = dict.fromkeys(range(4), 40.0)
     (comparison,) = compare(standard, {"robust": {0: 41.0, 1: 39.0, 2: 41.0, 3: 39.001}}).values()
     assert comparison.seeds_needed is None
-    assert f"more than {MOST_SEEDS:,} seeds would be needed" in comparison.sentence
+    assert f"more than {MOST_SEEDS:,} seeds" in comparison.sentence
 
 
 @settings(max_examples=60, deadline=None)
@@ -157,7 +156,7 @@ def test_only_tests_that_were_made_belong_to_the_family() -> None:
 def test_family_wise_error_is_held() -> None:
     """Three backbones that are the standard one, 5 seeds: some verdict is wrong in at most 5 % of studies, and
     uncorrected it would be in about 11 % (the three share the standard's runs)."""
-    generator, studies, wrong, uncorrected = np.random.default_rng(0), 600, 0, 0
+    generator, studies, wrong, uncorrected = np.random.default_rng(0), 400, 0, 0
     for _ in range(studies):
         runs = [dict(enumerate(generator.normal(40, 0.2, 5))) for _ in range(4)]
         found = compare(runs[0], dict(enumerate(runs[1:]))).values()

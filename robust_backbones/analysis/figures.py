@@ -28,6 +28,7 @@ LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8,
 MOST_CLASSES = 30
 """A figure shows no more: of more classes, those with the lowest and the highest differences."""
 MOST_PANELS = 3
+MOST_CURVES = len(MARKERS)
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,15 @@ def epsilon_figure(experiment: Experiment, metric: str, path: Path) -> Picture |
 def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture | None:
     """A scalar of metrics.json against iterations: mean over the seeds of a backbone, and their range as a band.
 
+    Of more than MOST_CURVES backbones it shows the standard ones and those with the highest results; the CSV has all.
     None where no backbone's runs have it at two common iterations.
     """
     figure = Figure(figsize=(5, 3.8), layout="constrained")
     axes = figure.subplots()
     rows, said = [], []
-    for index, backbone in enumerate(experiment.backbones):
+    headline = experiment.headlines[0]
+    ranked = sorted(experiment.backbones, key=lambda backbone: (not backbone.is_standard, -_mean(backbone, headline)))
+    for index, backbone in enumerate(ranked):
         curves = [curve for run in backbone.runs.values() if (curve := read_curve(run.folder, metric))]
         common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
         if len(common) < 2:
@@ -103,15 +107,16 @@ def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture 
         means = [fmean(curve[step] for curve in curves) for step in common]
         lows = [min(curve[step] for curve in curves) for step in common]
         highs = [max(curve[step] for curve in curves) for step in common]
-        color, line = COLORS[index % len(COLORS)], LINES[index % len(LINES)]
-        marker = MARKERS[index % len(MARKERS)]
-        label = f"{backbone.name} {backbone.trained_at}, n = {len(curves)}"
-        every = max(1, len(common) // 8)
-        start = index * every // len(experiment.backbones)  # curves that lie on each other show all their markers
-        axes.plot(common, means, linestyle=line, marker=marker, markevery=(start, every), color=color, label=label)
-        axes.fill_between(common, lows, highs, color=color, alpha=0.15, linewidth=0)
         columns = zip(common, means, lows, highs, strict=True)
         rows += [[backbone.name, backbone.trained_at, len(curves), *numbers] for numbers in columns]
+        if index >= MOST_CURVES:
+            continue
+        color, line, marker = COLORS[index], LINES[index], MARKERS[index]
+        label = f"{backbone.name} {backbone.trained_at}, n = {len(curves)}"
+        every = max(1, len(common) // 8)
+        start = index * every // MOST_CURVES  # curves that lie on each other show all their markers
+        axes.plot(common, means, linestyle=line, marker=marker, markevery=(start, every), color=color, label=label)
+        axes.fill_between(common, lows, highs, color=color, alpha=0.15, linewidth=0)
         said.append(f"{backbone.name} at {backbone.trained_at} goes from {means[0]:.2f} to {means[-1]:.2f}")
     if not rows:
         return None
@@ -121,6 +126,8 @@ def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture 
     axes.legend(fontsize="small")
     heads = ["backbone", "trained_at", "n", "iteration", "mean", "min", "max"]
     caption = f"{experiment.title}: {name} in training. Lines: mean over the seeds; bands: their range."
+    if len(ranked) > MOST_CURVES:
+        caption += f" Of {len(ranked)} backbones, the standard one and those with the highest {metric_name(headline)}."
     return _save(figure, path, heads, rows, caption, f"{name} against iterations: {'; '.join(said)}.")
 
 
@@ -157,7 +164,7 @@ def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | Non
         for i, of_class in found.items()
         for name, summary in of_class.items()
     ]
-    best = sorted(found, key=lambda i: -fmean(robust[i].values(f"{task}/AP").values() or [0.0]))[:MOST_PANELS]
+    best = sorted(found, key=lambda i: -_mean(robust[i], f"{task}/AP"))[:MOST_PANELS]
     classes = sorted(found[best[0]], key=lambda name: found[best[0]][name].mean)
     if len(classes) > MOST_CLASSES:
         classes = classes[: MOST_CLASSES // 2] + classes[-MOST_CLASSES // 2 :]
@@ -231,6 +238,10 @@ def _places(epsilons: Sequence[float]) -> list[float]:
     """Positions on a logarithmic axis, a unit a factor of ten, with 0 half a unit below the smallest above it."""
     smallest = min((epsilon for epsilon in epsilons if epsilon > 0), default=1.0)
     return [math.log10(epsilon / smallest) + 0.5 if epsilon > 0 else 0.0 for epsilon in epsilons]
+
+
+def _mean(backbone: Backbone, metric: str) -> float:
+    return fmean(backbone.values(metric).values() or [0.0])
 
 
 def _epsilon(backbone: Backbone) -> float:

@@ -28,7 +28,7 @@ from robust_backbones.records import atomic_path
 STYLE = """
 :root { color-scheme: light; }
 body { margin: 0; background: #ffffff; color: #1a1a1a; font: 1rem/1.5 system-ui, sans-serif; }
-header, nav, main, footer { max-width: 70rem; margin: 0 auto; padding: 0 1rem; }
+header, nav, main, footer { max-width: 80rem; margin: 0 auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; }
 h2 { border-top: 2px solid #595959; padding-top: 1rem; margin-top: 2.5rem; }
 a { color: #0b4f8a; }
@@ -42,7 +42,7 @@ th, td { border-bottom: 1px solid #8c8c8c; padding: 0.3rem 0.6rem; text-align: r
 th { background: #eeeeee; color: #1a1a1a; }
 td { white-space: nowrap; }
 th:first-child, td:first-child, th.words, td.words { text-align: left; }
-td.words { white-space: normal; min-width: 16rem; }
+td.words { white-space: normal; min-width: 18rem; }
 tr.paper td { background: #f6f1e4; color: #4a3b12; font-style: italic; }
 figure { margin: 1.5rem 0; }
 figure img { max-width: 100%; height: auto; }
@@ -117,7 +117,7 @@ def _said(result: Result) -> str:
         parts.append(f"not tested, because {'; '.join(untested)}")
     text = f"{result.title}: {'; '.join(parts)}."
     if all(c.verdict == "not distinguishable" for _, c in compared):
-        text += " These runs are no evidence that the pre-training matters here, nor that it does not."
+        text += " Nothing stands after correction; with few seeds that does not mean that there is no difference."
     return text
 
 
@@ -129,7 +129,8 @@ def _draw(experiment: Experiment, folder: Path) -> list[Picture]:
         drawn.append(training_figure(experiment, metric, folder / f"{stem}_training"))
         if metric.endswith("/AP"):
             drawn.append(class_figure(experiment, metric.removesuffix("/AP"), folder / f"{stem}_classes"))
-    drawn.append(training_figure(experiment, "total_loss", folder / f"{experiment.slug}_loss"))
+    if experiment.headlines:
+        drawn.append(training_figure(experiment, "total_loss", folder / f"{experiment.slug}_loss"))
     return [picture for picture in drawn if picture is not None]
 
 
@@ -188,6 +189,8 @@ def _section(number: int, name: str, content: Sequence[str] | Iterator[str]) -> 
 def _experiment(experiment: Experiment, found: Sequence[Result], pictures: Sequence[Picture]) -> Iterator[str]:
     if experiment.remarks:
         yield from _list(experiment.remarks)
+    if not found:
+        yield "<p>No run has a value of a metric that is reported.</p>"
     headlines = [result for result in found if result.metric in experiment.headlines]
     for result in headlines:
         yield from _result(result)

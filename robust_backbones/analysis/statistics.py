@@ -78,18 +78,16 @@ class Comparison:
         assert self.difference is not None
         assert self.p_holm is not None
         p = f"p {'' if self.p_holm < 0.001 else '= '}{p_value(self.p_holm)}"
-        seeds = f"{len(self.seeds)} paired seeds"
+        seeds = f"over {len(self.seeds)} paired seeds"
         if self.unpaired:
-            seeds += f" ({_numbers(self.seeds)}; {_numbers(self.unpaired)} without a partner left out)"
+            seeds += f" ({_numbers(self.seeds)}; without a partner: {_numbers(self.unpaired)})"
         if self.effect == 0:
-            return f"Not distinguishable from standard: the mean difference over {seeds} is 0."
+            return f"Not distinguishable from standard: a mean difference of 0 {seeds}."
         if self.verdict != "not distinguishable":
-            return f"{self.verdict.capitalize()} than standard by {abs(self.difference):.2f} over {seeds}, {p}."
+            return f"{self.verdict.capitalize()} than standard by {abs(self.difference):.2f} {seeds}, {p}."
         needed = f"more than {MOST_SEEDS:,}" if self.seeds_needed is None else f"about {self.seeds_needed:,}"
-        return (
-            f"Not distinguishable from standard: {self.difference:+.2f} over {seeds}, {p}; "
-            f"to tell a difference of this size, {needed} seeds would be needed."
-        )
+        told = f"Not distinguishable from standard: {self.difference:+.2f} {seeds}, {p}"
+        return f"{told}; telling would take {needed} seeds."
 
 
 def summarize(values: Sequence[float]) -> Summary:
