@@ -18,7 +18,15 @@ import pytest
 from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, training_figure
 from robust_backbones.analysis.paper import PAPER, differences_to_paper, paper_result
 from robust_backbones.analysis.report import STYLE, summary, write_report
-from robust_backbones.analysis.study import display_rows, exact_rows, experiments, find_runs, metric_name, results
+from robust_backbones.analysis.study import (
+    _tell_apart,
+    display_rows,
+    exact_rows,
+    experiments,
+    find_runs,
+    metric_name,
+    results,
+)
 from robust_backbones.errors import InputError
 from robust_backbones.records import RunRecord
 
@@ -74,7 +82,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     for one in others:
         one.backbone["label"] = "plain"
-        one.config.update(mode="full_network", metric="top1", normalize=True, num_outputs=0, images_per_class=0)
+        one.config.update(
+            mode="full_network", metric="top1", normalize=True, num_outputs=0, images_per_class=0, epochs=150
+        )
         one.config["selection"] = {"selected": "lr0.01", "on": "held_out", "scores": {"lr0.01": [70.0 + one.seed]}}
     attacked = record(
         "L2:3", 0, task="robustness", dataset="val", metrics={"clean_accuracy": 60.0, "pgd_accuracy": 31.0}
@@ -363,6 +373,26 @@ def test_runs_of_other_settings_are_not_pooled(tmp_path: Path) -> None:
     found = experiments(find_runs([write(tmp_path, record("L2:0", 0), longer)]))
     assert [experiment.setting for experiment in found] == ["SOLVER.MAX_ITER 270000", "SOLVER.MAX_ITER 90000"]
     assert len({experiment.slug for experiment in found}) == 2
+
+
+def test_settings_are_named_by_the_few_keys_that_tell_them_apart() -> None:
+    probe = {"mode": "linear_probe", "solver": "sgd", "augmentation": "none", "batch_norm": "eval", "epochs": 9}
+    settings: list[dict[str, Any]] = [
+        {"mode": "full_network", "attack.steps": 3, "epochs": 2},
+        probe,
+        probe | {"augmentation": "resized_crop"},
+        probe | {"augmentation": "resized_crop", "epochs": 90},
+        probe | {"solver": "lbfgs", "epochs": 1},
+    ]
+    assert _tell_apart(settings) == [
+        "full network",
+        "linear probe, solver sgd, augmentation none",
+        "linear probe, solver sgd, augmentation resized_crop, epochs 9",
+        "linear probe, solver sgd, augmentation resized_crop, epochs 90",
+        "linear probe, solver lbfgs",
+    ]
+    assert _tell_apart(settings[:1]) == [""]
+    assert _tell_apart([{"a": 1}, {}, {"a": "1"}]) == ["a 1, 1", "without a", "a 1, 3"]
 
 
 def test_a_run_counts_once(tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ _FREE = {
 # What a reader tells experiments apart by, before any other key of their configurations.
 _TELLING = (
     "mode",
+    "solver",
+    "augmentation",
+    "views",
     "MODEL.RESNETS.DEPTH",
     "MODEL.RESNETS.NUM_GROUPS",
     "MODEL.RESNETS.WIDTH_PER_GROUP",
@@ -423,15 +426,36 @@ def _order(backbone: Backbone) -> tuple[Any, ...]:
 
 
 def _tell_apart(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each setting the keys that it does not share with all others; nothing where there is one setting."""
+    """For each setting the few keys that tell it from the others; nothing where there is one setting."""
     order = {key: place for place, key in enumerate(_TELLING)}
     keys = sorted({key for s in settings for key in s}, key=lambda key: (order.get(key, len(order)), key))
-    differing = [key for key in keys if any(s.get(key) != settings[0].get(key) for s in settings)]
-    names = []
-    for setting in settings:
-        parts = [f"{key} {setting.get(key)}" for key in differing[:3]]
-        names.append(", ".join(parts) + (f" and {len(differing) - 3} more" if len(differing) > 3 else ""))
-    return [name if names.count(name) == 1 else f"{name}, {i}" for i, name in enumerate(names, 1)]
+    names: list[list[str]] = [[] for _ in settings]
+
+    def split(group: Sequence[int]) -> None:
+        """By the first key whose values differ; what then still is alike, by the next one."""
+        for key in keys if len(group) > 1 else ():
+            parts: dict[str, list[int]] = {}
+            for index in group:
+                parts.setdefault(repr(settings[index].get(key, _ABSENT)), []).append(index)
+            if len(parts) > 1:
+                for part in parts.values():
+                    for index in part:
+                        names[index].append(_told(key, settings[index]))
+                    split(part)
+                return
+
+    split(range(len(settings)))
+    told = [", ".join(name) for name in names]
+    return [name if told.count(name) == 1 else f"{name}, {i}" for i, name in enumerate(told, 1)]  # "1" beside 1
+
+
+_ABSENT = object()
+
+
+def _told(key: str, setting: Mapping[str, Any]) -> str:
+    if key not in setting:
+        return f"without {key}"
+    return str(setting[key]).replace("_", " ") if key == "mode" else f"{key} {setting[key]}"
 
 
 def _summary_cells(summary: Summary | None) -> list[str]:
