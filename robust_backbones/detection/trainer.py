@@ -46,6 +46,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
+        self._clock, self._seconds_before = time.perf_counter(), 0.0
         self.cfg = cfg
         # In Detectron2's order: each of these draws random numbers.
         model = self.build_model(cfg)
@@ -95,6 +96,11 @@ class Trainer(DefaultTrainer):
     def evaluated_model(self) -> nn.Module:
         """The detector with the weights that count: their average where one is kept."""
         return self.average.model if self.average else self.checkpointer.model
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken, those before the checkpoint that this process went on from included."""
+        return self._seconds_before + time.perf_counter() - self._clock
 
     def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
@@ -174,10 +180,11 @@ class Trainer(DefaultTrainer):
         return [{"id": by_class.get(i, i + 1), "name": name} for i, name in enumerate(metadata.thing_classes)]
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "random_states": self._random_states}
+        return {**super().state_dict(), "random_states": self._random_states, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._seconds_before = state_dict.get("seconds", 0.0)  # earlier files do not say
         states = state_dict["random_states"]
         if len(states) == comm.get_world_size():
             own = states[comm.get_rank()]
@@ -221,7 +228,6 @@ def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
 
 def train(cfg: CfgNode, *, resume: bool) -> None:
     """Train from MODEL.WEIGHTS (or the last checkpoint), evaluate, and write record.json to OUTPUT_DIR."""
-    start = time.perf_counter()
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     trainer.train()
@@ -230,7 +236,7 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
     metrics = dict(trainer.evaluation.results)
     if cfg.TEST.EVAL_PERIOD > 0 and (best := trainer.evaluation.best):
         metrics |= {f"best/{best['metric']}": best["value"], "best/iteration": best["iteration"]}
-    _write_record(cfg, metrics, trainer.checkpointer, time.perf_counter() - start, "record.json")
+    _write_record(cfg, metrics, trainer.checkpointer, trainer.seconds, "record.json")
 
 
 def evaluate(cfg: CfgNode) -> None:

@@ -60,7 +60,13 @@ def test_train_stop_resume_evaluate(shapes: Path, converted: Maker, tmp_path: Pa
     other = [*overrides, "OUTPUT_DIR", run, "SOLVER.BASE_LR", 0.5]
     assert_refused(train_net(shapes, "--resume", *other, status=2)[1], "SOLVER.BASE_LR is 0.01 there and 0.5 here")
     (run / "last_checkpoint").unlink()  # the newest file is found without it
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    content = torch.load(newest, weights_only=True)
+    content["trainer"]["seconds"] += 1000
+    torch.save(content, newest)
     train_net(shapes, "--resume", *overrides, "OUTPUT_DIR", run)
+    assert RunRecord.read(run / "record.json").seconds > 1000  # those before the stop count
     ours, theirs = (torch.load(folder / "model_final.pth", weights_only=True)["model"] for folder in (run, unbroken))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert RunRecord.read(run / "record.json").metrics == record.metrics
