@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from robust_backbones.analysis.detection_errors import ERRORS, ORACLES, DetectionErrors
 from robust_backbones.analysis.statistics import Summary, summarize
 from robust_backbones.analysis.study import Backbone, Experiment, metric_name
 from robust_backbones.analysis.tables import csv_text
@@ -24,6 +25,7 @@ from robust_backbones.records import atomic_path
 # Okabe and Ito's palette, told apart by colour-blind eyes, without its yellow, which is too light for lines.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+HATCHES = ("", "////", "....", "xxxx", "----", "\\\\\\\\", "oo")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 MOST_CLASSES = 30
 """A figure shows no more: of more classes, those with the lowest and the highest differences."""
@@ -201,6 +203,59 @@ def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | Non
     if len(classes) < len(found[best[0]]):
         caption += f" Shown are {len(classes)} of {len(found[best[0]])} classes, from both ends."
     return _save(figure, path, heads, rows, caption, f"AP differences of {len(names)} classes: {'; '.join(said)}.")
+
+
+def error_figure(errors: Mapping[str, DetectionErrors], title: str, path: Path) -> Picture:
+    """The AP50 points lost to each type of error, a bar a condition; not stacked, since they do not add up.
+
+    Args:
+        errors: condition -> its errors, the clean one first.
+        title: what is evaluated, such as a detector and a test set.
+        path: of its files, without their suffixes.
+
+    Raises:
+        InputError: there are no conditions, or more than MOST_CURVES.
+    """
+    if not 0 < len(errors) <= MOST_CURVES:
+        raise InputError(f"a figure shows 1 to {MOST_CURVES} conditions, not {len(errors)}: choose those to compare")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    # The last two are no types of error but sums of a kind, and stand apart.
+    centers = [place + 0.5 * (name not in ERRORS) for place, name in enumerate(ORACLES)]
+    width = 0.84 / len(errors)
+    for index, (condition, one) in enumerate(errors.items()):
+        places = [center + (index - (len(errors) - 1) / 2) * width for center in centers]
+        color = COLORS[index]
+        axes.bar(
+            places,
+            [one.delta_ap[name] for name in ORACLES],
+            0.86 * width,
+            label=f"{condition}, AP50 {one.ap50:.1f}",
+            facecolor="white" if HATCHES[index] else color,
+            edgecolor=color,
+            hatch=HATCHES[index],
+        )
+    axes.axvline(len(ERRORS) - 0.25, color=COLORS[0], linewidth=1, linestyle=":")
+    axes.set_xticks(centers, [name.replace(" ", "\n") for name in ORACLES], fontsize="small")
+    axes.set_ylabel("AP50 points that its repair gives")
+    axes.grid(alpha=0.3, axis="y")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    heads = ["condition", "AP50", *(f"{name} {kind}" for kind in ("dAP50", "count") for name in ORACLES)]
+    rows = [
+        [condition, one.ap50, *(values[name] for values in (one.delta_ap, one.counts) for name in ORACLES)]
+        for condition, one in errors.items()
+    ]
+    caption = (
+        f"{title}: what AP50 loses to each type of error (TIDE). Bars: the points that repairing this type alone would "
+        "give; they do not add up to the loss. Both: wrong class and wrong place. Right of the dotted line: all wrong "
+        "detections removed, and all objects that are not found taken out."
+    )
+    said = [
+        f"{condition}: AP50 {one.ap50:.1f}, " + ", ".join(f"{name} {one.delta_ap[name]:.1f}" for name in ORACLES)
+        for condition, one in errors.items()
+    ]
+    return _save(figure, path, heads, rows, caption, f"AP50 points lost to each type of error; {'; '.join(said)}.")
 
 
 def read_curve(folder: Path, metric: str) -> dict[int, float]:
