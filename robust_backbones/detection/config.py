@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from robust_backbones.attacks import AttackConfig
 from robust_backbones.detection.roi_heads import BackboneRes5ROIHeads
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
+from robust_backbones.threat_models import ThreatModel
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "detectron_configs"
 
@@ -33,6 +36,22 @@ def base_config() -> CfgNode:
     cfg.SOLVER.AMP.DTYPE = "float16"
     # Decay, in [0, 1), of the exponential moving average of the weights, which is what is evaluated and saved; 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # "AdamW" takes WEIGHT_DECAY and the like as "SGD" does, and has no use for MOMENTUM and NESTEROV.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # The learning rate of the backbone (without FPN) as a multiple of the rest's.
+    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
+    # The adversary of adversarial training: "free" or "pgd", as detection/adversarial.py has them; "": none.
+    cfg.ADVERSARIAL = CfgNode()
+    cfg.ADVERSARIAL.KIND = ""
+    # In pixels of [0, 1], before they are normalised.
+    cfg.ADVERSARIAL.THREAT_MODEL = "Linf:4/255"
+    # Where the perturbation of an image starts: at 0, or at a random point of the ball.
+    cfg.ADVERSARIAL.RANDOM_START = False
+    # m of free training: the updates for each batch. MAX_ITER and all else count updates, not batches.
+    cfg.ADVERSARIAL.REPLAYS = 4
+    # Of PGD; a step's size is a fraction of epsilon.
+    cfg.ADVERSARIAL.STEPS = 3
+    cfg.ADVERSARIAL.RELATIVE_STEP_SIZE = 2 / 3
     # Data sets in COCO's format to register: (name, annotation file, image folder), the paths within the folder
     # that the environment variable DETECTRON2_DATASETS names.
     cfg.DATASETS.COCO_FORMAT = ()
@@ -92,6 +111,14 @@ def _check_values(cfg: CfgNode) -> None:
         raise InputError(f"SOLVER.AMP.DTYPE {cfg.SOLVER.AMP.DTYPE!r} is not one of float16, bfloat16")
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
         raise InputError(f"SOLVER.EMA_DECAY {cfg.SOLVER.EMA_DECAY} is not in [0, 1): give 0.0 for none")
+    if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
+        raise InputError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r} is not one of SGD, AdamW")
+    if not 0 <= cfg.SOLVER.BACKBONE_MULTIPLIER < math.inf:
+        raise InputError(
+            f"SOLVER.BACKBONE_MULTIPLIER {cfg.SOLVER.BACKBONE_MULTIPLIER} is no factor of a learning rate: "
+            "give 1.0 for the same as the rest's"
+        )
+    _check_adversary(cfg)
     if cfg.TEST.VISUALIZE < 0:
         raise InputError(f"TEST.VISUALIZE {cfg.TEST.VISUALIZE} is no number of images: give 0 for none")
     if not re.fullmatch(r"(\w+/\S+)?", cfg.TEST.BEST_METRIC):
@@ -104,6 +131,18 @@ def _check_values(cfg: CfgNode) -> None:
             f"MODEL.ROI_HEADS.RES5_NORM is set, but {heads} has no such norm, {BackboneRes5ROIHeads.__name__} has: "
             "for FPN give protocols/syncbn.yaml"
         )
+
+
+def _check_adversary(cfg: CfgNode) -> None:
+    node = cfg.ADVERSARIAL
+    if node.KIND not in ("", "free", "pgd"):
+        raise InputError(f'ADVERSARIAL.KIND {node.KIND!r} is not one of free, pgd: give "" for none')
+    ThreatModel.parse(node.THREAT_MODEL)
+    if node.REPLAYS < 1:
+        raise InputError(f"ADVERSARIAL.REPLAYS {node.REPLAYS} is no number of updates a batch: give 1 or more")
+    AttackConfig(node.STEPS, node.RELATIVE_STEP_SIZE)
+    if node.KIND and cfg.VIS_PERIOD > 0:
+        raise InputError("VIS_PERIOD draws training images, which adversarial training cannot: give VIS_PERIOD 0")
 
 
 def flat_overrides(spec: BackboneSpec) -> list[object]:

@@ -57,14 +57,19 @@ class PreciseBN(hooks.PreciseBN):
 
 
 class Checkpoints(HookBase):
-    """Saves every ``period`` iterations, and the final detector; every process has to call it."""
+    """Saves every ``period`` iterations, and the final detector; every process has to call it.
 
-    def __init__(self, period: int) -> None:
+    Where each batch is replayed, it is after the last of its ``replays``: a perturbation is part of no checkpoint.
+    """
+
+    def __init__(self, period: int, replays: int = 1) -> None:
         self._period = period
+        self._replays = replays
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
-        if done < self.trainer.max_iter and done % self._period == 0:
+        due = done % self._replays == 0 and done // self._period > (done - self._replays) // self._period
+        if done < self.trainer.max_iter and due:
             self.trainer.save()
         elif done == self.trainer.max_iter:
             self.trainer.save(final=True)

@@ -19,12 +19,14 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, Trainer
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import robust_backbones.detection.published  # noqa: F401  # makes robust://NAME a path
-from robust_backbones.detection.checkpoint import BackboneCheckpointer
+from robust_backbones.detection.adversarial import AttackedDetector, FreeStream, replays
+from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, WeightAverage, build_precise_bn, flat_metrics
@@ -59,11 +61,14 @@ class Trainer(DefaultTrainer):
                 synchronize_on_cpu(model, nn.SyncBatchNorm)
             devices = [comm.get_local_rank()] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+        self._replays = replays(cfg)
+        batches = FreeStream(self.stream, cfg) if cfg.ADVERSARIAL.KIND == "free" else self.stream
+        trained = AttackedDetector(model, cfg) if cfg.ADVERSARIAL.KIND == "pgd" else model
         if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16":
             scaler = torch.amp.GradScaler(device.type)
-            self._trainer = AMPTrainer(model, self.stream, optimizer, grad_scaler=scaler)
+            self._trainer = AMPTrainer(trained, batches, optimizer, grad_scaler=scaler)
         else:
-            self._trainer = SimpleTrainer(model, self.stream, optimizer)
+            self._trainer = SimpleTrainer(trained, batches, optimizer)
         self._bfloat16 = torch.autocast(
             device.type, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
         )
@@ -72,6 +77,25 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._random_states: list[dict[str, Any]] = []
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's, with SOLVER.OPTIMIZER and SOLVER.BACKBONE_MULTIPLIER."""
+        solver, backbone = cfg.SOLVER, backbone_tensors(model)
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+            lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if name in backbone else 1.0,
+        )
+        shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "foreach": True}
+        if solver.OPTIMIZER == "AdamW":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **shared)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **shared)
+        return maybe_add_gradient_clipping(cfg, optimizer)
 
     def build_hooks(self) -> list[HookBase | None]:
         cfg, model = self.cfg, self.checkpointer.model
@@ -87,8 +111,8 @@ class Trainer(DefaultTrainer):
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self.average,
-            build_precise_bn(cfg, self.model),
-            Checkpoints(cfg.SOLVER.CHECKPOINT_PERIOD),
+            build_precise_bn(cfg, model),
+            Checkpoints(cfg.SOLVER.CHECKPOINT_PERIOD, self._replays),
             self.evaluation,
         ]
 
@@ -129,7 +153,8 @@ class Trainer(DefaultTrainer):
                     self.before_step()
                     self.run_step()
                     self.after_step()
-                    if self.iter + 1 < self.max_iter and self._asked_to_stop(stop):
+                    between_batches = (self.iter + 1) % self._replays == 0
+                    if self.iter + 1 < self.max_iter and between_batches and self._asked_to_stop(stop):
                         self.save()
                         raise PreemptedError(
                             f"asked to stop after iteration {self.iter + 1} of {self.max_iter}: the state is in "
@@ -188,7 +213,7 @@ class Trainer(DefaultTrainer):
         states = state_dict["random_states"]
         if len(states) == comm.get_world_size():
             own = states[comm.get_rank()]
-            self.stream.go_on(self.iter + 1, at_start=own["start"], now=own["now"])
+            self.stream.go_on((self.iter + 1) // self._replays, at_start=own["start"], now=own["now"])
         else:
             _logger.warning(
                 f"the run was begun by {len(states)} processes and goes on with {comm.get_world_size()}: from here on "
