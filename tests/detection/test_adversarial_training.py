@@ -410,6 +410,7 @@ def train_by_both(output: Path) -> None:
             torch.save(trainer.checkpointer.model.state_dict(), output / f"{kind}.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_images_are_one_of_four(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
