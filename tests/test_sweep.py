@@ -195,6 +195,23 @@ def test_what_changes_no_result_changes_no_key(path: str, tmp_path: Path) -> Non
     assert keys(planned(tmp_path, with_(SMALL, path, SAME[path]))) == keys(planned(tmp_path, SMALL))
 
 
+def test_a_later_switch_changes_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from robust_backbones.detection import config
+
+    before, base = keys(planned(tmp_path, SMALL)), config.base_config
+
+    def with_a_switch() -> Any:
+        cfg = base()
+        cfg.SOLVER.SWITCH = False
+        return cfg
+
+    monkeypatch.setattr(config, "base_config", with_a_switch)
+    monkeypatch.setattr(config, "own_defaults", config.own_defaults.__wrapped__)
+    monkeypatch.setattr(manifests, "_settings", manifests._settings.__wrapped__)
+    assert keys(planned(tmp_path, SMALL)) == before
+    assert keys(planned(tmp_path, with_(SMALL, "tasks/voc/overrides/SOLVER.SWITCH", True))) != before
+
+
 def test_keys_hold_a_files_bytes_not_its_place(torchvision_file: Callable[[str], Path], tmp_path: Path) -> None:
     source = torchvision_file("resnet18").read_bytes()
     content = {"backbones": {"own": {"file": ""}}, "tasks": {"voc": SMALL["tasks"]["voc"]}}

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ def _unknown_key(cfg: CfgNode, message: str) -> str:
     key = message.rsplit(" ", 1)[-1]
     near = difflib.get_close_matches(key, list(flat(cfg)), n=1, cutoff=0.5)
     return f"unknown configuration key {key}" + (f": did you mean {near[0]}?" if near else ": check its spelling")
+
+
+@cache
+def own_defaults() -> dict[str, Any]:
+    """The keys that ``base_config`` adds to Detectron2's, by their full names, as YAML has their values.
+
+    Files of a version that did not know one of them mean its default.
+    """
+    theirs = flat(get_cfg())
+    return {key: value for key, value in flat(yaml.safe_load(base_config().dump())).items() if key not in theirs}
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from robust_backbones.detection.config import flat
+from robust_backbones.detection.config import flat, own_defaults
 from robust_backbones.errors import InputError
 from robust_backbones.records import atomic_path
 
@@ -42,7 +42,7 @@ def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
         if folder.exists() and any(folder.glob("model_*.pth")):
             raise InputError(f"{folder} holds checkpoints of no run of ours: give another OUTPUT_DIR")
         return False
-    held = read_run_config(path)
+    held = {**own_defaults(), **read_run_config(path)}
     if cfg.SEED < 0:
         cfg.SEED = held.get("SEED", cfg.SEED)
     own = flat(yaml.safe_load(cfg.dump()))

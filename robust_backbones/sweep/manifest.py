@@ -343,7 +343,7 @@ class _Expansion:
                     "detect",
                     f"{group}-{name}-seed{seed}",
                     group,
-                    [{key: value for key, value in setting.items() if key not in _FREE}, convert.key],
+                    [_identity(setting), convert.key],
                     argv=(
                         str(TOOLS / "train_net.py"),
                         "--resume",
@@ -422,6 +422,21 @@ def _settings(files: tuple[str, ...], overrides: tuple[tuple[str, str], ...]) ->
     words = [word for pair in overrides for word in pair]
     cfg = load_config([Path(file) for file in files], [*words, "MODEL.DEVICE", "meta"])
     return flat(yaml.safe_load(cfg.dump()))
+
+
+def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells a detector's configuration from others.
+
+    Keys of ours at their defaults are left out: a version that knows one switch more has the same runs.
+    """
+    from robust_backbones.detection.config import own_defaults
+
+    defaults = own_defaults()
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in _FREE and not (key in defaults and value == defaults[key])
+    }
 
 
 def _words(options: Options) -> tuple[str, ...]:

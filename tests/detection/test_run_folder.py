@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from detectron2.config import CfgNode
 
 from robust_backbones.detection.run_folder import check_folder, set_up
@@ -41,6 +42,18 @@ def test_what_changes_no_result_may_change(cfg: CfgNode) -> None:
     set_up(cfg, training=True)
     cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 7, "TEST.VISUALIZE", 0, "TEST.REFERENCE_EVAL", True])
     assert not check_folder(cfg, resume=True)
+
+
+def test_a_run_of_a_version_that_knew_less_goes_on(cfg: CfgNode) -> None:
+    set_up(cfg, training=True)
+    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    del content["ADVERSARIAL"], content["SOLVER"]["EMA_DECAY"]
+    path.write_text(yaml.safe_dump(content))
+    assert not check_folder(cfg, resume=True)
+    cfg.SOLVER.EMA_DECAY = 0.5
+    with pytest.raises(InputError, match=r"SOLVER\.EMA_DECAY is 0\.0 there and 0\.5 here"):
+        check_folder(cfg, resume=True)
 
 
 def test_a_seed_that_was_drawn_is_kept(cfg: CfgNode) -> None:
