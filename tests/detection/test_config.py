@@ -28,9 +28,10 @@ FAMILIES = {
     for family in ("FPN", "C4")
 }
 ARCHITECTURE_FILES = sorted((CONFIG_DIR / "architectures").glob("*.yaml"))
+ADVERSARIAL = ("adversarial_free", "adversarial_pgd")
 PROTOCOLS = {
-    "FPN": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn", "frozen", "scratch")],
-    "C4": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn_C4", "frozen", "scratch")],
+    "FPN": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn", "frozen", "scratch", *ADVERSARIAL)],
+    "C4": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn_C4", "frozen", "scratch", *ADVERSARIAL)],
 }
 DETECTORS = {family: CONFIG_DIR / f"COCO-InstanceSegmentation/mask_rcnn_R_50_{family}_1x.yaml" for family in FAMILIES}
 FAMILY = pytest.mark.parametrize("family", ["FPN", "C4"])
@@ -41,6 +42,9 @@ DETECTRON2_CONFIGS = Path(detectron2.__file__).parent / "model_zoo/configs"
 RESTATED = {
     "MODEL.MASK_ON",  # neither leaf of COCO hides what it trains
     "MODEL.WEIGHTS",  # scratch.yaml, for a base that somebody wrote with weights
+    # adversarial_*.yaml, for bases that do not clip
+    "SOLVER.CLIP_GRADIENTS.ENABLED",
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE",
 }
 
 
