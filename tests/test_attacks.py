@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robust_backbones.attacks import (
@@ -249,7 +251,7 @@ def test_more_steps_are_never_weaker(
 
 
 @pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
-@pytest.mark.parametrize("steps", [1, 7, 40])
+@pytest.mark.parametrize("steps", [1, 15])
 def test_apgd_is_its_authors(
     small_model: NormalizedModel,
     losses: Losses,
@@ -260,7 +262,8 @@ def test_apgd_is_its_authors(
 ) -> None:
     """From the same start to the same points.
 
-    The tolerance is for their norms, to which they add 1e-12, and for their losses, which they keep in float32.
+    The tolerance is for their norms, to which they add 1e-12, and for losses and step sizes, which they keep in
+    float32.
     """
     library = pytest.importorskip("pyautoattack.autopgd_base")
     images, labels = small_images, labels[:2]
@@ -273,6 +276,48 @@ def test_apgd_is_its_authors(
     ours = apgd(losses, images, threat_model, steps, start=start)
     torch.testing.assert_close(ours.losses, their_losses, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.points, points, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
+@settings(max_examples=40, deadline=None)
+@given(steps=st.integers(1, 60), seed=st.integers(0, 2**32))
+def test_apgd_is_its_authors_whatever_the_loss_does(threat_model: ThreatModel, steps: int, seed: int) -> None:
+    """Losses and gradients are drawn, most steps going up a little and some down a lot: every checkpoint is met.
+
+    All first steps go up: the authors' code counts them as such, the paper counts those that do.
+    """
+    library = pytest.importorskip("pyautoattack.autopgd_base")
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(3, 1, 2, 2, generator=generator, dtype=torch.float64)
+    gradients = torch.randn(steps + 1, 3, 4, generator=generator, dtype=torch.float64)
+    noise = torch.randint(1024, (2, steps + 1, 3), generator=generator).double() / 1024  # so that float32 holds losses
+    heights = 99 + torch.where(noise[0] < [0.7, 0.85, 1][seed % 3], noise[1], -3 * noise[1]).cumsum(0)
+    heights[0] = heights[1] - 0.125
+
+    def script() -> Losses:
+        visited = iter(zip(heights, gradients, strict=True))
+
+        def losses(flat: Tensor) -> Tensor:
+            height, gradient = next(visited)
+            return height + (gradient * (flat - flat.detach())).sum(1)
+
+        return losses
+
+    theirs = library.APGDAttack(
+        lambda points: points.flatten(1),
+        n_iter=steps,
+        norm=threat_model.norm,
+        eps=threat_model.epsilon,
+        loss="dlr",
+        device="cpu",
+    )
+    scripted, ours = script(), script()
+    theirs.dlr_loss = lambda logits, _: scripted(logits)
+    theirs.init_hyperparam(images)
+    expected, _, _, _ = theirs.attack_single_run(images, torch.zeros(3, dtype=torch.long), x_init=images)
+    best = apgd(lambda points: ours(points.flatten(1)), images, threat_model, steps)
+    assert torch.equal(best.losses, heights.amax(0))
+    torch.testing.assert_close(best.points, expected, rtol=0, atol=1e-7)  # their step sizes are float32
 
 
 def test_apgd_halves_its_steps_where_the_loss_stalls() -> None:

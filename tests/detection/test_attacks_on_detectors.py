@@ -370,12 +370,13 @@ def test_random_numbers_of_training_are_not_touched(samples: list[Sample]) -> No
     """Training goes on as if there had been no attack, and its log shows none of it."""
     model = untrained(config()).train()
 
-    def losses(*, attacked: bool) -> tuple[float, dict[str, Any]]:
+    def losses(*, attacked: bool) -> tuple[float, dict[str, list[Any]]]:
         torch.manual_seed(0)
         with EventStorage() as storage:
             if attacked:
                 attack_image(model, samples[1], DetectorAttack(threat_model=LINF, steps=1))
-            return sum(model([samples[0]]).values()).item(), storage.latest()
+            loss = sum(model([samples[0]]).values()).item()
+            return loss, {name: history.values() for name, history in storage.histories().items()}
 
     assert losses(attacked=True) == losses(attacked=False)
 
