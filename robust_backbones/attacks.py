@@ -122,7 +122,7 @@ def ascend(
             visit(points, values)
         points = _nearest(points + step_size * threat_model.ascent_direction(gradient), images, threat_model)
     if visit is not None:
-        visit(points, _values(losses, points))
+        visit(points, loss_values(losses, points))
     return points
 
 
@@ -189,7 +189,7 @@ def apgd(
         ahead = _nearest(points + _column(step_sizes) * threat_model.ascent_direction(gradient), images, threat_model)
         momentum = 0.25 * (points - former) if step > 0 else 0.25 * (ahead - points)
         former, points = points, _nearest(points + 0.75 * (ahead - points) + momentum, images, threat_model)
-    best.show(points, _values(losses, points))
+    best.show(points, loss_values(losses, points))
     return best
 
 
@@ -228,11 +228,17 @@ def strongest_points(
     if not attack.random_start:
         return run(None)
     best = Strongest()
-    best.show(images, _values(losses, images))
+    best.show(images, loss_values(losses, images))
     for _ in range(attack.restarts):
         end = run(threat_model.random_start(images, generator))
         best.show(end.points, end.losses)
     return best
+
+
+def loss_values(losses: Losses, points: Tensor) -> Tensor:
+    """The losses as a step sees them, shape (N,): without a graph, some layers (FrozenBN) would round otherwise."""
+    with torch.enable_grad():
+        return losses(points.detach().requires_grad_()).detach()
 
 
 def check_points(adversarial: Tensor, images: Tensor, threat_model: ThreatModel) -> None:
@@ -258,12 +264,6 @@ def _nearest(points: Tensor, images: Tensor, threat_model: ThreatModel) -> Tenso
     Clipping moves every pixel towards the original, which lies in [0, 1]: the point stays in the ball.
     """
     return (images + threat_model.project(points - images)).clamp(0, 1)
-
-
-def _values(losses: Losses, points: Tensor) -> Tensor:
-    """The losses as a step sees them: without a graph, some layers (FrozenBN) would round otherwise."""
-    with torch.enable_grad():
-        return losses(points.detach().requires_grad_()).detach()
 
 
 def _values_and_gradient(losses: Losses, points: Tensor) -> tuple[Tensor, Tensor]:
