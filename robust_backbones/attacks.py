@@ -1,10 +1,12 @@
-"""Projected gradient descent: the one attack loop that training and evaluation share."""
+"""Projected gradient ascent, plain and with APGD's schedule: the attack loops that training and evaluation share."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from robust_backbones.threat_models import ThreatModel
 # Directions do not depend on the loss's scale, and a power of two changes no digit in float32; in float16 it keeps
 # small gradients from vanishing.
 _GRADIENT_SCALE = 2.0**8
+
+Losses = Callable[[Tensor], Tensor]
+"""Points of shape (N, C, H, W) -> one loss an image, shape (N,)."""
 
 
 @dataclass(frozen=True)
@@ -90,34 +95,190 @@ def pgd(
 
 
 def ascend(
-    losses: Callable[[Tensor], Tensor],
+    losses: Losses,
     images: Tensor,
     threat_model: ThreatModel,
     attack: AttackConfig,
     *,
     start: Tensor | None = None,
+    visit: Callable[[Tensor, Tensor], object] | None = None,
 ) -> Tensor:
     """One run of projected gradient ascent: start, then step, project, clip; ``attack`` gives steps and step size.
 
     Args:
         losses: maps points of the shape of ``images`` to one loss an image, shape (N,).
         start: the perturbation to start from; none is the images themselves.
+        visit: called with every point of the run, start and end included, and its losses. Those of the end take one
+            forward pass more.
 
     Returns:
         Detached images in [0, 1], each within ``threat_model`` of its original.
     """
     step_size = attack.relative_step_size * threat_model.epsilon
-    adversarial = images.detach() if start is None else (images + start).clamp(0, 1)
+    points = images.detach() if start is None else (images + start).clamp(0, 1)
     for _ in range(attack.steps):
-        adversarial.requires_grad_()
-        with torch.enable_grad():
-            loss = _GRADIENT_SCALE * losses(adversarial).sum()
-        (gradient,) = torch.autograd.grad(loss, adversarial)
-        step = step_size * threat_model.ascent_direction(gradient)
-        delta = threat_model.project(adversarial.detach() + step - images)
-        # Clipping moves every pixel towards the original, which lies in [0, 1]: the point stays in the ball.
-        adversarial = (images + delta).clamp(0, 1)
-    return adversarial
+        values, gradient = _values_and_gradient(losses, points)
+        if visit is not None:
+            visit(points, values)
+        points = _nearest(points + step_size * threat_model.ascent_direction(gradient), images, threat_model)
+    if visit is not None:
+        visit(points, _values(losses, points))
+    return points
+
+
+class Strongest:
+    """Of the points that it is shown, the one with the highest loss, image by image; of equals, the first."""
+
+    points: Tensor
+    """Shape (N, C, H, W)."""
+    losses: Tensor
+    """Their losses, shape (N,)."""
+    first_losses: Tensor | None = None
+    """Those of the points shown first."""
+
+    def show(self, points: Tensor, losses: Tensor) -> Tensor:
+        """Bool, shape (N,): which images now have another point."""
+        if self.first_losses is None:
+            self.points, self.losses, self.first_losses = points, losses, losses
+            return torch.ones_like(losses, dtype=torch.bool)
+        stronger = losses > self.losses
+        self.points = torch.where(_column(stronger), points, self.points)
+        self.losses = torch.where(stronger, losses, self.losses)
+        return stronger
+
+
+def apgd(
+    losses: Losses, images: Tensor, threat_model: ThreatModel, steps: int, *, start: Tensor | None = None
+) -> Strongest:
+    """One run of Auto-PGD: the step size of each image halves where its loss stalls (Croce & Hein 2020, algorithm 1).
+
+    Steps have momentum and are 2 epsilon long at first. At checkpoints, which come closer and closer, an image goes
+    back to its best point with half the step size, if at most 3 of 4 steps raised its loss, or if its best loss has not
+    risen since a checkpoint that left the step size alone. Where the paper and its authors' code differ (the paper has
+    fewer than 3 of 4), it is as the code.
+
+    Args:
+        losses: maps points of the shape of ``images`` to one loss an image, shape (N,).
+        start: the perturbation to start from; none is the images themselves.
+
+    Returns:
+        The strongest points of the run, its start included. The schedule depends on ``steps``: unlike that of
+        ``ascend`` with its fixed step size, the best loss of a longer run may be lower.
+    """
+    points = former = images.detach() if start is None else (images + start).clamp(0, 1)
+    best, best_gradient = Strongest(), torch.zeros_like(points)
+    step_sizes = images.new_full((len(images),), 2 * threat_model.epsilon)
+    former_values = torch.full_like(step_sizes, math.inf)
+    # Since the last checkpoint: how often the loss rose, how high it was, and whether the step size was halved there.
+    rises, best_losses = torch.zeros_like(step_sizes), torch.zeros_like(step_sizes)
+    halved = torch.ones_like(step_sizes, dtype=torch.bool)
+    checkpoint = interval = max(int(0.22 * steps), 1)
+    for step in range(steps):
+        values, gradient = _values_and_gradient(losses, points)
+        best_gradient = torch.where(_column(best.show(points, values)), gradient, best_gradient)
+        rises = rises + (values > former_values)
+        former_values = values
+        if step == checkpoint:
+            stalled = (rises <= 0.75 * interval) | (~halved & (best.losses <= best_losses))
+            step_sizes = torch.where(stalled, step_sizes / 2, step_sizes)
+            points = torch.where(_column(stalled), best.points, points)
+            gradient = torch.where(_column(stalled), best_gradient, gradient)
+            rises, best_losses, halved = torch.zeros_like(rises), best.losses, stalled
+            interval = max(interval - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
+            checkpoint += interval
+        ahead = _nearest(points + _column(step_sizes) * threat_model.ascent_direction(gradient), images, threat_model)
+        momentum = 0.25 * (points - former) if step > 0 else 0.25 * (ahead - points)
+        former, points = points, _nearest(points + 0.75 * (ahead - points) + momentum, images, threat_model)
+    best.show(points, _values(losses, points))
+    return best
+
+
+def strongest_points(
+    losses: Losses,
+    images: Tensor,
+    threat_model: ThreatModel,
+    attack: AttackConfig,
+    *,
+    schedule: Literal["fixed", "apgd"] = "fixed",
+    generator: torch.Generator | None = None,
+) -> Strongest:
+    """The points of the highest loss that all restarts of an attack came across, the images themselves included.
+
+    With the fixed schedule, more steps find the same points and more: the loss does not fall, not in its last digit,
+    where ``losses`` gives the same numbers for the same points.
+
+    Args:
+        losses: maps points of the shape of ``images`` to one loss an image, shape (N,).
+        images: shape (N, C, H, W), float32 in [0, 1].
+        attack: its effort; ``apgd`` has no use for the step size.
+        schedule: of the step sizes: that of ``ascend`` or of ``apgd``.
+        generator: draws the random starts; on the device of ``images``.
+
+    Returns:
+        Points in the threat model and their losses; ``first_losses`` are those of ``images``.
+    """
+
+    def run(start: Tensor | None) -> Strongest:
+        if schedule == "apgd":
+            return apgd(losses, images, threat_model, attack.steps, start=start)
+        best = Strongest()
+        ascend(losses, images, threat_model, attack, start=start, visit=best.show)
+        return best
+
+    if not attack.random_start:
+        return run(None)
+    best = Strongest()
+    best.show(images, _values(losses, images))
+    for _ in range(attack.restarts):
+        end = run(threat_model.random_start(images, generator))
+        best.show(end.points, end.losses)
+    return best
+
+
+def check_points(adversarial: Tensor, images: Tensor, threat_model: ThreatModel) -> None:
+    """Trust no attack: every point must lie in the ball and in [0, 1].
+
+    The tolerance is 1e-5 of epsilon, for sums over many pixels, and a float32's rounding near 1 in every value.
+
+    Args:
+        adversarial, images: shape (N, C, H, W), images in [0, 1].
+
+    Raises:
+        RuntimeError: one does not.
+    """
+    rounding = threat_model.size(torch.full_like(images, torch.finfo(torch.float32).eps))
+    inside = threat_model.size(adversarial - images) <= threat_model.epsilon * (1 + 1e-5) + rounding
+    if not (inside.all() and adversarial.min() >= 0 and adversarial.max() <= 1):
+        raise RuntimeError(f"an attack returned images outside {threat_model} or [0, 1]: its result cannot be used")
+
+
+def _nearest(points: Tensor, images: Tensor, threat_model: ThreatModel) -> Tensor:
+    """Project points to the ball around the images, then clip them to [0, 1].
+
+    Clipping moves every pixel towards the original, which lies in [0, 1]: the point stays in the ball.
+    """
+    return (images + threat_model.project(points - images)).clamp(0, 1)
+
+
+def _values(losses: Losses, points: Tensor) -> Tensor:
+    """The losses as a step sees them: without a graph, some layers (FrozenBN) would round otherwise."""
+    with torch.enable_grad():
+        return losses(points.detach().requires_grad_()).detach()
+
+
+def _values_and_gradient(losses: Losses, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses, shape (N,), and the scaled gradient of their sum, of the shape of ``points``."""
+    points = points.detach().requires_grad_()
+    with torch.enable_grad():
+        values = losses(points)
+        loss = _GRADIENT_SCALE * values.sum()
+    (gradient,) = torch.autograd.grad(loss, points)
+    return values.detach(), gradient
+
+
+def _column(values: Tensor) -> Tensor:
+    """Shape (N,) -> (N, 1, 1, 1)."""
+    return values[:, None, None, None]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robust_backbones.attacks import AttackConfig, frozen_eval, pgd
+from robust_backbones.attacks import AttackConfig, check_points, frozen_eval, pgd
 from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset, mix, open_dataset
@@ -208,7 +208,7 @@ def attack_batch(
         if config.threat_model.epsilon == 0 or not standing.any():
             return standing
         adversarial = attack(images[standing], labels[standing]).detach()
-        _check_points(adversarial, images[standing], config.threat_model)
+        check_points(adversarial, images[standing], config.threat_model)
         still_standing = standing.clone()
         still_standing[standing] = logits(adversarial).argmax(1) == labels[standing]
         return still_standing
@@ -300,17 +300,6 @@ def _attack_library() -> tuple[Any, Any]:
         raise InputError(
             "AutoAttack needs its authors' package: pip install pyautoattack, or --no-autoattack"
         ) from None
-
-
-def _check_points(adversarial: Tensor, images: Tensor, threat_model: ThreatModel) -> None:
-    """Trust no attack: every point must lie in the ball and in [0, 1].
-
-    The tolerance is 1e-5 of epsilon, for sums over many pixels, and a float32's rounding near 1 in every value.
-    """
-    rounding = threat_model.size(torch.full_like(images, torch.finfo(torch.float32).eps))
-    inside = threat_model.size(adversarial - images) <= threat_model.epsilon * (1 + 1e-5) + rounding
-    if not (inside.all() and adversarial.min() >= 0 and adversarial.max() <= 1):
-        raise RuntimeError(f"an attack returned images outside {threat_model} or [0, 1]: its result cannot be used")
 
 
 @dataclass(frozen=True)

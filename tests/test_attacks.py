@@ -1,16 +1,28 @@
-"""PGD against what mathematics says of it, and against a slow loop written from the definition."""
+"""PGD and APGD against what mathematics says of them, a slow loop from the definition, and APGD's authors' code."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_backbones.attacks import AttackConfig, frozen_eval, pgd
+from robust_backbones.attacks import (
+    AttackConfig,
+    Strongest,
+    apgd,
+    ascend,
+    check_points,
+    frozen_eval,
+    pgd,
+    strongest_points,
+)
 from robust_backbones.errors import InputError
 from robust_backbones.models import NormalizedModel
 from robust_backbones.threat_models import ThreatModel
 
 THREAT_MODELS = [ThreatModel("L2", 0.5), ThreatModel("Linf", 8 / 255)]
+Losses = Callable[[Tensor], Tensor]
 
 
 class Linear(nn.Module):
@@ -160,3 +172,128 @@ def test_works_without_gradients_around_it(small_model: NormalizedModel, images:
 def test_what_is_no_attack_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError):
         AttackConfig(**wrong)
+
+
+@pytest.fixture
+def small_images(images: Tensor) -> Tensor:
+    """In float64, where rounding does not decide the sign of near-zero gradients; shape (2, 3, 16, 16)."""
+    return images[:2, :, ::2, ::2].double()
+
+
+@pytest.fixture
+def losses(small_model: NormalizedModel, labels: Tensor) -> Losses:
+    """The cross-entropy of a network in float64 on two images."""
+    model = small_model.double().eval().requires_grad_(False)
+    return lambda points: F.cross_entropy(model(points), labels[:2], reduction="none")
+
+
+@pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
+def test_a_run_shows_every_point_and_goes_the_same_way(
+    losses: Losses, small_images: Tensor, threat_model: ThreatModel
+) -> None:
+    images, attack = small_images, AttackConfig(steps=4)
+    start = threat_model.random_start(images, torch.Generator().manual_seed(0)).double()
+    points, values = [], []
+    end = ascend(
+        losses, images, threat_model, attack, start=start, visit=lambda x, v: points.append(x) or values.append(v)
+    )
+    assert torch.equal(end, ascend(losses, images, threat_model, attack, start=start))
+    assert len(points) == attack.steps + 1
+    assert torch.equal(points[0], (images + start).clamp(0, 1))
+    assert torch.equal(points[-1], end)
+    for steps, point in enumerate(points[1:], start=1):
+        assert torch.equal(point, ascend(losses, images, threat_model, AttackConfig(steps=steps), start=start))
+    for point, value in zip(points, values, strict=True):
+        torch.testing.assert_close(value, losses(point), rtol=1e-12, atol=0)
+
+
+def test_the_strongest_is_the_maximum_image_by_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(6, 5, 3, 2, 2, generator=generator)
+    losses = torch.randint(4, (6, 5), generator=generator).float()  # with ties
+    strongest = Strongest()
+    for point, loss in zip(points, losses, strict=True):
+        strongest.show(point, loss)
+    for image in range(5):
+        first = losses[:, image].tolist().index(losses[:, image].max())
+        assert torch.equal(strongest.points[image], points[first, image])
+        assert strongest.losses[image] == losses[first, image]
+    assert torch.equal(strongest.first_losses, losses[0])
+
+
+@pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_more_steps_are_never_weaker(
+    losses: Losses, small_images: Tensor, threat_model: ThreatModel, restarts: int
+) -> None:
+    """Exactly, and the loss told is that of the point; each step takes one forward pass, each run one more."""
+    calls = []
+
+    def counted(points: Tensor) -> Tensor:
+        calls.append(points)
+        return losses(points)
+
+    images, before, random_start = small_images, None, restarts > 1
+    for steps in range(1, 7):
+        calls.clear()
+        # Steps of the ball's diameter: the last point is often not the best one.
+        attack = AttackConfig(steps=steps, relative_step_size=2, random_start=random_start, restarts=restarts)
+        generator = torch.Generator().manual_seed(0)
+        best = strongest_points(counted, images, threat_model, attack, generator=generator)
+        check_points(best.points, images, threat_model)
+        assert len(calls) == restarts * (steps + 1) + random_start
+        torch.testing.assert_close(best.losses, losses(best.points), rtol=1e-12, atol=0)
+        torch.testing.assert_close(best.first_losses, losses(images), rtol=1e-12, atol=0)
+        assert (best.losses >= (best.first_losses if before is None else before)).all()
+        before = best.losses
+
+
+@pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
+@pytest.mark.parametrize("steps", [1, 7, 40])
+def test_apgd_is_its_authors(
+    small_model: NormalizedModel,
+    losses: Losses,
+    small_images: Tensor,
+    labels: Tensor,
+    threat_model: ThreatModel,
+    steps: int,
+) -> None:
+    """From the same start to the same points.
+
+    The tolerance is for their norms, to which they add 1e-12, and for their losses, which they keep in float32.
+    """
+    library = pytest.importorskip("pyautoattack.autopgd_base")
+    images, labels = small_images, labels[:2]
+    start = threat_model.random_start(images, torch.Generator().manual_seed(0)).double()
+    theirs = library.APGDAttack(
+        lambda points: small_model(points), n_iter=steps, norm=threat_model.norm, eps=threat_model.epsilon, device="cpu"
+    )
+    theirs.init_hyperparam(images)
+    points, _, their_losses, _ = theirs.attack_single_run(images, labels, x_init=images + start)
+    ours = apgd(losses, images, threat_model, steps, start=start)
+    torch.testing.assert_close(ours.losses, their_losses, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.points, points, rtol=0, atol=1e-6)
+
+
+def test_apgd_halves_its_steps_where_the_loss_stalls() -> None:
+    """On the concave loss -(x - 1/2)^2 of one pixel, a fixed step leaps over the maximum, again and again."""
+    images, threat_model = torch.tensor([0.47, 0.1])[:, None, None, None], ThreatModel("Linf", 0.1)
+
+    def losses(points: Tensor) -> Tensor:
+        return -(((points - 0.5) ** 2).flatten(1).sum(1))
+
+    best = apgd(losses, images, threat_model, 60)
+    # The second maximum is out of reach: its image ends at the border of the ball.
+    torch.testing.assert_close(best.points.flatten(), torch.tensor([0.5, 0.2]), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
+def test_points_outside_are_found(images: Tensor, threat_model: ThreatModel) -> None:
+    inside = (images + threat_model.random_start(images, torch.Generator().manual_seed(0))).clamp(0, 1)
+    check_points(inside, images, threat_model)
+    towards_grey = (0.5 - images).sign() * torch.eye(4)[0][:, None, None, None]  # of the first image alone
+    pixels = images[0].numel()
+    too_far = 1.001 * threat_model.epsilon * (1 if threat_model.norm == "Linf" else pixels**-0.5)
+    for wrong in (images + too_far * towards_grey, inside - 1e-3 * (inside == 0), inside + 1e-3 * (inside == 1)):
+        with pytest.raises(RuntimeError, match="outside"):
+            check_points(wrong, images, threat_model)

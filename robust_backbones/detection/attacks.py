@@ -1,0 +1,300 @@
+"""White-box attacks on Detectron2's R-CNNs through their own training losses, and signs that they cannot be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from detectron2.modeling import GeneralizedRCNN, ROIHeads
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+
+from robust_backbones.attacks import AttackConfig, Losses, check_points, frozen_eval, strongest_points
+from robust_backbones.errors import InputError
+from robust_backbones.threat_models import ThreatModel
+
+LOSSES = {
+    "classification": ("loss_cls",),
+    "localization": ("loss_box_reg", "loss_rpn_loc"),
+    "objectness": ("loss_rpn_cls",),
+    "mask": ("loss_mask",),
+    "total": ("loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"),
+}
+"""What an attack can raise, as sums of Detectron2's training losses; ``total`` is what training minimises."""
+
+LARGER_BALLS = (2, 4)
+"""The multiples of epsilon at which ``sanity_check`` attacks again."""
+TOLERATED_SHARE = 0.05
+"""Of images that fail a sanity check by chance."""
+
+# Whose ``training`` flag chooses between losses and detections; layers within keep the flags of evaluation.
+_LOSS_MODULES = (GeneralizedRCNN, RPN, ROIHeads, BaseMaskRCNNHead, BaseKeypointRCNNHead)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorAttack(AttackConfig):
+    """An adversary of detectors: what it raises, within which ball and how hard it tries.
+
+    The ball is around the image as the detector sees it: after resizing, before normalisation, in [0, 1] pixel units.
+    Of all points that an attack comes across the strongest counts, the image itself included.
+
+    Raises:
+        InputError: a value is out of its range, or does not go with another.
+    """
+
+    threat_model: ThreatModel
+    """At epsilon 0 images stay as they are."""
+    loss: str = "total"
+    """One of LOSSES: classification, localization, objectness, mask, total."""
+    steps: int = 10
+    """1 to 100."""
+    relative_step_size: float = 0.25
+    """Step size as a fraction of epsilon; of no use to the schedule ``apgd``."""
+    schedule: Literal["fixed", "apgd"] = "fixed"
+    """fixed: projected gradient ascent with a fixed step size (Madry et al. 2018); apgd: step sizes that halve where
+    the loss stalls (Croce & Hein 2020)."""
+    target: int | Literal["derangement"] | None = None
+    """Make the detector take every object for one of this class (from 0), or of another class each: ``derangement``
+    draws from ``target_seed`` one target a class, never itself. The attack then lowers the classification loss of the
+    targets. None: no target, the attack raises ``loss``."""
+    target_seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps > 100:
+            raise InputError(f"an attack has at most 100 steps, got {self.steps}")
+        if self.loss not in LOSSES:
+            raise InputError(f"unknown loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
+        if self.schedule not in ("fixed", "apgd"):
+            raise InputError(f"unknown schedule {self.schedule!r}: choose one of fixed, apgd")
+        if isinstance(self.target, str) and self.target != "derangement":
+            raise InputError(f"unknown target {self.target!r}: give a class from 0, or derangement")
+        if self.target is not None and self.loss != "classification":
+            raise InputError(f"a target needs the classification loss, got {self.loss}: give loss classification")
+
+    def check(self, model: GeneralizedRCNN) -> None:
+        """Whether a detector can be attacked so.
+
+        Raises:
+            InputError: it has no masks for the mask loss, or no such class as the target.
+        """
+        if self.loss == "mask" and not model.roi_heads.mask_on:
+            raise InputError("the mask loss needs a detector with masks: choose another loss, or a Mask R-CNN")
+        self.target_classes(model.roi_heads.num_classes)
+
+    def target_classes(self, num_classes: int) -> Tensor | None:
+        """The target of each class, shape (num_classes,); None without a target.
+
+        Raises:
+            InputError: there is no such class, or only one to draw from.
+        """
+        if self.target is None:
+            return None
+        if isinstance(self.target, int):
+            if not 0 <= self.target < num_classes:
+                raise InputError(f"target {self.target} is no class of the detector: choose one of 0-{num_classes - 1}")
+            return torch.full((num_classes,), self.target)
+        if num_classes < 2:
+            raise InputError("a detector of one class has no other to aim at: leave the target out")
+        # One cycle through all classes: none is its own successor.
+        cycle = torch.randperm(num_classes, generator=torch.Generator().manual_seed(self.target_seed))
+        return torch.empty_like(cycle).scatter_(0, cycle, cycle.roll(-1))
+
+
+@dataclass(frozen=True)
+class AttackedImage:
+    """Detectron2's input dict with the attacked image, and what that did to the loss."""
+
+    sample: dict[str, Any]
+    """``image`` is float32 in 0-255, on the device of the original; the rest is the original's."""
+    clean_loss: float
+    """Of the original: what the attack raises; with a target, minus the classification loss of the targets."""
+    loss: float
+    """The same of the attacked image; not below ``clean_loss``."""
+
+
+def attack_image(
+    model: GeneralizedRCNN, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int = 0
+) -> AttackedImage:
+    """The image near that of ``sample`` which maximises the detector's own training loss.
+
+    The attack acts on the model's input, after resizing and before normalisation; the ground truth has to be resized
+    likewise. On an image without objects, classification and objectness losses are those of the background, so that
+    the attack makes the detector see things; localisation and mask losses are zero there, whatever the image. With a
+    target, there is nothing to attack: the image stays as it is.
+
+    The model is given back as it was, and so are the global random generators.
+
+    Args:
+        model: a Faster or Mask R-CNN, FPN or C4, on any device.
+        sample: Detectron2's input dict: ``image``, shape (C, H, W), uint8 or float in 0-255, channels in
+            INPUT.FORMAT; ``instances``, its ground truth at this size (``gt_boxes``, ``gt_classes``, and ``gt_masks``
+            for a Mask R-CNN). Anything else is passed on.
+        seed: of the random starts and of the sampling of anchors and proposals.
+
+    Raises:
+        InputError: as ``DetectorAttack.check``, or image and ground truth are not of the same size.
+        RuntimeError: the result is outside the ball or 0-255.
+    """
+    attack.check(model)
+    original = sample["image"]
+    pixels = original.to(model.device, torch.float32)
+    images = pixels[None] / 255
+    threat_model = attack.threat_model
+    with frozen_losses(model):
+        losses = loss_function(model, sample, attack, seed=seed)
+        if threat_model.epsilon == 0 or (attack.target is not None and len(sample["instances"]) == 0):
+            loss = losses(images).item()
+            return AttackedImage({**sample, "image": original.float()}, loss, loss)
+        generator = torch.Generator(images.device).manual_seed(seed)
+        best = strongest_points(losses, images, threat_model, attack, schedule=attack.schedule, generator=generator)
+    assert best.first_losses is not None
+    attacked = 255 * best.points
+    check_points(attacked / 255, images, threat_model)
+    return AttackedImage(
+        {**sample, "image": attacked[0].to(original.device)}, best.first_losses.item(), best.losses.item()
+    )
+
+
+@contextmanager
+def frozen_losses(model: GeneralizedRCNN) -> Iterator[None]:
+    """Have a detector give its training losses while nothing in it moves.
+
+    All layers, norms and dropout among them, are in eval mode and no parameter takes a gradient; ``model(samples)``
+    still returns Detectron2's losses. Every module is given back in its own mode, exceptions included.
+    """
+    with frozen_eval(model):
+        for module in model.modules():
+            if isinstance(module, _LOSS_MODULES):
+                module.training = True  # not .train(), which would reach the layers within
+        yield
+
+
+def loss_function(
+    model: GeneralizedRCNN, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int = 0
+) -> Losses:
+    """What the attack raises, as a function of the image alone: images in [0, 1], shape (1, C, H, W), -> shape (1,).
+
+    The function is for use within ``frozen_losses``. Anchors and proposals are sampled with the same random numbers at
+    each call, and the global generators are left as they were.
+
+    Raises:
+        InputError: the ground truth is of another size than the image.
+    """
+    instances = sample["instances"].to(model.device)
+    if instances.image_size != tuple(sample["image"].shape[-2:]):
+        height, width = sample["image"].shape[-2:]
+        raise InputError(
+            f"an image of {height}x{width} pixels has ground truth for {instances.image_size[0]}x"
+            f"{instances.image_size[1]}: resize both alike, as Detectron2's DatasetMapper does"
+        )
+    targets = attack.target_classes(model.roi_heads.num_classes)
+    if targets is not None:
+        instances.gt_classes = targets.to(model.device)[instances.gt_classes]
+    sign = 1 if targets is None else -1
+
+    def losses(points: Tensor) -> Tensor:
+        # A storage of its own: training's must not log an attack. Its iteration is not 0, at which VIS_PERIOD draws.
+        with _same_draws(seed, model.device), EventStorage(1):
+            values = model([{**sample, "image": 255 * points[0], "instances": instances}])
+        loss = sum(value for name, value in values.items() if name in LOSSES[attack.loss])
+        # On an image without objects a loss may be a constant, of which there would be no gradient.
+        return (sign * loss + 0 * points.sum())[None]
+
+    return losses
+
+
+@contextmanager
+def _same_draws(seed: int, device: torch.device) -> Iterator[None]:
+    """Global random numbers from ``seed``; the generators are then given back as they were."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class SanityCheck:
+    """Signs of gradient masking: what no attack that follows useful gradients shows.
+
+    Both are from Carlini et al. 2019, "On evaluating adversarial robustness", section 4; an attack that fails one says
+    nothing of how robust the detector is.
+    """
+
+    images: int
+    """How many were attacked."""
+    random_is_stronger: int
+    """Of so many of them, one of as many random points of the ball as the attack has steps has a higher loss."""
+    larger_is_not_stronger: int
+    """For so many of them, no attack in a larger ball reaches a higher loss."""
+    mean_losses: dict[str, float]
+    """What the attack raises, over the images: ``clean``, ``random``, ``attack`` and ``attack x2``, ``x4`` epsilon."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence for every sign that more than TOLERATED_SHARE of the images show; none is good news."""
+        signs = {
+            "random noise is stronger than the white-box attack": self.random_is_stronger,
+            "a larger epsilon is not stronger": self.larger_is_not_stronger,
+        }
+        return [
+            f"{sign} on {count} of {self.images} images: gradients are masked, and attacked AP says nothing"
+            for sign, count in signs.items()
+            if count > TOLERATED_SHARE * self.images
+        ]
+
+
+def sanity_check(
+    model: GeneralizedRCNN,
+    samples: Sequence[Mapping[str, Any]],
+    attack: DetectorAttack,
+    *,
+    seed: int = 0,
+) -> SanityCheck:
+    """Look for gradient masking: hold an attack against random noise, and against itself in larger balls.
+
+    Takes 2 to 4 times as long as the attack. Images without objects are left out, since some losses are constant there.
+
+    Args:
+        samples: as ``attack_image`` takes them.
+
+    Raises:
+        InputError: there is no image with objects, epsilon is 0, or as ``attack_image``.
+    """
+    samples = [sample for sample in samples if len(sample["instances"]) > 0]
+    if not samples or attack.threat_model.epsilon == 0:
+        raise InputError("a sanity check needs images with objects and epsilon > 0: there is nothing to attack")
+    rows = []
+    for sample in samples:
+        attacked = attack_image(model, sample, attack, seed=seed)
+        row = {"clean": attacked.clean_loss, "attack": attacked.loss}
+        row["random"] = _strongest_noise(model, sample, attack, seed=seed)
+        for factor in LARGER_BALLS:
+            ball = replace(attack.threat_model, epsilon=factor * attack.threat_model.epsilon)
+            row[f"attack x{factor}"] = attack_image(model, sample, replace(attack, threat_model=ball), seed=seed).loss
+        rows.append(row)
+    larger = [f"attack x{factor}" for factor in LARGER_BALLS]
+    return SanityCheck(
+        images=len(rows),
+        random_is_stronger=sum(row["random"] > row["attack"] for row in rows),
+        larger_is_not_stronger=sum(max(row[name] for name in larger) <= row["attack"] for row in rows),
+        mean_losses={name: sum(row[name] for row in rows) / len(rows) for name in rows[0]},
+    )
+
+
+@torch.no_grad()
+def _strongest_noise(model: GeneralizedRCNN, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int) -> float:
+    """The highest loss of as many random points of the ball as the attack has steps."""
+    images = sample["image"].to(model.device, torch.float32)[None] / 255
+    generator = torch.Generator(images.device).manual_seed(seed + 1)  # not the attack's own starts
+    with frozen_losses(model):
+        losses = loss_function(model, sample, attack, seed=seed)
+        noise = (attack.threat_model.random_start(images, generator) for _ in range(attack.steps * attack.restarts))
+        return max(losses((images + delta).clamp(0, 1)).item() for delta in noise)
