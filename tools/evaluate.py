@@ -25,6 +25,7 @@ from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES
 from robust_backbones.errors import InputError
 from robust_backbones.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.sources import read_checkpoint
+from robust_backbones.threat_models import ThreatModel
 
 
 @dataclass
@@ -52,11 +53,15 @@ class Classifier:
 
 @dataclass
 class Detector:
-    """Clean AP of a trained detector, and its AP on corrupted images and in other domains: P, mPC and rPC.
+    """Clean AP of a trained detector, its AP on corrupted images (P, mPC, rPC), in other domains and under attack.
 
     Example, on 500 images, in 2 processes:
         python tools/evaluate.py detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_robustness \
             --limit 500 --jobs 2
+
+    Example, under attack on two losses, and under the worse of them for each image:
+        python tools/evaluate.py detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_attacked \
+            --corruptions none --attacks classification localization --threat-model Linf:4/255
 
     DETECTRON2_DATASETS names the folder with the data sets. OUTPUT gets cells/NAME/record.json and detections.json for
     every evaluation (clean, fog-3, ...) and record.json over all. Cells that are there are not run again, so that an
@@ -76,6 +81,13 @@ class Detector:
     """1 to 5; 0 is the image as it is. mPC needs all five of all 15."""
     domains: Path | None = None
     """Folder with a folder a domain, each with its images and an annotation file in COCO's format, as in COCO-O."""
+    attacks: tuple[str, ...] = ()
+    """Losses that a white-box adversary raises, each a cell: classification localization objectness mask total."""
+    threat_model: ThreatModel | None = None
+    """The adversary's, around the image as the detector sees it, in [0, 1] pixel units."""
+    attack_steps: int = 10
+    attack_restarts: int = 1
+    attack_schedule: Literal["fixed", "apgd"] = "fixed"
     limit: int | None = None
     """Only so many annotated images; a greater limit takes the same ones and more."""
     seed: int = 0
@@ -122,14 +134,29 @@ def classifier(options: Classifier) -> int:
 
 def detector(options: Detector) -> int:
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
-    from robust_backbones.detection.robustness import CellChoice, evaluate_detector
+    from robust_backbones.detection.attacks import DetectorAttack
+    from robust_backbones.detection.robustness import CellChoice, attack_cells, evaluate_detector
 
+    if options.attacks and options.threat_model is None:
+        raise InputError("--attacks needs --threat-model, such as Linf:4/255")
+    attacks = [
+        DetectorAttack(
+            threat_model=options.threat_model or ThreatModel(),
+            loss=loss,
+            steps=options.attack_steps,
+            random_start=options.attack_restarts > 1,
+            restarts=options.attack_restarts,
+            schedule=options.attack_schedule,
+        )
+        for loss in dict.fromkeys(options.attacks)
+    ]
     record = evaluate_detector(
         options.config,
         options.weights,
         options.output,
         CellChoice(options.corruptions, options.severities, options.limit, options.seed),
         domains=options.domains,
+        more_cells=attack_cells(attacks),
         device=options.device,
         jobs=options.jobs,
         workers=options.workers,

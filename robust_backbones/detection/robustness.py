@@ -1,7 +1,8 @@
 """How robust a detector is: cells, each one evaluation on the same images, changed in one way; resumable cell by cell.
 
-A cell is ``clean``, ``CORRUPTION-SEVERITY``, ``domain-NAME`` or whatever else changes inputs before the detector sees
-them. P, mPC and rPC are those of Michaelis et al. 2019, "Benchmarking robustness in object detection", eq. 1 and 2.
+A cell is ``clean``, ``CORRUPTION-SEVERITY``, ``domain-NAME``, ``attack-LOSS`` or whatever else changes inputs before
+the detector sees them. P, mPC and rPC are those of Michaelis et al. 2019, "Benchmarking robustness in object
+detection", eq. 1 and 2.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from robust_backbones.data.corruptions import (
     image_seed,
     load_library,
 )
+from robust_backbones.detection.attacks import DetectorAttack, attack_image
 from robust_backbones.detection.config import flat, load_config
 from robust_backbones.detection.data_stream import WorkerMapper
 from robust_backbones.detection.datasets import check_datasets, register_datasets
@@ -193,6 +196,19 @@ def evaluate_detector(
     if len(attacks) > 1:
         job.evaluate_worst(attacks)
     return _write_summary(output, job.identity)
+
+
+def attack_cells(attacks: Iterable[DetectorAttack]) -> list[Cell]:
+    """A cell ``attack-LOSS`` for each; its metrics hold the mean of the attacked loss before and after."""
+    return [
+        Cell(f"attack-{attack.loss}", change=partial(_attacked, attack=attack), settings=asdict(attack))
+        for attack in attacks
+    ]
+
+
+def _attacked(model: nn.Module, sample: Sample, seed: int, *, attack: DetectorAttack) -> Sample:
+    found = attack_image(model, sample, attack, seed=seed)
+    return {**found.sample, "numbers": {"clean_loss": found.clean_loss, "loss": found.loss}}
 
 
 def find_domains(folder: Path) -> list[tuple[str, str, str]]:

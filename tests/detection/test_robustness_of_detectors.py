@@ -25,6 +25,7 @@ from torch import nn
 
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed
 from robust_backbones.data.synthetic import CLASSES
+from robust_backbones.detection.attacks import DetectorAttack
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import register_datasets
@@ -35,6 +36,7 @@ from robust_backbones.detection.robustness import (
     Cell,
     CellChoice,
     _Mapper,
+    attack_cells,
     evaluate_detector,
     find_domains,
     ground_truth,
@@ -47,6 +49,7 @@ from robust_backbones.detection.robustness import (
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
 from robust_backbones.records import RunRecord
+from robust_backbones.threat_models import ThreatModel
 from tests.conftest import ROOT
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG
 from tests.detection.test_evaluators import write_voc
@@ -369,6 +372,30 @@ def test_neither_order_nor_processes_nor_workers_nor_a_change_of_nothing_matter(
     assert (worst.pop("images/attack-none"), worst.pop("images/attack-black")) == (0, 6)
     assert worst == metrics(output, "attack-black")
     assert record.metrics["attack-worst/bbox/AP"] == worst["bbox/AP"] < found["bbox/AP"]
+
+
+def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
+    """At epsilon 0 the clean metrics bit by bit; above it a higher loss, the same by the command; never another one."""
+    output = tmp_path / "out"
+    still = DetectorAttack(threat_model=ThreatModel("Linf", 0.0), loss="objectness", steps=1)
+    evaluate(run, output, CellChoice(("none",), limit=None), more_cells=attack_cells([still]))
+    assert detections(output, "attack-objectness") == detections(few, "clean")
+    found = metrics(output, "attack-objectness")
+    assert found.pop("loss") == found.pop("clean_loss")
+    assert found == metrics(few, "clean")
+    options = ["--corruptions", "none", "--workers", "0", "--threat-model", "Linf:4/255", "--attack-steps", "2"]
+    status, _, err = run_tool("evaluate", *command(run, output, *options, "--attacks", "objectness")[2:])
+    assert (status, "attack-objectness was measured with other settings" in err) == (2, True)
+    attacks = ["--attacks", "classification", "localization"]
+    status, out, _ = run_tool("evaluate", *command(run, output, *options, *attacks)[2:])
+    assert status == 0
+    for name in attacks[1:]:
+        attacked = metrics(output, f"attack-{name}")
+        assert attacked["loss"] > attacked["clean_loss"]
+        assert f"attack-{name} " in out
+    assert sum(metrics(output, "attack-worst")[f"images/attack-{name}"] or 0 for name in attacks[1:]) == 6
+    status, _, err = run_tool("evaluate", *command(run, output, "--attacks", "total")[2:])
+    assert (status, "--attacks needs --threat-model" in err) == (2, True)
 
 
 def test_crowds_are_no_objects_to_attack(run: Path, data: Path) -> None:
