@@ -512,7 +512,7 @@ def command(run: Path, output: Path, *arguments: object) -> list[str]:
 CHOICE = ["--corruptions", "contrast", "impulse_noise", "--severities", "0", "3"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_kill_loses_no_finished_cell(
     few: Path, run: Path, tmp_path: Path, run_tool: Run, number: signal.Signals
 ) -> None:
