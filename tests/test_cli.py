@@ -198,7 +198,7 @@ def test_a_failed_proof_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("tool", ["train_net", "convert_backbone", "demo", "predict"])
+@pytest.mark.parametrize("tool", ["train_net", "convert_backbone", "demo", "predict", "evaluate"])
 def test_without_detectron2_it_says_how_to_install_it(
     run_tool: Run,
     tool: str,
@@ -216,6 +216,7 @@ def test_without_detectron2_it_says_how_to_install_it(
         "train_net": ["--config-file", "x.yaml"],
         "convert_backbone": [torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify"],
         "demo": ["--output", tmp_path / "demo"],
+        "evaluate": ["detector", "config.yaml", "model_final.pth", "--output", tmp_path / "robustness"],
         "predict": [ROOT / "docs/demo.jpg", "--weights", tmp_path, "--output", tmp_path / "predictions"],
     }
     assert_refused(run_tool(tool, *arguments[tool]), "tools/install_detectron2.py")

@@ -1,8 +1,9 @@
-"""A trained detector, from its run's folder, that finds the objects of image files."""
+"""A trained detector read from its file, and one that finds the objects of image files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,42 @@ from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
+from torch import nn
 
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.errors import InputError
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A trained detector, and what its file says of it."""
+
+    model: nn.Module
+    """In eval mode, on MODEL.DEVICE."""
+    categories: list[dict[str, Any]]
+    """Its classes in COCO's format, in the order of its outputs."""
+    backbone: dict[str, Any]
+    """As in records."""
+    threat_model: str | None
+    """The backbone's; None where its source did not say."""
+
+
+def load_detector(cfg: CfgNode, weights: Path) -> Detector:
+    """The detector in a .pth file of tools/train_net.py; nothing that the file may hold is run.
+
+    Raises:
+        InputError: there is no such file, or it does not hold every tensor of a detector of this configuration.
+    """
+    checkpointer = BackboneCheckpointer(build_model(cfg).eval(), cfg=cfg, whole_detector=True)
+    content = checkpointer.load(str(weights))
+    backbone: dict[str, Any] = {}
+    if (metadata := checkpointer.metadata) is not None:
+        backbone = {**metadata.spec.to_dict(), "source": metadata.source, "source_sha256": metadata.source_sha256}
+    if checkpointer.unfilled:
+        backbone["unfilled_tensors"] = checkpointer.unfilled
+    threat_model = metadata.threat_model if metadata else None
+    return Detector(checkpointer.model, categories_of(content, cfg, weights), backbone, threat_model)
 
 
 class Predictor:
@@ -41,9 +74,8 @@ class Predictor:
             raise InputError(f"no model_final.pth in {folder}: finish its training, or give another .pth file in it")
         # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
         self.cfg = load_config(folder / "config.yaml", ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", False])
-        self.model = build_model(self.cfg).eval()
-        content = BackboneCheckpointer(self.model, cfg=self.cfg, whole_detector=True).load(str(weights))
-        self.categories = categories_of(content, self.cfg, weights)
+        detector = load_detector(self.cfg, weights)
+        self.model, self.categories = detector.model, detector.categories
         self.metadata = Metadata(thing_classes=[category["name"] for category in self.categories])
         self._mapper = DatasetMapper(self.cfg, is_train=False)
 
