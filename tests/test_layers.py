@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "robust_backbones"
 FLOORS = {
-    **dict.fromkeys(("errors", "threat_models", "records", "cli", "distributed", "logs", "safe_files", "metrics"), 0),
+    **dict.fromkeys(
+        ("errors", "threat_models", "records", "cli", "distributed", "logs", "safe_files", "metrics", "locks"), 0
+    ),
     **dict.fromkeys(("models", "attacks", "checkpoints", "zoo", "folding", "data"), 1),
     **dict.fromkeys(
         ("objectives", "engine", "training", "pretrain", "robustness", "cluster", "convert", "sources", "transfer"), 2

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 from robust_backbones.cluster import ClusterConfig
 from robust_backbones.errors import InputError
+from robust_backbones.locks import HeldError, Owner, lock, owner_of
 from robust_backbones.sweep import manifest as manifests
 from robust_backbones.sweep.launcher import ClusterExecutor, ClusterJob, LocalExecutor, launch, start_process
-from robust_backbones.sweep.locks import HeldError, Owner, lock, owner_of
 from robust_backbones.sweep.manifest import expand, read_manifest, settle
 from robust_backbones.sweep.plan import Attempt, Plan, Run
 from tests.conftest import ROOT
@@ -372,7 +372,7 @@ LAUNCHER = """
 import signal, sys
 from pathlib import Path
 from robust_backbones.sweep.launcher import LocalExecutor, launch
-from robust_backbones.sweep.locks import lock
+from robust_backbones.locks import lock
 from robust_backbones.sweep.plan import Plan
 asked = []
 signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
@@ -624,7 +624,7 @@ def test_another_machine_is_dead_after_a_long_silence(tmp_path: Path) -> None:
 
 
 def test_owners_show_that_they_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robust_backbones.sweep.locks._HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr("robust_backbones.locks._HEARTBEAT_SECONDS", 0.05)
     path = tmp_path / "lock.json"
     with lock(path):
         os.utime(path, (0, 0))
@@ -632,7 +632,7 @@ def test_owners_show_that_they_live(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_who_was_believed_dead_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("robust_backbones.sweep.locks._HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr("robust_backbones.locks._HEARTBEAT_SECONDS", 0.05)
     asked: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, number: asked.append(number) if pid == os.getpid() else None)
     path = tmp_path / "lock.json"
@@ -644,7 +644,7 @@ def test_who_was_believed_dead_stops(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_of_many_that_want_a_dead_owners_lock_one_gets_it(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from robust_backbones.sweep.locks import HeldError, lock\n"
+        "import sys, time; from pathlib import Path; from robust_backbones.locks import HeldError, lock\n"
         "while not Path(sys.argv[2]).exists(): time.sleep(0.001)\n"
         "try:\n    with lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(3)\n"
         "except HeldError: print('held', flush=True)\n"

@@ -33,9 +33,9 @@ import tyro
 from robust_backbones import cli
 from robust_backbones.distributed import STOP_SIGNALS, stop_on_signals
 from robust_backbones.errors import InputError
+from robust_backbones.locks import lock, owner_of
 from robust_backbones.records import atomic_path
 from robust_backbones.sweep.launcher import ClusterExecutor, Executor, LocalExecutor, launch
-from robust_backbones.sweep.locks import lock, owner_of
 from robust_backbones.sweep.manifest import Manifest, expand, read_manifest, settle
 from robust_backbones.sweep.plan import STATES, Plan, count
 

@@ -8,16 +8,15 @@ each image of a batch, whatever its size, has a ball of its own. With epsilon 0 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from robust_backbones.detection.attacks import frozen_losses
 from robust_backbones.threat_models import ThreatModel
 
 Batch = list[dict[str, Any]]
@@ -98,7 +97,7 @@ class AttackedDetector(nn.Module):
         clean = _images(batch, self._device)
         points = adversary.start(clean)
         # Detectors count what they sample and how often they are right: not here, where nothing is trained.
-        with _frozen(detector), EventStorage():
+        with frozen_losses(detector), EventStorage():
             for _ in range(self._steps):
                 points = [point.detach().requires_grad_() for point in points]
                 with torch.enable_grad():
@@ -142,24 +141,3 @@ def _images(batch: Batch, device: torch.device) -> list[Tensor]:
 
 def _with_images(batch: Batch, images: Sequence[Tensor]) -> Batch:
     return [{**item, "image": image} for item, image in zip(batch, images, strict=True)]
-
-
-@contextmanager
-def _frozen(detector: nn.Module) -> Iterator[None]:
-    """No gradients to the weights, and no statistics of attacked images in batch norms.
-
-    ``attacks.frozen_eval`` for a detector, which gives its losses in train mode alone.
-    """
-    norms = [module for module in detector.modules() if isinstance(module, _BatchNorm) and module.training]
-    trainable = [parameter for parameter in detector.parameters() if parameter.requires_grad]
-    for norm in norms:
-        norm.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for norm in norms:
-            norm.train()

@@ -57,8 +57,8 @@ from robust_backbones.detection.predictor import Detector, load_detector
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.distributed import StopRequest, end_data_workers, stop_on_signals
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
+from robust_backbones.locks import HeldError, lock
 from robust_backbones.records import RunRecord, atomic_path, claim
-from robust_backbones.sweep.locks import HeldError, lock
 
 MEASURES = ("bbox/AP", "bbox/AP50", "segm/AP")
 """What P, mPC and rPC are told of; AP50 is VOC's own."""
