@@ -30,8 +30,8 @@ LOSSES = {
 LARGER_BALLS = (2, 4)
 """The multiples of epsilon at which ``sanity_check`` attacks again."""
 TOLERATED_SHARE = 0.25
-"""Of images that may fail a sanity check without a warning: an attack of few steps can overshoot in a larger ball, where
-its steps are longer. Where gradients are masked, most images fail."""
+"""Of images that may fail a sanity check without a warning: an attack of few steps can overshoot in a larger ball,
+where its steps are longer. Where gradients are masked, most images fail."""
 
 # Whose ``training`` flag chooses between losses and detections; layers within keep the flags of evaluation.
 _LOSS_MODULES = (GeneralizedRCNN, RPN, ROIHeads, BaseMaskRCNNHead, BaseKeypointRCNNHead)
