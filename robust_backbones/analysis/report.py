@@ -21,7 +21,14 @@ from robust_backbones.analysis.study import (
     metric_name,
     results,
 )
-from robust_backbones.analysis.tables import classification_rows, classifier_rows, csv_text, latex, markdown
+from robust_backbones.analysis.tables import (
+    classification_rows,
+    classifier_rows,
+    csv_text,
+    detector_robustness_rows,
+    latex,
+    markdown,
+)
 from robust_backbones.records import atomic_path
 
 # Every text colour has a contrast of at least 4.5:1 on the colour behind it (WCAG 2.1, 1.4.3; a test computes them).
@@ -85,6 +92,8 @@ def write_report(
         tables["Classification transfer, how it was set"] = classification_rows(transfer)
     if classifiers:
         tables["Classifiers"] = classifier_rows(classifiers)
+    if detectors := [run.record for run in runs if run.record.task == "detector_robustness"]:
+        tables["Robustness of detectors"] = detector_robustness_rows(detectors)
     for name, (heads, rows) in tables.items():
         path = output / "tables" / name.lower().replace(",", "").replace(" ", "_")
         _write(path.with_suffix(".md"), markdown(heads, rows) + "\n")

@@ -711,6 +711,7 @@ def _write_summary(output: Path, identity: dict[str, Any], cfg: CfgNode) -> RunR
             "cells": list(cells),
             "measure": "bbox/AP50" if is_voc else "bbox/AP",
             "adversarial_training": cfg.ADVERSARIAL.KIND and f"{cfg.ADVERSARIAL.KIND} {cfg.ADVERSARIAL.THREAT_MODEL}",
+            "attacks": {name: cell.config["settings"] for name, cell in cells.items() if name.startswith("attack-")},
             "warnings": {name: check.warnings for name, check in checks.items() if check and check.warnings},
         },
         seconds=sum(record.seconds for record in records),
