@@ -199,7 +199,7 @@ def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequ
     cells = record.config["cells"]
     if unknown := sorted({*names} - {*cells}):
         raise InputError(f"no cell {unknown[0]} was evaluated: choose --errors among {', '.join(cells)}")
-    chosen = names or [cell for cell in cells if cell == "clean" or cell.startswith(("domain-", "attack-"))]
+    chosen = names or ["clean", *(cell for cell in cells if cell.startswith(("domain-", "attack-")))]
     errors = {}
     for cell in chosen[:MOST_CURVES]:
         folder = output / "cells" / cell
@@ -210,7 +210,7 @@ def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequ
     heads, rows = error_rows(errors)
     rest = chosen[MOST_CURVES:]
     return [
-        "AP50 of boxes, and the points that each type of error costs (TIDE):",
+        "COCO's AP50 of boxes, and the points that the repair of each type of error gives (TIDE):",
         markdown(heads, rows),
         *([f"not drawn, for want of room: {', '.join(rest)}; choose with --errors"] if rest else []),
         f"drawn in {output / 'errors.svg'}",

@@ -676,7 +676,8 @@ def worst_attacks(truth: COCO, detections: Mapping[str, Sequence[Row]]) -> dict[
             "categories": [truth.cats[category] for category in sorted(shown)],
             "annotations": annotations,
         }
-        alone.createIndex()
+        with contextlib.redirect_stdout(io.StringIO()):
+            alone.createIndex()
         aps = {}
         for name, rows in grouped.items():
             seen = [row for row in rows.get(image_id, ()) if row["category_id"] in shown]
