@@ -697,6 +697,9 @@ def _write_summary(output: Path, identity: dict[str, Any], cfg: CfgNode) -> RunR
     records = [RunRecord.read(path) for path in sorted((output / "cells").glob("*/record.json"))]
     cells = {record.config["cell"]: record for record in records}
     clean = cells[CLEAN]
+    metrics = summarize({name: record.metrics for name, record in cells.items()})
+    for name, record in cells.items():
+        metrics |= {f"{name}/{key}": record.metrics[key] for key in ("clean_loss", "loss") if key in record.metrics}
     checks = {name: SanityCheck.from_metrics(record.metrics) for name, record in cells.items()}
     is_voc = MetadataCatalog.get(clean.dataset).evaluator_type == "pascal_voc"
     summary = RunRecord(
@@ -705,7 +708,7 @@ def _write_summary(output: Path, identity: dict[str, Any], cfg: CfgNode) -> RunR
         backbone=clean.backbone,
         threat_model=clean.threat_model,
         dataset=clean.dataset,
-        metrics=summarize({name: record.metrics for name, record in cells.items()}),
+        metrics=metrics,
         seed=clean.seed,
         config={
             **identity,

@@ -393,6 +393,10 @@ def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
         attacked = metrics(output, f"attack-{name}")
         assert attacked["loss"] > attacked["clean_loss"]
         assert f"attack-{name} " in out
+        told = RunRecord.read(output / "record.json").metrics
+        assert [told[f"attack-{name}/{key}"] for key in ("clean_loss", "loss")] == [
+            attacked[key] for key in ("clean_loss", "loss")
+        ]
     assert sum(metrics(output, "attack-worst")[f"images/attack-{name}"] or 0 for name in attacks[1:]) == 6
     status, _, err = run_tool("evaluate", *command(run, output, "--attacks", "total")[2:])
     assert (status, "an attack needs --threat-model" in err) == (2, True)
