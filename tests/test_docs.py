@@ -1,10 +1,15 @@
 """The README's commands exist: tools, options, configurations, make targets, pictures."""
 
+import csv
 import re
 from collections.abc import Callable
 
 import pytest
 
+from robust_backbones.analysis.detection_errors import ORACLES
+from robust_backbones.analysis.study import find_runs
+from robust_backbones.analysis.tables import detector_robustness_rows, markdown
+from robust_backbones.records import RunRecord
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -35,3 +40,26 @@ def test_options_are_known(command: str, run_tool: Callable[..., tuple[int, str,
         _, help_text, _ = run_tool(tool, *subcommand, "--help")
         for option in (word for word in words if word.startswith("--")):
             assert option in help_text, f"{tool} has no {option}"
+
+
+def test_the_page_on_detectors_says_what_its_records_say() -> None:
+    page = (ROOT / "docs/detector_robustness.md").read_text()
+    folder = ROOT / "docs/detector_robustness"
+    records = [run.record for run in find_runs([folder / "records"])]
+    assert markdown(*detector_robustness_rows(records)) in page
+    larger = [run.record for run in find_runs([folder / "larger"])]
+    assert markdown(*detector_robustness_rows(larger)) in page
+    for name in ("coco-standard", "coco-standard-adversarial"):
+        for row in csv.DictReader((folder / f"errors_{name}.csv").read_text().splitlines()):
+            values = [float(row["AP50"]), *(float(row[f"{oracle} dAP50"]) for oracle in ORACLES)]
+            assert markdown([row["condition"], *(f"{value:.1f}" for value in values)], []).splitlines()[0] in page
+    # More steps: the attacked loss does not fall, AP does not rise.
+    found = [RunRecord.read(folder / f"steps/{steps}/record.json").metrics for steps in (1, 2, 5, 10)]
+    losses = [found[0]["attack-total/clean_loss"], *(metrics["attack-total/loss"] for metrics in found)]
+    boxes, masks = (
+        [found[0][f"P/{measure}"], *(metrics[f"attack-total/{measure}"] for metrics in found)]
+        for measure in ("bbox/AP", "segm/AP")
+    )
+    for steps, loss, box, mask in zip((0, 1, 2, 5, 10), losses, boxes, masks, strict=True):
+        assert f"| {steps} | {loss:.4f} | {box:.2f} | {mask:.2f} |" in page
+    assert [losses, boxes, masks] == [sorted(losses), sorted(boxes, reverse=True), sorted(masks, reverse=True)]

@@ -169,7 +169,8 @@ def detector_robustness_rows(records: Sequence[RunRecord]) -> tuple[list[str], l
     attacks = list(dict.fromkeys(_attack_name(name, one) for one in found for name in one.config["attacks"]))
     heads = ["detector", "data set", "backbone trained at", "fine-tuned", "measure", "clean", "mPC", "rPC", *attacks]
     rows = []
-    for record in sorted(found, key=lambda record: (record.dataset, record.config["adversarial_training"])):
+    order = sorted(found, key=lambda r: (r.dataset, r.config["adversarial_training"], str(r.threat_model)))
+    for record in order:
         kind = [record.run_id, f"{record.dataset} (n = {record.config['images']})", str(record.threat_model)]
         kind.append(record.config["adversarial_training"] or "standard")
         for measure in (record.config["measure"], "segm/AP"):
