@@ -414,7 +414,8 @@ def attack(options: Attack) -> int:
     if model.roi_heads.mask_on:
         variants["attack step, mask loss"] = lambda: ascend_by("mask")
     rows = _in_turns(variants, options.steps, options.rounds, torch.device(options.device))
-    write_json(options.output / "attack.json", {"rows": rows, "versions": versions(), "options": _plain(options)})
+    told = {**_plain(options), "config": options.config.name}
+    write_json(options.output / "attack.json", {"rows": rows, "versions": versions(), "options": told})
     cells = [[row["what"], f"{1000 / row['images_per_second']:.0f}", f"{1 / row['ratio']:.2f}x"] for row in rows]
     table = markdown(["pass", "ms", "cost"], cells)
     return _write_table(table, options.output, "the record is attack.json beside it")
