@@ -1,6 +1,7 @@
 """The README's commands exist: tools, options, configurations, make targets, pictures."""
 
 import csv
+import json
 import re
 from collections.abc import Callable
 
@@ -49,6 +50,18 @@ def test_the_page_on_detectors_says_what_its_records_say() -> None:
     assert markdown(*detector_robustness_rows(records)) in page
     larger = [run.record for run in find_runs([folder / "larger"])]
     assert markdown(*detector_robustness_rows(larger)) in page
+    trained = {run.folder.name: run.record.metrics for run in find_runs([folder / "from_backbone"])}
+    for name, measure in (("voc", "bbox/AP50"), ("coco", "bbox/AP")):
+        values = [f"{trained[f'{name}_adversarial-{backbone}'][measure]:.1f}" for backbone in ("standard", "robust")]
+        assert re.search(rf"{values[0]} (\(standard\) )?and {values[1]}\b", page), values
+    attacks = [run.record.metrics for run in find_runs([folder / "attacks"])]
+    assert len(attacks) == 16
+    assert {metrics["sanity/images"] for metrics in attacks} == {8}
+    for sign in ("random_is_stronger", "larger_is_not_stronger"):
+        assert max(metrics[f"sanity/{sign}"] or 0 for metrics in attacks) == 2
+    cost = json.loads((folder / "attack_cost.json").read_text())["rows"]
+    for row in cost:
+        assert f"| {row['what']} | {1000 / row['images_per_second']:.0f} | {1 / row['ratio']:.2f}x |" in page
     for name in ("coco-standard", "coco-standard-adversarial"):
         for row in csv.DictReader((folder / f"errors_{name}.csv").read_text().splitlines()):
             values = [float(row["AP50"]), *(float(row[f"{oracle} dAP50"]) for oracle in ORACLES)]

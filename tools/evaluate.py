@@ -220,7 +220,7 @@ def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequ
 def tables(metrics: Mapping[str, float | None], cells: Sequence[str], measure: str) -> list[str]:
     """P, mPC, rPC and what is no corruption in all measures; then corruptions by severity in one; - where one lacks."""
     measures = [name.removeprefix("P/") for name in metrics if name.startswith("P/")]
-    corrupted = {cell for cell in cells if cell.rsplit("-", 1)[0] in CORRUPTIONS}
+    corrupted = {*cells} & {f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES}
     names = ["P", "mPC", "rPC", *sorted({*cells} - corrupted - {"clean"})]
     rows = [["", *measures]] + [[name, *(metrics.get(f"{name}/{column}") for column in measures)] for name in names]
     if corrupted:
