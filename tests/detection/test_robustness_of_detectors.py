@@ -624,6 +624,7 @@ def test_the_table(few: Path, run: Path, run_tool: Run) -> None:
     clean = metrics(few, "clean")
     assert rows["P"] == [f"{clean[name]:.2f}" for name in ("bbox/AP", "bbox/AP50", "segm/AP")]
     assert rows["mPC"] == rows["rPC"] == ["-"] * 3
+    assert rows["contrast-0"] == rows["impulse_noise-0"] == rows["P"]
     assert rows["contrast"] == ["-", "-", f"{metrics(few, 'contrast-3')['bbox/AP']:.2f}", "-", "-", "-"]
 
 
