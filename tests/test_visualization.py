@@ -244,6 +244,14 @@ def test_a_representation_that_loses_nothing_gives_the_image_back() -> None:
     assert (pixel_correlation(found.images, targets) > 0.999).all()
 
 
+def test_steps_that_overshoot_leave_the_best_point_and_not_the_last() -> None:
+    model, targets = linear_model(), points(3, 4, seed=3)
+    starts = targets + 1e-3 * torch.randn(targets.shape, dtype=torch.float64, generator=generator_of(0))
+    found = invert(model, targets, starts, ascent=AscentConfig(steps=4, step_size=0.2))
+    assert torch.equal(found.images, starts)
+    assert torch.equal(found.values, found.start_values)
+
+
 def test_images_do_not_depend_on_their_neighbours_and_results_repeat(
     trained_like: NormalizedModel, images: Tensor
 ) -> None:
