@@ -1,0 +1,369 @@
+"""What a representation sees: images that maximise a unit, images that match a representation, and input gradients.
+
+The method of Engstrom et al. (2019, "Adversarial robustness as a prior for learned representations"), which Figure 1 of
+Salman et al. (2020) shows: gradient ascent over pixels in steps of one length, without any regularisation, so that what
+is seen is the network's own prior. Every function leaves the network as it was.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from robust_backbones.attacks import AttackConfig, Losses, Strongest, ascend, frozen_eval
+from robust_backbones.data.datasets import mix
+from robust_backbones.errors import InputError
+from robust_backbones.models import NormalizedModel
+from robust_backbones.threat_models import ThreatModel
+
+LOGITS = "logits"
+"""The layer that is the network's output."""
+PENULTIMATE = "penultimate"
+"""The layer that is the classifier's input; the output of a network without a classifier."""
+
+SSIM_WINDOW = 11
+"""Pixels that each side of an image needs at least."""
+_NOISE_STD = 1 / 20
+
+
+@dataclass(frozen=True)
+class AscentConfig:
+    """How far an image may go. The public code of Engstrom et al. takes 200 steps to maximise, 10,000 to invert."""
+
+    steps: int = 200
+    step_size: float = 0.005
+    """Root mean square of a step's change over all pixels, in [0, 1] units: the same at any resolution. A step of l2
+    length 1 at 224 px, as in the public code, is 0.0026."""
+    ball: ThreatModel | None = None
+    """Stay in this ball around the start, as NORM:EPSILON; without it every image in [0, 1] can be reached."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.step_size <= 0:
+            raise InputError(
+                f"steps must be >= 1 and the step size > 0, got {self.steps} and {self.step_size:g}: choose others"
+            )
+        if self.ball is not None and self.ball.epsilon == 0:
+            raise InputError("a ball of radius 0 holds the start alone: leave it out, or choose a greater one")
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """Images found by gradient ascent, each the best point of its run, and what was optimised, before and after."""
+
+    images: Tensor
+    """Shape (N, 3, H, W), in [0, 1]."""
+    values: Tensor
+    """Shape (N,)."""
+    start_values: Tensor
+    """Those of the starts, shape (N,)."""
+
+
+def noise(count: int, size: int, *, seed: int) -> Tensor:
+    """Starts: grey with Gaussian noise of standard deviation 1/20, clipped to [0, 1], as in the public code.
+
+    Returns:
+        Shape (count, 3, size, size), float32; an image depends on the seed and its own place alone.
+    """
+    generators = (torch.Generator().manual_seed(mix(seed, 0, index)) for index in range(count))
+    images = [0.5 + _NOISE_STD * torch.randn(3, size, size, generator=generator) for generator in generators]
+    return torch.stack(images).clamp(0, 1)
+
+
+def activations(model: NormalizedModel, images: Tensor, layer: str = PENULTIMATE) -> Tensor:
+    """A layer's output, differentiable; nothing behind the layer is computed.
+
+    Args:
+        images: shape (N, 3, H, W), in [0, 1].
+        layer: PENULTIMATE, LOGITS, or a module of ``model.backbone`` such as ``layer3`` or ``layer4.1.conv2``; of a
+            module that runs several times, as a ResNet's ReLUs do, the first.
+
+    Returns:
+        Shape (N, D), or (N, C, H', W').
+
+    Raises:
+        InputError: the network has no such layer.
+    """
+
+    def stop_behind(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        raise _Reached(output)
+
+    def stop_before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _Reached(inputs[0])
+
+    classifier = _classifier(model)
+    if layer == LOGITS:
+        _check_classifier(model)
+        return model(images)
+    if layer == PENULTIMATE:
+        if classifier is None:
+            return model(images)
+        handle = classifier.register_forward_pre_hook(stop_before)
+    else:
+        handle = _module(model.backbone, layer).register_forward_hook(stop_behind)
+    try:
+        model(images)
+    except _Reached as reached:
+        return reached.output
+    finally:
+        handle.remove()
+    raise InputError(f"the network has a module {layer}, but no image goes through it: choose another layer")
+
+
+class _Reached(Exception):  # noqa: N818  # no error: the forward pass is where it was to get
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+
+def activation_losses(model: NormalizedModel, units: Tensor, layer: str = LOGITS) -> Losses:
+    """The objective of ``maximize_activation``: of each image its own unit, a channel as its mean over all places.
+
+    Args:
+        units: shape (N,), indices of channels or of a vector's components; one for each image.
+
+    Raises:
+        InputError: when called, a layer that the network does not have, or a unit that the layer does not have.
+    """
+
+    def losses(points: Tensor) -> Tensor:
+        output = activations(model, points, layer)
+        values = output.flatten(2).mean(2) if output.ndim > 2 else output
+        if not 0 <= int(units.min()) <= int(units.max()) < values.shape[1]:
+            raise InputError(f"{layer} has the units 0 to {values.shape[1] - 1}, not {units.tolist()}: choose others")
+        return values.gather(1, units[:, None]).squeeze(1)
+
+    return losses
+
+
+def inversion_losses(model: NormalizedModel, targets: Tensor, layer: str = PENULTIMATE) -> Losses:
+    """The objective of ``invert`` with its sign changed: -‖R(x) - R(target)‖ / ‖R(target)‖, R being the layer's output.
+
+    Args:
+        targets: shape (N, 3, H, W), in [0, 1].
+    """
+    with torch.no_grad():
+        wanted = activations(model, targets, layer).flatten(1)
+    lengths = torch.linalg.vector_norm(wanted, dim=1).clamp_min(1e-12)
+
+    def losses(points: Tensor) -> Tensor:
+        return -torch.linalg.vector_norm(activations(model, points, layer).flatten(1) - wanted, dim=1) / lengths
+
+    return losses
+
+
+def maximize_activation(
+    model: NormalizedModel,
+    starts: Tensor,
+    units: Tensor,
+    *,
+    layer: str = LOGITS,
+    ascent: AscentConfig = AscentConfig(),
+    progress: Callable[[int], object] | None = None,
+) -> Synthesis:
+    """Images that maximise a class logit, or a unit of any layer: the source's direct feature visualisation.
+
+    The gradient is the objective's own; that of the public code also passes the last ReLU where it is 0.
+
+    Args:
+        starts: shape (N, 3, H, W), in [0, 1], such as ``noise``.
+        units: shape (N,), which unit each image is to maximise; of a feature map, channels, by their mean.
+        layer: as for ``activations``.
+        progress: called at every step with the number of images.
+
+    Returns:
+        The images and the units' activations.
+
+    Raises:
+        InputError: the network has no such layer or unit.
+    """
+    with frozen_eval(model):
+        best = _climb(activation_losses(model, units, layer), starts, ascent, progress)
+    assert best.first_losses is not None
+    return Synthesis(best.points, best.losses, best.first_losses)
+
+
+def invert(
+    model: NormalizedModel,
+    targets: Tensor,
+    starts: Tensor,
+    *,
+    layer: str = PENULTIMATE,
+    ascent: AscentConfig = AscentConfig(),
+    progress: Callable[[int], object] | None = None,
+) -> Synthesis:
+    """Images with the representation of other images, each on its own: the source's representation inversion.
+
+    Args:
+        targets: images to be matched, shape (N, 3, H, W), in [0, 1].
+        starts: of the same shape: ``noise``, or other images.
+        layer: as for ``activations``.
+        progress: called at every step with the number of images.
+
+    Returns:
+        The images and their normalised distances ‖R(x) - R(target)‖ / ‖R(target)‖, never above those of the starts.
+
+    Raises:
+        InputError: the network has no such layer.
+    """
+    with frozen_eval(model):
+        best = _climb(inversion_losses(model, targets, layer), starts, ascent, progress)
+    assert best.first_losses is not None
+    return Synthesis(best.points, -best.losses, -best.first_losses)
+
+
+def _climb(losses: Losses, starts: Tensor, ascent: AscentConfig, progress: Callable[[int], object] | None) -> Strongest:
+    pixels = starts[0].numel()
+    # The diameter of [0, 1]^d: a ball that never binds.
+    ball = ascent.ball or ThreatModel("L2", math.sqrt(pixels))
+    length = ascent.step_size * (math.sqrt(pixels) if ball.norm == "L2" else 1)
+    best = Strongest()
+
+    def visit(points: Tensor, values: Tensor) -> None:
+        if progress is not None and best.first_losses is not None:  # the start is no step
+            progress(len(points))
+        best.show(points, values)
+
+    ascend(losses, starts, ball, AttackConfig(ascent.steps, length / ball.epsilon), visit=visit)
+    return best
+
+
+def saliency(model: NormalizedModel, images: Tensor, labels: Tensor) -> Tensor:
+    """The gradient of the cross-entropy with respect to the pixels (Tsipras et al. 2019, Figure 2).
+
+    Args:
+        images: shape (N, 3, H, W), in [0, 1].
+        labels: shape (N,), class indices.
+
+    Returns:
+        Of the shape of ``images``.
+
+    Raises:
+        InputError: the network has no classifier.
+    """
+    _check_classifier(model)
+    return _gradient(model, images, lambda logits: F.cross_entropy(logits, labels, reduction="sum"))
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How much input gradients look like their images; see ``saliency_alignment``."""
+
+    alpha: Tensor
+    """|<x, g>| / ‖g‖, shape (N,), in units of the images' length ‖x‖."""
+    cosine: Tensor
+    """|<x, g>| / (‖x‖ ‖g‖), shape (N,), in [0, 1]: the same without the images' brightness and size."""
+
+
+def saliency_alignment(model: NormalizedModel, images: Tensor) -> Alignment:
+    """The alignment of Etmann et al. (2019, arXiv 1905.04172): alpha(x) = |<x, g>| / ‖g‖.
+
+    g is the gradient of the winning logit with respect to the pixels and x the image, both in [0, 1] pixel units. Where
+    a sign of <w, x> tells two classes apart, alpha is the distance to the decision boundary; networks that were trained
+    to be robust tend to have more of it. 0 where the gradient is 0.
+
+    Args:
+        images: shape (N, 3, H, W), in [0, 1].
+
+    Raises:
+        InputError: the network has no classifier.
+    """
+    _check_classifier(model)
+    gradient = _gradient(model, images, lambda logits: logits.max(1).values.sum()).flatten(1)
+    pixels = images.flatten(1)
+    tiny = torch.finfo(images.dtype).tiny
+    unit = gradient / torch.linalg.vector_norm(gradient, dim=1, keepdim=True).clamp_min(tiny)
+    alpha = (pixels * unit).sum(1).abs()
+    return Alignment(alpha, alpha / torch.linalg.vector_norm(pixels, dim=1).clamp_min(tiny))
+
+
+def _gradient(model: NormalizedModel, images: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    with frozen_eval(model), torch.enable_grad():
+        points = images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(total(model(points)), points)
+    return gradient
+
+
+def pixel_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of the pixels of each two images, over all places and channels; 0 where one is constant.
+
+    Args:
+        a, b: shape (N, C, H, W).
+
+    Returns:
+        Shape (N,), in [-1, 1], float64.
+    """
+    # In float64, in which the rounding of a constant image's mean is nothing.
+    a, b = (images.flatten(1).double() for images in (a, b))
+    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each two images (Wang et al. 2004), mean over colours, by scikit-image.
+
+    The settings are the paper's: a Gaussian window of 11 pixels and standard deviation 1.5, K1 = 0.01, K2 = 0.03.
+
+    Args:
+        a, b: shape (N, C, H, W), in [0, 1], at least SSIM_WINDOW pixels a side.
+
+    Returns:
+        Shape (N,), at most 1, float64 on the CPU.
+
+    Raises:
+        InputError: scikit-image is not installed.
+    """
+    similarity = ssim_library().structural_similarity
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    pairs = zip(a.double().cpu().numpy(), b.double().cpu().numpy(), strict=True)
+    return torch.tensor([similarity(x, y, channel_axis=0, **wang) for x, y in pairs], dtype=torch.float64)
+
+
+def ssim_library() -> Any:
+    """scikit-image's metrics.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module("skimage.metrics")
+    except ImportError as error:
+        raise InputError(f"SSIM cannot be measured ({error}): pip install scikit-image") from None
+
+
+def gradients_as_images(gradients: Tensor) -> Tensor:
+    """Gradients to look at: within three standard deviations of 0, moved to [0, 1]; grey is 0 (Tsipras et al. 2019).
+
+    Args:
+        gradients: shape (N, 3, H, W).
+    """
+    deviation = gradients.flatten(1).std(1).clamp_min(torch.finfo(gradients.dtype).tiny)[:, None, None, None]
+    return (gradients / (6 * deviation) + 0.5).clamp(0, 1)
+
+
+def _module(backbone: nn.Module, name: str) -> nn.Module:
+    modules = dict(backbone.named_modules())
+    if not name or name not in modules:
+        near = difflib.get_close_matches(name, modules, 3) or [child for child, _ in backbone.named_children()]
+        raise InputError(f"no layer {name!r}: choose {PENULTIMATE}, {LOGITS}, or a module such as {', '.join(near)}")
+    return modules[name]
+
+
+def _classifier(model: NormalizedModel) -> nn.Linear | None:
+    """The last linear layer; None where there is none, as in the backbone of a detector."""
+    linear = [module for module in model.backbone.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None
+
+
+def _check_classifier(model: NormalizedModel) -> None:
+    if _classifier(model) is None:
+        raise InputError(
+            "the network has no classifier, as a detector's backbone has none, and so no logits: "
+            "choose another layer, or the checkpoint that it was trained from"
+        )
