@@ -174,8 +174,10 @@ def differences_to_paper_transfer(record: RunRecord) -> list[str]:
     if (size := config.get("image_size")) != 224:
         found.append(f"images of {size} px, not 224")
     on = config.get("selection", {}).get("on")
-    if on != "test":
-        found.append(f"settings chosen on {'nothing' if on is None else str(on).replace('_', '-')}, not on test images")
+    if on == "held_out":
+        found.append("the setting chosen on held-out images, not on test images")
+    elif on != "test":
+        found.append("one setting, not the best of several")
     return found
 
 

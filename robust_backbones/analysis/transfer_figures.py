@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,6 +41,8 @@ from robust_backbones.analysis.transfer_results import (
 )
 from robust_backbones.models import ARCHITECTURES, ResNetShape
 from robust_backbones.threat_models import ThreatModel
+
+T = TypeVar("T")
 
 MODES = {"linear_probe": "Fixed-feature transfer", "full_network": "Full-network transfer"}
 BEST = {"standard": "standard", "robust": "best robust"}
@@ -141,17 +143,17 @@ def _kinds_figure(
         panel.grid(alpha=0.3, axis="y")
     with_paper = any(row[-1] is not None for row in rows)
     entries = [(label, COLORS[i], MARKERS[i], "none") for i, label in enumerate(kinds.values())]
-    _legend(figure, axes[0], [*entries, *([("the paper's, in the same colour", COLORS[0], "D", "none")] * with_paper)])
+    _legend(figure, axes[0], [*entries, *([("the paper's, in line with ours", COLORS[0], "D", "none")] * with_paper)])
     n = _n([row[7] for row in rows])
-    figure.supylabel(f"{_ACCURACY}, {n}", fontsize="medium")
+    figure.supylabel(f"{_ACCURACY}, {n}", fontsize="small")
     caption = (
-        f"{MODES[mode]}: {', '.join(kinds.values())} backbone of the same architecture. Filled markers and bars: "
+        f"{MODES[mode]}: {' against '.join(kinds.values())}, a pair of each architecture. Filled markers and bars: "
         f"{_LOWEST_TO_HIGHEST} ({n}); small circles: the trials. Best is what has the highest mean in this figure, as "
         "in the paper: the best of many looks better than it is."
     ) + _paper_words([target for target, _ in panels], "Hollow diamonds", shown=with_paper)
     heads = ["dataset", "setting", "arch", "kind", "backbone", "trained_at", "candidates", *_NUMBERS]
     heads += ["paper_epsilon", "paper_mean"]
-    return save(figure, path, heads, rows, caption, f"Accuracy after transfer: {'; '.join(said)}.")
+    return save(figure, path, heads, rows, caption, f"{MODES[mode]}: {'; '.join(said)}.")
 
 
 def _paper_of_kind(paper: PaperTransfer | None, kind: str) -> tuple[float, float] | None:
@@ -204,13 +206,12 @@ def accuracy_page(mode: str, found: Sequence[Target], folder: Path) -> Page | No
 
 def _fit_rows(drawn: Sequence[tuple[Target, list[Series], list[Series]]]) -> list[list[str]]:
     rows = []
-    for target, ours, papers in drawn:
-        for whose, series in (("ours", ours), ("the paper's", papers)):
-            for one in series:
-                fit, n = one.fit, len(one.points)
-                why = "" if fit else ("; no line through fewer than 3" if n < 3 else "; no line, an axis is constant")
-                cells = [f"{fit.r_squared:.2f}", f"{fit.slope:+.2f}"] if fit else ["-", "-"]
-                rows.append([target.dataset, target.setting or "-", one.label, str(n), *cells, whose + why])
+    for target, whose, series in _with_papers(drawn):
+        for one in series:
+            fit, n = one.fit, len(one.points)
+            why = "" if fit else ("; no line through fewer than 3" if n < 3 else "; no line, an axis is constant")
+            cells = [f"{fit.r_squared:.2f}", f"{fit.slope:+.2f}"] if fit else ["-", "-"]
+            rows.append([target.dataset, target.setting or "-", one.label, str(n), *cells, whose + why])
     return rows
 
 
@@ -227,7 +228,7 @@ def _paper_over_epsilons(target: Target) -> list[Series]:
 
 
 def _paper_table_2(target: Target) -> list[Series]:
-    if target.mode != "full_network" or not re.match(r"cifar10(?![a-z0-9])", target.dataset.lower()):
+    if (target.mode, target.paper_name) != ("full_network", "cifar10"):
         return []
     return [
         Series(label, tuple((x, Trials((y,)), name(arch)) for arch, (x, y) in values.items()))
@@ -239,35 +240,34 @@ def _accuracy_figure(
     mode: str, drawn: Sequence[tuple[Target, list[Series], list[Series]]], path: Path, over: str
 ) -> Picture:
     """A panel a data set, and beside it one of the paper's points, whose axes are others."""
-    panels: list[tuple[Target, bool, list[Series]]] = []
-    for target, ours, papers in drawn:
-        panels += [(target, True, ours)] + [(target, False, papers)] * bool(papers)
+    panels = _with_papers(drawn)
     figure, axes = _grid(len(panels), width=3.7)
     rows, said = [], []
-    for panel, (target, is_ours, series) in zip(axes, panels, strict=True):
-        whose = "ours" if is_ours else "paper"
+    for panel, (target, whose, series) in zip(axes, panels, strict=True):
+        is_ours = whose == "ours"
         for index, one in enumerate(series):
             _draw_series(panel, one, index % MOST_CURVES, hollow=not is_ours)
             fit = [one.fit.slope, one.fit.intercept, one.fit.r_squared] if one.fit else [None] * 3
             for x, trials, text in one.points:
                 rows.append([target.dataset, target.setting, whose, one.label, text, x, *_numbers(trials), *fit])
-            said.append(f"{target.dataset} ({whose}), {one.label}: {one.fit_text}")
+            said.append(f"{target.dataset if is_ours else whose}, {one.label}: {one.fit_text}")
         sources = {source.pretraining.dataset for source in target.sources if source.pretraining}
-        panel.set_title(_title(target, is_ours), fontsize="small")
+        panel.set_title(_title(target) if is_ours else whose, fontsize="small")
         panel.set_xlabel(f"accuracy on {' or '.join(sorted(sources)) if is_ours else 'ImageNet'}", fontsize="small")
         panel.legend(fontsize="x-small")
         panel.grid(alpha=0.3)
-        panel.margins(0.15)
-    figure.supylabel(_ACCURACY, fontsize="medium")
+        _label_points(panel, [point for one in series for point in one.points])
     n = _n([len(trials.values) for _, ours, _ in drawn for one in ours for _, trials, _ in one.points])
+    figure.supylabel(f"{_ACCURACY}, {n}", fontsize="small")
     caption = (
         f"{MODES[mode]}: accuracy of the backbone on what it was trained on (0-100) and after transfer, {over}. "
         f"Markers and bars: {_LOWEST_TO_HIGHEST} ({n}). Dotted: the least-squares line through the means, of 3 points "
-        "or more; R², the share of variance that it explains, says little of few points (n in the legends)."
+        "or more; R², the share of variance that it explains, says little of few points (n in the legends). Where points "
+        "crowd, not all are labelled."
     ) + _paper_words([target for target, _, _ in drawn], _PANELS, shown=len(panels) > len(drawn))
     heads = ["dataset", "setting", "whose", "series", "point", "source_accuracy", *_NUMBERS]
     heads += ["slope", "intercept", "r_squared"]
-    return save(figure, path, heads, rows, caption, f"Accuracy after transfer over source accuracy: {'; '.join(said)}.")
+    return save(figure, path, heads, rows, caption, f"{MODES[mode]} over source accuracy: {'; '.join(said)}.")
 
 
 _PANELS = "Hollow markers in panels of their own"
@@ -275,9 +275,8 @@ _PANELS = "Hollow markers in panels of their own"
 
 def _draw_series(panel: Axes, series: Series, style: int, *, hollow: bool) -> None:
     color = COLORS[style]
-    for x, trials, text in series.points:
+    for x, trials, _ in series.points:
         _draw_range(panel, x, trials, color)
-        panel.annotate(text, (x, trials.mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
     xs, means = [x for x, _, _ in series.points], [trials.mean for _, trials, _ in series.points]
     panel.plot(
         xs,
@@ -292,9 +291,25 @@ def _draw_series(panel: Axes, series: Series, style: int, *, hollow: bool) -> No
         panel.plot(ends, [series.fit.intercept + series.fit.slope * end for end in ends], ":", color=color)
 
 
+Widths = dict[ThreatModel, dict[str, Trials]]
+"""Trained at -> architecture -> trials."""
+
+
+def _label_points(panel: Axes, points: Sequence[tuple[float, Trials, str]]) -> None:
+    """Texts beside the points, but none that would lie on one before it."""
+    panel.margins(x=0.2 if any(len(text) > 5 for *_, text in points) else 0.12, y=0.15)
+    (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+    placed: list[tuple[float, float]] = []
+    for x, trials, text in points:
+        place = (x - left) / (right - left), (trials.mean - bottom) / (top - bottom)
+        if all(abs(place[0] - a) > 0.028 * len(text) or abs(place[1] - b) > 0.045 for a, b in placed):
+            placed.append(place)
+            panel.annotate(text, (x, trials.mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
+
+
 def width_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
     """Figure 6."""
-    panels: list[tuple[Target, bool, dict[ThreatModel, dict[str, Trials]]]] = []
+    drawn: list[tuple[Target, Widths, Widths]] = []
     for target in found:
         ours = {
             model: {arch: trials for arch in target.archs if (trials := target.trials(arch, model))}
@@ -305,36 +320,36 @@ def width_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
             shown = sorted({0.0, 3.0} | {model.epsilon for model in ours if model.norm == "L2"})
             papers = {ThreatModel("L2", epsilon): _paper_widths(target, epsilon) for epsilon in shown}
             papers = {model: line for model, line in papers.items() if len(line) > 1}
-            panels += [(target, True, ours)] + [(target, False, papers)] * bool(papers)
-    if not panels:
+            drawn.append((target, ours, papers))
+    if not drawn:
         return None
+    panels = _with_papers(drawn)
     figure, axes = _grid(len(panels), width=3.4)
     models = sorted({model for _, _, lines in panels for model in lines}, key=lambda model: (model.norm, model.epsilon))
     styles = {model: index % MOST_CURVES for index, model in enumerate(models)}
     rows, said = [], []
-    for panel, (target, is_ours, lines) in zip(axes, panels, strict=True):
-        whose = "ours" if is_ours else "paper"
+    for panel, (target, whose, lines) in zip(axes, panels, strict=True):
+        is_ours = whose == "ours"
         archs = in_order({arch for line in lines.values() for arch in line})
         for model, line in lines.items():
             _draw_widths(panel, archs, line, styles[model], hollow=not is_ours)
             for arch, trials in line.items():
                 rows.append([target.dataset, target.setting, whose, str(model), arch, *_numbers(trials)])
             means = ", ".join(f"{name(arch)} {trials.mean:.1f}" for arch, trials in line.items())
-            said.append(f"{target.dataset} ({whose}) at {model}: {means}")
+            said.append(f"{target.dataset if is_ours else whose} at {model}: {means}")
         panel.set_xticks(range(len(archs)), [name(arch) for arch in archs], fontsize="small", rotation=20)
-        panel.set_title(_title(target, is_ours), fontsize="small")
+        panel.set_title(_title(target) if is_ours else whose, fontsize="small")
         panel.margins(x=0.15)
         panel.grid(alpha=0.3, axis="y")
     _legend(figure, axes[0], [(f"trained at {model}", *_style(style)) for model, style in styles.items()])
-    figure.supylabel(_ACCURACY, fontsize="medium")
-    ours_alone = [(target, lines) for target, is_ours, lines in panels if is_ours]
-    n = _n([len(trials.values) for _, lines in ours_alone for line in lines.values() for trials in line.values()])
+    n = _n([len(trials.values) for _, lines, _ in drawn for line in lines.values() for trials in line.values()])
+    figure.supylabel(f"{_ACCURACY}, {n}", fontsize="small")
     caption = (
         f"{MODES[mode]} by architecture and width; lines join the widths of one depth. Markers and bars: "
         f"{_LOWEST_TO_HIGHEST} ({n})."
-    ) + _paper_words([target for target, _ in ours_alone], _PANELS, shown=len(panels) > len(ours_alone))
+    ) + _paper_words([target for target, _, _ in drawn], _PANELS, shown=len(panels) > len(drawn))
     heads = ["dataset", "setting", "whose", "trained_at", "arch", *_NUMBERS]
-    alt = f"Accuracy after transfer by architecture: {'; '.join(said)}."
+    alt = f"{MODES[mode]} by architecture: {'; '.join(said)}."
     picture = save(figure, folder / f"transfer_width_{mode}", heads, rows, caption, alt)
     return Page(f"{MODES[mode]}: width (Figure 6)", (picture,), {})
 
@@ -365,17 +380,19 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
     Args:
         paired: a data set as it is, and through fewer pixels.
     """
-    panels: list[tuple[Target, bool, str, str, dict[str, Curve]]] = []
+    panels: list[tuple[Target, str, str, str, dict[str, Curve]]] = []
     for original, reduced in paired:
         variants = {"images as they are": original, f"reduced to {reduced.downscale} px": reduced}
         for arch in original.archs:
             of_norm = [curves(target, arch) for target in variants.values()]
             for norm in sorted(of_norm[0].keys() & of_norm[1].keys()):
                 own = {label: found[norm] for label, found in zip(variants, of_norm, strict=True)}
-                panels.append((original, True, arch, norm, own))
+                panels.append((original, "ours", arch, norm, own))
                 papers = {label: _paper_curve(paper) for label, t in variants.items() if (paper := t.paper(arch))}
-                if papers and norm == "L2":
-                    panels.append((original, False, arch, norm, papers))
+                whose = f"paper: {original.paper_name}"
+                # Several settings of one data set share a panel of the paper's.
+                if papers and norm == "L2" and (whose, arch) not in [(other, a) for _, other, a, *_ in panels]:
+                    panels.append((original, whose, arch, norm, papers))
     if not panels:
         return None
     figure, axes = _grid(len(panels), width=3.4)
@@ -384,8 +401,8 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
     ticks = {norm: _ticks(norm, [shown for *_, n, shown in panels if n == norm]) for *_, norm, _ in panels}
     rows: list[list[Any]] = []
     cells, said = [], []
-    for panel, (target, is_ours, arch, norm, shown) in zip(axes, panels, strict=True):
-        whose = "ours" if is_ours else "paper"
+    for panel, (target, whose, arch, norm, shown) in zip(axes, panels, strict=True):
+        is_ours = whose == "ours"
         for label, curve in shown.items():
             _draw_curve(panel, curve, ticks[norm], labels.index(label), hollow=not is_ours)
             best, trials = curve.best
@@ -396,20 +413,22 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
             spread = [f"{trials.low:.1f} to {trials.high:.1f}", str(len(trials.values)), rivals]
             row = [target.dataset, target.setting or "-", name(arch), label, whose, str(model), f"{trials.mean:.1f}"]
             cells.append([*row, *(spread if is_ours else ["-", "3", "-"])])
-            said.append(f"{target.dataset} {name(arch)} ({whose}), {label}: best at {model} with {trials.mean:.1f}")
+            said.append(
+                f"{target.dataset if is_ours else whose} {name(arch)}, {label}: best at {model} with {trials.mean:.1f}"
+            )
         _mark_epsilons(panel, ticks[norm], norm)
-        panel.set_title(f"{_title(target, is_ours)}\n{name(arch)}", fontsize="small")
+        panel.set_title(f"{_title(target) if is_ours else whose}\n{name(arch)}", fontsize="small")
     _legend(figure, axes[0], [(label, *_style(index)) for index, label in enumerate(labels)])
-    figure.supylabel(_ACCURACY, fontsize="medium")
     n = _n([row[7] for row in rows if row[2] == "ours"])
-    originals = [target for target, is_ours, *_ in panels if is_ours]
+    figure.supylabel(f"{_ACCURACY}, {n}", fontsize="small")
+    originals = [target for target, whose, *_ in panels if whose == "ours"]
     caption = (
         f"{MODES[mode]} over the ε of pre-training, with images as they are and with images that were reduced, and "
         f"enlarged again. Markers and bars: {_LOWEST_TO_HIGHEST} ({n}); ring and vertical line: the best ε. The panels "
         "have one axis of ε, which is logarithmic, with 0 put beside it."
     ) + _paper_words(originals, _PANELS, shown=len(panels) > len(originals))
     heads = ["dataset", "setting", "whose", "arch", "norm", "images", "epsilon", *_NUMBERS, "is_best"]
-    alt = f"Accuracy after transfer over epsilon: {'; '.join(said)}."
+    alt = f"{MODES[mode]} over epsilon: {'; '.join(said)}."
     picture = save(figure, folder / f"transfer_downscale_{mode}", heads, rows, caption, alt)
     heads = ["data set", "setting", "architecture", "images", "whose", "best ε", "mean", "min to max", "trials"]
     tables = {f"{MODES[mode]}, best ε": ([*heads, "other ε whose trials reach its"], cells)}
@@ -457,6 +476,8 @@ def _grid(count: int, *, width: float) -> tuple[Figure, list[Axes]]:
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for unused in axes[count:]:
         unused.remove()
+    for panel in axes[:count]:
+        panel.tick_params(labelsize="small")
     return figure, axes[:count]
 
 
@@ -469,10 +490,22 @@ def _legend(figure: Figure, panel: Axes, entries: Sequence[tuple[str, str, str, 
     figure.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), fontsize="small")
 
 
-def _title(target: Target, is_ours: bool = True) -> str:
-    if not is_ours:
-        return f"paper: {target.dataset}"
-    return target.dataset + (f"\n{target.setting}" if target.setting else "")
+def _title(target: Target) -> str:
+    return "\n".join([target.dataset, *textwrap.wrap(target.setting, 34)])
+
+
+def _with_papers(drawn: Iterable[tuple[Target, T, T]]) -> list[tuple[Target, str, T]]:
+    """(data set, whose, what to draw) a panel, from (data set, ours, the paper's or nothing): ours, then the paper's.
+
+    Several settings of one data set share a panel of the paper's.
+    """
+    panels: list[tuple[Target, str, T]] = []
+    for target, ours, papers in drawn:
+        panels.append((target, "ours", ours))
+        whose = f"paper: {target.paper_name}"
+        if papers and not any(known == papers and whose == other for _, other, known in panels):
+            panels.append((target, whose, papers))
+    return panels
 
 
 def _draw_trials(panel: Axes, x: float, trials: Trials, style: int) -> None:

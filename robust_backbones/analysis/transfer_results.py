@@ -135,6 +135,11 @@ class Target:
         ]
         return Trials(tuple(values)) if values else None
 
+    @property
+    def paper_name(self) -> str:
+        """What the paper's data set is called of which this is one, or a subset; empty where there is none."""
+        return next((paper.dataset for arch in NAMES if (paper := self.paper(arch))), "")
+
     def paper(self, arch: str) -> PaperTransfer | None:
         """The paper's accuracies for the same."""
         return paper_transfer(self.dataset, arch, self.mode, downscale=self.downscale)
@@ -208,7 +213,9 @@ def _source(backbone: Backbone, pretrainings: Pretrainings) -> Source:
     known = [found for record in records if (found := pretrainings.of(record))]
     pretraining = None
     if len(known) == len(records):
-        pretraining = replace(known[0], accuracy=fmean(found.accuracy for found in known))
+        pretraining = known[0]
+        if len(set(known)) > 1:
+            pretraining = replace(pretraining, accuracy=fmean(found.accuracy for found in known))
     spec, model = records[0].backbone, backbone.threat_model
     stem = spec.get("stem", "imagenet")
     arch = str(spec.get("arch", "unknown")) + (f" ({stem} stem)" if stem != "imagenet" else "")
