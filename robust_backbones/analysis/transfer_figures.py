@@ -262,8 +262,8 @@ def _accuracy_figure(
     caption = (
         f"{MODES[mode]}: accuracy of the backbone on what it was trained on (0-100) and after transfer, {over}. "
         f"Markers and bars: {_LOWEST_TO_HIGHEST} ({n}). Dotted: the least-squares line through the means, of 3 points "
-        "or more; R², the share of variance that it explains, says little of few points (n in the legends). Where points "
-        "crowd, not all are labelled."
+        "or more; R², the share of variance that it explains, says little of few points (n in the legends). Not all "
+        "points are labelled where they crowd."
     ) + _paper_words([target for target, _, _ in drawn], _PANELS, shown=len(panels) > len(drawn))
     heads = ["dataset", "setting", "whose", "series", "point", "source_accuracy", *_NUMBERS]
     heads += ["slope", "intercept", "r_squared"]
