@@ -382,13 +382,14 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
     """
     panels: list[tuple[Target, str, str, str, dict[str, Curve]]] = []
     for original, reduced in paired:
-        variants = {"images as they are": original, f"reduced to {reduced.downscale} px": reduced}
+        variants = {_IMAGES: original, f"reduced to {reduced.downscale} px": reduced}
         for arch in original.archs:
             of_norm = [curves(target, arch) for target in variants.values()]
             for norm in sorted(of_norm[0].keys() & of_norm[1].keys()):
                 own = {label: found[norm] for label, found in zip(variants, of_norm, strict=True)}
                 panels.append((original, "ours", arch, norm, own))
-                papers = {label: _paper_curve(paper) for label, t in variants.items() if (paper := t.paper(arch))}
+                both = {_IMAGES: original.paper(arch), "reduced to 32 px": original.paper(arch, downscale=32)}
+                papers = {label: _paper_curve(paper) for label, paper in both.items() if paper}
                 whose = f"paper: {original.paper_name}"
                 # Several settings of one data set share a panel of the paper's.
                 if papers and norm == "L2" and (whose, arch) not in [(other, a) for _, other, a, *_ in panels]:
@@ -433,6 +434,9 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
     heads = ["data set", "setting", "architecture", "images", "whose", "best ε", "mean", "min to max", "trials"]
     tables = {f"{MODES[mode]}, best ε": ([*heads, "other ε whose trials reach its"], cells)}
     return Page(f"{MODES[mode]}: images reduced and enlarged again (Figure 7)", (picture,), tables)
+
+
+_IMAGES = "images as they are"
 
 
 def _paper_curve(paper: PaperTransfer) -> Curve:

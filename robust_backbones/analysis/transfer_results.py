@@ -140,9 +140,9 @@ class Target:
         """What the paper's data set is called of which this is one, or a subset; empty where there is none."""
         return next((paper.dataset for arch in NAMES if (paper := self.paper(arch))), "")
 
-    def paper(self, arch: str) -> PaperTransfer | None:
-        """The paper's accuracies for the same."""
-        return paper_transfer(self.dataset, arch, self.mode, downscale=self.downscale)
+    def paper(self, arch: str, *, downscale: int = 0) -> PaperTransfer | None:
+        """The paper's accuracies for the same, or for images that were reduced to ``downscale`` pixels: it has 32."""
+        return paper_transfer(self.dataset, arch, self.mode, downscale=downscale)
 
 
 class Pretrainings:
