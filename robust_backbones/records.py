@@ -25,6 +25,8 @@ _PACKAGES = (
     "faster-coco-eval",
     "fvcore",
     "numpy",
+    "imagecorruptions-imaug",
+    "scikit-image",
     "pyautoattack",
 )
 
@@ -35,7 +37,7 @@ class RunRecord:
 
     run_id: str
     task: str
-    """``pretrain``, ``robustness``, ``detection`` or ``segmentation``."""
+    """``pretrain``, ``robustness``, ``detection``, ``segmentation``, ``detector_robustness`` or ``transfer``."""
     backbone: dict[str, Any]
     """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``."""
     threat_model: str | None

@@ -520,3 +520,34 @@ def test_many_backbones_fit_into_the_figures(tmp_path: Path) -> None:
 
 def test_every_line_is_told_without_its_colour() -> None:
     assert len({str(line) for line in LINES}) == len(set(MARKERS)) == len(set(COLORS)) == len(COLORS)
+
+
+def test_the_table_of_detectors_robustness(tmp_path: Path) -> None:
+    """A row a detector and measure, its numbers under the right heads; single cells have none."""
+    attack = {"threat_model": {"norm": "Linf", "epsilon": 2 / 255}, "schedule": "fixed", "steps": 10}
+    apgd = {"threat_model": {"norm": "L2", "epsilon": 0.5}, "schedule": "apgd", "steps": 5}
+
+    def detector(name: str, trained: str, attacks: dict[str, Any], metrics: dict[str, float]) -> RunRecord:
+        config = {"cells": [], "images": 40, "measure": "bbox/AP", "adversarial_training": trained, "attacks": attacks}
+        metrics |= {"P/bbox/AP": 40.0, "mPC/bbox/AP": 20.0, "rPC/bbox/AP": 50.0, "P/segm/AP": 36.0}
+        return record("L2:3", 0, task="detector_robustness", run_id=name, metrics=metrics, config=config)
+
+    hard = detector("hard", "free Linf:2/255", {"attack-total": apgd}, {"attack-total/bbox/AP": 31.0})
+    by_name = {"attack-mask": attack, "attack-total": attack, "attack-worst": {"attacks": ["a", "b"]}}
+    plain = detector("plain", "", by_name, {f"{name}/bbox/AP": float(i) for i, name in enumerate(by_name)})
+    cell = record("L2:3", 0, task="detector_robustness", config={"cell": "clean"})
+    write_report(find_runs([write(tmp_path / "runs", hard, cell, plain)]), tmp_path / "report", title="Robust?")
+    rows = table(tmp_path / "report", "robustness_of_detectors")
+    assert [list(row.values())[:5] for row in rows] == [
+        [name, "coco_2017_val (n = 40)", "L2:3", kind, measure]
+        for name, kind in (("plain", "standard"), ("hard", "free Linf:2/255"))
+        for measure in ("bbox/AP", "segm/AP")
+    ]
+    attacks = ["total (L2:0.5, APGD-5)", "mask (Linf:2/255, PGD-10)", "total (Linf:2/255, PGD-10)", "worst of 2"]
+    numbers = [[row[head] for head in ("clean", "mPC", "rPC", *attacks)] for row in rows]
+    assert numbers == [
+        ["40.0", "20.0", "50.0", "-", "0.0", "1.0", "2.0"],
+        ["36.0", *"------"],
+        ["40.0", "20.0", "50.0", "31.0", "-", "-", "-"],
+        ["36.0", *"------"],
+    ]

@@ -5,11 +5,13 @@ Examples:
     python tools/benchmark.py robustness --data cifar10 --output runs/cifar10
     python tools/benchmark.py throughput --data imagenet --output runs/throughput
     python tools/benchmark.py probe --data caltech101 --output runs/probe_cost
+    python tools/benchmark.py attack --output runs/attack_cost
 
 robustness trains a ResNet-18 on 32 px images twice with one budget, without and with PGD at Linf 8/255, and measures
 both against PGD-20, with 95 % intervals; it goes on where it was cut off. throughput times training steps and image
 loading in ways that take turns, so that a busy machine slows all of them, and quotes ratios. probe counts the processor
 seconds of a linear probe's grid, trained in one pass and by a run for every head, which must give the same weights.
+attack times a step of each attack on a Mask R-CNN against a training forward and backward pass on the same image.
 --debug shows tracebacks.
 """
 
@@ -47,6 +49,7 @@ from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe, or
 from robust_backbones.transfer.networks import DEPTH, new_classifier, with_classifier
 from robust_backbones.transfer.protocol import Setting
 
+ROOT = Path(__file__).resolve().parents[1]
 ROBUSTNESS = PretrainConfig(
     eval_threat_model=ThreatModel("Linf", 8 / 255),
     arch="resnet18",
@@ -120,18 +123,41 @@ class Probe:
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@dataclass
+class Attack:
+    """Cost of a step of the attacks on a detector, in units of its plain training forward and backward pass."""
+
+    output: Path
+    """Folder for attack.json and table.md."""
+    config: Path = ROOT / "detectron_configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+    """Its weights are random, and so is the image."""
+    size: tuple[int, int] = (192, 256)
+    """Height and width of the image."""
+    steps: int = 2
+    """Of each turn."""
+    rounds: int = 5
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 Arguments = (
     Annotated[Robustness, tyro.conf.subcommand("robustness")]
     | Annotated[Throughput, tyro.conf.subcommand("throughput")]
     | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[Attack, tyro.conf.subcommand("attack")]
 )
 
 
 def main(arguments: list[str]) -> int:
     options = cli.parse(Arguments, arguments, description=__doc__)
-    if isinstance(options, Robustness):
-        return robustness(options)
-    return probe(options) if isinstance(options, Probe) else throughput(options)
+    match options:
+        case Robustness():
+            return robustness(options)
+        case Throughput():
+            return throughput(options)
+        case Probe():
+            return probe(options)
+        case _:
+            return attack(options)
 
 
 def robustness(options: Robustness) -> int:
@@ -348,6 +374,52 @@ def _probe_alone(
     return model.state_dict()["backbone.fc.weight"].cpu()
 
 
+def attack(options: Attack) -> int:
+    import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
+
+    # isort: split
+    from detectron2.modeling import build_model
+    from detectron2.structures import BitMasks, Boxes, Instances
+    from detectron2.utils.events import EventStorage
+
+    from robust_backbones.attacks import ascend
+    from robust_backbones.detection.attacks import LOSSES, DetectorAttack, frozen_losses, loss_function
+    from robust_backbones.detection.config import load_config
+
+    torch.manual_seed(0)
+    model = build_model(load_config(options.config, ["MODEL.DEVICE", options.device])).train()
+    height, width = options.size
+    shares = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.3, 0.9, 0.9], [0.2, 0.6, 0.4, 0.8]])
+    boxes = shares * torch.tensor([width, height, width, height])
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = True
+    instances = Instances((height, width), gt_boxes=Boxes(boxes), gt_classes=torch.arange(3), gt_masks=BitMasks(masks))
+    sample = {"image": torch.randint(256, (3, height, width), dtype=torch.uint8), "instances": instances}
+    image = sample["image"][None].to(model.device) / 255
+
+    def train() -> None:
+        for _ in range(options.steps):
+            with EventStorage():
+                sum(model([sample]).values()).backward()
+            model.zero_grad()
+
+    def ascend_by(loss: str) -> None:
+        config = DetectorAttack(threat_model=ThreatModel("Linf", 4 / 255), loss=loss, steps=options.steps)
+        with frozen_losses(model):
+            ascend(loss_function(model, sample, config), image, config.threat_model, config)
+
+    variants: dict[str, Callable[[], None]] = {"training, forward and backward": train}
+    variants |= {f"attack step, {loss} loss": lambda loss=loss: ascend_by(loss) for loss in LOSSES if loss != "mask"}
+    if model.roi_heads.mask_on:
+        variants["attack step, mask loss"] = lambda: ascend_by("mask")
+    rows = _in_turns(variants, options.steps, options.rounds, torch.device(options.device))
+    write_json(options.output / "attack.json", {"rows": rows, "versions": versions(), "options": _plain(options)})
+    cells = [[row["what"], f"{1000 / row['images_per_second']:.0f}", f"{1 / row['ratio']:.2f}x"] for row in rows]
+    table = markdown(["pass", "ms", "cost"], cells)
+    return _write_table(table, options.output, "the record is attack.json beside it")
+
+
 def _in_turns(variants: dict[str, Callable[[], None]], images: int, rounds: int, device: torch.device) -> list[dict]:
     """Images a second of each variant, and how many times the first one's that is; the first turns warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -375,7 +447,7 @@ def _in_turns(variants: dict[str, Callable[[], None]], images: int, rounds: int,
     ]
 
 
-def _plain(options: Throughput | Probe) -> dict:
+def _plain(options: Throughput | Probe | Attack) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 

@@ -21,7 +21,14 @@ from robust_backbones.analysis.study import (
     metric_name,
     results,
 )
-from robust_backbones.analysis.tables import classification_rows, classifier_rows, csv_text, latex, markdown
+from robust_backbones.analysis.tables import (
+    classification_rows,
+    classifier_rows,
+    csv_text,
+    detector_robustness_rows,
+    latex,
+    markdown,
+)
 from robust_backbones.analysis.transfer_figures import Page, transfer_pages
 from robust_backbones.records import atomic_path
 
@@ -86,6 +93,8 @@ def write_report(
         tables["Classification transfer, how it was set"] = classification_rows(transfer)
     if classifiers:
         tables["Classifiers"] = classifier_rows(classifiers)
+    if detectors := [run.record for run in runs if run.record.task == "detector_robustness"]:
+        tables["Robustness of detectors"] = detector_robustness_rows(detectors)
     pages = transfer_pages(runs, output / "figures")
     for name, (heads, rows) in [*(item for one in pages for item in one.tables.items()), *tables.items()]:
         path = output / "tables" / name.lower().replace(",", "").replace(" ", "_")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
 from robust_backbones.records import RunRecord
+from robust_backbones.threat_models import ThreatModel
 
 
 def transfer_table(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> str:
@@ -157,6 +158,39 @@ def classifier_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[
         ]
         rows.append([*kind, record.dataset, accuracies[0], against, *accuracies[1:]])
     return heads, rows
+
+
+def detector_robustness_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells, a row a detector and measure: AP (0-100) on clean and corrupted images, and under attack.
+
+    Args:
+        records: of the task ``detector_robustness``, in any order; those of single cells are passed over.
+    """
+    found = [record for record in records if "cells" in record.config]
+    attacks = list(dict.fromkeys(_attack_name(name, one) for one in found for name in one.config["attacks"]))
+    heads = ["detector", "data set", "backbone trained at", "fine-tuned", "measure", "clean", "mPC", "rPC", *attacks]
+    rows = []
+    for record in sorted(found, key=lambda record: (record.dataset, record.config["adversarial_training"])):
+        kind = [record.run_id, f"{record.dataset} (n = {record.config['images']})", str(record.threat_model)]
+        kind.append(record.config["adversarial_training"] or "standard")
+        for measure in (record.config["measure"], "segm/AP"):
+            if f"P/{measure}" not in record.metrics:
+                continue
+            names = {_attack_name(name, record): f"{name}/{measure}" for name in record.config["attacks"]}
+            columns = [f"{name}/{measure}" for name in ("P", "mPC", "rPC")] + [names.get(name, "") for name in attacks]
+            values = [record.metrics.get(column) for column in columns]
+            rows.append([*kind, measure, *("-" if value is None else f"{value:.1f}" for value in values)])
+    return heads, rows
+
+
+def _attack_name(cell: str, record: RunRecord) -> str:
+    """A cell of an attack, with its ball and steps; ``worst`` has none of its own."""
+    settings = record.config["attacks"][cell]
+    name = cell.removeprefix("attack-")
+    if "threat_model" not in settings:
+        return f"worst of {len(settings['attacks'])}"
+    schedule = {"fixed": "PGD", "apgd": "APGD"}[settings["schedule"]]
+    return f"{name} ({ThreatModel(**settings['threat_model'])}, {schedule}-{settings['steps']})"
 
 
 def _with_interval(metrics: Mapping[str, float | None], stage: str) -> str:

@@ -29,8 +29,9 @@ LOSSES = {
 
 LARGER_BALLS = (2, 4)
 """The multiples of epsilon at which ``sanity_check`` attacks again."""
-TOLERATED_SHARE = 0.05
-"""Of images that fail a sanity check by chance."""
+TOLERATED_SHARE = 0.25
+"""Of images that may fail a sanity check without a warning: an attack of few steps can overshoot in a larger ball,
+where its steps are longer. Where gradients are masked, most images fail."""
 
 # Whose ``training`` flag chooses between losses and detections; layers within keep the flags of evaluation.
 _LOSS_MODULES = (GeneralizedRCNN, RPN, ROIHeads, BaseMaskRCNNHead, BaseKeypointRCNNHead)
@@ -244,10 +245,30 @@ class SanityCheck:
             "a larger epsilon is not stronger": self.larger_is_not_stronger,
         }
         return [
-            f"{sign} on {count} of {self.images} images: gradients are masked, and attacked AP says nothing"
+            f"{sign} on {count} of {self.images} images: a sign of masked gradients, attacked AP says nothing"
             for sign, count in signs.items()
             if count > TOLERATED_SHARE * self.images
         ]
+
+    def to_metrics(self) -> dict[str, float]:
+        """For records: the counts as ``sanity/NAME``, the mean losses as ``sanity/loss/NAME``."""
+        counts = {name: float(getattr(self, name)) for name in _COUNTS}
+        return {f"sanity/{name}": value for name, value in counts.items()} | {
+            f"sanity/loss/{name}": value for name, value in self.mean_losses.items()
+        }
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, float | None]) -> SanityCheck | None:
+        """What ``to_metrics`` wrote among others; None where it did not."""
+        if "sanity/images" not in metrics:
+            return None
+        counts = {name: int(metrics[f"sanity/{name}"] or 0) for name in _COUNTS}
+        start = "sanity/loss/"
+        losses = {name.removeprefix(start): value or 0.0 for name, value in metrics.items() if name.startswith(start)}
+        return cls(**counts, mean_losses=losses)
+
+
+_COUNTS = ("images", "random_is_stronger", "larger_is_not_stronger")
 
 
 def sanity_check(

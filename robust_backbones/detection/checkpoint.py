@@ -95,6 +95,14 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if resumable:
             self.tag_last_checkpoint(f"{name}.pth")
 
+    def provenance(self) -> tuple[dict[str, Any], str | None]:
+        """What records say of the backbone, and its threat model; None where its source did not say."""
+        backbone: dict[str, Any] = {"unfilled_tensors": self.unfilled} if self.unfilled else {}
+        if self.metadata is None:
+            return backbone, None
+        origin = {"source": self.metadata.source, "source_sha256": self.metadata.source_sha256}
+        return {**self.metadata.spec.to_dict(), **origin, **backbone}, self.metadata.threat_model
+
     def has_checkpoint(self) -> bool:
         return newest_checkpoint(Path(self.save_dir)) is not None
 

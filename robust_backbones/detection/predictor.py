@@ -42,13 +42,7 @@ def load_detector(cfg: CfgNode, weights: Path) -> Detector:
     """
     checkpointer = BackboneCheckpointer(build_model(cfg).eval(), cfg=cfg, whole_detector=True)
     content = checkpointer.load(str(weights))
-    backbone: dict[str, Any] = {}
-    if (metadata := checkpointer.metadata) is not None:
-        backbone = {**metadata.spec.to_dict(), "source": metadata.source, "source_sha256": metadata.source_sha256}
-    if checkpointer.unfilled:
-        backbone["unfilled_tensors"] = checkpointer.unfilled
-    threat_model = metadata.threat_model if metadata else None
-    return Detector(checkpointer.model, categories_of(content, cfg, weights), backbone, threat_model)
+    return Detector(checkpointer.model, categories_of(content, cfg, weights), *checkpointer.provenance())
 
 
 class Predictor:

@@ -47,7 +47,7 @@ from robust_backbones.data.corruptions import (
     image_seed,
     load_library,
 )
-from robust_backbones.detection.attacks import DetectorAttack, attack_image
+from robust_backbones.detection.attacks import DetectorAttack, SanityCheck, attack_image, sanity_check
 from robust_backbones.detection.config import flat, load_config
 from robust_backbones.detection.data_stream import WorkerMapper
 from robust_backbones.detection.datasets import check_datasets, register_datasets
@@ -71,6 +71,10 @@ Row = dict[str, Any]
 Change = Callable[[nn.Module, Sample, int], Sample]
 """(detector in eval mode, its input with ground truth ``instances`` at the input's size, seed) -> the input to detect
 on. An entry ``numbers``, a dict of floats, is averaged over the images into the cell's metrics."""
+Check = Callable[[nn.Module, Sequence[Sample]], dict[str, float]]
+"""(detector in eval mode, inputs as a Change gets them) -> further metrics of the cell."""
+CHECKED_IMAGES = 8
+"""Of those of a cell that show objects, so many, the first ones, make the inputs of a Check."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Cell:
     severity: int = 0
     change: Change | None = None
     """Of the input, after it is resized."""
+    check: Check | None = None
+    """Whether the change does what it should; goes with ``change``."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What else tells this cell from another one of its name; plain JSON."""
 
@@ -124,6 +130,7 @@ def evaluate_detector(
     choice: CellChoice,
     *,
     domains: Path | None = None,
+    attacks: Sequence[DetectorAttack] = (),
     more_cells: Sequence[Cell] = (),
     device: str = "cpu",
     jobs: int = 1,
@@ -139,8 +146,10 @@ def evaluate_detector(
         config_file: the detector's, as its run's config.yaml; its one DATASETS.TEST is the set to evaluate on.
         weights: the detector, as model_final.pth.
         domains: a folder with a folder a domain, as ``find_domains`` reads it.
-        more_cells: further ones; of those whose names begin with ``attack-``, if there are two or more, the worst for
-            each image makes ``attack-worst`` (see ``worst_attacks``).
+        attacks: white-box ones, a cell each; of two or more the worst for each image makes ``attack-worst`` (see
+            ``worst_attacks``). The signs of gradient masking that ``sanity_check`` sees on CHECKED_IMAGES images are
+            in the cells' metrics, and as sentences in ``warnings`` of the record's configuration.
+        more_cells: further ones; names that begin with ``attack-`` count as attacks.
         device: ``cpu`` or ``cuda``, where the jobs are spread over all GPUs.
         jobs: processes that each evaluate a cell; a CPU's cores are theirs to share (OMP_NUM_THREADS).
         workers: processes of each job that decode and corrupt images; neither changes any result.
@@ -173,7 +182,7 @@ def evaluate_detector(
         for severity in sorted(set(choice.severities))
     ]
     cells += [Cell(name, name, settings={"images_sha256": _fingerprint(name, choice)}) for name, *_ in rows]
-    cells += more_cells
+    cells += [*_attack_cells(attacks), *more_cells]
     if not weights.is_file():
         raise InputError(f"no weights at {weights}: give a detector's .pth file, as OUTPUT_DIR/model_final.pth")
     job = _Job(cfg, weights, output, cells, choice, workers, _identity(cfg, weights, dataset, choice))
@@ -181,6 +190,8 @@ def evaluate_detector(
     on_cpu.MODEL.DEVICE = "cpu"
     detector = load_detector(on_cpu if jobs > 1 else cfg, weights)  # before anything is written
     _check_categories(detector, dataset)
+    for attack in attacks:
+        attack.check(detector.model)
     claim(output, job.identity)
 
     done = sum(job.is_finished(cell) for cell in cells)
@@ -192,23 +203,31 @@ def evaluate_detector(
         for _ in turns:
             bar.n = sum(job.is_finished(cell) for cell in cells)
             bar.refresh()
-    attacks = [cell for cell in cells if cell.name.startswith("attack-")]
-    if len(attacks) > 1:
-        job.evaluate_worst(attacks)
-    return _write_summary(output, job.identity)
+    attacked = [cell for cell in cells if cell.name.startswith("attack-")]
+    if len(attacked) > 1:
+        job.evaluate_worst(attacked)
+    return _write_summary(output, job.identity, cfg)
 
 
-def attack_cells(attacks: Iterable[DetectorAttack]) -> list[Cell]:
+def _attack_cells(attacks: Iterable[DetectorAttack]) -> Iterator[Cell]:
     """A cell ``attack-LOSS`` for each; its metrics hold the mean of the attacked loss before and after."""
-    return [
-        Cell(f"attack-{attack.loss}", change=partial(_attacked, attack=attack), settings=asdict(attack))
-        for attack in attacks
-    ]
+    for attack in attacks:
+        name = f"attack-{attack.loss}" if attack.target is None else f"attack-target-{attack.target}"
+        yield Cell(
+            name,
+            change=partial(_attacked, attack=attack),
+            check=partial(_sanity, attack=attack) if attack.threat_model.epsilon > 0 else None,
+            settings=asdict(attack),
+        )
 
 
 def _attacked(model: nn.Module, sample: Sample, seed: int, *, attack: DetectorAttack) -> Sample:
     found = attack_image(model, sample, attack, seed=seed)
     return {**found.sample, "numbers": {"clean_loss": found.clean_loss, "loss": found.loss}}
+
+
+def _sanity(model: nn.Module, samples: Sequence[Sample], *, attack: DetectorAttack) -> dict[str, float]:
+    return sanity_check(model, samples, attack).to_metrics()
 
 
 def find_domains(folder: Path) -> list[tuple[str, str, str]]:
@@ -424,11 +443,14 @@ def _measure(
         corrupt(np.zeros((64, 64, 3), np.uint8), cell.corruption, cell.severity, seed=0)
     rows: list[Row] = []
     numbers = defaultdict[str, list[float]](list)
+    checked: list[Sample] = []
     with inference_context(model), torch.no_grad():
         bar = tqdm(loader, cell.name, len(items), unit="img", position=place, leave=False, disable=None)
         for (sample,) in bar:
             _check_stop(stop)
             if cell.change is not None:
+                if cell.check is not None and len(checked) < CHECKED_IMAGES and len(sample["instances"]) > 0:
+                    checked.append(sample)
                 seed = image_seed(Path(sample["file_name"]).name, cell.name, 0, job.choice.seed)
                 sample = cell.change(model, sample, seed)
                 for name, value in sample.pop("numbers", {}).items():
@@ -437,7 +459,9 @@ def _measure(
             evaluator.process([sample], outputs)
             if isinstance(evaluator, VocEvaluator):
                 rows += voc_rows(outputs[0]["instances"], sample["image_id"])
+        more = cell.check(model, checked) if cell.check is not None and checked else {}
     metrics = flat_metrics(evaluator.evaluate())
+    metrics |= more
     metrics |= {name: math.fsum(values) / len(values) for name, values in numbers.items()}
     if not isinstance(evaluator, VocEvaluator):
         inference = job.folder(cell) / "inference"
@@ -652,7 +676,8 @@ def worst_attacks(truth: COCO, detections: Mapping[str, Sequence[Row]]) -> dict[
             "categories": [truth.cats[category] for category in sorted(shown)],
             "annotations": annotations,
         }
-        alone.createIndex()
+        with contextlib.redirect_stdout(io.StringIO()):
+            alone.createIndex()
         aps = {}
         for name, rows in grouped.items():
             seen = [row for row in rows.get(image_id, ()) if row["category_id"] in shown]
@@ -668,10 +693,14 @@ def _by_image(rows: Iterable[Row]) -> dict[Any, list[Row]]:
     return grouped
 
 
-def _write_summary(output: Path, identity: dict[str, Any]) -> RunRecord:
+def _write_summary(output: Path, identity: dict[str, Any], cfg: CfgNode) -> RunRecord:
     records = [RunRecord.read(path) for path in sorted((output / "cells").glob("*/record.json"))]
     cells = {record.config["cell"]: record for record in records}
     clean = cells[CLEAN]
+    metrics = summarize({name: record.metrics for name, record in cells.items()})
+    for name, record in cells.items():
+        metrics |= {f"{name}/{key}": record.metrics[key] for key in ("clean_loss", "loss") if key in record.metrics}
+    checks = {name: SanityCheck.from_metrics(record.metrics) for name, record in cells.items()}
     is_voc = MetadataCatalog.get(clean.dataset).evaluator_type == "pascal_voc"
     summary = RunRecord(
         run_id=output.name,
@@ -679,9 +708,16 @@ def _write_summary(output: Path, identity: dict[str, Any]) -> RunRecord:
         backbone=clean.backbone,
         threat_model=clean.threat_model,
         dataset=clean.dataset,
-        metrics=summarize({name: record.metrics for name, record in cells.items()}),
+        metrics=metrics,
         seed=clean.seed,
-        config={**identity, "cells": list(cells), "measure": "bbox/AP50" if is_voc else "bbox/AP"},
+        config={
+            **identity,
+            "cells": list(cells),
+            "measure": "bbox/AP50" if is_voc else "bbox/AP",
+            "adversarial_training": cfg.ADVERSARIAL.KIND and f"{cfg.ADVERSARIAL.KIND} {cfg.ADVERSARIAL.THREAT_MODEL}",
+            "attacks": {name: cell.config["settings"] for name, cell in cells.items() if name.startswith("attack-")},
+            "warnings": {name: check.warnings for name, check in checks.items() if check and check.warnings},
+        },
         seconds=sum(record.seconds for record in records),
     )
     summary.write(output / "record.json")

@@ -278,17 +278,12 @@ def evaluate(cfg: CfgNode) -> None:
 def _write_record(
     cfg: CfgNode, metrics: Mapping[str, float | None], checkpointer: BackboneCheckpointer, seconds: float, name: str
 ) -> None:
-    backbone: dict[str, Any] = {}
-    metadata = checkpointer.metadata
-    if metadata is not None:
-        backbone = {**metadata.spec.to_dict(), "source": metadata.source, "source_sha256": metadata.source_sha256}
-    if checkpointer.unfilled:
-        backbone["unfilled_tensors"] = checkpointer.unfilled
+    backbone, threat_model = checkpointer.provenance()
     record = RunRecord(
         run_id=Path(cfg.OUTPUT_DIR).name,
         task="segmentation" if cfg.MODEL.MASK_ON else "detection",
         backbone=backbone,
-        threat_model=metadata.threat_model if metadata else None,
+        threat_model=threat_model,
         dataset=", ".join(cfg.DATASETS.TEST),
         metrics=dict(metrics),
         seed=cfg.SEED,

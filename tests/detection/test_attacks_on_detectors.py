@@ -1,6 +1,7 @@
 """Attacks on detectors: the losses are Detectron2's, the points are in the ball, and nothing else moves."""
 
 import copy
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -461,3 +462,23 @@ def test_what_does_not_go_with_the_detector_is_refused(samples: list[Sample]) ->
     for nothing, epsilon in ([background(samples[0])], 0.1), (samples, 0.0):
         with pytest.raises(InputError, match="nothing to attack"):
             sanity_check(boxes, nothing, DetectorAttack(threat_model=ThreatModel("L2", epsilon)))
+
+
+# --- what attacks cost ---
+
+
+def test_the_cost_of_attacks_is_measured_in_turns(
+    run_tool: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    """Times are no test's business."""
+    arguments = ["--config", SHAPES_CONFIG, "--size", "64", "96", "--steps", "1", "--rounds", "2", "--device", "cpu"]
+    status, out, _ = run_tool("benchmark", "attack", *arguments, "--output", tmp_path)
+    assert status == 0
+    assert (tmp_path / "table.md").read_text() in out
+    rows = json.loads((tmp_path / "attack.json").read_text())["rows"]
+    assert [row["what"].split(", ")[-1] for row in rows] == [
+        "forward and backward",
+        *(f"{loss} loss" for loss in ("classification", "localization", "objectness", "total", "mask")),
+    ]
+    assert rows[0]["ratio"] == 1
+    assert all(len(row["seconds"]) == 2 for row in rows)

@@ -1,5 +1,6 @@
 """Cells of a detector's robustness: clean is clean, only what was asked for is counted, and a kill loses nothing."""
 
+import csv
 import itertools
 import json
 import os
@@ -18,8 +19,8 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
-from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
+from detectron2.structures import Boxes, ImageList, Instances
 from pycocotools.coco import COCO
 from torch import nn
 
@@ -36,7 +37,6 @@ from robust_backbones.detection.robustness import (
     Cell,
     CellChoice,
     _Mapper,
-    attack_cells,
     evaluate_detector,
     find_domains,
     ground_truth,
@@ -378,7 +378,7 @@ def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
     """At epsilon 0 the clean metrics bit by bit; above it a higher loss, the same by the command; never another one."""
     output = tmp_path / "out"
     still = DetectorAttack(threat_model=ThreatModel("Linf", 0.0), loss="objectness", steps=1)
-    evaluate(run, output, CellChoice(("none",), limit=None), more_cells=attack_cells([still]))
+    evaluate(run, output, CellChoice(("none",), limit=None), attacks=[still])
     assert detections(output, "attack-objectness") == detections(few, "clean")
     found = metrics(output, "attack-objectness")
     assert found.pop("loss") == found.pop("clean_loss")
@@ -393,9 +393,82 @@ def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
         attacked = metrics(output, f"attack-{name}")
         assert attacked["loss"] > attacked["clean_loss"]
         assert f"attack-{name} " in out
+        told = RunRecord.read(output / "record.json").metrics
+        assert [told[f"attack-{name}/{key}"] for key in ("clean_loss", "loss")] == [
+            attacked[key] for key in ("clean_loss", "loss")
+        ]
     assert sum(metrics(output, "attack-worst")[f"images/attack-{name}"] or 0 for name in attacks[1:]) == 6
     status, _, err = run_tool("evaluate", *command(run, output, "--attacks", "total")[2:])
-    assert (status, "--attacks needs --threat-model" in err) == (2, True)
+    assert (status, "an attack needs --threat-model" in err) == (2, True)
+    # Honest gradients: nothing is flagged, and the losses of the check are in order.
+    assert "warning: attack" not in out
+    held = metrics(output, "attack-classification")
+    for weaker in ("clean", "random"):
+        losses = [held[f"sanity/loss/{name}"] for name in (weaker, "attack", "attack x2", "attack x4")]
+        assert (held["sanity/images"], losses) == (6, sorted(losses))
+    # The errors that are drawn are of these cells.
+    table = list(csv.DictReader((output / "errors.csv").read_text().splitlines()))
+    cells = ["clean", "attack-classification", "attack-localization", "attack-objectness", "attack-worst"]
+    assert sorted(row["condition"] for row in table) == sorted(cells)
+    for row in table:
+        assert float(row["AP50"]) == pytest.approx(metrics(output, row["condition"])["bbox/AP50"])
+    status, _, err = run_tool("evaluate", *command(run, output, "--corruptions", "none", "--errors", "fog-3")[2:])
+    assert (status, "no cell fog-3 was evaluated" in err) == (2, True)
+
+
+def test_a_target_is_an_attack_of_its_own(run: Path, tmp_path: Path, run_tool: Run) -> None:
+    output = tmp_path / "out"
+    options = ["--corruptions", "none", "--workers", "0", "--attack-target", "1", "--threat-model", "Linf:8/255"]
+    status, out, _ = run_tool("evaluate", *command(run, output, *options, "--attack-steps", "3")[2:])
+    assert (status, "attack-target-1" in out) == (0, True)
+    found = metrics(output, "attack-target-1")
+    assert found["clean_loss"] < found["loss"] <= 0  # minus the loss of the targets
+    clean, attacked = (json.loads(detections(output, name)) for name in ("clean", "attack-target-1"))
+    taken = [sum(row["score"] for row in rows if row["category_id"] == 2) for rows in (clean, attacked)]
+    assert taken[0] < taken[1]
+    status, _, err = run_tool("evaluate", *command(run, output, *options, "--attacks", "total")[2:])
+    assert (status, "give it without --attacks" in err) == (2, True)
+
+
+@META_ARCH_REGISTRY.register()
+class RoundingRCNN(GeneralizedRCNN):
+    """A detector that hides its gradients: it sees few levels of each pixel, between which nothing changes."""
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        rounded = [{**sample, "image": 24 * (sample["image"] / 24).round()} for sample in batched_inputs]
+        return super().preprocess_image(rounded)
+
+
+def test_masked_gradients_are_flagged(run: Path, tmp_path: Path, run_tool: Run) -> None:
+    """In what is printed and in the record; the same detector without its mask is not (see test_attacks)."""
+    masked = tmp_path / "run"
+    shutil.copytree(run, masked)
+    text = (run / "config.yaml").read_text()
+    (masked / "config.yaml").write_text(
+        text.replace("META_ARCHITECTURE: GeneralizedRCNN", "META_ARCHITECTURE: RoundingRCNN")
+    )
+    output = tmp_path / "out"
+    options = ["--corruptions", "none", "--workers", "0", "--attacks", "total", "--threat-model", "Linf:4/255"]
+    status, out, _ = run_tool("evaluate", *command(masked, output, *options, "--attack-steps", "3")[2:])
+    assert status == 0
+    assert "warning: attack-total: random noise is stronger than the white-box attack on " in out
+    assert "warning: attack-total: a larger epsilon is not stronger on 6 of 6 images" in out
+    (warnings,) = RunRecord.read(output / "record.json").config["warnings"].values()
+    assert all(warning in out for warning in warnings)
+
+
+def test_masks_cannot_be_attacked_where_there_are_none(run: Path, tmp_path: Path, run_tool: Run) -> None:
+    """Refused before anything is written."""
+    boxes = tmp_path / "run"
+    shutil.copytree(run, boxes)
+    (boxes / "config.yaml").write_text((run / "config.yaml").read_text().replace("MASK_ON: true", "MASK_ON: false"))
+    options = ["--attacks", "mask", "--threat-model", "Linf:4/255"]
+    content = torch.load(boxes / "model_final.pth", weights_only=True)
+    content["model"] = {name: value for name, value in content["model"].items() if "mask_head" not in name}
+    torch.save(content, boxes / "model_final.pth")
+    status, _, err = run_tool("evaluate", *command(boxes, tmp_path / "out", *options)[2:])
+    assert (status, "the mask loss needs a detector with masks" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_crowds_are_no_objects_to_attack(run: Path, data: Path) -> None:
