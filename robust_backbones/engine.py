@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from robust_backbones.attacks import AttackConfig, pgd
+from robust_backbones.data.stylization import stylize
 from robust_backbones.distributed import ALONE, Processes
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.folding import FoldedTwin
@@ -87,12 +88,14 @@ class Learner:
         *,
         epsilon_warmup_steps: int = 0,
         ema_decay: float = 0.0,
+        stylize: float = 0.0,
         seed: int = 0,
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.objective = model, optimizer, scheduler, objective
         self.compute, self.processes = compute, processes
         self._threat_model, self._epsilon_warmup_steps = threat_model, epsilon_warmup_steps
+        self._stylize = stylize
         self._twin = FoldedTwin(model, PRECISIONS[compute.attack_precision or compute.precision])
         self._adversary = compute.compile(self._twin)
         network: nn.Module = model
@@ -137,6 +140,10 @@ class Learner:
             (self.compute.to_unit_range(images), labels.to(self.compute.device, non_blocking=True))
             for images, labels in batch
         ]
+        if self._stylize:
+            on_device = [
+                (stylize(images, self._stylize, generator=self._generator), labels) for images, labels in on_device
+            ]
         for _ in range(self.objective.replays):
             self.optimizer.zero_grad()
             for part, (images, labels) in enumerate(on_device):

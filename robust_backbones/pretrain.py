@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from robust_backbones import zoo
 from robust_backbones.data.datasets import open_dataset
@@ -20,10 +21,22 @@ class PretrainConfig(TrainingConfig):
     arch: str = "resnet50"
     stem: str = "imagenet"
     """imagenet, or cifar: a ResNet for 32 px images, without stride and pooling before the first block."""
+    stylize: float = 0.0
+    """Give each training image amplitudes of another one's spectrum, by a share drawn from 0 to this, up to 1: textures
+    and colours vary, shapes stay (Xu et al. 2021, "A Fourier-based Framework for Domain Generalization"). 0 is off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.stylize <= 1:
+            raise InputError(f"stylize is a largest share of other amplitudes, in [0, 1], got {self.stylize:g}")
         BackboneSpec(self.arch, stem=self.stem)  # refuses what it does not know
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of any training; ``stylize`` only where it is on: runs of before this switch are the same ones."""
+        values = super().to_dict()
+        if not self.stylize:
+            del values["stylize"]
+        return values
 
 
 def recipe(name: str) -> PretrainConfig:
@@ -54,5 +67,6 @@ def pretrain(config: PretrainConfig, data: Path, output: Path, execution: Execut
         identity={"data": data.name},
         backbone=spec.to_dict(),
         threat_model=str(config.threat_model),
+        stylize=config.stylize,
     )
     return train(config, task, output, execution)

@@ -212,6 +212,8 @@ class Task:
     """How ``val`` counts accuracy: one of ``metrics.METRICS``."""
     keep_best: bool = True
     """Keep the epoch that is best on ``val``: never where that holds test images."""
+    stylize: float = 0.0
+    """``data.stylization.stylize`` training batches by this strength."""
 
 
 def image_cache(config: TrainingConfig, execution: Execution) -> ResizedCache | None:
@@ -385,6 +387,7 @@ class _Run:
             self.compute,
             epsilon_warmup_steps=round(config.epsilon_warmup_epochs * self.steps),
             ema_decay=config.ema_decay,
+            stylize=self.task.stylize,
             seed=config.seed,
             processes=self.processes,
         )

@@ -1,6 +1,7 @@
 """Classification data sets of either layout against torchvision's reading of them, and the synthetic shapes."""
 
 import json
+import math
 import os
 import pickle
 from dataclasses import replace
@@ -10,11 +11,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from robust_backbones.data.datasets import ClassificationDataset, find_unreadable, open_dataset
+from robust_backbones.data.datasets import ClassificationDataset, find_unreadable, mix, open_dataset
 from robust_backbones.data.decoding import ImageInputError, ResizedCache
 from robust_backbones.data.synthetic import CLASSES, write_shapes
 from robust_backbones.data.transforms import padded_crop_transform, train_transform, val_transform
@@ -167,6 +169,47 @@ def test_validation_images_are_cropped_as_torchvision_crops_pillow_images(pictur
     for (image, _), (expected, _) in zip(ours, theirs, strict=True):
         assert image.shape == (3, 24, 24)
         assert (image.int() - expected.int()).abs().max() <= 1  # Pillow and torch round a half differently
+
+
+def reduced_slowly(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear and antialiased: every pixel is the mean of a triangle as wide as the reduction, one axis at a time."""
+    for axis, size in ((0, height), (1, width)):
+        scale, count = image.shape[axis] / size, image.shape[axis]
+        parts = []
+        for place in range(size):
+            center = (place + 0.5) * scale
+            weights = np.maximum(0, 1 - np.abs(np.arange(count) + 0.5 - center) / scale)
+            parts.append(np.tensordot(weights / weights.sum(), image, (0, axis)))
+        image = np.stack(parts, axis)
+    return image
+
+
+def test_downscaled_images_have_less_detail_and_nothing_else_changes(pictures: Path) -> None:
+    full = open_dataset(pictures, AUGMENT, seed=5)
+    small = full.downscaled(16)
+    assert (small.names, small.labels, small.classes, small.seed) == (full.names, full.labels, full.classes, full.seed)
+    for position in range(len(full)):
+        image = full.load(position).permute(1, 2, 0).double().numpy()
+        found = small.load(position).permute(1, 2, 0).double().numpy()
+        sides = [math.floor(16 * side / min(image.shape[:2])) for side in image.shape[:2]]
+        assert min(sides) == 16
+        assert np.abs(found - reduced_slowly(image, *sides)).max() <= 1  # rounded once an axis
+        pillow = Image.fromarray(image.astype(np.uint8)).resize(sides[::-1], Image.Resampling.BILINEAR)
+        assert np.abs(found - np.asarray(pillow, np.float64)).max() <= 1
+        # The transform enlarges them again, with the draws that it has for this item.
+        with torch.random.fork_rng():
+            torch.manual_seed(mix(5, 0, position))
+            assert torch.equal(small[position][0], AUGMENT(small.load(position)))
+        assert small[position][0].shape == full[position][0].shape == (3, 32, 32)
+
+
+def test_downscaling_leaves_smaller_images_and_parts_of_the_data_as_they_are(pictures: Path) -> None:
+    full = open_dataset(pictures, TRANSFORM)
+    assert same_items(full, full.downscaled(0))
+    assert same_items(full, full.downscaled(500))
+    part = full.downscaled(16).take([3, 1]).seen_through(TRANSFORM)
+    assert torch.equal(part[0][0], full.downscaled(16)[3][0])
+    assert not torch.equal(part[0][0], full[3][0])
 
 
 def test_padded_crops_are_windows_of_the_image_in_a_black_border() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from robust_backbones.checkpoints import write_checkpoint
@@ -171,6 +172,35 @@ def test_test_images_select_where_that_is_asked_for(
     (row,) = cells(printed_table(out))
     assert row["selected on"] == "test"
     assert row["otherwise"] == "57 outputs, first 4 groups frozen"
+
+
+@pytest.mark.parametrize("mode", ["probe", "finetune"])
+def test_images_of_less_detail_are_another_experiment(
+    run_tool: Run, backbones: list[Path], folder: Path, tmp_path: Path, mode: str
+) -> None:
+    defaults = PROBE if mode == "probe" else FINETUNE
+    arguments = ["transfer", mode, folder, backbones[0], "--seeds", 0, "--lrs", 0.1, *defaults]
+    weights = {}
+    for downscale in (0, 4):
+        output = tmp_path / str(downscale)
+        status, out, _ = run_tool(*arguments, "--output", output, "--downscale", downscale)
+        assert status == 0
+        record = RunRecord.read(output / "standard/seed_0/record.json")
+        held = json.loads((output / "config.json").read_text())
+        (row,) = cells(printed_table(out))
+        # At its default the switch leaves no trace: what was made before it can be resumed and compared.
+        assert record.config.get("downscale") == held.get("downscale") == (downscale or None)
+        assert row["otherwise"] == ("images reduced to 4 px" if downscale else "-")
+        weights[downscale] = learnt(output, mode)
+    assert not torch.equal(*weights.values())
+    assert_refused(run_tool(*arguments, "--output", tmp_path / "0", "--downscale", 4), "it differs in downscale")
+    assert_refused(run_tool(*arguments, "--output", tmp_path / "new", "--downscale", -1), "downscale must be >= 0")
+
+
+def learnt(output: Path, mode: str) -> torch.Tensor:
+    """The weights of the new classifier, which learnt from what images were shown."""
+    path = "seed_0" if mode == "probe" else "runs/lr0.1_wd0.0005_test_seed0"
+    return read_checkpoint(output / "standard" / path / "checkpoint.pt").state_dict["fc.weight"]
 
 
 def test_a_grid_that_diverges_ends_with_status_1(

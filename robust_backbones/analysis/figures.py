@@ -62,7 +62,7 @@ def epsilon_figure(experiment: Experiment, metric: str, path: Path) -> Picture |
         robust = [b for b in shown if b.threat_model and b.threat_model.norm == norm and not b.is_standard]
         unit = 255 if norm == "Linf" else 1
         positions = [_epsilon(backbone) * unit for backbone in standards + robust]
-        places = _places(positions)
+        places = epsilon_places(positions)
         summaries = [summarize(list(backbone.values(metric).values())) for backbone in standards + robust]
         _draw_intervals(panel, places, summaries, standards + robust, metric)
         name = "ℓ∞ ε (in 1/255)" if norm == "Linf" else "ℓ2 ε (pixels in [0, 1])"
@@ -87,7 +87,7 @@ def epsilon_figure(experiment: Experiment, metric: str, path: Path) -> Picture |
         "interval over seeds; circles beside them: the seeds; dashed line: mean of the standard backbone (ε = 0). The "
         "axis of ε is logarithmic, with 0 put beside it."
     )
-    return _save(figure, path, heads, rows, caption, f"{metric_name(metric)} against epsilon: {'; '.join(said)}.")
+    return save(figure, path, heads, rows, caption, f"{metric_name(metric)} against epsilon: {'; '.join(said)}.")
 
 
 def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture | None:
@@ -130,7 +130,7 @@ def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture 
     caption = f"{experiment.title}: {name} in training. Lines: mean over the seeds; bands: their range."
     if len(ranked) > MOST_CURVES:
         caption += f" Of {len(ranked)} backbones, the standard one and those with the highest {metric_name(headline)}."
-    return _save(figure, path, heads, rows, caption, f"{name} against iterations: {'; '.join(said)}.")
+    return save(figure, path, heads, rows, caption, f"{name} against iterations: {'; '.join(said)}.")
 
 
 def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | None:
@@ -202,7 +202,7 @@ def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | Non
         caption += f" Shown are the {len(best)} backbones with the highest mean AP of {len(found)}."
     if len(classes) < len(found[best[0]]):
         caption += f" Shown are {len(classes)} of {len(found[best[0]])} classes, from both ends."
-    return _save(figure, path, heads, rows, caption, f"AP differences of {len(names)} classes: {'; '.join(said)}.")
+    return save(figure, path, heads, rows, caption, f"AP differences of {len(names)} classes: {'; '.join(said)}.")
 
 
 def error_figure(errors: Mapping[str, DetectionErrors], title: str, path: Path) -> Picture:
@@ -255,7 +255,7 @@ def error_figure(errors: Mapping[str, DetectionErrors], title: str, path: Path) 
         f"{condition}: AP50 {one.ap50:.1f}, " + ", ".join(f"{name} {one.delta_ap[name]:.1f}" for name in ORACLES)
         for condition, one in errors.items()
     ]
-    return _save(figure, path, heads, rows, caption, f"AP50 points lost to each type of error; {'; '.join(said)}.")
+    return save(figure, path, heads, rows, caption, f"AP50 points lost to each type of error; {'; '.join(said)}.")
 
 
 def read_curve(folder: Path, metric: str) -> dict[int, float]:
@@ -289,7 +289,7 @@ def _draw_intervals(
     axes.grid(alpha=0.3, axis="y")
 
 
-def _places(epsilons: Sequence[float]) -> list[float]:
+def epsilon_places(epsilons: Sequence[float]) -> list[float]:
     """Positions on a logarithmic axis, a unit a factor of ten, with 0 half a unit below the smallest above it."""
     smallest = min((epsilon for epsilon in epsilons if epsilon > 0), default=1.0)
     return [math.log10(epsilon / smallest) + 0.5 if epsilon > 0 else 0.0 for epsilon in epsilons]
@@ -313,9 +313,10 @@ def _said(summary: Summary) -> str:
     return f"{summary.mean:.2f} (interval {summary.low:.2f} to {summary.high:.2f})"
 
 
-def _save(
+def save(
     figure: Figure, path: Path, heads: Sequence[str], rows: Sequence[Sequence[Any]], caption: str, alt: str
 ) -> Picture:
+    """Write a figure as SVG and PNG, and its numbers as CSV; ``path`` is without suffix, None is an empty cell."""
     # A fixed salt and no date: the same numbers give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "robust-backbones"}):
         for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):

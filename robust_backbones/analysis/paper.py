@@ -1,10 +1,14 @@
-"""Detection and segmentation results of Salman et al. 2020, to stand beside ours, and why the two may not compare."""
+"""Results of Salman et al. 2020, to stand beside ours, and why the two may not compare."""
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from robust_backbones.records import RunRecord
@@ -99,6 +103,104 @@ def differences_to_paper(record: RunRecord, paper: PaperResult) -> list[str]:
     if (frozen := _get(model, "BACKBONE").get("FREEZE_AT")) != 2:
         found.append(f"{frozen} stages of the backbone frozen, not 2")
     return found
+
+
+TRANSFER_SOURCE = "Salman et al. 2020, appendix F, means of three trials, from the tables of the authors' submission"
+# github.com/anonymousNeuripsAuthor/paper-8887, latex/small_datasets_*.tex and downsampling_LogisticRegression.tex. The
+# best trials are the authors' list of best settings, github.com/microsoft/robust-models-transfer; those of WRN-50-4
+# are from more epsilons than the submission has.
+_TRANSFER = Path(__file__).with_name("salman2020_transfer.csv")
+
+
+@dataclass(frozen=True)
+class PaperTransfer:
+    """Accuracies (0-100) of one architecture, pre-trained on ImageNet, on one data set."""
+
+    dataset: str
+    """One of ``data.transfer_datasets.TRANSFER_DATASETS``."""
+    means: Mapping[float, float]
+    """l2 epsilon of pre-training, in [0, 1] pixel units -> mean of three trials."""
+    best_trial: tuple[float, float] | None
+    """(epsilon, accuracy) of the best single trial."""
+
+
+@cache
+def _transfer_table() -> dict[tuple[str, str, str, int], PaperTransfer]:
+    with open(_TRANSFER, newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for row in rows:
+        *key, best_epsilon, best = (row.pop(k) for k in _TRANSFER_KEYS)
+        means = {float(epsilon): float(value) for epsilon, value in row.items() if value}
+        trial = (float(best_epsilon), float(best)) if best else None
+        dataset, arch, mode, downscale = key
+        found[dataset, arch, mode, int(downscale)] = PaperTransfer(dataset, means, trial)
+    return found
+
+
+_TRANSFER_KEYS = ("dataset", "arch", "mode", "downscale", "best_trial_epsilon", "best_trial")
+
+
+def paper_transfer(dataset: str, arch: str, mode: str, *, downscale: int = 0) -> PaperTransfer | None:
+    """The paper's accuracies for a data set, or for that which a subset's name begins with (``cifar10_small``).
+
+    Args:
+        arch: one of ``models.ARCHITECTURES``.
+        mode: ``linear_probe`` or ``full_network``.
+        downscale: 32 for images that were reduced to that and enlarged again.
+    """
+    for (name, *rest), result in _transfer_table().items():
+        if rest == [arch, mode, downscale] and re.match(rf"{name}(?![a-z0-9])", dataset.lower()):
+            return result
+    return None
+
+
+def differences_to_paper_transfer(record: RunRecord) -> list[str]:
+    """What a classification transfer did otherwise than the paper, in words; empty where nothing is known to differ."""
+    config, backbone = record.config, record.backbone
+    found = []
+    if (classes := backbone.get("num_classes")) != 1000:
+        found.append(f"pre-trained on {classes or 'an unknown number of'} classes, not ImageNet's 1000")
+    if (count := config.get("images_per_class", 0)) > 0:
+        found.append(f"{record.dataset} has {count} training images a class")
+    elif not any(record.dataset == name for name, *_ in _transfer_table()):
+        found.append(f"{record.dataset} is not the paper's data set")
+    if config.get("solver") == "lbfgs":
+        found.append("logistic regression by L-BFGS, not SGD")
+    elif (epochs := config.get("epochs")) != 150:
+        found.append(f"{epochs} epochs, not 150")
+    if config.get("augmentation") == "none" or config.get("views", 0) > 0:
+        found.append("features computed once, not in every epoch")
+    if (size := config.get("image_size")) != 224:
+        found.append(f"images of {size} px, not 224")
+    on = config.get("selection", {}).get("on")
+    if on == "held_out":
+        found.append("the setting chosen on held-out images, not on test images")
+    elif on != "test":
+        found.append("one setting, not the best of several")
+    return found
+
+
+TABLE_2 = {
+    "L2:0": {
+        "densenet161": (77.37, 97.84),
+        "resnext50_32x4d": (77.32, 97.47),
+        "vgg16_bn": (73.66, 96.08),
+        "mobilenet_v2": (65.26, 95.86),
+        "shufflenet_v2_x1_0": (64.25, 95.82),
+        "mnasnet1_0": (60.97, 95.55),
+    },
+    "L2:3": {
+        "densenet161": (66.12, 98.67),
+        "resnext50_32x4d": (65.92, 98.22),
+        "vgg16_bn": (56.78, 97.27),
+        "mobilenet_v2": (50.05, 96.91),
+        "shufflenet_v2_x1_0": (42.87, 96.23),
+        "mnasnet1_0": (41.03, 95.99),
+    },
+}
+"""Table 2, full-network transfer to CIFAR-10: trained at -> architecture -> accuracies on ImageNet and on CIFAR-10. The
+paper calls the architectures A to F; the submission's tables name them."""
 
 
 def _get(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

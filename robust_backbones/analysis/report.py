@@ -29,6 +29,7 @@ from robust_backbones.analysis.tables import (
     latex,
     markdown,
 )
+from robust_backbones.analysis.transfer_figures import Page, transfer_pages
 from robust_backbones.records import atomic_path
 
 # Every text colour has a contrast of at least 4.5:1 on the colour behind it (WCAG 2.1, 1.4.3; a test computes them).
@@ -94,13 +95,14 @@ def write_report(
         tables["Classifiers"] = classifier_rows(classifiers)
     if detectors := [run.record for run in runs if run.record.task == "detector_robustness"]:
         tables["Robustness of detectors"] = detector_robustness_rows(detectors)
-    for name, (heads, rows) in tables.items():
+    pages = transfer_pages(runs, output / "figures")
+    for name, (heads, rows) in [*(item for one in pages for item in one.tables.items()), *tables.items()]:
         path = output / "tables" / name.lower().replace(",", "").replace(" ", "_")
         _write(path.with_suffix(".md"), markdown(heads, rows) + "\n")
         _write(path.with_suffix(".csv"), csv_text(heads, rows))
         _write(path.with_suffix(".tex"), latex(heads, rows, caption=name, label=path.name, notes=()))
     page = output / "report.html"
-    _write(page, "\n".join(_page(title, runs, sections, tables)) + "\n")
+    _write(page, "\n".join(_page(title, runs, sections, pages, tables)) + "\n")
     return page
 
 
@@ -156,6 +158,7 @@ def _page(
     title: str,
     runs: Sequence[Run],
     sections: Sequence[tuple[Experiment, Sequence[Result], Sequence[Picture]]],
+    pages: Sequence[Page],
     tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]],
 ) -> Iterator[str]:
     counts = Counter(run.record.task for run in runs)
@@ -166,7 +169,14 @@ def _page(
     yield '<a class="skip" href="#main">Skip to the results</a>'
     yield f"<header>\n<h1>{escape(title)}</h1>"
     yield f"<p>Every number below comes from {len(runs)} records of runs: {escape(records)}.</p>\n</header>"
-    names = ["Summary", *(e.title for e, _, _ in sections), *tables, "How to read the numbers", "Runs"]
+    names = [
+        "Summary",
+        *(e.title for e, _, _ in sections),
+        *(p.title for p in pages),
+        *tables,
+        "How to read the numbers",
+        "Runs",
+    ]
     links = "".join(f'<li><a href="#s{i}">{escape(name)}</a></li>' for i, name in enumerate(names))
     yield f'<nav aria-label="Contents">\n<ul>{links}</ul>\n</nav>\n<main id="main" tabindex="-1">'
 
@@ -174,6 +184,9 @@ def _page(
     yield from _section(next(number), "Summary", _list(_summary_lines(sections)))
     for experiment, found, pictures in sections:
         yield from _section(next(number), experiment.title, _experiment(experiment, found, pictures))
+    for one in pages:
+        content = [*_figures(one.pictures), *(_table(name, *table) for name, table in one.tables.items())]
+        yield from _section(next(number), one.title, content)
     for name, (heads, rows) in tables.items():
         yield from _section(next(number), name, [_table(name, heads, rows)])
     text = f"<p>{escape(METHOD)}</p><p>AP and accuracies are 0 to 100; “-” is a value that does not exist.</p>"
@@ -205,14 +218,18 @@ def _experiment(experiment: Experiment, found: Sequence[Result], pictures: Seque
         yield from _result(result)
     if pictures:
         yield "<h3>Figures</h3>"
+    yield from _figures(pictures)
+    for result in found:
+        if result not in headlines:
+            yield from _result(result)
+
+
+def _figures(pictures: Sequence[Picture]) -> Iterator[str]:
     for picture in pictures:
         data = base64.b64encode(picture.file.read_bytes()).decode()
         source = f"data:{_MEDIA[picture.file.suffix]};base64,{data}"
         yield f'<figure>\n<img src="{source}" alt="{escape(picture.alt)}">'
         yield f"<figcaption>{escape(picture.caption)}</figcaption>\n</figure>"
-    for result in found:
-        if result not in headlines:
-            yield from _result(result)
 
 
 def _result(result: Result) -> Iterator[str]:

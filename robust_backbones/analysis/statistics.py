@@ -193,6 +193,29 @@ def seeds_needed(effect: float, alpha: float = ALPHA) -> int | None:
     return high
 
 
+@dataclass(frozen=True)
+class LinearFit:
+    """The least-squares line through ``n`` points."""
+
+    n: int
+    slope: float
+    intercept: float
+    r_squared: float
+    """The share of the variance of y that the line explains: 1 - sum of squared residuals / sum of squares about the
+    mean."""
+
+
+def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit | None:
+    """The line through the points; None where it would say nothing: of fewer than 3, or where x or y is constant."""
+    if len(x) < 3 or max(x) - min(x) <= _ROUNDING or max(y) - min(y) <= _ROUNDING:
+        return None
+    mean_x, mean_y = fmean(x), fmean(y)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    intercept = mean_y - slope * mean_x
+    residuals = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+    return LinearFit(len(x), slope, intercept, 1 - residuals / sum((b - mean_y) ** 2 for b in y))
+
+
 def p_value(p: float) -> str:
     """As it is printed: three digits behind the point."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"

@@ -118,6 +118,7 @@ def _way(record: RunRecord) -> str:
         f"{config['images_per_class']} training images a class": config["images_per_class"] > 0,
         f"first {config.get('freeze')} groups frozen": config.get("freeze", 0) > 0,
         f"layer-wise rates x{config.get('layer_decay')}": config.get("layer_decay", 1.0) < 1,
+        f"images reduced to {config.get('downscale')} px": config.get("downscale", 0) > 0,
         f"fine-tuned at {config.get('threat_model')}": not str(config.get("threat_model", "L2:0")).endswith(":0"),
     }
     return ", ".join(way for way, applies in ways.items() if applies)

@@ -61,6 +61,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         self.epoch = 0
         self.cache = cache
         self._source = source
+        self._short_side = 0
         self._indices: Sequence[int] = range(len(source.names))
 
     def __len__(self) -> int:
@@ -75,6 +76,12 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
 
     def load(self, position: int) -> Tensor:
         """The image before its transform, uint8 of shape (3, H, W)."""
+        image = self._read(position)
+        if 0 < self._short_side < min(image.shape[1:]):
+            return v2.functional.resize(image, [self._short_side], antialias=True)
+        return image
+
+    def _read(self, position: int) -> Tensor:
         index, name = self._indices[position], self.names[position]
         try:
             if self.cache is None:
@@ -91,6 +98,16 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         view = copy.copy(self)
         view.transform, view.epoch = transform, epoch
         view.seed = self.seed if seed is None else seed
+        return view
+
+    def downscaled(self, short_side: int) -> ClassificationDataset:
+        """The same items of less detail: the shorter side is reduced to ``short_side`` before the transform.
+
+        Antialiased and bilinear; a smaller image stays what it is. The transform, which knows one size alone, enlarges
+        them again.
+        """
+        view = copy.copy(self)
+        view._short_side = short_side
         return view
 
     def take(self, positions: Sequence[int]) -> ClassificationDataset:

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -359,7 +359,7 @@ class _Expansion:
         words = (task.transfer, task.dataset, source.path, "--output", "{folder}", "--seeds", *seeds)
         words = (*words, *_words(task.options))
         parsed = _parsed("transfer", words, f"task {task.name}")
-        config = asdict(parsed.grid) | parsed.config.to_dict() if hasattr(parsed, "grid") else parsed.config.to_dict()
+        config = parsed.grid.to_dict() | parsed.config.to_dict() if hasattr(parsed, "grid") else parsed.config.to_dict()
         label = labels_of([Path(source.path)])[0]
         self._add(
             "transfer",

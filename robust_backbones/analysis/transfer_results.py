@@ -1,0 +1,343 @@
+"""Classification transfer as the paper looks at it: backbones of known pre-training, and what became of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from robust_backbones import zoo
+from robust_backbones.analysis.paper import PaperTransfer, paper_transfer
+from robust_backbones.analysis.statistics import LinearFit, linear_fit
+from robust_backbones.analysis.study import Backbone, Run, experiments
+from robust_backbones.checkpoints import sha256
+from robust_backbones.models import ARCHITECTURES
+from robust_backbones.records import RunRecord
+from robust_backbones.threat_models import ThreatModel
+
+METRIC = "clean_accuracy"
+NAMES = {
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+    "resnet50": "ResNet-50",
+    "resnet101": "ResNet-101",
+    "resnet152": "ResNet-152",
+    "wide_resnet50_2": "WRN-50-2",
+    "wide_resnet50_4": "WRN-50-4",
+    "resnext50_32x4d": "ResNeXt-50",
+    "resnext101_32x8d": "ResNeXt-101",
+    "densenet161": "DenseNet-161",
+    "mnasnet1_0": "MNASNet",
+    "mobilenet_v2": "MobileNet-v2",
+    "shufflenet_v2_x1_0": "ShuffleNet",
+    "vgg16_bn": "VGG16-BN",
+}
+NORMS = {"L2": "ℓ2", "Linf": "ℓ∞"}
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What is known of the training of a backbone."""
+
+    accuracy: float
+    """On the clean validation images of ``dataset``, 0-100."""
+    dataset: str
+    stylized: bool
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Accuracies (0-100) of one or more trials."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.values)
+
+    @property
+    def low(self) -> float:
+        return min(self.values)
+
+    @property
+    def high(self) -> float:
+        return max(self.values)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A backbone, and its trials on one data set."""
+
+    name: str
+    arch: str
+    threat_model: ThreatModel | None
+    pretraining: Pretraining | None
+    trials: Trials
+
+    @property
+    def kind(self) -> str:
+        """``standard``, ``robust``, ``stylized`` or, of an unknown threat model, ``unknown``.
+
+        Stylized is what was trained on images in other styles, as its pre-training says or, where that is not known,
+        its name.
+        """
+        if self.pretraining.stylized if self.pretraining else _is_stylized(self.name):
+            return "stylized"
+        if self.threat_model is None:
+            return "unknown"
+        return "robust" if self.threat_model.epsilon else "standard"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A data set in one setting of transfer, and the backbones that were moved to it."""
+
+    mode: str
+    dataset: str
+    setting: str
+    """What tells it from others of its mode and data set; empty where there is none."""
+    record: RunRecord
+    """One of the trials."""
+    sources: tuple[Source, ...]
+
+    @property
+    def downscale(self) -> int:
+        return int(self.record.config.get("downscale", 0))
+
+    @property
+    def archs(self) -> list[str]:
+        return in_order({source.arch for source in self.sources})
+
+    @property
+    def threat_models(self) -> list[ThreatModel]:
+        """Those of the standard and robust backbones, the standard one first."""
+        found = {s.threat_model for s in self.sources if s.threat_model and s.kind in ("standard", "robust")}
+        return sorted(found, key=lambda model: (model.epsilon > 0, model.norm, model.epsilon))
+
+    def of_kind(self, arch: str, kind: str) -> list[Source]:
+        """Its backbones of an architecture and a kind, that with the highest mean first."""
+        found = [source for source in self.sources if (source.arch, source.kind) == (arch, kind)]
+        return sorted(found, key=lambda source: -source.trials.mean)
+
+    def trials(self, arch: str, threat_model: ThreatModel) -> Trials | None:
+        """Those of all standard or robust backbones of one architecture and threat model together."""
+        values = [
+            value
+            for source in self.sources
+            if (source.arch, source.threat_model) == (arch, threat_model) and source.kind in ("standard", "robust")
+            for value in source.trials.values
+        ]
+        return Trials(tuple(values)) if values else None
+
+    @property
+    def paper_name(self) -> str:
+        """What the paper's data set is called of which this is one, or a subset; empty where there is none."""
+        return next((paper.dataset for arch in NAMES if (paper := self.paper(arch))), "")
+
+    def paper(self, arch: str, *, downscale: int = 0) -> PaperTransfer | None:
+        """The paper's accuracies for the same, or for images that were reduced to ``downscale`` pixels: it has 32."""
+        return paper_transfer(self.dataset, arch, self.mode, downscale=downscale)
+
+
+class Pretrainings:
+    """Finds the pre-training of a backbone that a record of transfer names.
+
+    By the sha256 of the weights that lie beside the records of pre-training; where no weights lie there, by the name of
+    the run, if architecture, classes and threat model agree; else among the published backbones.
+    """
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._by_weights: dict[str, Pretraining] = {}
+        self._by_name: dict[str, list[Run]] = {}
+        for run in runs:
+            files = {"": run.folder / "checkpoint.pt", "best/": run.folder / "best.pt"}
+            found = {prefix: path for prefix, path in files.items() if path.is_file()}
+            for prefix, path in found.items():
+                if pretraining := _pretraining(run.record, prefix):
+                    self._by_weights[sha256(path)] = pretraining
+            if not found:
+                self._by_name.setdefault(run.record.run_id, []).append(run)
+
+    def of(self, record: RunRecord) -> Pretraining | None:
+        """The pre-training of the backbone of one trial; None where it is not known."""
+        if found := self._by_weights.get(str(record.backbone.get("source_sha256"))):
+            return found
+        label = str(record.backbone.get("label"))
+        same = [run for run in self._by_name.get(label, []) if _identity(run.record) == _identity(record)]
+        if len(same) == 1:
+            return _pretraining(same[0].record, "")
+        published = zoo.published().get(label)
+        if published and _identity(record)[:3] == (published.arch, 1000, str(published.threat_model)):
+            return Pretraining(published.imagenet_accuracy, "ImageNet", stylized=False)
+        return None
+
+
+def _identity(record: RunRecord) -> tuple[Any, ...]:
+    backbone = record.backbone
+    return (backbone.get("arch"), backbone.get("num_classes"), record.threat_model, backbone.get("stem", "imagenet"))
+
+
+def _pretraining(record: RunRecord, prefix: str) -> Pretraining | None:
+    accuracy = record.metrics.get(f"{prefix}{METRIC}")
+    if accuracy is None:
+        return None
+    stylized = record.config.get("stylize", 0) > 0 or _is_stylized(record.dataset)
+    return Pretraining(accuracy, record.dataset, stylized)
+
+
+def _is_stylized(name: str) -> bool:
+    return re.search(r"styli[sz]e", name.lower()) is not None
+
+
+def targets(runs: Sequence[Run], pretrainings: Pretrainings) -> list[Target]:
+    """The experiments among runs of one mode, with the backbones that have a result."""
+    found = []
+    for experiment in experiments(runs):
+        sources = tuple(_source(backbone, pretrainings) for backbone in experiment.backbones if backbone.values(METRIC))
+        if sources:
+            record = experiment.runs[0].record
+            mode = str(record.config.get("mode"))
+            found.append(Target(mode, experiment.dataset, experiment.setting, record, sources))
+    return found
+
+
+def _source(backbone: Backbone, pretrainings: Pretrainings) -> Source:
+    records = [run.record for run in backbone.runs.values()]
+    # There may be a pre-training a seed: the source accuracy is then their mean.
+    known = [found for record in records if (found := pretrainings.of(record))]
+    pretraining = None
+    if len(known) == len(records):
+        pretraining = known[0]
+        if len(set(known)) > 1:
+            pretraining = replace(pretraining, accuracy=fmean(found.accuracy for found in known))
+    spec, model = records[0].backbone, backbone.threat_model
+    stem = spec.get("stem", "imagenet")
+    arch = str(spec.get("arch", "unknown")) + (f" ({stem} stem)" if stem != "imagenet" else "")
+    standard = ThreatModel() if model and model.epsilon == 0 else model  # whatever its norm
+    return Source(backbone.name, arch, standard, pretraining, Trials(tuple(backbone.values(METRIC).values())))
+
+
+@dataclass(frozen=True)
+class Series:
+    """Backbones that have something in common: source accuracy (0-100), trials of transfer, and what tells them."""
+
+    label: str
+    points: tuple[tuple[float, Trials, str], ...]
+
+    @property
+    def fit(self) -> LinearFit | None:
+        """Of the means to the source accuracies."""
+        return linear_fit([x for x, _, _ in self.points], [trials.mean for _, trials, _ in self.points])
+
+    @property
+    def fit_text(self) -> str:
+        n = len(self.points)
+        return f"R² {self.fit.r_squared:.2f}, n = {n}" if self.fit else f"no fit, n = {n}"
+
+
+def over_epsilons(target: Target) -> list[Series]:
+    """A series an architecture and norm, by epsilon; a standard backbone is where every norm begins."""
+    norms = sorted({model.norm for model in target.threat_models if model.epsilon}) or ["L2"]
+
+    def labels(source: Source, model: ThreatModel) -> list[str]:
+        return [f"{name(source.arch)}, {NORMS[norm]}" for norm in (norms if model.epsilon == 0 else [model.norm])]
+
+    return _series(target, labels, lambda source, model: epsilon_text(model), lambda source, model: model.epsilon)
+
+
+def over_architectures(target: Target) -> list[Series]:
+    """A series a threat model, by source accuracy."""
+    return _series(
+        target,
+        lambda source, model: [str(model)],
+        lambda source, model: name(source.arch),
+        lambda source, model: source.pretraining.accuracy if source.pretraining else 0.0,
+    )
+
+
+def _series(
+    target: Target,
+    labels: Callable[[Source, ThreatModel], list[str]],
+    text: Callable[[Source, ThreatModel], str],
+    order: Callable[[Source, ThreatModel], float],
+) -> list[Series]:
+    """The backbones of known source accuracy, in the series that ``labels`` names; at least two texts in each."""
+    groups: dict[str, list[tuple[float, tuple[float, Trials, str]]]] = {}
+    for model in target.threat_models:
+        for source in target.sources:
+            if source.threat_model == model and source.pretraining and source.kind != "stylized":
+                point = (source.pretraining.accuracy, source.trials, text(source, model))
+                for label in labels(source, model):
+                    groups.setdefault(label, []).append((order(source, model), point))
+    found = []
+    for label, members in groups.items():
+        points = tuple(point for _, point in sorted(members, key=lambda member: member[0]))
+        if len({text for _, _, text in points}) > 1:
+            found.append(Series(label, points))
+    return found
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Transfer over the epsilon of pre-training, for one architecture and norm."""
+
+    points: tuple[tuple[float, Trials], ...]
+    """(epsilon, trials), by epsilon."""
+
+    @property
+    def best(self) -> tuple[float, Trials]:
+        """The point with the highest mean; of equal ones the first."""
+        return max(self.points, key=lambda point: point[1].mean)
+
+    @property
+    def rivals(self) -> list[float]:
+        """Other epsilons whose best trial reaches the worst trial of the best one."""
+        epsilon, best = self.best
+        return [other for other, trials in self.points if other != epsilon and trials.high >= best.low]
+
+
+def curves(target: Target, arch: str) -> dict[str, Curve]:
+    """Norm -> curve of two epsilons or more; the standard backbone begins each of them."""
+    found = {}
+    for norm in sorted({model.norm for model in target.threat_models if model.epsilon}):
+        models = [model for model in target.threat_models if model.norm == norm or model.epsilon == 0]
+        points = [(model.epsilon, trials) for model in models if (trials := target.trials(arch, model))]
+        if len(points) > 1:
+            found[norm] = Curve(tuple(points))
+    return found
+
+
+def pairs(originals: Sequence[Target], reduced: Sequence[Target]) -> list[tuple[Target, Target]]:
+    """Data sets that were used as they are and with less detail, in settings that are the same otherwise."""
+
+    def setting(target: Target) -> dict[str, Any]:
+        return {**Run(Path(), target.record).setting, "downscale": 0}
+
+    return [
+        (one, other)
+        for one in originals
+        for other in reduced
+        if one.dataset == other.dataset and setting(one) == setting(other)
+    ]
+
+
+def name(arch: str) -> str:
+    """As figures have it."""
+    return NAMES.get(arch, arch)
+
+
+def in_order(archs: Iterable[str]) -> list[str]:
+    """By depth and width, as ``models.ARCHITECTURES`` is."""
+    order = list(ARCHITECTURES)
+    return sorted(archs, key=lambda arch: (order.index(arch) if arch in order else len(order), arch))
+
+
+def epsilon_text(model: ThreatModel) -> str:
+    """Epsilon alone, in 1/255 where the norm is linf."""
+    return f"{255 * model.epsilon:g}/255" if model.norm == "Linf" else f"{model.epsilon:g}"
