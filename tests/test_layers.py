@@ -17,6 +17,7 @@ FLOORS = {
     **dict.fromkeys(
         ("objectives", "engine", "training", "pretrain", "robustness", "cluster", "convert", "sources", "transfer"), 2
     ),
+    "inheritance": 2,
     **dict.fromkeys(("detection", "analysis", "sweep"), 3),
 }
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

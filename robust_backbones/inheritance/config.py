@@ -36,9 +36,9 @@ class InheritanceConfig:
     """EWC: lambda in lambda / 2 sum F (theta - theta_0)^2."""
     fisher_images: int = 1000
     """EWC: training images of pre-training that the Fisher information is averaged over."""
-    fisher_labels: int = 0
-    """EWC: labels drawn for each of them from the network's own prediction; 0: the exact expectation over all labels,
-    which takes a backward pass for each."""
+    fisher_labels: int = 1
+    """EWC: labels drawn for each of them from the network's own prediction, an estimate without bias; 0: the exact
+    expectation over all labels, which takes a backward pass for each."""
     l2_init_strength: float = 1.0
     """l2_init: the factor of ||theta - theta_0||^2; the public code, which calls this EWC, has 1."""
     l2_sp_strength: float = 0.1

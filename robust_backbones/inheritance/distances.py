@@ -47,7 +47,7 @@ def sinkhorn(x: Points, y: Points, *, regularization: float) -> float:
     if r == 0:
         return 0.0
     method = "sinkhorn" if costs.max() / r < _LARGEST_EXPONENT else "sinkhorn_log"
-    plan = library.sinkhorn([], [], costs, r, method=method, numItermax=100_000, stopThr=1e-9)
+    plan = library.sinkhorn([], [], costs, r, method=method, numItermax=10_000, stopThr=1e-9)
     return math.sqrt(float((plan * costs).sum()))
 
 

@@ -11,9 +11,6 @@ from torch import Tensor
 from robust_backbones.engine import Batch, Compute
 from robust_backbones.models import NormalizedModel
 
-_CHUNK = 16
-"""Labels whose gradients are computed at once; each takes the memory of all parameters."""
-
 
 def diagonal_fisher(
     model: NormalizedModel,
@@ -63,9 +60,8 @@ def _of_image(
     else:
         ys, shares = torch.arange(len(p), device=p.device), p
     totals = [torch.zeros_like(parameter) for parameter in parameters]
-    for chunk, share in zip(ys.split(_CHUNK), shares.split(_CHUNK), strict=True):
-        one_hot = torch.zeros(len(chunk), len(p), device=p.device).scatter_(1, chunk[:, None], 1)
-        gradients = torch.autograd.grad(log_p, parameters, one_hot, retain_graph=True, is_grads_batched=True)
+    for y, share in zip(ys.tolist(), shares.tolist(), strict=True):
+        gradients = torch.autograd.grad(log_p[y], parameters, retain_graph=True)
         for total, gradient in zip(totals, gradients, strict=True):
-            total += torch.einsum("k,k...->...", share, gradient.square())
+            total.addcmul_(gradient, gradient, value=share)
     return totals

@@ -132,7 +132,7 @@ def train(
     where the model lets them. An incomplete last batch is dropped.
 
     Raises:
-        DivergedError: the loss left the finite, or the sensible.
+        DivergedError: the loss is not finite. (On a foreign set it may well start at ten times that of chance.)
         PreemptedError: ``job.stop`` said so.
     """
     config, compute = job.config, job.compute
@@ -165,7 +165,6 @@ def train(
             steps=steps_per_epoch(images, config.batch_size),
             on_log=on_log,
             stop=job.stop,
-            classes=len(job.target.classes),
             description=f"{job.target.name}, epoch {epoch + 1}/{config.epochs}",
         )
     return model.eval()

@@ -99,7 +99,7 @@ def run_protocol(
 
     Raises:
         InputError: data that cannot be used; ``output`` holds another run.
-        DivergedError: a training left the sensible.
+        DivergedError: the loss of a training is not finite.
         PreemptedError: SIGTERM or SIGUSR1 came; finished cells are kept.
     """
     names = ordered(list(methods), config)
