@@ -836,7 +836,7 @@ def test_the_tool_measures_corruptions_and_detectors(
     for path, weights in ((first, start.state_dict), (second, fine_tuned)):
         write_checkpoint(path, spec=SPEC, state_dict=weights, threat_model=start.threat_model)
     data = ["--data", world / "pretraining/val", "--image-size", 32, "--val-resize", 32, "--workers", 0]
-    data += ["--limit", 2, "--device", "cpu"]
+    data += ["--limit", 3, "--device", "cpu"]
     status, out, _ = run_tool("inheritance", "corruptions", first, *data, "--output", tmp_path / "a")
     assert status == 0
     assert out.splitlines()[-1] == f"record written to {tmp_path / 'a/record.json'}"

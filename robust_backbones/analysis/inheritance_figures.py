@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from scipy import stats
 
 from robust_backbones.analysis.figures import COLORS, MARKERS
@@ -185,7 +186,7 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> None:
     groups = _by_method(matrices)
     if len(groups) > len(MARKERS):
         raise InputError(f"a figure shows {len(MARKERS)} methods, not {len(groups)}: choose with --methods")
-    figure = Figure(figsize=(5.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.subplots()
     named: dict[str, float] = {}
     for (label, method), group in groups.items():
@@ -204,13 +205,11 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> None:
     axes.set_xlabel("2-Wasserstein distance to pre-training (feature units)")
     axes.set_ylabel("accuracy lost on pre-training (points)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     _save(figure, path)
 
 
-def _frame(place: int) -> object:
-    from matplotlib.patches import Rectangle
-
+def _frame(place: int) -> Rectangle:
     return Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=COLORS[0], linewidth=1.5)
 
 
