@@ -181,11 +181,9 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> None:
     """A PNG: accuracy lost on pre-training against the distance to it, a point a set and a marker a method.
 
     Raises:
-        InputError: no distances were measured, or more methods than markers.
+        InputError: no distances were measured.
     """
     groups = _by_method(matrices)
-    if len(groups) > len(MARKERS):
-        raise InputError(f"a figure shows {len(MARKERS)} methods, not {len(groups)}: choose with --methods")
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.subplots()
     named: dict[str, float] = {}
@@ -194,9 +192,10 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> None:
         if not points:
             raise InputError(f"{label} has no distances: run it without --distance-images 0")
         one, index = correlate(list(points.values())), list(groups).index((label, method))
+        color = COLORS[(index + index // len(COLORS)) % len(COLORS)]  # another pair each, also beyond seven methods
         told = "" if one.r_squared is None else f", R² = {one.r_squared:.2f}"
         x, y = zip(*points.values(), strict=True)
-        axes.plot(x, y, MARKERS[index], color=COLORS[index], markersize=5, label=f"{method}{told}")
+        axes.plot(x, y, MARKERS[index % len(MARKERS)], color=color, markersize=5, label=f"{method}{told}")
         named |= {name: distance for name, (distance, _) in points.items()}
     axes.axhline(0, color=COLORS[0], linewidth=0.8)
     for name, distance in named.items():
