@@ -14,10 +14,8 @@ FLOORS = {
         ("errors", "threat_models", "records", "cli", "distributed", "logs", "safe_files", "metrics", "locks"), 0
     ),
     **dict.fromkeys(("models", "attacks", "checkpoints", "zoo", "folding", "data"), 1),
-    **dict.fromkeys(
-        ("objectives", "engine", "training", "pretrain", "robustness", "cluster", "convert", "sources", "transfer"), 2
-    ),
-    "visualization": 2,
+    **dict.fromkeys(("objectives", "engine", "training", "pretrain", "robustness", "cluster", "convert", "sources"), 2),
+    **dict.fromkeys(("transfer", "visualization", "inheritance"), 2),
     **dict.fromkeys(("detection", "analysis", "sweep"), 3),
 }
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,0 +1,246 @@
+"""Tables and figures of the inheritance protocol: RI and mRI, accuracy changes, distance against forgetting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from scipy import stats
+
+from robust_backbones.analysis.figures import COLORS, MARKERS
+from robust_backbones.errors import InputError
+from robust_backbones.inheritance.protocol import Matrix
+from robust_backbones.inheritance.related_sets import PRETRAINING
+from robust_backbones.records import atomic_path
+
+Table = tuple[list[str], list[list[str]]]
+"""Heads and rows of cells."""
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Of ``n`` pairs (distance to pre-training, accuracy lost on pre-training); no coefficients below 3 pairs."""
+
+    n: int
+    r: float | None = None
+    """Pearson's, with the ends of its 95 % interval by Fisher's transformation (1921)."""
+    low: float | None = None
+    high: float | None = None
+    spearman: float | None = None
+    spearman_p: float | None = None
+    """Two-sided, of Student's t for n - 2 degrees of freedom: rough where n is small."""
+
+    @property
+    def r_squared(self) -> float | None:
+        """The share of the variance of losses that a line through the distances explains."""
+        return None if self.r is None else self.r**2
+
+
+def summary_table(matrices: Sequence[Matrix]) -> Table:
+    """A row a backbone and method: mRI, RI of each set, gain on the own set, change on pre-training.
+
+    Values are means over seeds in points of accuracy, mRI with its standard deviation over them. A row whose sets have
+    not all been fine-tuned on has no mRI.
+    """
+    sets = _common_sets(matrices)
+    heads = ["backbone", "method", "seeds", "mRI", *(f"RI {name}" for name in sets), "own set", "pre-training"]
+    rows = []
+    for (label, method), group in _by_method(matrices).items():
+        overall = [value for one in group if (value := one.mean_robustness_improvement) is not None]
+        improvements = [[one.robustness_improvement(name) for one in group if name in one.after] for name in sets]
+        own = [fmean(one.change(name, name) for name in one.after) for one in group]
+        kept = [fmean(one.change(name, PRETRAINING) for name in one.after) for one in group]
+        spread = f" ± {stdev(overall):.2f}" if len(overall) > 1 else ""
+        mean_improvement = f"{_signed(overall)}{spread}" if len(overall) == len(group) else "-"
+        columns = [mean_improvement, *map(_signed, improvements), _signed(own), _signed(kept)]
+        rows.append([label, method, str(len(group)), *columns])
+    return heads, rows
+
+
+def accuracy_rows(matrices: Sequence[Matrix]) -> Table:
+    """Every accuracy, unrounded: a row a backbone, method, seed, set fine-tuned on and set evaluated on."""
+    heads = ["backbone", "method", "seed", "fine_tuned_on", "evaluated_on", "before", "after", "change"]
+    rows = [
+        [one.label, one.method, str(one.seed), target, name, *map(repr, (one.before[name], after, change))]
+        for one in matrices
+        for target, row in sorted(one.after.items())
+        for name, after in sorted(row.items())
+        for change in [one.change(target, name)]
+    ]
+    return heads, rows
+
+
+def correlations(matrices: Sequence[Matrix]) -> dict[tuple[str, str], Correlation]:
+    """Of distance and loss over the sets, for each backbone and method, and over all methods of a backbone (``all``).
+
+    A set is one pair: its losses are averaged over seeds, and for ``all`` over methods too, since pairs that share a
+    distance are not independent.
+    """
+    found: dict[tuple[str, str], Correlation] = {}
+    for label in dict.fromkeys(one.label for one in matrices):
+        of_label = [one for one in matrices if one.label == label]
+        groups = {method: group for (_, method), group in _by_method(of_label).items()}
+        for method, group in [*groups.items(), ("all", of_label)]:
+            points = loss_points(group)
+            if points:
+                found[label, method] = correlate(list(points.values()))
+    return found
+
+
+def loss_points(matrices: Sequence[Matrix]) -> dict[str, tuple[float, float]]:
+    """Set -> its distance to pre-training, and the mean points of accuracy lost there by fine-tuning on it."""
+    points = {}
+    for name in _common_sets(matrices):
+        losses = [-one.change(name, PRETRAINING) for one in matrices if name in one.after]
+        distances = [one.distances[name] for one in matrices if name in one.distances]
+        if losses and distances:
+            points[name] = (distances[0], fmean(losses))
+    return points
+
+
+def correlate(points: Sequence[tuple[float, float]]) -> Correlation:
+    """Pearson's and Spearman's coefficients of pairs (x, y)."""
+    n = len(points)
+    x, y = zip(*points, strict=True) if points else ((), ())
+    if n < 3 or len(set(x)) == 1 or len(set(y)) == 1:
+        return Correlation(n)
+    pearson, spearman = stats.pearsonr(x, y), stats.spearmanr(x, y)
+    interval = pearson.confidence_interval(0.95)
+    low, high = (None, None) if n == 3 else (float(interval.low), float(interval.high))
+    p = float(spearman.pvalue)
+    return Correlation(n, float(pearson.statistic), low, high, float(spearman.statistic), None if math.isnan(p) else p)
+
+
+def correlation_table(found: Mapping[tuple[str, str], Correlation]) -> Table:
+    """A row a backbone and method."""
+    heads = ["backbone", "method", "sets", "R²", "r (95 % interval)", "Spearman", "p"]
+    rows = []
+    for (label, method), one in found.items():
+        interval = f" ({one.low:.2f} to {one.high:.2f})" if one.low is not None and one.high is not None else ""
+        r = "-" if one.r is None else f"{one.r:.2f}{interval}"
+        numbers = [_two_digits(one.r_squared), r, _two_digits(one.spearman), _two_digits(one.spearman_p)]
+        rows.append([label, method, str(one.n), *numbers])
+    return heads, rows
+
+
+def change_figure(matrices: Sequence[Matrix], path: Path) -> None:
+    """A PNG with a heat map a method of one backbone: change of accuracy on each set after fine-tuning on each.
+
+    Cells hold the mean over seeds in points; the set's own cell is framed, and pre-training stands last.
+    """
+    sets = _common_sets(matrices)
+    groups = _by_method(matrices)
+    if len({label for label, _ in groups}) != 1:
+        raise InputError("a figure of accuracy changes is of one backbone: give its matrices alone")
+    columns = [*sets, PRETRAINING]
+    maps = {
+        method: [
+            [
+                fmean(changes)
+                if (changes := [m.change(target, name) for m in group if target in m.after])
+                else math.nan
+                for name in columns
+            ]
+            for target in sets
+        ]
+        for (_, method), group in groups.items()
+    }
+    largest = max((abs(value) for rows in maps.values() for row in rows for value in row if value == value), default=1)
+    across = min(len(maps), 2)
+    down = math.ceil(len(maps) / across)
+    cell = 0.62
+    size = (across * (cell * len(columns) + 1.2) + 1, down * (cell * 0.7 * len(sets) + 1.5))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
+    for panel, (method, rows) in zip(panels, maps.items(), strict=False):
+        image = panel.imshow(rows, cmap="PuOr", vmin=-largest or -1, vmax=largest or 1, aspect="auto")
+        for i, row in enumerate(rows):
+            for j, value in enumerate(row):
+                if value == value:  # cells that have not run are blank
+                    color = "white" if abs(value) > 0.6 * largest else "black"
+                    panel.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize="x-small", color=color)
+            panel.add_patch(_frame(i))
+        panel.axvline(len(sets) - 0.5, color=COLORS[0], linewidth=1.5)
+        panel.set_title(method, fontsize="medium")
+        panel.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize="small")
+        panel.set_yticks(range(len(sets)), sets, fontsize="small")
+    for panel in panels[len(maps) :]:
+        panel.set_axis_off()
+    figure.supylabel("fine-tuned on", fontsize="medium")
+    figure.supxlabel("evaluated on", fontsize="medium")
+    figure.colorbar(image, ax=list(panels), label="change of accuracy (points)", shrink=0.8)
+    _save(figure, path)
+
+
+def distance_figure(matrices: Sequence[Matrix], path: Path) -> None:
+    """A PNG: accuracy lost on pre-training against the distance to it, a point a set and a marker a method.
+
+    Raises:
+        InputError: no distances were measured.
+    """
+    groups = _by_method(matrices)
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.subplots()
+    named: dict[str, float] = {}
+    for (label, method), group in groups.items():
+        points = loss_points(group)
+        if not points:
+            raise InputError(f"{label} has no distances: run it without --distance-images 0")
+        one, index = correlate(list(points.values())), list(groups).index((label, method))
+        color = COLORS[(index + index // len(COLORS)) % len(COLORS)]  # another pair each, also beyond seven methods
+        told = "" if one.r_squared is None else f", R² = {one.r_squared:.2f}"
+        x, y = zip(*points.values(), strict=True)
+        axes.plot(x, y, MARKERS[index % len(MARKERS)], color=color, markersize=5, label=f"{method}{told}")
+        named |= {name: distance for name, (distance, _) in points.items()}
+    axes.axhline(0, color=COLORS[0], linewidth=0.8)
+    for name, distance in named.items():
+        axes.axvline(distance, color=COLORS[0], linewidth=0.5, linestyle=":")
+        axes.text(distance, 1, name, transform=axes.get_xaxis_transform(), rotation=45, fontsize="small")
+    axes.set_xlabel("2-Wasserstein distance to pre-training (feature units)")
+    axes.set_ylabel("accuracy lost on pre-training (points)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    _save(figure, path)
+
+
+def _frame(place: int) -> Rectangle:
+    return Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=COLORS[0], linewidth=1.5)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _by_method(matrices: Sequence[Matrix]) -> dict[tuple[str, str], list[Matrix]]:
+    """(backbone, method) -> its seeds."""
+    groups: dict[tuple[str, str], list[Matrix]] = {}
+    for one in matrices:
+        groups.setdefault((one.label, one.method), []).append(one)
+    return groups
+
+
+def _common_sets(matrices: Sequence[Matrix]) -> tuple[str, ...]:
+    """The sets that all matrices are over.
+
+    Raises:
+        InputError: they differ, so that their mRI could not be compared.
+    """
+    kinds = {one.sets for one in matrices}
+    if len(kinds) != 1:
+        raise InputError("these runs are over different sets, and their mRI do not compare: make a table of each")
+    (sets,) = kinds
+    return sets
+
+
+def _signed(values: Sequence[float]) -> str:
+    return f"{fmean(values):+.2f}" if values else "-"
+
+
+def _two_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

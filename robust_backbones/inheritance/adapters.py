@@ -1,0 +1,102 @@
+"""What is learnt beside a frozen network: low-rank updates of its weights, and a frame of pixels around its images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, NormalizedModel
+
+
+class _Frozen(NormalizedModel):
+    """A network that stays what it is, batch-norm statistics included, but for what a subclass adds."""
+
+    def __init__(self, backbone: nn.Module, spec: BackboneSpec) -> None:
+        super().__init__(backbone, spec)
+        self.backbone.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> _Frozen:
+        super().train(mode)
+        self.backbone.eval()
+        return self
+
+
+class LowRankConvolution(nn.Module):
+    """A frozen convolution W plus scale x B A: A is a convolution like W with ``rank`` outputs, B one of 1 x 1."""
+
+    def __init__(self, layer: nn.Conv2d, rank: int, scale: float) -> None:
+        super().__init__()
+        if layer.groups != 1:
+            raise InputError("a low-rank update of a grouped convolution is not defined here: leave that layer frozen")
+        self.layer, self.scale = layer, scale
+        self.down = nn.Conv2d(
+            layer.in_channels,
+            rank,
+            kernel_size=layer.kernel_size,  # type: ignore[arg-type]
+            stride=layer.stride,  # type: ignore[arg-type]
+            padding=layer.padding,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            bias=False,
+        )
+        self.up = nn.Conv2d(rank, layer.out_channels, kernel_size=1, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.scale * self.up(self.down(x))
+
+    @torch.no_grad()
+    def merged(self) -> nn.Conv2d:
+        """The convolution of weight W + scale x B A, which is the same function."""
+        product = self.up.weight.flatten(1) @ self.down.weight.flatten(1)  # (out, rank) @ (rank, in * k * k)
+        self.layer.weight += self.scale * product.view_as(self.layer.weight)
+        return self.layer
+
+
+class LowRankModel(_Frozen):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685, equation 3): W_0 + alpha / rank x B A with B = 0 at first.
+
+    The paper updates the queries and values of attention; the networks here have none, so every convolution without
+    groups has an update. Depthwise and grouped convolutions, batch norms and the classifier stay frozen.
+
+    Args:
+        seed: draws A, as PyTorch draws a convolution.
+    """
+
+    def __init__(self, backbone: nn.Module, spec: BackboneSpec, *, rank: int, alpha: float, seed: int) -> None:
+        super().__init__(backbone, spec)
+        layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, nn.Conv2d)}
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            for name, layer in layers.items():
+                if layer.groups == 1:
+                    backbone.set_submodule(name, LowRankConvolution(layer, rank, alpha / rank))
+
+    def merge(self) -> None:
+        """Put every update into its weight: the backbone has its original layers again."""
+        layers = [(n, layer) for n, layer in self.backbone.named_modules() if isinstance(layer, LowRankConvolution)]
+        for name, layer in layers:
+            self.backbone.set_submodule(name, layer.merged())
+
+
+class PromptedModel(_Frozen):
+    """A visual prompt (Bahng et al. 2022, arXiv 2203.17274): a learnt frame added to normalised images.
+
+    It is 0 at first, where the paper draws it from a normal distribution: before training this is the network itself.
+
+    Args:
+        width: of the frame, in pixels.
+        image_size: height and width of images.
+    """
+
+    def __init__(self, backbone: nn.Module, spec: BackboneSpec, *, width: int, image_size: int) -> None:
+        super().__init__(backbone, spec)
+        self.prompt = nn.Parameter(torch.zeros(3, image_size, image_size))
+        frame = torch.ones(image_size, image_size)
+        frame[width : image_size - width, width : image_size - width] = 0
+        self.register_buffer("frame", frame, persistent=False)
+
+    frame: Tensor
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return super().normalize(images) + self.frame * self.prompt

@@ -1,0 +1,202 @@
+"""Data sets related to the one of pre-training: they share classes with it, and logits are masked to these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from robust_backbones.data.batches import val_batches
+from robust_backbones.data.datasets import ClassificationDataset, open_dataset
+from robust_backbones.data.folders import FolderImages
+from robust_backbones.errors import InputError
+
+PRETRAINING = "pretraining"
+"""What the validation set of pre-training is called among the sets."""
+_MOST_PARTS = 2  # folders between a set and its classes, as CORRUPTION/SEVERITY of ImageNet-C
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """One of the eight sets of ImageNet-RIB."""
+
+    title: str
+    classes: int
+    """Class folders to expect; of ImageNet's 1000 classes."""
+    source: str
+
+
+KNOWN_SETS = {
+    "imagenet-v2": KnownSet("ImageNet-V2", 1000, "Recht et al. 2019; folders are numbered 0 to 999; imagenetv2.org"),
+    "imagenet-a": KnownSet("ImageNet-A", 200, "Hendrycks et al. 2021; github.com/hendrycks/natural-adv-examples"),
+    "imagenet-r": KnownSet("ImageNet-R", 200, "Hendrycks et al. 2021; github.com/hendrycks/imagenet-r"),
+    "imagenet-sketch": KnownSet("ImageNet-Sketch", 1000, "Wang et al. 2019; github.com/HaohanWang/ImageNet-Sketch"),
+    "imagenet-cartoon": KnownSet(
+        "ImageNet-Cartoon", 1000, "Salvador & Oberman 2022; tiagosalvador.github.io/projects/imagenet-shift"
+    ),
+    "imagenet-drawing": KnownSet(
+        "ImageNet-Drawing", 1000, "Salvador & Oberman 2022; tiagosalvador.github.io/projects/imagenet-shift"
+    ),
+    "objectnet": KnownSet(
+        "ObjectNet",
+        113,
+        "Barbu et al. 2019; its folders must first be renamed to ImageNet's, the others left out; objectnet.dev",
+    ),
+    "imagenet-c": KnownSet(
+        "ImageNet-C",
+        1000,
+        "Hendrycks & Dietterich 2019; as CORRUPTION/SEVERITY/CLASS, 15 x 5 parts; github.com/hendrycks/robustness",
+    ),
+}
+"""By the names of their folders. All have the folders of ImageNet's classes, or some of them; the mask of a set (the
+200 classes of -A and of -R) follows from the folders that are there."""
+
+
+@dataclass(frozen=True)
+class RelatedSet:
+    """Images of some classes of the pre-training set; labels count these classes alone.
+
+    Accuracy on it is top-1 among its classes: a network's logits are masked to them.
+    """
+
+    name: str
+    images: ClassificationDataset
+    classes: tuple[int, ...]
+    """The mask: indices of the set's classes among those of pre-training, ascending; label l stands for classes[l]."""
+
+    def limited(self, count: int, *, seed: int) -> RelatedSet:
+        """``count`` of its images, drawn by ``seed``; 0 or more than there are: all. The mask stays what it is."""
+        if not 0 < count < len(self.images):
+            return self
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))[:count]
+        return replace(self, images=self.images.take(sorted(order.tolist())))
+
+
+def open_related_set(root: Path, class_names: Sequence[str], transform: v2.Transform, *, name: str = "") -> RelatedSet:
+    """The images below ``root``, where folders have the names of pre-training classes, or their numbers.
+
+    Between ``root`` and the class folders there may be folders of parts, as ImageNet-C's corruptions and severities;
+    the set is then all of them together.
+
+    Args:
+        class_names: of the pre-training set, in the order of the network's outputs.
+        name: what the set is called; the folder's name when not given.
+
+    Raises:
+        InputError: no such folder, a class that pre-training does not know, or one without images.
+    """
+    if not root.is_dir():
+        known = KNOWN_SETS.get(root.name)
+        hint = f"get {known.title} ({known.source})" if known else f"or one of {', '.join(KNOWN_SETS)} in --data-root"
+        raise InputError(f"no related data set at {root}: give a folder that holds class folders, {hint}")
+    found = _class_folders(root, {name: index for index, name in enumerate(class_names)}, root, _MOST_PARTS)
+    classes = tuple(sorted({index for index, _ in found}))
+    position = {index: label for label, index in enumerate(classes)}
+    names, labels = [], []
+    for index, folder in found:
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        if not files:
+            raise InputError(f"the class folder {folder} holds no image, and would widen the mask: remove it")
+        names += [str(path.relative_to(root)) for path in files]
+        labels += [position[index]] * len(files)
+    source = FolderImages(root, [class_names[index] for index in classes], labels, names)
+    return RelatedSet(name or root.name, ClassificationDataset(source, transform), classes)
+
+
+def open_pretraining_set(
+    root: Path, num_classes: int, transform: v2.Transform
+) -> tuple[ClassificationDataset, RelatedSet]:
+    """The training images of ``root/train``, and ``root/val`` as the set called PRETRAINING, whose mask is open.
+
+    Raises:
+        InputError: a part is missing, or has other classes than the network's.
+    """
+    parts = [open_dataset(root / part, transform) for part in ("train", "val")]
+    for part, dataset in zip(("train", "val"), parts, strict=True):
+        if len(dataset.classes) != num_classes:
+            raise InputError(
+                f"{root / part} has {len(dataset.classes)} classes, but the backbone knows {num_classes}: give the "
+                "data that it was trained on"
+            )
+    if parts[0].classes != parts[1].classes:
+        raise InputError(f"train and val of {root} have other classes: give the data that the backbone was trained on")
+    return parts[0], RelatedSet(PRETRAINING, parts[1], tuple(range(num_classes)))
+
+
+def _class_folders(folder: Path, known: dict[str, int], root: Path, parts: int) -> list[tuple[int, Path]]:
+    """Index and folder of every class below ``folder``, in the order of names."""
+    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    if not inside:
+        raise InputError(f"{folder} holds no class folders")
+    numbered = not any(path.name in known for path in inside) and all(path.name.isdigit() for path in inside)
+    if numbered and all(_holds_images(path) for path in inside):  # ImageNet-V2's; severities hold no images themselves
+        known = {str(index): index for index in known.values()}
+    strangers = [path for path in inside if path.name not in known]
+    if not strangers:
+        return sorted(((known[path.name], path) for path in inside), key=lambda pair: pair[0])
+    if len(strangers) == len(inside) and parts and not any(_holds_images(path) for path in inside):
+        return [pair for path in inside for pair in _class_folders(path, known, root, parts - 1)]
+    some = ", ".join(path.name for path in strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+    raise InputError(f"{folder} has folders that are no classes of the pre-training set ({some}): rename or remove")
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.iterdir())
+
+
+class DecodedImages(ClassificationDataset):
+    """A data set whose images, behind their transform, lie in memory: it must be one without random parts."""
+
+    def __init__(self, dataset: ClassificationDataset, pixels: Tensor) -> None:
+        self.__dict__.update(dataset.__dict__)
+        self._pixels = pixels  # (N, 3, H, W), uint8
+        self._rows: Sequence[int] = range(len(dataset))
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        return self._pixels[self._rows[position]], self.labels[position]
+
+    def take(self, positions: Sequence[int]) -> DecodedImages:
+        part = cast(DecodedImages, super().take(positions))
+        part._rows = [self._rows[position] for position in positions]
+        return part
+
+
+@dataclass
+class Memory:
+    """Decodes each image once and keeps it, as long as there is room; what finds none is decoded at every use.
+
+    Args:
+        gigabytes: room for pixels.
+        workers: processes that decode.
+    """
+
+    gigabytes: float
+    workers: int
+    used: int = 0
+    """Bytes."""
+
+    def keep(self, images: ClassificationDataset, description: str) -> ClassificationDataset:
+        """``images`` with their pixels in memory, or as they are where they do not fit or are already there."""
+        if isinstance(images, DecodedImages) or not len(images):
+            return images
+        size = len(images) * images[0][0].numel()
+        if self.used + size > self.gigabytes * 1e9:
+            return images
+        self.used += size
+        with tqdm(total=len(images), desc=f"decoding {description}", unit="img", disable=None, leave=False) as progress:
+            parts = []
+            for pixels, _ in val_batches(images, 64, workers=self.workers):
+                parts.append(pixels)
+                progress.update(len(pixels))
+        return DecodedImages(images, torch.cat(parts))
+
+    def workers_for(self, images: ClassificationDataset) -> int:
+        """Processes that a loader of these images needs: none for what is in memory."""
+        return 0 if isinstance(images, DecodedImages) else self.workers
