@@ -41,6 +41,7 @@ setup(
         # Beside these the corruptions need imagecorruptions-imaug, which make setup installs with --no-deps: it asks
         # for opencv-python, whose files would overwrite those of the headless one.
         "corruptions": ["scikit-image>=0.21", "numba>=0.60"],
+        "inheritance": ["POT>=0.9.5"],
         "slurm": ["submitit>=1.5"],
         "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "dill", "submitit>=1.5", "webdataset>=1"],
     },

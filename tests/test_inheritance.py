@@ -49,7 +49,7 @@ from robust_backbones.inheritance.methods import (
     train,
 )
 from robust_backbones.inheritance.protocol import Execution, read_matrices, run_protocol
-from robust_backbones.inheritance.related_sets import Memory, RelatedSet, open_related_set
+from robust_backbones.inheritance.related_sets import PRETRAINING, Memory, RelatedSet, open_related_set
 from robust_backbones.inheritance.weights import greedy_soup, interpolate, mean
 from robust_backbones.locks import lock
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
@@ -798,17 +798,45 @@ def test_the_whole_tool(run_tool: Run, world: Path, start: Checkpoint, tmp_path:
     assert status == 0
     assert out.splitlines()[-1] == f"tables and figures written to {tables}"
     assert (tables / "inheritance.md").read_text() in out
-    for name in ("robust_changes.png", "robust_distances.png"):
-        assert (tables / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("robust_changes", "robust_distances"):
+        assert (tables / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tables / f"{name}.svg").read_text().endswith("</svg>\n")
     rows = [line.split(",") for line in (tables / "accuracies.csv").read_text().splitlines()]
     assert len(rows) == 1 + 3 * 3 * 4
     for row in rows[1:]:
         record = RunRecord.read(output / "robust" / row[1] / row[3] / "seed_0/record.json")
         assert float(row[6]) == record.metrics[f"accuracy/{row[4]}"]
         assert float(row[7]) == float(row[6]) - float(row[5])
+    changes = {(row[1], row[3], row[4]): float(row[7]) for row in rows[1:]}
+    drawn = [line.split(",") for line in (tables / "robust_changes.csv").read_text().splitlines()[1:]]
+    assert {tuple(row[:3]): float(row[3]) for row in drawn} == changes
+    drawn = [line.split(",") for line in (tables / "robust_distances.csv").read_text().splitlines()[1:]]
+    assert {(row[1], row[2], PRETRAINING): -float(row[4]) for row in drawn} == {
+        key: change for key, change in changes.items() if key[2] == PRETRAINING
+    }
     status, out, _ = run_tool("inheritance", "table", output, "--output", tables, "--methods", "wise_ft")
     assert status == 0
     assert "linear_probe" not in out
+
+
+def test_disjoint_sets_share_no_photograph(run_tool: Run, world: Path, tmp_path: Path) -> None:
+    val = world / "pretraining/val"
+    make = ["make-sets", val, "--kinds", "photograph", "sketch", "cartoon", "--images-per-class", 1, "--workers", 0]
+
+    def photographs(output: Path, *more: str) -> list[set[str]]:
+        status, _, err = run_tool("inheritance", *make, "--output", output, *more)
+        assert status == 0, err
+        kinds = (output / kind for kind in ("photograph", "sketch", "cartoon"))
+        return [{str(path.relative_to(kind)) for path in kind.glob("*/*.png")} for kind in kinds]
+
+    first, *others = photographs(tmp_path / "same")
+    assert others == [first, first]
+    apart = photographs(tmp_path / "apart", "--disjoint")
+    assert [len(one) for one in apart] == [len(first)] * 3
+    assert len(set.union(*apart)) == 3 * len(first)
+    for path in (tmp_path / "apart/photograph").glob("*/*.png"):
+        original = val / path.parent.name / path.stem
+        assert np.array_equal(cv2.imread(str(path)), cv2.imread(str(original)))
 
 
 def test_the_tool_says_what_is_wrong(run_tool: Run, world: Path, tmp_path: Path) -> None:
@@ -822,6 +850,9 @@ def test_the_tool_says_what_is_wrong(run_tool: Run, world: Path, tmp_path: Path)
     val, here = world / "pretraining/val", ["--output", tmp_path / "out"]
     assert "did you mean fog" in refused("make-sets", val, *here, "--kinds", "sketch", "fogg-3")
     assert "unknown kind 'fog-9'" in refused("make-sets", val, *here, "--kinds", "fog-9")
+    disjoint = ["make-sets", val, *here, "--kinds", "sketch", "cartoon", "--disjoint"]
+    assert "give --images-per-class" in refused(*disjoint)
+    assert "too few for 90 in other sets" in refused(*disjoint, "--images-per-class", "90", "--workers", 0)
     assert "no finished cells" in refused("table", tmp_path, *here)
     run = ["run", "none.pt", "--pretraining", world / "pretraining", *here, *OPTIONS]
     assert "--data-root" in refused(*run, "--sets", "imagenet-r", "imagenet-a")

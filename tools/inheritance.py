@@ -85,7 +85,7 @@ class Table:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Outputs of `run`, finished or not."""
     output: Path
-    """Folder for tables (Markdown and CSV) and figures."""
+    """Folder for tables (Markdown and CSV) and figures (SVG, PNG and their numbers as CSV)."""
     methods: tuple[str, ...] = ()
     """Only these; all when not given."""
 
@@ -96,6 +96,9 @@ class MakeSets:
 
     Example:
         python tools/inheritance.py make-sets imagenet/val --output sets --kinds sketch cartoon snow-3
+
+    Sets that show the same photographs let a network know the images of one from the other. With --disjoint no two do,
+    and the kind photograph gives a validation set of those that are left.
     """
 
     source: tyro.conf.Positional[Path]
@@ -103,9 +106,11 @@ class MakeSets:
     output: Path
     """Folder for the sets, each a folder with the name of its kind."""
     kinds: tuple[str, ...]
-    """sketch, cartoon, or CORRUPTION-SEVERITY, as fog-3."""
+    """sketch, cartoon, photograph (as it is), or CORRUPTION-SEVERITY, as fog-3."""
     images_per_class: int = 0
     """Only so many images of each class; 0: all."""
+    disjoint: bool = False
+    """Make each set from other photographs, --images-per-class of them."""
     seed: int = 0
     """Of the corruptions, and of which images are taken."""
     workers: int = 2
@@ -227,9 +232,9 @@ def table(options: Table) -> int:
     if found:
         write(options.output / "correlations.csv", csv_text(*figures.correlation_table(found)))
     for label, of_label in by_label(matrices).items():
-        figures.change_figure(of_label, options.output / f"{label}_changes.png")
+        figures.change_figure(of_label, options.output / f"{label}_changes")
         if any(one.distances for one in of_label):
-            figures.distance_figure(of_label, options.output / f"{label}_distances.png")
+            figures.distance_figure(of_label, options.output / f"{label}_distances")
     print(f"{text}\n\ntables and figures written to {options.output}")
     return 0
 
@@ -250,12 +255,16 @@ def write(path: Path, text: str) -> None:
 def make_sets(options: MakeSets) -> int:
     for kind in options.kinds:
         check_kind(kind)
-    for kind in options.kinds:
+    if options.disjoint and not options.images_per_class:
+        raise InputError("--disjoint needs to know how many images a set takes: give --images-per-class")
+    # The last of disjoint sets needs the most photographs: where they are too few, it says so before one is made.
+    for place, kind in reversed(list(enumerate(options.kinds))):
         count = make_set(
             options.source,
             options.output,
             kind,
             images_per_class=options.images_per_class,
+            skip=place * options.images_per_class * options.disjoint,
             seed=options.seed,
             workers=options.workers,
         )

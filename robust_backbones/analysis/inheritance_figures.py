@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy import stats
 
-from robust_backbones.analysis.figures import COLORS, MARKERS
+from robust_backbones.analysis.figures import COLORS, MARKERS, Picture, save
 from robust_backbones.errors import InputError
 from robust_backbones.inheritance.protocol import Matrix
 from robust_backbones.inheritance.related_sets import PRETRAINING
-from robust_backbones.records import atomic_path
 
 Table = tuple[list[str], list[list[str]]]
 """Heads and rows of cells."""
@@ -128,8 +127,8 @@ def correlation_table(found: Mapping[tuple[str, str], Correlation]) -> Table:
     return heads, rows
 
 
-def change_figure(matrices: Sequence[Matrix], path: Path) -> None:
-    """A PNG with a heat map a method of one backbone: change of accuracy on each set after fine-tuning on each.
+def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
+    """A heat map a method of one backbone: change of accuracy on each set after fine-tuning on each.
 
     Cells hold the mean over seeds in points; the set's own cell is framed, and pre-training stands last.
     """
@@ -174,11 +173,22 @@ def change_figure(matrices: Sequence[Matrix], path: Path) -> None:
     figure.supylabel("fine-tuned on", fontsize="medium")
     figure.supxlabel("evaluated on", fontsize="medium")
     figure.colorbar(image, ax=list(panels), label="change of accuracy (points)", shrink=0.8)
-    _save(figure, path)
+    cells = [
+        [method, target, name, None if math.isnan(value) else value]
+        for method, rows in maps.items()
+        for target, row in zip(sets, rows, strict=True)
+        for name, value in zip(columns, row, strict=True)
+    ]
+    caption = (
+        f"Change of accuracy by fine-tuning on one set (row) and evaluation on another (column), {_seeds(matrices)}; a "
+        "frame marks the set's own cell, and the last column is the validation set of pre-training."
+    )
+    heads = ["method", "fine_tuned_on", "evaluated_on", "change"]
+    return save(figure, path, heads, cells, caption, f"{len(maps)} heat maps of {len(sets)} x {len(columns)} changes.")
 
 
-def distance_figure(matrices: Sequence[Matrix], path: Path) -> None:
-    """A PNG: accuracy lost on pre-training against the distance to it, a point a set and a marker a method.
+def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
+    """Accuracy lost on pre-training against the distance to it, a point a set and a marker a method.
 
     Raises:
         InputError: no distances were measured.
@@ -187,6 +197,7 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> None:
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.subplots()
     named: dict[str, float] = {}
+    cells: list[list[object]] = []
     for (label, method), group in groups.items():
         points = loss_points(group)
         if not points:
@@ -196,6 +207,7 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> None:
         told = "" if one.r_squared is None else f", R² = {one.r_squared:.2f}"
         x, y = zip(*points.values(), strict=True)
         axes.plot(x, y, MARKERS[index % len(MARKERS)], color=color, markersize=5, label=f"{method}{told}")
+        cells += [[label, method, name, *point] for name, point in points.items()]
         named |= {name: distance for name, (distance, _) in points.items()}
     axes.axhline(0, color=COLORS[0], linewidth=0.8)
     for name, distance in named.items():
@@ -205,16 +217,21 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> None:
     axes.set_ylabel("accuracy lost on pre-training (points)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
-    _save(figure, path)
+    caption = (
+        "Accuracy lost on pre-training by fine-tuning on a set, over the 2-Wasserstein distance of the set's features "
+        f"to those of pre-training, {_seeds(matrices)}. R² of {len(named)} points a method says little."
+    )
+    heads = ["backbone", "method", "set", "wasserstein", "accuracy_lost"]
+    return save(figure, path, heads, cells, caption, f"{len(cells)} points: loss over distance.")
 
 
 def _frame(place: int) -> Rectangle:
     return Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=COLORS[0], linewidth=1.5)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+def _seeds(matrices: Sequence[Matrix]) -> str:
+    n = len({one.seed for one in matrices})
+    return f"mean of {n} seeds" if n > 1 else "one seed"
 
 
 def _by_method(matrices: Sequence[Matrix]) -> dict[tuple[str, str], list[Matrix]]:

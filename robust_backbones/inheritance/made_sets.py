@@ -50,7 +50,12 @@ def cartoon(image: Image, *, levels: int = 6, passes: int = 3) -> Image:
     return np.where(lines[..., None] == 0, np.uint8(0), flat)
 
 
-FILTERS: dict[str, Callable[[Image], Image]] = {"sketch": sketch, "cartoon": cartoon}
+def photograph(image: Image) -> Image:
+    """The image as it is, for a set of the photographs that the others were not made from."""
+    return image
+
+
+FILTERS: dict[str, Callable[[Image], Image]] = {"sketch": sketch, "cartoon": cartoon, "photograph": photograph}
 
 
 def check_kind(kind: str) -> None:
@@ -73,25 +78,34 @@ def apply(image: Image, kind: str, *, name: str, seed: int) -> Image:
 
 
 def make_set(
-    source: Path, output: Path, kind: str, *, images_per_class: int = 0, seed: int = 0, workers: int = 2
+    source: Path,
+    output: Path,
+    kind: str,
+    *,
+    images_per_class: int = 0,
+    skip: int = 0,
+    seed: int = 0,
+    workers: int = 2,
 ) -> int:
     """Write ``output/KIND`` with the class folders of ``source``, as PNG; the set appears whole or not at all.
 
     Args:
         source: folder with one folder of images a class; its images are taken at their size.
         images_per_class: only so many of each class, drawn by ``seed``; 0: all.
+        skip: leave out the first so many of each class's draw, which other sets hold.
 
     Returns:
         The number of its images. A set that is there is kept, if it was made in this way.
 
     Raises:
-        InputError: an unknown kind, a source that cannot be used, or another set of that name.
+        InputError: an unknown kind, a source that cannot be used or has too few images a class to skip so many, or
+            another set of that name.
     """
     check_kind(kind)
     dataset = open_dataset(source, v2.Identity())
     if images_per_class:
-        dataset = dataset.take(_drawn(dataset, images_per_class, seed))
-    note = {"kind": kind, "source": source.name, "seed": seed, "images": len(dataset)}
+        dataset = dataset.take(_drawn(dataset, images_per_class, seed, skip=skip))
+    note = {"kind": kind, "source": source.name, "seed": seed, "skip": skip, "images": len(dataset)}
     target, unfinished = output / kind, output / f".{kind}.unfinished"
     if target.exists():
         path = target / NOTE
@@ -115,13 +129,15 @@ def make_set(
     return len(dataset)
 
 
-def _drawn(dataset: ClassificationDataset, count: int, seed: int) -> list[int]:
+def _drawn(dataset: ClassificationDataset, count: int, seed: int, *, skip: int) -> list[int]:
     """Positions of ``count`` images of every class, or all of a smaller one, in order."""
     chosen: list[int] = []
-    for label in range(len(dataset.classes)):
+    for label, name in enumerate(dataset.classes):
         positions = [position for position, other in enumerate(dataset.labels) if other == label]
+        if skip and len(positions) < skip + count:
+            raise InputError(f"{name} has {len(positions)} images, too few for {skip} in other sets and {count} here")
         order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(mix(seed, label, -3)))
-        chosen += [positions[place] for place in order[:count].tolist()]
+        chosen += [positions[place] for place in order[skip : skip + count].tolist()]
     return sorted(chosen)
 
 
