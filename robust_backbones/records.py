@@ -28,6 +28,7 @@ _PACKAGES = (
     "imagecorruptions-imaug",
     "scikit-image",
     "pyautoattack",
+    "POT",
 )
 
 
@@ -37,14 +38,16 @@ class RunRecord:
 
     run_id: str
     task: str
-    """``pretrain``, ``robustness``, ``detection``, ``segmentation``, ``detector_robustness`` or ``transfer``."""
+    """``pretrain``, ``robustness``, ``detection``, ``segmentation``, ``detector_robustness``, ``transfer``,
+    ``inheritance``, ``corruptions`` or ``visualization``."""
     backbone: dict[str, Any]
     """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``."""
     threat_model: str | None
     """As ``ThreatModel.parse`` reads it; None when the source did not say."""
     dataset: str
     metrics: dict[str, float | None]
-    """Named as Detectron2 names them (``bbox/AP``), always 0 to 100; None where not defined."""
+    """Named as Detectron2 names them (``bbox/AP``), 0 to 100; distances and what ``visualization`` measures are in
+    their own units. None where not defined."""
     seed: int
     config: dict[str, Any]
     seconds: float
