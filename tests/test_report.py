@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -405,6 +406,25 @@ def test_a_run_counts_once(tmp_path: Path) -> None:
         one_result(tmp_path, *twice)
     (run,) = find_runs([tmp_path / "segmentation_coco_2017_val_0", tmp_path / "segmentation_coco_2017_val_0"])
     assert run.record.seed == 0
+
+
+def test_a_report_is_made_again_from_its_own_records(study: Path, report: Path, tmp_path: Path) -> None:
+    (alone := tmp_path / "alone").mkdir()
+    shutil.copy(report / "records.jsonl", alone)
+    before, after = find_runs([study]), find_runs([alone])
+    assert [run.record for run in after] == [run.record for run in before]
+    assert [run.folder.name for run in after] == [run.folder.name for run in before]
+    write_report(after, tmp_path / "again", title="A <study> & its report")
+    tables = sorted(path.name for path in (report / "tables").iterdir())
+    assert tables == sorted(path.name for path in (tmp_path / "again/tables").iterdir())
+    for name in tables:
+        assert (tmp_path / "again/tables" / name).read_bytes() == (report / "tables" / name).read_bytes()
+    assert len(find_runs([study, report])) == 2 * len(before)  # each counts once all the same
+    (experiment,) = [e for e in experiments(find_runs([study, report])) if e.task == "segmentation"]
+    assert [len(backbone.runs) for backbone in experiment.backbones] == [3] * len(BACKBONES)
+    (alone / "records.jsonl").write_text('{"folder": "a", "run_id": 3}\n')
+    with pytest.raises(InputError, match="no record in line 1"):
+        find_runs([alone])
 
 
 def test_mixed_versions_are_flagged(tmp_path: Path) -> None:

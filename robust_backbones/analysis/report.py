@@ -11,6 +11,7 @@ from pathlib import Path
 from robust_backbones.analysis.figures import Picture, class_figure, epsilon_figure, training_figure
 from robust_backbones.analysis.study import (
     METHOD,
+    RECORDS,
     TASKS,
     Experiment,
     Result,
@@ -20,6 +21,7 @@ from robust_backbones.analysis.study import (
     experiments,
     metric_name,
     results,
+    write_records,
 )
 from robust_backbones.analysis.tables import (
     classification_rows,
@@ -73,6 +75,8 @@ def write_report(
 ) -> Path:
     """Write ``tables/*.{md,csv,tex}``, ``figures/*.{svg,png,csv}`` and ``report.html``; the path of the last.
 
+    ``records.jsonl`` holds the runs' records, so that the report can be made again from its own folder.
+
     Args:
         pictures: slug of an experiment -> further pictures for its section.
 
@@ -101,6 +105,7 @@ def write_report(
         _write(path.with_suffix(".md"), markdown(heads, rows) + "\n")
         _write(path.with_suffix(".csv"), csv_text(heads, rows))
         _write(path.with_suffix(".tex"), latex(heads, rows, caption=name, label=path.name, notes=()))
+    write_records(runs, output / RECORDS)
     page = output / "report.html"
     _write(page, "\n".join(_page(title, runs, sections, pages, tables)) + "\n")
     return page

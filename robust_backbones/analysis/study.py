@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 from robust_backbones.analysis.paper import PaperResult, differences_to_paper, paper_result
 from robust_backbones.analysis.statistics import Comparison, Summary, compare, p_value, summarize
 from robust_backbones.errors import InputError
-from robust_backbones.records import RunRecord
+from robust_backbones.records import RunRecord, atomic_path
 from robust_backbones.threat_models import ThreatModel
 
 TASKS = {"detection": "Detection", "segmentation": "Instance segmentation", "transfer": "Classification transfer"}
 """Tasks whose backbones are compared."""
+RECORDS = "records.jsonl"
+"""Where a report keeps the records that it is of."""
 METHOD = (
     "Means, sample standard deviations (n - 1) and 95 % t intervals are over seeds. Tests are two-sided paired t tests "
     "by seed against the standard backbone; p is after Holm's correction over the tests of one table, and below 0.05 a "
@@ -255,7 +258,7 @@ class Result:
 
 
 def find_runs(folders: Sequence[Path]) -> list[Run]:
-    """Every record.json in these folders, however deep, each once.
+    """Every record.json in these folders, however deep, and every record in a report's records.jsonl, each once.
 
     Raises:
         InputError: a folder is missing or holds no record; a file is no record.
@@ -264,13 +267,35 @@ def find_runs(folders: Sequence[Path]) -> list[Run]:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"no folder {folder}: give folders of runs")
-        paths = sorted(folder.rglob("record.json"))
-        if not paths:
+        paths, collected = sorted(folder.rglob("record.json")), sorted(folder.rglob(RECORDS))
+        if not paths and not collected:
             raise InputError(f"no record.json in {folder}: give folders of finished runs")
         for path in paths:
             if path.resolve() not in found:
                 found[path.resolve()] = Run(path.parent, _checked(RunRecord.read(path), path))
+        for path in collected:
+            for run in _read_records(path):
+                found.setdefault(run.folder.resolve(), run)
     return list(found.values())
+
+
+def write_records(runs: Sequence[Run], path: Path) -> None:
+    """All records in one file, from which ``find_runs`` reads them again: a line each, with its folder's name."""
+    lines = [json.dumps({"folder": run.folder.name, **asdict(run.record)}, sort_keys=True) for run in runs]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+
+
+def _read_records(path: Path) -> list[Run]:
+    runs = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            folder, record = values.pop("folder"), RunRecord(**values)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise InputError(f"{path} holds no record in line {number} ({error}): make the report again") from None
+        runs.append(Run(path.parent / f"{number:04d}" / folder, _checked(record, path)))
+    return runs
 
 
 def experiments(runs: Sequence[Run]) -> list[Experiment]:
