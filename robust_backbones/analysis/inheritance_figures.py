@@ -172,7 +172,7 @@ def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
         panel.set_axis_off()
     figure.supylabel("fine-tuned on", fontsize="medium")
     figure.supxlabel("evaluated on", fontsize="medium")
-    figure.colorbar(image, ax=list(panels), label="change of accuracy (points)", shrink=0.8)
+    figure.colorbar(image, ax=list(panels), label=f"change of accuracy (points), {_seeds(matrices)}", shrink=0.8)
     cells = [
         [method, target, name, None if math.isnan(value) else value]
         for method, rows in maps.items()
@@ -214,7 +214,7 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
         axes.axvline(distance, color=COLORS[0], linewidth=0.5, linestyle=":")
         axes.text(distance, 1, name, transform=axes.get_xaxis_transform(), rotation=45, fontsize="small")
     axes.set_xlabel("2-Wasserstein distance to pre-training (feature units)")
-    axes.set_ylabel("accuracy lost on pre-training (points)")
+    axes.set_ylabel(f"accuracy lost on pre-training (points),\n{_seeds(matrices)}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     caption = (

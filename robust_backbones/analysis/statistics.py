@@ -201,19 +201,15 @@ class LinearFit:
     slope: float
     intercept: float
     r_squared: float
-    """The share of the variance of y that the line explains: 1 - sum of squared residuals / sum of squares about the
-    mean."""
+    """The share of the variance of y that the line explains."""
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit | None:
     """The line through the points; None where it would say nothing: of fewer than 3, or where x or y is constant."""
     if len(x) < 3 or max(x) - min(x) <= _ROUNDING or max(y) - min(y) <= _ROUNDING:
         return None
-    mean_x, mean_y = fmean(x), fmean(y)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
-    intercept = mean_y - slope * mean_x
-    residuals = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    return LinearFit(len(x), slope, intercept, 1 - residuals / sum((b - mean_y) ** 2 for b in y))
+    fit = stats.linregress(x, y)
+    return LinearFit(len(x), float(fit.slope), float(fit.intercept), float(fit.rvalue) ** 2)
 
 
 def p_value(p: float) -> str:
