@@ -37,7 +37,7 @@ def test_options_are_known(command: str, run_tool: Callable[..., tuple[int, str,
     words = command.replace("\\\n", " ").split()
     tool = words[0].removeprefix("tools/").removesuffix(".py")
     if tool != "install_detectron2":
-        subcommand = re.findall(r"^[a-z]+$", words[1])
+        subcommand = re.findall(r"^[a-z][a-z-]*$", words[1])
         _, help_text, _ = run_tool(tool, *subcommand, "--help")
         for option in (word for word in words if word.startswith("--")):
             assert option in help_text, f"{tool} has no {option}"
