@@ -4,14 +4,21 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from robust_backbones.analysis.detection_errors import ORACLES
+from robust_backbones.analysis.inheritance_figures import correlation_table, correlations, summary_table
+from robust_backbones.analysis.report import write_report
 from robust_backbones.analysis.study import find_runs
 from robust_backbones.analysis.tables import detector_robustness_rows, markdown
+from robust_backbones.inheritance.protocol import read_matrices
 from robust_backbones.records import RunRecord
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_tool
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^\$? ?(?:python|torchrun .*?) (tools/\w+\.py.*(?:\\\n.*)*)", README, flags=re.MULTILINE)
@@ -76,3 +83,83 @@ def test_the_page_on_detectors_says_what_its_records_say() -> None:
     for steps, loss, box, mask in zip((0, 1, 2, 5, 10), losses, boxes, masks, strict=True):
         assert f"| {steps} | {loss:.4f} | {box:.2f} | {mask:.2f} |" in page
     assert [losses, boxes, masks] == [sorted(losses), sorted(boxes, reverse=True), sorted(masks, reverse=True)]
+
+
+def test_the_page_of_transfer_figures_is_what_its_records_draw(tmp_path: Path) -> None:
+    folder = ROOT / "docs/transfer_figures"
+    page = (ROOT / "docs/transfer_figures.md").read_text()
+    write_report(find_runs([folder]), tmp_path, title="t")
+    for kind in ("figures/*.csv", "tables/*.md"):
+        made = {path.name: path.read_text() for path in tmp_path.glob(kind)}
+        assert made == {path.name: path.read_text() for path in folder.glob(kind)}
+        assert made
+    for figure in folder.glob("figures/*.svg"):
+        assert f"transfer_figures/figures/{figure.stem}.png" in page or not figure.stem.startswith("transfer_")
+    for name in re.findall(r"`(\w+)\.md`:\n\n", page):
+        assert (folder / f"tables/{name}.md").read_text() in page, name
+
+
+def test_the_page_on_visualization_says_what_every_image_says() -> None:
+    page = (ROOT / "docs/visualization.md").read_text()
+    tool = load_tool("visualize")
+    for command in ("inversion", "saliency", "activation"):
+        folder = ROOT / "docs/visualization" / command
+        record = RunRecord.read(folder / "record.json")
+        assert "\n".join(tool.table(record.metrics)) in page
+        rows = list(csv.DictReader((folder / "numbers.csv").read_text().splitlines()))
+        measured = {name for name in rows[0] if name not in ("backbone", "image")}
+        columns = {
+            (backbone, measure): np.array([float(row[measure] or "nan") for row in rows if row["backbone"] == backbone])
+            for backbone in record.backbone
+            for measure in measured
+        }
+        for (backbone, measure), values in columns.items():
+            assert len(values) == record.config["images"]
+            assert record.metrics[f"{backbone}/{measure}"] == pytest.approx(values.mean(), abs=1e-9)
+        for key in (key for key in record.metrics if " - " in key and not key.endswith(("_low", "_high"))):
+            pair, measure = key.split("/")
+            one, other = pair.split(" - ")
+            difference = columns[one, measure] - columns[other, measure]
+            low, high = stats.t.interval(0.95, len(difference) - 1, loc=difference.mean(), scale=stats.sem(difference))
+            found = [record.metrics[f"{key}{end}"] for end in ("", "_low", "_high")]
+            assert found == pytest.approx([difference.mean(), low, high], abs=1e-9)
+
+
+def test_the_page_on_inheritance_says_what_its_accuracies_say() -> None:
+    page = (ROOT / "docs/inheritance.md").read_text()
+    folder = ROOT / "docs/inheritance"
+    matrices = read_matrices([folder / "records"])
+    assert markdown(*summary_table(matrices)) in page
+    assert markdown(*correlation_table(correlations(matrices))) in page
+    # mRI once more, from the files alone.
+    accuracies: dict[str, dict[str, dict[str, float]]] = {}
+    for path in (folder / "records").glob("*/*/*/seed_*/record.json"):
+        metrics = json.loads(path.read_text())["metrics"]
+        label, method, target, seed, _ = path.relative_to(folder / "records").parts
+        accuracies.setdefault(f"{label} {method} {seed}", {})[target] = metrics
+    for run, rows in accuracies.items():
+        label, method, _ = run.split()
+        before = json.loads((folder / f"records/{label}/pretrained/record.json").read_text())["metrics"]
+        gains = [
+            [rows[i][f"accuracy/{j}"] - before[f"accuracy/{j}"] for j in sorted(rows) if j != i] for i in sorted(rows)
+        ]
+        assert len(gains) == 4
+        mean_improvement = fmean(fmean(row) for row in gains)
+        (found,) = [
+            one.mean_robustness_improvement for one in matrices if f"{one.label} {one.method} seed_{one.seed}" == run
+        ]
+        assert found == mean_improvement
+        if len([key for key in accuracies if key.startswith(f"{label} {method} ")]) == 1:
+            assert re.search(rf"^\| {label} \| {method} \| 1 \| \{mean_improvement:+.2f} ", page, flags=re.MULTILINE)
+    for path in sorted((folder / "detectors").glob("*/after/record.json")):
+        after = RunRecord.read(path)
+        before_training = RunRecord.read(path.parents[1] / "before/record.json")
+        cells = [
+            f"{one.metrics[f'{name}_accuracy']:.1f}" for name in ("clean", "pgd") for one in (before_training, after)
+        ]
+        assert f"| {path.parents[1].name} | {' | '.join(cells)} |" in page
+    for name in ("standard", "robust"):
+        metrics = RunRecord.read(folder / f"corruptions/{name}/record.json").metrics
+        cells = [f"{metrics[key]:.1f}" for key in ("accuracy/clean", "mean_accuracy")]
+        mce = metrics.get("mCE", 100.0)
+        assert f"| {name} | {' | '.join(cells)} | {mce:.1f} |" in page

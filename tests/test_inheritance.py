@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from robust_backbones.analysis.inheritance_figures import correlate, permutation_p
 from robust_backbones.checkpoints import Checkpoint, load_tensors, write_checkpoint
 from robust_backbones.convert import BackboneMetadata, convert
 from robust_backbones.data.batches import train_batches
@@ -892,8 +894,6 @@ def test_the_tool_measures_corruptions_and_detectors(
 
 
 def test_correlation_by_hand() -> None:
-    from robust_backbones.analysis.inheritance_figures import correlate
-
     x, y = [1.0, 2.0, 4.0, 5.0, 9.0], [2.0, 1.0, 3.0, 7.0, 6.0]
     mx, my = sum(x) / 5, sum(y) / 5
     covariance = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
@@ -908,3 +908,21 @@ def test_correlation_by_hand() -> None:
     assert one.high == pytest.approx(math.tanh(math.atanh(r) + half), abs=1e-5)
     assert correlate([(1.0, 2.0), (2.0, 3.0)]).r is None
     assert correlate([(1.0, 2.0), (2.0, 3.0), (4.0, 1.0)]).low is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=4, max_size=5))
+@settings(max_examples=20, deadline=None)
+def test_p_of_few_pairs_is_exact(points: list[tuple[int, int]]) -> None:
+    x, y = zip(*points, strict=True)
+    assume(len(set(x)) > 1 and len(set(y)) > 1)
+    exact = stats.permutation_test(
+        (x,), lambda order: stats.spearmanr(order, y).statistic, permutation_type="pairings", vectorized=False
+    )
+    # SciPy doubles the smaller tail; here both tails are counted as they are.
+    both = np.mean(np.abs(exact.null_distribution) >= abs(exact.statistic) - 1e-9)
+    assert permutation_p(x, y) == pytest.approx(both)
+    assert correlate(points).spearman_p == permutation_p(x, y)
+
+
+def test_four_pairs_cannot_be_significant() -> None:
+    assert permutation_p([1, 2, 3, 4], [1, 2, 3, 4]) == pytest.approx(2 / 24)
