@@ -151,6 +151,48 @@ def test_the_page_on_inheritance_says_what_its_accuracies_say() -> None:
         assert found == mean_improvement
         if len([key for key in accuracies if key.startswith(f"{label} {method} ")]) == 1:
             assert re.search(rf"^\| {label} \| {method} \| 1 \| \{mean_improvement:+.2f} ", page, flags=re.MULTILINE)
+    words = " ".join(page.split())
+
+    def change(label: str, method: str, where: str) -> float:
+        """Mean over the sets fine-tuned on, of the change there (``own``) or on pre-training."""
+        before = json.loads((folder / f"records/{label}/pretrained/record.json").read_text())["metrics"]
+        rows = accuracies[f"{label} {method} seed_0"]
+        names = {i: f"accuracy/{i if where == 'own' else 'pretraining'}" for i in rows}
+        return fmean(rows[i][name] - before[name] for i, name in names.items())
+
+    for where, text in (
+        ("own", "keeps {:.0f} % of fine-tuning's gain on the standard backbone and {:.0f} % on the robust one"),
+        ("pretraining", "for {:.0f} and {:.0f} % of its loss"),
+    ):
+        kept = [
+            change(label, "wise_ft", where) / change(label, "fine_tuning", where) for label in ("standard", "robust")
+        ]
+        assert text.format(*(100 * share for share in kept)) in words
+    minutes = [
+        sum(RunRecord.read(path).seconds for path in (folder / f"records/{label}").rglob("record.json")) / 60
+        for label in ("standard", "robust")
+    ]
+    assert "18 cells took {:.0f} minutes of one busy core, the second's {:.0f}".format(*minutes) in " ".join(
+        page.split()
+    )
+    for data in ("voc", "coco"):
+        left = [
+            np.array(
+                [
+                    RunRecord.read(folder / f"detectors/{data}-{label}-seed{seed}/after/record.json").metrics[
+                        "pgd_accuracy"
+                    ]
+                    for seed in range(3)
+                ]
+            )
+            for label in ("robust", "standard")
+        ]
+        difference = left[0] - left[1]
+        low, high = stats.t.interval(0.95, 2, loc=difference.mean(), scale=stats.sem(difference))
+        assert re.search(
+            rf"{re.escape(f'{difference.mean():+.2f}')} \([^)]*{re.escape(f'{low:+.2f} to {high:+.2f}')}\)",
+            words,
+        )
     for path in sorted((folder / "detectors").glob("*/after/record.json")):
         after = RunRecord.read(path)
         before_training = RunRecord.read(path.parents[1] / "before/record.json")
