@@ -95,7 +95,7 @@ def test_the_page_of_transfer_figures_is_what_its_records_draw(tmp_path: Path) -
         assert made
     for figure in folder.glob("figures/*.svg"):
         assert f"transfer_figures/figures/{figure.stem}.png" in page or not figure.stem.startswith("transfer_")
-    for name in re.findall(r"`(\w+)\.md`:\n\n", page):
+    for name in re.findall(r"`([\w-]+)\.md`:\n\n", page):
         assert (folder / f"tables/{name}.md").read_text() in page, name
 
 

@@ -101,7 +101,7 @@ def write_report(
         tables["Robustness of detectors"] = detector_robustness_rows(detectors)
     pages = transfer_pages(runs, output / "figures")
     for name, (heads, rows) in [*(item for one in pages for item in one.tables.items()), *tables.items()]:
-        path = output / "tables" / name.lower().replace(",", "").replace(" ", "_")
+        path = output / "tables" / name.lower().replace(",", "").replace(" ", "_").replace("ε", "epsilon")
         _write(path.with_suffix(".md"), markdown(heads, rows) + "\n")
         _write(path.with_suffix(".csv"), csv_text(heads, rows))
         _write(path.with_suffix(".tex"), latex(heads, rows, caption=name, label=path.name, notes=()))

@@ -143,7 +143,7 @@ def _kinds_figure(
         panel.grid(alpha=0.3, axis="y")
     with_paper = any(row[-1] is not None for row in rows)
     entries = [(label, COLORS[i], MARKERS[i], "none") for i, label in enumerate(kinds.values())]
-    _legend(figure, axes[0], [*entries, *([("the paper's, in line with ours", COLORS[0], "D", "none")] * with_paper)])
+    _legend(figure, axes[0], [*entries, *([("the paper's", COLORS[0], "D", "none")] * with_paper)])
     n = _n([row[7] for row in rows])
     figure.supylabel(f"{_ACCURACY}, {n}", fontsize="small")
     caption = (
