@@ -93,10 +93,27 @@ def test_the_page_of_transfer_figures_is_what_its_records_draw(tmp_path: Path) -
         made = {path.name: path.read_text() for path in tmp_path.glob(kind)}
         assert made == {path.name: path.read_text() for path in folder.glob(kind)}
         assert made
-    for figure in folder.glob("figures/*.svg"):
-        assert f"transfer_figures/figures/{figure.stem}.png" in page or not figure.stem.startswith("transfer_")
+    pictures = re.findall(r"\((transfer_figures/figures/\w+\.png)\)", page)
+    assert len(pictures) == 9
+    assert all((ROOT / "docs" / picture).exists() for picture in pictures)
     for name in re.findall(r"`([\w-]+)\.md`:\n\n", page):
         assert (folder / f"tables/{name}.md").read_text() in page, name
+
+    def rows(name: str) -> list[dict[str, str]]:
+        return list(csv.DictReader((folder / f"tables/fixed-feature_transfer_{name}.csv").read_text().splitlines()))
+
+    # What its sentences say of the tables.
+    assert all(float(row["difference"]) < 0 for row in rows("of_the_best_architectures"))
+    assert {row["best ε"] for row in rows("best_epsilon") if row["whose"] == "ours"} == {"L2:0"}
+    slopes = {
+        whose: [
+            float(row["slope"])
+            for row in rows("lines_through_source_accuracy")
+            if row["data set"] == "cifar10" and row["whose"].startswith(whose) and row["slope"] != "-"
+        ]
+        for whose in ("ours", "paper")
+    }
+    assert min(slopes["ours"]) > 0 > max(slopes["paper"])
 
 
 def test_the_page_on_visualization_says_what_every_image_says() -> None:
