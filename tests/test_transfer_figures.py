@@ -534,7 +534,7 @@ def test_the_best_epsilon_of_original_and_reduced_images(report: Path) -> None:
         assert_trials(row, values(row["arch"], model, "caltech101_mini", downscale=downscale))
         best = max(EPSILONS, key=lambda m: fmean(values(row["arch"], m, "caltech101_mini", downscale=downscale)))
         assert row["is_best"] == str(model == best)
-    table = numbers_in(report / "tables/fixed-feature_transfer_best_ε.csv")
+    table = numbers_in(report / "tables/fixed-feature_transfer_best_epsilon.csv")
     ours = {(row["architecture"], row["images"]): row for row in table if row["whose"] == "ours"}
     assert ours["ResNet-18", "images as they are"]["best ε"] == "L2:0"
     assert ours["ResNet-18", "reduced to 32 px"]["best ε"] == "L2:3"
