@@ -185,6 +185,18 @@ def test_the_page_on_inheritance_says_what_its_accuracies_say() -> None:
             change(label, "wise_ft", where) / change(label, "fine_tuning", where) for label in ("standard", "robust")
         ]
         assert text.format(*(100 * share for share in kept)) in words
+    kinds = ("standard", "robust")
+    floors, starts = (
+        [RunRecord.read(folder / f"records/{kind}/{cell}/record.json").metrics[f"{name}/pretraining"] for kind in kinds]
+        for cell, name in (("distances", "wasserstein"), ("pretrained", "accuracy"))
+    )
+    assert "is {:.2f} (standard) and {:.2f} (robust) feature units".format(*floors) in words
+    assert "{:.1f} against {:.1f} % on the photographs left over".format(*starts) in words
+    robust, standard = (
+        RunRecord.read(folder / f"detectors/voc-{kind}-seed0/before/record.json").metrics["pgd_accuracy"]
+        for kind in ("robust", "standard")
+    )
+    assert f"the robust backbone is {robust - standard:.1f} points ahead under attack" in words
     minutes = [
         sum(RunRecord.read(path).seconds for path in (folder / f"records/{label}").rglob("record.json")) / 60
         for label in ("standard", "robust")
