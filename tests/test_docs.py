@@ -115,6 +115,32 @@ def test_the_page_of_transfer_figures_is_what_its_records_draw(tmp_path: Path) -
     }
     assert min(slopes["ours"]) > 0 > max(slopes["paper"])
 
+    def means(figure: str, *keys: str) -> dict[tuple[str, ...], dict[str, str]]:
+        lines = (folder / f"figures/transfer_{figure}.csv").read_text().splitlines()
+        return {
+            tuple(row[key] for key in keys): row
+            for row in csv.DictReader(lines)
+            if not row.get("whose", "").startswith("paper")
+        }
+
+    width = means("width_linear_probe", "dataset", "trained_at", "arch")
+    behind = [
+        (dataset, at)
+        for dataset, at, arch in width
+        if arch == "wide_resnet50_2"
+        and float(width[dataset, at, arch]["mean"]) < float(width[dataset, at, "resnet50"]["mean"])
+    ]
+    assert behind == [("caltech101_mini", "L2:0.5")]
+    for mode in ("linear_probe", "full_network"):
+        texture = means(f"texture_{mode}", "dataset", "kind")
+        for dataset in {dataset for dataset, _ in texture}:
+            standard, robust, stylized = (texture[dataset, kind] for kind in ("standard", "robust", "stylized"))
+            assert float(stylized["mean"]) < float(standard["mean"])
+            if mode == "linear_probe":
+                assert float(stylized["mean"]) < float(robust["mean"])
+            else:
+                assert float(robust["min"]) <= float(stylized["mean"]) <= float(robust["max"])
+
 
 def test_the_page_on_visualization_says_what_every_image_says() -> None:
     page = (ROOT / "docs/visualization.md").read_text()
