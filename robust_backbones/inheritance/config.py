@@ -63,23 +63,12 @@ class InheritanceConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "soup", tuple(self.soup))  # a list comes from a file
-        for name in ("epochs", "batch_size", "lr", "image_size", "lora_rank", "fisher_images"):
+        positive = "epochs batch_size lr image_size lora_rank fisher_images lwf_temperature sinkhorn_regularization"
+        for name in positive.split():
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("momentum", "weight_decay", "warmup_steps", "limit", "lwf_weight", "ewc_strength"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
-        for name in ("lwf_temperature", "sinkhorn_regularization"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in (
-            "fisher_labels",
-            "l2_init_strength",
-            "l2_sp_strength",
-            "prompt_width",
-            "prompt_lr",
-            "distance_images",
-        ):
+        not_negative = "momentum weight_decay warmup_steps limit lwf_weight ewc_strength fisher_labels l2_init_strength"
+        for name in (*not_negative.split(), "l2_sp_strength", "prompt_width", "prompt_lr", "distance_images"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.precision not in ("fp32", "bf16"):
