@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -40,6 +41,10 @@ class FoldedTwin(nn.Module):
                 convolution.bias = nn.Parameter(torch.zeros_like(convolution.weight[:, 0, 0, 0]), requires_grad=False)
             parent, _, name = batch_norm_name.rpartition(".")
             setattr(self.network.get_submodule(parent), name, nn.Identity().eval())
+        for name, module in [*self.network.named_modules()]:
+            if type(module) is nn.MaxPool2d and not module.return_indices:
+                parent, _, own_name = name.rpartition(".")
+                setattr(self.network.get_submodule(parent), own_name, _MaxPool(module).eval())
         for module in self.network.modules():
             if not isinstance(module, _BatchNorm):  # those left over keep their statistics in float32
                 for parameter in module.parameters(recurse=False):
@@ -76,6 +81,38 @@ class FoldedTwin(nn.Module):
     def train(self, mode: bool = True) -> FoldedTwin:
         """Nothing: a twin is in eval mode for good."""
         return self
+
+
+class _MaxPool(nn.Module):
+    """A max pooling that finds its indices again on the way back: held, they are eight bytes an output, whatever dtype.
+
+    Its input is held anyway, by the activation before it.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self._window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return cast(Tensor, _MaxPoolFunction.apply(inputs, self._window))
+
+
+class _MaxPoolFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(inputs: Tensor, window: tuple[Any, ...]) -> Tensor:
+        return F.max_pool2d(inputs, *window)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[Any, ...]], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.window = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            inputs = ctx.saved_tensors[0].detach().requires_grad_()
+            output = F.max_pool2d(inputs, *ctx.window)
+        return torch.autograd.grad(output, inputs, gradient)[0], None
 
 
 def _convolutions_before_batch_norms(backbone: nn.Module) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torchvision.transforms import v2
 
 from robust_backbones.errors import InputError
@@ -24,9 +27,22 @@ def augmentation(name: str, size: int, *, min_crop_scale: float) -> v2.Transform
 
 def train_transform(size: int, *, min_crop_scale: float) -> v2.Transform:
     """Random resized crop and flip, as ImageNet training has it; ``min_crop_scale`` is a share of the area."""
-    return v2.Compose(
-        [v2.RandomResizedCrop(size, scale=(min_crop_scale, 1.0), antialias=True), v2.RandomHorizontalFlip()]
-    )
+    return _RandomCropAndFlip(size, scale=(min_crop_scale, 1.0), antialias=True)
+
+
+class _RandomCropAndFlip(v2.RandomResizedCrop):
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip for one image, without the search for other inputs.
+
+    Same draws, same bits. What torchvision does around the two operations costs a third of what they cost.
+    """
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 (3, H, W) -> uint8 (3, size, size)."""
+        top, left, height, width = self.make_params([image]).values()
+        patch = image[None, :, top : top + height, left : left + width]
+        if [height, width] != list(self.size):
+            patch = F.interpolate(patch, self.size, mode="bilinear", antialias=True)
+        return (patch.flip(-1) if torch.rand(1) < 0.5 else patch)[0]
 
 
 def padded_crop_transform(size: int, *, padding: int = 4) -> v2.Transform:

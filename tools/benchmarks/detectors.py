@@ -1,0 +1,40 @@
+"""Mask R-CNN R50-FPN with random weights, and batches for it: what a step costs depends on neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.turns import TOOLS
+
+CONFIG = TOOLS.parent / "detectron_configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+
+
+def random_detector(
+    size: tuple[int, int], *, images: int, device: str, config: Path = CONFIG
+) -> tuple[Any, list[dict[str, Any]]]:
+    """(Model in training mode, samples of three objects each), the same at every call."""
+    import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
+
+    # isort: split
+    from detectron2.modeling import build_model
+    from detectron2.structures import BitMasks, Boxes, Instances
+
+    from robust_backbones.detection.config import load_config
+
+    torch.manual_seed(0)
+    model = build_model(load_config(config, ["MODEL.DEVICE", device])).train()
+    height, width = size
+    shares = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.3, 0.9, 0.9], [0.2, 0.6, 0.4, 0.8]])
+    boxes = shares * torch.tensor([width, height, width, height])
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = True
+    instances = Instances(size, gt_boxes=Boxes(boxes), gt_classes=torch.arange(3), gt_masks=BitMasks(masks))
+    samples = [
+        {"image": torch.randint(256, (3, height, width), dtype=torch.uint8), "instances": instances}
+        for _ in range(images)
+    ]
+    return model, samples

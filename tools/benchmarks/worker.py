@@ -1,0 +1,74 @@
+"""The process behind a Way: makes its Side, and then works, times and tells when asked, one line of JSON each."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import sys
+import time
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from benchmarks.turns import Side
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    start = json.loads(sys.stdin.readline())
+    torch.set_num_threads(start["threads"])
+    module, function = start["make"].split(":")
+    side: Side = getattr(importlib.import_module(f"benchmarks.{module}"), function)(
+        **start["options"], device=start["device"]
+    )
+    _answer(answers, {})
+    timed = _on_gpu if start["device"] == "cuda" else _on_cpu
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "run" in question:
+            seconds, wall = timed(side)
+            _give_memory_back()
+            _answer(answers, {"seconds": seconds, "wall": wall})
+        else:
+            np.savez(question["result"], **side.result())
+            _give_memory_back()
+            _answer(answers, {})
+
+
+def _on_cpu(side: Side) -> tuple[float, float]:
+    wall, processor = time.perf_counter(), time.process_time()
+    side.run()
+    return time.process_time() - processor, time.perf_counter() - wall
+
+
+def _on_gpu(side: Side) -> tuple[float, float]:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    wall = time.perf_counter()
+    begin.record()
+    side.run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000, time.perf_counter() - wall
+
+
+def _give_memory_back() -> None:
+    """All workers live at once, and only one works: what the others keep would be missing."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _answer(stream: TextIO, content: dict[str, Any]) -> None:
+    stream.write(json.dumps(content) + "\n")
+    stream.flush()
+
+
+if __name__ == "__main__":
+    main()
