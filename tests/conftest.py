@@ -25,6 +25,7 @@ from robust_backbones.threat_models import ThreatModel
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))  # as a script of tools/ finds its package
 TINY_SHAPES = ShapesConfig(
     train_images_per_class=8, val_images_per_class=4, train_scenes=12, val_scenes=6, image_size=32, scene_size=96
 )

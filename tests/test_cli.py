@@ -137,27 +137,16 @@ def test_a_run_is_submitted(run_tool: Run, shapes: Path, tmp_path: Path) -> None
     assert str(output) in out.splitlines()[-1]
 
 
-def test_throughput_is_measured_in_turns(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
-    size = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2", "--rounds", "1", "--images", "4"]
-    arguments = ["--data", shapes / "shapes_classification", "--output", tmp_path, "--device", "cpu", *size]
-    status, out, _ = run_tool("benchmark", "throughput", *arguments)
-    assert status == 0
-    assert (tmp_path / "table.md").read_text() in out
-    rows = json.loads((tmp_path / "throughput.json").read_text())["rows"]
-    assert [row["ratio"] for row in rows if "plain" in row["what"] or "Pillow" in row["what"]] == [1, 1]
-    assert all(row["images_per_second"] > 0 for row in rows)
-
-
-def test_a_probe_in_one_pass_costs_less_for_the_same_weights(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+def test_a_probe_in_one_pass_gives_the_weights_of_single_runs(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
     """Times are no test's business; the equality that the benchmark demands is."""
-    size = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "8", "--rounds", "1", "--images", "16"]
+    size = ["--arch", "resnet18", "--image-size", "32", "--images", "16", "--epochs", "2"]
     arguments = ["--data", shapes / "shapes_classification", "--output", tmp_path, "--device", "cpu", *size]
-    status, out, _ = run_tool("benchmark", "probe", *arguments)
-    assert status == 0
-    assert (tmp_path / "table.md").read_text() in out
-    content = json.loads((tmp_path / "probe.json").read_text())
-    assert content["largest_difference"] < 1e-5
-    assert [len(row["seconds"]) for row in content["rows"]] == [1, 1, 1]
+    status, _, err = run_tool("benchmark", "probe", *arguments)
+    assert status == 0, err
+    record = json.loads((tmp_path / "probe.json").read_text())
+    (check,) = record["checks"]
+    assert 0 <= check["found"] < 1e-5
+    assert [len(row["seconds"]) for row in record["rows"]] == [1, 1, 1]
 
 
 def test_an_unknown_option_is_refused(run_tool: Run) -> None:

@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.datasets import ImageFolder
@@ -286,3 +288,29 @@ def test_shapes_are_reproducible_and_kept(tmp_path: Path, shapes: Path) -> None:
         json.loads((tmp_path / f"shapes/annotations/instances_{part}.json").read_text()) for part in ("train", "val")
     )
     assert (len(train["images"]), len(val["images"])) == (TINY_SHAPES.train_scenes, TINY_SHAPES.val_scenes)
+
+
+@given(
+    height=st.integers(1, 300),
+    width=st.integers(1, 300),
+    size=st.sampled_from([1, 7, 32, 224]),
+    min_crop_scale=st.sampled_from([0.08, 0.5, 1.0]),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=150, deadline=None)
+def test_training_crops_are_torchvisions(
+    height: int, width: int, size: int, min_crop_scale: float, channels_last: bool, seed: int
+) -> None:
+    """The same bits of the same draws as RandomResizedCrop and RandomHorizontalFlip, and as many draws."""
+    image = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+    image = image.permute(2, 0, 1) if channels_last else image.permute(2, 0, 1).contiguous()
+    scale = (min_crop_scale, 1.0)
+    slow = v2.Compose([v2.RandomResizedCrop(size, scale=scale, antialias=True), v2.RandomHorizontalFlip()])
+    results = []
+    for transform in (train_transform(size, min_crop_scale=min_crop_scale), slow):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            results.append((transform(image), torch.rand(1)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.folding import FoldedTwin
+from robust_backbones.folding import FoldedTwin, _MaxPool
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
@@ -139,3 +139,27 @@ def test_attacks_on_a_trained_network_are_as_strong(
             accuracies.append(100 * (model(adversarial).argmax(1) == labels).float().mean().item())
     assert 20 < accuracies[1] < 95  # the attack does something, and not everything
     assert abs(accuracies[0] - accuracies[1]) <= points
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_pooling_that_holds_no_indices_has_the_same_gradient(dtype: torch.dtype, window: tuple[int, int, int]) -> None:
+    """Ties included: of equal pixels, both give the gradient to the same one."""
+    pool = nn.MaxPool2d(*window)
+    inputs = torch.randint(0, 4, (2, 3, 9, 8), generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight = torch.rand(pool(inputs).shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    gradients, held = [], []
+
+    def hold(tensor: Tensor) -> Tensor:
+        held.append(tensor.dtype)
+        return tensor
+
+    for layer in (pool, _MaxPool(pool)):
+        points = inputs.clone().requires_grad_()
+        held.clear()
+        with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+            output = layer(points)
+        assert torch.equal(output, pool(inputs))
+        gradients.append(torch.autograd.grad(output, points, weight)[0])
+    assert torch.equal(*gradients)
+    assert held == [dtype]

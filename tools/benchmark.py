@@ -8,10 +8,11 @@ Examples:
     python tools/benchmark.py page
     python tools/benchmark.py robustness --data cifar10 --output runs/cifar10
 
-Each benchmark checks that all ways compute the same, times them in turns, prints a table with ratios and what was to be
-reached, and leaves a record, OUTPUT/NAME.json. `all` runs every one but those that OUTPUT holds
-already; `page` makes docs/benchmarks.md of the records. `robustness` trains a ResNet-18 on 32 px images twice with one
-budget, without and with PGD at Linf 8/255, and measures both against PGD-20; it goes on where it was cut off. Exit status: 0 done, 1 the ways do not compute the same, 2 bad input. --debug shows tracebacks.
+Each benchmark checks that all ways compute the same, times them in turns, prints a table with ratios and what was to
+be reached, and leaves a record, OUTPUT/NAME.json. `all` runs every one but those that OUTPUT holds already; `page`
+makes docs/benchmarks.md of the records. `robustness` trains a ResNet-18 on 32 px images twice with one budget, without
+and with PGD at Linf 8/255, and measures both against PGD-20; it goes on where it was cut off. Exit status: 0 done, 1
+the ways do not compute the same, 2 bad input. --debug shows tracebacks.
 """
 
 import shutil

@@ -62,9 +62,9 @@ class Loading(Work):
     @property
     def remark(self) -> str:
         return (
-            "One process, no workers: images a second and core. Ours gives uint8 (the division by 255 is the "
-            "device's), Pillow's way float32. The check is over every pixel of the decoded photographs; the crops differ in the "
-            "last bit, as the two ways resize with other roundings."
+            "One process, no workers: images a second and core. Ours gives uint8 (a device divides by 255), "
+            "Pillow's way float32. The check is over every pixel of the decoded photographs; crops differ in the last "
+            "bit, as the two ways resize with other roundings."
         )
 
 

@@ -14,9 +14,7 @@ from benchmarks.turns import Arrays, Side, Way
 from benchmarks.work import Check, Reach, Work
 
 DEFAULT = "Detectron2's default, fp32"
-CHANNELS_LAST = "fp32, channels last"
-BF16 = "bf16"
-BF16_CHANNELS_LAST = "bf16, channels last"
+BF16 = "ours, bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +32,16 @@ class MaskRCNN(Work):
     def ways(self) -> list[Way]:
         options = {"height": self.height, "width": self.width, "batch_size": self.batch_size}
         return [
-            Way(name, "mask_rcnn:step", {**options, "bf16": bf16, "channels_last": channels_last})
-            for name, bf16, channels_last in (
-                (DEFAULT, False, False),
-                (CHANNELS_LAST, False, True),
-                (BF16, True, False),
-                (BF16_CHANNELS_LAST, True, True),
-            )
+            Way(name, "mask_rcnn:step", {**options, "bf16": bf16}) for name, bf16 in ((DEFAULT, False), (BF16, True))
         ]
 
     def check(self, results: Mapping[str, Arrays]) -> list[Check]:
         """The proposal network's losses; behind it, rounding chooses among a random network's boxes."""
-        reference = float(results[DEFAULT]["loss"])
-        limits = {CHANNELS_LAST: 1e-5, BF16: 1e-2, BF16_CHANNELS_LAST: 1e-2}
-        return [
-            Check(f"{way}: RPN's first losses, relative gap", abs(float(results[way]["loss"]) / reference - 1), limit)
-            for way, limit in limits.items()
-        ]
+        gap = abs(float(results[BF16]["loss"]) / float(results[DEFAULT]["loss"]) - 1)
+        return [Check("RPN's first losses, relative gap of bf16 to fp32", gap, 1e-2)]
 
     def reaches(self) -> list[Reach]:
-        return [Reach(BF16_CHANNELS_LAST, DEFAULT, at_least=1.9)]
+        return [Reach(BF16, DEFAULT, at_least=1.9)]
 
     @property
     def units(self) -> tuple[int, str]:
@@ -62,17 +50,16 @@ class MaskRCNN(Work):
     @property
     def remark(self) -> str:
         return (
-            f"{self.batch_size} images of {self.height} x {self.width} px, frozen norms, random weights, SGD. The rows "
-            "are switches: `SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16` and `MODEL.CHANNELS_LAST True`."
+            f"{self.batch_size} images of {self.height} x {self.width} px, frozen norms, random weights, SGD; bf16 is "
+            "`SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16`. The channels-last layout, tried here too, did not pay on "
+            "CPUs and is no option."
         )
 
 
-def step(*, height: int, width: int, batch_size: int, bf16: bool, channels_last: bool, device: str) -> Side:
+def step(*, height: int, width: int, batch_size: int, bf16: bool, device: str) -> Side:
     from detectron2.utils.events import EventStorage
 
     model, samples = random_detector((height, width), images=batch_size, device=device)
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     first: list[float] = []
 
