@@ -1,11 +1,12 @@
 # make demo    the whole path on synthetic shapes, one table and one picture
 # make test    every test; make check: format, lint, types and the fast tests
+# make bench   every benchmark against other software, and docs/benchmarks.md
 # make setup   only create .venv and install everything in it
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check bench clean
 
 setup: .venv/.installed
 
@@ -30,6 +31,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 --maxschedchunk 1
+
+bench: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py all --data $${ROBUST_BACKBONES_DATA:?names the folder of real images, see README}
+	$(BIN)/python tools/benchmark.py page --add runs/benchmarks
 
 clean:
 	rm -rf .venv demo_output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -29,6 +29,8 @@ class PGD10(Work):
     name: ClassVar[str] = "attack"
     title: ClassVar[str] = "PGD-10 alone"
     on_gpu: ClassVar[bool] = True
+    warm_up: ClassVar[int] = 0
+    """The check has done it."""
 
     arch: str = "resnet50"
     image_size: int = 64

@@ -51,8 +51,8 @@ class MaskRCNN(Work):
     def remark(self) -> str:
         return (
             f"{self.batch_size} images of {self.height} x {self.width} px, frozen norms, random weights, SGD; bf16 is "
-            "`SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16`. The channels-last layout, tried here too, did not pay on "
-            "CPUs and is no option."
+            "`SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16`. The channels-last layout did not pay on CPUs and is "
+            "no option."
         )
 
 

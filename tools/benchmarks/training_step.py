@@ -40,6 +40,8 @@ class TrainingStep(Work):
     name: ClassVar[str] = "training-step"
     title: ClassVar[str] = "PGD-3 ℓ2 training step"
     on_gpu: ClassVar[bool] = True
+    warm_up: ClassVar[int] = 0
+    """The check has done it."""
 
     arch: str = "resnet50"
     image_size: int = 224
