@@ -39,7 +39,7 @@ class Probe(Work):
     data: Path
     """Folder that holds train/ and test/."""
     arch: str = "resnet50"
-    image_size: int = 128
+    image_size: int = 96
     images: int = 16
     """Training images, and as many test images."""
     epochs: int = 150
