@@ -45,6 +45,8 @@ class FoldedTwin(nn.Module):
             if type(module) is nn.MaxPool2d and not module.return_indices:
                 parent, _, own_name = name.rpartition(".")
                 setattr(self.network.get_submodule(parent), own_name, _MaxPool(module).eval())
+            elif type(module) is nn.Conv2d and _is_pointwise(module):
+                module.__class__ = _Pointwise  # the same parameters under the same names
         for module in self.network.modules():
             if not isinstance(module, _BatchNorm):  # those left over keep their statistics in float32
                 for parameter in module.parameters(recurse=False):
@@ -81,6 +83,24 @@ class FoldedTwin(nn.Module):
     def train(self, mode: bool = True) -> FoldedTwin:
         """Nothing: a twin is in eval mode for good."""
         return self
+
+
+def _is_pointwise(convolution: nn.Conv2d) -> bool:
+    around = (convolution.kernel_size, convolution.stride, convolution.padding, convolution.groups)
+    return around == ((1, 1), (1, 1), (0, 0), 1)
+
+
+class _Pointwise(nn.Conv2d):
+    """A 1x1 convolution that is a matrix product over all pixels of the batch where an image has a handful of them.
+
+    On CPUs the convolution goes image by image: with 2 x 2 pixels (res5 at 64 px) it takes three times as long.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        few = inputs.shape[2] * inputs.shape[3] < 16
+        if not few or inputs.device.type != "cpu" or inputs.dtype != torch.float32:
+            return super().forward(inputs)
+        return F.linear(inputs.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class _MaxPool(nn.Module):

@@ -3,12 +3,14 @@
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pytest
+from benchmarks.page import excerpt, write_page
 from scipy import stats
 
 from robust_backbones.analysis.detection_errors import ORACLES
@@ -83,6 +85,19 @@ def test_the_page_on_detectors_says_what_its_records_say() -> None:
     for steps, loss, box, mask in zip((0, 1, 2, 5, 10), losses, boxes, masks, strict=True):
         assert f"| {steps} | {loss:.4f} | {box:.2f} | {mask:.2f} |" in page
     assert [losses, boxes, masks] == [sorted(losses), sorted(boxes, reverse=True), sorted(masks, reverse=True)]
+
+
+def test_the_page_of_benchmarks_is_made_of_its_records(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs/benchmarks", tmp_path / "benchmarks")
+    records = tmp_path / "benchmarks"
+    write_page(records, tmp_path / "benchmarks.md", bfloat16=records / "bfloat16")
+    assert (tmp_path / "benchmarks.md").read_text() == (ROOT / "docs/benchmarks.md").read_text()
+    assert (records / "growth.csv").read_text() == (ROOT / "docs/benchmarks/growth.csv").read_text()
+    assert excerpt(records) in README
+    # Nothing was timed whose ways do not compute the same.
+    checks = [check for path in records.glob("*.json") for check in json.loads(path.read_text()).get("checks", [])]
+    assert checks
+    assert all(check["found"] <= check["limit"] for check in checks)
 
 
 def test_the_page_of_transfer_figures_is_what_its_records_draw(tmp_path: Path) -> None:

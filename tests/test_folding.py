@@ -1,12 +1,14 @@
 """The folded twin is the same function as the network in eval mode, and an attack on it is an attack on the network."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.folding import FoldedTwin, _MaxPool
+from robust_backbones.folding import FoldedTwin, _MaxPool, _Pointwise
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
@@ -163,3 +165,23 @@ def test_pooling_that_holds_no_indices_has_the_same_gradient(dtype: torch.dtype,
         gradients.append(torch.autograd.grad(output, points, weight)[0])
     assert torch.equal(*gradients)
     assert held == [dtype]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("side", [1, 2, 3, 5])
+def test_a_pointwise_convolution_is_a_matrix_product(side: int, bias: bool) -> None:
+    """Where it is one (few pixels) and where it stays a convolution, forward and backward."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(6, 4, 1, bias=bias).double()
+    twin = copy.deepcopy(convolution).float()
+    twin.__class__ = _Pointwise
+    inputs, weight = torch.randn(3, 6, side, side), torch.randn(3, 4, side, side)
+    points = [inputs.double().requires_grad_(), inputs.requires_grad_()]
+    outputs = [convolution(points[0]), twin(points[1])]
+    gradients = [
+        torch.autograd.grad(output, point, weight.to(output.dtype))[0]
+        for output, point in zip(outputs, points, strict=True)
+    ]
+    for exact, found in (outputs, gradients):
+        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=0)
+        assert found.shape == exact.shape
