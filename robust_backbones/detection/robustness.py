@@ -276,7 +276,8 @@ def summarize(cells: Mapping[str, Mapping[str, float | None]]) -> dict[str, floa
         total = _mean(means.values())
         metrics[f"P/{measure}"] = clean
         metrics[f"mPC/{measure}"] = total
-        corrupted = [v for name, v in values.items() if name.rsplit("-", 1)[0] in CORRUPTIONS]
+        names = [f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES]
+        corrupted = [values[name] for name in names if name in values]
         metrics |= {f"corrupted/{measure}": _mean(corrupted)} if corrupted else {}
         metrics[f"rPC/{measure}"] = 100 * total / clean if total is not None and clean else None
         begun = {name.rsplit("-", 1)[0] for name in values}
