@@ -376,8 +376,8 @@ class _Expansion:
     def _evaluate(self, task: Task, name: str, group: str, detector: Run) -> None:
         """How robust a detector of the study is."""
         folder = self._folder(detector.key)
-        words = ("detector", f"{folder}/config.yaml", f"{folder}/model_final.pth", "--output", "{folder}")
-        words = (*words, *_words(task.robustness))
+        paths = (f"{folder}/config.yaml", f"{folder}/model_final.pth", "--output", "{folder}")
+        words = ("detector", *paths, *_words(task.robustness))
         parsed = _parsed("evaluate", words, f"robustness of task {task.name}")
         settings = {field.name: str(getattr(parsed, field.name)) for field in fields(parsed)}
         self._add(
