@@ -3,7 +3,8 @@
 import csv
 import json
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -14,8 +15,8 @@ from scipy import stats
 from robust_backbones.analysis.detection_errors import ORACLES
 from robust_backbones.analysis.inheritance_figures import correlation_table, correlations, summary_table
 from robust_backbones.analysis.report import write_report
-from robust_backbones.analysis.study import find_runs
-from robust_backbones.analysis.tables import detector_robustness_rows, markdown
+from robust_backbones.analysis.study import Run, display_rows, experiments, find_runs, metric_name, results
+from robust_backbones.analysis.tables import classifier_rows, detector_robustness_rows, markdown
 from robust_backbones.inheritance.protocol import read_matrices
 from robust_backbones.records import RunRecord
 from tests.conftest import ROOT, load_tool
@@ -83,6 +84,48 @@ def test_the_page_on_detectors_says_what_its_records_say() -> None:
     for steps, loss, box, mask in zip((0, 1, 2, 5, 10), losses, boxes, masks, strict=True):
         assert f"| {steps} | {loss:.4f} | {box:.2f} | {mask:.2f} |" in page
     assert [losses, boxes, masks] == [sorted(losses), sorted(boxes, reverse=True), sorted(masks, reverse=True)]
+
+
+def study_table(runs: Sequence[Run], tasks: Collection[str]) -> str:
+    """A row a result and backbone of these tasks: AP, AP50 and mask AP, or accuracies, with the paired tests."""
+    shown = r"(.*/)?(bbox/AP|bbox/AP50|segm/AP)|clean_accuracy|robust_accuracy"
+    heads, rows = ["data set", "set up", "measure"], []
+    for experiment in experiments(runs):
+        for result in results(experiment) if experiment.task in tasks else ():
+            if re.fullmatch(shown, result.metric):
+                columns, found = display_rows(result)
+                kind = [experiment.dataset, experiment.setting or "-", metric_name(result.metric)]
+                rows += [[*kind, *row[1:-1]] for row in found]
+    return markdown([*heads, *columns[1:-1]], rows)
+
+
+STUDY_TABLES = (("detection", "segmentation"), ("detector_robustness",), ("transfer",))
+
+
+def test_the_page_on_the_study_says_what_its_records_say(tmp_path: Path) -> None:
+    folder, page = ROOT / "docs/study", (ROOT / "docs/study.md").read_text()
+    runs = find_runs([folder])
+    for tasks in STUDY_TABLES:
+        assert study_table(runs, tasks) in page, tasks
+    assert markdown(*classifier_rows([run.record for run in runs if run.record.task == "pretrain"])) in page
+    write_report(runs, tmp_path, title="t")
+    for kind in ("figures/*.csv", "tables/*.md"):
+        made = {path.name: path.read_text() for path in tmp_path.glob(kind)}
+        assert made == {path.name: path.read_text() for path in folder.glob(kind)}
+        assert made
+    minutes = {
+        tasks: f"{sum(run.record.seconds for run in runs if run.record.task in tasks) / 60:.0f} minutes"
+        for tasks in (("pretrain",), *STUDY_TABLES[:2])
+    }
+    words = " ".join(page.split())
+    assert "pre-training {}, the detectors {}, their evaluations {}".format(*minutes.values()) in words
+    numbers = Counter(run.record.task for run in runs)
+    detectors = numbers["detection"] + numbers["segmentation"]
+    assert f"{numbers['pretrain']} backbones, {detectors} detectors" in words
+    assert numbers["detector_robustness"] == detectors
+    assert all((ROOT / "docs" / name).exists() for name in re.findall(r"\((study/[\w./-]+)\)", page))
+    assert all(path.stat().st_size < 2_000_000 for path in folder.rglob("*"))
+    assert "not measured" in page
 
 
 def test_the_page_of_transfer_figures_is_what_its_records_draw(tmp_path: Path) -> None:

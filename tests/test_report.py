@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, training_figure
+from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, class_figure, training_figure
 from robust_backbones.analysis.paper import PAPER, differences_to_paper, paper_result
 from robust_backbones.analysis.report import STYLE, summary, write_report
 from robust_backbones.analysis.study import (
@@ -31,6 +31,7 @@ from robust_backbones.analysis.study import (
 )
 from robust_backbones.errors import InputError
 from robust_backbones.records import RunRecord
+from tests.conftest import load_tool
 
 Run = Callable[..., tuple[int, str, str]]
 BACKBONES = ("L2:0", "L2:3", "Linf:4/255")
@@ -602,6 +603,7 @@ def test_detectors_robustness_is_tested_by_the_seed_of_training(tmp_path: Path) 
     assert attacked["L2:3"].comparison.difference == pytest.approx(10.1)
     assert attacked["from scratch"].comparison is not None
     assert attacked["from scratch"].comparison.difference == pytest.approx(-8.0)
+    assert load_tool("make_report").draw(experiment, tmp_path, 1) is None  # an evaluation is no detector
 
 
 def test_the_floor_stands_beside_what_it_is_the_floor_of(tmp_path: Path) -> None:
@@ -617,6 +619,9 @@ def test_the_floor_stands_beside_what_it_is_the_floor_of(tmp_path: Path) -> None
         ("resnet50", "L2:0"),
         ("from scratch", "from scratch"),
     ]
+    # It is not robust, whatever comes out of it.
+    assert load_tool("make_report").draw(experiment, tmp_path, 1) is None
+    assert class_figure(experiment, "bbox", tmp_path / "classes") is None
     runs[-1].config["MODEL"]["RESNETS"] = {"NORM": "SyncBN"}
     assert len(experiments(find_runs([write(tmp_path / "b", *runs)]))) == 2
 

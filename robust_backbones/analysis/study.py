@@ -137,9 +137,13 @@ class Backbone:
         return self.threat_model is not None and self.threat_model.epsilon == 0
 
     @property
+    def is_from_scratch(self) -> bool:
+        return self.name == _SCRATCH
+
+    @property
     def trained_at(self) -> str:
         if self.threat_model is None:
-            return _SCRATCH if self.name == _SCRATCH else "unknown"
+            return _SCRATCH if self.is_from_scratch else "unknown"
         return str(self.threat_model)
 
     def values(self, metric: str) -> dict[int, float]:
