@@ -15,7 +15,7 @@ from scipy import stats
 from robust_backbones.analysis.detection_errors import ORACLES
 from robust_backbones.analysis.inheritance_figures import correlation_table, correlations, summary_table
 from robust_backbones.analysis.report import write_report
-from robust_backbones.analysis.study import Run, display_rows, experiments, find_runs, metric_name, results
+from robust_backbones.analysis.study import Result, Run, display_rows, experiments, find_runs, metric_name, results
 from robust_backbones.analysis.tables import classifier_rows, detector_robustness_rows, markdown
 from robust_backbones.inheritance.protocol import read_matrices
 from robust_backbones.records import RunRecord
@@ -86,17 +86,38 @@ def test_the_page_on_detectors_says_what_its_records_say() -> None:
     assert [losses, boxes, masks] == [sorted(losses), sorted(boxes, reverse=True), sorted(masks, reverse=True)]
 
 
-def study_table(runs: Sequence[Run], tasks: Collection[str]) -> str:
-    """A row a result and backbone of these tasks: AP, AP50 and mask AP, or accuracies, with the paired tests."""
+def study_results(runs: Sequence[Run], tasks: Collection[str]) -> list[Result]:
+    """What the page shows of these tasks: AP, AP50 and mask AP, or accuracies."""
     shown = r"(.*/)?(bbox/AP|bbox/AP50|segm/AP)|clean_accuracy|robust_accuracy"
-    heads, rows = ["data set", "set up", "measure"], []
-    for experiment in experiments(runs):
-        for result in results(experiment) if experiment.task in tasks else ():
-            if re.fullmatch(shown, result.metric):
-                columns, found = display_rows(result)
-                kind = [experiment.dataset, experiment.setting or "-", metric_name(result.metric)]
-                rows += [[*kind, *row[1:-1]] for row in found]
-    return markdown([*heads, *columns[1:-1]], rows)
+    found = [result for one in experiments(runs) if one.task in tasks for result in results(one)]
+    return [result for result in found if re.fullmatch(shown, result.metric)]
+
+
+def study_table(runs: Sequence[Run], tasks: Collection[str]) -> str:
+    """A row a result and backbone, with the paired tests."""
+    heads, rows = list[str](), []
+    for result in study_results(runs, tasks):
+        heads, found = display_rows(result)
+        kind = [result.experiment.dataset, result.experiment.setting or "-", metric_name(result.metric)]
+        rows += [[*kind, *row[1:-1]] for row in found]
+    return markdown(["data set", "set up", "measure", *heads[1:-1]], rows)
+
+
+def study_findings(runs: Sequence[Run]) -> tuple[int, list[str]]:
+    """How many comparisons were tested, and what those say that stand after correction, a line each."""
+    compared = [
+        (result, row)
+        for tasks in STUDY_TABLES
+        for result in study_results(runs, tasks)
+        for row in result.rows
+        if row.comparison is not None and row.comparison.p_holm is not None
+    ]
+    lines = [
+        f"- {result.title}, {row.backbone.trained_at}: {row.sentence}"
+        for result, row in compared
+        if row.comparison is not None and row.comparison.verdict in ("better", "worse")
+    ]
+    return len(compared), lines
 
 
 STUDY_TABLES = (("detection", "segmentation"), ("detector_robustness",), ("transfer",))
@@ -108,6 +129,9 @@ def test_the_page_on_the_study_says_what_its_records_say(tmp_path: Path) -> None
     for tasks in STUDY_TABLES:
         assert study_table(runs, tasks) in page, tasks
     assert markdown(*classifier_rows([run.record for run in runs if run.record.task == "pretrain"])) in page
+    tested, findings = study_findings(runs)
+    assert f"Of {tested} tests, {len(findings)} " in page
+    assert "\n".join(findings) in page
     write_report(runs, tmp_path, title="t")
     for kind in ("figures/*.csv", "tables/*.md"):
         made = {path.name: path.read_text() for path in tmp_path.glob(kind)}
