@@ -399,15 +399,15 @@ def test_robust_accuracy_is_that_of_the_whole_network(
     for one, other in zip(probe(config, checkpoint, data, tmp_path / "zero"), plain, strict=True):
         assert one.metrics["robust_accuracy"] == one.metrics["clean_accuracy"] == other.metrics["clean_accuracy"]
     attack = AttackConfig(steps=3, relative_step_size=0.5)
-    config = replace(CONFIG, lrs=(0.01,), eval_threat_model=ThreatModel("L2", 1.0), eval_attack=attack, eval_images=8)
+    config = replace(CONFIG, lrs=(0.01,), eval_threat_model=ThreatModel("L2", 0.4), eval_attack=attack, eval_images=7)
     (record, _) = probe(config, checkpoint, data, tmp_path / "one")
-    assert record.config["eval_threat_model"] == "L2:1"
+    assert record.config["eval_threat_model"] == "L2:0.4"
     left = read_checkpoint(tmp_path / "one/net/seed_0/checkpoint.pt")
     model = NormalizedModel(left.build(), left.spec)
-    drawn = data.test.seen_through(val_transform(32, resize=32)).sample(8, seed=CONFIG.data_seed)
-    images = torch.stack([image for image, _ in (drawn[i] for i in range(8))]) / 255
+    drawn = data.test.seen_through(val_transform(32, resize=32)).sample(7, seed=CONFIG.data_seed)
+    images = torch.stack([image for image, _ in (drawn[i] for i in range(7))]) / 255
     labels = torch.tensor(drawn.labels)
-    adversarial = pgd(model, images, labels, ThreatModel("L2", 1.0), attack)
+    adversarial = pgd(model, images, labels, ThreatModel("L2", 0.4), attack)
     right = (model(images).argmax(1) == labels) & (model(adversarial).argmax(1) == labels)
     assert record.metrics["robust_accuracy"] == 100 * right.double().mean().item()
     assert record.metrics["robust_accuracy"] < record.metrics["clean_accuracy"]
