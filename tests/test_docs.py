@@ -4,7 +4,8 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -16,8 +17,8 @@ from scipy import stats
 from robust_backbones.analysis.detection_errors import ORACLES
 from robust_backbones.analysis.inheritance_figures import correlation_table, correlations, summary_table
 from robust_backbones.analysis.report import write_report
-from robust_backbones.analysis.study import find_runs
-from robust_backbones.analysis.tables import detector_robustness_rows, markdown
+from robust_backbones.analysis.study import Result, Run, display_rows, experiments, find_runs, metric_name, results
+from robust_backbones.analysis.tables import classifier_rows, detector_robustness_rows, markdown
 from robust_backbones.inheritance.protocol import read_matrices
 from robust_backbones.records import RunRecord
 from tests.conftest import ROOT, load_tool
@@ -98,6 +99,80 @@ def test_the_page_of_benchmarks_is_made_of_its_records(tmp_path: Path) -> None:
     checks = [check for path in records.glob("*.json") for check in json.loads(path.read_text()).get("checks", [])]
     assert checks
     assert all(check["found"] <= check["limit"] for check in checks)
+
+
+def study_results(runs: Sequence[Run], tasks: Collection[str]) -> list[Result]:
+    """What the page shows of these tasks: AP, AP50 and mask AP, or accuracies."""
+    shown = r"(.*/)?(bbox/AP|bbox/AP50|segm/AP)|clean_accuracy|robust_accuracy"
+    found = [result for one in experiments(runs) if one.task in tasks for result in results(one)]
+    return [result for result in found if re.fullmatch(shown, result.metric)]
+
+
+def study_table(runs: Sequence[Run], tasks: Collection[str]) -> str:
+    """A row a result and backbone, with the paired tests."""
+    heads, rows = list[str](), []
+    for result in study_results(runs, tasks):
+        heads, found = display_rows(result)
+        kind = [result.experiment.dataset, result.experiment.setting or "-", metric_name(result.metric)]
+        rows += [[*kind, *row[1:-1]] for row in found if not row[0].startswith("paper: ")]
+    return markdown(["data set", "set up", "measure", *heads[1:-1]], rows)
+
+
+def study_findings(runs: Sequence[Run]) -> tuple[int, list[str]]:
+    """How many comparisons were tested, and what those say that stand after correction, a line each."""
+    compared = [
+        (result, row)
+        for tasks in STUDY_TABLES
+        for result in study_results(runs, tasks)
+        for row in result.rows
+        if row.comparison is not None and row.comparison.p_holm is not None
+    ]
+    lines = [
+        f"- {result.title}, {row.backbone.trained_at}: {row.sentence}"
+        for result, row in compared
+        if row.comparison is not None and row.comparison.verdict in ("better", "worse")
+    ]
+    return len(compared), lines
+
+
+STUDY_TABLES = (("detection", "segmentation"), ("detector_robustness",), ("transfer",))
+
+
+def test_the_page_on_the_study_says_what_its_records_say(tmp_path: Path) -> None:
+    folder, page = ROOT / "docs/study", (ROOT / "docs/study.md").read_text()
+    runs, words = find_runs([folder]), " ".join(page.split())
+    for tasks in STUDY_TABLES:
+        assert study_table(runs, tasks) in page, tasks
+    assert markdown(*classifier_rows([run.record for run in runs if run.record.task == "pretrain"])) in page
+    tested, findings = study_findings(runs)
+    assert f"Of {tested} tests, {len(findings)} " in page
+    assert "\n".join(findings) in page
+    floors = [
+        row.comparison.verdict
+        for result in study_results(runs, STUDY_TABLES[0])
+        for row in result.rows
+        if row.backbone.is_from_scratch and row.comparison is not None and result.experiment.dataset == "person_val"
+    ]
+    assert floors == ["not distinguishable"] * 3
+    voc = [run.record.metrics["bbox/AP50"] or 0 for run in runs if run.record.task == "detection"]
+    assert f"{max(voc):.2f} at most" in words
+    write_report(runs, tmp_path, title="t")
+    for kind in ("figures/*.csv", "tables/*.md"):
+        made = {path.name: path.read_text() for path in tmp_path.glob(kind)}
+        assert made == {path.name: path.read_text() for path in folder.glob(kind)}
+        assert made
+    minutes = {
+        tasks: f"{sum(run.record.seconds for run in runs if run.record.task in tasks) / 60:.0f} minutes"
+        for tasks in (("pretrain",), *STUDY_TABLES[:2])
+    }
+    assert "pre-training {}, the detectors {}, their evaluations {}".format(*minutes.values()) in words
+    numbers = Counter(run.record.task for run in runs)
+    detectors = numbers["detection"] + numbers["segmentation"]
+    kinds = f"{numbers['pretrain']} backbones, {detectors} detectors, {numbers['detector_robustness']} evaluations"
+    assert kinds in words
+    assert all((ROOT / "docs" / name).exists() for name in re.findall(r"\((study/[\w./-]+)\)", page))
+    assert all(path.stat().st_size < 2_000_000 for path in folder.rglob("*"))
+    assert "not measured" in page
 
 
 def test_the_page_of_transfer_figures_is_what_its_records_draw(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, training_figure
+from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, class_figure, training_figure
 from robust_backbones.analysis.paper import PAPER, differences_to_paper, paper_result
 from robust_backbones.analysis.report import STYLE, summary, write_report
 from robust_backbones.analysis.study import (
@@ -30,6 +31,7 @@ from robust_backbones.analysis.study import (
 )
 from robust_backbones.errors import InputError
 from robust_backbones.records import RunRecord
+from tests.conftest import load_tool
 
 Run = Callable[..., tuple[int, str, str]]
 BACKBONES = ("L2:0", "L2:3", "Linf:4/255")
@@ -571,3 +573,65 @@ def test_the_table_of_detectors_robustness(tmp_path: Path) -> None:
         ["40.0", "20.0", "50.0", "31.0", "-", "-", "-"],
         ["36.0", *"------"],
     ]
+
+
+def test_detectors_robustness_is_tested_by_the_seed_of_training(tmp_path: Path) -> None:
+    """Evaluations have one seed, detectors several; single corruptions and what the weights are tell nothing apart."""
+
+    def evaluated(threat_model: str | None, seed: int, attacked: float) -> RunRecord:
+        config = {"SEED": seed, "weights_sha256": f"{threat_model} {seed}", "cells": ["clean", "fog-3"], "images": 8}
+        config |= {"measure": "bbox/AP", "adversarial_training": "", "attacks": {}, "warnings": {}}
+        if seed == 1:
+            config["warnings"] = {"attack-total": ["weak"]}
+        metrics = {"P/bbox/AP": 40.0, "fog-3/bbox/AP": 9.0, "corrupted/bbox/AP": 9.0, "attack-total/bbox/AP": attacked}
+        changes: dict[str, Any] = {"config": config, "metrics": metrics}
+        if threat_model is None:
+            config["MODEL.BACKBONE.FROM_SCRATCH"] = True
+            changes["backbone"] = {}
+        return replace(record(threat_model, seed, task="detector_robustness", **changes), seed=0)
+
+    records = [evaluated("L2:0", seed, 10.0 + seed) for seed in range(3)]
+    records += [evaluated("L2:3", seed, 20.0 + seed + 0.1 * seed) for seed in range(3)]
+    records += [evaluated(None, seed, 1.0 + 2 * seed) for seed in range(3)]
+    cell = record("L2:0", 0, task="detector_robustness", config={"cell": "clean"})
+    (experiment,) = experiments(find_runs([write(tmp_path, *records, cell)]))
+    assert [backbone.trained_at for backbone in experiment.backbones] == ["L2:0", "L2:3", "from scratch"]
+    assert experiment.metrics == ["P/bbox/AP", "corrupted/bbox/AP", "attack-total/bbox/AP"]
+    attacked = {row.backbone.trained_at: row for row in results(experiment)[-1].rows}
+    assert attacked["L2:3"].comparison is not None
+    assert attacked["L2:3"].comparison.seeds == (0, 1, 2)
+    assert attacked["L2:3"].comparison.difference == pytest.approx(10.1)
+    assert attacked["from scratch"].comparison is not None
+    assert attacked["from scratch"].comparison.difference == pytest.approx(-8.0)
+    assert load_tool("make_report").draw(experiment, tmp_path, 1) is None  # an evaluation is no detector
+
+
+def test_the_floor_stands_beside_what_it_is_the_floor_of(tmp_path: Path) -> None:
+    """A random backbone is a backbone; nothing else may differ."""
+    runs = [record("L2:0", seed) for seed in range(2)]
+    for seed in range(2):
+        floor = record(None, seed, backbone={})
+        floor.config["MODEL"]["BACKBONE"]["FROM_SCRATCH"] = True
+        floor.config["MODEL"]["WEIGHTS"] = ""
+        runs.append(floor)
+    (experiment,) = experiments(find_runs([write(tmp_path / "a", *runs)]))
+    assert [(b.name, b.trained_at) for b in experiment.backbones] == [
+        ("resnet50", "L2:0"),
+        ("from scratch", "from scratch"),
+    ]
+    # It is not robust, whatever comes out of it.
+    assert load_tool("make_report").draw(experiment, tmp_path, 1) is None
+    assert class_figure(experiment, "bbox", tmp_path / "classes") is None
+    runs[-1].config["MODEL"]["RESNETS"] = {"NORM": "SyncBN"}
+    assert len(experiments(find_runs([write(tmp_path / "b", *runs)]))) == 2
+
+
+def test_robust_accuracy_is_reported_where_there_is_an_adversary(tmp_path: Path) -> None:
+    def metrics(name: str, **config: str) -> list[str]:
+        one = record("L2:0", 0, task="transfer", metrics={"clean_accuracy": 80.0, "robust_accuracy": 60.0})
+        one.config.update(config)
+        (experiment,) = experiments(find_runs([write(tmp_path / name, one)]))
+        return experiment.metrics
+
+    assert metrics("a", eval_threat_model="L2:0.5") == ["clean_accuracy", "robust_accuracy"]
+    assert metrics("b", eval_threat_model="L2:0") == metrics("c") == ["clean_accuracy"]

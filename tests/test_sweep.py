@@ -29,7 +29,7 @@ from robust_backbones.sweep import manifest as manifests
 from robust_backbones.sweep.launcher import ClusterExecutor, ClusterJob, LocalExecutor, launch, start_process
 from robust_backbones.sweep.manifest import expand, read_manifest, settle
 from robust_backbones.sweep.plan import Attempt, Plan, Run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, load_tool
 
 Run_ = Callable[..., tuple[int, str, str]]
 FPN = str(ROOT / "detectron_configs/quick/faster_rcnn_R_50_FPN_voc_instant.yaml")
@@ -92,6 +92,12 @@ def keys(plan: Plan) -> dict[str, str]:
         ("tasks/flowers/transfer", "prob", ["did you mean probe?"]),
         ("tasks/flowers/options/epoch", 3, ["task flowers", "epoch"]),
         ("tasks/flowers/overrides", {"SEED": 1}, ["flowers", "no overrides"]),
+        ("tasks/voc/robustness", {"corruption": ["fog"]}, ["robustness of task voc", "corruption"]),
+        ("tasks/voc/robustness", {"corruptions": ["fogg"]}, ["robustness of task voc", "did you mean fog?"]),
+        ("tasks/voc/robustness", {"attacks": ["classes"], "threat_model": "Linf:2/255"}, ["'classes'", "objectness"]),
+        ("tasks/flowers/robustness", {"limit": 8}, ["flowers", "eval_threat_model"]),
+        ("backbones/standard", {"scratch": "resnet9"}, ["resnet9"]),
+        ("backbones/standard", {"scratch": "resnet18", "pretrain": "robust"}, ["exactly one of"]),
         ("tasks", {}, ["no tasks"]),
         ("pretraining/robust/epsilon", 3, ["pretraining robust", "epsilon"]),
         ("pretraining/robust/epochs", "many", ["pretraining robust", "many"]),
@@ -146,6 +152,43 @@ def test_the_graph_of_a_small_study(tmp_path: Path) -> None:
     transfer = plan.run(key["flowers-robust"])
     assert transfer.results == tuple(f"{key['pretrain-robust']}/seed_{seed}/record.json" for seed in (0, 1))
     assert "hub:resnet50_l2_eps0" in plan.run(key["flowers-standard"]).argv
+
+
+def test_the_graph_of_robustness_and_the_floor(tmp_path: Path) -> None:
+    """Behind each detector its evaluation; a random backbone has no conversion, and is no transfer's."""
+    options = {"corruptions": ["fog"], "severities": [1, 3], "limit": 8}
+    content = with_(with_(SMALL, "tasks/voc/robustness", options), "backbones/floor", {"scratch": "resnet18"})
+    plan = planned(tmp_path, content)
+    key = keys(plan)
+    assert Counter(run.kind for run in plan.runs) == {
+        "pretrain": 1,
+        "convert": 2,
+        "detect": 6,
+        "evaluate": 6,
+        "transfer": 2,
+    }
+    for name in ("robust", "standard", "floor"):
+        run = plan.run(key[f"robustness-voc-{name}-seed1"])
+        detector = plan.run(key[f"voc-{name}-seed1"])
+        assert run.needs == (detector.key,)
+        folder = str(plan.folder(detector))
+        assert run.argv[1:4] == ("detector", f"{folder}/config.yaml", f"{folder}/model_final.pth")
+        assert run.argv[4:] == (
+            *("--output", str(plan.folder(run)), "--corruptions", "fog", "--severities", "1", "3", "--limit", "8"),
+        )
+    floor = plan.run(key["voc-floor-seed0"])
+    assert floor.needs == ()
+    assert "MODEL.WEIGHTS" not in floor.argv
+    files = [word for flag, word in zip(floor.argv, floor.argv[1:], strict=False) if flag == "--config-file"]
+    assert Path(files[-1]).read_text() == (ROOT / "detectron_configs/protocols/scratch.yaml").read_text()
+    assert "18" in floor.argv
+    # What is done does not depend on how, and another setting is another evaluation of the same detector.
+    for change, same in (({"workers": 0, "jobs": 2, "device": "cpu"}, True), ({"attack_steps": 3}, False)):
+        changed = keys(planned(tmp_path, with_(content, "tasks/voc/robustness", {**options, **change})))
+        assert changed["voc-floor-seed0"] == key["voc-floor-seed0"]
+        assert (changed["robustness-voc-floor-seed0"] == key["robustness-voc-floor-seed0"]) is same
+    with pytest.raises(InputError, match="flowers is a transfer, and backbone floor has nothing to transfer"):
+        planned(tmp_path, with_(content, "tasks/flowers/backbones", ["floor"]))
 
 
 def test_processes_are_the_tools_own(tmp_path: Path) -> None:
@@ -317,6 +360,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         ("coco_detection", {"convert": 4, "detect": 16}),
         ("coco_segmentation", {"convert": 4, "detect": 16}),
         ("small", {"pretrain": 2, "convert": 2, "detect": 12}),
+        ("robust_backbones", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),
+        ("robust_backbones_cpu", {"pretrain": 2, "convert": 2, "detect": 24, "evaluate": 15, "transfer": 8}),
     ],
 )
 def test_the_studies_are_ready(name: str, kinds: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -742,6 +787,25 @@ def test_runs_side_by_side_have_gpus_of_their_own(tmp_path: Path) -> None:
     assert [plan.last_line(run) for run in plan.runs] == ["4,5", "6,7"]
     with pytest.raises(InputError, match="need 4, and 3 were found"):
         LocalExecutor(plan, jobs=2, processes=2, gpus=["0", "1", "2"])
+
+
+def test_runs_share_a_gpu_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tool = stubs(tmp_path, {"a": "go"}), load_tool("sweep")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL))
+    manifest = read_manifest(tmp_path / "study.yaml")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def devices(**options: Any) -> list[str]:
+        executor = tool.executor_for(plan, manifest, tool.Launch(tmp_path / "study.yaml", executor="local", **options))
+        return [environment["CUDA_VISIBLE_DEVICES"] for environment in executor._environments]
+
+    assert devices() == ["4", "7"]
+    assert devices(share=2) == ["4", "7", "4", "7"]
+    assert devices(share=2, jobs=3) == ["4", "7", "4"]
+    for options in ({"share": 2, "processes": 2}, {"share": 0}, {"share": 2, "jobs": 5}):
+        with pytest.raises(InputError, match="give"):
+            devices(**options)
 
 
 # The cluster

@@ -33,6 +33,7 @@ from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 
 if TYPE_CHECKING:
+    from robust_backbones.detection.attacks import DetectorAttack
     from robust_backbones.detection.robustness import CellChoice
 
 
@@ -118,10 +119,17 @@ Arguments = (
 
 
 def main(arguments: list[str]) -> int:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
     return classifier(options) if isinstance(options, Classifier) else detector(options)
+
+
+def parse(arguments: list[str]) -> Classifier | Detector:
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    if isinstance(options, Detector):
+        cells_of(options)  # refuses what it does not know
+    return options
 
 
 def classifier(options: Classifier) -> int:
@@ -145,10 +153,11 @@ def classifier(options: Classifier) -> int:
     return 0
 
 
-def detector(options: Detector) -> int:
+def cells_of(options: Detector) -> tuple[CellChoice, list[DetectorAttack]]:
+    """The corruptions and the attacks that are asked for."""
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
     from robust_backbones.detection.attacks import DetectorAttack
-    from robust_backbones.detection.robustness import CellChoice, evaluate_detector
+    from robust_backbones.detection.robustness import CellChoice
 
     targeted = options.attack_target is not None
     if targeted and options.attacks:
@@ -168,7 +177,14 @@ def detector(options: Detector) -> int:
         )
         for loss in losses
     ]
-    choice = CellChoice(options.corruptions, options.severities, options.limit, options.seed)
+    return CellChoice(options.corruptions, options.severities, options.limit, options.seed), attacks
+
+
+def detector(options: Detector) -> int:
+    choice, attacks = cells_of(options)
+
+    from robust_backbones.detection.robustness import evaluate_detector
+
     record = evaluate_detector(
         options.config,
         options.weights,

@@ -60,10 +60,10 @@ def main(arguments: list[str]) -> int:
 def draw(experiment: Experiment, folder: Path, images: int) -> Picture | None:
     """Detections of the standard and the best robust backbone, of one seed; None where there are no two detectors."""
     standard = experiment.standard
-    if experiment.task == "transfer" or standard is None or not experiment.headlines:
+    if experiment.task not in ("detection", "segmentation") or standard is None or not experiment.headlines:
         return None
     metric = experiment.headlines[-1]  # of masks where there are some
-    robust = [b for b in experiment.backbones if b is not standard and b.values(metric)]
+    robust = [b for b in experiment.backbones if b is not standard and not b.is_from_scratch and b.values(metric)]
     if not robust:
         return None
     best = max(robust, key=lambda backbone: fmean(backbone.values(metric).values()))

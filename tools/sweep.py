@@ -62,9 +62,11 @@ class Launch(Study):
     executor: Literal["here", "local", "slurm"] = "here"
     """here: one run after the other; local: --jobs runs at once; slurm: jobs of the cluster."""
     jobs: int = 0
-    """Runs at once; 0: one for each --processes GPUs, or cores where there is no GPU; on Slurm 256."""
+    """Runs at once; 0: one (or --share) for each --processes GPUs, or cores where there is no GPU; on Slurm 256."""
     processes: int = 0
     """Processes of each run, one a GPU; 0: the manifest's, or 1."""
+    share: int = 1
+    """Runs of one process that share a GPU, for those that leave it idle most of the time."""
     gpus: bool = True
     """--no-gpus: jobs of the cluster ask for none."""
 
@@ -143,6 +145,9 @@ def executor_for(plan: Plan, manifest: Manifest, options: Launch) -> Executor:
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))).split(",")[:found]
     if options.executor == "here" and options.jobs > 1:
         raise InputError(f"--jobs {options.jobs} needs --executor local or slurm")
+    if options.share < 1 or options.share > 1 < processes:
+        raise InputError(f"--share {options.share} is for runs of one process, not of {processes}: give 1 or more")
+    gpus *= options.share
     side_by_side = max(1, (len(gpus) or os.cpu_count() or 1) // processes)
     jobs = 1 if options.executor == "here" else options.jobs or side_by_side
     return LocalExecutor(plan, jobs=jobs, processes=processes, gpus=gpus)

@@ -148,7 +148,7 @@ def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | Non
     prefix = f"{task}/AP-"
     names = {n for run in experiment.runs for n in run.record.metrics if n.startswith(prefix)}
     found: dict[int, dict[str, Summary]] = {}
-    robust = [backbone for backbone in experiment.backbones if backbone is not standard]
+    robust = [b for b in experiment.backbones if b is not standard and not b.is_from_scratch]
     for index, backbone in enumerate(robust):
         of_class: dict[str, Summary] = {}
         for name in sorted(names):

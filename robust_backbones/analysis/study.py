@@ -15,11 +15,17 @@ from typing import Any
 
 from robust_backbones.analysis.paper import PaperResult, differences_to_paper, paper_result
 from robust_backbones.analysis.statistics import Comparison, Summary, compare, p_value, summarize
+from robust_backbones.data.corruptions import CORRUPTIONS
 from robust_backbones.errors import InputError
 from robust_backbones.records import RunRecord, atomic_path
 from robust_backbones.threat_models import ThreatModel
 
-TASKS = {"detection": "Detection", "segmentation": "Instance segmentation", "transfer": "Classification transfer"}
+TASKS = {
+    "detection": "Detection",
+    "segmentation": "Instance segmentation",
+    "transfer": "Classification transfer",
+    "detector_robustness": "Robustness of detectors",
+}
 """Tasks whose backbones are compared."""
 RECORDS = "records.jsonl"
 """Where a report keeps the records that it is of."""
@@ -32,7 +38,7 @@ METHOD = (
     "is their number."
 )
 METRICS = {"bbox": "box", "segm": "mask", "bbox-area": "box (area)", "bbox-11point": "box (11-point)"}
-HEADLINES = ("bbox/AP", "segm/AP", "clean_accuracy")
+HEADLINES = ("bbox/AP", "segm/AP", "clean_accuracy", "robust_accuracy")
 """What summary and figures are about."""
 # What a run's configuration may say without being another experiment: which backbone and seed, where it runs, what it
 # shows and how often it saves; of a transfer trial also what its grid chose.
@@ -54,7 +60,11 @@ _FREE = {
     "weight_decay",
     "micro_batch_size",
     "processes",
+    "weights_sha256",
+    "MODEL.BACKBONE.FROM_SCRATCH",
 }
+_FREE_SECTIONS = ("selection.", "warnings.")
+_SCRATCH = "from scratch"
 
 # What a reader tells experiments apart by, before any other key of their configurations.
 _TELLING = (
@@ -100,8 +110,18 @@ class Run:
         return {
             key: value
             for key, value in _flat(self.record.config).items()
-            if key not in _FREE and not key.startswith("selection.")
+            if key not in _FREE and not key.startswith(_FREE_SECTIONS)
         }
+
+    @property
+    def seed(self) -> int:
+        """That of training, also where an evaluation behind it has one of its own."""
+        return int(self.record.config.get("SEED", self.record.seed))
+
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether its backbone's weights were random."""
+        return bool(_flat(self.record.config).get("MODEL.BACKBONE.FROM_SCRATCH")) and not self.record.backbone
 
 
 @dataclass(frozen=True)
@@ -117,8 +137,14 @@ class Backbone:
         return self.threat_model is not None and self.threat_model.epsilon == 0
 
     @property
+    def is_from_scratch(self) -> bool:
+        return self.name == _SCRATCH
+
+    @property
     def trained_at(self) -> str:
-        return "unknown" if self.threat_model is None else str(self.threat_model)
+        if self.threat_model is None:
+            return _SCRATCH if self.is_from_scratch else "unknown"
+        return str(self.threat_model)
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> result (0-100), where there is one."""
@@ -162,7 +188,15 @@ class Experiment:
     def metrics(self) -> list[str]:
         """Those that get a table, and that some run has a value of."""
         names = dict.fromkeys(name for run in self.runs for name in run.record.metrics)
-        return [n for n in names if is_reported(n) and any(b.values(n) for b in self.backbones)]
+        # Without an adversary, robust accuracy is the clean one once more.
+        adversary = str(self.runs[0].record.config.get("eval_threat_model", "L2:0"))
+        return [
+            n
+            for n in names
+            if is_reported(n)
+            and any(b.values(n) for b in self.backbones)
+            and not (n == "robust_accuracy" and adversary.endswith(":0"))
+        ]
 
     @property
     def headlines(self) -> list[str]:
@@ -306,7 +340,7 @@ def experiments(runs: Sequence[Run]) -> list[Experiment]:
     """
     groups: dict[tuple[str, str], list[tuple[dict[str, Any], list[Run]]]] = {}
     for run in runs:
-        if run.record.task in TASKS:
+        if run.record.task in TASKS and "cell" not in run.record.config:
             alternatives = groups.setdefault((run.record.task, run.record.dataset), [])
             setting = run.setting
             for known, members in alternatives:
@@ -331,10 +365,14 @@ def results(experiment: Experiment) -> list[Result]:
 
 
 def is_reported(metric: str) -> bool:
-    """Whether a metric gets a table of its own: AP, AP50 and AP75 of boxes and masks, clean accuracy."""
+    """Whether a metric gets a table of its own: AP, AP50 and AP75 of boxes and masks, clean and robust accuracy.
+
+    Of single corruptions none has one, of their mean and of attacks each.
+    """
     # The best of several evaluations on the test images is no result.
     is_average = re.search(rf"(^|/)({'|'.join(METRICS)})/AP(50|75)?$", metric) and not metric.startswith("best/")
-    return metric == "clean_accuracy" or bool(is_average)
+    is_corruption = metric.split("/")[0].split("-")[0] in CORRUPTIONS
+    return metric in ("clean_accuracy", "robust_accuracy") or (bool(is_average) and not is_corruption)
 
 
 def metric_name(metric: str) -> str:
@@ -415,21 +453,19 @@ def _backbones(runs: Sequence[Run]) -> tuple[tuple[Backbone, ...], tuple[str, ..
     """The runs of one experiment by backbone, and what had to be left out."""
     families: dict[tuple[str, str | None], list[Run]] = {}
     for run in runs:
-        name = str(
-            run.record.backbone.get("label") or run.record.backbone.get("arch") or run._weights_name or "unknown"
-        )
+        name = _SCRATCH if run.is_from_scratch else _backbone_name(run)
         families.setdefault((name, run.record.threat_model), []).append(run)
     backbones, notes = [], []
     for (name, trained_at), members in families.items():
         threat_model = None if trained_at is None else ThreatModel.parse(trained_at)
         # Seeds may come with a pre-training of their own each; two files with one seed are two backbones.
-        files = Counter((run.record.seed, run.weights) for run in members)
+        files = Counter((run.seed, run.weights) for run in members)
         split = len({seed for seed, _ in files}) < len(files)
         for part in sorted({run.weights for run in members}) if split else [None]:
             chosen: dict[int, Run] = {}
             own = [run for run in members if part is None or run.weights == part]
-            for run in sorted(own, key=lambda run: run.record.seed):
-                twin = chosen.setdefault(run.record.seed, run)
+            for run in sorted(own, key=lambda run: run.seed):
+                twin = chosen.setdefault(run.seed, run)
                 if twin is run:
                     continue
                 if twin.record.metrics != run.record.metrics:
@@ -441,6 +477,11 @@ def _backbones(runs: Sequence[Run]) -> tuple[tuple[Backbone, ...], tuple[str, ..
             label = f"{name} ({own[0]._weights_name or own[0].weights[:8]})" if split else name
             backbones.append(Backbone(label, threat_model, chosen))
     return tuple(sorted(backbones, key=_order)), tuple(notes)
+
+
+def _backbone_name(run: Run) -> str:
+    backbone = run.record.backbone
+    return str(backbone.get("label") or backbone.get("arch") or run._weights_name or "unknown")
 
 
 def _order(backbone: Backbone) -> tuple[Any, ...]:

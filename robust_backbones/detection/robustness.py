@@ -266,7 +266,7 @@ def summarize(cells: Mapping[str, Mapping[str, float | None]]) -> dict[str, floa
 
     ``P/bbox/AP`` is the clean one. ``fog/bbox/AP`` is the mean over fog's five severities, ``mPC/bbox/AP`` that over
     the 15 corruptions (Michaelis et al. 2019, eq. 1), ``rPC/bbox/AP`` its ratio to P (eq. 2); ``fog-3/bbox/AP`` is a
-    cell's. A mean that lacks a cell is None.
+    cell's. A mean that lacks a cell is None, but ``corrupted/bbox/AP`` is that over whatever corruptions there are.
     """
     metrics: dict[str, float | None] = {}
     for measure in (name for name in MEASURES if name in cells.get(CLEAN, {})):
@@ -276,6 +276,9 @@ def summarize(cells: Mapping[str, Mapping[str, float | None]]) -> dict[str, floa
         total = _mean(means.values())
         metrics[f"P/{measure}"] = clean
         metrics[f"mPC/{measure}"] = total
+        names = [f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES]
+        corrupted = [values[name] for name in names if name in values]
+        metrics |= {f"corrupted/{measure}": _mean(corrupted)} if corrupted else {}
         metrics[f"rPC/{measure}"] = 100 * total / clean if total is not None and clean else None
         begun = {name.rsplit("-", 1)[0] for name in values}
         metrics |= {f"{name}/{measure}": means[name] for name in CORRUPTIONS if name in begun}
@@ -712,6 +715,7 @@ def _write_summary(output: Path, identity: dict[str, Any], cfg: CfgNode) -> RunR
         seed=clean.seed,
         config={
             **identity,
+            "SEED": cfg.SEED,
             "cells": list(cells),
             "measure": "bbox/AP50" if is_voc else "bbox/AP",
             "adversarial_training": cfg.ADVERSARIAL.KIND and f"{cfg.ADVERSARIAL.KIND} {cfg.ADVERSARIAL.THREAT_MODEL}",

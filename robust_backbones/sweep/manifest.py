@@ -30,7 +30,8 @@ from robust_backbones.transfer.protocol import labels_of
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TRANSFER_MODES = ("probe", "finetune")
-_BACKBONES = ("pretrain", "file", "published")
+SCRATCH = TOOLS.parent / "detectron_configs/protocols/scratch.yaml"
+_BACKBONES = ("pretrain", "file", "published", "scratch")
 _STATEMENTS = ("source", "mean", "std", "channel_order", "stride_in_1x1", "threat_model")
 # Where a detector's run is and what it needs on the way; what it computes does not depend on it.
 _FREE = {
@@ -43,12 +44,13 @@ _FREE = {
     "TEST.REFERENCE_EVAL",
     "TEST.VISUALIZE",
 }
+_FREE_IN_EVALUATION = {"config", "weights", "output", "errors", "jobs", "workers", "device"}
 Options = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """Where a backbone comes from: exactly one of ``pretrain``, ``file`` and ``published``."""
+    """Where a backbone comes from: exactly one of ``pretrain``, ``file``, ``published`` and ``scratch``."""
 
     name: str
     pretrain: str = ""
@@ -57,6 +59,8 @@ class Backbone:
     """A checkpoint of any source that conversion knows, converted ones too."""
     published: str = ""
     """One of the published robust backbones, as ``resnet50_l2_eps3``; ``robust://`` may stand before it."""
+    scratch: str = ""
+    """Nowhere: an architecture, as ``resnet50``, with random weights; the floor of detectors, and no transfer's."""
     options: Options = field(default_factory=dict)
     """What ``file`` does not say itself: options of tools/convert_backbone.py."""
 
@@ -76,6 +80,8 @@ class Task:
     dataset: str = ""
     options: Options = field(default_factory=dict)
     """Of tools/transfer.py; the manifest's seeds are its trials."""
+    robustness: Options = field(default_factory=dict)
+    """Options of ``tools/evaluate.py detector``, which then measures every detector of the task; none: it does not."""
     backbones: tuple[str, ...] = ()
     """All when none is given."""
 
@@ -188,6 +194,7 @@ def _task(name: str, content: Any, protocols: Mapping[str, Sequence[str]], backb
         transfer=str(content.get("transfer", "")),
         dataset=str(content.get("dataset", "")),
         options=_mapping(f"options of task {name}", content.get("options", {})),
+        robustness=_mapping(f"robustness of task {name}", content.get("robustness", {})),
         backbones=_texts(f"backbones of task {name}", content.get("backbones", [])),
     )
     for protocol in task.protocols:
@@ -198,8 +205,11 @@ def _task(name: str, content: Any, protocols: Mapping[str, Sequence[str]], backb
         raise InputError(f"task {name} needs either config_files, of a detector, or transfer, with a dataset")
     if task.transfer:
         _known(f"transfer of task {name}", task.transfer, TRANSFER_MODES)
-        if not task.dataset or task.overrides or task.protocols:
-            raise InputError(f"task {name} is a transfer: it has a dataset and options, no overrides and protocols")
+        if not task.dataset or task.overrides or task.protocols or task.robustness:
+            raise InputError(
+                f"task {name} is a transfer: it has a dataset and options, no overrides, protocols and robustness "
+                "(its options have eval_threat_model)"
+            )
     elif task.dataset or task.options:
         raise InputError(f"task {name} is a detector: it has overrides and protocols, no dataset and options")
     return task
@@ -255,10 +265,13 @@ class _Expansion:
                 raise InputError(f"backbones {name} and {', '.join(same)} are the same weights: keep one")
         for task in manifest.tasks:
             for name in task.backbones or sources:
-                if task.transfer:
-                    self._transfer(task, name, sources[name])
-                else:
-                    self._detect(task, name, sources[name])
+                source = sources[name]
+                if task.transfer and source.path:
+                    self._transfer(task, name, source)
+                elif not task.transfer:
+                    self._detect(task, name, source)
+                elif task.backbones:
+                    raise InputError(f"task {task.name} is a transfer, and backbone {name} has nothing to transfer")
         return tuple(self._runs.values())
 
     def _add(self, kind: str, name: str, group: str, identity: Any, **rest: Any) -> Run:
@@ -280,6 +293,8 @@ class _Expansion:
         if backbone.published:
             spec = BackboneSpec(zoo.find(backbone.published).arch)
             return _Source(HUB + backbone.published, f"published:{backbone.published}", spec)
+        if backbone.scratch:
+            return _Source("", f"scratch:{backbone.scratch}", BackboneSpec(backbone.scratch))
         path, said = Path(backbone.file), dict(backbone.options)
         source = said.pop("source", "")
         if "threat_model" in said:
@@ -325,9 +340,11 @@ class _Expansion:
     def _detect(self, task: Task, name: str, source: _Source) -> None:
         manifest = self._manifest
         needed = source.spec.detectron2_overrides()
-        convert = self._convert(name, source)
+        # Without a checkpoint there is nothing to convert, and the file of random backbones empties MODEL.WEIGHTS.
+        convert = self._convert(name, source) if source.path else None
+        weights = ("MODEL.WEIGHTS", f"{self._folder(convert.key)}/backbone.pkl") if convert else ()
         for protocol in task.protocols or manifest.protocols or ("",):
-            files = (*task.config_files, *manifest.protocols.get(protocol, ()))
+            files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if convert else (str(SCRATCH),)))
             overrides = {key: _value(value) for key, value in task.overrides.items()}
             settings = _settings(files, tuple(overrides.items()))
             # Of what the backbone needs, that which the files do not have: a ResNet-50's is in all of them.
@@ -339,20 +356,38 @@ class _Expansion:
                 words = [word for file in files for word in ("--config-file", file)]
                 for key, value in (*overrides.items(), ("SEED", str(seed))):
                     words += [key, value]
-                self._add(
+                run = self._add(
                     "detect",
                     f"{group}-{name}-seed{seed}",
                     group,
-                    [_identity(setting), convert.key],
+                    [_identity(setting), convert.key if convert else source.identity],
                     argv=(
                         str(TOOLS / "train_net.py"),
                         "--resume",
                         *words,
-                        *("MODEL.WEIGHTS", f"{self._folder(convert.key)}/backbone.pkl", "OUTPUT_DIR", "{folder}"),
+                        *(*weights, "OUTPUT_DIR", "{folder}"),
                     ),
-                    needs=(convert.key,),
+                    needs=(convert.key,) if convert else (),
                     work=setting["SOLVER.MAX_ITER"],
                 )
+                if task.robustness:
+                    self._evaluate(task, f"{group}-{name}-seed{seed}", group, run)
+
+    def _evaluate(self, task: Task, name: str, group: str, detector: Run) -> None:
+        """How robust a detector of the study is."""
+        folder = self._folder(detector.key)
+        paths = (f"{folder}/config.yaml", f"{folder}/model_final.pth", "--output", "{folder}")
+        words = ("detector", *paths, *_words(task.robustness))
+        parsed = _parsed("evaluate", words, f"robustness of task {task.name}")
+        settings = {field.name: str(getattr(parsed, field.name)) for field in fields(parsed)}
+        self._add(
+            "evaluate",
+            f"robustness-{name}",
+            f"robustness-{group}",
+            [{key: value for key, value in settings.items() if key not in _FREE_IN_EVALUATION}, detector.key],
+            argv=(str(TOOLS / "evaluate.py"), *words),
+            needs=(detector.key,),
+        )
 
     def _transfer(self, task: Task, name: str, source: _Source) -> None:
         seeds = [str(seed) for seed in self._manifest.seeds]
@@ -377,9 +412,10 @@ class _Source:
     """A backbone's checkpoint."""
 
     path: str
-    """As tools/convert_backbone.py and tools/transfer.py take it."""
+    """As tools/convert_backbone.py and tools/transfer.py take it; empty where there is none."""
     identity: Any
-    """The weights: sha256 of a file, name of a published backbone, key of the run that makes them."""
+    """The weights: sha256 of a file, name of a published backbone, key of the run that makes them, or an architecture
+    whose weights are random."""
     spec: BackboneSpec
     needs: tuple[str, ...] = ()
     options: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ class Run:
     key: str
     """A readable name, and a hash of the configuration and the weights: another setting is another run."""
     kind: str
-    """``pretrain``, ``convert``, ``detect`` or ``transfer``."""
+    """``pretrain``, ``convert``, ``detect``, ``transfer`` or ``evaluate``."""
     group: str
     """Runs of one group take about the same time."""
     argv: tuple[str, ...]

@@ -9,23 +9,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoints import Checkpoint, load_tensors, write_checkpoint
+from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset, mix
 from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.data.transforms import AUGMENTATIONS, augmentation, val_transform
 from robust_backbones.distributed import StopRequest, stop_on_signals
-from robust_backbones.engine import Compute
+from robust_backbones.engine import Compute, evaluate
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 from robust_backbones.logs import RunLog
 from robust_backbones.metrics import accuracy
+from robust_backbones.models import NormalizedModel, build_backbone
 from robust_backbones.records import RunRecord, atomic_path, claim
+from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.features import Backbone, Features
 from robust_backbones.transfer.heads import HeadBank, Heads, logistic_regressions
 from robust_backbones.transfer.networks import classifier_weights, new_classifier, transferred_spec
@@ -76,6 +80,14 @@ class ProbeConfig(TransferConfig):
     """Least share of an image's area that a resized crop keeps."""
     precision: str = "fp32"
     """Of the backbone: fp32 or bf16. Features and heads are float32."""
+    eval_threat_model: ThreatModel | None = None
+    """Adversary that the robust accuracy of every trial is measured against; without one it is not measured."""
+    eval_attack: AttackConfig = field(
+        default_factory=lambda: AttackConfig(steps=10, relative_step_size=0.25, random_start=True)
+    )
+    """Adversary's effort."""
+    eval_images: int = 0
+    """Robust accuracy is that of this many test images, drawn by ``data_seed``; 0: of all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,8 +105,9 @@ class ProbeConfig(TransferConfig):
         object.__setattr__(self, "penalties", tuple(self.penalties))
         if not self.penalties or not all(math.isfinite(value) and value > 0 for value in self.penalties):
             raise InputError(f"penalties must be one or more numbers > 0, got {self.penalties}")
-        if self.views < 0:
-            raise InputError(f"views must be >= 0, got {self.views}")
+        for name in ("views", "eval_images"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.val_resize < self.image_size:
             raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
         if not 0 < self.min_crop_scale <= 1:
@@ -103,6 +116,16 @@ class ProbeConfig(TransferConfig):
             raise InputError(
                 "batch_norm train changes the features at every step: it goes with fresh views and sgd only"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of any transfer; the adversary only where there is one: probes of before this switch are the same ones."""
+        values = super().to_dict()
+        if self.eval_threat_model is None:
+            for name in ("eval_threat_model", "eval_attack", "eval_images"):
+                del values[name]
+        else:
+            values["eval_threat_model"] = str(self.eval_threat_model)
+        return values
 
     @property
     def grid(self) -> Sequence[Setting | Penalty]:
@@ -136,9 +159,9 @@ def linear_probe(
 ) -> list[RunRecord]:
     """Probe every backbone, in one pass over the data, and leave ``output/LABEL/seed_S/`` for every trial.
 
-    There lie ``record.json`` (task ``transfer``, metric ``clean_accuracy``, 0-100, by the data set's metric) and
-    ``checkpoint.pt``, the network with its new classifier. A probe that was cut off goes on; a finished one is returned
-    as it is.
+    There lie ``record.json`` (task ``transfer``; metrics ``clean_accuracy`` and, where there is an adversary,
+    ``robust_accuracy``, 0-100, by the data set's metric) and ``checkpoint.pt``, the network with its new classifier. A
+    probe that was cut off goes on; a finished one is returned as it is.
 
     Args:
         checkpoints: a label, the folder's name, for each backbone.
@@ -407,14 +430,38 @@ class _Probe:
         spec = transferred_spec(checkpoint, self.images.outputs, normalize=config.normalize)
         weights = {**backbone.extractor.backbone.state_dict(), **classifier_weights(spec, classifier)}
         write_checkpoint(folder / "checkpoint.pt", spec=spec, state_dict=weights, threat_model=checkpoint.threat_model)
+        metrics: dict[str, float | None] = {"clean_accuracy": value}
+        if config.eval_threat_model is not None:
+            network = build_backbone(spec)
+            network.load_state_dict(weights)
+            metrics["robust_accuracy"] = self._robust_accuracy(NormalizedModel(network, spec), seed)
         return trial_record(
             folder,
             mode=MODE,
             checkpoint=checkpoint,
             data=self.images,
-            metrics={"clean_accuracy": value},
+            metrics=metrics,
             selection=selection,
             seed=seed,
             config=config.to_dict(),
             seconds=self.seconds,
         )
+
+    def _robust_accuracy(self, model: NormalizedModel, seed: int) -> float:
+        """Of a trial's whole network, 0-100, by the data set's metric: the adversary sees backbone and head."""
+        config, compute = self.config, self.features.compute
+        assert config.eval_threat_model is not None
+        images = self.images.test.seen_through(val_transform(config.image_size, resize=config.val_resize))
+        if config.eval_images:
+            images = images.sample(config.eval_images, seed=config.data_seed)
+        found = evaluate(
+            model.to(compute.device),
+            val_batches(images, _BATCH, workers=self.workers),
+            config.eval_threat_model,
+            config.eval_attack,
+            compute,
+            generator=torch.Generator(compute.device).manual_seed(seed),
+            metric=self.images.metric,
+            description=f"attack on seed {seed}",
+        )
+        return found["robust_accuracy"]

@@ -209,13 +209,16 @@ def test_mpc_and_rpc_by_hand() -> None:
     assert [found[f"{name}/bbox/AP"] for name in ("P", "mPC", "rPC", "domain-sketch")] == [60, 27, 45, 12.5]
     assert [found[f"{name}/bbox/AP"] for name in CORRUPTIONS] == list(range(34, 19, -1))
     assert [found[f"{name}/bbox/AP50"] for name in ("P", "mPC", "rPC")] == [0, 0, None]  # a share of nothing
+    assert found["corrupted/bbox/AP"] == 27
+    assert "corrupted/bbox/AP" not in summarize({"clean": cells["clean"], "fog-0": cells["fog-0"]})
     assert "P/segm/AP" not in found
     for missing in ("gaussian_noise-1", "jpeg_compression-5"):
         less = summarize({name: cell for name, cell in cells.items() if name != missing})
         absent = [f"{missing[:-2]}/bbox/AP", "mPC/bbox/AP", "rPC/bbox/AP"]
         assert [less[name] for name in absent] == [None] * 3
         kept = {name: value for name, value in found.items() if "bbox/AP" in name and not name.startswith(missing[:-2])}
-        kept = {name: value for name, value in kept.items() if name[:3] not in ("mPC", "rPC")}
+        assert less["corrupted/bbox/AP"] == pytest.approx((27 * 75 - cells[missing]["bbox/AP"]) / 74)  # type: ignore[operator]
+        kept = {n: value for n, value in kept.items() if n.split("/")[0] not in ("mPC", "rPC", "corrupted")}
         assert {name: less[name] for name in kept} == kept
     assert summarize(cells | {"fog-3": {"bbox/AP": None}})["mPC/bbox/AP"] is None
 

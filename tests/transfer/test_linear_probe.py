@@ -19,15 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.data.batches import train_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.data.transforms import train_transform, val_transform
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, build_backbone
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.records import RunRecord
 from robust_backbones.sources import read_checkpoint
+from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer import linear_probe as module
 from robust_backbones.transfer.features import Features
 from robust_backbones.transfer.heads import HeadBank
@@ -384,6 +386,31 @@ def test_images_as_they_are_reach_the_network(checkpoint: Checkpoint, data: Tran
     probe(config, checkpoint, data, tmp_path / "out")
     trial = read_checkpoint(tmp_path / "out/net/seed_0/checkpoint.pt")
     assert (trial.spec.mean, trial.spec.std) == ((0, 0, 0), (1, 1, 1))
+
+
+def test_robust_accuracy_is_that_of_the_whole_network(
+    checkpoint: Checkpoint, data: TransferData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At epsilon 0 it is the clean one, under attack that of PGD on the network that the probe leaves."""
+    plain = probe(replace(CONFIG, lrs=(0.01,)), checkpoint, data, tmp_path / "plain")
+    assert "robust_accuracy" not in plain[0].metrics
+    assert not {"eval_threat_model", "eval_attack", "eval_images"} & plain[0].config.keys()
+    config = replace(CONFIG, lrs=(0.01,), eval_threat_model=ThreatModel("L2", 0.0))
+    for one, other in zip(probe(config, checkpoint, data, tmp_path / "zero"), plain, strict=True):
+        assert one.metrics["robust_accuracy"] == one.metrics["clean_accuracy"] == other.metrics["clean_accuracy"]
+    attack = AttackConfig(steps=3, relative_step_size=0.5)
+    config = replace(CONFIG, lrs=(0.01,), eval_threat_model=ThreatModel("L2", 0.4), eval_attack=attack, eval_images=7)
+    (record, _) = probe(config, checkpoint, data, tmp_path / "one")
+    assert record.config["eval_threat_model"] == "L2:0.4"
+    left = read_checkpoint(tmp_path / "one/net/seed_0/checkpoint.pt")
+    model = NormalizedModel(left.build(), left.spec)
+    drawn = data.test.seen_through(val_transform(32, resize=32)).sample(7, seed=CONFIG.data_seed)
+    images = torch.stack([image for image, _ in (drawn[i] for i in range(7))]) / 255
+    labels = torch.tensor(drawn.labels)
+    adversarial = pgd(model, images, labels, ThreatModel("L2", 0.4), attack)
+    right = (model(images).argmax(1) == labels) & (model(adversarial).argmax(1) == labels)
+    assert record.metrics["robust_accuracy"] == 100 * right.double().mean().item()
+    assert record.metrics["robust_accuracy"] < record.metrics["clean_accuracy"]
 
 
 def test_more_outputs_than_classes(checkpoint: Checkpoint, data: TransferData, tmp_path: Path) -> None:
