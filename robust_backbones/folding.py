@@ -45,8 +45,8 @@ class FoldedTwin(nn.Module):
             if type(module) is nn.MaxPool2d and not module.return_indices:
                 parent, _, own_name = name.rpartition(".")
                 setattr(self.network.get_submodule(parent), own_name, _MaxPool(module).eval())
-            elif type(module) is nn.Conv2d and _is_pointwise(module):
-                module.__class__ = _Pointwise  # the same parameters under the same names
+            elif _Convolution.can_be(module):
+                module.__class__ = _Convolution  # the same parameters under the same names
         for module in self.network.modules():
             if not isinstance(module, _BatchNorm):  # those left over keep their statistics in float32
                 for parameter in module.parameters(recurse=False):
@@ -85,22 +85,45 @@ class FoldedTwin(nn.Module):
         return self
 
 
-def _is_pointwise(convolution: nn.Conv2d) -> bool:
-    around = (convolution.kernel_size, convolution.stride, convolution.padding, convolution.groups)
-    return around == ((1, 1), (1, 1), (0, 0), 1)
+_FEW_PIXELS = 16
 
 
-class _Pointwise(nn.Conv2d):
-    """A 1x1 convolution that is a matrix product over all pixels of the batch where an image has a handful of them.
+class _Convolution(nn.Conv2d):
+    """A convolution that is a matrix product over the windows of the whole batch where images have few pixels.
 
-    On CPUs the convolution goes image by image: with 2 x 2 pixels (res5 at 64 px) it takes three times as long.
+    On CPUs convolutions go image by image: those of res5 at 64 px, with outputs of 2 x 2 pixels, take three times as
+    long.
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        few = inputs.shape[2] * inputs.shape[3] < 16
-        if not few or inputs.device.type != "cpu" or inputs.dtype != torch.float32:
+        height, width = (
+            (size + 2 * padding - window) // stride + 1
+            for size, padding, window, stride in zip(
+                inputs.shape[2:], cast(tuple[int, int], self.padding), self.kernel_size, self.stride, strict=True
+            )
+        )
+        if height * width >= _FEW_PIXELS or inputs.device.type != "cpu" or inputs.dtype != torch.float32:
             return super().forward(inputs)
-        return F.linear(inputs.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        (down, right), (above, beside) = self.stride, cast(tuple[int, int], self.padding)
+        padded = inputs.permute(0, 2, 3, 1)
+        if above or beside:
+            padded = F.pad(padded, (0, 0, beside, beside, above, above))
+        windows = [
+            padded[:, top : top + down * (height - 1) + 1 : down, left : left + right * (width - 1) + 1 : right]
+            for top in range(self.kernel_size[0])
+            for left in range(self.kernel_size[1])
+        ]
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        columns = windows[0] if len(windows) == 1 else torch.cat(windows, dim=3)
+        return F.linear(columns, weight, self.bias).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def can_be(module: nn.Module) -> bool:
+        return (
+            type(module) is nn.Conv2d
+            and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
+            and isinstance(module.padding, tuple)
+        )
 
 
 class _MaxPool(nn.Module):
