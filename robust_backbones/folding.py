@@ -34,6 +34,7 @@ class FoldedTwin(nn.Module):
         self.register_buffer("mean", model.mean.clone(), persistent=False)
         self.register_buffer("std", model.std.clone(), persistent=False)
         self.network = copy.deepcopy(model.backbone).eval().requires_grad_(False)
+        self.network.to(memory_format=torch.channels_last)
         self._folds = _convolutions_before_batch_norms(model.backbone)
         for convolution_name, batch_norm_name in self._folds.items():
             convolution = cast(nn.Conv2d, self.network.get_submodule(convolution_name))
@@ -113,7 +114,7 @@ class _Convolution(nn.Conv2d):
             for top in range(self.kernel_size[0])
             for left in range(self.kernel_size[1])
         ]
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # no copy: channels come last
         columns = windows[0] if len(windows) == 1 else torch.cat(windows, dim=3)
         return F.linear(columns, weight, self.bias).permute(0, 3, 1, 2)
 

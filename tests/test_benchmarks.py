@@ -108,7 +108,7 @@ def test_a_training_step_of_ours_is_the_plain_one(
     run = tmp_path / "networks/resnet18"
     run.mkdir(parents=True)
     weights = model.backbone.state_dict()
-    write_checkpoint(run / "checkpoint.pt", spec=model.spec, state_dict=weights, threat_model=None)
+    write_checkpoint(run / "checkpoint.pt", spec=BackboneSpec("resnet18", 4), state_dict=weights, threat_model=None)
     (run / "record.json").write_text("{}")
     size = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "4", "--rounds", "1", "--epsilon", "0.2"]
     status, out, err = run_tool(

@@ -112,7 +112,7 @@ def for_evaluation(model: NormalizedModel, compute: Compute) -> nn.Module:
     """``model`` in eval mode, as ``accuracy_on`` wants it: its twin with folded batch norms, which is faster."""
     if isinstance(model, PromptedModel):  # a twin would miss the prompt
         return model.eval()
-    return FoldedTwin(model, PRECISIONS[compute.precision]).to(memory_format=torch.channels_last)
+    return FoldedTwin(model, PRECISIONS[compute.precision])
 
 
 def accuracy_on(related: RelatedSet, network: nn.Module, compute: Compute, memory: Memory) -> float:
@@ -230,7 +230,7 @@ def distillation(job: Job) -> Penalty:
     Equations 2 and 3 of the paper but for the classifier of the old task, which is here the one in training; without a
     factor T², as in the paper and in the public code of ImageNet-RIB.
     """
-    teacher = FoldedTwin(job.model().eval(), PRECISIONS[job.compute.precision]).to(memory_format=torch.channels_last)
+    teacher = FoldedTwin(job.model().eval(), PRECISIONS[job.compute.precision])
     classes = torch.tensor(job.target.classes, device=job.compute.device)
 
     def penalty(images: Tensor, logits: Tensor) -> Tensor:
