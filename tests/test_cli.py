@@ -143,7 +143,7 @@ def test_a_probe_in_one_pass_gives_the_weights_of_single_runs(run_tool: Run, sha
     arguments = ["--data", shapes / "shapes_classification", "--output", tmp_path, "--device", "cpu", *size]
     status, _, err = run_tool("benchmark", "probe", *arguments)
     assert status == 0, err
-    record = json.loads((tmp_path / "probe.json").read_text())
+    record = json.loads((tmp_path / "probe-32px-2epochs.json").read_text())
     (check,) = record["checks"]
     assert 0 <= check["found"] < 1e-5
     assert [len(row["seconds"]) for row in record["rows"]] == [1, 1, 1]

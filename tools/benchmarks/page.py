@@ -68,7 +68,7 @@ def write_page(records: Path, page: Path, *, bfloat16: Path | None = None) -> No
     ordered = [found[name] for name in _in_order(found)]
     parts = [INTRODUCTION, _machines(ordered), "## What was to be reached\n\n" + _reaches(ordered, found)]
     for record in ordered:
-        heading = f"## {record['title']}{' (GPU)' if record['options']['device'] == 'cuda' else ''}"
+        heading = f"## {_title(record)}"
         parts.append("\n\n".join([heading, record["remark"], _body(record, records), _checks(record)]).strip())
     if bfloat16 is not None and bfloat16.is_dir():
         parts.append(_bfloat16(bfloat16))
@@ -80,7 +80,7 @@ def excerpt(records: Path) -> str:
     """What the README quotes: the ratios that were to be reached on CPUs in float32, reached or not."""
     found = {path.stem: json.loads(path.read_text()) for path in records.glob("*.json") if "-cuda" not in path.stem}
     rows = [
-        [found[name]["title"], *row]
+        [_title(found[name]), *row]
         for name in _in_order(found)
         for row in _reach_rows(found[name])
         if "bf16" not in row[0]
@@ -89,7 +89,13 @@ def excerpt(records: Path) -> str:
 
 
 def _in_order(found: Mapping[str, Record]) -> list[str]:
-    return sorted(found, key=lambda name: (ORDER.index(name.removesuffix("-cuda")), name))
+    return sorted(found, key=lambda name: (ORDER.index(found[name]["name"]), name))
+
+
+def _title(record: Record) -> str:
+    options = record["options"]
+    of_a_probe = f", {options['epochs']} epochs at {options['image_size']} px" if "epochs" in options else ""
+    return f"{record['title']}{of_a_probe}{' (GPU)' if options['device'] == 'cuda' else ''}"
 
 
 def summary(record: Record) -> str:
@@ -172,9 +178,10 @@ def _said(fine: bool) -> str:
 
 
 def _reaches(ordered: Sequence[Record], found: Mapping[str, Record]) -> str:
-    rows = [[record["title"], *row] for record in ordered for row in _reach_rows(record)]
+    rows = [[_title(record), *row] for record in ordered for row in _reach_rows(record)]
+    measured = {record["name"] for record in ordered if record["options"]["device"] == "cpu"}
     # Two are of interest without a bound.
-    missing = [name for name in ORDER if name not in found and name not in ("growth", "detector-attack")]
+    missing = [name for name in ORDER if name not in measured and name not in ("growth", "detector-attack")]
     rows += [[name, "", "", "", NOT_MEASURED, ""] for name in missing]
     rows += [
         [f"{name}, on a GPU of the Hopper class", "", "", said, NOT_MEASURED, ""]

@@ -30,7 +30,7 @@ CHECKED_EPOCHS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(Work):
-    """A linear probe of 2 learning rates x 3 seeds x 150 epochs."""
+    """A linear probe of 2 learning rates x 3 seeds."""
 
     name: ClassVar[str] = "probe"
     title: ClassVar[str] = "Linear probe: 2 learning rates x 3 seeds"
@@ -39,13 +39,20 @@ class Probe(Work):
     data: Path
     """Folder that holds train/ and test/."""
     arch: str = "resnet50"
-    image_size: int = 96
+    image_size: int = 224
     images: int = 16
     """Training images, and as many test images."""
-    epochs: int = 150
+    epochs: int = 10
+    """Of the recipe's 150: with fewer, what is done once weighs more."""
     rounds: int = 1
     warm_up: ClassVar[int] = 0
     """The check has done it."""
+
+    @property
+    def record(self) -> Path:
+        """One for each size and length."""
+        record = super().record
+        return record.with_stem(record.stem.replace("probe", f"probe-{self.image_size}px-{self.epochs}epochs"))
 
     def ways(self) -> list[Way]:
         options = {
