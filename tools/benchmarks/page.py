@@ -47,8 +47,9 @@ Made by `python tools/benchmark.py page` from the records in [benchmarks/](bench
 
 Two ways to do the same work take turns, each in a process of its own and on the same PyTorch; each round begins with
 another way. What they compute is compared before any time counts, and a benchmark whose ways differ prints no time.
-On CPUs the seconds are processor seconds, so that other processes do not count; ratios are the median over rounds, with
-the least and the greatest round in brackets. Other software runs in an environment of its own, which the tool installs.
+On CPUs the seconds are processor seconds; other processes, which these do not count, still take caches and memory from
+both sides. Ratios are the median over rounds, with the least and the greatest round in brackets. Other software runs in
+an environment of its own, which the tool installs.
 """
 
 
