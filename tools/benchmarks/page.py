@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from math import log
+from math import exp, log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -249,9 +249,11 @@ def _growth_figure(record: Record, path: Path) -> Any:
         axes.errorbar(x, middle, yerr=bars, fmt="o", color="#0072B2", capsize=3)
         fit = _fit(series)
         if fit is not None:
-            axes.plot(x, [2.718281828459045**fit.intercept * value**fit.slope for value in x], "--", color="#000000")
+            axes.plot(x, [exp(fit.intercept) * value**fit.slope for value in x], "--", color="#000000")
         axes.set(xscale="log", yscale="log", xlabel=series["series"], ylabel="seconds")
         axes.set_xticks(x, [str(value) for value in x])
+        ends = [middle[0], middle[-1]]
+        axes.set_yticks(ends, [f"{value:.2g}" for value in ends])
         axes.minorticks_off()
         axes.set_title("" if fit is None else f"p = {fit.slope:.2f}", fontsize=10)
         rows += [[series["series"], *values] for values in zip(x, middle, low, high, strict=True)]
