@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from robust_backbones.convolutions import Convolution, multiply_few_pixels
 from robust_backbones.models import NormalizedModel
 
 
@@ -46,8 +47,7 @@ class FoldedTwin(nn.Module):
             if type(module) is nn.MaxPool2d and not module.return_indices:
                 parent, _, own_name = name.rpartition(".")
                 setattr(self.network.get_submodule(parent), own_name, _MaxPool(module).eval())
-            elif _Convolution.can_be(module):
-                module.__class__ = _Convolution  # the same parameters under the same names
+        multiply_few_pixels(self.network)
         for module in self.network.modules():
             if not isinstance(module, _BatchNorm):  # those left over keep their statistics in float32
                 for parameter in module.parameters(recurse=False):
@@ -84,47 +84,6 @@ class FoldedTwin(nn.Module):
     def train(self, mode: bool = True) -> FoldedTwin:
         """Nothing: a twin is in eval mode for good."""
         return self
-
-
-_FEW_PIXELS = 16
-
-
-class _Convolution(nn.Conv2d):
-    """A convolution that is a matrix product over the windows of the whole batch where images have few pixels.
-
-    On CPUs convolutions go image by image: those of res5 at 64 px, with outputs of 2 x 2 pixels, take three times as
-    long.
-    """
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        height, width = (
-            (size + 2 * padding - window) // stride + 1
-            for size, padding, window, stride in zip(
-                inputs.shape[2:], cast(tuple[int, int], self.padding), self.kernel_size, self.stride, strict=True
-            )
-        )
-        if height * width >= _FEW_PIXELS or inputs.device.type != "cpu" or inputs.dtype != torch.float32:
-            return super().forward(inputs)
-        (down, right), (above, beside) = self.stride, cast(tuple[int, int], self.padding)
-        padded = inputs.permute(0, 2, 3, 1)
-        if above or beside:
-            padded = F.pad(padded, (0, 0, beside, beside, above, above))
-        windows = [
-            padded[:, top : top + down * (height - 1) + 1 : down, left : left + right * (width - 1) + 1 : right]
-            for top in range(self.kernel_size[0])
-            for left in range(self.kernel_size[1])
-        ]
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # no copy: channels come last
-        columns = windows[0] if len(windows) == 1 else torch.cat(windows, dim=3)
-        return F.linear(columns, weight, self.bias).permute(0, 3, 1, 2)
-
-    @staticmethod
-    def can_be(module: nn.Module) -> bool:
-        return (
-            type(module) is nn.Conv2d
-            and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
-            and isinstance(module.padding, tuple)
-        )
 
 
 class _MaxPool(nn.Module):
@@ -174,4 +133,4 @@ def _convolutions_before_batch_norms(backbone: nn.Module) -> dict[str, str]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (_BatchNorm, Convolution)) or super().is_leaf_module(m, module_qualified_name)

@@ -1,16 +1,17 @@
-"""Backbones: what a network is (BackboneSpec), how it is built, and how images in [0, 1] enter it."""
+"""Backbones: what a network is (BackboneSpec), how it is built, and how images in [0, 1] enter it.
+
+torchvision is imported where a network is built: that takes seconds, which what only reads tensors need not wait for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import MNASNet, densenet161, mobilenet_v2, shufflenet_v2_x1_0, vgg16_bn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from robust_backbones.errors import InputError
 
@@ -18,14 +19,8 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 STEMS = ("imagenet", "cifar")
 
-# depth -> residual block and blocks a stage (He et al. 2016, table 1)
-_STAGES = {
-    18: (BasicBlock, [2, 2, 2, 2]),
-    34: (BasicBlock, [3, 4, 6, 3]),
-    50: (Bottleneck, [3, 4, 6, 3]),
-    101: (Bottleneck, [3, 4, 23, 3]),
-    152: (Bottleneck, [3, 8, 36, 3]),
-}
+# depth -> blocks a stage (He et al. 2016, table 1); from 50 layers on they are bottlenecks
+_STAGES = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
 
 
 @dataclass(frozen=True)
@@ -36,20 +31,14 @@ class ResNetShape:
     width_per_group: int = 64
     num_groups: int = 1
 
-
-class _MNASNet(MNASNet):
-    """torchvision's MNASNet, which also loads a plain dictionary of tensors, as files hold it."""
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *arguments: Any
-    ) -> None:
-        # torchvision asks which of its two definitions the tensors are from; at width 1.0 the two are the same.
-        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *arguments)
+    @property
+    def has_bottlenecks(self) -> bool:
+        return self.depth >= 50
 
 
-# name (torchvision's where it has one) -> shape, or how to build what is no ResNet: the networks of Salman et al. 2020,
-# and the ResNets that complete the family
-ARCHITECTURES: dict[str, ResNetShape | Callable[..., nn.Module]] = {
+# name (torchvision's where it has one) -> shape, None of what is no ResNet: the networks of Salman et al. 2020, and the
+# ResNets that complete the family
+ARCHITECTURES: dict[str, ResNetShape | None] = {
     "resnet18": ResNetShape(18),
     "resnet34": ResNetShape(34),
     "resnet50": ResNetShape(50),
@@ -59,11 +48,11 @@ ARCHITECTURES: dict[str, ResNetShape | Callable[..., nn.Module]] = {
     "wide_resnet50_4": ResNetShape(50, width_per_group=256),
     "resnext50_32x4d": ResNetShape(50, width_per_group=4, num_groups=32),
     "resnext101_32x8d": ResNetShape(101, width_per_group=8, num_groups=32),
-    "densenet161": densenet161,
-    "mnasnet1_0": lambda num_classes: _MNASNet(1.0, num_classes),
-    "mobilenet_v2": mobilenet_v2,
-    "shufflenet_v2_x1_0": shufflenet_v2_x1_0,
-    "vgg16_bn": vgg16_bn,
+    "densenet161": None,
+    "mnasnet1_0": None,
+    "mobilenet_v2": None,
+    "shufflenet_v2_x1_0": None,
+    "vgg16_bn": None,
 }
 
 
@@ -112,7 +101,7 @@ class BackboneSpec:
     @property
     def _has_bottlenecks(self) -> bool:
         shape = ARCHITECTURES[self.arch]
-        return isinstance(shape, ResNetShape) and _STAGES[shape.depth][0] is Bottleneck
+        return isinstance(shape, ResNetShape) and shape.has_bottlenecks
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the same before and after a trip through JSON; ``BackboneSpec(**...)`` reads them."""
@@ -152,6 +141,8 @@ def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
         torch.default_generator.manual_seed(seed)
         net = _build(spec.arch, spec.num_classes, spec.stem)
     if spec.stride_in_1x1:
+        from torchvision.models.resnet import Bottleneck
+
         for block in net.modules():
             if isinstance(block, Bottleneck):
                 block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
@@ -159,13 +150,15 @@ def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
 
 
 def _build(arch: str, num_classes: int, stem: str) -> nn.Module:
+    from torchvision import models
+    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
     shape = ARCHITECTURES[arch]
-    if not isinstance(shape, ResNetShape):
-        return shape(num_classes=num_classes)
-    block, stages = _STAGES[shape.depth]
+    if shape is None:
+        return _mnasnet1_0(num_classes) if arch == "mnasnet1_0" else getattr(models, arch)(num_classes=num_classes)
     net = ResNet(
-        block,
-        stages,
+        Bottleneck if shape.has_bottlenecks else BasicBlock,
+        _STAGES[shape.depth],
         num_classes=num_classes or 1,
         groups=shape.num_groups,
         width_per_group=shape.width_per_group,
@@ -177,6 +170,21 @@ def _build(arch: str, num_classes: int, stem: str) -> nn.Module:
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as the layers behind it
         net.maxpool = nn.Identity()
     return net
+
+
+def _mnasnet1_0(num_classes: int) -> nn.Module:
+    from torchvision.models import MNASNet
+
+    class PlainMNASNet(MNASNet):
+        """torchvision's, which also loads a plain dictionary of tensors, as files hold it."""
+
+        def _load_from_state_dict(
+            self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *arguments: Any
+        ) -> None:
+            # torchvision asks which of its two definitions the tensors are from; at width 1.0 the two are the same.
+            super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": 2}, *arguments)
+
+    return PlainMNASNet(1.0, num_classes)
 
 
 def identify(state_dict: dict[str, Tensor]) -> BackboneSpec:
@@ -221,13 +229,13 @@ def _difference(shapes: dict[str, tuple[int, ...]], body: dict[str, tuple[int, .
 
 
 def _candidates(names: Collection[str]) -> list[str]:
-    """Architectures that may have these tensors: to build a reference of one takes up to 0.3 s."""
+    """Architectures that may have these tensors."""
     if not any(name.startswith("layer1.") for name in names):
         return [arch for arch, shape in ARCHITECTURES.items() if not isinstance(shape, ResNetShape)]
     blocks = [
         sum(name.startswith(f"layer{i}.") and name.endswith(".conv1.weight") for name in names) for i in range(1, 5)
     ]
-    resnets = {arch: _STAGES[shape.depth][1] for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)}
+    resnets = {arch: _STAGES[shape.depth] for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)}
     return [arch for arch in resnets if resnets[arch] == blocks] or list(resnets)
 
 
@@ -237,11 +245,43 @@ def reference_shapes(arch: str, stem: str) -> tuple[dict[str, tuple[int, ...]], 
 
     Batch norm's counters are left out, as old files do.
     """
+    shape = ARCHITECTURES[arch]
+    if shape is not None:
+        return _resnet_shapes(shape, stem), "fc"
     with torch.device("meta"):
         net = _build(arch, 1, stem)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if not _is_counter(name)}
     *_, classifier = (name for name, module in net.named_modules() if isinstance(module, nn.Linear))
     return shapes, classifier
+
+
+def _resnet_shapes(shape: ResNetShape, stem: str) -> dict[str, tuple[int, ...]]:
+    """What torchvision's network would say, without the network (He et al. 2016, table 1)."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def convolution(name: str, norm: str, inputs: int, outputs: int, window: int, groups: int = 1) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs // groups, window, window)
+        shapes.update({f"{norm}.{tensor}": (outputs,) for tensor in ("weight", "bias", "running_mean", "running_var")})
+
+    convolution("conv1", "bn1", 3, 64, 3 if stem == "cifar" else 7)
+    inputs = 64
+    for stage, blocks in enumerate(_STAGES[shape.depth], start=1):
+        planes = 64 << (stage - 1)
+        width = planes * shape.width_per_group // 64 * shape.num_groups
+        outputs = 4 * planes if shape.has_bottlenecks else planes
+        for block in range(blocks):
+            name = f"layer{stage}.{block}"
+            if shape.has_bottlenecks:
+                convolution(f"{name}.conv1", f"{name}.bn1", inputs, width, 1)
+                convolution(f"{name}.conv2", f"{name}.bn2", width, width, 3, shape.num_groups)
+                convolution(f"{name}.conv3", f"{name}.bn3", width, outputs, 1)
+            else:
+                convolution(f"{name}.conv1", f"{name}.bn1", inputs, outputs, 3)
+                convolution(f"{name}.conv2", f"{name}.bn2", outputs, outputs, 3)
+            if inputs != outputs:
+                convolution(f"{name}.downsample.0", f"{name}.downsample.1", inputs, outputs, 1)
+            inputs = outputs
+    return {**shapes, "fc.weight": (1, inputs), "fc.bias": (1,)}
 
 
 def _is_counter(name: str) -> bool:
@@ -277,6 +317,8 @@ class NormalizedModel(nn.Module):
         Raises:
             InputError: the backbone is no ResNet.
         """
+        from torchvision.models.resnet import ResNet
+
         net = self.backbone
         if not isinstance(net, ResNet):
             raise InputError(f"only a ResNet has the stages layer1 to layer4, this backbone is a {type(net).__name__}")

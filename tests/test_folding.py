@@ -1,14 +1,12 @@
 """The folded twin is the same function as the network in eval mode, and an attack on it is an attack on the network."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.folding import FoldedTwin, _Convolution, _MaxPool
+from robust_backbones.folding import FoldedTwin, _MaxPool
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
@@ -165,38 +163,3 @@ def test_pooling_that_holds_no_indices_has_the_same_gradient(dtype: torch.dtype,
         gradients.append(torch.autograd.grad(output, points, weight)[0])
     assert torch.equal(*gradients)
     assert held == [dtype]
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 5), (4, 3), (7, 8)])
-@pytest.mark.parametrize(
-    ("window", "stride", "padding"),
-    [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), ((1, 3), (2, 1), (0, 1)), (7, 2, 3)],
-)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_convolution_of_few_pixels_is_a_matrix_product(
-    size: tuple[int, int], window: int, stride: int, padding: int, layout: torch.memory_format
-) -> None:
-    """Where it is one (few pixels) and where it stays a convolution, forward and backward, against float64."""
-    torch.manual_seed(0)
-    convolution = nn.Conv2d(6, 4, window, stride, padding, bias=size != (2, 2)).double()
-    twin = copy.deepcopy(convolution).float().to(memory_format=layout)
-    assert _Convolution.can_be(twin)
-    twin.__class__ = _Convolution
-    inputs = torch.randn(3, 6, *size).contiguous(memory_format=layout)
-    points = [inputs.double().requires_grad_(), inputs.requires_grad_()]
-    outputs = [convolution(points[0]), twin(points[1])]
-    weight = torch.randn(outputs[0].shape)
-    gradients = [
-        torch.autograd.grad(output, point, weight.to(output.dtype))[0]
-        for output, point in zip(outputs, points, strict=True)
-    ]
-    for exact, found in (outputs, gradients):
-        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "other",
-    [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU()],
-)
-def test_other_layers_stay_what_they_are(other: nn.Module) -> None:
-    assert not _Convolution.can_be(other)

@@ -1,6 +1,8 @@
 """Backbones: recognised by their shapes, built from their spec, fed in [0, 1]."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,11 +12,13 @@ from torch import Tensor, nn
 from robust_backbones.errors import InputError
 from robust_backbones.models import (
     ARCHITECTURES,
+    STEMS,
     BackboneSpec,
     NormalizedModel,
     ResNetShape,
     build_backbone,
     identify,
+    reference_shapes,
 )
 
 RESNETS = [arch for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)]
@@ -84,6 +88,23 @@ def test_what_differs_is_named() -> None:
         "it comes nearest to resnet50, but lacks layer3.2.bn1.bias and has no place for attention and differs in the "
         "shape of layer2.0.conv2.weight"
     )
+
+
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("arch", RESNETS)
+def test_a_resnet_s_shapes_are_those_of_torchvision_s_network(arch: str, stem: str) -> None:
+    built = on_meta(BackboneSpec(arch, 1, stem=stem)).state_dict()
+    shapes, classifier = reference_shapes(arch, stem)
+    expected = {name: tuple(tensor.shape) for name, tensor in built.items() if "num_batches" not in name}
+    assert [*shapes.items()] == [*expected.items()]
+    assert classifier == "fc"
+
+
+def test_reading_tensors_does_not_wait_for_torchvision() -> None:
+    script = (
+        "import sys, robust_backbones.sources; assert 'torch' in sys.modules; sys.exit('torchvision' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("arch", RESNETS)
