@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from typing import Any, cast
 
@@ -51,10 +52,17 @@ class Compute:
         if self.compile_mode and self.compile_mode not in COMPILE_MODES:
             raise InputError(f"unknown compile mode {self.compile_mode!r}: choose one of {', '.join(COMPILE_MODES)}")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return arithmetic(self.precision, self.device)
+
+    @property
+    def attack_dtype(self) -> torch.dtype:
+        return arithmetic(self.attack_precision or self.precision, self.device)
+
     def autocast(self) -> torch.autocast:
-        dtype = PRECISIONS[self.precision]
-        enabled = dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=dtype if enabled else torch.bfloat16, enabled=enabled)
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
 
     def compile(self, model: nn.Module) -> nn.Module:
         """``model``, compiled when the mode says so."""
@@ -66,6 +74,27 @@ class Compute:
         """uint8 (N, 3, H, W) -> float32 in [0, 1] on the device; channels last, which convolutions like best."""
         images = images.to(self.device, non_blocking=True).float() / 255
         return images.contiguous(memory_format=torch.channels_last)
+
+
+def arithmetic(precision: str, device: torch.device) -> torch.dtype:
+    """The type of one of PRECISIONS; float32 for bf16 on CPUs that compute it in software, twenty times slower.
+
+    That is said once.
+    """
+    if precision == "bf16" and device.type == "cpu" and not computes_bfloat16():
+        _say_float32()
+        return torch.float32
+    return PRECISIONS[precision]
+
+
+def computes_bfloat16() -> bool:
+    """Whether this machine's CPU has instructions that bfloat16 is computed with (on x86, AVX-512)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@cache
+def _say_float32() -> None:
+    print("this processor has no instructions for bfloat16: computing in float32, which is faster on it", flush=True)
 
 
 class Learner:
@@ -98,7 +127,7 @@ class Learner:
         self._threat_model, self._epsilon_warmup_steps = threat_model, epsilon_warmup_steps
         self._stylize = stylize
         multiply_few_pixels(model)
-        self._twin = FoldedTwin(model, PRECISIONS[compute.attack_precision or compute.precision])
+        self._twin = FoldedTwin(model, compute.attack_dtype)
         self._adversary = compute.compile(self._twin)
         network: nn.Module = model
         if processes.size > 1:

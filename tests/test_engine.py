@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.engine import Compute, Learner, Totals, evaluate, train_one_epoch
+from robust_backbones.engine import Compute, Learner, Totals, _say_float32, evaluate, train_one_epoch
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.objectives import ObjectiveConfig
@@ -223,6 +223,23 @@ def test_it_learns(precision: str, epsilon: float) -> None:
     assert accuracy["clean_accuracy"] > 90
     assert accuracy["robust_accuracy"] > 80
     assert all(parameter.dtype == torch.float32 for parameter in one.model.parameters())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_float32_where_it_would_be_software(
+    native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("robust_backbones.engine.computes_bfloat16", lambda: native)
+    _say_float32.cache_clear()
+    compute = Compute(torch.device("cpu"), "fp32", "bf16")
+    assert compute.dtype == torch.float32
+    assert capsys.readouterr().out == ""
+    arithmetic = torch.bfloat16 if native else torch.float32
+    assert compute.attack_dtype == Compute(torch.device("cpu"), "bf16").dtype == arithmetic
+    with Compute(torch.device("cpu"), "bf16").autocast():
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == arithmetic
+    assert capsys.readouterr().out.count("float32") == (not native)
+    assert Compute(torch.device("cuda"), "bf16").dtype == torch.bfloat16
 
 
 @pytest.mark.slow

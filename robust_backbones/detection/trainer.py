@@ -31,6 +31,7 @@ from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper,
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, WeightAverage, build_precise_bn, flat_metrics
 from robust_backbones.distributed import StopRequest, stop_on_signals, synchronize_on_cpu
+from robust_backbones.engine import arithmetic
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
 from robust_backbones.records import RunRecord, write_jsonl
 
@@ -69,8 +70,9 @@ class Trainer(DefaultTrainer):
             self._trainer = AMPTrainer(trained, batches, optimizer, grad_scaler=scaler)
         else:
             self._trainer = SimpleTrainer(trained, batches, optimizer)
+        wanted = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
         self._bfloat16 = torch.autocast(
-            device.type, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
+            device.type, torch.bfloat16, enabled=wanted and arithmetic("bf16", device) == torch.bfloat16
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
-from robust_backbones.engine import PRECISIONS, Compute, Learner, Totals, evaluate, train_one_epoch
+from robust_backbones.engine import Compute, Learner, Totals, evaluate, train_one_epoch
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.folding import FoldedTwin
 from robust_backbones.inheritance.adapters import LowRankModel, PromptedModel
@@ -112,7 +112,7 @@ def for_evaluation(model: NormalizedModel, compute: Compute) -> nn.Module:
     """``model`` in eval mode, as ``accuracy_on`` wants it: its twin with folded batch norms, which is faster."""
     if isinstance(model, PromptedModel):  # a twin would miss the prompt
         return model.eval()
-    return FoldedTwin(model, PRECISIONS[compute.precision])
+    return FoldedTwin(model, compute.dtype)
 
 
 def accuracy_on(related: RelatedSet, network: nn.Module, compute: Compute, memory: Memory) -> float:
@@ -230,7 +230,7 @@ def distillation(job: Job) -> Penalty:
     Equations 2 and 3 of the paper but for the classifier of the old task, which is here the one in training; without a
     factor T², as in the paper and in the public code of ImageNet-RIB.
     """
-    teacher = FoldedTwin(job.model().eval(), PRECISIONS[job.compute.precision])
+    teacher = FoldedTwin(job.model().eval(), job.compute.dtype)
     classes = torch.tensor(job.target.classes, device=job.compute.device)
 
     def penalty(images: Tensor, logits: Tensor) -> Tensor:

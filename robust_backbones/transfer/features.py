@@ -12,7 +12,7 @@ from tqdm import tqdm
 from robust_backbones.checkpoints import Checkpoint
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
-from robust_backbones.engine import PRECISIONS, Compute
+from robust_backbones.engine import Compute
 from robust_backbones.folding import FoldedTwin
 from robust_backbones.models import NormalizedModel
 from robust_backbones.transfer.networks import feature_extractor
@@ -54,7 +54,7 @@ class Features:
         for backbone in self.backbones:
             network: nn.Module = backbone.extractor.to(compute.device)
             if not trained_statistics:
-                network = FoldedTwin(backbone.extractor, PRECISIONS[compute.precision])
+                network = FoldedTwin(backbone.extractor, compute.dtype)
             self._networks.append(network.to(memory_format=torch.channels_last))
         self._autocast = trained_statistics
 

@@ -37,6 +37,8 @@ class MaskRCNN(Work):
 
     def check(self, results: Mapping[str, Arrays]) -> list[Check]:
         """The proposal network's losses; behind it, rounding chooses among a random network's boxes."""
+        if BF16 not in results:
+            return []
         gap = abs(float(results[BF16]["loss"]) / float(results[DEFAULT]["loss"]) - 1)
         return [Check("RPN's first losses, relative gap of bf16 to fp32", gap, 1e-2)]
 

@@ -189,14 +189,18 @@ def _reaches(ordered: Sequence[Record], found: Mapping[str, Record]) -> str:
         for name, said in ON_A_GPU.items()
         if f"{name}-cuda" not in found
     ]
-    slow = [r for r in ordered if r["options"]["device"] == "cpu" and r["machine"]["bf16_over_fp32"] < 1]
     text = markdown(["work", *REACH_HEADS], rows)
-    if slow:
-        rate = median(record["machine"]["bf16_over_fp32"] for record in slow)
-        text += (
-            f"\n\nOn this processor a matrix product in bfloat16 runs at {rate:.2f} times the speed of float32: what "
-            "bf16 was to give needs hardware that is fast at it (AMX, or a GPU)."
-        )
+    rates: dict[str, list[float]] = {}
+    for record in ordered:
+        in_bf16 = any("bf16" in reach["way"] and reach["found"] for reach in record.get("reaches", []))
+        if record["options"]["device"] == "cpu" and in_bf16:
+            rates.setdefault(record["machine"]["processor"], []).append(record["machine"]["bf16_over_fp32"])
+    for processor, found_rates in rates.items():
+        if (rate := median(found_rates)) < 1:
+            text += (
+                f"\n\nOn the {processor} a matrix product in bfloat16 runs at {rate:.2f} times the speed of float32: "
+                "what bf16 was to give needs hardware that is fast at it (AMX, or a GPU)."
+            )
     return text
 
 
@@ -207,7 +211,8 @@ def _machines(ordered: Sequence[Record]) -> str:
         members = list(group)
         threads = sorted({record["options"]["threads"] for record in members})
         versions = sorted({record["versions"]["torch"] for record in members})
-        rows.append([processor, instructions, ", ".join(map(str, threads)), ", ".join(versions), str(len(members))])
+        names = sorted({record["name"] for record in members})
+        rows.append([processor, instructions, ", ".join(map(str, threads)), ", ".join(versions), ", ".join(names)])
     return markdown(["processor", "instructions", "threads of a way", "torch", "benchmarks"], rows)
 
 
