@@ -69,9 +69,6 @@ def test_the_page_on_detectors_says_what_its_records_say() -> None:
     assert {metrics["sanity/images"] for metrics in attacks} == {8}
     for sign in ("random_is_stronger", "larger_is_not_stronger"):
         assert max(metrics[f"sanity/{sign}"] or 0 for metrics in attacks) == 2
-    cost = json.loads((folder / "attack_cost.json").read_text())["rows"]
-    for row in cost:
-        assert f"| {row['what']} | {1000 / row['images_per_second']:.0f} | {1 / row['ratio']:.2f}x |" in page
     for name in ("coco-standard", "coco-standard-adversarial"):
         for row in csv.DictReader((folder / f"errors_{name}.csv").read_text().splitlines()):
             values = [float(row["AP50"]), *(float(row[f"{oracle} dAP50"]) for oracle in ORACLES)]

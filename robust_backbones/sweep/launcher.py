@@ -57,7 +57,7 @@ def launch(
     *,
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
-    pause: float = 0.2,
+    pause: float = 1.0,
 ) -> int:
     """Carry out every run of ``plan`` that is not done; the caller holds the lock of its folder.
 
