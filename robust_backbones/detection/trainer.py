@@ -70,10 +70,7 @@ class Trainer(DefaultTrainer):
             self._trainer = AMPTrainer(trained, batches, optimizer, grad_scaler=scaler)
         else:
             self._trainer = SimpleTrainer(trained, batches, optimizer)
-        wanted = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
-        self._bfloat16 = torch.autocast(
-            device.type, torch.bfloat16, enabled=wanted and arithmetic("bf16", device) == torch.bfloat16
-        )
+        self._bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=_runs_in_bfloat16(cfg))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = BackboneCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
@@ -281,6 +278,9 @@ def _write_record(
     cfg: CfgNode, metrics: Mapping[str, float | None], checkpointer: BackboneCheckpointer, seconds: float, name: str
 ) -> None:
     backbone, threat_model = checkpointer.provenance()
+    config = yaml.safe_load(cfg.dump())
+    if cfg.SOLVER.AMP.DTYPE == "bfloat16" and not _runs_in_bfloat16(cfg):
+        config["SOLVER"]["AMP"]["ENABLED"] = False  # what ran, which is not what was asked for on every CPU
     record = RunRecord(
         run_id=Path(cfg.OUTPUT_DIR).name,
         task="segmentation" if cfg.MODEL.MASK_ON else "detection",
@@ -289,10 +289,15 @@ def _write_record(
         dataset=", ".join(cfg.DATASETS.TEST),
         metrics=dict(metrics),
         seed=cfg.SEED,
-        config=yaml.safe_load(cfg.dump()),
+        config=config,
         seconds=seconds,
     )
     record.write(Path(cfg.OUTPUT_DIR) / name)
+
+
+def _runs_in_bfloat16(cfg: CfgNode) -> bool:
+    wanted = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
+    return wanted and arithmetic("bf16", torch.device(cfg.MODEL.DEVICE)) == torch.bfloat16
 
 
 def check_expected(cfg: CfgNode, metrics: Mapping[str, float | None]) -> None:
