@@ -51,6 +51,11 @@ def test_only_detection_imports_detectron2() -> None:
     assert importers == {"detection"}
 
 
+def test_reading_tensors_does_not_wait_for_torchvision() -> None:
+    code = "import sys, robust_backbones.sources; sys.exit('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_model_zoo_is_never_imported() -> None:
     """It needs pkg_resources, which setuptools no longer has."""
     paths = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
