@@ -152,6 +152,10 @@ def test_the_page_on_the_study_says_what_its_records_say(tmp_path: Path) -> None
     [on_detectors] = [line for line in findings if "Classification transfer" not in line]
     assert ", from scratch: " in on_detectors
     assert not [line for line in findings if "full network" in line]
+    for result in study_results(runs, STUDY_TABLES[2]):
+        if (result.experiment.dataset, result.experiment.setting) == ("cifar10", "full network"):
+            highest_row = max(result.rows, key=lambda row: row.summary.mean if row.summary else 0)
+            assert highest_row.backbone.trained_at == "L2:0.14"
     backbones = [run.record for run in runs if run.record.task == "pretrain"]
     backbones.sort(key=lambda record: ThreatModel.parse(str(record.threat_model)).epsilon)
     clean, robust = ([record.metrics[f"{kind}_accuracy"] for record in backbones] for kind in ("clean", "robust"))
