@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -77,9 +78,9 @@ class Compute:
 
 
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:
-    """The type of one of PRECISIONS; float32 for bf16 on CPUs that compute it in software, twenty times slower.
+    """The type of one of PRECISIONS; float32 for bf16 on CPUs that compute it in software, which is far slower.
 
-    That is said once.
+    That is said once, on stderr: stdout may be a document.
     """
     if precision == "bf16" and device.type == "cpu" and not computes_bfloat16():
         _say_float32()
@@ -94,7 +95,8 @@ def computes_bfloat16() -> bool:
 
 @cache
 def _say_float32() -> None:
-    print("this processor has no instructions for bfloat16: computing in float32, which is faster on it", flush=True)
+    said = "this processor has no instructions for bfloat16: computing in float32, which is faster on it"
+    print(said, file=sys.stderr, flush=True)
 
 
 class Learner:
