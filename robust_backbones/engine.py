@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.convolutions import multiply_few_pixels
+from robust_backbones.convolutions import use_fast_convolutions
 from robust_backbones.data.stylization import stylize
 from robust_backbones.distributed import ALONE, Processes
 from robust_backbones.errors import DivergedError, InputError
@@ -128,7 +128,7 @@ class Learner:
         self.compute, self.processes = compute, processes
         self._threat_model, self._epsilon_warmup_steps = threat_model, epsilon_warmup_steps
         self._stylize = stylize
-        multiply_few_pixels(model)
+        use_fast_convolutions(model)
         self._twin = FoldedTwin(model, compute.attack_dtype)
         self._adversary = compute.compile(self._twin)
         network: nn.Module = model

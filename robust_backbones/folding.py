@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from robust_backbones.convolutions import Convolution, multiply_few_pixels
+from robust_backbones.convolutions import Convolution, use_fast_convolutions
 from robust_backbones.models import NormalizedModel
 
 
@@ -47,7 +47,7 @@ class FoldedTwin(nn.Module):
             if type(module) is nn.MaxPool2d and not module.return_indices:
                 parent, _, own_name = name.rpartition(".")
                 setattr(self.network.get_submodule(parent), own_name, _MaxPool(module).eval())
-        multiply_few_pixels(self.network)
+        use_fast_convolutions(self.network)
         for module in self.network.modules():
             if not isinstance(module, _BatchNorm):  # those left over keep their statistics in float32
                 for parameter in module.parameters(recurse=False):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from robust_backbones.engine import Learner
+from robust_backbones.engine import Learner, computes_bfloat16
 from robust_backbones.records import RunRecord
 from tests.conftest import ROOT
 
@@ -146,7 +146,8 @@ def test_a_probe_in_one_pass_gives_the_weights_of_single_runs(run_tool: Run, sha
     record = json.loads((tmp_path / "probe-32px-2epochs.json").read_text())
     (check,) = record["checks"]
     assert 0 <= check["found"] < 1e-5
-    assert [len(row["seconds"]) for row in record["rows"]] == [1, 1, 1]
+    ways = 3 if computes_bfloat16() else 2
+    assert [len(row["seconds"]) for row in record["rows"]] == [1] * ways
 
 
 def test_an_unknown_option_is_refused(run_tool: Run) -> None:
