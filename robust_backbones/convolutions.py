@@ -72,15 +72,15 @@ class Convolution(nn.Conv2d):
         for outputs, size, padding, window in zip(
             (width, height),  # the last dimension first, as F.pad has it
             inputs.shape[:1:-1],
-            self.padding[::-1],
+            cast(tuple[int, int], self.padding)[::-1],
             self.kernel_size[::-1],
             strict=True,
         ):
-            before = -int(padding) % stride  # zeros that let windows begin with a block
+            before = -padding % stride  # zeros that let windows begin with a block
             blocks = math.ceil((before + window) / stride)
             weight_pads += [before, blocks * stride - before - window]
             # After the last window nothing is read: what a stride leaves over there is cut off.
-            first = int(padding) + before
+            first = padding + before
             input_pads += [first, (outputs + blocks - 1) * stride - size - first]
         of_blocks = F.pixel_unshuffle(F.pad(inputs, input_pads), stride)
         return F.conv2d(of_blocks, F.pixel_unshuffle(F.pad(self.weight, weight_pads), stride), self.bias)

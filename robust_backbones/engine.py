@@ -23,6 +23,7 @@ from robust_backbones.data.stylization import stylize
 from robust_backbones.distributed import ALONE, Processes
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.folding import FoldedTwin
+from robust_backbones.memory import keep_freed_memory
 from robust_backbones.metrics import accuracy
 from robust_backbones.models import NormalizedModel
 from robust_backbones.objectives import MicroBatch, Objective
@@ -45,6 +46,8 @@ class Compute:
     """Of the attack's passes in training; as ``precision`` when empty."""
     compile_mode: str = ""
     """torch.compile, for GPUs: default or cuda-graphs; empty is off."""
+    keep_memory: bool = True
+    """On CPUs: the whole process keeps what it frees, see ``keep_freed_memory``."""
 
     def __post_init__(self) -> None:
         for name in (self.precision, self.attack_precision or self.precision):
@@ -52,6 +55,8 @@ class Compute:
                 raise InputError(f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}")
         if self.compile_mode and self.compile_mode not in COMPILE_MODES:
             raise InputError(f"unknown compile mode {self.compile_mode!r}: choose one of {', '.join(COMPILE_MODES)}")
+        if self.keep_memory and self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def dtype(self) -> torch.dtype:

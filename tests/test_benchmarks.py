@@ -118,7 +118,7 @@ def test_a_training_step_of_ours_is_the_plain_one(
     assert status == 0, err
     record = json.loads((tmp_path / "training-step.json").read_text())
     in_bf16 = [check for check in record["checks"] if "bf16" in check["what"]]
-    assert len(record["checks"]) - len(in_bf16) == 6
+    assert len(record["checks"]) - len(in_bf16) == 9
     assert len(in_bf16) == (2 if computes_bfloat16() else 0)
     assert not [row["way"] for row in record["rows"] if row["peer"]]
     # What refers to the peer, or to bfloat16 in software, was not measured, and is not said to be anything else.

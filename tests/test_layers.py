@@ -13,7 +13,7 @@ FLOORS = {
     **dict.fromkeys(
         ("errors", "threat_models", "records", "cli", "distributed", "logs", "safe_files", "metrics", "locks"), 0
     ),
-    "convolutions": 0,
+    **dict.fromkeys(("convolutions", "memory"), 0),
     **dict.fromkeys(("models", "attacks", "checkpoints", "zoo", "folding", "data"), 1),
     **dict.fromkeys(("objectives", "engine", "training", "pretrain", "robustness", "cluster", "convert", "sources"), 2),
     **dict.fromkeys(("transfer", "visualization", "inheritance"), 2),

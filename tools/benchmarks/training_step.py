@@ -26,6 +26,7 @@ LIBRARY = "robustness 1.2.1.post2"
 SAME = f"{LIBRARY}, use_best 0 (the paper's loop)"
 PLAIN = "plain PyTorch"
 CHANNELS_LAST = "plain PyTorch, channels last"
+GIVEN_BACK = "ours: folded attack, freed memory given back, fp32"
 FP32 = "ours: folded attack, fp32"
 BF16_ATTACK = "ours: attack in bf16, step in fp32"
 BF16 = "ours: attack and step in bf16"
@@ -65,6 +66,7 @@ class TrainingStep(Work):
             Way(SAME, "training_step:madry", {**options, "use_best": False}, peer="robustness"),
             Way(PLAIN, "training_step:plain", options),
             Way(CHANNELS_LAST, "training_step:plain", {**options, "channels_last": True}),
+            *([our_way(GIVEN_BACK, "fp32", "fp32", keep_memory=False)] if self.device == "cpu" else []),
             our_way(FP32, "fp32", "fp32"),
             our_way(BF16_ATTACK, "fp32", "bf16"),
             our_way(BF16, "bf16", "bf16"),
@@ -126,10 +128,11 @@ def ours(
     attack_precision: str,
     device: str,
     compile_mode: str = "",
+    keep_memory: bool = True,
 ) -> Side:
     pixels, labels = load_images(images, device)
     batch = [((pixels * 255).round().to(torch.uint8), labels)]
-    compute = Compute(torch.device(device), precision, attack_precision, compile_mode)
+    compute = Compute(torch.device(device), precision, attack_precision, compile_mode, keep_memory)
     attack = AttackConfig()
 
     def learner() -> Learner:
