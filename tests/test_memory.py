@@ -5,9 +5,8 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from robust_backbones.memory import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
+from robust_backbones.engine import Compute
+Compute(torch.device("cpu"), keep_memory=sys.argv[1] == "keep")
 torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(100):
