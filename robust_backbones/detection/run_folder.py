@@ -16,7 +16,6 @@ from detectron2.utils.logger import setup_logger
 
 from robust_backbones.detection.config import flat, own_defaults
 from robust_backbones.errors import InputError
-from robust_backbones.memory import keep_freed_memory
 from robust_backbones.records import atomic_path
 
 # What a run may change on its way: where it runs, what it shows and how often it saves, but nothing that it computes.
@@ -85,8 +84,6 @@ def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
     seed_all_rng(cfg.SEED + rank)
     if training:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-        if cfg.MODEL.DEVICE == "cpu":
-            keep_freed_memory()
         if comm.is_main_process():
             with atomic_path(folder / "config.yaml") as temporary:
                 temporary.write_text(cfg.dump())

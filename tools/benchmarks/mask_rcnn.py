@@ -1,4 +1,4 @@
-"""Steps of Mask R-CNN training: ours, in bfloat16 too, against Detectron2's default."""
+"""Steps of Mask R-CNN training: ours in bfloat16 against Detectron2's default."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import torch
 from benchmarks.detectors import random_detector
 from benchmarks.turns import Arrays, Side, Way
 from benchmarks.work import Check, Reach, Work
-from robust_backbones.memory import keep_freed_memory
 
 DEFAULT = "Detectron2's default, fp32"
-FP32 = "ours, fp32"
 BF16 = "ours, bf16"
 
 
@@ -34,8 +32,7 @@ class MaskRCNN(Work):
     def ways(self) -> list[Way]:
         options = {"height": self.height, "width": self.width, "batch_size": self.batch_size}
         return [
-            Way(name, "mask_rcnn:step", {**options, "bf16": bf16, "keep_memory": keep_memory})
-            for name, bf16, keep_memory in ((DEFAULT, False, False), (FP32, False, True), (BF16, True, True))
+            Way(name, "mask_rcnn:step", {**options, "bf16": bf16}) for name, bf16 in ((DEFAULT, False), (BF16, True))
         ]
 
     def check(self, results: Mapping[str, Arrays]) -> list[Check]:
@@ -55,18 +52,15 @@ class MaskRCNN(Work):
     @property
     def remark(self) -> str:
         return (
-            f"{self.batch_size} images of {self.height} x {self.width} px, frozen norms, random weights, SGD; on CPUs "
-            "ours keeps the memory that it frees; bf16 is "
+            f"{self.batch_size} images of {self.height} x {self.width} px, frozen norms, random weights, SGD; bf16 is "
             "`SOLVER.AMP.ENABLED True SOLVER.AMP.DTYPE bfloat16`. The channels-last layout did not pay on CPUs and is "
             "no option."
         )
 
 
-def step(*, height: int, width: int, batch_size: int, bf16: bool, keep_memory: bool, device: str) -> Side:
+def step(*, height: int, width: int, batch_size: int, bf16: bool, device: str) -> Side:
     from detectron2.utils.events import EventStorage
 
-    if keep_memory and device == "cpu":
-        keep_freed_memory()
     model, samples = random_detector((height, width), images=batch_size, device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     first: list[float] = []
