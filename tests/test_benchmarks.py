@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.memory import MEGABYTE, held
-from benchmarks.networks import judged
+from benchmarks.networks import equal_losses, judged
 from benchmarks.page import summary, write_page
 from benchmarks.peers import NEEDED, PEERS, peers_python
 from benchmarks.turns import Arrays, Way, take_turns
@@ -118,7 +118,7 @@ def test_a_training_step_of_ours_is_the_plain_one(
     assert status == 0, err
     record = json.loads((tmp_path / "training-step.json").read_text())
     in_bf16 = [check for check in record["checks"] if "bf16" in check["what"]]
-    assert len(record["checks"]) - len(in_bf16) == 9
+    assert len(record["checks"]) - len(in_bf16) == 12
     assert len(in_bf16) == (2 if computes_bfloat16() else 0)
     assert not [row["way"] for row in record["rows"] if row["peer"]]
     # What refers to the peer, or to bfloat16 in software, was not measured, and is not said to be anything else.
@@ -145,14 +145,30 @@ def test_the_twin_holds_half_of_what_the_network_does(dtype: torch.dtype) -> Non
     assert held(FoldedTwin(model, dtype), images, labels) <= most * held(model, images, labels)
 
 
-def test_examples_are_judged_by_mean_loss_and_accuracy() -> None:
+def test_examples_are_judged_by_losses_and_accuracy() -> None:
     """A network that says its input: the losses by hand."""
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
     labels = torch.tensor([0, 1, 1])
-    loss, accuracy = judged(nn.Identity(), logits.numpy(), labels)
+    losses, accuracy = judged(nn.Identity(), logits.numpy(), labels)
     by_hand = [np.log(1 + np.exp(-2.0)), np.log(1 + np.exp(-1.0)), np.log(1 + np.exp(3.0))]
-    assert loss == pytest.approx(np.mean(by_hand), abs=1e-6)
+    assert losses == pytest.approx(by_hand, abs=1e-6)
     assert accuracy == pytest.approx(200 / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "holds"),
+    [
+        ([0.0] * 99 + [0.03], [True, True]),  # one image at a kink
+        ([2e-4] * 100, [False, True]),  # another attack, if a similar one
+        ([0.0] * 90 + [0.03] * 10, [True, False]),
+        ([-2e-4, 2e-4] * 50, [False, True]),
+        ([float("nan")] + [0.0] * 99, [False, False]),
+    ],
+)
+def test_equal_losses_forgive_one_image_and_no_other_attack(gaps: list[float], holds: list[bool]) -> None:
+    reference = {"losses": np.linspace(0, 3, 100)}
+    checks = equal_losses("x", {"losses": reference["losses"] + np.array(gaps)}, reference)
+    assert [check.found <= check.limit for check in checks] == holds
 
 
 # --- the page ---

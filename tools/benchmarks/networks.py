@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from benchmarks.turns import Arrays
+from benchmarks.work import Check
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.data.synthetic import ShapesConfig, write_shapes
@@ -27,6 +28,8 @@ from robust_backbones.threat_models import ThreatModel
 from robust_backbones.training import Execution
 
 SIZE = 64
+MEAN_LOSS_LIMIT = 1e-3
+"""How far rounding may bring mean losses apart, see ``equal_losses``."""
 SHAPES = ShapesConfig(train_images_per_class=400, val_images_per_class=100, train_scenes=1, val_scenes=1)
 TRAINING = PretrainConfig(
     threat_model=ThreatModel("L2", 0.25),
@@ -87,14 +90,28 @@ def load_images(path: str, device: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def judged(model: nn.Module, adversarial: NDArray[np.float32], labels: Tensor) -> tuple[float, float]:
-    """(Mean loss in nats, accuracy 0-100) of the network in float32 on these images."""
+def judged(model: nn.Module, adversarial: NDArray[np.float32], labels: Tensor) -> tuple[NDArray[np.float32], float]:
+    """(Losses in nats (N,), accuracy 0-100) of the network in float32 on these images."""
     logits = torch.cat([model(part.to(labels.device)) for part in torch.from_numpy(adversarial).split(50)])
-    return float(F.cross_entropy(logits, labels)), 100 * float((logits.argmax(1) == labels).float().mean())
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return losses.cpu().numpy(), 100 * float((logits.argmax(1) == labels).float().mean())
 
 
 def outcome(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor) -> Arrays:
-    """What the ways' attacks are compared by: loss and accuracy under the reference network, and the examples' size."""
-    loss, robust = judged(model, adversarial.detach().float().cpu().numpy(), labels)
+    """What the ways' attacks are compared by: losses and accuracy under the reference network, the examples' size."""
+    losses, robust = judged(model, adversarial.detach().float().cpu().numpy(), labels)
     delta = (adversarial.detach().float() - images).flatten(1)
-    return {"loss": np.array(loss), "accuracy": np.array(robust), "largest": delta.abs().amax().cpu().numpy()}
+    return {"losses": losses, "accuracy": np.array(robust), "largest": delta.abs().amax().cpu().numpy()}
+
+
+def equal_losses(what: str, found: Arrays, reference: Arrays) -> list[Check]:
+    """Two attacks in float32 are the same: losses of half the examples agree to 1e-4, the mean to 1e-3.
+
+    The mean is allowed more since at a kink of the network rounding alone can lead an image elsewhere, one in a
+    hundred: plain PyTorch is up to 3e-4 from itself in another memory layout.
+    """
+    gaps = found["losses"] - reference["losses"]
+    return [
+        Check(f"{what}, median of the images", float(np.median(np.abs(gaps))), 1e-4),
+        Check(f"{what}, mean", float(abs(gaps.mean())), MEAN_LOSS_LIMIT),
+    ]

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.networks import held_out_images, load_images, load_network, outcome, trained_network
+from benchmarks.networks import (
+    MEAN_LOSS_LIMIT,
+    equal_losses,
+    held_out_images,
+    load_images,
+    load_network,
+    outcome,
+    trained_network,
+)
 from benchmarks.peers import without_cuda_calls
 from benchmarks.turns import Arrays, Side, Way
 from benchmarks.work import Check, Reach, Work
@@ -81,13 +89,13 @@ class TrainingStep(Work):
         for way, found in results.items():
             if way in (PLAIN, LIBRARY, *STANDARD.values()):  # the library's default keeps the best iterate: others
                 continue
-            far = {key: float(abs(found[key] - reference[key])) for key in ("loss", "accuracy")}
             if "bf16" not in way:
-                checks.append(Check(f"{way}: loss of its examples less {PLAIN}'s", far["loss"], 1e-4))
+                checks += equal_losses(f"{way}: losses of its examples less {PLAIN}'s", found, reference)
                 step = float(abs(found["step_loss"] - reference["step_loss"]))
-                checks.append(Check(f"{way}: loss of the step less {PLAIN}'s", step, 1e-4))
+                checks.append(Check(f"{way}: loss of the step less {PLAIN}'s", step, MEAN_LOSS_LIMIT))
+            far = float(abs(found["accuracy"] - reference["accuracy"]))
             limit = 0.5 if "bf16" in way else 1e-6
-            checks.append(Check(f"{way}: accuracy on its examples less {PLAIN}'s, points", far["accuracy"], limit))
+            checks.append(Check(f"{way}: accuracy on its examples less {PLAIN}'s, points", far, limit))
         return checks
 
     def reaches(self) -> list[Reach]:
