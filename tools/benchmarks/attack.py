@@ -106,8 +106,9 @@ class PGD10(Work):
     def remark(self) -> str:
         return (
             f"{self.arch} at {self.image_size} px, trained for two epochs on synthetic shapes; a step is a fourth of "
-            f"epsilon, no random start. Examples are compared on {self.images} held-out images. Numbers below 1e-38, at "
-            "which processors are slow, are zero on both sides: they would slow the others more, since ours scales losses."
+            f"epsilon, no random start. Examples are compared on {self.images} held-out images. Numbers below 1e-38, "
+            "at which processors are slow, are zero on both sides: they would slow the others more, since ours scales "
+            "losses."
         )
 
 
