@@ -27,8 +27,7 @@ class Convolution(nn.Conv2d):
     by image, and those of res5 at 64 px, with outputs of 2 x 2 pixels, take three times as long.
 
     Where inputs of few channels have a gradient and the stride is not 1, as in a ResNet's stem under attack, it is a
-    convolution of stride 1 over blocks of stride x stride pixels: the gradient of a strided one takes three times as
-    long.
+    convolution of stride 1 over blocks of stride x stride pixels: the gradient of a strided one is slow.
 
     Anywhere else it is a convolution as any other.
     """

@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     """Have this process use its freed memory again rather than give it back; on Linux with glibc, else nothing.
 
     glibc gives blocks over 32 MB back to the kernel at once, which clears them, page by page, when they are asked for
-    again: on CPUs a tenth of a training step at 224 px. The price is that a process stays as large as it ever was.
+    again. The benchmark ``training-step`` has a row without it. The price: a process stays as large as it ever was.
     """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
