@@ -75,12 +75,10 @@ class Convolution(nn.Conv2d):
             self.kernel_size[::-1],
             strict=True,
         ):
-            before = -padding % stride  # zeros that let windows begin with a block
-            blocks = math.ceil((before + window) / stride)
-            weight_pads += [before, blocks * stride - before - window]
+            blocks = math.ceil(window / stride)
+            weight_pads += [0, blocks * stride - window]
             # After the last window nothing is read: what a stride leaves over there is cut off.
-            first = padding + before
-            input_pads += [first, (outputs + blocks - 1) * stride - size - first]
+            input_pads += [padding, (outputs + blocks - 1) * stride - size - padding]
         of_blocks = F.pixel_unshuffle(F.pad(inputs, input_pads), stride)
         return F.conv2d(of_blocks, F.pixel_unshuffle(F.pad(self.weight, weight_pads), stride), self.bias)
 
