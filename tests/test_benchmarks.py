@@ -159,14 +159,17 @@ def test_examples_are_judged_by_losses_and_accuracy() -> None:
     ("gaps", "holds"),
     [
         ([0.0] * 99 + [0.03], [True, True]),  # one image at a kink
+        ([0.0] * 98 + [0.03] * 2, [False, True]),
+        ([0.0] * 99 + [0.2], [True, False]),
         ([2e-4] * 100, [False, True]),  # another attack, if a similar one
-        ([0.0] * 90 + [0.03] * 10, [True, False]),
         ([-2e-4, 2e-4] * 50, [False, True]),
-        ([float("nan")] + [0.0] * 99, [False, False]),
+        ([float("nan")] + [0.0] * 99, [True, False]),
+        ([0.0] * 15 + [0.01], [True, True]),
+        ([0.0] * 14 + [0.003] * 2, [False, True]),
     ],
 )
 def test_equal_losses_forgive_one_image_and_no_other_attack(gaps: list[float], holds: list[bool]) -> None:
-    reference = {"losses": np.linspace(0, 3, 100)}
+    reference = {"losses": np.linspace(0, 3, len(gaps))}
     checks = equal_losses("x", {"losses": reference["losses"] + np.array(gaps)}, reference)
     assert [check.found <= check.limit for check in checks] == holds
 

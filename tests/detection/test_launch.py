@@ -154,7 +154,7 @@ def test_torchrun_starts_it_too(shapes: Path, converted: Maker, tmp_path: Path) 
     ]
     environment = {**os.environ, "DETECTRON2_DATASETS": str(shapes), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [str(item) for item in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [str(item) for item in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "batch 8 (processes: 2, images each: 4), learning rate 0.01" in result.stdout

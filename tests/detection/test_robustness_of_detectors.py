@@ -602,7 +602,7 @@ def test_a_kill_loses_no_finished_cell(
     while not (output / "cells/contrast-0/record.json").exists() and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 75), err
     finished = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/record.json")}
     assert 2 <= len(finished) < len(CELLS)

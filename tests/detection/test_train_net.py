@@ -34,7 +34,7 @@ def train_net(data: Path, *arguments: object, status: int = 0, stop: Path | None
         time.sleep(0.01)
     if stop is not None:
         os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1200)
     assert process.returncode == status, out[-3000:] + err[-3000:]
     return out, err
 

@@ -551,7 +551,7 @@ def test_two_processes_finish_and_give_each_record_once(checkpoint: Checkpoint, 
     command = [sys.executable, *launch.split(), str(damaged), str(file), "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, *recipe.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*command, *recipe.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
     )
     assert result.returncode == 0, result.stderr[-3000:]
     found = sorted(path.relative_to(output).as_posix() for path in output.rglob("record.json"))

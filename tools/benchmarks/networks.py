@@ -105,13 +105,14 @@ def outcome(model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tenso
 
 
 def equal_losses(what: str, found: Arrays, reference: Arrays) -> list[Check]:
-    """Two attacks in float32 are the same: losses of half the examples agree to 1e-4, the mean to 1e-3.
+    """Two attacks in float32 are the same: losses agree to 1e-4 in the mean of 99 % of the images, to 1e-3 of all.
 
-    The mean is allowed more since at a kink of the network rounding alone can lead an image elsewhere, one in a
-    hundred: plain PyTorch is up to 3e-4 from itself in another memory layout.
+    At a kink of the network rounding alone can lead an image elsewhere, one in a hundred: in another memory layout the
+    mean of plain PyTorch itself was up to 3e-4 away. So a hundredth of the images, or one, is left out of the first.
     """
-    gaps = found["losses"] - reference["losses"]
+    gaps = np.abs(found["losses"] - reference["losses"])
+    kept = np.sort(gaps)[: -max(1, len(gaps) // 100)]
     return [
-        Check(f"{what}, median of the images", float(np.median(np.abs(gaps))), 1e-4),
-        Check(f"{what}, mean", float(abs(gaps.mean())), MEAN_LOSS_LIMIT),
+        Check(f"{what}, mean gap of {len(kept)} of {len(gaps)} images", float(kept.mean()), 1e-4),
+        Check(f"{what}, mean gap of all", float(gaps.mean()), MEAN_LOSS_LIMIT),
     ]
