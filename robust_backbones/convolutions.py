@@ -21,7 +21,7 @@ def use_fast_convolutions(net: nn.Module) -> None:
 
 
 class Convolution(nn.Conv2d):
-    """A convolution that on CPUs, in float32, takes another way where its own is slow.
+    """A convolution that on CPUs, in float32 and bfloat16, takes another way where its own is slow.
 
     Where the output has few pixels, it is a matrix product over the windows of the whole batch: convolutions go image
     by image, and those of res5 at 64 px, with outputs of 2 x 2 pixels, take three times as long.
@@ -33,7 +33,7 @@ class Convolution(nn.Conv2d):
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if inputs.device.type != "cpu" or inputs.dtype != torch.float32:
+        if inputs.device.type != "cpu" or inputs.dtype not in (torch.float32, torch.bfloat16):
             return super().forward(inputs)
         height, width = (
             (size + 2 * padding - window) // stride + 1

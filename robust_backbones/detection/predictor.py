@@ -17,6 +17,7 @@ from torch import nn
 
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
+from robust_backbones.detection.roi_align import use_float32_boxes
 from robust_backbones.errors import InputError
 
 
@@ -40,7 +41,9 @@ def load_detector(cfg: CfgNode, weights: Path) -> Detector:
     Raises:
         InputError: there is no such file, or it does not hold every tensor of a detector of this configuration.
     """
-    checkpointer = BackboneCheckpointer(build_model(cfg).eval(), cfg=cfg, whole_detector=True)
+    model = build_model(cfg).eval()
+    use_float32_boxes(model, fast=cfg.MODEL.FAST_ROI_ALIGN)
+    checkpointer = BackboneCheckpointer(model, cfg=cfg, whole_detector=True)
     content = checkpointer.load(str(weights))
     return Detector(checkpointer.model, categories_of(content, cfg, weights), *checkpointer.provenance())
 

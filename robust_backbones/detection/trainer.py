@@ -30,6 +30,7 @@ from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, WeightAverage, build_precise_bn, flat_metrics
+from robust_backbones.detection.roi_align import use_float32_boxes
 from robust_backbones.distributed import StopRequest, stop_on_signals, synchronize_on_cpu
 from robust_backbones.engine import arithmetic
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
@@ -76,6 +77,13 @@ class Trainer(DefaultTrainer):
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._random_states: list[dict[str, Any]] = []
         self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Detectron2's, with boxes in float32 where features are not, and MODEL.FAST_ROI_ALIGN."""
+        model: nn.Module = super().build_model(cfg)
+        use_float32_boxes(model, fast=cfg.MODEL.FAST_ROI_ALIGN)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

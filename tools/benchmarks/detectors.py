@@ -13,9 +13,12 @@ CONFIG = TOOLS.parent / "detectron_configs/COCO-InstanceSegmentation/mask_rcnn_R
 
 
 def random_detector(
-    size: tuple[int, int], *, images: int, device: str, config: Path = CONFIG
+    size: tuple[int, int], *, images: int, device: str, config: Path = CONFIG, fast_roi_align: bool | None = True
 ) -> tuple[Any, list[dict[str, Any]]]:
-    """(Model in training mode, samples of three objects each), the same at every call."""
+    """(Model in training mode, samples of three objects each), the same at every call.
+
+    ``fast_roi_align`` is MODEL.FAST_ROI_ALIGN; with None the model is as Detectron2 builds it.
+    """
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
 
     # isort: split
@@ -23,9 +26,11 @@ def random_detector(
     from detectron2.structures import BitMasks, Boxes, Instances
 
     from robust_backbones.detection.config import load_config
+    from robust_backbones.detection.trainer import Trainer
 
+    cfg = load_config(config, ["MODEL.DEVICE", device, "MODEL.FAST_ROI_ALIGN", bool(fast_roi_align)])
     torch.manual_seed(0)
-    model = build_model(load_config(config, ["MODEL.DEVICE", device])).train()
+    model = (build_model(cfg) if fast_roi_align is None else Trainer.build_model(cfg)).train()
     height, width = size
     shares = torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.3, 0.9, 0.9], [0.2, 0.6, 0.4, 0.8]])
     boxes = shares * torch.tensor([width, height, width, height])
