@@ -158,7 +158,7 @@ def test_without_epsilon_and_replays_it_is_standard_training(cfg: CfgNode) -> No
 
 def test_free_without_epsilon_is_each_batch_several_times(cfg: CfgNode) -> None:
     """Against a loop over Detectron2's own parts; the third batch is cut short by MAX_ITER."""
-    cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (6,)])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.STEPS", (6,), "MODEL.FAST_ROI_ALIGN", False])
     trainer, losses = train(cfg, [*FREE, *EPSILON_0, "ADVERSARIAL.REPLAYS", 3], "free")
     seed_all_rng(5)
     model = build_model(cfg)

@@ -184,7 +184,13 @@ def machine(device: str) -> dict[str, Any]:
     return {
         "processor": ", ".join(sorted(names)) or platform.processor() or platform.machine(),
         "cores": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability() + (", AMX" if "amx_bf16" in flags else ", no AMX"),
+        "instructions": ", ".join(
+            [
+                torch.backends.cpu.get_cpu_capability(),
+                *(["AVX512-BF16"] if "avx512_bf16" in flags else []),
+                "AMX" if "amx_bf16" in flags else "no AMX",
+            ]
+        ),
         "bf16_over_fp32": _matmul(device) if computes_bfloat16() else None,
     }
 
