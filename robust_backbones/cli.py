@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -55,4 +56,8 @@ def run(main: Callable[[list[str]], int]) -> None:
         status = error.exit_status
     except KeyboardInterrupt:
         status = 130
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from robust_backbones.distributed import leave
+
+        leave(status)
     sys.exit(status)

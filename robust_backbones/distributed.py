@@ -6,12 +6,13 @@ import atexit
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -154,6 +155,18 @@ def end_data_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, one of several, with ``status``: handlers run, but the interpreter is not taken down.
+
+    Gloo's threads outlive ``destroy_process_group`` where DistributedDataParallel holds the group. One of them that
+    lets go of a tensor while Python ends aborts the process, and a run that had succeeded fails (pytorch issue 190489).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class StopRequest:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks.memory import MEGABYTE, held
 from benchmarks.networks import equal_losses, judged
-from benchmarks.page import summary, write_page
+from benchmarks.page import excerpt, summary, write_page
 from benchmarks.peers import NEEDED, PEERS, peers_python
 from benchmarks.turns import Arrays, Way, take_turns
 from benchmarks.work import Check, Reach, Work, ratios, require
@@ -210,6 +210,17 @@ def test_a_power_law_is_found(tmp_path: Path) -> None:
     # What has no record says so, and nothing else.
     assert "| training-step |  |  |  | not measured |  |" in text
     assert text.count("of the Hopper class") == 4
+
+
+def test_the_same_work_on_two_processors_stands_twice(tmp_path: Path) -> None:
+    reach = {**vars(Reach("ours", "theirs", at_least=2)), "found": [3.0, 3.0, 3.0]}
+    record = record_of("attack", **rows_of(theirs=[3.0], ours=[1.0]), reaches=[reach])
+    slower = {**record, "machine": {**record["machine"], "processor": "Q"}, "reaches": [{**reach, "found": [1.0] * 3}]}
+    for name, content in (("attack", record), ("attack-q", slower)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    text = excerpt(tmp_path)
+    assert "| The work attack, on P | ours | theirs | >= 2x | 3.00x | reached |" in text
+    assert "| The work attack, on Q | ours | theirs | >= 2x | 1.00x | **not reached** |" in text
 
 
 def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:

@@ -175,6 +175,35 @@ def test_data_workers_never_keep_a_process_from_ending(tmp_path: Path) -> None:
     assert result.stderr.splitlines()[-1] == "RuntimeError: as training fails"
 
 
+ENDS_IN_A_COLLECTIVE = """
+import atexit, sys
+import torch
+import torch.distributed as dist
+from robust_backbones import cli
+def main(arguments):
+    dist.init_process_group("gloo")
+    print(f"before {dist.get_rank()}")
+    for _ in range(20):
+        tensor = torch.randn(100_000)
+        tensor.held = object()
+        dist.all_reduce(tensor, async_op=True)
+    return 0
+atexit.register(print, "handler")
+cli.run(main)
+"""
+
+
+def test_threads_of_gloo_do_not_abort_a_process_that_ends(tmp_path: Path) -> None:
+    """They let go of tensors while Python ends; handlers run all the same, and nothing printed is lost."""
+    script = tmp_path / "script.py"
+    script.write_text(ENDS_IN_A_COLLECTIVE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [result.stdout.count(said) for said in ("before 0", "before 1", "handler")] == [1, 1, 2]
+
+
 def go_on(rank: int, size: int, *, start: Path) -> dict[str, Tensor]:
     """Eight steps of the recipe, with synchronised batch norms, from the trained network in ``start``."""
     content = torch.load(start, weights_only=True)

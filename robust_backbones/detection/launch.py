@@ -20,7 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from robust_backbones.distributed import STOP_SIGNALS, StopRequest, end_data_workers
+from robust_backbones.distributed import STOP_SIGNALS, StopRequest, end_data_workers, leave
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 
 # The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one.
@@ -126,6 +126,7 @@ def _join(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
 
 
 def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    status = 0
     try:
         function(*arguments)
     except InputError as error:
@@ -133,9 +134,10 @@ def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None
             print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, PreemptedError):
             comm.synchronize()  # the first to leave has the others killed, who may still be writing
-        sys.exit(error.exit_status)
+        status = error.exit_status
     finally:
         end_data_workers()
+    leave(status)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def write_page(records: Path, page: Path, *, bfloat16: Path | None = None) -> No
     """Write the page, and the figure of growth into ``records``.
 
     Args:
-        records: folder of NAME.json (CPU) and NAME-cuda.json.
+        records: folder of NAME.json (CPU) and NAME-cuda.json; NAME-ANYTHING.json is the same on another machine.
         bfloat16: folder of the records of studies/bfloat16.yaml.
 
     Raises:
@@ -69,7 +69,7 @@ def write_page(records: Path, page: Path, *, bfloat16: Path | None = None) -> No
     ordered = [found[name] for name in _in_order(found)]
     parts = [INTRODUCTION, _machines(ordered), "## What was to be reached\n\n" + _reaches(ordered, found)]
     for record in ordered:
-        heading = f"## {_title(record)}"
+        heading = f"## {_title(record, ordered)}"
         parts.append("\n\n".join([heading, record["remark"], _body(record, records), _checks(record)]).strip())
     if bfloat16 is not None and bfloat16.is_dir():
         parts.append(_bfloat16(bfloat16))
@@ -80,11 +80,8 @@ def write_page(records: Path, page: Path, *, bfloat16: Path | None = None) -> No
 def excerpt(records: Path) -> str:
     """What the README quotes: the ratios that were to be reached on CPUs, reached or not."""
     found = {path.stem: json.loads(path.read_text()) for path in records.glob("*.json") if "-cuda" not in path.stem}
-    rows = [
-        [_title(found[name]), *row]
-        for name in _in_order(found)
-        for row in _reach_rows(found[name])
-    ]
+    ordered = [found[name] for name in _in_order(found)]
+    rows = [[_title(record, ordered), *row] for record in ordered for row in _reach_rows(record)]
     return markdown(["work", *REACH_HEADS], rows)
 
 
@@ -92,7 +89,14 @@ def _in_order(found: Mapping[str, Record]) -> list[str]:
     return sorted(found, key=lambda name: (ORDER.index(found[name]["name"]), name))
 
 
-def _title(record: Record) -> str:
+def _title(record: Record, ordered: Sequence[Record]) -> str:
+    """Of one of the page's records; it names the processor where the same was measured on several."""
+    title = _work_of(record)
+    alike = sum(_work_of(other) == title for other in ordered)
+    return f"{title}, on {record['machine']['processor']}" if alike > 1 else title
+
+
+def _work_of(record: Record) -> str:
     options = record["options"]
     of_a_probe = f", {options['epochs']} epochs at {options['image_size']} px" if "epochs" in options else ""
     return f"{record['title']}{of_a_probe}{' (GPU)' if options['device'] == 'cuda' else ''}"
@@ -178,7 +182,7 @@ def _said(fine: bool) -> str:
 
 
 def _reaches(ordered: Sequence[Record], found: Mapping[str, Record]) -> str:
-    rows = [[_title(record), *row] for record in ordered for row in _reach_rows(record)]
+    rows = [[_title(record, ordered), *row] for record in ordered for row in _reach_rows(record)]
     measured = {record["name"] for record in ordered if record["options"]["device"] == "cpu"}
     # Two are of interest without a bound.
     missing = [name for name in ORDER if name not in measured and name not in ("growth", "detector-attack")]
