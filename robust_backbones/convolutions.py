@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _FEW_PIXELS = 16
 _FEW_CHANNELS = 4
@@ -49,17 +51,11 @@ class Convolution(nn.Conv2d):
         return super().forward(inputs)
 
     def _over_windows(self, inputs: Tensor, height: int, width: int) -> Tensor:
-        (down, right), (above, beside) = self.stride, cast(tuple[int, int], self.padding)
-        padded = inputs.permute(0, 2, 3, 1)
-        if above or beside:
-            padded = F.pad(padded, (0, 0, beside, beside, above, above))
-        windows = [
-            padded[:, top : top + down * (height - 1) + 1 : down, left : left + right * (width - 1) + 1 : right]
-            for top in range(self.kernel_size[0])
-            for left in range(self.kernel_size[1])
-        ]
+        columns = inputs.permute(0, 2, 3, 1)
+        padding = cast(tuple[int, int], self.padding)
+        if (self.kernel_size, self.stride, padding) != ((1, 1), (1, 1), (0, 0)):
+            columns = cast(Tensor, _Windows.apply(columns, self.kernel_size, self.stride, padding, (height, width)))
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # no copy: channels come last
-        columns = windows[0] if len(windows) == 1 else torch.cat(windows, dim=3)
         # Flat, since of columns that are not contiguous a product image by image would be made.
         outputs = F.linear(columns.flatten(0, 2), weight, self.bias)
         return outputs.unflatten(0, (len(inputs), height, width)).permute(0, 3, 1, 2)
@@ -89,3 +85,48 @@ class Convolution(nn.Conv2d):
             and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
             and isinstance(module.padding, tuple)
         )
+
+
+class _Windows(torch.autograd.Function):
+    """What each output of a convolution sees: (N, H, W, C) -> (N, height, width, pixels of the window * C).
+
+    By itself each pixel of the window would have a gradient of the size of the input, to be filled and added.
+    """
+
+    @staticmethod
+    def forward(
+        inputs: Tensor,
+        window: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        outputs: tuple[int, int],
+    ) -> Tensor:
+        above, beside = padding
+        padded = F.pad(inputs, (0, 0, beside, beside, above, above)) if above or beside else inputs
+        return torch.cat([padded[place] for place in _places(window, stride, outputs)], dim=3)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.shape = inputs[0].shape
+        ctx.geometry = inputs[1:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        window, stride, (above, beside), outputs = ctx.geometry
+        images, height, width, channels = ctx.shape
+        padded = gradient.new_zeros(images, height + 2 * above, width + 2 * beside, channels)
+        for place, part in zip(_places(window, stride, outputs), gradient.split(channels, dim=3), strict=True):
+            padded[place].add_(part)
+        return padded[:, above : above + height, beside : beside + width], None, None, None, None
+
+
+def _places(
+    window: tuple[int, int], stride: tuple[int, int], outputs: tuple[int, int]
+) -> Iterator[tuple[slice, slice, slice]]:
+    """For each pixel of a convolution's window, row by row, where in the padded images (N, H, W, C) outputs see it."""
+    (down, right), (height, width) = stride, outputs
+    for top in range(window[0]):
+        for left in range(window[1]):
+            rows = slice(top, top + down * (height - 1) + 1, down)
+            yield slice(None), rows, slice(left, left + right * (width - 1) + 1, right)
