@@ -78,7 +78,7 @@ def write_page(records: Path, page: Path, *, bfloat16: Path | None = None) -> No
 
 
 def excerpt(records: Path) -> str:
-    """What the README quotes: what was to be reached on CPUs, reached or not; in bf16 on those that are faster at it."""
+    """What the README quotes: what was to be reached on CPUs, reached or not; bf16 only where it is the faster one."""
     found = {path.stem: json.loads(path.read_text()) for path in records.glob("*.json") if "-cuda" not in path.stem}
     ordered = [found[name] for name in _in_order(found)]
     rows = [
