@@ -56,6 +56,10 @@ def run(main: Callable[[list[str]], int]) -> None:
         status = error.exit_status
     except KeyboardInterrupt:
         status = 130
+    except SystemExit as error:
+        if not isinstance(error.code, int):
+            raise
+        status = error.code
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from robust_backbones.distributed import leave
 

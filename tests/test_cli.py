@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from robust_backbones import cli
 from robust_backbones.engine import Learner, computes_bfloat16
+from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.records import RunRecord
 from tests.conftest import ROOT
 
@@ -362,3 +365,27 @@ def test_table_and_curves_of_robustness(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     accuracy_curves({"robust": tmp_path}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def refuse(arguments: list[str]) -> int:
+    raise InputError("no")
+
+
+@pytest.mark.parametrize(
+    ("main", "status"), [(lambda _: 1, 1), (refuse, 2), (lambda _: sys.exit(PreemptedError.exit_status), 75)]
+)
+def test_one_of_several_processes_leaves_with_every_status(
+    main: Callable[[list[str]], int], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it ends: what would take the interpreter down is gone past. A process that is alone exits as any."""
+    left = []
+    monkeypatch.setattr("robust_backbones.distributed.leave", left.append)
+    monkeypatch.setattr("sys.argv", ["tool"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):  # as `leave` comes back here
+        cli.run(main)
+    assert left == [status]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert (left, ended.value.code) == ([status], status)

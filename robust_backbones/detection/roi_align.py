@@ -84,8 +84,7 @@ def roi_align_by_rows(
     if not aligned:
         sizes = sizes.clamp(min=1)
     bin_sizes = sizes / sizes.new_tensor([bins_right, bins_down])
-    samples = bin_sizes.ceil().clamp(min=0) if sampling_ratio <= 0 else torch.full_like(sizes, sampling_ratio)
-    samples = samples.long()
+    samples = (bin_sizes.ceil().clamp(min=0) if sampling_ratio <= 0 else torch.full_like(sizes, sampling_ratio)).long()
     bags, order = [], []
     for right, down in samples.unique(dim=0).tolist():  # boxes with as many samples are alike
         chosen = (samples == samples.new_tensor([right, down])).all(dim=1).nonzero()[:, 0]
