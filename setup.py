@@ -14,7 +14,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["robust_backbones", "robust_backbones.*"]),
-    package_data={"robust_backbones": ["published_backbones.csv", "analysis/salman2020_transfer.csv"]},
+    package_data={"robust_backbones": ["checkpoint/published_backbones.csv", "analysis/salman2020_transfer.csv"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -128,7 +129,11 @@ def torchvision_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 def load_tool(name: str) -> ModuleType:
-    """A script of tools/ as a module."""
+    """The module of a command, or a script of tools/ as one."""
+    thin = {"convert_backbone": "commands.convert", "make_report": "commands.report", "sweep": "sweep.command"}
+    module_name = f"robust_backbones.{thin.get(name, f'commands.{name}')}"
+    if importlib.util.find_spec(module_name):
+        return importlib.import_module(module_name)
     spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -143,7 +148,7 @@ def run_tool(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Run a tool as its command line does, in this process: (exit status, stdout, stderr)."""
-    from robust_backbones import cli
+    from robust_backbones.commands import cli
 
     def run(name: str, *arguments: object) -> tuple[int, str, str]:
         tool = load_tool(name)

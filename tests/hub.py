@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
+from robust_backbones.checkpoint.zoo import REPOSITORY
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD
-from robust_backbones.zoo import REPOSITORY
 
 FOLDER = f"/{REPOSITORY}/resolve/main/"
 

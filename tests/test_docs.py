@@ -19,9 +19,9 @@ from robust_backbones.analysis.inheritance_figures import correlation_table, cor
 from robust_backbones.analysis.report import write_report
 from robust_backbones.analysis.study import Result, Run, display_rows, experiments, find_runs, metric_name, results
 from robust_backbones.analysis.tables import classifier_rows, detector_robustness_rows, markdown
-from robust_backbones.inheritance.protocol import read_matrices
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.inheritance.protocol import read_matrices
 from tests.conftest import ROOT, load_tool
 
 README = (ROOT / "README.md").read_text()

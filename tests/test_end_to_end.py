@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: tools/install_detectron2.py")

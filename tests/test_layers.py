@@ -3,22 +3,32 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "robust_backbones"
-FLOORS = {
-    **dict.fromkeys(
-        ("errors", "threat_models", "records", "cli", "distributed", "logs", "safe_files", "metrics", "locks"), 0
-    ),
-    **dict.fromkeys(("convolutions", "memory"), 0),
-    **dict.fromkeys(("models", "attacks", "checkpoints", "zoo", "folding", "data"), 1),
-    **dict.fromkeys(("objectives", "engine", "training", "pretrain", "robustness", "cluster", "convert", "sources"), 2),
-    **dict.fromkeys(("transfer", "visualization", "inheritance"), 2),
-    **dict.fromkeys(("detection", "analysis", "sweep"), 3),
-}
+FLOORS = (
+    "errors",
+    "threat_models",
+    "attacks",
+    "models",
+    "configs",
+    "runs",
+    "checkpoint",
+    "cpu",
+    "data",
+    "classification",
+    "transfer",
+    "transfer.inheritance",
+    "detection",
+    "analysis",
+    "commands",
+    "sweep",
+)
+"""From the ground up: a room imports from those before it alone."""
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
@@ -33,26 +43,67 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def room(module: Path) -> str:
-    return module.parts[0].removesuffix(".py")
+def dotted(module: Path) -> str:
+    """``transfer/heads.py`` -> ``transfer.heads``."""
+    return ".".join(module.with_suffix("").parts).removesuffix(".__init__")
+
+
+def room(name: str) -> str:
+    """The room of a module: the longest of FLOORS that its name begins with."""
+    return max((floor for floor in FLOORS if f"{name}.".startswith(f"{floor}.")), key=len)
+
+
+def own_imports(module: Path) -> set[str]:
+    """The modules of the package that one imports, wherever in it, ``from PACKAGE import MODULE`` included."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    names = {name.removeprefix("robust_backbones.") for name in found if name.startswith("robust_backbones.")}
+    return {name for name in names if name in NAMES}
+
+
+NAMES = {dotted(module) for module in MODULES}
 
 
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_imports_go_downward(module: Path) -> None:
-    for name in imports(PACKAGE / module):
-        if name.startswith("robust_backbones."):
-            assert FLOORS[name.split(".")[1]] <= FLOORS[room(module)], f"{module} imports {name}"
+    own = room(dotted(module))
+    for name in own_imports(module):
+        if room(name) != own:
+            assert FLOORS.index(room(name)) < FLOORS.index(own), f"{module} imports {name}"
+
+
+def test_modules_do_not_import_in_circles() -> None:
+    """Within a room too: ``engine`` importing ``pretrain`` raises CycleError."""
+    graph = {dotted(module): own_imports(module) for module in MODULES}
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_every_import_can_be_seen(module: Path) -> None:
+    """The tests above read import statements; nothing of the package may be loaded past them."""
+    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        assert name not in ("spec_from_file_location", "exec_module", "__import__"), f"{module} calls {name}"
+        if name == "import_module":  # of an optional library, by its name
+            assert isinstance(node.args[0], ast.Constant), module
+            assert not str(node.args[0].value).startswith("robust_backbones"), module
 
 
 def test_only_detection_imports_detectron2() -> None:
     importers = {
-        room(module) for module in MODULES if any(n.startswith("detectron2") for n in imports(PACKAGE / module))
+        room(dotted(module)) for module in MODULES if any(n.startswith("detectron2") for n in imports(PACKAGE / module))
     }
     assert importers == {"detection"}
 
 
 def test_reading_tensors_does_not_wait_for_torchvision() -> None:
-    code = "import sys, robust_backbones.sources; sys.exit('torchvision' in sys.modules)"
+    code = "import sys, robust_backbones.checkpoint.sources; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -66,7 +117,7 @@ def test_the_rest_works_without_detectron2() -> None:
     names = [
         ".".join(("robust_backbones", *module.with_suffix("").parts))
         for module in MODULES
-        if room(module) != "detection"
+        if room(dotted(module)) != "detection"
     ]
     code = (
         "import sys; sys.modules['detectron2'] = None\n"

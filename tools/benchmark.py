@@ -36,7 +36,7 @@ from benchmarks.robustness_gain import Robustness
 from benchmarks.training_step import TrainingStep
 from benchmarks.work import Work
 
-from robust_backbones import cli
+from robust_backbones.commands import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robust_backbones import cli
+from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode

@@ -20,7 +20,7 @@ from robust_backbones.analysis.statistics import Summary, summarize
 from robust_backbones.analysis.study import Backbone, Experiment, metric_name
 from robust_backbones.analysis.tables import csv_text
 from robust_backbones.errors import InputError
-from robust_backbones.records import atomic_path
+from robust_backbones.runs.files import atomic_path
 
 # Okabe and Ito's palette, told apart by colour-blind eyes, without its yellow, which is too light for lines.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

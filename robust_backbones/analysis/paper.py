@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 
 SOURCE = "Salman et al. 2020, arXiv 2007.08489, section 4"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from robust_backbones.records import RunRecord, atomic_path
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.record import RunRecord
 
 
 def accuracy_curves(runs: Mapping[str, Path], path: Path) -> None:

@@ -32,7 +32,7 @@ from robust_backbones.analysis.tables import (
     markdown,
 )
 from robust_backbones.analysis.transfer_figures import Page, transfer_pages
-from robust_backbones.records import atomic_path
+from robust_backbones.runs.files import atomic_path
 
 # Every text colour has a contrast of at least 4.5:1 on the colour behind it (WCAG 2.1, 1.4.3; a test computes them).
 STYLE = """

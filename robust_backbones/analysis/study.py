@@ -17,7 +17,8 @@ from robust_backbones.analysis.paper import PaperResult, differences_to_paper, p
 from robust_backbones.analysis.statistics import Comparison, Summary, compare, p_value, summarize
 from robust_backbones.data.corruptions import CORRUPTIONS
 from robust_backbones.errors import InputError
-from robust_backbones.records import RunRecord, atomic_path
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
 TASKS = {

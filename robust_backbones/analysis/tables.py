@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
 

@@ -12,7 +12,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from robust_backbones import zoo
 from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, MOST_CURVES, Picture, epsilon_places, save
 from robust_backbones.analysis.paper import (
     TABLE_2,
@@ -39,6 +38,7 @@ from robust_backbones.analysis.transfer_results import (
     pairs,
     targets,
 )
+from robust_backbones.checkpoint import zoo
 from robust_backbones.models import ARCHITECTURES, ResNetShape
 from robust_backbones.threat_models import ThreatModel
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from robust_backbones import zoo
 from robust_backbones.analysis.paper import PaperTransfer, paper_transfer
 from robust_backbones.analysis.statistics import LinearFit, linear_fit
 from robust_backbones.analysis.study import Backbone, Run, experiments
-from robust_backbones.checkpoints import sha256
+from robust_backbones.checkpoint import zoo
+from robust_backbones.checkpoint.format import sha256
 from robust_backbones.models import ARCHITECTURES
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
 METRIC = "clean_accuracy"

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode
 from robust_backbones.data.folders import FolderImages
 from robust_backbones.data.shards import ShardImages
-from robust_backbones.distributed import leave_stop_signals_to_main
 from robust_backbones.errors import InputError
+from robust_backbones.runs.distributed import leave_stop_signals_to_main
 
 
 class ImageSource(Protocol):

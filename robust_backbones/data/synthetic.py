@@ -15,7 +15,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from robust_backbones.errors import InputError
-from robust_backbones.records import write_json
+from robust_backbones.runs.files import write_json
 
 CLASSES = ("circle", "cross", "square", "triangle")
 

@@ -17,12 +17,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import nn
 
-from robust_backbones.convert import BackboneMetadata, metadata_in
+from robust_backbones.checkpoint.convert import BackboneMetadata, metadata_in
+from robust_backbones.checkpoint.untrusted import METADATA, read_file
+from robust_backbones.checkpoint.zoo import PREFIX
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
-from robust_backbones.records import atomic_path
-from robust_backbones.safe_files import METADATA, read_file
-from robust_backbones.zoo import PREFIX
+from robust_backbones.runs.files import atomic_path
 
 _METADATA = "backbone_metadata"
 _UNFILLED = "unfilled_backbone_tensors"

@@ -16,12 +16,11 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from robust_backbones.attacks import AttackConfig
+from robust_backbones.configs import CONFIG_DIR
 from robust_backbones.detection.roi_heads import BackboneRes5ROIHeads
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
 from robust_backbones.threat_models import ThreatModel
-
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "detectron_configs"
 
 
 def base_config() -> CfgNode:

@@ -18,7 +18,7 @@ from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data.transforms import CropTransform, HFlipTransform, NoOpTransform, ResizeTransform, VFlipTransform
 from torch.utils.data import get_worker_info
 
-from robust_backbones.distributed import leave_stop_signals_to_main
+from robust_backbones.runs.distributed import leave_stop_signals_to_main
 
 
 class TrainingStream:

@@ -24,7 +24,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from robust_backbones.errors import InputError
-from robust_backbones.records import atomic_path
+from robust_backbones.runs.files import atomic_path
 
 _REGIONS = {"bbox": "bbox", "segm": "segmentation"}
 _VOC_METRICS = {"11point": "11-point AP (VOC 2007)", "area": "area under the curve"}

@@ -20,8 +20,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from robust_backbones.distributed import STOP_SIGNALS, StopRequest, end_data_workers, leave
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
+from robust_backbones.runs.distributed import STOP_SIGNALS, StopRequest, end_data_workers, leave
 
 # The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one.
 _TIMEOUT = timedelta(minutes=30)

@@ -8,14 +8,14 @@ from typing import Any
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
-from robust_backbones import zoo
-from robust_backbones.checkpoints import sha256
-from robust_backbones.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.checkpoint import zoo
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.checkpoint.format import sha256
+from robust_backbones.checkpoint.sources import read_published
+from robust_backbones.checkpoint.zoo import PREFIX
 from robust_backbones.detection.verify import prove
 from robust_backbones.errors import InputError
-from robust_backbones.records import atomic_path
-from robust_backbones.sources import read_published
-from robust_backbones.zoo import PREFIX
+from robust_backbones.runs.files import atomic_path
 
 
 def converted_backbone(name: str) -> Path:

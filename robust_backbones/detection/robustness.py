@@ -38,7 +38,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 from tqdm import tqdm
 
-from robust_backbones.checkpoints import sha256
+from robust_backbones.checkpoint.format import sha256
 from robust_backbones.data.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
@@ -55,10 +55,12 @@ from robust_backbones.detection.evaluators import VocEvaluator, coco_metrics
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import Detector, load_detector
 from robust_backbones.detection.trainer import Trainer
-from robust_backbones.distributed import StopRequest, end_data_workers, stop_on_signals
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
-from robust_backbones.locks import HeldError, lock
-from robust_backbones.records import RunRecord, atomic_path, claim
+from robust_backbones.runs.distributed import StopRequest, end_data_workers, stop_on_signals
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.identity import claim
+from robust_backbones.runs.locks import HeldError, lock
+from robust_backbones.runs.record import RunRecord
 
 MEASURES = ("bbox/AP", "bbox/AP50", "segm/AP")
 """What P, mPC and rPC are told of; AP50 is VOC's own."""

@@ -16,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 
 from robust_backbones.detection.config import flat, own_defaults
 from robust_backbones.errors import InputError
-from robust_backbones.records import atomic_path
+from robust_backbones.runs.files import atomic_path
 
 # What a run may change on its way: where it runs, what it shows and how often it saves, but nothing that it computes.
 _FREE = {

@@ -25,16 +25,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import robust_backbones.detection.published  # noqa: F401  # makes robust://NAME a path
+from robust_backbones.classification.engine import arithmetic
 from robust_backbones.detection.adversarial import AttackedDetector, FreeStream, replays
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, WeightAverage, build_precise_bn, flat_metrics
 from robust_backbones.detection.roi_align import use_float32_boxes
-from robust_backbones.distributed import StopRequest, stop_on_signals, synchronize_on_cpu
-from robust_backbones.engine import arithmetic
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
-from robust_backbones.records import RunRecord, write_jsonl
+from robust_backbones.runs.distributed import StopRequest, stop_on_signals, synchronize_on_cpu
+from robust_backbones.runs.files import write_jsonl
+from robust_backbones.runs.record import RunRecord
 
 _logger = logging.getLogger(__name__)
 

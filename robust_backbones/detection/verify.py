@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 
-from robust_backbones.checkpoints import Checkpoint
-from robust_backbones.convert import read_backbone
+from robust_backbones.checkpoint.convert import read_backbone
+from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, flat_overrides, load_config
 from robust_backbones.errors import InputError, ProofFailedError

@@ -18,7 +18,7 @@ from detectron2.utils.visualizer import Visualizer
 from numpy.typing import NDArray
 
 from robust_backbones.errors import InputError
-from robust_backbones.records import atomic_path
+from robust_backbones.runs.files import atomic_path
 
 TITLE_HEIGHT = 28
 """Height in pixels of the white strip above a panel."""

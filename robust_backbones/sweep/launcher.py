@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from robust_backbones.errors import InputError, PreemptedError
-from robust_backbones.records import write_json
+from robust_backbones.runs.files import write_json
 from robust_backbones.sweep.plan import Attempt, Plan, Run, count
 
 if TYPE_CHECKING:
-    from robust_backbones.cluster import ClusterConfig
+    from robust_backbones.runs.cluster import ClusterConfig
 
 KILLED = -signal.SIGKILL
 """Status of a run that ended without saying how."""
@@ -276,7 +276,7 @@ class ClusterExecutor:
         return started
 
     def _submit(self, runs: Sequence[Run], kind: str) -> dict[str, Handle]:
-        from robust_backbones.cluster import open_executor
+        from robust_backbones.runs.cluster import open_executor
 
         processes = 1 if kind == "transfer" else self._cluster.processes
         executor = open_executor(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.util
 import io
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, replace
@@ -18,19 +16,21 @@ from typing import Any
 
 import yaml
 
-from robust_backbones import zoo
-from robust_backbones.checkpoints import sha256
-from robust_backbones.cluster import ClusterConfig
+from robust_backbones.checkpoint import zoo
+from robust_backbones.checkpoint.format import sha256
+from robust_backbones.checkpoint.sources import HUB, Statement, read_checkpoint
+from robust_backbones.commands import evaluate, pretrain, transfer
+from robust_backbones.configs import CONFIG_DIR
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
-from robust_backbones.sources import HUB, Statement, read_checkpoint
+from robust_backbones.runs.cluster import ClusterConfig
 from robust_backbones.sweep.plan import Plan, Run
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.protocol import labels_of
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TRANSFER_MODES = ("probe", "finetune")
-SCRATCH = TOOLS.parent / "detectron_configs/protocols/scratch.yaml"
+SCRATCH = CONFIG_DIR / "protocols/scratch.yaml"
 _BACKBONES = ("pretrain", "file", "published", "scratch")
 _STATEMENTS = ("source", "mean", "std", "channel_order", "stride_in_1x1", "threat_model")
 # Where a detector's run is and what it needs on the way; what it computes does not depend on it.
@@ -441,12 +441,7 @@ def _parsed(tool: str, words: Sequence[str], where: str) -> Any:
 
 @cache
 def _parser(tool: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"sweep_tools_{tool}", TOOLS / f"{tool}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # tyro looks up its source there
-    spec.loader.exec_module(module)
-    return module.parse
+    return {"pretrain": pretrain.parse, "transfer": transfer.parse, "evaluate": evaluate.parse}[tool]
 
 
 @cache

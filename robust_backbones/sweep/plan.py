@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from robust_backbones.errors import InputError, PreemptedError
-from robust_backbones.locks import owner_of
-from robust_backbones.records import write_json
+from robust_backbones.runs.files import write_json
+from robust_backbones.runs.locks import owner_of
 
 STATES = ("waiting", "ready", "running", "preempted", "failed", "done")
 """waiting: for another run; preempted: was begun and goes on at the next launch, however it was cut off."""

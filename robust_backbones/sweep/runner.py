@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
-from robust_backbones.locks import HeldError, lock
+from robust_backbones.runs.locks import HeldError, lock
 from robust_backbones.sweep.plan import ATTEMPT, Attempt, Plan
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robust_backbones.checkpoints import Checkpoint
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.classification.engine import Compute
+from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
-from robust_backbones.engine import Compute
-from robust_backbones.folding import FoldedTwin
 from robust_backbones.models import NormalizedModel
 from robust_backbones.transfer.networks import feature_extractor
 

@@ -8,13 +8,21 @@ from pathlib import Path
 
 import torch
 
-from robust_backbones.checkpoints import Checkpoint
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.classification.train import (
+    Execution,
+    Task,
+    TrainingConfig,
+    evaluation_transform,
+    image_cache,
+    train,
+)
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData
-from robust_backbones.distributed import Processes, join_processes, local_device
 from robust_backbones.errors import DivergedError, InputError
-from robust_backbones.records import RunRecord, claim
-from robust_backbones.training import Execution, Task, TrainingConfig, evaluation_transform, image_cache, train
+from robust_backbones.runs.distributed import Processes, join_processes, local_device
+from robust_backbones.runs.identity import claim
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.networks import (
     DEPTH,
     layer_wise_rates,

@@ -17,18 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.checkpoints import Checkpoint, load_tensors, write_checkpoint
+from robust_backbones.checkpoint.format import Checkpoint, load_tensors, write_checkpoint
+from robust_backbones.classification.engine import Compute, evaluate
+from robust_backbones.classification.metrics import accuracy
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset, mix
 from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.data.transforms import AUGMENTATIONS, augmentation, val_transform
-from robust_backbones.distributed import StopRequest, stop_on_signals
-from robust_backbones.engine import Compute, evaluate
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
-from robust_backbones.logs import RunLog
-from robust_backbones.metrics import accuracy
 from robust_backbones.models import NormalizedModel, build_backbone
-from robust_backbones.records import RunRecord, atomic_path, claim
+from robust_backbones.runs.distributed import StopRequest, stop_on_signals
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.identity import claim
+from robust_backbones.runs.logs import RunLog
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.features import Backbone, Features
 from robust_backbones.transfer.heads import HeadBank, Heads, logistic_regressions

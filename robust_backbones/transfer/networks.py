@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
-from robust_backbones.checkpoints import Checkpoint
+from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone, reference_shapes
 

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from robust_backbones.checkpoints import Checkpoint
+from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.data.datasets import find_unreadable, mix
 from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.errors import InputError, TrainingFailedError
-from robust_backbones.records import RunRecord, write_json
+from robust_backbones.runs.files import write_json
+from robust_backbones.runs.record import RunRecord
 
 SELECT_ON = ("held_out", "test")
 

@@ -11,9 +11,9 @@ detectron2 = pytest.importorskip("detectron2", reason="Detectron2 is not install
 
 from detectron2.config import CfgNode  # noqa: E402
 
-from robust_backbones.convert import BackboneMetadata, convert, write_backbone  # noqa: E402
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone  # noqa: E402
+from robust_backbones.checkpoint.sources import read_checkpoint  # noqa: E402
 from robust_backbones.detection.config import CONFIG_DIR, load_config  # noqa: E402
-from robust_backbones.sources import read_checkpoint  # noqa: E402
 
 SHAPES_CONFIG = CONFIG_DIR / "quick/mask_rcnn_R_50_FPN_shapes_instant.yaml"
 RESNET18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]

@@ -12,13 +12,13 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from robust_backbones.checkpoints import write_checkpoint
-from robust_backbones.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.checkpoint.format import write_checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors, newest_checkpoint
 from robust_backbones.detection.config import base_config
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, build_backbone
-from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 
 Maker = Callable[[str], Path]

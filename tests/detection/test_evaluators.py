@@ -25,9 +25,9 @@ from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator, coco_metrics
-from robust_backbones.distributed import join_processes
 from robust_backbones.errors import InputError
-from tests.test_distributed import spawn
+from robust_backbones.runs.distributed import join_processes
+from tests.runs.test_distributed import spawn
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools under NumPy 2

@@ -21,7 +21,7 @@ from robust_backbones.detection.datasets import register_datasets
 from robust_backbones.detection.launch import launch, scale_to_processes
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG
 

@@ -12,15 +12,15 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from robust_backbones.convert import read_backbone, torchvision_name
+from robust_backbones.checkpoint.convert import read_backbone, torchvision_name
+from robust_backbones.checkpoint.sources import read_published
+from robust_backbones.checkpoint.zoo import cache_folder
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.published import converted_backbone
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import BackboneSpec, build_backbone
-from robust_backbones.records import RunRecord
-from robust_backbones.sources import read_published
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.zoo import cache_folder
 from tests.conftest import randomize_batch_norms
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG
 from tests.detection.test_train_net import TINY, train_net

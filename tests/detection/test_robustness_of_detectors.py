@@ -48,7 +48,7 @@ from robust_backbones.detection.robustness import (
 )
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import ROOT
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG

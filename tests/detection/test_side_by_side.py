@@ -16,7 +16,7 @@ from robust_backbones.detection.config import load_config
 from robust_backbones.detection.side_by_side import draw_side_by_side
 from robust_backbones.detection.visualize import TITLE_HEIGHT, read_rgb
 from robust_backbones.errors import InputError
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG
 
 

@@ -12,12 +12,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from robust_backbones.convert import BackboneMetadata, convert, write_backbone
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
+from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.config import CONFIG_DIR, flat_overrides, load_config
 from robust_backbones.detection.verify import TOLERANCE, feature_errors
 from robust_backbones.models import BackboneSpec
-from robust_backbones.sources import Statement, read_checkpoint
 
 Maker = Callable[[str], Path]
 MSRA = {"mean": (103.53 / 255, 116.28 / 255, 123.675 / 255), "channel_order": "BGR"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from robust_backbones.detection.checkpoint import newest_checkpoint
-from robust_backbones.records import RunRecord
+from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG
 

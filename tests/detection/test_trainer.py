@@ -15,12 +15,12 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor, nn
 
-from robust_backbones.convert import BackboneMetadata, convert, write_backbone
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
+from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.detection.datasets import register_datasets
 from robust_backbones.detection.trainer import Trainer, check_expected, evaluate, train
 from robust_backbones.errors import DivergedError, PreemptedError, TrainingFailedError
-from robust_backbones.records import RunRecord
-from robust_backbones.sources import read_checkpoint
+from robust_backbones.runs.record import RunRecord
 
 Maker = Callable[[str], Path]
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from robust_backbones.convert import BackboneMetadata, convert, write_backbone
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
+from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.detection.verify import TOLERANCE, StageError, feature_errors, prove, table
 from robust_backbones.errors import InputError, ProofFailedError
-from robust_backbones.sources import read_checkpoint
 
 Maker = Callable[[str], Path]
 STAGES = ["res2", "res3", "res4", "res5"]

@@ -9,11 +9,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.visualization import AscentConfig, activations, invert, noise
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.models import NormalizedModel
-from robust_backbones.sources import read_checkpoint
-from robust_backbones.visualization import AscentConfig, activations, invert, noise
 from tests.detection.conftest import RESNET18
 
 Maker = Callable[[str], Path]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from robust_backbones.checkpoints import Checkpoint, write_checkpoint
+from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.models import BackboneSpec, NormalizedModel
-from robust_backbones.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 
 Trained = tuple[NormalizedModel, Tensor, Tensor]

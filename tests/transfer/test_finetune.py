@@ -20,18 +20,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.checkpoints import Checkpoint, write_checkpoint
+from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.engine import Learner
+from robust_backbones.classification.train import Execution
 from robust_backbones.data.batches import train_batches
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.data.transforms import train_transform, val_transform
-from robust_backbones.engine import Learner
 from robust_backbones.errors import DivergedError, InputError, TrainingFailedError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD
-from robust_backbones.records import RunRecord
-from robust_backbones.sources import read_checkpoint
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.training import Execution
 from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune
 from robust_backbones.transfer.protocol import TransferConfig
 from tests.conftest import ROOT

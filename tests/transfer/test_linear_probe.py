@@ -20,15 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.checkpoints import Checkpoint
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.data.batches import train_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.data.transforms import train_transform, val_transform
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, NormalizedModel, build_backbone
-from robust_backbones.records import RunRecord
-from robust_backbones.sources import read_checkpoint
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer import linear_probe as module
 from robust_backbones.transfer.features import Features
@@ -421,7 +421,9 @@ def test_more_outputs_than_classes(checkpoint: Checkpoint, data: TransferData, t
 def test_bfloat16_features_are_near(
     checkpoint: Checkpoint, data: TransferData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("robust_backbones.engine.computes_bfloat16", lambda: True)  # in software, where it must be
+    monkeypatch.setattr(
+        "robust_backbones.classification.engine.computes_bfloat16", lambda: True
+    )  # in software, where it must be
     for precision in ("fp32", "bf16"):
         probe(replace(CONFIG, precision=precision), checkpoint, data, tmp_path / precision)
     plain, half = head(tmp_path / "fp32"), head(tmp_path / "bf16")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_backbones.checkpoints import Checkpoint
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.zoo import published
 from robust_backbones.errors import InputError
 from robust_backbones.models import ARCHITECTURES, BackboneSpec, NormalizedModel, ResNetShape, build_backbone
 from robust_backbones.transfer.networks import (
@@ -23,7 +24,6 @@ from robust_backbones.transfer.networks import (
     transferred_spec,
     with_classifier,
 )
-from robust_backbones.zoo import published
 from tests.conftest import randomize_batch_norms
 
 OTHERS = [arch for arch, shape in ARCHITECTURES.items() if not isinstance(shape, ResNetShape)]

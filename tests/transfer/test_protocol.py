@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from robust_backbones.classification.metrics import accuracy
 from robust_backbones.errors import InputError, TrainingFailedError
-from robust_backbones.metrics import accuracy
 from robust_backbones.transfer.protocol import Setting, TransferConfig, labels_of, select, split_held_out
 
 

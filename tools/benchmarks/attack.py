@@ -22,8 +22,8 @@ from benchmarks.peers import without_cuda_calls
 from benchmarks.turns import Arrays, Side, Way
 from benchmarks.work import Check, Reach, Work
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.engine import PRECISIONS
-from robust_backbones.folding import FoldedTwin
+from robust_backbones.classification.engine import PRECISIONS
+from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.threat_models import ThreatModel
 
 NORMS = {"L2": "ℓ2", "Linf": "ℓ∞"}

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.work import Work
-from robust_backbones.engine import PRECISIONS
-from robust_backbones.folding import FoldedTwin
+from robust_backbones.classification.engine import PRECISIONS
+from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 
 MEGABYTE = 1e6

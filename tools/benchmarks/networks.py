@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from benchmarks.turns import Arrays
 from benchmarks.work import Check
 from robust_backbones.attacks import AttackConfig
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.pretrain import PretrainConfig, pretrain
+from robust_backbones.classification.train import Execution
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.data.synthetic import ShapesConfig, write_shapes
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.models import NormalizedModel, build_backbone
-from robust_backbones.pretrain import PretrainConfig, pretrain
-from robust_backbones.records import atomic_path
-from robust_backbones.sources import read_checkpoint
+from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.training import Execution
 
 SIZE = 64
 MEAN_LOSS_LIMIT = 1e-3

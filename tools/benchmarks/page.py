@@ -18,7 +18,7 @@ from robust_backbones.analysis.statistics import LinearFit, compare, linear_fit,
 from robust_backbones.analysis.study import find_runs
 from robust_backbones.analysis.tables import markdown
 from robust_backbones.errors import InputError
-from robust_backbones.records import atomic_path
+from robust_backbones.runs.files import atomic_path
 
 Record = Mapping[str, Any]
 NOT_MEASURED = "not measured"

@@ -13,12 +13,12 @@ import torch
 
 from benchmarks.turns import Arrays, Side, Way
 from benchmarks.work import Check, Reach, Work
-from robust_backbones.checkpoints import Checkpoint
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.data.transforms import augmentation, val_transform
 from robust_backbones.models import BackboneSpec, build_backbone
-from robust_backbones.records import RunRecord
-from robust_backbones.sources import read_checkpoint
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe, order_of
 from robust_backbones.transfer.networks import DEPTH, new_classifier, with_classifier
 from robust_backbones.transfer.protocol import Setting

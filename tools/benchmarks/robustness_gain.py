@@ -11,12 +11,12 @@ import torch
 from robust_backbones.analysis.plots import accuracy_curves
 from robust_backbones.analysis.tables import robustness_table
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.pretrain import PretrainConfig, pretrain
-from robust_backbones.records import atomic_path
-from robust_backbones.robustness import RobustnessConfig, evaluate_robustness
-from robust_backbones.sources import read_checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.pretrain import PretrainConfig, pretrain
+from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
+from robust_backbones.classification.train import Execution
+from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.training import Execution
 
 THREAT_MODEL = ThreatModel("Linf", 8 / 255)
 TRAINING = PretrainConfig(

@@ -25,9 +25,9 @@ from benchmarks.peers import without_cuda_calls
 from benchmarks.turns import Arrays, Side, Way
 from benchmarks.work import Check, Reach, Work
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.engine import COMPILE_MODES, Compute, Learner
+from robust_backbones.classification.engine import COMPILE_MODES, Compute, Learner
+from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.models import NormalizedModel
-from robust_backbones.objectives import ObjectiveConfig
 from robust_backbones.threat_models import ThreatModel
 
 LIBRARY = "robustness 1.2.1.post2"

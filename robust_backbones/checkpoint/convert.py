@@ -1,0 +1,272 @@
+"""From torchvision's tensor names to Detectron2's, with a report of every tensor; pure torch, no detectron2."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.untrusted import METADATA, read_file
+from robust_backbones.errors import InputError
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, reference_shapes
+from robust_backbones.runs.files import atomic_path
+
+FORMAT = "robust_backbones.backbone/1"
+SUFFIXES = (".pkl", ".pth", ".safetensors")
+
+# torchvision's name, Detectron2's. Both count blocks and convolutions alike; stages are shifted by one.
+_NAMES = (
+    ("conv1.weight", "stem.conv1.weight"),
+    ("bn1.{tensor}", "stem.conv1.norm.{tensor}"),
+    ("layer{stage}.{block}.conv{i}.weight", "res{stage}.{block}.conv{i}.weight"),
+    ("layer{stage}.{block}.bn{i}.{tensor}", "res{stage}.{block}.conv{i}.norm.{tensor}"),
+    ("layer{stage}.{block}.downsample.0.weight", "res{stage}.{block}.shortcut.weight"),
+    ("layer{stage}.{block}.downsample.1.{tensor}", "res{stage}.{block}.shortcut.norm.{tensor}"),
+)
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of every tensor. Names are torchvision's, except for the values of ``renamed``."""
+
+    source: str
+    source_sha256: str
+    layout: str
+    renamed: dict[str, str]
+    dropped: tuple[str, ...]
+    """Of no use to a detector: the classifier, batch norm's counters, and what the file holds beside the network."""
+    missing: tuple[str, ...]
+    """The architecture has them, the source does not."""
+    unexpected: tuple[str, ...]
+    """The source has them, the architecture does not."""
+    incorrect_shapes: tuple[str, ...]
+    not_finite: tuple[str, ...]
+    """They hold a NaN or an infinity."""
+
+    @property
+    def ok(self) -> bool:
+        return not self._problems()
+
+    def check(self) -> None:
+        """Raise ``InputError`` unless ``ok``."""
+        if not self.ok:
+            raise InputError(f"{self.source} does not hold a whole backbone ({'; '.join(self._problems())})")
+
+    def __str__(self) -> str:
+        """A table: tensors by part of the network, and every problem by name."""
+        rows = [*Counter(name.split(".")[0] for name in self.renamed.values()).items()]
+        rows += [("renamed", len(self.renamed)), ("dropped", len(self.dropped))]
+        return "\n".join([*(f"{part:8} {count:4} tensors" for part, count in rows), *self._problems()])
+
+    def _problems(self) -> list[str]:
+        problems = ("missing", "unexpected", "incorrect_shapes", "not_finite")
+        return [f"{what.replace('_', ' ')}: {', '.join(names)}" for what in problems if (names := getattr(self, what))]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok}
+
+
+def detectron2_name(name: str) -> str:
+    """Detectron2's name of a torchvision backbone tensor.
+
+    Raises:
+        KeyError: no ResNet of torchvision has such a tensor, but for the classifier.
+    """
+    return _translate(name, 0, 1, shift=1)
+
+
+def torchvision_name(name: str) -> str:
+    """torchvision's name of a tensor of Detectron2's ResNet.
+
+    Raises:
+        KeyError: Detectron2's ResNet has no such tensor.
+    """
+    return _translate(name, 1, 0, shift=-1)
+
+
+def _translate(name: str, source: int, target: int, *, shift: int) -> str:
+    for row in _NAMES:
+        pattern = re.escape(row[source]).replace(r"\{tensor\}", r"(?P<tensor>\w+)")
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", pattern)
+        if match := re.fullmatch(pattern, name):
+            fields: dict[str, Any] = match.groupdict()
+            if "stage" in fields:
+                fields["stage"] = int(fields["stage"]) + shift
+            return row[target].format(**fields)
+    raise KeyError(name)
+
+
+def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport]:
+    """Rename a backbone's tensors; values are left as they are (as float32).
+
+    Returns:
+        the tensors under Detectron2's names, and the report; the caller judges by ``report.ok``.
+
+    Raises:
+        InputError: Detectron2's ResNet cannot be this backbone.
+    """
+    checkpoint.spec.detectron2_overrides()  # raises: other networks' tensors have no names there
+    expected, _ = reference_shapes(checkpoint.spec.arch, checkpoint.spec.stem)
+    converted: dict[str, Tensor] = {}
+    renamed: dict[str, str] = {}
+    problems: dict[str, list[str]] = {"unexpected": [], "incorrect_shapes": [], "not_finite": []}
+    dropped = list(checkpoint.left_out)
+    for name, tensor in checkpoint.state_dict.items():
+        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
+            dropped.append(name)
+        elif name not in expected:
+            problems["unexpected"].append(name)
+        elif tensor.shape != expected[name]:
+            problems["incorrect_shapes"].append(name)
+        elif not tensor.isfinite().all():
+            problems["not_finite"].append(name)
+        else:
+            renamed[name] = detectron2_name(name)
+            converted[renamed[name]] = tensor.float().contiguous()
+    wanted = {name for name in expected if not name.startswith("fc.")}
+    report = ConversionReport(
+        source=checkpoint.source,
+        source_sha256=checkpoint.source_sha256,
+        layout=checkpoint.layout,
+        renamed=renamed,
+        dropped=tuple(dropped),
+        missing=tuple(sorted(wanted - set(checkpoint.state_dict))),
+        **{problem: tuple(names) for problem, names in problems.items()},
+    )
+    return converted, report
+
+
+@dataclass(frozen=True)
+class BackboneMetadata:
+    """What a converted file says about itself; the checkpoint guard holds the detector's configuration to it."""
+
+    spec: BackboneSpec
+    threat_model: str | None
+    layout: str
+    source: str
+    source_sha256: str
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> BackboneMetadata:
+        threat_model = None if checkpoint.threat_model is None else str(checkpoint.threat_model)
+        return cls(checkpoint.spec, threat_model, checkpoint.layout, checkpoint.source, checkpoint.source_sha256)
+
+    @classmethod
+    def from_dict(cls, content: Any) -> BackboneMetadata:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            InputError: it is not ours, or is damaged.
+        """
+        try:
+            fields = dict(content)
+            if fields.pop("format") != FORMAT:
+                raise KeyError("format")
+            fields.pop("overrides", None)  # for readers without this package; the spec gives them again
+            return cls(spec=BackboneSpec(**fields.pop("spec")), **fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"its backbone metadata cannot be read ({error!r})") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self), "spec": self.spec.to_dict()}
+
+
+def write_backbone(path: Path, tensors: dict[str, Tensor], metadata: BackboneMetadata) -> None:
+    """Write a ``.pkl``, ``.pth`` or ``.safetensors`` by the suffix; identical input gives identical bytes.
+
+    ``matching_heuristics`` lets Detectron2 put ``res2.*`` under whatever prefix the detector gives its backbone.
+    """
+    fields = {**metadata.to_dict(), "overrides": metadata.spec.detectron2_overrides()}
+    content = {"__author__": "robust-backbones", "matching_heuristics": True, "metadata": fields}
+    with atomic_path(path) as temporary:
+        if path.suffix == ".safetensors":
+            _save_safetensors(temporary, tensors, fields)
+        elif path.suffix == ".pth":
+            _save_torch(temporary, {"model": _own(tensors), **content})
+        else:
+            arrays = {name: tensors[name].numpy() for name in sorted(tensors)}
+            with open(temporary, "wb") as file:
+                pickle.dump({"model": arrays, **content}, file, protocol=4)
+
+
+def write_torchvision(path: Path, checkpoint: Checkpoint) -> None:
+    """Write torchvision's state dict, classifier included, as ``.pth`` or, with the metadata, ``.safetensors``.
+
+    Raises:
+        InputError: torchvision's network is another one; or its inputs are, which a ``.pth`` cannot say.
+    """
+    spec = checkpoint.spec
+    if spec.stride_in_1x1 or spec.stem != "imagenet":
+        raise InputError(f"torchvision has no {spec.arch} with this stem and stride: keep it in Detectron2's format")
+    if path.suffix == ".pth" and (spec.mean, spec.std, spec.channel_order) != (IMAGENET_MEAN, IMAGENET_STD, "RGB"):
+        raise InputError(
+            f"{path} could not say that its input is {spec.channel_order} with mean {spec.mean} and std {spec.std}: "
+            "write a .safetensors"
+        )
+    with atomic_path(path) as temporary:
+        if path.suffix == ".safetensors":
+            _save_safetensors(temporary, checkpoint.state_dict, BackboneMetadata.of(checkpoint).to_dict())
+        else:
+            _save_torch(temporary, _own(checkpoint.state_dict))
+
+
+def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In the order of their names, with storages of their own: torch.save writes all that a tensor is a view of."""
+    return {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in sorted(tensors)}
+
+
+def _save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    # One string: several would come in any order.
+    strings = {"robust_backbones": json.dumps(metadata, sort_keys=True)}
+    safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, strings)
+
+
+def _save_torch(path: Path, content: dict[str, Any]) -> None:
+    with open(path, "wb") as file:  # given a path, torch.save would write its name into the file
+        torch.save(content, file)
+
+
+def metadata_in(content: Any) -> BackboneMetadata | None:
+    """What a file's content, as ``read_file`` gives it, says about itself; None where it is not one of ours.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    if not isinstance(content, dict):
+        return None
+    if METADATA in content:
+        text = content[METADATA].get("robust_backbones")
+        try:
+            return None if text is None else BackboneMetadata.from_dict(json.loads(text))
+        except ValueError as error:
+            raise InputError(f"its backbone metadata cannot be read ({error})") from None
+    for key in ("metadata", "backbone_metadata"):
+        if key in content and isinstance(content.get("model"), dict):
+            return BackboneMetadata.from_dict(content[key])
+    return None
+
+
+def read_backbone(path: Path) -> tuple[dict[str, Tensor], BackboneMetadata]:
+    """Read a file of ``write_backbone``: tensors under Detectron2's names, and the metadata.
+
+    Raises:
+        InputError: missing, not safely readable, or not made by ``tools/convert_backbone.py``.
+    """
+    content = read_file(path)
+    try:
+        metadata = metadata_in(content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; convert it again with tools/convert_backbone.py") from None
+    if metadata is None:
+        raise InputError(f"{path} does not say what backbone it holds: convert it with tools/convert_backbone.py")
+    tensors = content.get("model", content)
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}, metadata

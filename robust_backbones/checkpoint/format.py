@@ -1,0 +1,100 @@
+"""Backbone checkpoints: what one is, and our own format; ``sources`` reads those from elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, build_backbone
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.threat_models import ThreatModel
+
+FORMAT = "robust_backbones.checkpoint/1"
+TRAINING_FORMAT = "robust_backbones.classification.train/1"
+"""Of the files that a run resumes from; no backbone is read from them."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A backbone as read from any source: torchvision's tensor names, without prefixes."""
+
+    spec: BackboneSpec
+    state_dict: dict[str, Tensor]
+    threat_model: ThreatModel | None
+    """None when the source does not say how the backbone was trained."""
+    layout: str
+    """Whose file it is: one of ``sources.SOURCES``."""
+    source: str
+    """File name without its folder."""
+    source_sha256: str
+    normalization: str = "the file"
+    """Who says what ``spec.mean`` and ``spec.std`` are."""
+    prefix: str = ""
+    """What the file puts before the names of ``state_dict``."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the file that are not the network's, by the file's names."""
+
+    def build(self) -> nn.Module:
+        """The network with these weights, in eval mode."""
+        backbone = build_backbone(self.spec)
+        backbone.load_state_dict(self.state_dict)
+        return backbone.eval()
+
+    def in_rgb(self) -> Checkpoint:
+        """The same function of RGB images, where this one takes BGR: the stem's input channels change places."""
+        if self.spec.channel_order == "RGB":
+            return self
+        with torch.device("meta"):
+            stem, _ = next(pair for pair in build_backbone(self.spec).named_modules() if isinstance(pair[1], nn.Conv2d))
+        name = f"{stem}.weight"
+        spec = replace(self.spec, channel_order="RGB", mean=self.spec.mean[::-1], std=self.spec.std[::-1])
+        return replace(self, spec=spec, state_dict={**self.state_dict, name: self.state_dict[name].flip(1)})
+
+
+def write_checkpoint(
+    path: Path,
+    *,
+    spec: BackboneSpec,
+    state_dict: dict[str, Tensor],
+    threat_model: ThreatModel | None,
+) -> None:
+    """Write our own format; ``threat_model`` is None where nobody said how the backbone was trained."""
+    content = {
+        "format": FORMAT,
+        "spec": spec.to_dict(),
+        "threat_model": None if threat_model is None else str(threat_model),
+        "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()},
+    }
+    with atomic_path(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Read a ``.pth`` / ``.pt`` file without running any code it may hold.
+
+    Raises:
+        InputError: the file is missing, or is no dictionary of tensors and plain values.
+    """
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}: check the path")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged or foreign file can fail in any way
+        raise InputError(
+            f"{path} is not a checkpoint that can be read safely ({type(error).__name__}): give a file of "
+            "tools/pretrain.py or a torchvision state dict saved by torch.save"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors: save a state_dict()")
+    return content
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,378 @@
+"""Reads backbone checkpoints from every known source: told by its keys, stripped to torchvision's tensor names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_backbones.checkpoint import zoo
+from robust_backbones.checkpoint.convert import metadata_in, torchvision_name
+from robust_backbones.checkpoint.format import FORMAT, TRAINING_FORMAT, Checkpoint, sha256
+from robust_backbones.checkpoint.untrusted import METADATA, read_file
+from robust_backbones.errors import InputError
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify
+from robust_backbones.threat_models import ThreatModel
+
+HUB = "hub:"
+_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+_STATE_DICTS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_WRAPPERS = ("module.", "model.", "net.", "network.", "backbone.", "encoder.")
+_BATCH_NORM_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of checkpoint: where it keeps the network's tensors, and what its makers feed the network."""
+
+    description: str
+    state_dicts: tuple[str, ...] = ("",)
+    """Keys of the file under which the tensors may be; ``""`` is the file itself."""
+    prefixes: tuple[str, ...] = ("",)
+    """What may stand before torchvision's names; the first that does is taken off."""
+    convention: dict[str, Any] | None = None
+    """Fields of the spec that its makers always mean; None: the file says them, or the user."""
+
+
+SOURCES = {
+    "robust_backbones": Source("a checkpoint of tools/pretrain.py"),
+    "robustness": Source(
+        "a checkpoint of MadryLab's robustness library",
+        ("model", "state_dict"),
+        ("module.model.model.", "module.model.", "model.model.", "model."),
+    ),
+    "robustbench": Source(
+        "a model of RobustBench",
+        ("state_dict", "model", ""),
+        ("module.model.", "model.", "module.", ""),
+        _IMAGENET,
+    ),
+    "torchvision": Source("torchvision's state dict", convention=_IMAGENET),
+    "timm": Source("timm's state dict", ("state_dict", ""), ("module.", "")),
+    "moco": Source("a MoCo checkpoint", ("state_dict",), ("module.encoder_q.", "encoder_q."), _IMAGENET),
+    "lightning": Source("a Lightning checkpoint", ("state_dict",), ("module.model.", *_WRAPPERS, "")),
+    "training": Source("a training checkpoint", (*_STATE_DICTS, ""), ("module.", "")),
+    "ema": Source("the averaged weights of a training checkpoint", _AVERAGES, ("module.", "")),
+    "detectron2": Source("a Detectron2 model", ("model", "")),
+    "msra": Source(
+        "a Caffe2 model of Detectron's zoo",
+        ("model", "blobs", ""),
+        convention={
+            "mean": (103.53 / 255, 116.28 / 255, 123.675 / 255),
+            "std": (1 / 255,) * 3,
+            "channel_order": "BGR",
+            "stride_in_1x1": True,
+        },
+    ),
+}
+
+# A Caffe2 ResNeXt of Detectron's zoo is fed and strides otherwise than its ResNets.
+_CAFFE2_RESNEXT = {"std": (57.375 / 255, 57.12 / 255, 58.395 / 255), "stride_in_1x1": False}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What the user says about a file; a file that says otherwise is refused, a source's convention gives way."""
+
+    mean: tuple[float, float, float] | None = None
+    """Per channel, in [0, 1] pixel units."""
+    std: tuple[float, float, float] | None = None
+    channel_order: str | None = None
+    stride_in_1x1: bool | None = None
+    threat_model: ThreatModel | None = None
+
+
+def read_checkpoint(path: Path, *, source: str = "", statement: Statement | None = None) -> Checkpoint:
+    """Read a backbone from any of ``SOURCES``; ``source`` forces one, otherwise the file's keys tell it.
+
+    ``hub:NAME`` is one of the published backbones (``zoo``), which is downloaded at the first use.
+
+    Raises:
+        InputError: the file is missing, is no checkpoint, or its layout, architecture or normalisation is not known.
+    """
+    if str(path).startswith(HUB):
+        if source or statement not in (None, Statement()):
+            raise InputError("a published backbone says all there is to know: leave out what describes it")
+        return read_published(str(path).removeprefix(HUB))
+    if source and source not in SOURCES:
+        raise InputError(f"unknown source {source!r}: choose one of {', '.join(SOURCES)}")
+    content, statement = read_file(path), statement or Statement()
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors: save a state_dict()")
+    try:
+        layout = source or _recognize(content, path)
+        if layout == "robust_backbones":
+            return _read_own(content, path, statement)
+        return _read_foreign(content, path, layout, statement)
+    except InputError as error:
+        raise InputError(f"cannot use {path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"cannot use {path}: it is damaged ({error!r})") from None
+
+
+def read_published(name: str) -> Checkpoint:
+    """The published backbone ``name``, downloaded at the first use.
+
+    Raises:
+        InputError: there is none of this name; it cannot be downloaded; the file is not what the name says.
+    """
+    published = zoo.find(name)
+    checkpoint = read_checkpoint(zoo.fetch(name), statement=Statement(threat_model=published.threat_model))
+    if checkpoint.spec.arch != published.arch:
+        raise InputError(f"{checkpoint.source} holds a {checkpoint.spec.arch}, not the {published.arch} of its name")
+    return checkpoint
+
+
+def _read_own(content: dict[str, Any], path: Path, statement: Statement) -> Checkpoint:
+    spec = BackboneSpec(**content["spec"])
+    state_dict = _tensors(content["state_dict"])
+    if identify(state_dict) != BackboneSpec(spec.arch, spec.num_classes, stem=spec.stem):
+        raise InputError(
+            f"its tensors are not those of {spec.arch} with {spec.num_classes} classes and the {spec.stem} stem"
+        )
+    spec, who = _agreed(spec, _fields_of(spec), {}, statement)
+    in_file = content["threat_model"]
+    threat_model = _agreed_threat_model(None if in_file is None else ThreatModel.parse(in_file), statement)
+    return Checkpoint(spec, state_dict, threat_model, "robust_backbones", path.name, sha256(path), who)
+
+
+def _read_foreign(content: dict[str, Any], path: Path, layout: str, statement: Statement) -> Checkpoint:
+    source = SOURCES[layout]
+    tensors = next(
+        (tensors for key in source.state_dicts if (tensors := _tensors(content.get(key) if key else content))), {}
+    )
+    if not tensors:
+        raise InputError(f"it is not {source.description}: leave out --source {layout}")
+    metadata = metadata_in(content)
+    prefix = ""
+    if layout == "msra":
+        names = _names_in_caffe2(tensors)
+    elif layout == "detectron2":
+        names = _names_in_detectron2(tensors)
+    else:
+        prefix = next((prefix for prefix in source.prefixes if any(name.startswith(prefix) for name in tensors)), "")
+        names = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+        names = _without_other_heads(names, always=layout == "moco")
+    if layout == "robustness":
+        _check_copies(tensors, prefix)
+    state_dict = {short: tensors[name] for name, short in names.items()}
+    if layout == "msra":
+        _add_statistics(state_dict, tensors.get("conv1_b"))
+    spec = identify(state_dict)
+    convention = source.convention or {}
+    if layout == "msra" and spec.arch.startswith("resnext"):
+        convention = convention | _CAFFE2_RESNEXT
+    in_file = _fields_of(metadata.spec) if metadata else _normalization_in(content, tensors, path)
+    if layout == "detectron2" and metadata is None:
+        _demand(statement, ("mean", "std", "channel_order", "stride_in_1x1"))
+    spec, who = _agreed(spec, in_file, convention, statement)
+    threat_model = ThreatModel.parse(metadata.threat_model) if metadata and metadata.threat_model else None
+    return Checkpoint(
+        spec=spec,
+        state_dict=state_dict,
+        threat_model=_agreed_threat_model(threat_model, statement),
+        layout=layout,
+        source=path.name,
+        source_sha256=sha256(path),
+        normalization=who,
+        prefix=prefix,
+        left_out=tuple(name for name in tensors if name not in names),
+    )
+
+
+def _recognize(content: dict[str, Any], path: Path) -> str:
+    """The source that a file's keys tell of."""
+    if content.get("format") == FORMAT:
+        return "robust_backbones"
+    if content.get("format") == TRAINING_FORMAT:
+        raise InputError("a run resumes from it: give the checkpoint.pt or best.pt of the same run")
+    found = [key for key in (*_STATE_DICTS, *_AVERAGES, "blobs") if _tensors(content.get(key))]
+    if metadata_in(content) and not found and "conv1.weight" in content:
+        return "torchvision"
+    averages = [key for key in found if key in _AVERAGES]
+    if averages and len(found) > len(averages):
+        raise InputError(f"it holds {' and '.join(found)}: give --source training or --source ema to choose")
+    names = _tensors(content[found[0]] if found else content)
+    if not names:
+        keys = ", ".join(str(key) for key in list(content)[:3])
+        raise InputError(f"its layout is not known (keys: {keys} ...); known are those of {', '.join(SOURCES)}")
+
+    def any_name(pattern: str) -> bool:
+        return any(re.search(pattern, name) for name in names)
+
+    if any_name(r"^res\d_\d+_branch2a_w$"):
+        return "msra"
+    if any_name(r"(^|\.)stem\.conv1\.weight$"):
+        return "detectron2"
+    if any_name(r"^(module\.)?encoder_q\."):
+        return "moco"
+    if any_name(r"^(module\.)?(attacker\.|normalizer\.new_mean$)"):
+        return "robustness"
+    if averages:
+        return "ema"
+    if "pytorch-lightning_version" in content:
+        return "lightning"
+    if _normalizer(names):
+        return "robustbench"
+    if any_name(r"^model\."):
+        raise InputError(
+            "its names begin with model., as RobustBench's, Lightning's and others do: give --source robustbench or "
+            "--source lightning"
+        )
+    if _pretrained_cfg(content, path) or path.suffix == ".safetensors":
+        return "timm"
+    return "training" if found or any_name(r"^module\.") else "torchvision"
+
+
+def _tensors(content: Any) -> dict[str, Tensor]:
+    """The tensors and their names; nothing where ``content`` is no dictionary."""
+    if not isinstance(content, dict):
+        return {}
+    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _check_copies(tensors: dict[str, Tensor], prefix: str) -> None:
+    """The robustness library saves the network twice; two that differ are no backbone at all."""
+    copy_prefix = prefix.replace("model.", "attacker.model.", 1)
+    for name, tensor in tensors.items():
+        if name.startswith(copy_prefix):
+            original = tensors.get(prefix + name.removeprefix(copy_prefix))
+            if original is None or not torch.equal(original.nan_to_num(), tensor.nan_to_num()):
+                raise InputError(f"its two copies of the network differ ({name}): it is damaged")
+
+
+def _without_other_heads(names: dict[str, str], *, always: bool) -> dict[str, str]:
+    """Leave out what a ResNet carries in place of a linear classifier, such as a projection of several layers."""
+    short_names = set(names.values())
+    head = {name for name in short_names if name.startswith("fc.")}
+    if "layer1.0.conv1.weight" in short_names and (always or head != {"fc.weight", "fc.bias"}):
+        return {name: short for name, short in names.items() if short not in head}
+    return names
+
+
+def _names_in_detectron2(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """torchvision's names for a backbone alone or in a whole detector, where a C4 model keeps res5 in its heads."""
+    prefixes = [name.removesuffix("stem.conv1.weight") for name in tensors if name.endswith("stem.conv1.weight")]
+    if len(prefixes) != 1:
+        raise InputError(f"it holds {len(prefixes)} backbones of Detectron2, not one")
+    names = {}
+    for name in tensors:
+        for prefix in (prefixes[0], "roi_heads."):
+            if re.match(r"(stem\.conv1|res\d)\.", name.removeprefix(prefix)) and name.startswith(prefix):
+                short = name.removeprefix(prefix)
+                try:
+                    names[name] = torchvision_name(short)
+                except KeyError:
+                    raise InputError(f"Detectron2's ResNet has no tensor {short}") from None
+    return names
+
+
+def _names_in_caffe2(blobs: dict[str, Tensor]) -> dict[str, str]:
+    """torchvision's names for Caffe2's, as Detectron's model zoo has them."""
+    layers = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
+    endings = {"w": "weight", "bn_s": "norm.weight", "bn_b": "norm.bias"}
+    names = {}
+    for name in blobs:
+        if match := re.fullmatch(r"res(\d)_(\d+)_branch(1|2[abc])_(w|bn_s|bn_b)", name):
+            stage, block, layer, ending = match.groups()
+            names[name] = torchvision_name(f"res{stage}.{block}.{layers[layer]}.{endings[ending]}")
+        elif match := re.fullmatch(r"(?:res_)?conv1_(w|bn_s|bn_b)", name):
+            names[name] = torchvision_name(f"stem.conv1.{endings[match[1]]}")
+    return names
+
+
+def _add_statistics(state_dict: dict[str, Tensor], stem_bias: Tensor | None) -> None:
+    """Caffe2's batch norms are a scale and a shift: give them the statistics that change nothing."""
+    if stem_bias is not None:  # s (w x + c) + b
+        state_dict["bn1.bias"] = state_dict["bn1.bias"] + state_dict["bn1.weight"] * stem_bias
+    for name in [name for name in state_dict if name.endswith(".bias")]:
+        norm = name.removesuffix("bias")
+        state_dict[f"{norm}running_mean"] = torch.zeros_like(state_dict[name])
+        state_dict[f"{norm}running_var"] = torch.ones_like(state_dict[name]) - _BATCH_NORM_EPSILON
+
+
+def _normalization_in(content: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    """Mean and std that the file carries: in a layer before the network, or as timm's pretrained_cfg."""
+    if layer := _normalizer(tensors):
+        mean, std = (tuple(round(value, 6) for value in tensors[name].double().flatten().tolist()) for name in layer)
+        return {"mean": mean, "std": std}
+    if cfg := _pretrained_cfg(content, path):
+        return {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"])}
+    return {}
+
+
+def _normalizer(tensors: dict[str, Tensor]) -> tuple[str, str] | None:
+    """Names of the mean and the std of a layer that normalises the input."""
+    pairs = (("new_mean", "new_std"), ("mean", "std"), ("mu", "sigma"))
+    for name, tensor in tensors.items():
+        *layers, last = name.split(".")
+        for mean, std in pairs:
+            partner = ".".join([*layers, std])
+            if last == mean and "attacker" not in layers and tensor.numel() == 3 and partner in tensors:
+                return name, partner
+    return None
+
+
+def _pretrained_cfg(content: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """timm's description of a model: in the file, in a safetensors file's header, or in config.json beside it."""
+    for key in ("pretrained_cfg", "default_cfg"):
+        if isinstance(content.get(key), dict):
+            return content[key]
+        if text := content.get(METADATA, {}).get(key):
+            return json.loads(text)
+    config = path.with_name("config.json")
+    if path.stem in ("model", "pytorch_model") and config.is_file():  # the files' names on the hub
+        return json.loads(config.read_text()).get("pretrained_cfg")
+    return None
+
+
+def _fields_of(spec: BackboneSpec) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in ("mean", "std", "channel_order", "stride_in_1x1")}
+
+
+def _agreed(
+    spec: BackboneSpec, in_file: dict[str, Any], convention: dict[str, Any], statement: Statement
+) -> tuple[BackboneSpec, str]:
+    """The spec with what the file, the user or the convention says of its input, and who says mean and std."""
+    stated = {
+        name: value for name, value in asdict(statement).items() if value is not None and name in _fields_of(spec)
+    }
+    for name, value in stated.items():
+        if name in in_file and not _close(in_file[name], value):
+            raise InputError(f"it says that its {name} is {in_file[name]}, not {value}: leave out that option")
+    if not (in_file or convention):
+        _demand(statement, ("mean", "std"))
+    who = (
+        "the file" if "mean" in in_file else "the command line" if "mean" in stated else "the convention of its source"
+    )
+    return replace(spec, **{**convention, **stated, **in_file}), who
+
+
+def _demand(statement: Statement, names: Iterable[str]) -> None:
+    if missing := [name for name in names if getattr(statement, name) is None]:
+        options = " ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise InputError(
+            f"it does not say what it was fed with: give {options} "
+            "(ImageNet's usual ones are --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)"
+        )
+
+
+def _close(a: Any, b: Any) -> bool:
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _agreed_threat_model(in_file: ThreatModel | None, statement: Statement) -> ThreatModel | None:
+    if in_file is not None and statement.threat_model not in (None, in_file):
+        raise InputError(
+            f"it says that it was trained at {in_file}, not {statement.threat_model}: leave out that option"
+        )
+    return in_file or statement.threat_model

@@ -1,0 +1,1 @@
+"""Classifiers: training under attack, and how robust they are."""

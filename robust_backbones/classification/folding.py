@@ -1,0 +1,136 @@
+"""The attack's twin of a network: eval mode for good, batch norms folded into convolutions, any precision."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from robust_backbones.cpu.convolutions import Convolution, use_fast_convolutions
+from robust_backbones.models import NormalizedModel
+
+
+class FoldedTwin(nn.Module):
+    """A copy of a network that attacks run on: the same function as ``model.eval()``, faster.
+
+    A batch norm in eval mode is one scale and one shift a channel; where its input comes from a convolution alone,
+    both are folded into the convolution's weights, in float32 and only then cast. Mean and std are not folded into
+    the stem: its zero padding happens after normalisation. The twin's tensors are its own; ``refresh`` copies the
+    model's present ones in place, so compiled graphs stay valid.
+
+    The images, their gradient and the logits are float32; only the network between them runs in ``dtype``.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: NormalizedModel, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self._source = [model]  # in a list, so that it does not become a submodule
+        self.register_buffer("mean", model.mean.clone(), persistent=False)
+        self.register_buffer("std", model.std.clone(), persistent=False)
+        self.network = copy.deepcopy(model.backbone).eval().requires_grad_(False)
+        self.network.to(memory_format=torch.channels_last)
+        self._folds = _convolutions_before_batch_norms(model.backbone)
+        for convolution_name, batch_norm_name in self._folds.items():
+            convolution = cast(nn.Conv2d, self.network.get_submodule(convolution_name))
+            if convolution.bias is None:
+                convolution.bias = nn.Parameter(torch.zeros_like(convolution.weight[:, 0, 0, 0]), requires_grad=False)
+            parent, _, name = batch_norm_name.rpartition(".")
+            setattr(self.network.get_submodule(parent), name, nn.Identity().eval())
+        for name, module in [*self.network.named_modules()]:
+            if type(module) is nn.MaxPool2d and not module.return_indices:
+                parent, _, own_name = name.rpartition(".")
+                setattr(self.network.get_submodule(parent), own_name, _MaxPool(module).eval())
+        use_fast_convolutions(self.network)
+        for module in self.network.modules():
+            if not isinstance(module, _BatchNorm):  # those left over keep their statistics in float32
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the model's present weights; due before every attack, as both steps and statistics stale them."""
+        source = self._source[0].backbone
+        folded = set()
+        for convolution_name, batch_norm_name in self._folds.items():
+            convolution, target = (
+                cast(nn.Conv2d, net.get_submodule(convolution_name)) for net in (source, self.network)
+            )
+            batch_norm = cast(nn.BatchNorm2d, source.get_submodule(batch_norm_name))
+            assert batch_norm.running_mean is not None
+            assert batch_norm.running_var is not None
+            assert target.bias is not None
+            scale = batch_norm.weight * torch.rsqrt(batch_norm.running_var + batch_norm.eps)
+            shift = batch_norm.bias - batch_norm.running_mean * scale
+            target.weight.copy_(convolution.weight * scale[:, None, None, None])
+            target.bias.copy_(shift if convolution.bias is None else shift + convolution.bias * scale)
+            folded |= {f"{convolution_name}.weight", f"{convolution_name}.bias"}
+        tensors = dict(source.named_parameters()) | dict(source.named_buffers())
+        own = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        for name in own.keys() - folded:
+            own[name].copy_(tensors[name])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], shape (N, 3, H, W) -> float32 logits (N, classes)."""
+        return self.network(((images - self.mean) / self.std).to(self.dtype)).float()
+
+    def train(self, mode: bool = True) -> FoldedTwin:
+        """Nothing: a twin is in eval mode for good."""
+        return self
+
+
+class _MaxPool(nn.Module):
+    """A max pooling that finds its indices again on the way back: held, they are eight bytes an output, whatever dtype.
+
+    Its input is held anyway, by the activation before it.
+    """
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self._window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return cast(Tensor, _MaxPoolFunction.apply(inputs, self._window))
+
+
+class _MaxPoolFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(inputs: Tensor, window: tuple[Any, ...]) -> Tensor:
+        return F.max_pool2d(inputs, *window)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[Any, ...]], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.window = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            inputs = ctx.saved_tensors[0].detach().requires_grad_()
+            output = F.max_pool2d(inputs, *ctx.window)
+        return torch.autograd.grad(output, inputs, gradient)[0], None
+
+
+def _convolutions_before_batch_norms(backbone: nn.Module) -> dict[str, str]:
+    """Names of the convolutions whose output goes to one batch norm and nowhere else -> names of those batch norms."""
+    modules = dict(backbone.named_modules())
+    folds: dict[str, str] = {}
+    for node in _Tracer().trace(backbone).nodes:
+        if node.op != "call_module" or not isinstance(modules[node.target], _BatchNorm):
+            continue
+        before = node.args[0]
+        if before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d) and len(before.users) == 1:
+            folds[before.target] = node.target
+    return folds
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (_BatchNorm, Convolution)) or super().is_leaf_module(m, module_qualified_name)

@@ -1,0 +1,79 @@
+"""Robust pre-training of a classifier from scratch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.checkpoint import zoo
+from robust_backbones.classification.train import (
+    Execution,
+    Task,
+    TrainingConfig,
+    evaluation_transform,
+    image_cache,
+    train,
+)
+from robust_backbones.data.datasets import open_dataset
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.runs.record import RunRecord
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """The identity of a run: same config, same data, same result. The defaults are the paper's ImageNet recipe."""
+
+    arch: str = "resnet50"
+    stem: str = "imagenet"
+    """imagenet, or cifar: a ResNet for 32 px images, without stride and pooling before the first block."""
+    stylize: float = 0.0
+    """Give each training image amplitudes of another one's spectrum, by a share drawn from 0 to this, up to 1: textures
+    and colours vary, shapes stay (Xu et al. 2021, "A Fourier-based Framework for Domain Generalization"). 0 is off."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.stylize <= 1:
+            raise InputError(f"stylize is a largest share of other amplitudes, in [0, 1], got {self.stylize:g}")
+        BackboneSpec(self.arch, stem=self.stem)  # refuses what it does not know
+
+    def to_dict(self) -> dict[str, Any]:
+        """As of any training; ``stylize`` only where it is on: runs of before this switch are the same ones."""
+        values = super().to_dict()
+        if not self.stylize:
+            del values["stylize"]
+        return values
+
+
+def recipe(name: str) -> PretrainConfig:
+    """The config that trains a published backbone again, by its name in ``zoo``: the defaults with its arch and ball.
+
+    Raises:
+        InputError: no backbone of that name was published.
+    """
+    backbone = zoo.find(name)
+    return PretrainConfig(threat_model=backbone.threat_model, arch=backbone.arch)
+
+
+def pretrain(config: PretrainConfig, data: Path, output: Path, execution: Execution = Execution()) -> RunRecord:
+    """Train on ``data/train``, evaluate on ``data/val``, leave everything in ``output``: see ``training.train``."""
+    cache, transform = image_cache(config, execution), evaluation_transform(config)
+    parts = [open_dataset(data / part, transform, seed=config.seed, cache=cache) for part in ("train", "val")]
+    if parts[0].classes != parts[1].classes:
+        raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same")
+    spec = BackboneSpec(config.arch, len(parts[0].classes), stem=config.stem)
+    task = Task(
+        name="pretrain",
+        dataset=data.name,
+        train=parts[0],
+        val=parts[1],
+        spec=spec,
+        build=lambda: NormalizedModel(build_backbone(spec, seed=config.seed), spec),
+        parameter_groups=lambda model: [{"params": list(model.parameters())}],
+        identity={"data": data.name},
+        backbone=spec.to_dict(),
+        threat_model=str(config.threat_model),
+        stylize=config.stylize,
+    )
+    return train(config, task, output, execution)

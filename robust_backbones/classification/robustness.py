@@ -1,0 +1,364 @@
+"""How robust a classifier is: clean, PGD and AutoAttack accuracy, told image by image and resumable at every batch."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from robust_backbones.attacks import AttackConfig, check_points, frozen_eval, pgd
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.classification.engine import Compute
+from robust_backbones.data.batches import val_batches
+from robust_backbones.data.datasets import ClassificationDataset, mix, open_dataset
+from robust_backbones.data.transforms import val_transform
+from robust_backbones.errors import InputError
+from robust_backbones.models import NormalizedModel
+from robust_backbones.runs.identity import claim
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.threat_models import ThreatModel
+
+ENSEMBLE = ("apgd-ce", "apgd-t", "square")
+"""AutoAttack's attacks in its order, without FAB-T: accuracy under these bounds that under AutoAttack from above."""
+STAGES = ("clean", "pgd", *ENSEMBLE)
+
+MAX_TARGETS = 9
+"""Classes that APGD-T aims at, the likeliest first, as AutoAttack has it."""
+MIN_CLASSES_TARGETED = 4
+"""The targeted DLR loss looks at the four largest logits (Croce & Hein 2020, eq. 7)."""
+
+Attack = Callable[[Tensor, Tensor], Tensor]
+"""Images and labels -> adversarial images."""
+
+
+@dataclass(frozen=True)
+class RobustnessConfig:
+    """The identity of an evaluation: same config, same checkpoint, same images, same outcome for every image."""
+
+    threat_model: ThreatModel
+    """Adversary to measure against, as NORM:EPSILON in [0, 1] pixel units; at epsilon 0 every accuracy is clean."""
+    attack: AttackConfig = field(
+        default_factory=lambda: AttackConfig(steps=20, relative_step_size=0.25, random_start=True)
+    )
+    """PGD's effort; an image is robust only if every one of the restarts fails."""
+    autoattack: bool = True
+    """Also run APGD-CE, APGD-T and Square (Croce & Hein 2020), each on the images that the ones before left right."""
+    apgd_steps: int = 100
+    square_queries: int = 5000
+    limit: int | None = None
+    """Evaluate this many images, drawn from all classes by ``seed``; a greater limit adds to a smaller one's."""
+    batch_size: int = 128
+    """Images attacked together; part of the identity, since an attack's random numbers depend on it."""
+    image_size: int = 224
+    val_resize: int = 256
+    """Shorter side of images before the central crop of ``image_size``."""
+    precision: str = "fp32"
+    """fp32 or bf16 (autocast; images, perturbations and losses stay float32)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("apgd_steps", "square_queries", "limit", "batch_size", "image_size"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise InputError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.precision not in ("fp32", "bf16"):  # float16 loses small gradients: a network would look robust
+            raise InputError(f"unknown precision {self.precision!r} for attacks: choose one of fp32, bf16")
+        if self.val_resize < self.image_size:
+            raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; the threat model as NORM:EPSILON."""
+        return {**asdict(self), "threat_model": str(self.threat_model)}
+
+    def skipped(self, num_classes: int) -> dict[str, str]:
+        """The stages that such a classifier is not put through, with the reason."""
+        if not self.autoattack:
+            return dict.fromkeys(ENSEMBLE, "not asked for")
+        if num_classes < MIN_CLASSES_TARGETED:
+            return {"apgd-t": f"its loss needs {MIN_CLASSES_TARGETED} classes, the classifier has {num_classes}"}
+        return {}
+
+
+def evaluate_robustness(
+    config: RobustnessConfig,
+    checkpoint: Checkpoint,
+    data: Path,
+    output: Path,
+    *,
+    device: torch.device | str = "cpu",
+    workers: int = 2,
+) -> RunRecord:
+    """Attack the classifier on the images of ``data``, class folders or shards; leave outcomes.jsonl and record.json.
+
+    A row of outcomes.jsonl tells of one image which stages left it right; null stands for a stage that was skipped,
+    and ``config["skipped"]`` of the record says why. An evaluation that was cut off goes on after its last whole batch
+    and ends with the same outcomes; a finished one is returned as it is.
+
+    Returns:
+        A record of task ``robustness`` whose metrics are, 0-100: ``<stage>_accuracy`` of each of STAGES, with the ends
+        of its 95 % interval as ``<stage>_accuracy_low`` and ``_high``; ``autoattack_accuracy`` is that after the last
+        attack of the ensemble. All are None for what was skipped.
+
+    Raises:
+        InputError: data that cannot be used or has other classes; ``output`` holds another evaluation; no pyautoattack.
+    """
+    compute = Compute(torch.device(device), config.precision)
+    if config.autoattack:
+        _attack_library()  # it says so when it is missing, before anything is written
+    images = _Images.open(data, config)
+    spec = checkpoint.spec
+    if images.num_classes != spec.num_classes:
+        raise InputError(f"{data} holds {images.num_classes} classes, but {checkpoint.source} knows {spec.num_classes}")
+    skipped = config.skipped(spec.num_classes)
+    if config.autoattack:
+        for stage, reason in skipped.items():
+            print(f"{stage} is skipped: {reason}")
+    identity = {
+        **config.to_dict(),
+        "data": data.name,
+        "images": len(images.order),
+        "checkpoint_sha256": checkpoint.source_sha256,
+    }
+    if claim(output, identity):
+        return RunRecord.read(output / "record.json")
+
+    model = NormalizedModel(checkpoint.build(), spec)
+    model.to(device=compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    rows = _resume(output / "outcomes.jsonl", images, config.batch_size)
+    if 0 < len(rows) < len(images.order):
+        print(f"resuming at image {len(rows) + 1} of {len(images.order)}")
+    with tqdm(total=len(images.order), initial=len(rows), desc="attack", unit="img", disable=None, leave=False) as bar:
+        for pixels, labels in images.batches(config.batch_size, start=len(rows), workers=workers):
+            start = time.perf_counter()
+            outcomes = attack_batch(
+                model,
+                compute.to_unit_range(pixels),
+                labels.to(compute.device),
+                config,
+                compute,
+                seed=mix(config.seed, 0, len(rows) // config.batch_size),
+            )
+            plain = {stage: None if right is None else right.tolist() for stage, right in outcomes.items()}
+            seconds = round((time.perf_counter() - start) / len(labels), 6)
+            batch = [
+                {
+                    **images.identify(len(rows) + row),
+                    **{stage: right and right[row] for stage, right in plain.items()},
+                    "seconds": seconds,
+                }
+                for row in range(len(labels))
+            ]
+            _append(output / "outcomes.jsonl", batch)
+            rows += batch
+            bar.update(len(labels))
+
+    record = RunRecord(
+        run_id=output.name,
+        task="robustness",
+        backbone={**spec.to_dict(), "source_sha256": checkpoint.source_sha256},
+        threat_model=None if checkpoint.threat_model is None else str(checkpoint.threat_model),
+        dataset=data.name,
+        metrics=summarize(rows),
+        seed=config.seed,
+        config={**identity, "skipped": skipped},
+        seconds=sum(row["seconds"] for row in rows),
+    )
+    record.write(output / "record.json")
+    return record
+
+
+def attack_batch(
+    model: nn.Module, images: Tensor, labels: Tensor, config: RobustnessConfig, compute: Compute, *, seed: int
+) -> dict[str, Tensor | None]:
+    """Which images of a batch each stage leaves right; the global random generator is left as it was.
+
+    An image that is wrong when clean is attacked by none. PGD stands alone; the attacks of the ensemble work on what
+    the ones before them left right, so that their accuracies never rise.
+
+    Args:
+        model: maps images in [0, 1] of shape (N, 3, H, W) to logits of shape (N, classes).
+        images: shape (N, 3, H, W), float32 in [0, 1].
+        labels: shape (N,), class indices.
+        seed: decides every random number of this batch.
+
+    Returns:
+        For each of STAGES a bool tensor of shape (N,); None if it was skipped.
+
+    Raises:
+        RuntimeError: an attack returned an image outside the threat model or outside [0, 1].
+    """
+    images = images.contiguous()  # the attacks of the library fail on channels_last images
+    generator = torch.Generator(images.device).manual_seed(seed)
+    single_run = replace(config.attack, restarts=1)
+
+    def logits(points: Tensor) -> Tensor:
+        return model(points).float()
+
+    def survivors(attack: Attack, standing: Tensor) -> Tensor:
+        """Those of the standing that are right after the attack too, by our own forward pass."""
+        if config.threat_model.epsilon == 0 or not standing.any():
+            return standing
+        adversarial = attack(images[standing], labels[standing]).detach()
+        check_points(adversarial, images[standing], config.threat_model)
+        still_standing = standing.clone()
+        still_standing[standing] = logits(adversarial).argmax(1) == labels[standing]
+        return still_standing
+
+    outcomes: dict[str, Tensor | None] = dict.fromkeys(STAGES)
+    with frozen_eval(model), compute.autocast(), torch.no_grad():
+        clean_logits = logits(images)
+        outcomes["clean"] = right = clean_logits.argmax(1) == labels
+        standing = right
+        for _ in range(config.attack.restarts):
+            standing = survivors(
+                lambda x, y: pgd(model, x, y, config.threat_model, single_run, generator=generator), standing
+            )
+        outcomes["pgd"] = standing
+        num_classes = clean_logits.shape[1]
+        for stage in ENSEMBLE:
+            if stage not in config.skipped(num_classes):
+                right = outcomes[stage] = survivors(_library_attack(stage, logits, num_classes, config, seed), right)
+    return outcomes
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Rows of outcomes.jsonl -> the metrics of ``evaluate_robustness``."""
+    metrics: dict[str, float | None] = {}
+
+    def add(name: str, outcomes: list[bool | None]) -> None:
+        right = [outcome for outcome in outcomes if outcome is not None]
+        metrics[name] = 100 * sum(right) / len(right) if right else None
+        metrics[f"{name}_low"], metrics[f"{name}_high"] = (
+            wilson_interval(sum(right), len(right)) if right else (None, None)
+        )
+
+    for stage in STAGES:
+        add(f"{stage}_accuracy", [row[stage] for row in rows])
+    add("autoattack_accuracy", [row[ENSEMBLE[-1]] for row in rows])
+    return metrics
+
+
+def wilson_interval(successes: int, count: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a proportion, 0-100 (Wilson 1927; Newcombe 1998, method 3)."""
+    return _wilson_low(successes, count), 100 - _wilson_low(count - successes, count)
+
+
+def _wilson_low(successes: int, count: int) -> float:
+    z2 = 1.959964**2  # the square of the normal distribution's 97.5 % quantile
+    share = successes / count
+    half = math.sqrt(z2 * share * (1 - share) / count + (z2 / (2 * count)) ** 2)
+    return 100 * (share + z2 / (2 * count) - half) / (1 + z2 / count)
+
+
+def _library_attack(
+    stage: str, logits: Callable[[Tensor], Tensor], num_classes: int, config: RobustnessConfig, seed: int
+) -> Attack:
+    """One attack of the ensemble with AutoAttack's standard settings, by its authors' code."""
+    apgd, square = _attack_library()
+    norm, epsilon = config.threat_model.norm, config.threat_model.epsilon
+    shared = {"norm": norm, "eps": epsilon, "seed": seed, "n_restarts": 1}
+
+    def run(images: Tensor, labels: Tensor) -> Tensor:
+        on_device = {**shared, "device": images.device}
+        if stage == "apgd-ce":
+            attack = apgd.APGDAttack(logits, n_iter=config.apgd_steps, loss="ce", **on_device)
+        elif stage == "apgd-t":
+            targets = min(MAX_TARGETS, num_classes - 1)  # one more would be an index out of range
+            attack = apgd.APGDAttack_targeted(logits, n_iter=config.apgd_steps, n_target_classes=targets, **on_device)
+        else:
+            # AutoAttack keeps the schedule of 10000 queries; the class by itself would rescale it.
+            attack = square.SquareAttack(
+                logits, n_queries=config.square_queries, p_init=0.8, resc_schedule=False, **on_device
+            )
+        # The library seeds the global generators. Its warnings of zero gradients come once a batch and target; what
+        # they would mean shows in the result, as Square, which needs no gradient, then lowers the accuracy.
+        cuda = [images.device] if images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return attack.perturb(images, labels)
+
+    return run
+
+
+def _attack_library() -> tuple[Any, Any]:
+    """The modules of APGD and of Square. AutoAttack's own class would also trace, log and read the clock as a seed."""
+    try:
+        return (
+            importlib.import_module("pyautoattack.autopgd_base"),
+            importlib.import_module("pyautoattack.square"),
+        )
+    except ImportError:
+        raise InputError(
+            "AutoAttack needs its authors' package: pip install pyautoattack, or --no-autoattack"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images to evaluate, in the order they are taken: the one place that knows how data sets are opened."""
+
+    dataset: ClassificationDataset
+    order: list[int]
+
+    @classmethod
+    def open(cls, data: Path, config: RobustnessConfig) -> _Images:
+        dataset = open_dataset(data, val_transform(config.image_size, resize=config.val_resize))
+        shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
+        return cls(dataset, shuffled[: config.limit].tolist())
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.dataset.classes)
+
+    def identify(self, position: int) -> dict[str, Any]:
+        """Index in the data set, name and label of the image at this place of the order."""
+        index = self.order[position]
+        return {"index": index, "name": self.dataset.names[index], "label": self.dataset.labels[index]}
+
+    def batches(self, batch_size: int, *, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images and labels from the place ``start`` on."""
+        yield from val_batches(self.dataset.take(self.order[start:]), batch_size, workers=workers)
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _resume(path: Path, images: _Images, batch_size: int) -> list[dict[str, Any]]:
+    """The rows of the whole batches that an earlier run left; what follows them, a torn line for one, is cut off.
+
+    Raises:
+        InputError: the rows tell of other images than these.
+    """
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    ends = [0]
+    for position, line in zip(range(len(images.order)), path.read_bytes().splitlines(keepends=True), strict=False):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            break
+        expected = images.identify(position)
+        if {name: row.get(name) for name in expected} != expected:
+            raise InputError(f"{path} tells of other images than the data folder now holds: choose another --output")
+        rows.append(row)
+        ends.append(ends[-1] + len(line))
+    whole = len(rows) if len(rows) == len(images.order) else len(rows) // batch_size * batch_size
+    os.truncate(path, ends[whole])
+    return rows[:whole]

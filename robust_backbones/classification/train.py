@@ -1,0 +1,625 @@
+"""Training runs of classifiers, from scratch or not: cut off anywhere, they end as if they had not been."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+
+from robust_backbones.attacks import AttackConfig
+from robust_backbones.checkpoint.format import TRAINING_FORMAT, load_tensors, write_checkpoint
+from robust_backbones.classification.engine import Compute, Learner, Totals, evaluate, train_one_epoch
+from robust_backbones.classification.objectives import ObjectiveConfig
+from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
+from robust_backbones.data.datasets import ClassificationDataset, find_unreadable
+from robust_backbones.data.decoding import ResizedCache
+from robust_backbones.data.transforms import AUGMENTATIONS, augmentation, val_transform
+from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
+from robust_backbones.models import BackboneSpec, NormalizedModel
+from robust_backbones.runs.distributed import (
+    Processes,
+    StopRequest,
+    join_processes,
+    local_device,
+    stop_on_signals,
+    synchronize_batch_norms,
+)
+from robust_backbones.runs.files import atomic_path, write_json
+from robust_backbones.runs.identity import claim
+from robust_backbones.runs.logs import RunLog
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.threat_models import ThreatModel
+
+SCHEDULES = ("step", "one_cycle")
+LR_SCALINGS = ("none", "linear")
+PAPER_BATCH_SIZE = 512
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained: same config, network and data, same result. Defaults: the paper's ImageNet recipe."""
+
+    threat_model: ThreatModel = field(default_factory=ThreatModel)
+    """Training adversary, as NORM:EPSILON in [0, 1] pixel units; epsilon 0 is standard training."""
+    eval_threat_model: ThreatModel | None = None
+    """Adversary that robust accuracy is measured against; the training adversary when not given."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    """Adversary's effort in training."""
+    eval_attack: AttackConfig = field(
+        default_factory=lambda: AttackConfig(steps=10, relative_step_size=0.25, random_start=True)
+    )
+    """Adversary's effort in evaluation."""
+    epochs: int = 90
+    batch_size: int = 512
+    """Global: images that one optimiser step sees, over all processes and micro-batches."""
+    lr: float = 0.1
+    lr_scaling: str = "none"
+    """none: the rate is ``lr``; linear: it is ``lr`` x batch_size / 512 (Goyal et al. 2017)."""
+    schedule: str = "step"
+    """step: a tenth of the rate every ``lr_step`` epochs; one_cycle: up from ``lr`` / 25, then to 0, for short runs."""
+    lr_step: int = 30
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    epsilon_warmup_epochs: float = 0.0
+    """Epochs over which epsilon grows linearly to its full size."""
+    ema_decay: float = 0.0
+    """Decay a step of an exponential moving average of the weights, which is then what is evaluated and written."""
+    sync_batch_norm: bool = False
+    """Batch statistics over all processes instead of over each one's micro-batch."""
+    augmentation: str = "resized_crop"
+    """resized_crop: a crop of random size and shape (ImageNet); padded_crop: a crop after padding by 4 px (CIFAR);
+    both with a random flip."""
+    image_size: int = 224
+    progressive_size: int = 0
+    """Image size of the first epoch in progressive resizing, which grows over ``progressive_epochs``; 0 is off."""
+    progressive_epochs: int = 0
+    val_resize: int = 256
+    """Shorter side of validation images before the central crop of ``image_size``."""
+    min_crop_scale: float = 0.08
+    """Least share of an image's area that a resized crop keeps."""
+    cache_short_side: int = 0
+    """Reduce each image once so that its shorter side is this, and keep it in ``--cache``; 0 is off."""
+    precision: str = "fp32"
+    """fp32, bf16 or fp16 (images, perturbations, losses and weights stay float32)."""
+    attack_precision: str = ""
+    """Of the attack's passes; as ``precision`` when empty."""
+    eval_period: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+    eval_images: int = 0
+    """Evaluate on this many validation images, drawn by ``seed``; 0: on all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "lr", "lr_step", "image_size", "eval_period"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be > 0, got {getattr(self, name)}")
+        for name in (
+            "epsilon_warmup_epochs",
+            "progressive_size",
+            "progressive_epochs",
+            "cache_short_side",
+            "eval_images",
+        ):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name, choices in (("schedule", SCHEDULES), ("augmentation", AUGMENTATIONS), ("lr_scaling", LR_SCALINGS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
+        self.compute(torch.device("cpu"))
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay must be in [0, 1), got {self.ema_decay:g}")
+        if not 0 < self.min_crop_scale <= 1:
+            raise InputError(f"min_crop_scale is a share of the area, in (0, 1], got {self.min_crop_scale:g}")
+        if self.val_resize < self.image_size:
+            raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
+        if self.progressive_size > self.image_size:
+            raise InputError(f"progressive_size {self.progressive_size} exceeds image_size {self.image_size}")
+        if bool(self.progressive_size) != bool(self.progressive_epochs):
+            raise InputError("progressive resizing needs both progressive_size and progressive_epochs")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; threat models as text."""
+        return {
+            **asdict(self),
+            "threat_model": str(self.threat_model),
+            "eval_threat_model": str(self.evaluated_at),
+        }
+
+    @property
+    def evaluated_at(self) -> ThreatModel:
+        """The adversary that robust accuracy is measured against."""
+        return self.eval_threat_model or self.threat_model
+
+    def compute(self, device: torch.device, compile_mode: str = "") -> Compute:
+        return Compute(device, self.precision, self.attack_precision, compile_mode)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate that the schedule starts from."""
+        return self.lr * (self.batch_size / PAPER_BATCH_SIZE if self.lr_scaling == "linear" else 1)
+
+    def image_size_at(self, epoch: int) -> int:
+        """The side of the training images of an epoch (from 0): linear, in multiples of 32 px."""
+        if epoch >= self.progressive_epochs:
+            return self.image_size
+        size = self.progressive_size + (self.image_size - self.progressive_size) * epoch / self.progressive_epochs
+        return min(self.image_size, max(32, 32 * round(size / 32)))
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is carried out: none of it changes what the run is, and a resumed run may have another."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cpu or cuda (of several processes, each takes its own GPU); say cuda when you submit from a machine without."""
+    workers: int = 2
+    """Processes that decode and augment images, for each training process; results do not depend on it."""
+    micro_batch_size: int = 0
+    """Images that a process takes through the network at once; its gradients are added up to the batch. 0: all."""
+    checkpoint_minutes: float = 15.0
+    """Time between the checkpoints within an epoch; one is always written at its end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    log_period: int = 50
+    """Steps between rows of steps.jsonl, and between looks at the loss."""
+    skip_unreadable: bool = False
+    """Look at every image first and leave out those that cannot be read, listed in skipped.json; else stop at one."""
+    cache: Path | None = None
+    """Folder for images reduced to ``cache_short_side``; runs may share it."""
+    compile: str = ""
+    """torch.compile for GPUs: default or cuda-graphs; empty is off."""
+    tensorboard: bool = True
+    wandb: str = ""
+    """Weights & Biases project to log to; empty is none."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep_checkpoints", "log_period"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.compile and self.device != "cuda":
+            raise InputError("--compile pays on GPUs only (on CPUs eager mode is faster): leave it out")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run trains, and on what."""
+
+    name: str
+    """``RunRecord.task``."""
+    dataset: str
+    train: ClassificationDataset
+    val: ClassificationDataset
+    """Opened with the transform of evaluation; it has the classes of ``train``."""
+    spec: BackboneSpec
+    build: Callable[[], NormalizedModel]
+    """The network to start from."""
+    parameter_groups: Callable[[NormalizedModel], list[dict[str, Any]]]
+    """The optimiser's groups, each with a rate of its own; the first one's is shown."""
+    identity: dict[str, Any]
+    """What tells the run from others, beside its config; plain values."""
+    backbone: dict[str, Any]
+    """``RunRecord.backbone``."""
+    threat_model: str | None
+    """``RunRecord.threat_model``: that of pre-training."""
+    metric: str = "top1"
+    """How ``val`` counts accuracy: one of ``metrics.METRICS``."""
+    keep_best: bool = True
+    """Keep the epoch that is best on ``val``: never where that holds test images."""
+    stylize: float = 0.0
+    """``data.stylization.stylize`` training batches by this strength."""
+
+
+def image_cache(config: TrainingConfig, execution: Execution) -> ResizedCache | None:
+    """The cache of reduced images that a run reads through, if any.
+
+    Raises:
+        InputError: the config asks for one, and there is no folder for it.
+    """
+    if not config.cache_short_side:
+        return None
+    if execution.cache is None:
+        raise InputError("cache_short_side needs a folder for the reduced images: give --cache")
+    return ResizedCache(execution.cache, config.cache_short_side)
+
+
+def evaluation_transform(config: TrainingConfig) -> v2.Transform:
+    """What images go through before their evaluation."""
+    return val_transform(config.image_size, resize=config.val_resize)
+
+
+def train(config: TrainingConfig, task: Task, output: Path, execution: Execution = Execution()) -> RunRecord:
+    """Carry out a run and leave everything in ``output``; goes on where it was cut off.
+
+    ``output`` gets ``config.json``; ``steps.jsonl``, ``metrics.jsonl`` (a row an epoch) and ``tensorboard/`` as it
+    runs; ``checkpoints/`` with all that resuming needs; ``checkpoint.pt`` and ``best.pt`` (the weights of the last
+    epoch, and of the evaluated one with the highest robust accuracy); ``record.json`` at the end. Under torchrun each
+    process calls this.
+
+    Raises:
+        InputError: the data cannot be used, or ``output`` holds another run.
+        DivergedError: the loss left the finite, or the sensible.
+        TrainingFailedError: a file could not be written.
+        PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
+    """
+    if execution.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    device = local_device(execution.device)
+    with (
+        join_processes(device) as processes,
+        stop_on_signals() as stop,
+        # Dropout draws from the global generators: lend them a seed of the run's own.
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+    ):
+        torch.manual_seed(config.seed * 1_000_003 + processes.rank)
+        return _Run(config, task, output, execution, device, processes, stop).carry_out()
+
+
+@dataclass
+class _Progress:
+    """How far a run has come: whole epochs, steps of the present one, and what came out so far."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    totals: Totals = field(default_factory=Totals)
+    """Of the present epoch."""
+    best: dict[str, float] = field(default_factory=dict)
+    """The epoch's row with the highest robust accuracy."""
+
+
+class _Run:
+    """One process's part in one run."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        task: Task,
+        output: Path,
+        execution: Execution,
+        device: torch.device,
+        processes: Processes,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.task, self.output, self.execution = config, task, output, execution
+        self.processes, self.stop = processes, stop
+        self.compute = config.compute(device, execution.compile)
+        # The transform changes with the epoch, and is not the caller's business.
+        self.train_data, self.val_data, self.spec = copy.copy(task.train), task.val, task.spec
+        self.steps = self._steps_per_epoch()
+        self.micro_batch_size = execution.micro_batch_size or max(1, config.batch_size // processes.size)
+        self.accumulate = config.batch_size // (self.micro_batch_size * processes.size)
+        self._loader(epoch=0, first_step=0)  # refuses batches that do not divide, before anything is written
+        self.progress = _Progress()
+        self.skipped: dict[str, str] = {}
+
+    def _steps_per_epoch(self) -> int:
+        steps = steps_per_epoch(self.train_data, self.config.batch_size)
+        if steps == 0:
+            raise InputError(
+                f"{self.task.dataset} has {len(self.train_data)} images to train on, less than one batch: "
+                "lower --batch-size"
+            )
+        return steps
+
+    def _loader(self, *, epoch: int, first_step: int) -> Any:
+        config = self.config
+        self.train_data.transform = augmentation(
+            config.augmentation, config.image_size_at(epoch), min_crop_scale=config.min_crop_scale
+        )
+        return train_batches(
+            self.train_data,
+            batch_size=self.config.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            epoch=epoch,
+            first_step=first_step,
+            rank=self.processes.rank,
+            world_size=self.processes.size,
+            workers=self.execution.workers,
+        )
+
+    def carry_out(self) -> RunRecord:
+        identity = {**self.config.to_dict(), **self.task.identity}
+        finished = self.processes.agree(claim(self.output, identity) if self.processes.is_main else None)
+        if finished:
+            return RunRecord.read(self.output / "record.json")
+        if self.execution.skip_unreadable:
+            self._skip_unreadable()
+        self._build()
+        rows = self._restore()
+        self._say(self._plan())
+        self.log = RunLog(
+            self.output,
+            rows,
+            tensorboard=self.execution.tensorboard and self.processes.is_main,
+            wandb_project=self.execution.wandb if self.processes.is_main else "",
+            config=identity,
+        )
+        self._last_save = time.monotonic()
+        try:
+            for epoch in range(self.progress.epoch, self.config.epochs):
+                self._train_epoch(epoch)
+        finally:
+            self.log.close()
+        return self._finish()
+
+    def _skip_unreadable(self) -> None:
+        """Leave out what cannot be read; the list of the first start holds for the whole run."""
+        path = self.output / "skipped.json"
+        if self.processes.is_main and not path.exists():
+            found = {
+                part: find_unreadable(dataset, workers=self.execution.workers)
+                for part, dataset in (("train", self.train_data), ("val", self.val_data))
+            }
+            write_json(path, found)
+        skipped = self.processes.agree(json.loads(path.read_text()) if self.processes.is_main else None)
+        self.train_data = self.train_data.without(skipped["train"])
+        self.val_data = self.val_data.without(skipped["val"])
+        self.steps = self._steps_per_epoch()
+        self.skipped = {f"{part}/{name}": reason for part, names in skipped.items() for name, reason in names.items()}
+        where = f", see {path}" if self.skipped else ""
+        self._say(f"{len(self.skipped)} images cannot be read and are left out{where}")
+
+    def _build(self) -> None:
+        config, device = self.config, self.compute.device
+        model = self.task.build()
+        model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.sync_batch_norm:
+            synchronize_batch_norms(model, device)
+        optimizer = torch.optim.SGD(
+            self.task.parameter_groups(model),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self.learner = Learner(
+            model,
+            optimizer,
+            _scheduler(config, optimizer, self.steps),
+            config.objective.build(config.attack),
+            config.threat_model,
+            self.compute,
+            epsilon_warmup_steps=round(config.epsilon_warmup_epochs * self.steps),
+            ema_decay=config.ema_decay,
+            stylize=self.task.stylize,
+            seed=config.seed,
+            processes=self.processes,
+        )
+
+    def _plan(self) -> str:
+        config, size = self.config, self.processes.size
+        plan = (
+            f"batch {config.batch_size} = {size} process{'es' * (size > 1)} x {self.accumulate} x "
+            f"{self.micro_batch_size} images; learning rate {config.learning_rate:g}"
+        )
+        if self.task.name != "pretrain":
+            return plan
+        scaled = 0.1 * config.batch_size / PAPER_BATCH_SIZE
+        return f"{plan} (the paper's 0.1 at batch 512 would scale to {scaled:.3g} here)"
+
+    def _train_epoch(self, epoch: int) -> None:
+        config, progress = self.config, self.progress
+        label = f"epoch {epoch + 1}/{config.epochs}"
+        clock = time.perf_counter()
+        seconds_before, images_before = progress.seconds, progress.totals.images
+
+        def on_log(step: int, totals: Totals) -> None:
+            nonlocal clock
+            now = time.perf_counter()
+            elapsed, clock = now - clock, now
+            learner = self.learner
+            row = {
+                "epoch": epoch + 1,
+                "step": learner.step_count,
+                "lr": learner.rate,
+                "epsilon": learner.epsilon,
+                **totals.metrics(),
+                "images_per_second": totals.images / elapsed,
+            }
+            progress.step = step
+            progress.totals += totals
+            progress.seconds += elapsed
+            self._write_row("steps", row)
+            stop = any(self.processes.gather(bool(self.stop)))
+            due = time.monotonic() - self._last_save > 60 * self.execution.checkpoint_minutes
+            if self.processes.agree(due) or stop:
+                path = self._save()
+                self._say(f"{label}, step {step}/{self.steps}: " + _summary(row, config) + f", {self._remaining()}")
+                clock = time.perf_counter()
+                if stop:
+                    raise PreemptedError(f"asked to stop: the state is in {path}, and the same command goes on from it")
+
+        try:
+            train_one_epoch(
+                self.learner,
+                self._loader(epoch=epoch, first_step=progress.step),
+                steps=self.steps,
+                first_step=progress.step,
+                accumulate=self.accumulate,
+                log_period=self.execution.log_period,
+                on_log=on_log,
+                # Processes must stop at the same step: several look only where all call on_log.
+                stop=(lambda: self.stop) if self.processes.size == 1 else (lambda: False),
+                classes=self.spec.num_classes,
+                description=label,
+            )
+        except DivergedError as error:
+            raise DivergedError(
+                f"{label}: {error}; the last good checkpoint is {self._last_good()}; "
+                "give a lower learning rate and another --output"
+            ) from None
+        row = {"epoch": epoch + 1, "step": self.learner.step_count, **progress.totals.metrics()}
+        if progress.seconds > seconds_before:
+            speed = (progress.totals.images - images_before) / (progress.seconds - seconds_before)
+            row["images_per_second"] = speed
+        if epoch + 1 == config.epochs or (epoch + 1) % config.eval_period == 0:
+            row |= self._evaluate(f"{label} evaluate")
+        self._write_row("metrics", row)
+        progress.seconds += time.perf_counter() - clock
+        progress.epoch, progress.step, progress.totals = epoch + 1, 0, Totals()
+        found = row.get("robust_accuracy", -1.0)
+        best = self.task.keep_best and found > progress.best.get("robust_accuracy", -1.0)
+        if best:
+            progress.best = row
+        # The file to resume from comes last: were the others missing, it would not be made again.
+        for name in ["checkpoint.pt"] + ["best.pt"] * best:
+            self._write_weights(self.output / name)
+        self._save()
+        self._say(f"{label}: " + _summary(row, config) + (f", {self._remaining()}" * (epoch + 1 < config.epochs)))
+
+    def _evaluate(self, description: str) -> dict[str, float]:
+        config, processes = self.config, self.processes
+        images = self.val_data.sample(config.eval_images, seed=config.seed) if config.eval_images else self.val_data
+        return evaluate(
+            self.learner.evaluated,
+            val_batches(
+                images,
+                self.micro_batch_size,
+                rank=processes.rank,
+                world_size=processes.size,
+                workers=self.execution.workers,
+            ),
+            config.evaluated_at,
+            config.eval_attack,
+            # In float16 small gradients vanish, and a network would look more robust than it is.
+            replace(self.compute, precision="fp32") if config.precision == "fp16" else self.compute,
+            generator=torch.Generator(self.compute.device).manual_seed(config.seed + processes.rank),
+            processes=processes,
+            metric=self.task.metric,
+            description=description,
+        )
+
+    def _remaining(self) -> str:
+        """The time that the rest of the run will take, at its pace so far."""
+        done = self.progress.epoch * self.steps + self.progress.step
+        seconds = self.progress.seconds * (self.config.epochs * self.steps - done) / done
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"{hours} h {minutes:02d} min to go"
+
+    def _checkpoints(self) -> list[Path]:
+        """Files to resume from, oldest first."""
+        return sorted((self.output / "checkpoints").glob("step_*.pt"))
+
+    def _save(self) -> Path:
+        """Write all that resuming needs, then let go of the oldest files; all processes take part."""
+        path = self.output / "checkpoints" / f"step_{self.learner.step_count:09d}.pt"
+        learner = self.learner.state_dict()
+        if self.processes.is_main:
+            content = {
+                "format": TRAINING_FORMAT,
+                "learner": learner,
+                "progress": asdict(self.progress),
+                "rows": self.log.rows,
+            }
+            with self._saying_what_is_safe(path), atomic_path(path) as temporary:
+                torch.save(content, temporary)
+            for old in self._checkpoints()[: -self.execution.keep_checkpoints]:
+                old.unlink()
+        self._last_save = time.monotonic()
+        return path
+
+    def _write_weights(self, path: Path) -> None:
+        if self.processes.is_main:
+            weights = self.learner.evaluated.backbone.state_dict()
+            with self._saying_what_is_safe(path):
+                write_checkpoint(path, spec=self.spec, state_dict=weights, threat_model=self.config.threat_model)
+
+    def _write_row(self, name: str, row: dict[str, Any]) -> None:
+        if self.processes.is_main:
+            with self._saying_what_is_safe(self.output / f"{name}.jsonl"):
+                self.log.write(name, row)
+
+    @contextmanager
+    def _saying_what_is_safe(self, path: Path) -> Iterator[None]:
+        """Turn a failed write into one sentence: files appear whole or not at all, so the last checkpoint is good."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise TrainingFailedError(
+                f"cannot write {path} ({str(error).splitlines()[0]}): make room and give the same command again; "
+                f"the last good checkpoint is {self._last_good()}"
+            ) from error
+
+    def _last_good(self) -> str:
+        files = self._checkpoints()
+        return str(files[-1]) if files else "none"
+
+    def _restore(self) -> dict[str, list[dict[str, Any]]]:
+        """Take over the newest checkpoint that can be read, and return the rows logged up to it.
+
+        Raises:
+            InputError: there are checkpoints, and none can be read.
+        """
+        files = self.processes.agree(self._checkpoints())
+        for path in reversed(files):
+            try:
+                content = load_tensors(path)
+            except InputError as error:
+                self._say(f"warning: {error}; going back to the checkpoint before it")
+                continue
+            self.learner.load_state_dict(content["learner"])
+            progress = content["progress"]
+            self.progress = _Progress(**progress | {"totals": Totals(**progress["totals"])})
+            self._say(f"going on from {path}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
+            rows: dict[str, list[dict[str, Any]]] = content["rows"]
+            return rows
+        if files:
+            raise InputError(f"no checkpoint in {self.output / 'checkpoints'} can be read: choose another --output")
+        return {"steps": [], "metrics": []}
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text, flush=True)
+
+    def _finish(self) -> RunRecord:
+        last = self.log.rows["metrics"][-1] if self.processes.is_main else {}
+        last = self.processes.agree(last)
+        metrics = {name: last[name] for name in ("clean_accuracy", "robust_accuracy")}
+        if self.task.keep_best:
+            metrics |= {f"best/{name}": self.progress.best[name] for name in metrics}
+        record = RunRecord(
+            run_id=self.output.name,
+            task=self.task.name,
+            backbone=self.task.backbone,
+            threat_model=self.task.threat_model,
+            dataset=self.task.dataset,
+            metrics=metrics,
+            seed=self.config.seed,
+            config=self.config.to_dict()
+            | {"processes": self.processes.size, "micro_batch_size": self.micro_batch_size}
+            | ({"skipped_images": len(self.skipped)} if self.skipped else {}),
+            seconds=self.progress.seconds,
+        )
+        if self.processes.is_main:
+            record.write(self.output / "record.json")
+        return record
+
+
+def _scheduler(
+    config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate, stepped once a batch."""
+    if config.schedule == "one_cycle":
+        steps = config.epochs * steps_per_epoch
+        return torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
+        )
+    return torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step * steps_per_epoch)
+
+
+def _summary(row: dict[str, Any], config: TrainingConfig) -> str:
+    text = f"loss {row['train_loss']:.3f}, train accuracy {row['train_accuracy']:.1f} %"
+    if "clean_accuracy" in row:
+        text += (
+            f", validation accuracy clean {row['clean_accuracy']:.1f} %, "
+            f"robust ({config.evaluated_at}) {row['robust_accuracy']:.1f} %"
+        )
+    return text + (f", {row['images_per_second']:.0f} img/s" if "images_per_second" in row else "")

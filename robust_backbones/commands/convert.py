@@ -1,0 +1,140 @@
+"""Convert a backbone to Detectron2's format, and prove that its features did not change.
+
+Examples:
+    python tools/convert_backbone.py runs/robust/checkpoint.pt robust.pkl --verify
+    python tools/convert_backbone.py hub:resnet50_l2_eps3 resnet50_l2_eps3.pkl --verify --image photo.jpg
+    python tools/convert_backbone.py robust.pkl robust.pth --to torchvision
+
+SRC is a checkpoint of tools/pretrain.py, of MadryLab's robustness library, RobustBench, torchvision, timm, MoCo,
+Lightning, Detectron2 or Detectron, or hub:NAME, one of the published robust backbones; --source names the layout
+where its keys do not tell it. It is read without running any code that it may hold. DST is a .pkl, .pth or
+.safetensors; it carries what the backbone is (architecture, mean, std, threat model, sha256 of SRC), which
+tools/train_net.py checks against its configuration. Exit status: 0 done, 1 the proof failed, 2 bad input.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from robust_backbones.checkpoint.convert import SUFFIXES, BackboneMetadata, convert, write_backbone, write_torchvision
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.sources import SOURCES, Statement, read_checkpoint
+from robust_backbones.configs import CONFIG_DIR
+from robust_backbones.errors import InputError, ProofFailedError
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.threat_models import ThreatModel
+
+BASE_CONFIG = CONFIG_DIR / "Base-RCNN-FPN.yaml"
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    say = partial(print, file=sys.stderr) if options.json else print
+    if options.verify and options.to == "detectron2":  # before anything is written: it says when Detectron2 is missing
+        from robust_backbones.detection import verify
+    checkpoint = read(options)
+    spec, threat_model = checkpoint.spec, checkpoint.threat_model or "unknown"
+    described = SOURCES[checkpoint.layout].description
+    say(f"{options.src}: {described}, {spec.arch}, threat model {threat_model}")
+    say(f"input: {spec.channel_order}, mean {spec.mean}, std {spec.std} (said by {checkpoint.normalization})")
+    result: dict[str, Any] = {"output": str(options.dst), "metadata": BackboneMetadata.of(checkpoint).to_dict()}
+
+    # Under another name until it is proven: a failed or interrupted proof leaves no file, and the old one if there was.
+    with atomic_path(options.dst) as unproven:
+        if options.to == "torchvision":
+            write_torchvision(unproven, checkpoint)
+            if options.verify:
+                check_equal(checkpoint, unproven)
+                say("every tensor reads back equal")
+        else:
+            tensors, report = convert(checkpoint)
+            say(report)
+            report.check()
+            write_backbone(unproven, tensors, BackboneMetadata.of(checkpoint))
+            result |= {"report": report.to_dict(), "overrides": spec.detectron2_overrides()}
+            if options.verify:
+                errors = verify.prove(checkpoint, unproven, image=options.image)
+                result["errors"] = [asdict(error) for error in errors]
+                say(verify.table(errors))
+                say(f"features are equal (all < {verify.TOLERANCE:.0e})")
+            say("Detectron2 needs " + ", ".join(f"{key} {value}" for key, value in result["overrides"].items()))
+            if options.write_config:
+                write_config(options.write_config, options.base_config, options.dst, result["overrides"])
+                say(f"configuration written to {options.write_config}")
+    if options.json:
+        print(json.dumps(result, indent=2))
+    say(f"backbone written to {options.dst}")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("src", metavar="SRC", help="checkpoint to convert, or hub:NAME")
+    parser.add_argument("dst", type=Path, metavar="DST", help="file to write: .pkl, .pth or .safetensors")
+    parser.add_argument("--to", choices=("detectron2", "torchvision"), default="detectron2", help="tensor names of DST")
+    parser.add_argument("--source", choices=SOURCES, default="", help="layout of SRC, instead of what its keys tell")
+    floats = {"type": float, "nargs": 3, "metavar": ("C1", "C2", "C3")}
+    parser.add_argument("--mean", **floats, help="what SRC was fed with, where it does not say: pixels in [0, 1]")
+    parser.add_argument("--std", **floats)
+    parser.add_argument("--channel-order", choices=("RGB", "BGR"))
+    parser.add_argument("--stride-in-1x1", choices=("true", "false"), help="where bottlenecks of SRC stride")
+    parser.add_argument("--threat-model", metavar="NORM:EPSILON", help="what SRC was trained against, as L2:3")
+    parser.add_argument("--verify", action="store_true", help="compare res2-res5 with the source's layer1-layer4")
+    parser.add_argument("--image", type=Path, help="verify on this photograph too")
+    parser.add_argument(
+        "--write-config", type=Path, metavar="YAML", help="write a configuration with DST and its needs"
+    )
+    parser.add_argument("--base-config", type=Path, default=BASE_CONFIG, metavar="YAML", help="that it is based on")
+    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, the rest on stderr")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    suffixes = SUFFIXES if options.to == "detectron2" else SUFFIXES[1:]
+    if options.dst.suffix not in suffixes:
+        raise InputError(f"DST must end in {' or '.join(suffixes)}, got {options.dst}")
+    if options.image and not options.verify:
+        raise InputError("--image is for the proof: give --verify too")
+    if options.write_config and options.to != "detectron2":
+        raise InputError("--write-config is for Detectron2: leave out --to torchvision")
+    if not options.base_config.is_file():
+        raise InputError(f"no configuration at {options.base_config}: give one of detectron_configs/*/*.yaml")
+    return options
+
+
+def read(options: argparse.Namespace) -> Checkpoint:
+    statement = Statement(
+        mean=options.mean and tuple(options.mean),
+        std=options.std and tuple(options.std),
+        channel_order=options.channel_order,
+        stride_in_1x1=options.stride_in_1x1 and options.stride_in_1x1 == "true",
+        threat_model=options.threat_model and ThreatModel.parse(options.threat_model),
+    )
+    return read_checkpoint(Path(options.src), source=options.source, statement=statement)
+
+
+def check_equal(checkpoint: Checkpoint, written: Path) -> None:
+    back = read_checkpoint(written)
+    same_names = back.state_dict.keys() == checkpoint.state_dict.keys()
+    if not same_names or not all(torch.equal(back.state_dict[name], t) for name, t in checkpoint.state_dict.items()):
+        raise ProofFailedError(f"what was written differs from {checkpoint.source}")
+
+
+def write_config(path: Path, base: Path, weights: Path, overrides: dict[str, object]) -> None:
+    """The backbone and what it needs, on top of ``base``, in Detectron2's YAML."""
+    config: dict[str, Any] = {}
+    for key, value in {**overrides, "MODEL.WEIGHTS": str(weights.resolve())}.items():
+        *nodes, last = key.split(".")
+        node = config
+        for name in nodes:
+            node = node.setdefault(name, {})
+        node[last] = value
+    relative = os.path.relpath(base.resolve(), path.resolve().parent)
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump({"_BASE_": relative, **config}, sort_keys=False))

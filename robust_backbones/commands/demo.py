@@ -1,0 +1,102 @@
+"""The whole path on synthetic shapes, without a download: two backbones, two Mask R-CNNs, one table, one picture.
+
+Example:
+    python tools/demo.py --output demo_output
+
+Runs the project's own commands and prints each: PGD pre-training of a ResNet-50 (standard, and robust at L2 0.5),
+conversion with proof, Mask R-CNN fine-tuning and evaluation. 10 to 20 minutes on two CPU cores; steps that are done
+are not run again. Exit status: 0 done, 1 a step failed or a detector did not learn as it should, 2 bad input.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from robust_backbones.analysis.tables import transfer_table
+from robust_backbones.configs import CONFIG_DIR
+from robust_backbones.data.synthetic import write_shapes
+from robust_backbones.errors import InputError
+from robust_backbones.runs.record import RunRecord
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+CONFIG = CONFIG_DIR / "quick/mask_rcnn_R_50_FPN_shapes_instant.yaml"
+BACKBONES = {"standard": "L2:0", "robust": "L2:0.5"}
+RECIPE = (
+    "--eval-threat-model L2:0.5 --epochs 2 --eval-period 2 --batch-size 32 --lr 0.02 --schedule one_cycle "
+    "--image-size 64 --val-resize 64 --min-crop-scale 0.5 --precision bf16"
+)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for data and results")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    output = parser.parse_args(arguments).output
+
+    # Set before Detectron2 is imported, here and in the commands: it looks for data sets there.
+    os.environ["DETECTRON2_DATASETS"] = str((output / "data").resolve())
+    from robust_backbones.detection.config import load_config
+    from robust_backbones.detection.datasets import register_datasets
+    from robust_backbones.detection.visualize import draw_comparison
+
+    start = time.perf_counter()
+    print(f"writing synthetic shapes to {output / 'data'}")
+    write_shapes(output / "data")
+    records = []
+    for name, threat_model in BACKBONES.items():
+        print(f"\n== {name} backbone (trained at {threat_model})")
+        records.append(_one_backbone(output / name, output / "data/shapes_classification", threat_model))
+
+    register_datasets(load_config(CONFIG))
+    picture = output / "detections.jpg"
+    results = {name: output / name / "detector/inference/coco_instances_results.json" for name in BACKBONES}
+    draw_comparison("shapes_val", results, picture, images=3)
+    table = transfer_table(records)
+    (output / "table.md").write_text(table + "\n")
+
+    print(f"\n{table}\n\none seed each: a difference between the rows is not evidence")
+    print(f"took {time.perf_counter() - start:.0f} s; the picture with boxes and masks is {picture}, the table")
+    print(f"{output / 'table.md'}; checkpoints, backbones, detectors and records are in {output}/{{standard,robust}}")
+    return 0
+
+
+def _one_backbone(folder: Path, data: Path, threat_model: str) -> tuple[RunRecord, RunRecord]:
+    """Pre-train, convert with proof, fine-tune; the records of the classifier and of the detector."""
+    classifier, backbone, detector = folder / "pretrain", folder / "backbone.pkl", folder / "detector"
+    if not (classifier / "record.json").exists():
+        _run("pretrain.py", "--data", data, "--output", classifier, "--threat-model", threat_model, *RECIPE.split())
+    if not backbone.exists():
+        _run("convert_backbone.py", classifier / "checkpoint.pt", backbone, "--verify")
+    if not (detector / "record.json").exists():
+        resume = ["--resume"] if (detector / "metrics.json").exists() else []
+        overrides = ["MODEL.WEIGHTS", backbone, "OUTPUT_DIR", detector]
+        _run("train_net.py", "--config-file", CONFIG, *resume, *overrides, log=folder / "train_net.log")
+    return RunRecord.read(classifier / "record.json"), RunRecord.read(detector / "record.json")
+
+
+def _run(tool: str, *arguments: object, log: Path | None = None) -> None:
+    """Run one of our commands; with a log, show only its progress."""
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    print("$ python tools/" + shlex.join(command[1:]).split("tools/", 1)[1], flush=True)
+    if log is None:
+        status = subprocess.run(command).returncode
+    else:
+        with (
+            open(log, "w") as file,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                if " iter: " in line or "backbone: " in line or line.startswith("error: "):
+                    print("  " + " ".join(line.split("]: ", 1)[-1].split())[:110], flush=True)
+        status = process.returncode
+    if status == 2:
+        raise InputError(f"{tool} did not accept its input, see above; if the folder is of an older demo, remove it")
+    if status:
+        print(f"error: {tool} failed" + (f", see {log}" if log else ""), file=sys.stderr)
+        sys.exit(1)

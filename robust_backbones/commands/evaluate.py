@@ -1,0 +1,253 @@
+r"""Measure what a trained network can do beyond its clean accuracy.
+
+Example, a classifier's accuracy under PGD-20 and AutoAttack on 1000 images:
+    python tools/evaluate.py classifier runs/r50_linf_eps4/checkpoint.pt --data imagenet/val \
+        --threat-model Linf:4/255 --output runs/r50_linf_eps4_robustness --limit 1000
+
+Example, a detector's AP under the 15 common corruptions:
+    python tools/evaluate.py detector runs/voc_robust/config.yaml runs/voc_robust/model_final.pth \
+        --output runs/voc_robust_robustness
+
+`python tools/evaluate.py classifier --help` and `... detector --help` list all options. --debug shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import torch
+import tyro
+
+from robust_backbones.analysis.tables import markdown
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
+from robust_backbones.commands import cli
+from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES
+from robust_backbones.errors import InputError
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.threat_models import ThreatModel
+
+if TYPE_CHECKING:
+    from robust_backbones.detection.attacks import DetectorAttack
+    from robust_backbones.detection.robustness import CellChoice
+
+
+@dataclass
+class Classifier:
+    """Clean, PGD and AutoAttack accuracy of a classifier, each with its 95 % interval.
+
+    Example, at epsilon 3:
+        python tools/evaluate.py classifier checkpoint.pt --data imagenet/val --threat-model L2:3 --output runs/eval
+
+    OUTPUT gets outcomes.jsonl (a row an image) and record.json; an evaluation that was cut off goes on when the same
+    command is given again.
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint of any source that tools/convert_backbone.py knows, or hub:NAME."""
+    data: Path
+    """Folder that holds one folder of images a class."""
+    output: Path
+    """Folder for the results."""
+    config: Annotated[RobustnessConfig, tyro.conf.arg(name="")]
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    workers: int = 2
+    """Processes that decode images; results do not depend on it."""
+
+
+@dataclass
+class Detector:
+    """Clean AP of a trained detector, its AP on corrupted images (P, mPC, rPC), in other domains and under attack.
+
+    Example, on 500 images, in 2 processes:
+        python tools/evaluate.py detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_robustness \
+            --limit 500 --jobs 2
+
+    Example, under attack on two losses, and under the worse of them for each image:
+        python tools/evaluate.py detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_attacked \
+            --corruptions none --attacks classification localization --threat-model Linf:4/255
+
+    DETECTRON2_DATASETS names the folder with the data sets. OUTPUT gets cells/NAME/record.json and detections.json for
+    every evaluation (clean, fog-3, ...), record.json over all, and errors.svg, .png and .csv: the AP50 that each type
+    of error costs. Cells that are there are not run again, so that an evaluation that was cut off goes on, and one of
+    few cells grows. Attacks are held against random noise and larger balls on 8 images; signs that gradients are masked
+    are printed. Exit status: 0 done, 1 failed, 2 bad input, 75 stopped by a signal.
+    """
+
+    config: tyro.conf.Positional[Path]
+    """The detector's configuration, such as its run's config.yaml."""
+    weights: tyro.conf.Positional[Path]
+    """The detector, such as its run's model_final.pth."""
+    output: Path
+    """Folder for the results."""
+    corruptions: tuple[str, ...] = ("all",)
+    """all (the 15 of Hendrycks & Dietterich 2019), none, or names such as gaussian_noise fog."""
+    severities: tuple[int, ...] = SEVERITIES
+    """1 to 5; 0 is the image as it is. mPC needs all five of all 15."""
+    domains: Path | None = None
+    """Folder with a folder a domain, each with its images and an annotation file in COCO's format, as in COCO-O."""
+    attacks: tuple[str, ...] = ()
+    """Losses that a white-box adversary raises, each a cell: classification localization objectness mask total."""
+    threat_model: ThreatModel | None = None
+    """The adversary's, around the image as the detector sees it, in [0, 1] pixel units."""
+    attack_steps: int = 10
+    attack_restarts: int = 1
+    attack_schedule: Literal["fixed", "apgd"] = "fixed"
+    attack_target: int | Literal["derangement"] | None = None
+    """Instead of --attacks: make the detector take every object for this class (from 0), or each class for another."""
+    errors: tuple[str, ...] = ()
+    """Cells whose errors are drawn, as clean fog-3 attack-worst; by default clean, domains and attacks."""
+    limit: int | None = None
+    """Only so many annotated images; a greater limit takes the same ones and more."""
+    seed: int = 0
+    """Of the corruptions and of what --limit takes."""
+    jobs: int = 1
+    """Processes that each evaluate a cell, one a GPU where there are several; results do not depend on it."""
+    workers: int = 2
+    """Processes of each job that read and corrupt images; results do not depend on it."""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+Arguments = (
+    Annotated[Classifier, tyro.conf.subcommand("classifier")] | Annotated[Detector, tyro.conf.subcommand("detector")]
+)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    return classifier(options) if isinstance(options, Classifier) else detector(options)
+
+
+def parse(arguments: list[str]) -> Classifier | Detector:
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    if isinstance(options, Detector):
+        cells_of(options)  # refuses what it does not know
+    return options
+
+
+def classifier(options: Classifier) -> int:
+    record = evaluate_robustness(
+        options.config,
+        read_checkpoint(options.checkpoint),
+        options.data,
+        options.output,
+        device=options.device,
+        workers=options.workers,
+    )
+    metrics = record.metrics
+    print(f"{record.config['images']} images, {record.config['threat_model']}: accuracy and its 95 % interval")
+    for name in (name for name in metrics if name.endswith("_accuracy")):
+        if metrics[name] is None:
+            print(f"{name.removesuffix('_accuracy'):>10}  skipped")
+        else:
+            low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
+            print(f"{name.removesuffix('_accuracy'):>10} {metrics[name]:5.1f} %  ({low:.1f} to {high:.1f})")
+    print(f"record written to {options.output / 'record.json'}")
+    return 0
+
+
+def cells_of(options: Detector) -> tuple[CellChoice, list[DetectorAttack]]:
+    """The corruptions and the attacks that are asked for."""
+    import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
+    from robust_backbones.detection.attacks import DetectorAttack
+    from robust_backbones.detection.robustness import CellChoice
+
+    targeted = options.attack_target is not None
+    if targeted and options.attacks:
+        raise InputError("--attack-target is an attack of its own: give it without --attacks")
+    losses = ("classification",) if targeted else tuple(dict.fromkeys(options.attacks))
+    if losses and options.threat_model is None:
+        raise InputError("an attack needs --threat-model, such as Linf:4/255")
+    attacks = [
+        DetectorAttack(
+            threat_model=options.threat_model or ThreatModel(),
+            loss=loss,
+            steps=options.attack_steps,
+            random_start=options.attack_restarts > 1,
+            restarts=options.attack_restarts,
+            schedule=options.attack_schedule,
+            target=options.attack_target,
+        )
+        for loss in losses
+    ]
+    return CellChoice(options.corruptions, options.severities, options.limit, options.seed), attacks
+
+
+def detector(options: Detector) -> int:
+    choice, attacks = cells_of(options)
+
+    from robust_backbones.detection.robustness import evaluate_detector
+
+    record = evaluate_detector(
+        options.config,
+        options.weights,
+        options.output,
+        choice,
+        domains=options.domains,
+        attacks=attacks,
+        device=options.device,
+        jobs=options.jobs,
+        workers=options.workers,
+    )
+    cells = record.config["cells"]
+    print(f"{record.dataset}, {record.config['images']} images, {len(cells)} cells in {record.seconds:.0f} s")
+    print("\n".join(tables(record.metrics, cells, record.config["measure"])))
+    for name, warnings in record.config["warnings"].items():
+        print("\n".join(f"warning: {name}: {warning}" for warning in warnings))
+    print("\n".join(draw_errors(options.output, choice, record, options.errors)))
+    print(f"record written to {options.output / 'record.json'}")
+    return 0
+
+
+def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequence[str]) -> list[str]:
+    """Draw which errors the boxes of some cells have, as ``output/errors.*``; the lines of the same as a table."""
+    from robust_backbones.analysis.detection_errors import detection_errors, error_rows
+    from robust_backbones.analysis.figures import MOST_CURVES, error_figure
+    from robust_backbones.detection.robustness import ground_truth, take_images
+
+    cells = record.config["cells"]
+    if unknown := sorted({*names} - {*cells}):
+        raise InputError(f"no cell {unknown[0]} was evaluated: choose --errors among {', '.join(cells)}")
+    chosen = names or ["clean", *(cell for cell in cells if cell.startswith(("domain-", "attack-")))]
+    errors = {}
+    for cell in chosen[:MOST_CURVES]:
+        folder = output / "cells" / cell
+        truth = ground_truth(take_images(RunRecord.read(folder / "record.json").dataset, choice, output / "images"))
+        errors[cell] = detection_errors(truth, json.loads((folder / "detections.json").read_text()), "bbox")
+    title = f"{record.dataset}, {record.config['images']} images"
+    error_figure(errors, title, output / "errors")
+    heads, rows = error_rows(errors)
+    rest = chosen[MOST_CURVES:]
+    return [
+        "COCO's AP50 of boxes, and the points that the repair of each type of error gives (TIDE):",
+        markdown(heads, rows),
+        *([f"not drawn, for want of room: {', '.join(rest)}; choose with --errors"] if rest else []),
+        f"drawn in {output / 'errors.svg'}",
+    ]
+
+
+def tables(metrics: Mapping[str, float | None], cells: Sequence[str], measure: str) -> list[str]:
+    """P, mPC, rPC and what is no corruption in all measures; then corruptions by severity in one; - where one lacks."""
+    measures = [name.removeprefix("P/") for name in metrics if name.startswith("P/")]
+    corrupted = {*cells} & {f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES}
+    names = ["P", "mPC", "rPC", *sorted({*cells} - corrupted - {"clean"})]
+    rows = [["", *measures]] + [[name, *(metrics.get(f"{name}/{column}") for column in measures)] for name in names]
+    if corrupted:
+        rows.append([measure, *map(str, SEVERITIES), "mean"])
+    for name in (name for name in CORRUPTIONS if any(f"{name}-{severity}" in corrupted for severity in SEVERITIES)):
+        columns = [*(f"{name}-{severity}" for severity in SEVERITIES), name]
+        rows.append([name, *(metrics.get(f"{column}/{measure}") for column in columns)])
+    width = max(len(row[0]) for row in rows)
+    return [f"{row[0]:{width}}" + "".join(f"{show(value):>11}" for value in row[1:]) for row in rows]
+
+
+def show(value: str | float | None) -> str:
+    if isinstance(value, str):
+        return value
+    return "-" if value is None else f"{value:.2f}"

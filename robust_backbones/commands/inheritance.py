@@ -1,0 +1,314 @@
+r"""How much robustness survives fine-tuning? The protocol of ImageNet-RIB, for any backbone and related data sets.
+
+Example, without ImageNet's variants:
+    python tools/inheritance.py make-sets tiny-imagenet-100/val --output sets \
+        --kinds sketch cartoon gaussian_noise-3 fog-3
+    python tools/inheritance.py run runs/tiny_r18/checkpoint.pt --pretraining tiny-imagenet-100 --sets sets/* \
+        --methods fine_tuning linear_probe lwf wise_ft --output runs/inheritance --image-size 64 --val-resize 64
+    python tools/inheritance.py table runs/inheritance --output runs/inheritance_tables
+
+Example, with them, their folders in data/:
+    python tools/inheritance.py run hub:resnet50_l2_eps3 --pretraining imagenet --data-root data --sets imagenet-v2 \
+        imagenet-a imagenet-r imagenet-sketch imagenet-cartoon imagenet-drawing objectnet imagenet-c --output runs/rib
+
+`corruptions` measures a classifier under the 15 common corruptions; `detector` puts a detector's backbone back under
+its classifier and attacks it. `python tools/inheritance.py run --help` lists the options of a command.
+Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from robust_backbones.analysis import inheritance_figures as figures
+from robust_backbones.analysis.tables import csv_text, markdown
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.robustness import RobustnessConfig
+from robust_backbones.commands import cli
+from robust_backbones.errors import InputError
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.transfer.inheritance.config import InheritanceConfig
+from robust_backbones.transfer.inheritance.corruption import CorruptionConfig, evaluate_corruptions
+from robust_backbones.transfer.inheritance.detectors import compare_with_detector
+from robust_backbones.transfer.inheritance.made_sets import check_kind, make_set
+from robust_backbones.transfer.inheritance.protocol import Execution, Matrix, read_matrices, run_protocol
+from robust_backbones.transfer.inheritance.related_sets import KNOWN_SETS
+from robust_backbones.transfer.protocol import labels_of
+
+Device = Literal["cpu", "cuda"]
+DEVICE: Device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class Run:
+    """Evaluate on every set, fine-tune on one, evaluate on every set again, for each set, method and seed.
+
+    Example:
+        python tools/inheritance.py run runs/r50/checkpoint.pt --pretraining imagenet --sets sketch cartoon --output out
+
+    Several processes may be given the same command: they share the work. Methods, seeds and backbones may be added to
+    an output later.
+    """
+
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """One or more backbones with their classifiers: checkpoints of any source, or hub:NAME."""
+    pretraining: Path
+    """Folder of the data set of pre-training, with train/ and val/."""
+    sets: tuple[str, ...]
+    """Two or more related sets: folders whose class folders are classes of pre-training, or names of the eight of
+    ImageNet-RIB (imagenet-v2, -a, -r, -sketch, -cartoon, -drawing, -c, objectnet) in --data-root."""
+    output: Path
+    """Folder for the results: LABEL/METHOD/SET/seed_S/record.json."""
+    config: Annotated[InheritanceConfig, tyro.conf.arg(name="")] = field(default_factory=InheritanceConfig)
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = field(default_factory=Execution)
+    methods: tuple[str, ...] = ("fine_tuning", "linear_probe", "lp_ft", "lwf", "l2_init", "wise_ft", "uniform_soup")
+    """fine_tuning linear_probe lp_ft lwf ewc l2_init l2_sp lora visual_prompt wise_ft uniform_soup greedy_soup, and
+    wise_ft_0.3 for WiSE-FT at another alpha than 0.5."""
+    seeds: tuple[int, ...] = (0,)
+    data_root: Path | None = None
+    """Folder that holds the sets that are named."""
+
+
+@dataclass
+class Table:
+    """RI, mRI, the accuracy matrices and their figures, and how distances go with forgetting.
+
+    Example:
+        python tools/inheritance.py table runs/inheritance --output runs/inheritance_tables
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Outputs of `run`, finished or not."""
+    output: Path
+    """Folder for tables (Markdown and CSV) and figures (SVG, PNG and their numbers as CSV)."""
+    methods: tuple[str, ...] = ()
+    """Only these; all when not given."""
+
+
+@dataclass
+class MakeSets:
+    """Related data sets from a folder of images: sketched, cartooned, or under a corruption at a severity.
+
+    Example:
+        python tools/inheritance.py make-sets imagenet/val --output sets --kinds sketch cartoon snow-3
+
+    Sets that show the same photographs let a network know the images of one from the other. With --disjoint no two do,
+    and the kind photograph gives a validation set of those that are left.
+    """
+
+    source: tyro.conf.Positional[Path]
+    """Folder that holds one folder of images a class."""
+    output: Path
+    """Folder for the sets, each a folder with the name of its kind."""
+    kinds: tuple[str, ...]
+    """sketch, cartoon, photograph (as it is), or CORRUPTION-SEVERITY, as fog-3."""
+    images_per_class: int = 0
+    """Only so many images of each class; 0: all."""
+    disjoint: bool = False
+    """Make each set from other photographs, --images-per-class of them."""
+    seed: int = 0
+    """Of the corruptions, and of which images are taken."""
+    workers: int = 2
+
+
+@dataclass
+class Corruptions:
+    """Accuracy of a classifier under the 15 common corruptions at 5 severities, and mCE against a reference.
+
+    Example, a fine-tuned network against the one before:
+        python tools/inheritance.py corruptions runs/r50/checkpoint.pt --data imagenet/val --output runs/r50_c
+        python tools/inheritance.py corruptions runs/inheritance/r50/fine_tuning/sketch/seed_0/checkpoint.pt \
+            --data imagenet/val --output runs/r50_sketch_c --reference runs/r50_c/record.json
+    """
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint of any source, or hub:NAME."""
+    data: Path
+    """Folder that holds one folder of images a class."""
+    output: Path
+    """Folder for the results: cells/fog-3/record.json and so on, and record.json over all."""
+    config: Annotated[CorruptionConfig, tyro.conf.arg(name="")] = field(default_factory=CorruptionConfig)
+    reference: Path | None = None
+    """record.json of another network on the same images, whose errors mCE is relative to."""
+    device: Device = DEVICE
+    workers: int = 2
+    """Processes that read and corrupt images; results do not depend on it."""
+
+
+@dataclass
+class Detector:
+    """Accuracy of a backbone under its own classifier, clean and attacked, before and after detection training.
+
+    Example:
+        python tools/inheritance.py detector runs/voc_robust/model_final.pth runs/robust/checkpoint.pt \
+            --data imagenet/val --threat-model L2:0.5 --no-autoattack --output runs/voc_robust_inheritance
+    """
+
+    detector: tyro.conf.Positional[Path]
+    """The detector's checkpoint, such as its run's model_final.pth."""
+    checkpoint: tyro.conf.Positional[Path]
+    """The pre-training checkpoint that it started from."""
+    data: Path
+    """Folder that holds one folder of images a class."""
+    output: Path
+    """Folder for the results: before/ and after/, as tools/evaluate.py classifier leaves them."""
+    config: Annotated[RobustnessConfig, tyro.conf.arg(name="")]
+    device: Device = DEVICE
+    workers: int = 2
+    """Processes that decode images; results do not depend on it."""
+
+
+Arguments = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Table, tyro.conf.subcommand("table")]
+    | Annotated[MakeSets, tyro.conf.subcommand("make-sets")]
+    | Annotated[Corruptions, tyro.conf.subcommand("corruptions")]
+    | Annotated[Detector, tyro.conf.subcommand("detector")]
+)
+
+
+def main(arguments: list[str]) -> int:
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    if isinstance(options, Table):
+        return table(options)
+    if isinstance(options, MakeSets):
+        return make_sets(options)
+    device = options.execution.device if isinstance(options, Run) else options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    if isinstance(options, Run):
+        return run(options)
+    return corruptions(options) if isinstance(options, Corruptions) else detector(options)
+
+
+def run(options: Run) -> int:
+    if not options.checkpoints:
+        raise InputError("give one or more backbones")
+    labels = labels_of(options.checkpoints)
+    sets = {path.name: path for path in (set_folder(name, options.data_root) for name in options.sets)}
+    if len(sets) < len(options.sets):
+        raise InputError("two sets have one name: rename a folder")
+    records = run_protocol(
+        options.config,
+        {label: read_checkpoint(path) for label, path in zip(labels, options.checkpoints, strict=True)},
+        options.pretraining,
+        sets,
+        options.output,
+        methods=options.methods,
+        seeds=options.seeds,
+        execution=options.execution,
+    )
+    print(f"\n{markdown(*figures.summary_table(read_matrices([options.output])))}\n")
+    print(f"{len(records)} records written to {options.output}")
+    return 0
+
+
+def set_folder(name: str, data_root: Path | None) -> Path:
+    """The folder of a set that is given by its path, or by its name in ``data_root``."""
+    if name in KNOWN_SETS and not Path(name).is_dir():
+        if data_root is None:
+            raise InputError(f"{name} is a name, so that its folder must be in --data-root: give that")
+        return data_root / name
+    return Path(name)
+
+
+def table(options: Table) -> int:
+    matrices = read_matrices(options.runs)
+    if options.methods:
+        matrices = [one for one in matrices if one.method in options.methods]
+    if not matrices:
+        raise InputError(f"nothing has been fine-tuned in {', '.join(map(str, options.runs))} yet: `run` it")
+    summary = figures.summary_table(matrices)
+    found = figures.correlations(matrices)
+    text = markdown(*summary) + (f"\n\n{markdown(*figures.correlation_table(found))}" if found else "")
+    write(options.output / "inheritance.md", text + "\n")
+    write(options.output / "inheritance.csv", csv_text(*summary))
+    write(options.output / "accuracies.csv", csv_text(*figures.accuracy_rows(matrices)))
+    if found:
+        write(options.output / "correlations.csv", csv_text(*figures.correlation_table(found)))
+    for label, of_label in by_label(matrices).items():
+        figures.change_figure(of_label, options.output / f"{label}_changes")
+        if any(one.distances for one in of_label):
+            figures.distance_figure(of_label, options.output / f"{label}_distances")
+    print(f"{text}\n\ntables and figures written to {options.output}")
+    return 0
+
+
+def by_label(matrices: Sequence[Matrix]) -> dict[str, list[Matrix]]:
+    """Backbone -> its matrices."""
+    groups: dict[str, list[Matrix]] = {}
+    for one in matrices:
+        groups.setdefault(one.label, []).append(one)
+    return groups
+
+
+def write(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
+def make_sets(options: MakeSets) -> int:
+    for kind in options.kinds:
+        check_kind(kind)
+    if options.disjoint and not options.images_per_class:
+        raise InputError("--disjoint needs to know how many images a set takes: give --images-per-class")
+    # The last of disjoint sets needs the most photographs: where they are too few, it says so before one is made.
+    for place, kind in reversed(list(enumerate(options.kinds))):
+        count = make_set(
+            options.source,
+            options.output,
+            kind,
+            images_per_class=options.images_per_class,
+            skip=place * options.images_per_class * options.disjoint,
+            seed=options.seed,
+            workers=options.workers,
+        )
+        print(f"{kind}: {count} images", flush=True)
+    print(f"{len(options.kinds)} sets written to {options.output}")
+    return 0
+
+
+def corruptions(options: Corruptions) -> int:
+    reference = None if options.reference is None else RunRecord.read(options.reference)
+    record = evaluate_corruptions(
+        options.config,
+        read_checkpoint(options.checkpoint),
+        options.data,
+        options.output,
+        reference=reference,
+        device=options.device,
+        workers=options.workers,
+    )
+    print(f"clean {record.metrics['accuracy/clean']:.1f} %, mean over 75 {record.metrics['mean_accuracy']:.1f} %")
+    if reference is not None:
+        print(f"mCE {record.metrics['mCE']:.1f}, relative to {reference.run_id}, which has 100")
+    print(f"record written to {options.output / 'record.json'}")
+    return 0
+
+
+def detector(options: Detector) -> int:
+    records = compare_with_detector(
+        options.config,
+        options.detector,
+        read_checkpoint(options.checkpoint),
+        options.data,
+        options.output,
+        device=options.device,
+        workers=options.workers,
+    )
+    heads = ["accuracy (95 % interval)", "before", "after"]
+    metrics = [record.metrics for record in records]
+    names = [name for name in metrics[0] if name.endswith("_accuracy") and metrics[0][name] is not None]
+    rows = [[name.removesuffix("_accuracy"), *(interval(of, name) for of in metrics)] for name in names]
+    print(f"{records[0].config['images']} images, {records[0].config['threat_model']}\n{markdown(heads, rows)}")
+    print(f"records written to {options.output}")
+    return 0
+
+
+def interval(metrics: dict[str, float | None], name: str) -> str:
+    return f"{metrics[name]:.1f} ({metrics[f'{name}_low']:.1f} to {metrics[f'{name}_high']:.1f})"

@@ -1,0 +1,106 @@
+"""Find objects in images with a trained detector: pictures of them, and COCO's result format.
+
+Example, the detector of tools/demo.py on the images it was evaluated on:
+    python tools/predict.py demo_output/data/shapes/val --weights demo_output/robust/detector --output predictions
+
+RUN is the OUTPUT_DIR of tools/train_net.py, which holds config.yaml and model_final.pth, or another .pth file in it.
+OUTPUT gets NAME.jpg for each image, with the boxes, masks and class names of what scores at least --min-score, and
+coco_results.json with all that was found, in pixels of the image, for pycocotools' COCO.loadRes. There image_id is
+the number that an image's name is, as COCO's are; if some name is no number, images count from 1 as they are given.
+Exit status: 0 done, 2 bad input.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from robust_backbones.errors import InputError
+from robust_backbones.runs.files import write_json
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+RESULTS = "coco_results.json"
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    images = find_images(options.images)
+    pictures = name_pictures(images, options.output)
+
+    from robust_backbones.detection.predictor import Predictor
+    from robust_backbones.detection.visualize import draw_objects, objects_in, read_rgb, write_picture
+
+    predictor = Predictor(options.weights, device=options.device)
+    hidden = None if len(images) > 1 else True  # tqdm shows itself in a terminal when None
+    for image in tqdm(images, "checking images", unit="img", disable=hidden, leave=False):
+        read_rgb(image)  # a broken one is found before the first is written
+    rows = []
+    for image, picture, number in zip(
+        tqdm(images, "detecting", unit="img", disable=hidden, leave=False), pictures, image_ids(images), strict=True
+    ):
+        objects = objects_in(predictor(image))
+        drawn = [item for item in objects if item["score"] >= options.min_score]
+        write_picture(picture, draw_objects(read_rgb(image), drawn, predictor.metadata))
+        for item in objects:
+            category = predictor.categories[item["category_id"]]["id"]
+            row = {"image_id": number, "file_name": str(image), "category_id": category}
+            rows.append(row | {key: item[key] for key in ("bbox", "score", "segmentation") if key in item})
+    write_json(options.output / RESULTS, rows)
+    print(f"{len(rows)} detections in {len(images)} images: pictures and {RESULTS} are in {options.output}")
+    return 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of .jpg and .png")
+    parser.add_argument("--weights", type=Path, required=True, metavar="RUN", help="the detector, see above")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")
+    parser.add_argument("--min-score", type=float, default=0.5, help="of what is drawn, in [0, 1] (default 0.5)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    if options.output.exists() and not options.output.is_dir():
+        raise InputError(f"{options.output} is not a folder: choose another --output")
+    return options
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """The files, and the image files in the folders, sorted; each once."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        if not os.path.exists(path):  # unlike Path's, never raises
+            raise InputError(f"no image and no folder at {path}: check the path")
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+        if not files:
+            raise InputError(f"no image ({', '.join(SUFFIXES)}) in {path}: give a folder that holds some")
+        for file in files:
+            found.setdefault(os.path.abspath(file), file)
+    return list(found.values())
+
+
+def name_pictures(images: list[Path], output: Path) -> list[Path]:
+    """A file in ``output`` for each image, named as it is and with a number from the second of a name on."""
+    inputs, taken = {image.resolve() for image in images}, dict[str, Path]()
+    is_ours = (output / RESULTS).exists()
+    for image in images:
+        name, count = image.stem, 1
+        while name.casefold() in taken:  # some file systems do not tell case apart
+            count += 1
+            name = f"{image.stem}_{count}"
+        picture = taken[name.casefold()] = output / f"{name}.jpg"
+        if picture.resolve() in inputs or (picture.exists() and not is_ours):
+            raise InputError(f"{picture} exists and is not of an earlier run: choose another --output, or remove it")
+    return list(taken.values())
+
+
+def image_ids(images: list[Path]) -> list[int]:
+    """The numbers that the files' names are, where these tell the images apart; else 1, 2, ..."""
+    stems = [image.stem for image in images]
+    numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdigit()]
+    return numbers if len(set(numbers)) == len(stems) else list(range(1, len(stems) + 1))

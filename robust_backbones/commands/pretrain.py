@@ -1,0 +1,113 @@
+r"""Train a backbone adversarially, or normally at epsilon 0, on folders of images or WebDataset shards.
+
+Examples:
+    python tools/pretrain.py --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3
+    torchrun --nproc-per-node 8 tools/pretrain.py --recipe wide_resnet50_4_l2_eps5 --micro-batch-size 32 \
+        --data imagenet --output runs/wrn50_4_l2_eps5 --precision bf16
+    python tools/pretrain.py --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3 \
+        --cluster.executor slurm --cluster.nodes 2 --cluster.partition gpu
+
+DATA/train and DATA/val hold one folder of images a class, or shards (*.tar). A recipe is that of a published backbone
+(--list-recipes shows them); without one, the options' defaults are the paper's ResNet-50. OUTPUT gets checkpoint.pt,
+best.pt, metrics.jsonl (a row an epoch), steps.jsonl, tensorboard/ and record.json; a run that was cut off goes on when
+the same command is given again. Exit status: 0 done, 1 the training failed, 2 bad input, 75 preempted (give the
+command again). --debug shows tracebacks.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from robust_backbones.checkpoint import zoo
+from robust_backbones.classification.pretrain import PretrainConfig, pretrain, recipe
+from robust_backbones.classification.train import Execution
+from robust_backbones.commands import cli
+from robust_backbones.errors import InputError
+from robust_backbones.runs.cluster import ClusterConfig, log_folder, one_sentence, open_executor
+
+
+@dataclass
+class Arguments:
+    data: Path
+    """Folder that holds train/ and val/."""
+    output: Path
+    """Folder for this run's results."""
+    recipe: str = ""
+    """Published backbone whose recipe the options start from."""
+    list_recipes: bool = False
+    """Show the recipes with the ImageNet accuracy to expect, and stop."""
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = field(default_factory=Execution)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """One process's part in a submitted run; submitit calls it, and calls it again after an interruption."""
+
+    config: PretrainConfig
+    data: Path
+    output: Path
+    execution: Execution
+
+    def __call__(self) -> dict[str, float | None]:
+        import submitit
+
+        if submitit.JobEnvironment().num_tasks > 1:
+            # Each process keeps all GPUs in sight and takes the one of its local rank.
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        return pretrain(self.config, self.data, self.output, self.execution).metrics
+
+    def checkpoint(self) -> Any:
+        """What to submit when the scheduler takes the machine away: the same job, which goes on where it was."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def submit(job: PretrainJob, cluster: ClusterConfig) -> Any:
+    """Hand ``job`` to the cluster; the submitit job has its ``job_id`` and ``result()``.
+
+    Logs go to a folder beside the run's output, with ``_jobs`` after its name.
+    """
+    processes = cluster.processes
+    executor = open_executor(
+        cluster,
+        log_folder(job.output),
+        name=job.output.name,
+        tasks=processes,
+        gpus=processes if job.execution.device == "cuda" else 0,
+        cpus_per_task=1 + job.execution.workers,
+    )
+    with one_sentence(cluster):
+        return executor.submit(job)
+
+
+def main(arguments: list[str]) -> int:
+    if "--list-recipes" in arguments:
+        print(zoo.table())
+        return 0
+    options = parse(arguments)
+    if not options.data.is_dir():
+        raise InputError(f"no data folder {options.data}: give one that holds train/ and val/")
+    if options.cluster.executor:
+        job = PretrainJob(options.config, options.data.absolute(), options.output.absolute(), options.execution)
+        submitted = submit(job, options.cluster)
+        print(f"submitted as job {submitted.job_id}; its logs are in {log_folder(job.output)}, its results will be in")
+        print(options.output)
+        return 0
+    record = pretrain(options.config, options.data, options.output, options.execution)
+    clean, robust = record.metrics["clean_accuracy"], record.metrics["robust_accuracy"]
+    print(f"accuracy: clean {clean:.1f} %, robust {robust:.1f} % ({record.config['eval_threat_model']})")
+    print(f"checkpoint and record written to {options.output}")
+    return 0
+
+
+def parse(arguments: list[str]) -> Arguments:
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    if options.recipe:  # once more, now with the recipe's values where no option is given
+        defaults = Arguments(options.data, options.output, config=recipe(options.recipe))
+        options = cli.parse(Arguments, arguments, description=__doc__, default=defaults)
+    return options

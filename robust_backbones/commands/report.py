@@ -1,0 +1,81 @@
+r"""Make tables, figures and one self-contained report.html of the records that runs leave.
+
+Examples:
+    python tools/make_report.py runs/study --output report
+    python tools/make_report.py runs/voc_standard runs/voc_robust --output report --pictures 4
+
+Every record.json in the folders, however deep, is read. Runs that differ in backbone and seed alone are compared:
+mean, spread and interval over seeds, paired tests against the standard backbone with Holm's correction, effect size,
+and a sentence each. OUTPUT gets report.html, tables/*.{md,csv,tex} and figures/*.{svg,png,csv}.
+--pictures N also draws what the standard and the best robust detector find in the first N test images; this needs
+Detectron2, the runs' weights, and DETECTRON2_DATASETS as in training.
+Exit status: 0 done, 2 bad input. --debug shows tracebacks.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import tyro
+
+from robust_backbones.analysis.figures import Picture
+from robust_backbones.analysis.report import write_report
+from robust_backbones.analysis.study import Experiment, experiments, find_runs
+from robust_backbones.commands import cli
+from robust_backbones.errors import InputError
+
+
+@dataclass
+class Arguments:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    output: Path
+    """Folder for the report."""
+    title: str = "Do robust backbones transfer better?"
+    """Heading of the page."""
+    pictures: int = 0
+    """Test images of each experiment on which detections are drawn side by side."""
+
+
+def main(arguments: list[str]) -> int:
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    if not options.runs:
+        raise InputError("give one or more folders of runs")
+    if options.pictures < 0:
+        raise InputError(f"--pictures must be >= 0, got {options.pictures}")
+    if options.output.exists() and not options.output.is_dir():
+        raise InputError(f"{options.output} is not a folder: choose another --output")
+    runs = find_runs(options.runs)
+    pictures = {}
+    if options.pictures:
+        for experiment in experiments(runs):
+            if (picture := draw(experiment, options.output / "figures", options.pictures)) is not None:
+                pictures[experiment.slug] = [picture]
+    page = write_report(runs, options.output, title=options.title, pictures=pictures)
+    print(f"report of {len(runs)} records: {page}; tables and figures are beside it")
+    return 0
+
+
+def draw(experiment: Experiment, folder: Path, images: int) -> Picture | None:
+    """Detections of the standard and the best robust backbone, of one seed; None where there are no two detectors."""
+    standard = experiment.standard
+    if experiment.task not in ("detection", "segmentation") or standard is None or not experiment.headlines:
+        return None
+    metric = experiment.headlines[-1]  # of masks where there are some
+    robust = [b for b in experiment.backbones if b is not standard and not b.is_from_scratch and b.values(metric)]
+    if not robust:
+        return None
+    best = max(robust, key=lambda backbone: fmean(backbone.values(metric).values()))
+    chosen = {b.trained_at: b.runs[min(b.runs)] for b in (standard, best)}
+
+    from robust_backbones.detection.side_by_side import draw_side_by_side
+
+    file = folder / f"{experiment.slug}_detections.jpg"
+    draw_side_by_side({name: run.folder for name, run in chosen.items()}, file, images=images)
+    seeds = ", ".join(f"{name} seed {run.record.seed}" for name, run in chosen.items())
+    return Picture(
+        file,
+        f"{experiment.title}: ground truth and what detectors find in the first {images} test images, score >= 0.5 "
+        f"({seeds}; {best.trained_at} has the highest mean of the robust backbones). Single images prove nothing.",
+        f"Rows of test images: ground truth, detections from the backbone trained at {' and at '.join(chosen)}.",
+    )

@@ -1,0 +1,191 @@
+r"""Transfer backbones to other classification data sets: linear probes, full fine-tuning, and tables of both.
+
+Examples:
+    python tools/transfer.py datasets --data-root data
+    python tools/transfer.py probe flowers runs/standard/checkpoint.pt runs/robust/checkpoint.pt hub:resnet50_l2_eps3 \
+        --data-root data --output runs/flowers_probe
+    python tools/transfer.py finetune flowers runs/standard/checkpoint.pt runs/robust/checkpoint.pt --data-root data \
+        --output runs/flowers_finetune
+    python tools/transfer.py table runs/flowers_probe runs/flowers_finetune --output flowers.md
+
+A data set is one of the twelve of Salman et al. 2020 (`datasets` shows them) or the path of a folder that holds train/
+and test/. A backbone is a checkpoint of any source that tools/convert_backbone.py knows, or hub:NAME. Both modes choose
+learning rate and weight decay on held-out training images; --select-on test does as the public code, and tables say so.
+A command that was cut off goes on when it is given again. `python tools/transfer.py probe --help` lists its options.
+Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from robust_backbones.analysis.tables import classification_table
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.train import Execution
+from robust_backbones.commands import cli
+from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
+from robust_backbones.data.transforms import val_transform
+from robust_backbones.errors import InputError
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune
+from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe
+from robust_backbones.transfer.protocol import TransferConfig, labels_of
+
+
+@dataclass
+class Datasets:
+    """What is there of the twelve data sets, what is missing, and where to get it."""
+
+    data_root: Path
+    """Folder that holds the data sets, each as NAME/train and NAME/test or as torchvision lays it out."""
+
+
+@dataclass
+class Task:
+    """What both modes need."""
+
+    dataset: tyro.conf.Positional[str]
+    """Name of one of the twelve data sets, or the path of a folder that holds train/ and test/."""
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]
+    """One or more backbones."""
+    output: Path
+    """Folder for the results: LABEL/seed_S/record.json for every backbone and trial."""
+    data_root: Path | None = None
+    """Folder that holds the data sets."""
+    metric: Literal["", "top1", "mean_per_class"] = ""
+    """Of a folder of your own; top1 when not given."""
+
+
+@dataclass
+class Probe(Task):
+    """Linear classifiers on the frozen backbone ("fixed-feature"): all settings, trials and backbones in one pass."""
+
+    config: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    workers: int = 2
+    """Processes that decode and augment images; results do not depend on it."""
+    checkpoint_minutes: float = 1.0
+    """Time between the states, at the ends of epochs, that a probe goes on from."""
+    skip_unreadable: bool = False
+    """Look at every image first and leave out those that cannot be read, listed in skipped.json; else stop at one."""
+
+
+@dataclass(frozen=True)
+class Recipe(FinetuneConfig):
+    """Fine-tuning as the command line has it: the grid sets the rest."""
+
+    lr: tyro.conf.Suppress[float] = 0.01
+    weight_decay: tyro.conf.Suppress[float] = 5e-4
+    seed: tyro.conf.Suppress[int] = 0
+
+
+@dataclass
+class Finetune(Task):
+    """The whole network learns the new task ("full-network"); runs of the grid are kept and resumed one by one."""
+
+    grid: Annotated[TransferConfig, tyro.conf.arg(name="")] = field(default_factory=TransferConfig)
+    config: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    execution: Annotated[Execution, tyro.conf.arg(name="")] = field(default_factory=Execution)
+
+
+@dataclass
+class Table:
+    """One table of finished experiments: mean, range and spread of the trials, and how each was selected."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of experiments."""
+    output: Path | None = None
+    """Markdown file to write; without it the table is printed."""
+
+
+Arguments = (
+    Annotated[Datasets, tyro.conf.subcommand("datasets")]
+    | Annotated[Probe, tyro.conf.subcommand("probe")]
+    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
+    | Annotated[Table, tyro.conf.subcommand("table")]
+)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    if isinstance(options, Datasets):
+        return datasets(options)
+    if isinstance(options, Table):
+        return table(options)
+    return transfer(options)
+
+
+def parse(arguments: list[str]) -> Datasets | Probe | Finetune | Table:
+    return cli.parse(Arguments, arguments, description=__doc__)
+
+
+def datasets(options: Datasets) -> int:
+    if not options.data_root.is_dir():
+        raise InputError(f"no folder {options.data_root}: give the one that holds the data sets")
+    present = 0
+    for row in TRANSFER_DATASETS.values():
+        found = check(row, options.data_root)
+        present += found.state == "present"
+        print(
+            f"{row.name:<10} {found.state:<8} {row.title}: {row.num_classes} classes, {row.train_images:,} training "
+            f"and {row.test_images:,} test images ({row.split}), {row.metric}\n{'':<20}{found.detail}"
+        )
+    print(f"{present} of {len(TRANSFER_DATASETS)} data sets are in {options.data_root}")
+    return 0
+
+
+def transfer(options: Probe | Finetune) -> int:
+    if not options.checkpoints:
+        raise InputError("give one or more backbones behind the data set")
+    labels = labels_of(options.checkpoints)
+    data = open_transfer_data(
+        options.dataset,
+        options.data_root,
+        val_transform(options.config.image_size, resize=options.config.val_resize),
+        metric=options.metric,
+    )
+    checkpoints = {label: read_checkpoint(path) for label, path in zip(labels, options.checkpoints, strict=True)}
+    if isinstance(options, Probe):
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+        records = linear_probe(
+            options.config,
+            checkpoints,
+            data,
+            options.output,
+            device=options.device,
+            workers=options.workers,
+            checkpoint_minutes=options.checkpoint_minutes,
+            skip_unreadable=options.skip_unreadable,
+        )
+    else:
+        records = full_finetune(options.grid, options.config, checkpoints, data, options.output, options.execution)
+    print(f"\n{classification_table(records)}\n\nrecords and networks written to {options.output}")
+    return 0
+
+
+def table(options: Table) -> int:
+    text = classification_table(transfer_records(options.runs))
+    if options.output is None:
+        print(text)
+        return 0
+    with atomic_path(options.output) as temporary:
+        temporary.write_text(text + "\n")
+    print(f"table written to {options.output}")
+    return 0
+
+
+def transfer_records(folders: Sequence[Path]) -> list[RunRecord]:
+    """The records of all trials in these experiments."""
+    records = []
+    for folder in folders:
+        found = [RunRecord.read(path) for path in sorted(folder.glob("*/seed_*/record.json"))]
+        if not found:
+            raise InputError(f"no finished trial in {folder}: give the --output of `probe` or `finetune`")
+        records += found
+    return records

@@ -1,0 +1,1 @@
+"""What CPUs are slow at, computed in other ways of the same result."""

@@ -1,0 +1,79 @@
+"""Runs on a cluster: submitit starts one process a GPU, and starts the run again after preemption or time-out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.errors import InputError
+
+EXECUTORS = ("slurm", "local", "debug")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where a run is submitted to, and what it asks for there."""
+
+    executor: str = ""
+    """slurm; local (processes of this machine) or debug (this process) to try a submission; empty: run here and now."""
+    nodes: int = 1
+    processes: int = 8
+    """On each node; with --device cuda, each has a GPU of its own."""
+    partition: str = ""
+    hours: float = 24.0
+    """Time that one job may take; a run that needs more is started again where it was."""
+    restarts: int = 20
+    """How often a run may hit its time limit; preemptions do not count."""
+
+    def __post_init__(self) -> None:
+        if self.executor and self.executor not in EXECUTORS:
+            raise InputError(f"unknown executor {self.executor!r}: choose one of {', '.join(EXECUTORS)}")
+        if self.nodes < 1 or self.processes < 1 or self.hours <= 0 or self.restarts < 0:
+            raise InputError("a submission needs nodes and processes >= 1, hours > 0 and restarts >= 0")
+
+
+def open_executor(
+    cluster: ClusterConfig, folder: Path, *, name: str, tasks: int, gpus: int, cpus_per_task: int, parallel: int = 256
+) -> Any:
+    """submitit's executor for jobs of ``tasks`` processes and ``gpus`` GPUs on each node; their logs go to ``folder``.
+
+    Args:
+        parallel: how many jobs of an array run side by side.
+
+    Raises:
+        InputError: there is no such cluster, or no submitit.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise InputError("a cluster needs the package submitit: pip install submitit") from None
+    with one_sentence(cluster):
+        executor = submitit.AutoExecutor(folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.restarts)
+        executor.update_parameters(
+            name=name,
+            nodes=cluster.nodes,
+            tasks_per_node=tasks,
+            gpus_per_node=gpus,
+            cpus_per_task=cpus_per_task,
+            timeout_min=round(60 * cluster.hours),
+            stderr_to_stdout=True,
+            slurm_array_parallelism=parallel,
+            **({"slurm_partition": cluster.partition} if cluster.partition else {}),
+        )
+        return executor
+
+
+@contextmanager
+def one_sentence(cluster: ClusterConfig) -> Iterator[None]:
+    """What stands between us and the scheduler as an InputError."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # all of submitit's own are RuntimeErrors
+        raise InputError(f"cannot submit to {cluster.executor} ({str(error).splitlines()[0]})") from error
+
+
+def log_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}_jobs")

@@ -1,0 +1,66 @@
+"""A run's curves while it runs: JSON lines, TensorBoard, and Weights & Biases for those who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.errors import InputError
+from robust_backbones.runs.files import write_jsonl
+
+
+class RunLog:
+    """Rows of numbers, each with its ``step``, written to ``folder`` and shown by TensorBoard.
+
+    ``rows`` are those of a resumed run's past: whatever else lies in the files is of steps that are to come again.
+
+    Args:
+        wandb_project: the Weights & Biases project to log to as well; empty is none.
+        config: what to show beside the curves there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rows: Mapping[str, list[dict[str, Any]]],
+        *,
+        tensorboard: bool = True,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.rows = {name: list(past) for name, past in rows.items()}
+        last_step = max((row["step"] for past in self.rows.values() for row in past), default=0)
+        self._writer, self._wandb = None, None
+        if tensorboard:
+            # Imported here: it takes a second, and not every command logs.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise InputError("--wandb needs the package wandb: pip install wandb, or leave it out") from None
+            self._wandb = wandb.init(
+                project=wandb_project, name=folder.name, id=folder.name, resume="allow", config=dict(config or {})
+            )
+
+    def write(self, name: str, row: dict[str, Any]) -> None:
+        """Add ``row`` to ``folder/name.jsonl``; its ``step`` and ``epoch`` tell where on the curves it lies."""
+        self.rows[name].append(row)
+        write_jsonl(self.folder / f"{name}.jsonl", self.rows[name])
+        curves = {f"{name}/{key}": value for key, value in row.items() if key not in ("step", "epoch")}
+        if self._writer is not None:
+            for key, value in curves.items():
+                self._writer.add_scalar(key, value, row["step"])
+            self._writer.flush()
+        if self._wandb is not None:
+            self._wandb.log({**curves, "epoch": row["epoch"]}, step=row["step"])
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,88 @@
+"""One record a run: what it was and what came out of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.errors import InputError
+from robust_backbones.runs.files import write_json
+
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "detectron2",
+    "sal-detectron2",
+    "pycocotools",
+    "faster-coco-eval",
+    "fvcore",
+    "numpy",
+    "imagecorruptions-imaug",
+    "scikit-image",
+    "pyautoattack",
+    "POT",
+)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one run was and what came out of it; tables and figures are drawn from these alone."""
+
+    run_id: str
+    task: str
+    """``pretrain``, ``robustness``, ``detection``, ``segmentation``, ``detector_robustness``, ``transfer``,
+    ``inheritance``, ``corruptions`` or ``visualization``."""
+    backbone: dict[str, Any]
+    """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``."""
+    threat_model: str | None
+    """As ``ThreatModel.parse`` reads it; None when the source did not say."""
+    dataset: str
+    metrics: dict[str, float | None]
+    """Named as Detectron2 names them (``bbox/AP``), 0 to 100; distances and what ``visualization`` measures are in
+    their own units. None where not defined."""
+    seed: int
+    config: dict[str, Any]
+    seconds: float
+    git_commit: str | None = field(default_factory=lambda: git_commit())
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        try:
+            return cls(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            raise InputError(f"no record at {path}: the run has not finished") from None
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is not a run record ({error})") from None
+
+
+def git_commit() -> str | None:
+    """The commit of this source tree, with ``+`` when it has uncommitted changes; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,219 @@
+"""Carry out a study: tasks x backbones x protocols x seeds, with the pre-training and conversions that they need.
+
+Examples:
+    python tools/sweep.py setup studies/small.yaml
+    python tools/sweep.py launch studies/small.yaml --executor local --jobs 2
+    python tools/sweep.py launch studies/coco_segmentation.yaml --executor slurm
+    python tools/sweep.py status studies/small.yaml --watch
+    python tools/sweep.py collect studies/small.yaml --to records
+
+A manifest says what is compared; studies/ has those of the paper. `setup` checks everything that it names and writes
+the plan; `launch` does so too, and carries out every run that is not done: one after the other (here), several at once
+(local), or as jobs of a cluster (slurm). A run's folder is named by its settings and weights: a changed setting is
+another run, a finished run is never run again, and one that failed or was cut off goes on at the next launch. Two
+launches of one study are kept apart. Exit status: 0 done, 1 runs failed, 2 bad input, 75 stopped by a signal (the runs
+have written their states). --debug shows tracebacks.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from robust_backbones.commands import cli
+from robust_backbones.errors import InputError
+from robust_backbones.runs.distributed import STOP_SIGNALS, stop_on_signals
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.locks import lock, owner_of
+from robust_backbones.sweep.launcher import ClusterExecutor, Executor, LocalExecutor, launch
+from robust_backbones.sweep.manifest import Manifest, expand, read_manifest, settle
+from robust_backbones.sweep.plan import STATES, Plan, count
+
+
+@dataclass
+class Study:
+    """What every verb needs."""
+
+    manifest: tyro.conf.Positional[Path]
+    """The study, a YAML file."""
+    output: Path | None = None
+    """Folder of all its runs, instead of the manifest's."""
+
+
+@dataclass
+class Setup(Study):
+    """Check everything that the manifest names, and write the plan."""
+
+
+@dataclass
+class Launch(Study):
+    """Set up, and carry out every run that is not done."""
+
+    executor: Literal["here", "local", "slurm"] = "here"
+    """here: one run after the other; local: --jobs runs at once; slurm: jobs of the cluster."""
+    jobs: int = 0
+    """Runs at once; 0: one (or --share) for each --processes GPUs, or cores where there is no GPU; on Slurm 256."""
+    processes: int = 0
+    """Processes of each run, one a GPU; 0: the manifest's, or 1."""
+    share: int = 1
+    """Runs of one process that share a GPU, for those that leave it idle most of the time."""
+    gpus: bool = True
+    """--no-gpus: jobs of the cluster ask for none."""
+
+
+@dataclass
+class Status(Study):
+    """How far the runs are, and when all will be done."""
+
+    watch: bool = False
+    """Refresh until nothing is left to wait for."""
+
+
+@dataclass
+class Collect(Study):
+    """Name the records of the runs that are done."""
+
+    to: Path | None = None
+    """Folder to copy them to, as KEY/record.json: records alone, no weights."""
+
+
+Arguments = (
+    Annotated[Setup, tyro.conf.subcommand("setup")]
+    | Annotated[Launch, tyro.conf.subcommand("launch")]
+    | Annotated[Status, tyro.conf.subcommand("status")]
+    | Annotated[Collect, tyro.conf.subcommand("collect")]
+)
+
+
+def main(arguments: list[str]) -> int:
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    manifest = read_manifest(options.manifest, options.output)
+    if isinstance(options, Launch):
+        return carry_out(manifest, options)
+    if isinstance(options, Status):
+        return show(manifest, watch=options.watch)
+    if isinstance(options, Collect):
+        return collect(Plan.read(manifest.output), options.to)
+    plan = expand(manifest)
+    with lock(plan.output / "lock.json"):
+        set_up(plan, manifest)
+    return 0
+
+
+def set_up(plan: Plan, manifest: Manifest) -> None:
+    written = settle(plan)
+    kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(run.kind for run in plan.runs).items())
+    print(f"{plan.name}: {len(plan.runs)} runs ({kinds}) in {plan.output}{'' if written else ', as before'}")
+    for name, options in manifest.pretraining.items():
+        if not Path(str(options["data"])).is_dir():
+            print(f"warning: pretraining {name} will need its data, {options['data']}", file=sys.stderr)
+    earlier = {path.name for path in (plan.output / "runs").glob("*")} - {run.key for run in plan.runs}
+    if earlier:
+        print(f"{len(earlier)} folders in {plan.output / 'runs'} are of other settings, and stay as they are")
+    if plan.cost:
+        print(f"cost: {plan.cost}")
+
+
+def carry_out(manifest: Manifest, options: Launch) -> int:
+    plan = expand(manifest)
+    with stop_on_signals((*STOP_SIGNALS, signal.SIGINT)) as stop, lock(plan.output / "lock.json") as dead:
+        if dead:
+            print(f"taking over from {dead}, which ended without giving its lock back")
+        set_up(plan, manifest)
+        print(summary(plan))
+        return launch(
+            plan, executor_for(plan, manifest, options), stop=lambda: bool(stop), say=partial(print, flush=True)
+        )
+
+
+def executor_for(plan: Plan, manifest: Manifest, options: Launch) -> Executor:
+    processes = options.processes or manifest.cluster.processes
+    if options.executor == "slurm":
+        cluster = replace(manifest.cluster, executor="slurm", processes=processes)
+        return ClusterExecutor(plan, cluster, jobs=options.jobs or 256, gpus=options.gpus)
+    found = torch.cuda.device_count()
+    gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))).split(",")[:found]
+    if options.executor == "here" and options.jobs > 1:
+        raise InputError(f"--jobs {options.jobs} needs --executor local or slurm")
+    if options.share < 1 or options.share > 1 < processes:
+        raise InputError(f"--share {options.share} is for runs of one process, not of {processes}: give 1 or more")
+    gpus *= options.share
+    side_by_side = max(1, (len(gpus) or os.cpu_count() or 1) // processes)
+    jobs = 1 if options.executor == "here" else options.jobs or side_by_side
+    return LocalExecutor(plan, jobs=jobs, processes=processes, gpus=gpus)
+
+
+def show(manifest: Manifest, *, watch: bool) -> int:
+    with suppress(KeyboardInterrupt):
+        while True:
+            plan = Plan.read(manifest.output)
+            text = table(plan)
+            if not watch:
+                print(text)
+                return 0
+            print(f"\x1b[2J\x1b[H{time.strftime('%H:%M:%S')}\n{text}", flush=True)
+            if all(state == "done" for state in plan.states().values()):
+                return 0
+            time.sleep(5)
+    return 0
+
+
+def table(plan: Plan) -> str:
+    """Runs by group and state; then every one that is at work, was cut off or failed."""
+    states = plan.states()
+    left, total = plan.remaining_seconds(states)
+    groups = list(dict.fromkeys(run.group for run in plan.runs))
+    width = max(len("total"), *map(len, groups))
+    lines = [f"{'':{width}}" + "".join(f"{state:>11}" for state in STATES)]
+    for group in groups:
+        counts = count(states[run.key] for run in plan.runs if run.group == group)
+        lines.append(f"{group:{width}}" + "".join(f"{counts[state] or '-':>11}" for state in STATES))
+    lines += [f"{'total':{width}}" + "".join(f"{number or '-':>11}" for number in count(states.values()).values()), ""]
+    for run in plan.runs:
+        state = states[run.key]
+        if state in ("running", "preempted"):
+            time_left = f", {duration(left[run.key])} to go" if run.key in left else ""
+            lines.append(f"{state}: {run.key}: {100 * plan.progress(run):.0f} %{time_left}")
+        elif state == "failed":
+            lines.append(f"failed: {run.key}: {plan.last_line(run)} (see {plan.log(run)})")
+    owner = owner_of(plan.output / "lock.json")
+    lines.append(f"launched by {owner}" if owner else "nobody is launching")
+    if any(state != "done" for state in states.values()):
+        lines.append("time left: " + ("not known yet" if total is None else duration(total)))
+    return "\n".join(lines)
+
+
+def summary(plan: Plan) -> str:
+    return ", ".join(f"{number} {state}" for state, number in count(plan.states().values()).items() if number)
+
+
+def duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def collect(plan: Plan, folder: Path | None) -> int:
+    paths = [path for run in plan.runs for path in plan.records(run)]
+    for path in paths:
+        if folder is None:
+            print(path)
+            continue
+        with atomic_path(folder / path.relative_to(plan.output / "runs")) as temporary:
+            temporary.write_bytes(path.read_bytes())
+    left = sum(state != "done" for state in plan.states().values())
+    print(
+        f"{len(paths)} records"
+        + (f" copied to {folder}" if folder else "")
+        + (f"; {left} runs are not done" * bool(left)),
+        file=sys.stderr,
+    )
+    return 0

@@ -1,0 +1,175 @@
+"""Classifiers under the 15 common corruptions at 5 severities: mean accuracy, and mCE against a reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.classification.engine import Compute
+from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed, load_library
+from robust_backbones.data.datasets import ClassificationDataset, open_dataset
+from robust_backbones.data.transforms import val_transform
+from robust_backbones.errors import InputError
+from robust_backbones.models import NormalizedModel
+from robust_backbones.runs.identity import claim
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.transfer.inheritance.methods import accuracy_on, for_evaluation
+from robust_backbones.transfer.inheritance.related_sets import Memory, RelatedSet
+
+TASK = "corruptions"
+
+
+@dataclass(frozen=True)
+class CorruptionConfig:
+    """The identity of an evaluation: the same config, checkpoint and images have the same accuracies."""
+
+    image_size: int = 224
+    val_resize: int = 256
+    """Shorter side of images before the central crop of ``image_size``, which is what is corrupted."""
+    limit: int = 0
+    """Only so many images, drawn by ``seed``; 0: all."""
+    precision: str = "fp32"
+    """fp32 or bf16."""
+    seed: int = 0
+    """Of the corruptions, with each image's name."""
+
+
+class CorruptedImages(ClassificationDataset):
+    """A data set whose images, behind their transform, have one corruption; the same ones at every access."""
+
+    def __init__(self, dataset: ClassificationDataset, corruption: str, severity: int, *, seed: int) -> None:
+        self.__dict__.update(dataset.__dict__)
+        self._corruption, self._severity, self._corruption_seed = corruption, severity, seed
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        pixels, label = super().__getitem__(position)
+        seed = image_seed(self.names[position], self._corruption, self._severity, self._corruption_seed)
+        image = corrupt(pixels.permute(1, 2, 0).contiguous().numpy(), self._corruption, self._severity, seed=seed)
+        return torch.from_numpy(image.copy()).permute(2, 0, 1), label
+
+
+def evaluate_corruptions(
+    config: CorruptionConfig,
+    checkpoint: Checkpoint,
+    data: Path,
+    output: Path,
+    *,
+    reference: RunRecord | None = None,
+    device: torch.device | str = "cpu",
+    workers: int = 2,
+) -> RunRecord:
+    """Accuracy on the images of ``data`` as they are and under each corruption; leaves records in ``output``.
+
+    ``cells/fog-3/record.json`` and so on hold one accuracy each; those that are there are not measured again.
+
+    Args:
+        data: folder with one folder of images a class.
+        reference: what this function gave for another network on the same images, to divide by.
+
+    Returns:
+        A record of task ``corruptions`` with the metrics ``accuracy/clean``, ``accuracy/fog-3`` (0-100) and so on,
+        ``mean_accuracy`` over the 75, and with a reference ``mCE``, of which 100 is the reference's own. With AlexNet
+        as the reference it is the paper's (Hendrycks & Dietterich 2019); which one it was is in ``config``.
+
+    Raises:
+        InputError: data that cannot be used; ``output`` holds another evaluation; a reference on other images.
+    """
+    load_library()  # it says so when it is missing, before anything is written
+    compute = Compute(torch.device(device), config.precision)
+    dataset = open_dataset(data, val_transform(config.image_size, resize=config.val_resize))
+    spec = checkpoint.spec
+    if len(dataset.classes) != spec.num_classes:
+        raise InputError(
+            f"{data} holds {len(dataset.classes)} classes, but {checkpoint.source} knows {spec.num_classes}"
+        )
+    everything = tuple(range(spec.num_classes))
+    images = RelatedSet(data.name, dataset, everything).limited(config.limit, seed=config.seed).images
+    about = {**asdict(config), "data": data.name, "images": len(images)}
+    against = _comparable(reference, about) if reference else {}
+    claim(output, {**about, "checkpoint_sha256": checkpoint.source_sha256})
+    checkpoint = checkpoint.in_rgb()
+    network = for_evaluation(NormalizedModel(checkpoint.build(), checkpoint.spec).to(compute.device), compute)
+    metrics: dict[str, float | None] = {}
+    seconds = 0.0
+
+    def record(run_id: str, metrics: dict[str, float | None], seconds: float, config: dict[str, Any]) -> RunRecord:
+        return RunRecord(
+            run_id=run_id,
+            task=TASK,
+            backbone={**spec.to_dict(), "source_sha256": checkpoint.source_sha256},
+            threat_model=None if checkpoint.threat_model is None else str(checkpoint.threat_model),
+            dataset=data.name,
+            metrics=metrics,
+            seed=about["seed"],
+            config=config,
+            seconds=seconds,
+        )
+
+    conditions = [("clean", 0), *((name, severity) for name in CORRUPTIONS for severity in SEVERITIES)]
+    for corruption, severity in conditions:
+        name = f"{corruption}-{severity}" if severity else corruption
+        path = output / "cells" / name / "record.json"
+        if not path.exists():
+            start = time.perf_counter()
+            shown = CorruptedImages(images, corruption, severity, seed=config.seed) if severity else images
+            accuracy = accuracy_on(RelatedSet(name, shown, everything), network, compute, Memory(0, workers))
+            cell = record(f"{output.name}/{name}", {"accuracy": accuracy}, time.perf_counter() - start, about)
+            cell.write(path)
+            print(f"{name}: {accuracy:.1f} %", flush=True)
+        cell = RunRecord.read(path)
+        metrics[f"accuracy/{name}"] = cell.metrics["accuracy"]
+        seconds += cell.seconds
+    errors = _errors(metrics)
+    metrics["mean_accuracy"] = 100 - fmean(errors.values())
+    if against:
+        metrics["mCE"] = mean_corruption_error(errors, against)
+    about_reference = {"run_id": reference.run_id, "backbone": reference.backbone} if reference else None
+    whole = record(output.name, metrics, seconds, {**about, "reference": about_reference})
+    whole.write(output / "record.json")
+    return whole
+
+
+def mean_corruption_error(errors: Mapping[str, float], reference: Mapping[str, float]) -> float:
+    """mCE = 100 x the mean over corruptions c of Σ_s E_c,s / Σ_s E^ref_c,s (Hendrycks & Dietterich 2019, section 4).
+
+    Args:
+        errors, reference: error rates (0-100) of the network and of the reference by condition, as ``fog-3``.
+
+    Raises:
+        InputError: the reference makes no error under a corruption.
+    """
+
+    def total(of: Mapping[str, float], corruption: str) -> float:
+        return sum(of[f"{corruption}-{severity}"] for severity in SEVERITIES)
+
+    if faultless := [name for name in CORRUPTIONS if total(reference, name) == 0]:
+        raise InputError(f"the reference makes no error under {faultless[0]}, by which to divide: give another")
+    return 100 * fmean(total(errors, name) / total(reference, name) for name in CORRUPTIONS)
+
+
+def _errors(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """Condition -> error rate (0-100), the clean images left out."""
+    found = {name.removeprefix("accuracy/"): value for name, value in metrics.items() if name.startswith("accuracy/")}
+    return {name: 100 - value for name, value in found.items() if value is not None and name != "clean"}
+
+
+def _comparable(reference: RunRecord, about: Mapping[str, Any]) -> dict[str, float]:
+    """The reference's errors.
+
+    Raises:
+        InputError: it is a record of something else, or of other images.
+    """
+    if reference.task != TASK:
+        raise InputError(f"the reference is a record of task {reference.task}, not of {TASK}")
+    names = ("data", "images", "image_size", "val_resize", "seed")
+    if different := [name for name in names if reference.config.get(name) != about[name]]:
+        raise InputError(f"the reference was measured on other images (it differs in {', '.join(different)})")
+    return _errors(reference.metrics)

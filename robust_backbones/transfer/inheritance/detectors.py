@@ -1,0 +1,73 @@
+"""How much of a backbone's own accuracy and robustness detection training leaves: its classifier is put back on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from robust_backbones.checkpoint.convert import metadata_in
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.checkpoint.untrusted import read_file
+from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
+from robust_backbones.errors import InputError
+from robust_backbones.models import reference_shapes
+from robust_backbones.runs.record import RunRecord
+
+
+def with_own_classifier(detector: Path, pretrained: Checkpoint) -> Checkpoint:
+    """The backbone of a trained detector under the classifier that it had before.
+
+    Args:
+        detector: Detectron2's checkpoint, such as a run's model_final.pth.
+        pretrained: the backbone that the detector started from.
+
+    Raises:
+        InputError: not such a file; it started from another backbone, as it says; ``pretrained`` has no classifier.
+    """
+    metadata = metadata_in(read_file(detector))
+    if metadata is not None and metadata.source_sha256 != pretrained.source_sha256:
+        raise InputError(
+            f"{detector} started from {metadata.source}, another file than {pretrained.source}: give that checkpoint"
+        )
+    if not pretrained.spec.num_classes:
+        raise InputError(f"{pretrained.source} has no classifier to put back on: give the pre-training checkpoint")
+    backbone = read_checkpoint(detector)
+    if backbone.spec != replace(pretrained.spec, num_classes=0):
+        raise InputError(f"{detector} holds another backbone than {pretrained.source}, or one that is fed otherwise")
+    shapes, classifier = reference_shapes(pretrained.spec.arch, pretrained.spec.stem)
+    body = [name for name in shapes if not name.startswith(f"{classifier}.")]
+    return replace(
+        pretrained,
+        state_dict={**pretrained.state_dict, **{name: backbone.state_dict[name] for name in body}},
+        layout=backbone.layout,
+        source=backbone.source,
+        source_sha256=backbone.source_sha256,
+    )
+
+
+def compare_with_detector(
+    config: RobustnessConfig,
+    detector: Path,
+    pretrained: Checkpoint,
+    data: Path,
+    output: Path,
+    *,
+    device: torch.device | str = "cpu",
+    workers: int = 2,
+) -> tuple[RunRecord, RunRecord]:
+    """Clean and robust accuracy on the same images before and after detection training, by ``evaluate_robustness``.
+
+    Records lie in ``output/before`` and ``output/after``; each is resumed where it was cut off.
+
+    Raises:
+        InputError: as ``with_own_classifier`` and ``evaluate_robustness``.
+    """
+    after = with_own_classifier(detector, pretrained)
+    before, changed = (
+        evaluate_robustness(config, checkpoint, data, output / name, device=device, workers=workers)
+        for name, checkpoint in (("before", pretrained), ("after", after))
+    )
+    return before, changed

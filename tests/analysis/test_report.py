@@ -1,0 +1,637 @@
+"""The report of a study: every number is a record's, every table parses back, the page needs nothing but itself."""
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, class_figure, training_figure
+from robust_backbones.analysis.paper import PAPER, differences_to_paper, paper_result
+from robust_backbones.analysis.report import STYLE, summary, write_report
+from robust_backbones.analysis.study import (
+    _tell_apart,
+    display_rows,
+    exact_rows,
+    experiments,
+    find_runs,
+    metric_name,
+    results,
+)
+from robust_backbones.errors import InputError
+from robust_backbones.runs.record import RunRecord
+from tests.conftest import load_tool
+
+Run = Callable[..., tuple[int, str, str]]
+BACKBONES = ("L2:0", "L2:3", "Linf:4/255")
+# By backbone and seed: better than standard; not distinguishable.
+BOX = {"L2:0": (40.0, 40.2, 39.9), "L2:3": (41.0, 41.25, 40.88), "Linf:4/255": (40.3, 39.8, 40.1)}
+PAPERS = {
+    "DATASETS": {"TRAIN": ["coco_2017_train"], "TEST": ["coco_2017_val"], "COCO_FORMAT": []},
+    "SOLVER": {"MAX_ITER": 270_000, "IMS_PER_BATCH": 16},
+    "INPUT": {"MIN_SIZE_TEST": 800},
+    "MODEL": {"WEIGHTS": "x.pkl", "BACKBONE": {"NAME": "build_resnet_fpn_backbone", "FREEZE_AT": 2}},
+}
+
+
+def record(threat_model: str | None, seed: int, **changes: Any) -> RunRecord:
+    """A Mask R-CNN's record on COCO, as the paper trains it."""
+    box = BOX.get(threat_model or "", (40.0, 40.0, 40.0))[seed]
+    metrics: dict[str, float | None] = {"bbox/AP": box, "bbox/AP50": box * 1.5, "segm/AP": box - 3.7, "bbox/APs": None}
+    metrics |= {f"bbox/AP-{name}": box + i + 0.01 * i * seed for i, name in enumerate(("cat", "dog"))}
+    values: dict[str, Any] = {
+        "run_id": f"{threat_model}_{seed}".replace("/", "_"),
+        "task": "segmentation",
+        "backbone": {"arch": "resnet50", "num_classes": 1000, "source_sha256": f"sha of {threat_model}"},
+        "threat_model": threat_model,
+        "dataset": "coco_2017_val",
+        "metrics": metrics,
+        "seed": seed,
+        "config": json.loads(json.dumps({**PAPERS, "SEED": seed, "OUTPUT_DIR": str(seed)})),
+        "seconds": 60.0,
+        "git_commit": "0123456789abcdef",
+        "versions": {"torch": "2.15.0"},
+    }
+    return RunRecord(**(values | changes))
+
+
+def write(folder: Path, *records: RunRecord) -> Path:
+    for number, one in enumerate(records):
+        path = folder / f"{one.task}_{one.dataset}_{number}"
+        one.write(path / "record.json")
+        rows = [{"iteration": i, "total_loss": 2.0 - i / 100 + one.seed / 10} for i in (19, 39, 59)]
+        # The last line was cut off by a kill.
+        (path / "metrics.json").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"iteration": 7')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 backbones x 3 seeds of a Mask R-CNN, and records of every other task."""
+    others = [
+        record("L2:0", seed, task="transfer", dataset="pets", metrics={"clean_accuracy": 80.0 + seed})
+        for seed in (0, 1)
+    ]
+    for one in others:
+        one.backbone["label"] = "plain"
+        one.config.update(
+            mode="full_network", metric="top1", normalize=True, num_outputs=0, images_per_class=0, epochs=150
+        )
+        one.config["selection"] = {"selected": "lr0.01", "on": "held_out", "scores": {"lr0.01": [70.0 + one.seed]}}
+    attacked = record(
+        "L2:3", 0, task="robustness", dataset="val", metrics={"clean_accuracy": 60.0, "pgd_accuracy": 31.0}
+    )
+    attacked.config.update(threat_model="L2:3", attack={"steps": 20})
+    classifier = record("L2:3", 0, task="pretrain", dataset="imagenet", metrics={"clean_accuracy": 61.5})
+    runs = [record(threat_model, seed) for threat_model in BACKBONES for seed in range(3)]
+    return write(tmp_path_factory.mktemp("study"), *runs, *others, attacked, classifier)
+
+
+@pytest.fixture(scope="module")
+def report(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("report")
+    write_report(find_runs([study]), output, title="A <study> & its report")
+    return output
+
+
+def table(folder: Path, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO((folder / "tables" / f"{name}.csv").read_text())))
+
+
+def test_csv_holds_the_records_numbers_exactly(report: Path) -> None:
+    rows = table(report, "segmentation_coco_2017_val_bbox_AP")
+    ours = {row["trained_at"]: row for row in rows if row["origin"] == "ours"}
+    assert list(ours) == list(BACKBONES)  # the standard backbone first
+    for trained_at, row in ours.items():
+        assert [float(value) for value in row["values"].split()] == list(BOX[trained_at])
+        assert float(row["mean"]) == fmean(BOX[trained_at])
+        assert (row["n"], row["seeds"]) == ("3", "0 1 2")
+    assert ours["L2:0"]["difference"] == ""
+    differences = [b - a for a, b in zip(BOX["L2:0"], BOX["L2:3"], strict=True)]
+    assert float(ours["L2:3"]["difference"]) == fmean(differences)
+    assert (ours["L2:3"]["verdict"], ours["Linf:4/255"]["verdict"]) == ("better", "not distinguishable")
+    papers = [(row["trained_at"], row["mean"], row["std"], row["n"]) for row in rows if row["origin"] == "paper"]
+    assert papers == [("L2:0", "40.67", "0.06", "4"), ("best robust", "40.91", "0.15", "4")]
+
+
+def test_markdown_and_latex_hold_the_same_cells(study: Path, report: Path) -> None:
+    (experiment,) = [e for e in experiments(find_runs([study])) if e.task == "segmentation"]
+    for result in results(experiment):
+        heads, rows = display_rows(result)
+        lines = (report / "tables" / f"{result.slug}.md").read_text().split("\n\n")[1].splitlines()
+        assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:1] + lines[2:]] == [
+            heads,
+            *rows,
+        ]
+        latex = (report / "tables" / f"{result.slug}.tex").read_text()
+        body = latex.split(r"\hline")[1:-1]
+        cells = [line.split(" & ") for part in body for line in part.strip().removesuffix(r"\\").split(" \\\\\n")]
+        assert [[plain(cell).strip() for cell in line] for line in cells] == [heads, *rows]
+        assert latex.count(r"\begin{") == latex.count(r"\end{") == 2
+        exact_heads, exact = exact_rows(result)
+        assert {len(row) for row in exact} == {len(exact_heads)}
+
+
+def plain(latex: str) -> str:
+    """What LaTeX would print of our escapes."""
+    latex = latex.replace(r"$\pm$", "±").replace(r"$\dagger$", "†").replace("$<$", "<").replace("$>$", ">")
+    assert not re.search(r"(?<!\\)[&%$#_{}~^]", latex), latex
+    return re.sub(r"\\([&%$#_{}])", r"\1", latex)
+
+
+def test_differences_are_rounded_in_tables_alone(report: Path) -> None:
+    text = (report / "tables/segmentation_coco_2017_val_bbox_AP.md").read_text()
+    assert "| resnet50 | L2:0 | 3 | 40.03 ± 0.15 |" in text
+    assert "| +1.01 (+0.92 to +1.10) | < 0.001 |" in text  # differences 1, 1.05, 0.98
+    assert "Better than standard by 1.01 over 3 paired seeds, p < 0.001." in text
+    assert "same data, architecture and schedule (3x, inferred from its values)" in text
+
+
+class Page(HTMLParser):
+    """What a page refers to, says and opens; wrong nesting raises."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> Page:
+    return Page((report / "report.html").read_text())
+
+
+def test_the_page_loads_nothing(page: Page) -> None:
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "data", "poster"):
+            value = attributes.get(name) or "#"
+            assert value.startswith("#") or (tag == "img" and value.startswith("data:image/")), value
+    assert "url(" not in STYLE
+    assert "@import" not in STYLE
+
+
+def test_pictures_are_whole_and_described(page: Page, report: Path) -> None:
+    images = page.all("img")
+    assert len(images) >= 4  # two metrics against epsilon, classes, losses
+    for image in images:
+        kind, data = str(image["src"]).split(";base64,")
+        assert kind == "data:image/svg+xml"
+        assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
+        assert re.search(r"\d", str(image["alt"]))  # says what is to be seen, not only what it is
+    assert len({image["alt"] for image in images}) == len(images)
+    assert len(page.all("figcaption")) == len(images)
+    stems = [path.with_suffix("") for path in (report / "figures").glob("*.svg")]
+    assert len(stems) == len(images)
+    for stem in stems:
+        assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert len(stem.with_suffix(".csv").read_text().splitlines()) > 2
+
+
+def test_the_page_is_accessible(page: Page) -> None:
+    assert page.all("html")[0]["lang"] == "en"
+    assert "width=device-width" in str(page.all("meta")[1]["content"])
+    landmarks = [tag for tag, _ in page.tags if tag in ("header", "nav", "main", "footer")]
+    assert landmarks == ["header", "nav", "main", "footer"]
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert all(str(link["href"])[1:] in ids for link in page.all("a"))
+    first = next(attributes for tag, attributes in page.tags if tag == "a")
+    assert (first["class"], first["href"]) == ("skip", "#main")
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(head.get("scope") == "col" for head in page.all("th"))
+    regions = [attributes for attributes in page.all("div") if attributes.get("class") == "scroll"]
+    assert len(regions) == len(page.all("table"))
+    assert all(region["tabindex"] == "0" and region["aria-label"] for region in regions)
+    assert ":focus-visible" in STYLE
+    assert "@media print" in STYLE
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.1)."""
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_contrast_suffices() -> None:
+    rules = re.findall(r"([^{}]+)\{([^{}]*)\}", STYLE)
+    page_color = "#ffffff"
+    pairs = []
+    for selector, body in rules:
+        color = re.search(r"(?<![-\w])color: (#\w{6})", body)
+        background = re.search(r"background: (#\w{6})", body)
+        if color:
+            pairs.append((selector.strip(), color[1], background[1] if background else page_color))
+        elif background:
+            pairs.append((selector.strip(), "#0b4f8a", background[1]))  # the skip link
+    assert len(pairs) >= 6
+    for selector, color, background in pairs:
+        light, dark = sorted((luminance(color), luminance(background)), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, selector
+    assert (luminance("#ffffff") + 0.05) / (luminance("#000000") + 0.05) == pytest.approx(21)
+
+
+def test_the_page_says_what_the_records_say(page: Page) -> None:
+    text = " ".join(page.text.split())
+    assert "A <study> & its report" in text
+    assert "13 records of runs: 1 of pretrain, 1 of robustness, 9 of segmentation, 2 of transfer" in text
+    assert (
+        "Instance segmentation on coco_2017_val: box AP: better than standard: L2:3 (+1.01); not distinguishable from "
+        "standard: Linf:4/255 (+0.03)." in text
+    )
+    assert "Classification transfer on pets: clean accuracy: not compared, because there is nothing to compare." in text
+    for cell in ("40.03 ± 0.15", "full_network", "61.5", "31.0", "L2:3, PGD-20", "0123456789"):
+        assert cell in text
+    assert "paper: best robust" in text
+
+
+def test_numbers_of_figures_are_the_records(report: Path) -> None:
+    epsilons = list(csv.DictReader((report / "figures/segmentation_coco_2017_val_bbox_AP_epsilon.csv").open()))
+    assert [(row["norm"], float(row["epsilon"])) for row in epsilons] == [
+        ("L2", 0),
+        ("L2", 3),
+        ("Linf", 0),
+        ("Linf", pytest.approx(4 / 255)),
+    ]
+    assert [float(row["mean"]) for row in epsilons] == [fmean(BOX[b]) for b in ("L2:0", "L2:3", "L2:0", "Linf:4/255")]
+    classes = list(csv.DictReader((report / "figures/segmentation_coco_2017_val_bbox_AP_classes.csv").open()))
+    assert {(row["trained_at"], row["class"]) for row in classes} == {
+        (backbone, name) for backbone in BACKBONES[1:] for name in ("cat", "dog")
+    }
+    expected = [b - a for a, b in zip(BOX["L2:0"], BOX["L2:3"], strict=True)]
+    assert float(classes[0]["difference"]) == pytest.approx(fmean(expected))
+    losses = list(csv.DictReader((report / "figures/segmentation_coco_2017_val_loss.csv").open()))
+    assert [row["iteration"] for row in losses[:3]] == ["19", "39", "59"]
+    numbers = [float(losses[0][name]) for name in ("mean", "min", "max")]
+    assert numbers == pytest.approx([1.91, 1.81, 2.01])
+
+
+def test_figures_are_the_same_bytes_again(study: Path, report: Path, tmp_path: Path) -> None:
+    (experiment,) = [e for e in experiments(find_runs([study])) if e.task == "segmentation"]
+    write_report(experiment.runs, tmp_path, title="again")
+    for path in (tmp_path / "figures").glob("*.svg"):
+        assert path.read_bytes() == (report / "figures" / path.name).read_bytes()
+
+
+def one_result(folder: Path, *records: RunRecord, metric: str = "bbox/AP") -> Any:
+    (experiment,) = experiments(find_runs([write(folder, *records)]))
+    return next(result for result in results(experiment) if result.metric == metric)
+
+
+def test_missing_metrics_are_dashes_and_said(tmp_path: Path) -> None:
+    runs = [record(threat_model, seed) for threat_model in BACKBONES[:2] for seed in range(3)]
+    del runs[3].metrics["bbox/AP"]
+    runs[4].metrics["bbox/AP"] = float("nan")
+    result = one_result(tmp_path, *runs)
+    assert [len(row.backbone.values("bbox/AP")) for row in result.rows] == [3, 1]
+    assert "resnet50 trained at L2:3 has no box AP for seeds 0, 1: these count nowhere." in result.notes
+    assert "one seed that both have (2)" in result.rows[1].sentence
+    runs[5].metrics["bbox/AP"] = None
+    result = one_result(tmp_path, *runs)
+    assert display_rows(result)[1][1][2:-1] == ["0", "-", "-", "-", "-", "-"]
+    assert "no result of this backbone" in result.rows[1].sentence
+    page = Page(write_report(find_runs([tmp_path]), tmp_path / "report", title="t").read_text())
+    assert "has no box AP for seeds 0, 1, 2" in page.text
+    nothing = write(tmp_path / "nothing", record("L2:0", 0, metrics={"bbox/AP": None}))
+    page = Page(write_report(find_runs([nothing]), tmp_path / "report", title="t").read_text())
+    assert "No run has a value of a metric that is reported." in page.text
+
+
+def test_one_seed_has_a_reason_and_no_test(tmp_path: Path) -> None:
+    result = one_result(tmp_path, record("L2:0", 0), record("L2:3", 0))
+    cells = display_rows(result)[1][1]
+    assert cells[2:8] == ["1", "41.00", "-", "+1.00", "-", "-"]
+    assert cells[8] == "Not tested: one seed says nothing about how results vary over seeds."
+    assert summary([result]) == [
+        "Instance segmentation on coco_2017_val: box AP: not tested, because one seed says nothing about how results "
+        "vary over seeds."
+    ]
+
+
+def test_without_one_standard_backbone_nothing_is_compared(tmp_path: Path) -> None:
+    robust = [record("L2:3", 0), record(None, 0)]
+    result = one_result(tmp_path / "none", *robust)
+    assert [row.comparison for row in result.rows] == [None, None]
+    assert [row.backbone.trained_at for row in result.rows] == ["L2:3", "unknown"]
+    assert "there is no standard backbone" in result.rows[0].sentence
+    other = record("L2:0", 0, backbone={**record("L2:0", 0).backbone, "source_sha256": "another file"})
+    result = one_result(tmp_path / "two", record("L2:0", 0), other, *robust)
+    assert len([row for row in result.rows if row.backbone.is_standard]) == 2
+    assert "there is more than one standard backbone" in result.rows[-1].sentence
+    assert "no single standard backbone" in summary([result])[0]
+
+
+def test_a_pretraining_a_seed_is_one_backbone(tmp_path: Path) -> None:
+    runs = [record(t, s) for t in BACKBONES[:2] for s in range(3)]
+    shared = one_result(tmp_path / "shared", *runs)
+    assert any("start from one pre-trained file" in remark for remark in shared.experiment.remarks)
+    for run in runs:
+        run.backbone["source_sha256"] += str(run.seed)
+    result = one_result(tmp_path / "own", *runs)
+    assert [row.summary.n for row in result.rows] == [3, 3]
+    assert not any("start from one pre-trained file" in remark for remark in result.experiment.remarks)
+
+
+def test_runs_of_other_settings_are_not_pooled(tmp_path: Path) -> None:
+    longer = record("L2:3", 0)
+    longer.config["SOLVER"]["MAX_ITER"] = 90_000
+    longer.config["SOLVER"]["CHECKPOINT_PERIOD"] = 7  # makes no difference
+    found = experiments(find_runs([write(tmp_path, record("L2:0", 0), longer)]))
+    assert [experiment.setting for experiment in found] == ["SOLVER.MAX_ITER 270000", "SOLVER.MAX_ITER 90000"]
+    assert len({experiment.slug for experiment in found}) == 2
+
+
+def test_settings_are_named_by_the_few_keys_that_tell_them_apart() -> None:
+    probe = {"mode": "linear_probe", "solver": "sgd", "augmentation": "none", "batch_norm": "eval", "epochs": 9}
+    settings: list[dict[str, Any]] = [
+        {"mode": "full_network", "attack.steps": 3, "epochs": 2},
+        probe,
+        probe | {"augmentation": "resized_crop"},
+        probe | {"augmentation": "resized_crop", "epochs": 90},
+        probe | {"solver": "lbfgs", "epochs": 1},
+    ]
+    assert _tell_apart(settings) == [
+        "full network",
+        "linear probe, solver sgd, augmentation none",
+        "linear probe, solver sgd, augmentation resized_crop, epochs 9",
+        "linear probe, solver sgd, augmentation resized_crop, epochs 90",
+        "linear probe, solver lbfgs",
+    ]
+    assert _tell_apart(settings[:1]) == [""]
+    assert _tell_apart([{"a": 1}, {}, {"a": "1"}]) == ["a 1, 1", "without a", "a 1, 3"]
+
+
+def test_a_run_counts_once(tmp_path: Path) -> None:
+    twice = [record("L2:0", 0), record("L2:0", 0)]
+    result = one_result(tmp_path, *twice)
+    assert result.rows[0].summary.n == 1
+    assert "is counted once" in result.experiment.remarks[0]
+    twice[1].metrics["bbox/AP"] = 1.0
+    with pytest.raises(InputError, match=r"same run .* different results"):
+        one_result(tmp_path, *twice)
+    (run,) = find_runs([tmp_path / "segmentation_coco_2017_val_0", tmp_path / "segmentation_coco_2017_val_0"])
+    assert run.record.seed == 0
+
+
+def test_a_report_is_made_again_from_its_own_records(study: Path, report: Path, tmp_path: Path) -> None:
+    (alone := tmp_path / "alone").mkdir()
+    shutil.copy(report / "records.jsonl", alone)
+    before, after = find_runs([study]), find_runs([alone])
+    assert [run.record for run in after] == [run.record for run in before]
+    assert [run.folder.name for run in after] == [run.folder.name for run in before]
+    write_report(after, tmp_path / "again", title="A <study> & its report")
+    tables = sorted(path.name for path in (report / "tables").iterdir())
+    assert tables == sorted(path.name for path in (tmp_path / "again/tables").iterdir())
+    for name in tables:
+        assert (tmp_path / "again/tables" / name).read_bytes() == (report / "tables" / name).read_bytes()
+    assert len(find_runs([study, report])) == 2 * len(before)  # each counts once all the same
+    (experiment,) = [e for e in experiments(find_runs([study, report])) if e.task == "segmentation"]
+    assert [len(backbone.runs) for backbone in experiment.backbones] == [3] * len(BACKBONES)
+    (alone / "records.jsonl").write_text('{"folder": "a", "run_id": 3}\n')
+    with pytest.raises(InputError, match="no record in line 1"):
+        find_runs([alone])
+
+
+def test_mixed_versions_are_flagged(tmp_path: Path) -> None:
+    runs = [record(threat_model, seed) for threat_model in BACKBONES[:2] for seed in range(2)]
+    assert not one_result(tmp_path / "same", *runs).experiment.mixed_versions
+    runs[3] = record("L2:3", 1, versions={"torch": "2.11.0", "numpy": "2"})
+    result = one_result(tmp_path / "mixed", *runs)
+    assert [row[0] for row in display_rows(result)[1][:2]] == ["resnet50", "resnet50†"]
+    (remark,) = [remark for remark in result.experiment.remarks if remark.startswith("†")]
+    assert "numpy none in 3, 2 in 1; torch 2.15.0 in 3, 2.11.0 in 1 runs" in remark
+
+
+def test_the_papers_values_and_why_they_do_not_compare() -> None:
+    ours = record("L2:0", 0)
+    for result in PAPER[2:]:
+        assert paper_result(ours, result.metric) is result
+        assert differences_to_paper(ours, result) == []
+    assert paper_result(ours, "bbox/AP50") is None
+    assert paper_result(record("L2:0", 0, dataset="shapes_val"), "bbox/AP") is None
+    other = record("L2:0", 0, dataset="person_val", backbone={"arch": "resnet18", "num_classes": 100})
+    other.config["DATASETS"] = {
+        "TRAIN": ["person_train"],
+        "COCO_FORMAT": [["person_val", "coco_person/a.json", "coco_person/val"]],
+    }
+    other.config["SOLVER"] = {"MAX_ITER": 150, "IMS_PER_BATCH": 4}
+    paper = paper_result(other, "segm/AP")
+    assert paper is PAPER[3]
+    said = "; ".join(differences_to_paper(other, paper))
+    for words in ("resnet18", "100 classes", "person_train", "person_val", "600 training images seen, not 4,320,000"):
+        assert words in said
+    assert [(p.standard.mean, p.robust.mean) for p in PAPER] == [
+        (52.80, 53.87),
+        (39.80, 40.07),
+        (40.67, 40.91),
+        (36.92, 37.08),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [("bbox/AP", "box AP"), ("segm/AP50", "mask AP50"), ("voc/bbox-area/AP", "voc box (area) AP")],
+)
+def test_metrics_are_named(metric: str, name: str) -> None:
+    assert metric_name(metric) == name
+
+
+def test_the_tool(run_tool: Run, tmp_path: Path) -> None:
+    write(tmp_path / "runs", record("L2:0", 0), record("L2:3", 0))
+    status, out, _ = run_tool("make_report", tmp_path / "runs", "--output", tmp_path / "report", "--title", "Ours")
+    assert status == 0
+    assert "report of 2 records" in out
+    assert "<title>Ours</title>" in (tmp_path / "report/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no record.json in"),
+        ("{", "is not a run record"),
+        ("[]", "is not a run record"),
+        ('{"run_id": "x"}', "is not a run record"),
+        ({"metrics": []}, "metrics"),
+        ({"metrics": {"bbox/AP": "high"}}, "metrics"),
+        ({"threat_model": "L3:1"}, "threat_model"),
+        ({"seed": "first"}, "seed"),
+    ],
+)
+def test_what_is_no_record_is_refused(run_tool: Run, tmp_path: Path, content: Any, words: str) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    if isinstance(content, dict):
+        content = json.dumps({**record("L2:0", 0).__dict__, **content})
+    if content is not None:
+        (folder / "record.json").write_text(content)
+    status, _, err = run_tool("make_report", folder, "--output", tmp_path / "report")
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1
+    assert words in err
+    assert not (tmp_path / "report").exists()
+
+
+def test_other_bad_input_is_refused(run_tool: Run, tmp_path: Path) -> None:
+    write(tmp_path / "runs", record("L2:0", 0))
+    file = tmp_path / "file"
+    file.write_text("")
+    for arguments, words in (
+        ([tmp_path / "none", "--output", tmp_path / "report"], "no folder"),
+        (["--output", tmp_path / "report"], "folders of runs"),
+        ([tmp_path / "runs", "--output", file], "choose another --output"),
+        ([tmp_path / "runs", "--output", tmp_path / "report", "--pictures", -1], "--pictures"),
+    ):
+        status, _, err = run_tool("make_report", *arguments)
+        assert (status, len(err.strip().splitlines())) == (2, 1), err
+        assert words in err
+    (tmp_path / "runs/segmentation_coco_2017_val_0/metrics.json").write_text('{"x": }\n')
+    status, _, err = run_tool("make_report", tmp_path / "runs", "--output", tmp_path / "report")
+    assert status == 2
+    assert "metrics.json is damaged" in err
+
+
+def test_many_backbones_fit_into_the_figures(tmp_path: Path) -> None:
+    """The standard one and the best are drawn; the CSV has all."""
+    runs = [record(f"L2:{epsilon}", 0, metrics={"bbox/AP": 40.0 + epsilon}) for epsilon in range(10)]
+    (experiment,) = experiments(find_runs([write(tmp_path, *runs)]))
+    picture = training_figure(experiment, "total_loss", tmp_path / "loss")
+    assert picture is not None
+    assert "Of 10 backbones, the standard one and those with the highest box AP" in picture.caption
+    assert [f"L2:{epsilon} goes" in picture.alt for epsilon in range(10)] == [True] + [False] * 3 + [True] * 6
+    rows = list(csv.DictReader((tmp_path / "loss.csv").open()))
+    assert {row["trained_at"] for row in rows} == {f"L2:{epsilon}" for epsilon in range(10)}
+    assert training_figure(experiment, "segm/AP", tmp_path / "none") is None
+
+
+def test_every_line_is_told_without_its_colour() -> None:
+    assert len({str(line) for line in LINES}) == len(set(MARKERS)) == len(set(COLORS)) == len(COLORS)
+
+
+def test_the_table_of_detectors_robustness(tmp_path: Path) -> None:
+    """A row a detector and measure, its numbers under the right heads; single cells have none."""
+    attack = {"threat_model": {"norm": "Linf", "epsilon": 2 / 255}, "schedule": "fixed", "steps": 10}
+    apgd = {"threat_model": {"norm": "L2", "epsilon": 0.5}, "schedule": "apgd", "steps": 5}
+
+    def detector(name: str, trained: str, attacks: dict[str, Any], metrics: dict[str, float]) -> RunRecord:
+        config = {"cells": [], "images": 40, "measure": "bbox/AP", "adversarial_training": trained, "attacks": attacks}
+        metrics |= {"P/bbox/AP": 40.0, "mPC/bbox/AP": 20.0, "rPC/bbox/AP": 50.0, "P/segm/AP": 36.0}
+        return record("L2:3", 0, task="detector_robustness", run_id=name, metrics=metrics, config=config)
+
+    hard = detector("hard", "free Linf:2/255", {"attack-total": apgd}, {"attack-total/bbox/AP": 31.0})
+    by_name = {"attack-mask": attack, "attack-total": attack, "attack-worst": {"attacks": ["a", "b"]}}
+    plain = detector("plain", "", by_name, {f"{name}/bbox/AP": float(i) for i, name in enumerate(by_name)})
+    cell = record("L2:3", 0, task="detector_robustness", config={"cell": "clean"})
+    write_report(find_runs([write(tmp_path / "runs", hard, cell, plain)]), tmp_path / "report", title="Robust?")
+    rows = table(tmp_path / "report", "robustness_of_detectors")
+    assert [list(row.values())[:5] for row in rows] == [
+        [name, "coco_2017_val (n = 40)", "L2:3", kind, measure]
+        for name, kind in (("plain", "standard"), ("hard", "free Linf:2/255"))
+        for measure in ("bbox/AP", "segm/AP")
+    ]
+    attacks = ["total (L2:0.5, APGD-5)", "mask (Linf:2/255, PGD-10)", "total (Linf:2/255, PGD-10)", "worst of 2"]
+    numbers = [[row[head] for head in ("clean", "mPC", "rPC", *attacks)] for row in rows]
+    assert numbers == [
+        ["40.0", "20.0", "50.0", "-", "0.0", "1.0", "2.0"],
+        ["36.0", *"------"],
+        ["40.0", "20.0", "50.0", "31.0", "-", "-", "-"],
+        ["36.0", *"------"],
+    ]
+
+
+def test_detectors_robustness_is_tested_by_the_seed_of_training(tmp_path: Path) -> None:
+    """Evaluations have one seed, detectors several; single corruptions and what the weights are tell nothing apart."""
+
+    def evaluated(threat_model: str | None, seed: int, attacked: float) -> RunRecord:
+        config = {"SEED": seed, "weights_sha256": f"{threat_model} {seed}", "cells": ["clean", "fog-3"], "images": 8}
+        config |= {"measure": "bbox/AP", "adversarial_training": "", "attacks": {}, "warnings": {}}
+        if seed == 1:
+            config["warnings"] = {"attack-total": ["weak"]}
+        metrics = {"P/bbox/AP": 40.0, "fog-3/bbox/AP": 9.0, "corrupted/bbox/AP": 9.0, "attack-total/bbox/AP": attacked}
+        changes: dict[str, Any] = {"config": config, "metrics": metrics}
+        if threat_model is None:
+            config["MODEL.BACKBONE.FROM_SCRATCH"] = True
+            changes["backbone"] = {}
+        return replace(record(threat_model, seed, task="detector_robustness", **changes), seed=0)
+
+    records = [evaluated("L2:0", seed, 10.0 + seed) for seed in range(3)]
+    records += [evaluated("L2:3", seed, 20.0 + seed + 0.1 * seed) for seed in range(3)]
+    records += [evaluated(None, seed, 1.0 + 2 * seed) for seed in range(3)]
+    cell = record("L2:0", 0, task="detector_robustness", config={"cell": "clean"})
+    (experiment,) = experiments(find_runs([write(tmp_path, *records, cell)]))
+    assert [backbone.trained_at for backbone in experiment.backbones] == ["L2:0", "L2:3", "from scratch"]
+    assert experiment.metrics == ["P/bbox/AP", "corrupted/bbox/AP", "attack-total/bbox/AP"]
+    attacked = {row.backbone.trained_at: row for row in results(experiment)[-1].rows}
+    assert attacked["L2:3"].comparison is not None
+    assert attacked["L2:3"].comparison.seeds == (0, 1, 2)
+    assert attacked["L2:3"].comparison.difference == pytest.approx(10.1)
+    assert attacked["from scratch"].comparison is not None
+    assert attacked["from scratch"].comparison.difference == pytest.approx(-8.0)
+    assert load_tool("make_report").draw(experiment, tmp_path, 1) is None  # an evaluation is no detector
+
+
+def test_the_floor_stands_beside_what_it_is_the_floor_of(tmp_path: Path) -> None:
+    """A random backbone is a backbone; nothing else may differ."""
+    runs = [record("L2:0", seed) for seed in range(2)]
+    for seed in range(2):
+        floor = record(None, seed, backbone={})
+        floor.config["MODEL"]["BACKBONE"]["FROM_SCRATCH"] = True
+        floor.config["MODEL"]["WEIGHTS"] = ""
+        runs.append(floor)
+    (experiment,) = experiments(find_runs([write(tmp_path / "a", *runs)]))
+    assert [(b.name, b.trained_at) for b in experiment.backbones] == [
+        ("resnet50", "L2:0"),
+        ("from scratch", "from scratch"),
+    ]
+    # It is not robust, whatever comes out of it.
+    assert load_tool("make_report").draw(experiment, tmp_path, 1) is None
+    assert class_figure(experiment, "bbox", tmp_path / "classes") is None
+    runs[-1].config["MODEL"]["RESNETS"] = {"NORM": "SyncBN"}
+    assert len(experiments(find_runs([write(tmp_path / "b", *runs)]))) == 2
+
+
+def test_robust_accuracy_is_reported_where_there_is_an_adversary(tmp_path: Path) -> None:
+    def metrics(name: str, **config: str) -> list[str]:
+        one = record("L2:0", 0, task="transfer", metrics={"clean_accuracy": 80.0, "robust_accuracy": 60.0})
+        one.config.update(config)
+        (experiment,) = experiments(find_runs([write(tmp_path / name, one)]))
+        return experiment.metrics
+
+    assert metrics("a", eval_threat_model="L2:0.5") == ["clean_accuracy", "robust_accuracy"]
+    assert metrics("b", eval_threat_model="L2:0") == metrics("c") == ["clean_accuracy"]

@@ -1,0 +1,980 @@
+"""Strangers' files: what they hold is read rightly, and whatever they try, nothing runs and little memory is taken."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import copy
+import copyreg
+import functools
+import inspect
+import io
+import math
+import multiprocessing
+import pickle
+import resource
+import struct
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import dill
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from robust_backbones.checkpoint import untrusted as safe_files
+from robust_backbones.checkpoint.format import sha256
+from robust_backbones.checkpoint.untrusted import METADATA, Inert, read_file
+from robust_backbones.errors import InputError
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.complex128,
+]
+ARRAY_DTYPES = ["f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1", "c8", "c16"]
+FORMATS = pytest.mark.parametrize(
+    ("zipped", "pickle_module"),
+    [(True, pickle), (True, dill), (False, pickle), (False, dill)],
+    ids=["zip", "zip-dill", "legacy", "legacy-dill"],
+)
+property_test = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+
+
+# Pickles by hand: each function gives the operations that leave one object on the stack.
+
+
+def push(value: Any) -> bytes:
+    """A plain object, nothing of it in the memo."""
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, 3)
+    pickler.fast = True
+    pickler.dump(value)
+    return file.getvalue()[2:-1]
+
+
+def name(module: str, attribute: str) -> bytes:
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def call(function: bytes, *arguments: bytes) -> bytes:
+    return function + b"(" + b"".join(arguments) + b"tR"
+
+
+DTYPE = call(name("numpy", "dtype"), push("<f4"))
+
+
+def storage(numel: int, key: str = "0", kind: str = "FloatStorage") -> bytes:
+    return b"(" + push("storage") + name("torch", kind) + push(key) + push("cpu") + push(numel) + b"tQ"
+
+
+def tensor(numel: int, size: Any, stride: Any, offset: int = 0) -> bytes:
+    """A view of the storage "0", which is said to have ``numel`` elements."""
+    rebuild = name("torch._utils", "_rebuild_tensor_v2")
+    return call(rebuild, storage(numel), push(offset), push(size), push(stride), push(False), push({}))
+
+
+def array(data: bytes, shape: Any, dtype: bytes = DTYPE) -> bytes:
+    return call(name("numpy._core.numeric", "_frombuffer"), data, dtype, push(shape), push("C"))
+
+
+def program(operations: bytes) -> bytes:
+    return b"\x80\x04" + operations + b"."
+
+
+def archive(pickled: bytes, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A file as torch.save writes it."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression, compresslevel=1) as parts:
+        parts.writestr("archive/data.pkl", pickled)
+        for key, content in (records or {"0": bytes(16)}).items():
+            parts.writestr(f"archive/data/{key}", content)
+    return file.getvalue()
+
+
+def legacy(pickled: bytes, *, keys: Sequence[str] = (), storages: bytes = b"") -> bytes:
+    """A file as torch.save wrote it before version 1.6."""
+    header = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    return header + pickled + pickle.dumps(list(keys), 2) + storages
+
+
+def safetensors_file(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def read_bytes(folder: Path, content: bytes) -> Any:
+    path = folder / "file"
+    path.write_bytes(content)
+    return read_file(path)
+
+
+def assert_refused(path: Path, message: str = ".") -> None:
+    with pytest.raises(InputError, match=message) as error:
+        read_file(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    if isinstance(expected, dict):
+        assert type(actual) is dict
+        assert list(actual) == list(expected)
+        for key in expected:
+            assert_same(actual[key], expected[key])
+    elif isinstance(expected, Tensor):
+        assert type(actual) is Tensor
+        assert actual.data_ptr() % actual.itemsize == 0
+        torch.testing.assert_close(actual, expected.detach(), rtol=0, atol=0)
+    else:
+        assert actual == expected
+
+
+# What is read is right.
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 4), max_size=4))
+    values = torch.randint(-100, 100, shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 9))))
+    made = (values / 7 if dtype.is_floating_point else values).to(dtype)
+    layouts = {
+        "plain": lambda: made,
+        "transposed": lambda: made.movedim(0, -1) if shape else made,
+        "sliced": lambda: made[1:] if shape else made,
+        "strided": lambda: made[..., ::2] if shape else made,
+        "parameter": lambda: nn.Parameter(made, requires_grad=dtype.is_floating_point),
+    }
+    return layouts[draw(st.sampled_from(sorted(layouts)))]()
+
+
+def mappings(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
+    return st.dictionaries(keys, st.recursive(leaves, lambda inner: st.dictionaries(keys, inner, max_size=3)))
+
+
+@FORMATS
+@given(content=mappings(tensors() | st.none() | st.booleans() | st.floats(allow_nan=False) | st.text()), base=tensors())
+@property_test
+def test_what_torch_saves_comes_back(
+    tmp_path: Path, zipped: bool, pickle_module: Any, content: dict[str, Any], base: Tensor
+) -> None:
+    content |= {"base": base, "part": base.detach().flatten()[1:], "again": base}
+    path = tmp_path / "file.pt"
+    torch.save(content, path, pickle_module=pickle_module, _use_new_zipfile_serialization=zipped)
+    assert_same(read_file(path), content)
+
+
+@FORMATS
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_torch_saves_with_any_protocol(tmp_path: Path, zipped: bool, pickle_module: Any, protocol: int) -> None:
+    content = {"a": torch.ones(2, 3), "b": {"c": torch.zeros(4, dtype=torch.int16)}}
+    path = tmp_path / "file.pt"
+    options = {"pickle_module": pickle_module, "pickle_protocol": protocol}
+    torch.save(content, path, **options, _use_new_zipfile_serialization=zipped)
+    assert_same(read_file(path), content)
+
+
+@FORMATS
+def test_views_of_a_storage_still_share_it(tmp_path: Path, zipped: bool, pickle_module: Any) -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    path = tmp_path / "file.pt"
+    content = {"whole": whole, "column": whole[:, 1]}
+    torch.save(content, path, pickle_module=pickle_module, _use_new_zipfile_serialization=zipped)
+    content = read_file(path)
+    content["whole"][:, 1] = -1
+    assert content["column"].tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@given(content=mappings(tensors()))
+@settings(property_test, max_examples=15)
+def test_tensors_in_a_pickle_that_torch_had_no_part_in(tmp_path: Path, protocol: int, content: dict[str, Any]) -> None:
+    assert_same(read_bytes(tmp_path, pickle.dumps(content, protocol)), content)
+
+
+def test_ordered_dictionaries_come_as_dictionaries(tmp_path: Path) -> None:
+    state_dict = nn.BatchNorm2d(3).state_dict()
+    content = collections.OrderedDict(model=state_dict, order=collections.OrderedDict(b=1, a=2))
+    torch.save(content, tmp_path / "file.pt")
+    assert_same(read_file(tmp_path / "file.pt"), {"model": dict(state_dict), "order": {"b": 1, "a": 2}})
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("dtype", ARRAY_DTYPES)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_come_as_tensors(tmp_path: Path, protocol: int, dtype: str, order: Any) -> None:
+    arrays = {}
+    for shape in ((2, 3), (2, 3, 4), (5,), (), (0, 3)):
+        values = (np.arange(math.prod(shape)) * 37 % 251).reshape(shape).astype(dtype)
+        arrays[str(shape)] = np.asarray(values, order=order)
+    arrays |= {"column": arrays["(2, 3)"][:, 1], "every other": arrays["(2, 3, 4)"][..., ::2]}
+    arrays["transposed"] = arrays["(2, 3, 4)"].transpose(1, 0, 2)
+    content = read_bytes(tmp_path, pickle.dumps({**arrays, "nested": arrays}, protocol))
+    for key, expected in arrays.items():
+        for actual in (content[key], content["nested"][key]):
+            assert type(actual) is Tensor
+            assert actual.numpy().dtype == expected.dtype
+            np.testing.assert_array_equal(actual.numpy(), expected)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("dtype", ARRAY_DTYPES)
+def test_numpy_scalars_come_as_numbers(tmp_path: Path, protocol: int, dtype: str) -> None:
+    scalar = np.dtype(dtype).type(1.5)
+    number = read_bytes(tmp_path, pickle.dumps({"epoch": scalar}, protocol))["epoch"]
+    assert number == scalar
+    assert type(number) is type(scalar.item())
+
+
+def test_an_array_alone(tmp_path: Path) -> None:
+    np.testing.assert_array_equal(read_bytes(tmp_path, pickle.dumps(np.arange(3.0))).numpy(), np.arange(3.0))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize(
+    "other",
+    [np.array(["a"]), np.array([None, 1]), np.zeros(2, [("x", "f4")]), np.array(["2020-01-01"], "M8[D]"), np.str_("a")],
+    ids=["strings", "objects", "records", "dates", "string"],
+)
+def test_arrays_that_no_tensor_can_hold_are_inert(tmp_path: Path, protocol: int, other: Any) -> None:
+    content = read_bytes(tmp_path, pickle.dumps({"a": other, "b": 1}, protocol))
+    assert type(content["a"]) is Inert
+    assert content["b"] == 1
+
+
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_arrays_of_python_2(tmp_path: Path, protocol: int) -> None:
+    values = np.array([[1.5, -200.25], [3e-9, np.pi]], "<f4")
+
+    def string(content: bytes) -> bytes:
+        return b"S" + repr(content)[1:].encode() + b"\n" if protocol == 0 else b"U" + bytes([len(content)]) + content
+
+    dtype = call(name("numpy", "dtype"), string(b"f4"), b"I0\nI1\n")
+    dtype += b"(I3\n" + string(b"<") + b"NNNI-1\nI-1\nI0\ntb"
+    made = call(name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), b"(I0\nt", string(b"b"))
+    made += b"(I1\n(I2\nI2\nt" + dtype + b"I00\n" + string(values.tobytes()) + b"tb"
+    content = read_bytes(tmp_path, b"(d" + string(b"weight") + made + b"s.")
+    np.testing.assert_array_equal(content["weight"].numpy(), values)
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+def test_sets(tmp_path: Path, protocol: int) -> None:
+    content = {"a": {1, "x"}, "b": frozenset({2, (3, 4)}), "c": [frozenset()], "d": 5}
+    assert_same(read_bytes(tmp_path, pickle.dumps(content, protocol)), content)
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "pt", "note": "ünïcode"}])
+@given(content=st.dictionaries(st.text(min_size=1, max_size=5), tensors()))
+@property_test
+def test_safetensors(tmp_path: Path, metadata: dict[str, str] | None, content: dict[str, Tensor]) -> None:
+    content = {key: made.detach().clone().contiguous() for key, made in content.items()} | {"w": torch.ones(2)}
+    content = {key: made for key, made in content.items() if made.dtype != torch.complex128}  # it has no name for it
+    safetensors.torch.save_file(content, tmp_path / "file", metadata)
+    read = read_file(tmp_path / "file")
+    assert read.pop(METADATA, None) == (metadata or None)
+    assert_same(dict(sorted(read.items())), dict(sorted(content.items())))
+
+
+# Unknown objects are stood for.
+
+
+class Own:
+    """A class that the reader cannot know."""
+
+    def __init__(self) -> None:
+        self.weights = torch.ones(2)
+
+
+def strange_objects() -> dict[str, Any]:
+    class Local(Own):
+        def double(self) -> Tensor:
+            return self.weights * 2
+
+    return {
+        "lambda": lambda value: value + 1,
+        "closure": functools.partial(Local.double, Local()),
+        "local class": Local,
+        "local object": Local(),
+        "object": Own(),
+        "defaultdict": collections.defaultdict(list, {"a": [1]}),
+        "counter": collections.Counter("aab"),
+        "namespace": argparse.Namespace(lr=0.1, nested=argparse.Namespace(arch="resnet18")),
+        "path": Path("a/b"),
+        "device": torch.device("cpu"),
+    }
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_unknown_objects_are_inert(tmp_path: Path, zipped: bool) -> None:
+    strange, weights = strange_objects(), torch.arange(4.0).reshape(2, 2)
+    content = {"before": weights, **strange, "after": weights.t()}
+    torch.save(content, tmp_path / "file", pickle_module=dill, _use_new_zipfile_serialization=zipped)
+    content = read_file(tmp_path / "file")
+    torch.testing.assert_close((content["before"], content["after"]), (weights, weights.t()))
+    assert {key: type(content[key]) for key in strange} == dict.fromkeys(strange, Inert)
+
+
+def test_dill_alone(tmp_path: Path) -> None:
+    strange = strange_objects()
+    content = read_bytes(tmp_path, dill.dumps({"before": [1.5], **strange, "set": {1, 2}, "after": ("x", b"y")}))
+    assert (content["before"], content["set"], content["after"]) == ([1.5], {1, 2}, ("x", b"y"))
+    assert {key: type(content[key]) for key in strange} == dict.fromkeys(strange, Inert)
+
+
+def test_dill_and_arrays(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones((2, 3), "i4", order="F"), "local": strange_objects()}
+    content = read_bytes(tmp_path, dill.dumps(arrays))
+    np.testing.assert_array_equal(content["a"].numpy(), arrays["a"])
+    np.testing.assert_array_equal(content["b"].numpy(), arrays["b"])
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_whole_objects_beside_tensors(tmp_path: Path, zipped: bool) -> None:
+    network = nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    network(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    content = {"model": network, "optimizer": optimizer, "random": np.random.default_rng(0), "class": nn.Linear}
+    state_dict = network.state_dict()
+    torch.save(content | {"state_dict": state_dict}, tmp_path / "file", _use_new_zipfile_serialization=zipped)
+    read = read_file(tmp_path / "file")
+    assert [type(read[key]) for key in ("model", "optimizer", "random")] == [Inert] * 3
+    assert read["class"] is Inert
+    assert_same(read["state_dict"], dict(state_dict))
+
+
+def test_inert_objects_take_whatever_a_pickle_does_to_them(tmp_path: Path) -> None:
+    unknown = call(name("a", "B"), push(1))
+    steps = [push({"append": 1}) + b"b", b"K\x01a", b"(K\x01K\x02e", b"K\x01K\x02s", b"(K\x01K\x02u", b"(K\x01\x90"]
+    content = read_bytes(tmp_path, program(unknown + b"".join(steps) + b")R"))
+    assert type(content) is Inert
+    assert vars(content) == {}
+
+
+# Nothing is executed.
+
+MAKERS: dict[tuple[str, str], Callable[[Path], tuple[Any, ...]]] = {
+    ("os", "mkdir"): lambda marker: (str(marker),),
+    ("os", "system"): lambda marker: (f"mkdir {marker}",),
+    ("builtins", "eval"): lambda marker: (f"__import__('os').mkdir({str(marker)!r})",),
+    ("builtins", "exec"): lambda marker: (f"import os; os.mkdir({str(marker)!r})",),
+    ("builtins", "open"): lambda marker: (str(marker), "w"),
+    ("subprocess", "check_call"): lambda marker: (["mkdir", str(marker)],),
+    ("pickle", "loads"): lambda marker: (evil(marker),),
+    ("numpy", "load"): lambda marker: (evil_file(marker), None, True),
+    ("torch.storage", "_load_from_bytes"): lambda marker: (evil(marker),),
+    ("numpy", "memmap"): lambda marker: (str(marker), "uint8", "w+", 0, 4),
+}
+"""What makes a marker, with its arguments, when a pickle calls it."""
+
+
+def evil(marker: Path) -> bytes:
+    return program(call(name("os", "mkdir"), push(str(marker))))
+
+
+def evil_file(marker: Path) -> str:
+    path = marker.with_suffix(".evil")
+    path.write_bytes(evil(marker))
+    return str(path)
+
+
+def stack_global(module: str, attribute: str) -> bytes:
+    return push(module) + push(attribute) + b"\x93"
+
+
+CALLS: dict[str, Callable[[str, str, tuple[Any, ...]], bytes]] = {
+    "REDUCE": lambda module, attribute, arguments: name(module, attribute) + push(arguments) + b"R",
+    "STACK_GLOBAL": lambda module, attribute, arguments: stack_global(module, attribute) + push(arguments) + b"R",
+    "INST": lambda module, attribute, arguments: (
+        b"(" + b"".join(map(push, arguments)) + b"i" + name(module, attribute)[1:]
+    ),
+    "OBJ": lambda module, attribute, arguments: b"(" + name(module, attribute) + b"".join(map(push, arguments)) + b"o",
+}
+
+
+def assert_nothing_runs(marker: Path, attack: bytes, *, refused: bool = False) -> None:
+    """Neither alone nor inside what torch.save writes; that Python's own unpickler does run it shows it is loaded."""
+    path = marker.with_suffix(".pkl")
+    for content in (attack, archive(attack), legacy(attack)):
+        path.write_bytes(content)
+        if refused:
+            assert_refused(path)
+        else:
+            assert type(read_file(path)) is Inert
+        assert not marker.exists()
+    with contextlib.suppress(Exception):
+        pickle.loads(attack)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("opcode", CALLS)
+@pytest.mark.parametrize(("module", "attribute"), MAKERS)
+def test_nothing_is_called(tmp_path: Path, opcode: str, module: str, attribute: str) -> None:
+    arguments = MAKERS[module, attribute](tmp_path / "marker")
+    assert_nothing_runs(tmp_path / "marker", program(CALLS[opcode](module, attribute, arguments)))
+
+
+@pytest.mark.parametrize("opcode", ["NEWOBJ", "NEWOBJ_EX"])
+def test_nothing_is_made(tmp_path: Path, opcode: str) -> None:
+    arguments = push(MAKERS["numpy", "memmap"](tmp_path / "marker"))
+    end = b"\x81" if opcode == "NEWOBJ" else b"}\x92"
+    assert_nothing_runs(tmp_path / "marker", program(name("numpy", "memmap") + arguments + end))
+
+
+def test_no_attribute_is_fetched(tmp_path: Path) -> None:
+    module = call(name("builtins", "__import__"), push("os"))
+    function = call(name("builtins", "getattr"), module, push("mkdir"))
+    assert_nothing_runs(tmp_path / "marker", program(call(function, push(str(tmp_path / "marker")))))
+
+
+def test_no_function_is_built(tmp_path: Path) -> None:
+    """A partial of torch.load that asks for the unsafe reading."""
+    load = name("torch", "load")
+    state = b"(" + load + push(()) + push({"weights_only": False}) + b"Nt"
+    partial = call(name("functools", "partial"), load) + state + b"b"
+    assert_nothing_runs(tmp_path / "marker", program(call(partial, push(evil_file(tmp_path / "marker")))))
+
+
+@pytest.mark.parametrize(
+    "opcode", [b"\x82\xf0", b"\x83\xf0\x00", b"\x84\xf0\x00\x00\x00"], ids=["EXT1", "EXT2", "EXT4"]
+)
+def test_registered_extensions_are_refused(tmp_path: Path, opcode: bytes) -> None:
+    copyreg.add_extension("os", "mkdir", 0xF0)
+    try:
+        attack = program(call(opcode, push(str(tmp_path / "marker"))))
+        assert_nothing_runs(tmp_path / "marker", attack, refused=True)
+    finally:
+        copyreg.remove_extension("os", "mkdir", 0xF0)
+
+
+@pytest.mark.parametrize("attribute", ["OrderedDict.fromkeys", "OrderedDict.__init__.__globals__", "abc.sys.modules"])
+def test_no_attribute_of_what_is_known_is_reached(tmp_path: Path, attribute: str) -> None:
+    assert read_bytes(tmp_path, program(stack_global("collections", attribute))) is Inert
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"Pos.mkdir\n.",
+        program(push("0") + b"Q"),
+        program(storage(4)),
+        archive(program(b"(" + push("storage") + name("os", "mkdir") + push("0") + push("cpu") + push(4) + b"tQ")),
+        archive(program(storage(4, key="../data.pkl"))),
+        archive(program(storage(4)[:-2] + push(("view", 0, 4)) + b"tQ")),
+    ],
+    ids=["PERSID", "BINPERSID", "storage in a pickle", "type that acts", "another record", "view"],
+)
+def test_references_to_what_is_elsewhere_are_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert_refused(tmp_path / "file")
+
+
+def behaviour() -> dict[str, Any]:
+    """All by which a pickle could change what the reader's functions and classes do."""
+    found: dict[str, Any] = {}
+    owners = [safe_files, *(value for _, value in inspect.getmembers(safe_files, inspect.isclass))]
+    for owner in owners:
+        for key, value in vars(owner).items():
+            found[f"{owner.__name__}.{key}"] = value
+            if inspect.isfunction(value):
+                details = value.__code__, value.__defaults__, value.__kwdefaults__, dict(vars(value))
+                found[f"{owner.__name__}.{key}()"] = details
+    return {key: repr(value) for key, value in found.items() if not key.startswith("safe_files.__")}
+
+
+HOSTILE_STATE = {"__defaults__": (7,), "__kwdefaults__": {"fortran": 7}, "dtype": 7, "code": "f8", "tensor": 7}
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["function", "what it makes"])
+@pytest.mark.parametrize("known", sorted(safe_files._KNOWN), ids=".".join)
+def test_no_state_changes_the_reader(tmp_path: Path, known: tuple[str, str], made: bool) -> None:
+    before = behaviour()
+    target = name(*known) + (b")R" if made else b"")
+    for state in (
+        b"N" + push(HOSTILE_STATE) + b"\x86",
+        push(HOSTILE_STATE),
+        push([("__defaults__", 7)]),
+        push("state"),
+    ):
+        for end in (b"b", b"\x81b", push("__defaults__") + b"Ns"):
+            with contextlib.suppress(InputError):
+                read_bytes(tmp_path, program(target + state + end))
+    assert behaviour() == before
+
+
+# Nothing is imported, and little memory is taken.
+
+
+@dataclass
+class Reading:
+    """What came of reading a file in a process of its own."""
+
+    outcome: str
+    cause: str
+    growth: int  # of the memory, in MB
+    imported: list[str]
+
+
+def measure(path: Path, results: Connection) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 2**30  # so that what gets through fails the test and not the machine
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    modules, before = set(sys.modules), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcome = cause = ""
+    try:
+        outcome = type(read_file(path)).__name__
+    except InputError as error:
+        outcome, cause = str(error), repr(error.__cause__)
+    growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+    results.send(Reading(outcome, cause, growth, sorted(set(sys.modules) - modules)))
+
+
+def reading(path: Path) -> Reading | None:
+    """Read a file in a process of its own; None if the process does not live to tell."""
+    read_file(ordinary(path.with_suffix(".ordinary")))  # imports what reading takes
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(path, sender))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(20) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join()
+
+
+def ordinary(path: Path) -> Path:
+    torch.save({"weight": torch.ones(2)}, path)
+    return path
+
+
+HUGE = 2**40
+LONG = struct.pack("<Q", HUGE)
+F32 = b'{"a":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}'
+DEEP = b")" + b"\x85" * 100_000
+"""Tuples in each other."""
+
+
+def bomb() -> bytes:
+    """300 MB of zeros in a small file."""
+    return archive(program(storage(75 * 10**6)), {"0": bytes(300 * 10**6)}, zipfile.ZIP_DEFLATED)
+
+
+def archive_of_many_records() -> bytes:
+    central = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", *[0] * 4, *[0] * 4, 0, 0, 0, 1, *[0] * 4, 0, 0) + b"a"
+    directory = central * 600_000
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, len(directory), 4, 0)
+    return b"PK\3\4" + directory + end
+
+
+def archive_of_a_large_record() -> bytes:
+    pickled = program(storage(4))
+    content = archive(pickled)
+    before, after = content.rsplit(struct.pack("<2L", 16, 16), 1)
+    return before + struct.pack("<2L", *[len(content) - len(pickled)] * 2) + after
+
+
+def with_storage(numel: int, claimed: int, operations: bytes = b"") -> bytes:
+    """A legacy file that claims so many elements of the storage, and has four."""
+    pickled = program(operations or storage(numel))
+    return legacy(pickled, keys=["0"], storages=struct.pack("<q", claimed) + bytes(16))
+
+
+def again_and_again(part: bytes, function: bytes, *arguments: bytes, times: int = 2000) -> bytes:
+    """Call a function with one large part many times, and keep what it makes."""
+    reference = b"h\x00" + b"".join(arguments)
+    return program(b"(" + part + b"q\x00" + function + b"q\x01" + (b"h\x01(" + reference + b"tR") * times + b"l")
+
+
+def archive_of_overlapping_records() -> bytes:
+    """Many names of one record that begins at an odd place, where no tensor can be a view of it."""
+    keys = [f"{key:04d}" for key in range(2000)]
+    pickled = program(b"(" + b"".join(storage(2**18, key) for key in keys) + b"l")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as parts:
+        parts.writestr("odd/data.pkl", pickled + b"." * (len(pickled) % 2))
+        parts.writestr("odd/data/0000", bytes(2**20))
+        for key in keys[1:]:
+            parts.filelist.append(copy.copy(parts.filelist[1]))
+            parts.filelist[-1].filename = f"odd/data/{key}"
+    return file.getvalue()
+
+
+def archive_read_by_no_number() -> bytes:
+    """Storages whose key is not a number, of which no two are the same."""
+    key = b"(" + push("storage") + name("torch", "FloatStorage") + b"Fnan\n" + push("cpu") + push(2**18) + b"tQ"
+    pickled = program(b"(" + key * 2000 + b"l")
+    return archive(pickled + b"." * (len(pickled) % 2), {"nan": bytes(2**20)})
+
+
+MANY = 2 * 10**6
+BYTES = storage(MANY, kind="ByteStorage")
+
+
+def archive_of_bytes(operations: bytes) -> bytes:
+    """Where a pickle may use ``BYTES``, a tensor with as many elements as the file has bytes."""
+    return archive(program(operations), {"0": bytes(MANY)})
+
+
+LARGE = 2**20
+DOUBLING = b")" + b"2\x86" * 40
+"""Tuples of twice the last one: small, and endless to compare or to print."""
+STORAGE_OF = b"(" + push("storage") + name("torch", "FloatStorage")
+
+REFUSED: dict[str, Callable[[], bytes]] = {
+    "compressed storage": bomb,
+    "many records": archive_of_many_records,
+    "large record": archive_of_a_large_record,
+    "large storage": lambda: archive(program(storage(HUGE))),
+    "storage of less than nothing": lambda: archive(program(storage(-HUGE))),
+    "large tensor": lambda: archive(program(tensor(4, (HUGE,), (1,)))),
+    "expanded tensor": lambda: archive(program(tensor(4, (HUGE,), (0,)))),
+    "expanded in two dimensions": lambda: archive(program(tensor(4, (2**20, 2**20), (0, 0)))),
+    "tensor that starts behind its storage": lambda: archive(program(tensor(4, (4,), (1,), HUGE))),
+    "tensor that starts before its storage": lambda: archive(program(tensor(4, (4,), (1,), -4))),
+    "tensor that runs backwards": lambda: archive(program(tensor(4, (2,), (-1,), 1))),
+    "tensor with gaps": lambda: archive(program(tensor(4, (3,), (2,)))),
+    "strides that overflow": lambda: archive(program(tensor(16, (2, 2, 2, 2), (2**62,) * 4)), {"0": bytes(64)}),
+    "BINBYTES": lambda: program(b"B" + struct.pack("<L", 2**32 - 1)),
+    "BINBYTES8": lambda: program(b"\x8e" + LONG),
+    "BYTEARRAY8": lambda: program(b"\x96" + LONG),
+    "BYTEARRAY8 in a frame": lambda: program(b"\x95" + LONG + b"\x96" + LONG),
+    "BINUNICODE8": lambda: program(b"\x8d" + LONG),
+    "BINSTRING": lambda: program(b"T" + struct.pack("<l", 2**31 - 1)),
+    "LONG4": lambda: program(b"\x8b" + struct.pack("<l", 2**31 - 1)),
+    "empty FRAME": lambda: program(b"\x95" + LONG),
+    "legacy storage": lambda: with_storage(4, HUGE),
+    "legacy storage of less than nothing": lambda: with_storage(0, -1),
+    "legacy storage shorter than its use": lambda: with_storage(HUGE, 4),
+    "legacy tensor": lambda: with_storage(4, 4, tensor(4, (HUGE,), (1,))),
+    "safetensors header": lambda: safetensors_file(F32 % (1, 4), bytes(4), HUGE),
+    "safetensors shape": lambda: safetensors_file(F32 % (HUGE // 4, HUGE), bytes(4)),
+    "safetensors shape without data": lambda: safetensors_file(F32 % (HUGE, 4), bytes(4)),
+    "bytes": lambda: program(call(name("builtins", "bytes"), push(10**12))),
+    "bytes of Python 2": lambda: program(call(name("__builtin__", "bytes"), push(10**12))),
+    "array": lambda: program(array(push(bytes(4)), (HUGE,))),
+    "array of many dimensions": lambda: program(array(push(bytes(4)), (2**20,) * 9)),
+    "array of less than nothing": lambda: program(array(push(bytes(4)), (-(2**20), -(2**20)))),
+    "array of less than nothing in one dimension": lambda: program(array(push(bytes(4)), (-1,))),
+    "lists": lambda: program(b"]" * 3_000_000),
+    "sets": lambda: program(b"\x8f" * 3_000_000),
+    "nested tuples for a key": lambda: program(b"}" + DEEP + b"Ns"),
+    "nested tuples among keys": lambda: program(b"}(" + DEEP + b"Nu"),
+    "nested tuples for a key of DICT": lambda: program(b"(" + DEEP + b"Nd"),
+    "nested tuples for a key of OrderedDict": lambda: program(
+        call(name("collections", "OrderedDict"), b"]" + DEEP + b"N\x86a")
+    ),
+    "nested tuples in a set": lambda: program(b"\x8f(" + DEEP + b"\x90"),
+    "nested tuples in a frozenset": lambda: program(b"(" + DEEP + b"\x91"),
+    "one string encoded again and again": lambda: again_and_again(
+        push("a" * LARGE), name("_codecs", "encode"), push("latin1")
+    ),
+    "one string encoded by name": lambda: program(
+        b"(}" + push("text") + push("a" * LARGE) + b"s" + push("encoding") + push("latin1") + b"sq\x00"
+        b"" + name("_codecs", "encode") + b"q\x01" + b"h\x01)h\x00\x92" * 2000 + b"l"
+    ),
+    "one array again and again": lambda: again_and_again(
+        push(bytes(LARGE)), name("numpy._core.numeric", "_frombuffer"), DTYPE, push((LARGE // 4,)), push("C")
+    ),
+    "one name of a type again and again": lambda: again_and_again(push("<" + "f" * LARGE), name("numpy", "dtype")),
+    "one dictionary again and again": lambda: again_and_again(
+        push([(key, None) for key in range(20_000)]), name("collections", "OrderedDict")
+    ),
+    "one size again and again": lambda: again_and_again(push([0] * 100_000), name("torch", "Size")),
+    "one storage again and again": lambda: again_and_again(
+        push(legacy(program(storage(2**18)), keys=["0"], storages=struct.pack("<q", 2**18) + bytes(LARGE))),
+        name("torch.storage", "_load_from_bytes"),
+    ),
+    "one array of dill again and again": lambda: again_and_again(
+        b"(K\x01" + push((LARGE // 4,)) + DTYPE + push(False) + push(bytes(LARGE)) + b"t",
+        b"cdill._dill\n_create_array\n",
+    ).replace(b"h\x01(h\x00", b"h\x01(" + name("numpy.core.multiarray", "_reconstruct") + b")h\x00"),
+    "records in each other": archive_of_overlapping_records,
+    "storages that are not numbers": archive_read_by_no_number,
+    "tensor for arguments": lambda: archive_of_bytes(name("a", "B") + BYTES + b"R"),
+    "tensor for arguments of NEWOBJ": lambda: archive_of_bytes(name("a", "B") + BYTES + b"\x81"),
+    "tensor for a size": lambda: archive_of_bytes(call(name("torch", "Size"), BYTES)),
+    "tensor for sizes": lambda: archive_of_bytes(
+        call(name("torch._utils", "_rebuild_tensor"), BYTES, push(0), BYTES, BYTES)
+    ),
+    "tensor for a storage": lambda: archive_of_bytes(BYTES + b"Q"),
+    "nested tuples for a storage": lambda: archive(program(STORAGE_OF + DEEP + push("cpu") + push(4) + b"tQ")),
+    "nested tuples for a legacy storage": lambda: legacy(program(STORAGE_OF + DEEP + push("cpu") + push(4) + b"tQ")),
+    "nested tuples among legacy storages": lambda: legacy(program(b"N"))[:-3] + b"(" + DEEP + b"l." + bytes(16),
+    "some nested tuples among legacy storages": lambda: (
+        legacy(program(b"N"))[:-3] + b"()" + b"\x85" * 3000 + b"l." + bytes(16)
+    ),
+    "doubling tuples for a storage": lambda: archive(program(STORAGE_OF + DOUBLING + push("cpu") + push(4) + b"tQ")),
+    "doubling tuples for an encoding": lambda: program(call(name("_codecs", "encode"), push("a"), DOUBLING)),
+    "product of long numbers": lambda: program(
+        push(2 ** (8 * LARGE)) + b"q\x00" + array(push(b""), ()).replace(push(()), b"(" + b"h\x00" * 1000 + b"t")
+    ),
+}
+"""Files that claim, or would take, far more than they are."""
+
+HARMLESS: dict[str, Callable[[], bytes]] = {
+    "memo": lambda: program(b"Nr" + struct.pack("<L", 2**31 - 1)),
+    "memo in text": lambda: b"Np999999999999\n.",
+    "FRAME": lambda: b"\x80\x04\x95" + LONG + b"N.",
+    "bytearray": lambda: program(call(name("builtins", "bytearray"), push(10**12))),
+    "new array": lambda: program(
+        call(name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), push((HUGE,)), push(b"b"))
+    ),
+    "new arrays": lambda: program(name("numpy.core.multiarray", "_reconstruct") + b"q\x00" + b"h\x00)R" * 60_000),
+    "empty tensor": lambda: archive(program(tensor(4, (0, HUGE), (1, 1)))),
+    "nested tuples": lambda: program(DEEP),
+    "nested lists": lambda: program(b"]" * 100_000 + b"a" * 99_999),
+    "nested dictionaries": lambda: program(b"}" + b"K\x00}" * 100_000 + b"s" * 100_000),
+    "nested calls": lambda: program(b"".join([name("a", "B")] * 60_000) + b")R" + b"\x85R" * 59_999),
+    "calls in each other": lambda: program(
+        name("torch._tensor", "_rebuild_from_type_v2") + b"q\x00]q\x01(h\x00Nh\x01e0h\x00Nh\x01\x87R"
+    ),
+    "list in itself": lambda: program(b"]q\x00h\x00a"),
+    "dictionary in itself": lambda: program(b"}q\x00K\x00h\x00s"),
+}
+"""Files that could make a reader allocate or recurse, which it may read."""
+
+
+@pytest.mark.parametrize("case", REFUSED | HARMLESS)
+def test_memory_is_bounded(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes((REFUSED | HARMLESS)[case]())
+    result = reading(path)
+    assert result is not None, "the reader crashed or hung"
+    assert result.growth < 200
+    assert result.cause or case in HARMLESS
+    assert len(result.outcome.splitlines()) == 1
+    assert "MemoryError" not in result.cause
+    assert "allocate" not in result.cause
+
+
+@pytest.mark.parametrize("module", ["turtle", "this", "wave"])
+def test_no_module_is_imported(tmp_path: Path, module: str) -> None:
+    assert module not in sys.modules
+    attribute = {"turtle": "Turtle", "this": "s", "wave": "open"}[module]
+    for opcode in CALLS.values():
+        (tmp_path / "file").write_bytes(program(opcode(module, attribute, ())))
+        assert reading(tmp_path / "file") == Reading("Inert", "", pytest.approx(0, abs=50), [])
+
+
+# Damaged files, and files of something else.
+
+
+@functools.cache
+def healthy(kind: str) -> bytes:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64), "c": torch.ones(1).half()}
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": {"c": [1, "x", (2.5, None)]}, "d": np.float32(1)}
+    file = io.BytesIO()
+    match kind:
+        case "zip":
+            torch.save(tensors, file)
+        case "legacy":
+            torch.save(tensors, file, _use_new_zipfile_serialization=False)
+        case "pickle 2" | "pickle 5":
+            pickle.dump(arrays, file, int(kind[-1]))
+        case "safetensors":
+            file.write(safetensors.torch.save(tensors, {"note": "x"}))
+    return file.getvalue()
+
+
+KINDS = ["zip", "legacy", "pickle 2", "pickle 5", "safetensors"]
+
+
+def touch(content: Any) -> None:
+    """Read every element, which ends the process if it lies outside the file."""
+    for value in content.values() if isinstance(content, dict) else [content]:
+        if isinstance(value, dict):
+            touch(value)
+        elif isinstance(value, Tensor):
+            value.clone()
+
+
+def refusal(path: Path) -> str:
+    """Why the file is refused; empty if it is read."""
+    try:
+        touch(read_file(path))
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, kind: str) -> None:
+    content, path = healthy(kind), tmp_path / "cut off"
+    touch(read_bytes(tmp_path, content))
+    for length in {len(content) * part // 60 for part in range(60)} | {len(content) - 1}:
+        path.write_bytes(content[:length])
+        assert_refused(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
+@given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4))
+@settings(property_test, max_examples=200)
+def test_a_damaged_file_is_read_or_refused(tmp_path: Path, kind: str, changes: list[tuple[int, int]]) -> None:
+    content, path = bytearray(healthy(kind)), tmp_path / "damaged"
+    for position, flip in changes:
+        content[position % len(content)] ^= flip
+    path.write_bytes(content)
+    message = refusal(path)
+    assert not message or str(path) in message
+    assert len(message.splitlines()) <= 1
+
+
+ATOMS = [
+    *map(push, [None, 0, 4, -1, 2**62, 2**70, True, math.nan, "storage", "0", "f4", "<", "F", "latin1", "é", b"", ()]),
+    *map(push, [(2,), (2, 2), (1,), [], {}, bytes(16)]),
+    *(name(*known) for known in safe_files._KNOWN),
+    *(storage(4), storage(16, kind="ByteStorage"), tensor(16, (4, 4), (4, 1)), tensor(4, (), ())),
+    *(b"h" + bytes([key]) for key in range(3)),
+    DTYPE,
+    call(name("numpy.core.multiarray", "_reconstruct")),
+    b"\x96" + struct.pack("<Q", 16) + bytes(16),
+]
+PROGRAMS = st.recursive(
+    st.sampled_from(ATOMS),
+    lambda parts: st.one_of(
+        st.lists(parts, max_size=6).map(lambda inner: b"(" + b"".join(inner) + b"t"),
+        st.lists(parts, max_size=6).map(lambda inner: b"(" + b"".join(inner) + b"l"),
+        st.tuples(parts, st.lists(parts, max_size=6)).map(lambda inner: call(inner[0], *inner[1])),
+        st.tuples(parts, parts, st.sampled_from([b"R", b"b", b"\x81", b"}\x92"])).map(b"".join),
+        st.tuples(parts, parts, parts, st.just(b"s")).map(b"".join),
+        st.tuples(parts, st.just(b"("), parts, parts, st.sampled_from([b"e", b"u", b"\x90"])).map(b"".join),
+        st.tuples(parts, st.sampled_from([b"q\x00", b"q\x01", b"q\x02", b"Q"])).map(b"".join),
+    ),
+    max_leaves=12,
+)
+
+
+@given(operations=PROGRAMS)
+@settings(property_test, max_examples=250)
+def test_any_pickle_is_read_or_refused(tmp_path: Path, operations: bytes) -> None:
+    path = tmp_path / "file"
+    attack = program(
+        b"".join(push(value) + b"q" + bytes([key]) + b"0" for key, value in enumerate((1, "x", []))) + operations
+    )
+    for content in (attack, archive(attack), legacy(attack, keys=["0"], storages=struct.pack("<q", 4) + bytes(16))):
+        path.write_bytes(content)
+        assert len(refusal(path).splitlines()) <= 1
+
+
+def test_an_array_keeps_its_memory(tmp_path: Path) -> None:
+    """A pickle may not resize the bytes that a tensor is a view of."""
+    buffer = b"\x96" + struct.pack("<Q", 64) + bytes(64) + b"q\x00"
+    made = program(b"(" + array(buffer, (16,)) + b"h\x00(" + b"K\x01" * 1000 + b"el")
+    (tmp_path / "file").write_bytes(made)
+    assert_refused(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        program(call(name("_codecs", "encode"), push("a"), push("\x1b[31mred\x07"))),
+        program(call(name("_codecs", "encode"), push("a"), push("\udc80"))),
+        archive(program(storage(4, key="x" * 100_000))),
+        archive(program(storage(4, key="\x1b[31mred\x07"))),
+    ],
+    ids=["colour", "surrogate", "long", "colour of a key"],
+)
+def test_what_a_file_says_is_not_printed_as_it_is(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_file(tmp_path / "file")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 600
+
+
+def test_a_name_too_long(tmp_path: Path) -> None:
+    assert_refused(tmp_path / ("x" * 300))
+
+
+def write_tar(path: Path) -> None:
+    with tarfile.open(path, "w") as parts:
+        parts.add(__file__, "storages")
+
+
+def write_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as parts:
+        parts.writestr("notes.txt", "nothing")
+
+
+def write_compressed(path: Path) -> None:
+    path.write_bytes(archive(program(storage(1)), {"0": bytes(range(256))}, zipfile.ZIP_DEFLATED))
+
+
+def write_doubled(path: Path) -> None:
+    path.write_bytes(archive(program(storage(4))))
+    with zipfile.ZipFile(path, "a") as parts:
+        parts.writestr("archive/data/0", bytes(16))
+
+
+def write_torchscript(path: Path) -> None:
+    class Double(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * 2
+
+    torch.jit.trace(Double(), torch.ones(1)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: None, "no file at"),
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: path.symlink_to("nowhere"), "no file at"),
+        (lambda path: path.touch(), "it is empty"),
+        (lambda path: path.write_text("Some notes on the weights.\n"), "cannot be read safely"),
+        (lambda path: path.write_bytes(bytes(1000)), "cannot be read safely"),
+        (write_tar, "cannot be read safely"),
+        (write_zip, "zip archive of something else"),
+        (write_compressed, "compressed or doubled"),
+        (write_doubled, "compressed or doubled"),
+        (write_torchscript, "TorchScript"),
+        (lambda path: path.write_bytes(pickle.dumps({"a": np.ones(2, ">f4")})), "big-endian"),
+    ],
+    ids=[
+        *("missing", "folder", "broken link", "empty", "text", "zeros", "tar"),
+        *("zip", "compressed", "doubled", "TorchScript", "big-endian array"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Duplicate name")
+def test_what_holds_no_tensors_is_refused(tmp_path: Path, write: Callable[[Path], Any], message: str) -> None:
+    write(tmp_path / "file")
+    assert_refused(tmp_path / "file", message)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_to_a_tensor_does_not_reach_the_file(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(healthy(kind))
+    before = sha256(path)
+    content = read_file(path)
+    content["a"] += 1
+    assert content["a"].flatten().tolist() == [1, 2, 3, 4, 5, 6]
+    assert sha256(path) == before
+    assert read_file(path)["a"].flatten().tolist() == [0, 1, 2, 3, 4, 5]

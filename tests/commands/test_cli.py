@@ -1,0 +1,391 @@
+"""Command lines: every bad input is one sentence, status 2, no traceback, nothing half-written."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from robust_backbones.classification.engine import Learner, computes_bfloat16
+from robust_backbones.commands import cli
+from robust_backbones.errors import InputError, PreemptedError
+from robust_backbones.runs.record import RunRecord
+from tests.conftest import ROOT
+
+Run = Callable[..., tuple[int, str, str]]
+TOOLS = sorted(
+    {path.stem for path in (ROOT / "tools").glob("*.py")} - {"install_detectron2"}
+)  # that one has its own tests
+SMALL = ["--arch", "resnet18", "--image-size", "32", "--val-resize", "32", "--batch-size", "8", "--epochs", "1"]
+FAST = [*SMALL, "--attack.steps", "1", "--eval-attack.steps", "1", "--workers", "0", "--device", "cpu"]
+FAST += ["--no-tensorboard"]
+
+
+def assert_refused(result: tuple[int, str, str], *words: str) -> None:
+    status, _, err = result
+    assert status == 2
+    message = err.strip().splitlines()
+    assert len(message) == 1, err
+    assert message[0].startswith("error: ")
+    for word in words:
+        assert word in message[0]
+
+
+def test_pretrain_then_convert(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    output, converted = tmp_path / "run", tmp_path / "backbone.pkl"
+    data = shapes / "shapes_classification"
+    status, out, _ = run_tool("pretrain", "--data", data, "--output", output, "--threat-model", "Linf:4/255", *FAST)
+    assert status == 0
+    assert "% (Linf:4/255)" in out.splitlines()[-2]  # measured against the training adversary when no other is given
+    assert str(output) in out.splitlines()[-1]
+    status, out, _ = run_tool("convert_backbone", output / "checkpoint.pt", converted)
+    assert status == 0
+    assert "Linf:4/255" in out
+    assert str(converted) in out.splitlines()[-1]
+    assert converted.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--threat-model", "L2:-1"], ["epsilon"]),
+        (["--threat-model", "L3:1"], ["L3"]),
+        (["--threat-model", "0.5"], ["NORM:EPSILON"]),
+        (["--arch", "resnet9"], ["resnet9"]),
+        (["--precision", "fp4"], ["fp4"]),
+        (["--epochs", "0"], ["epochs"]),
+        (["--attack.steps", "0"], ["steps"]),
+    ],
+)
+def test_pretrain_refuses(run_tool: Run, shapes: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    data = shapes / "shapes_classification"
+    result = run_tool("pretrain", "--data", data, "--output", tmp_path / "run", *FAST, *arguments)
+    assert_refused(result, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrain_refuses_data(run_tool: Run, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert_refused(run_tool("pretrain", "--data", tmp_path / "none", "--output", output, *FAST), "no data folder")
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "a").mkdir(parents=True)
+    assert_refused(run_tool("pretrain", "--data", tmp_path / "data", "--output", output, *FAST), "classes a")
+    assert not output.exists()
+
+
+def test_an_unreadable_image_stops_with_its_name(run_tool: Run, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / "a").mkdir(parents=True)
+        for index in range(8):
+            (tmp_path / "data" / part / "a" / f"{index}.jpg").write_bytes(b"\xff\xd8 not a picture")
+    output = tmp_path / "run"
+    assert_refused(run_tool("pretrain", "--data", tmp_path / "data", "--output", output, *FAST), "cannot read", ".jpg")
+    assert [path.name for path in output.iterdir()] == ["config.json"]  # a claim, so that the mended data goes on
+
+
+def test_recipes_are_listed_and_overridden(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    status, out, _ = run_tool("pretrain", "--list-recipes")
+    assert status == 0
+    assert len(out.splitlines()) == 68
+    assert [line.split() for line in out.splitlines() if line.startswith("resnet50_l2_eps3 ")] == [
+        ["resnet50_l2_eps3", "resnet50", "L2:3", "62.83"]
+    ]
+    data, output = shapes / "shapes_classification", tmp_path / "run"
+    size = [*FAST[2:], "--lr", "0.01"]
+    status, _, _ = run_tool("pretrain", "--recipe=resnet18_linf_eps4.0", "--data", data, "--output", output, *size)
+    assert status == 0
+    config = RunRecord.read(output / "record.json").config
+    assert (config["arch"], config["threat_model"], config["eval_threat_model"]) == ("resnet18", *["Linf:4/255"] * 2)
+    assert (config["lr"], config["momentum"], config["batch_size"]) == (0.01, 0.9, 8)
+    assert_refused(run_tool("pretrain", "--recipe", "resnet50_l2_eps4", "--data", data, "--output", output), "nearest")
+
+
+def test_a_failed_training_has_its_own_status(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    data = shapes / "shapes_classification"
+    status, _, err = run_tool("pretrain", "--data", data, "--output", tmp_path / "run", *FAST, "--lr", "1e30")
+    assert status == 1
+    assert "not finite" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_run_asked_to_stop_has_its_own_status(
+    run_tool: Run, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Learner.step
+
+    def step(self: Learner, batch: Any) -> None:
+        original(self, batch)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Learner, "step", step)
+    data = shapes / "shapes_classification"
+    status, _, err = run_tool("pretrain", "--data", data, "--output", tmp_path / "run", *FAST)
+    assert status == 75
+    assert "same command" in err
+
+
+def test_a_run_is_submitted(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    data, output = shapes / "shapes_classification", tmp_path / "run"
+    options = ["--cluster.executor", "debug", "--cluster.processes", "1"]
+    status, out, _ = run_tool("pretrain", "--data", data, "--output", output, *FAST, *options)
+    assert status == 0
+    assert "submitted as job" in out
+    assert str(output) in out.splitlines()[-1]
+
+
+def test_a_probe_in_one_pass_gives_the_weights_of_single_runs(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
+    """Times are no test's business; the equality that the benchmark demands is."""
+    size = ["--arch", "resnet18", "--image-size", "32", "--images", "16", "--epochs", "2"]
+    arguments = ["--data", shapes / "shapes_classification", "--output", tmp_path, "--device", "cpu", *size]
+    status, _, err = run_tool("benchmark", "probe", *arguments)
+    assert status == 0, err
+    record = json.loads((tmp_path / "probe-32px-2epochs.json").read_text())
+    (check,) = record["checks"]
+    assert 0 <= check["found"] < 1e-5
+    ways = 3 if computes_bfloat16() else 2
+    assert [len(row["seconds"]) for row in record["rows"]] == [1] * ways
+
+
+def test_an_unknown_option_is_refused(run_tool: Run) -> None:
+    status, _, err = run_tool("pretrain", "--data", "x", "--output", "y", "--epsilon", "3")
+    assert status == 2
+    assert "epsilon" in err
+
+
+@pytest.mark.parametrize("content", [b"", b"noise", None])
+def test_convert_refuses_what_is_no_checkpoint(run_tool: Run, tmp_path: Path, content: bytes | None) -> None:
+    source, target = tmp_path / "file.pth", tmp_path / "out.pkl"
+    if content is not None:
+        source.write_bytes(content)
+    assert_refused(run_tool("convert_backbone", source, target), "file.pth")
+    assert not list(tmp_path.glob("*out.pkl*"))
+
+
+def test_convert_refuses_another_network_and_another_suffix(run_tool: Run, tmp_path: Path) -> None:
+    source = tmp_path / "vit.pth"
+    torch.save({"cls_token": torch.ones(1)}, source)
+    assert_refused(
+        run_tool("convert_backbone", source, tmp_path / "out.pkl"), "Detectron2's ResNet has no such architecture"
+    )
+    assert_refused(run_tool("convert_backbone", source, tmp_path / "out.onnx"), ".pkl")
+
+
+def test_a_failed_proof_leaves_no_file(
+    run_tool: Run, tmp_path: Path, torchvision_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("detectron2")
+    import robust_backbones.detection.verify as verify
+
+    wrong = [verify.StageError("random", "eval", "res5", 0.3, 0.3)]
+    monkeypatch.setattr(verify, "feature_errors", lambda *_, **__: wrong)
+    status, _, err = run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify")
+    assert status == 1
+    assert "the features of resnet18.pth and of what was made from it differ (res5 by 3.0e-01)" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tool", ["train_net", "convert_backbone", "demo", "predict", "evaluate"])
+def test_without_detectron2_it_says_how_to_install_it(
+    run_tool: Run,
+    tool: str,
+    tmp_path: Path,
+    torchvision_file: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith("robust_backbones.detection")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    monkeypatch.setenv("DETECTRON2_DATASETS", "")  # the demo sets it: to be put back afterwards
+    arguments = {
+        "train_net": ["--config-file", "x.yaml"],
+        "convert_backbone": [torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify"],
+        "demo": ["--output", tmp_path / "demo"],
+        "evaluate": ["detector", "config.yaml", "model_final.pth", "--output", tmp_path / "robustness"],
+        "predict": [ROOT / "docs/demo.jpg", "--weights", tmp_path, "--output", tmp_path / "predictions"],
+    }
+    assert_refused(run_tool(tool, *arguments[tool]), "tools/install_detectron2.py")
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback_and_keeps_the_status(run_tool: Run, tmp_path: Path) -> None:
+    status, _, err = run_tool("convert_backbone", tmp_path / "none", "x.pkl", "--debug")
+    assert status == 2
+    assert err.startswith("Traceback")
+    assert "no file at" in err
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_has_an_example(tool: str, run_tool: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run_tool(tool, "--help")
+    assert status == 0
+    assert "Example" in out
+    assert f"python tools/{tool}.py" in out
+
+
+def test_table_of_records() -> None:
+    from robust_backbones.analysis.tables import transfer_table
+
+    classifier = RunRecord("c", "pretrain", {}, "L2:3", "d", {"clean_accuracy": 60, "robust_accuracy": 31.44}, 0, {}, 1)
+    classifier = RunRecord(**{**classifier.__dict__, "config": {"eval_threat_model": "L2:1"}})
+    detector = RunRecord("v", "detection", {}, "L2:3", "v", {"bbox/AP": 50.06, "bbox/AP50": None}, 0, {}, 1)
+    table = transfer_table([(classifier, detector)]).splitlines()
+    assert "robust acc (L2:1)" in table[0]
+    assert table[2] == "| L2:3 | 60.0 | 31.4 | 50.1 | - | - | - |"
+    assert np.unique([line.count("|") for line in table]).size == 1
+
+
+def trial(seed: int, accuracy: float, *, on: str = "held_out", label: str = "robust", **change: Any) -> RunRecord:
+    """Of the paper's recipe, but for ``change``."""
+    selection = {"selected": "lr0.01_wd0.0005", "on": on, "scores": {}}
+    config = {
+        "mode": "full_network",
+        "metric": "mean_per_class",
+        "selection": selection,
+        "threat_model": "L2:0",
+        "eval_threat_model": "L2:0",
+        "augmentation": "resized_crop",
+        "normalize": True,
+        "num_outputs": 0,
+        "images_per_class": 0,
+        "freeze": 0,
+        "layer_decay": 1.0,
+        "epochs": 150,
+    } | change
+    metrics = {"clean_accuracy": accuracy, "robust_accuracy": accuracy / 2}
+    run_id = f"{label}/seed_{seed}"
+    return RunRecord(run_id, "transfer", {"label": label}, "L2:3", "pets", metrics, seed, config, 1)
+
+
+def classification_rows(records: list[RunRecord]) -> list[dict[str, str]]:
+    """The rows of the table by column."""
+    from robust_backbones.analysis.tables import classification_table
+
+    heads, _, *rows = ([c.strip() for c in line.split("|")[1:-1]] for line in classification_table(records).split("\n"))
+    return [dict(zip(heads, row, strict=True)) for row in rows]
+
+
+def test_table_of_classification_counts_its_trials() -> None:
+    """By hand: of 81, 84, 88.5 the mean is 84.5 and, around it, 3.5² + 0.5² + 4² = 28.5, half of which is 3.775²."""
+    one, two = [trial(2, 88.5), trial(0, 81.0), trial(1, 84.0)], [trial(0, 70.25, on="test", label="standard")]
+    assert classification_rows([*one, *two]) == [
+        {
+            "data set": "pets (mean_per_class)",
+            "mode": "full_network",
+            "backbone": "robust",
+            "trained at": "L2:3",
+            "accuracy": "84.5",
+            "trials": "3",
+            "min to max": "81.0 to 88.5",
+            "std": "3.77",
+            "robust acc": "-",
+            "setting": "lr0.01_wd0.0005",
+            "selected on": "held_out",
+            "epochs": "150",
+            "otherwise": "-",
+        },
+        {
+            "data set": "pets (mean_per_class)",
+            "mode": "full_network",
+            "backbone": "standard",
+            "trained at": "L2:3",
+            "accuracy": "70.2",
+            "trials": "1",
+            "min to max": "70.2 to 70.2",
+            "std": "-",
+            "robust acc": "-",
+            "setting": "lr0.01_wd0.0005",
+            "selected on": "test",
+            "epochs": "150",
+            "otherwise": "-",
+        },
+    ]
+
+
+def test_table_of_classification_keeps_what_differs_apart() -> None:
+    """Every deviation from the paper's recipe is a row of its own and says so; of the order of records nothing."""
+    ways = {
+        "-": {},
+        "L-BFGS": {"solver": "lbfgs", "augmentation": "none"},
+        "no augmentation": {"augmentation": "none", "solver": "sgd"},
+        "3 cached views": {"views": 3},
+        "trained batch statistics": {"batch_norm": "train"},
+        "images not normalised": {"normalize": False},
+        "57 outputs": {"num_outputs": 57},
+        "5 training images a class": {"images_per_class": 5},
+        "first 2 groups frozen": {"freeze": 2},
+        "layer-wise rates x0.5": {"layer_decay": 0.5},
+        "fine-tuned at L2:0.25": {"threat_model": "L2:0.25", "eval_threat_model": "L2:0.25"},
+        "57 outputs, first 2 groups frozen": {"freeze": 2, "num_outputs": 57},
+    }
+    records = [trial(0, 10.0 + place, **change) for place, change in enumerate(ways.values())]
+    rows = classification_rows(records)
+    assert {row["otherwise"]: row["accuracy"] for row in rows} == {
+        way: f"{10 + place:.1f}" for place, way in enumerate(ways)
+    }
+    robust = {row["otherwise"]: row["robust acc"] for row in rows}
+    assert robust.pop("fine-tuned at L2:0.25") == "10.0 (L2:0.25)"  # half of 20
+    assert set(robust.values()) == {"-"}
+    assert classification_rows(records[::-1]) == rows
+
+
+def test_table_of_classification_averages_no_two_experiments() -> None:
+    unlike = [trial(0, 80.0), trial(1, 90.0, on="test"), trial(2, 20.0, epochs=1), trial(3, 60.0, held_out=0.5)]
+    rows = classification_rows(unlike)
+    assert sorted(row["accuracy"] for row in rows) == ["20.0", "60.0", "80.0", "90.0"]
+    assert {row["trials"] for row in rows} == {"1"}
+    # A trial's own numbers make no experiment of it.
+    alike = [trial(0, 80.0, run="a", lr=0.01), trial(1, 90.0, run="b", lr=0.001)]
+    assert [row["accuracy"] for row in classification_rows(alike)] == ["85.0"]
+
+
+def test_table_and_curves_of_robustness(tmp_path: Path) -> None:
+    from robust_backbones.analysis.plots import accuracy_curves
+    from robust_backbones.analysis.tables import robustness_table
+
+    training = RunRecord("t", "pretrain", {}, "L2:1", "d", {}, 0, {"epochs": 4, "eval_threat_model": "L2:2"}, 90)
+    metrics = {f"{stage}_accuracy{end}": 50.0 for stage in ("clean", "pgd") for end in ("", "_low", "_high")}
+    metrics |= {"pgd_accuracy": 12.34, "pgd_accuracy_low": 10.0}
+    adversary = {"threat_model": "L2:2", "attack": {"steps": 20}}
+    evaluation = RunRecord("e", "robustness", {}, "L2:1", "d", metrics, 0, adversary, 1)
+    table = robustness_table({"robust": (training, evaluation)}).splitlines()
+    assert "robust acc (L2:2, PGD-20)" in table[0]
+    assert table[2] == "| robust | L2:1 | 4 | 2 | 50.0 (50.0 to 50.0) | 12.3 (10.0 to 50.0) |"
+
+    training.write(tmp_path / "record.json")
+    rows = [{"step": 5, "epoch": 1, "clean_accuracy": 60, "robust_accuracy": 20}, {"step": 9, "epoch": 2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    accuracy_curves({"robust": tmp_path}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def refuse(arguments: list[str]) -> int:
+    raise InputError("no")
+
+
+@pytest.mark.parametrize(
+    ("main", "status"), [(lambda _: 1, 1), (refuse, 2), (lambda _: sys.exit(PreemptedError.exit_status), 75)]
+)
+def test_one_of_several_processes_leaves_with_every_status(
+    main: Callable[[list[str]], int], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However it ends: what would take the interpreter down is gone past. A process that is alone exits as any."""
+    left = []
+    monkeypatch.setattr("robust_backbones.runs.distributed.leave", left.append)
+    monkeypatch.setattr("sys.argv", ["tool"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):  # as `leave` comes back here
+        cli.run(main)
+    assert left == [status]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main)
+    assert (left, ended.value.code) == ([status], status)

@@ -1,0 +1,83 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from robust_backbones.cpu.convolutions import Convolution, use_fast_convolutions
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 5), (4, 3), (7, 8)])
+@pytest.mark.parametrize(
+    ("window", "stride", "padding"),
+    [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), ((1, 3), (2, 1), (0, 1)), (7, 2, 3)],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_few_pixels_is_a_matrix_product(
+    size: tuple[int, int], window: int, stride: int, padding: int, layout: torch.memory_format
+) -> None:
+    """Where it is one (few pixels) and where it stays a convolution: output and all gradients, against float64."""
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(6, 4, window, stride, padding, bias=size != (2, 2)).double()
+    twin = copy.deepcopy(convolution).float().to(memory_format=layout)
+    use_fast_convolutions(twin)
+    assert type(twin) is Convolution
+    inputs = torch.randn(3, 6, *size).contiguous(memory_format=layout)
+    points = [inputs.double().requires_grad_(), inputs.requires_grad_()]
+    outputs = [convolution(points[0]), twin(points[1])]
+    weight = torch.randn(outputs[0].shape)
+    gradients = [
+        torch.autograd.grad(output, [point, *layer.parameters()], weight.to(output.dtype))
+        for output, point, layer in zip(outputs, points, (convolution, twin), strict=True)
+    ]
+    for exact, found in (outputs, *zip(*gradients, strict=True)):
+        torch.testing.assert_close(found.double(), exact, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 8), (10, 13), (31, 22)])
+@pytest.mark.parametrize(
+    ("window", "stride", "padding"),
+    [(7, 2, 3), (3, 2, 1), (3, 2, 0), (2, 2, 0), (1, 2, 0), (4, 4, 0), (5, 3, 1), ((3, 4), 3, (1, 0)), (5, 3, 4)],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_strided_convolution_of_few_channels_is_one_over_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
+    window: int,
+    stride: int,
+    padding: int,
+    layout: torch.memory_format,
+) -> None:
+    """Where inputs have a gradient: output and all gradients, against float64."""
+    monkeypatch.setattr("robust_backbones.cpu.convolutions._FEW_PIXELS", 0)
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(3, 5, window, stride, padding, bias=size != (8, 8)).double()
+    twin = copy.deepcopy(convolution).float().to(memory_format=layout)
+    use_fast_convolutions(twin)
+    inputs = torch.randn(2, 3, *size).contiguous(memory_format=layout)
+    strides = []
+    monkeypatch.setattr(
+        F, "conv2d", lambda *args, conv2d=F.conv2d, **kw: strides.append(args[3:4]) or conv2d(*args, **kw)
+    )
+    points = [inputs.double().requires_grad_(), inputs.clone().requires_grad_()]
+    outputs = [convolution(points[0]), twin(points[1])]
+    assert twin(inputs).shape == outputs[0].shape
+    assert strides == [((stride, stride),), (), ((stride, stride),)]  # the twin's has stride 1 where it pays
+    weight = torch.randn(outputs[0].shape) / outputs[0][0, 0].numel() ** 0.5  # float32's errors add up over pixels
+    gradients = [
+        torch.autograd.grad(output, [point, *layer.parameters()], weight.to(output.dtype))
+        for output, point, layer in zip(outputs, points, (convolution, twin), strict=True)
+    ]
+    for exact, found in (outputs, *zip(*gradients, strict=True)):
+        torch.testing.assert_close(found.double(), exact, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU()],
+)
+def test_other_layers_stay_what_they_are(other: nn.Module) -> None:
+    kind = type(other)
+    use_fast_convolutions(other)
+    assert type(other) is kind

@@ -1,0 +1,104 @@
+"""Training images in other styles: phases are kept exactly, amplitudes are mixed, and runs without it are untouched."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from robust_backbones.classification.pretrain import PretrainConfig, pretrain
+from robust_backbones.data.stylization import mix_amplitudes, stylize
+from robust_backbones.errors import InputError
+from tests.classification.test_pretrain import CONFIG, HERE, cut_off_after, same_weights
+
+
+def pictures(seed: int, count: int = 5, size: tuple[int, int] = (12, 15)) -> Tensor:
+    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [(12, 15), (8, 8)])
+def test_phases_are_kept_and_amplitudes_mixed(size: tuple[int, int]) -> None:
+    """Against numpy's transform of the whole spectrum, image by image and channel by channel."""
+    images, others = pictures(0, size=size), pictures(1, size=size)
+    shares = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])
+    mixed = mix_amplitudes(images, others, shares)
+    assert mixed.shape == images.shape
+    for image, other, share, result in zip(images, others, shares, mixed, strict=True):
+        for channel in range(3):
+            own, theirs, found = (np.fft.fft2(x[channel].double().numpy()) for x in (image, other, result))
+            expected = (1 - float(share)) * np.abs(own) + float(share) * np.abs(theirs)
+            np.testing.assert_allclose(np.abs(found), expected, atol=1e-4)
+            np.testing.assert_allclose(found / np.abs(found), own / np.abs(own), atol=1e-3)
+
+
+def test_brightness_is_mixed_by_the_same_share() -> None:
+    """The amplitude at frequency 0 is the sum of the pixels."""
+    images, others, shares = pictures(0), pictures(1), torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0])
+    means = [x.mean((2, 3)) for x in (images, others, mix_amplitudes(images, others, shares))]
+    torch.testing.assert_close(means[2], (1 - shares[:, None]) * means[0] + shares[:, None] * means[1])
+
+
+def test_a_share_of_nothing_changes_nothing() -> None:
+    images = pictures(0)
+    torch.testing.assert_close(mix_amplitudes(images, pictures(1), torch.zeros(5)), images, atol=1e-6, rtol=0)
+    torch.testing.assert_close(mix_amplitudes(images, images, torch.rand(5)), images, atol=1e-6, rtol=0)
+
+
+def test_batches_are_images_and_their_generators() -> None:
+    images = pictures(0, count=16)
+    found = [stylize(images, 1.0, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert found[0].min() >= 0
+    assert found[0].max() <= 1
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    # Of the draws as documented, each image by itself.
+    generator = torch.Generator().manual_seed(3)
+    partners = torch.randperm(16, generator=generator)
+    shares = torch.rand(16, generator=generator)
+    for index in range(16):
+        pair = images[index : index + 1], images[partners[index]][None], shares[index : index + 1]
+        torch.testing.assert_close(found[0][index], mix_amplitudes(*pair)[0].clamp(0, 1))
+
+
+def test_less_strength_is_nearer_to_the_image() -> None:
+    images = pictures(0, count=32)
+    distances = [
+        (stylize(images, strength, generator=torch.Generator().manual_seed(0)) - images).norm().item()
+        for strength in (0.0, 0.1, 0.5, 1.0)
+    ]
+    assert distances == sorted(distances)
+    assert distances[0] < 1e-4 < distances[1]
+
+
+# --- in pre-training -------------------------------------------------------------------------------------------------
+
+
+def test_without_it_a_run_is_what_it_was_before_there_was_this_switch() -> None:
+    assert "stylize" not in PretrainConfig().to_dict()
+    assert PretrainConfig(stylize=0.5).to_dict() == {**PretrainConfig().to_dict(), "stylize": 0.5}
+    with pytest.raises(InputError, match=r"stylize .* \[0, 1\]"):
+        PretrainConfig(stylize=1.5)
+
+
+def test_it_changes_the_run_is_recorded_and_resumes_exactly(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, config = shapes / "shapes_classification", replace(CONFIG, stylize=1.0, epochs=1)
+    whole = pretrain(config, data, tmp_path / "whole", HERE)
+    assert whole.config["stylize"] == 1.0
+    plain = pretrain(replace(config, stylize=0.0), data, tmp_path / "plain", HERE)
+    assert "stylize" not in plain.config
+    assert "stylize" not in json.loads((tmp_path / "plain/config.json").read_text())
+    assert not same_weights(tmp_path / "whole", tmp_path / "plain")
+    with monkeypatch.context() as patch:
+        cut_off_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config, data, tmp_path / "cut", replace(HERE, checkpoint_minutes=0.0))
+    assert pretrain(config, data, tmp_path / "cut", HERE).metrics == whole.metrics
+    assert same_weights(tmp_path / "whole", tmp_path / "cut")
+    with pytest.raises(InputError, match="differs in stylize"):
+        pretrain(config, data, tmp_path / "plain", HERE)

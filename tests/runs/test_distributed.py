@@ -1,0 +1,274 @@
+"""Several processes learn what one learns: the same batches, the same gradients, the same network."""
+
+import functools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor, nn
+
+from robust_backbones.attacks import AttackConfig
+from robust_backbones.runs.distributed import (
+    ALONE,
+    join_processes,
+    local_device,
+    stop_on_signals,
+    synchronize_batch_norms,
+)
+from robust_backbones.classification.engine import train_one_epoch
+from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.classification.objectives import ObjectiveConfig
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.threat_models import ThreatModel
+from tests.conftest import ROOT
+from tests.classification.test_engine import batches, learner, noisy_batches, small
+
+CPU = torch.device("cpu")
+
+
+def spawn(function: Any, tmp_path: Path, size: int = 2) -> list[Any]:
+    """``function(rank, size)`` in processes that find each other as torchrun's do; what each returned, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(_enter, (function, size, port, tmp_path), nprocs=size)
+    return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def _enter(rank: int, function: Any, size: int, port: int, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    torch.save(function(rank, size), tmp_path / f"{rank}.pt")
+
+
+def exchange(rank: int, size: int) -> list[Any]:
+    with join_processes(CPU) as processes:
+        assert (processes.rank, processes.size, processes.is_main) == (rank, size, rank == 0)
+        return [
+            processes.sum(torch.tensor([1.0, rank])),
+            processes.min(torch.tensor([5 - rank, rank])),
+            processes.agree({"from": rank}),
+            processes.gather(rank * 10),
+        ]
+
+
+def test_processes_add_agree_and_gather(tmp_path: Path) -> None:
+    for total, least, agreed, gathered in spawn(exchange, tmp_path):
+        assert total.tolist() == [2, 1]
+        assert least.tolist() == [4, 0]
+        assert agreed == {"from": 0}
+        assert gathered == [0, 10]
+
+
+def test_one_process_needs_no_group() -> None:
+    with join_processes(CPU) as processes:
+        assert processes is ALONE
+        assert processes.sum(torch.tensor(3.0)) == 3
+        assert processes.agree("x") == "x"
+        assert processes.gather(1) == [1]
+    assert local_device("cpu") == CPU
+
+
+def test_without_signals_nothing_is_asked() -> None:
+    with stop_on_signals() as stop:
+        assert not stop
+
+
+def parted(rank: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each batch of 8 this process's part, in two micro-batches of 2."""
+    part = 8 // size
+    return [
+        (images[start : start + 2], labels[start : start + 2])
+        for images, labels in batches(4)
+        for start in range(rank * part, (rank + 1) * part, 2)
+    ]
+
+
+def train_without_norms(rank: int, size: int) -> list[Tensor]:
+    with join_processes(CPU) as processes:
+        one = learner(small(norm=False), processes=processes)
+        train_one_epoch(one, parted(rank, size), steps=4, accumulate=4 // size)
+        return [parameter.detach() for parameter in one.model.parameters()]
+
+
+def train_with_norms(rank: int, size: int) -> dict[str, Tensor]:
+    with join_processes(CPU) as processes:
+        one = learner(small(), objective=ObjectiveConfig("trades"), processes=processes)
+        train_one_epoch(one, parted(rank, size), steps=4, accumulate=2)
+        return {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
+
+
+def test_gradients_are_those_of_the_global_batch(tmp_path: Path) -> None:
+    """Two processes with two micro-batches each, against one with four and one with the batch in one piece."""
+    one = learner(small(norm=False))
+    train_one_epoch(one, batches(4), steps=4)
+    expected = list(one.model.parameters())
+    for parameters in [*spawn(train_without_norms, tmp_path), train_without_norms(0, 1)]:
+        for ours, reference in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_end_with_the_same_network(tmp_path: Path) -> None:
+    """Batch statistics are each process's own, and their running averages are averaged after every step.
+
+    With TRADES, whose loss takes two passes through the network.
+    """
+    first, second = spawn(train_with_norms, tmp_path)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def normalize(rank: int, size: int) -> list[Tensor]:
+    with join_processes(CPU):
+        module = synchronize_batch_norms(nn.Sequential(nn.BatchNorm2d(3)), CPU)
+        images = inputs()[rank::size].requires_grad_()
+        output = module(images)
+        (output**3).sum().backward()
+        assert images.grad is not None
+        return [output.detach(), images.grad, module[0].running_mean, module[0].running_var]
+
+
+def inputs() -> Tensor:
+    return 2 + torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+
+
+def test_synchronized_batch_norm_is_batch_norm_of_the_whole_batch(tmp_path: Path) -> None:
+    images, reference = inputs().requires_grad_(), nn.BatchNorm2d(3)
+    output = reference(images)
+    (output**3).sum().backward()
+    assert images.grad is not None
+    for rank, (ours, gradient, mean, variance) in enumerate(spawn(normalize, tmp_path)):
+        torch.testing.assert_close(ours, output[rank::2].detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, images.grad[rank::2], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mean, reference.running_mean)
+        torch.testing.assert_close(variance, reference.running_var)
+
+
+def test_data_workers_never_keep_a_process_from_ending(tmp_path: Path) -> None:
+    """Not even where an error holds on to them; torch gives workers a handler that would end them at SIGTERM."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal\n"
+        "from torch.utils.data import DataLoader, IterableDataset\n"
+        "from robust_backbones.runs.distributed import leave_stop_signals_to_main\n"
+        "class Endless(IterableDataset):\n"
+        "    def __iter__(self):\n"
+        "        leave_stop_signals_to_main()\n"
+        "        yield from iter(int, 1)\n"
+        "loader = iter(DataLoader(Endless(), num_workers=2))\n"
+        "next(loader), next(loader)\n"
+        "for worker in loader._workers:\n"
+        "    os.kill(worker.pid, signal.SIGTERM)\n"
+        "for _ in range(20):\n"
+        "    next(loader)\n"
+        "raise RuntimeError('as training fails')\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "RuntimeError: as training fails"
+
+
+ENDS_IN_A_COLLECTIVE = """
+import atexit, sys
+import torch
+import torch.distributed as dist
+from robust_backbones.commands import cli
+def main(arguments):
+    dist.init_process_group("gloo")
+    print(f"before {dist.get_rank()}")
+    for _ in range(20):
+        tensor = torch.randn(100_000)
+        tensor.held = object()
+        dist.all_reduce(tensor, async_op=True)
+    return 0
+atexit.register(print, "handler")
+cli.run(main)
+"""
+
+
+def test_threads_of_gloo_do_not_abort_a_process_that_ends(tmp_path: Path) -> None:
+    """They let go of tensors while Python ends; handlers run all the same, and nothing printed is lost."""
+    script = tmp_path / "script.py"
+    script.write_text(ENDS_IN_A_COLLECTIVE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [result.stdout.count(said) for said in ("before 0", "before 1", "handler")] == [1, 1, 2]
+
+
+def go_on(rank: int, size: int, *, start: Path) -> dict[str, Tensor]:
+    """Eight steps of the recipe, with synchronised batch norms, from the trained network in ``start``."""
+    content = torch.load(start, weights_only=True)
+    spec = BackboneSpec("resnet18", 4)
+    model = NormalizedModel(build_backbone(spec), spec)
+    model.load_state_dict(content["model"])
+    data = [(x.chunk(size)[rank], y.chunk(size)[rank]) for x, y in content["batches"]]
+    with join_processes(CPU) as processes:
+        synchronize_batch_norms(model, CPU)
+        one = learner(model, ThreatModel("L2", 0.1), lr=0.001, attack=AttackConfig(), processes=processes)
+        train_one_epoch(one, data, steps=len(data))
+        return {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
+
+
+def test_two_processes_are_one_process_of_the_same_batch(
+    trained: tuple[NormalizedModel, Tensor, Tensor], tmp_path: Path
+) -> None:
+    """In float32, sums in another order: the weights' way over eight steps differs by less than a thousandth of it.
+
+    From a trained network, for on random weights each step multiplies any rounding a hundredfold, in plain PyTorch too.
+    """
+    model, images, labels = trained
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save({"model": start, "batches": noisy_batches(images, labels, 8, 32)}, tmp_path / "start.pt")
+    worker = functools.partial(go_on, start=tmp_path / "start.pt")
+    one, (two, other) = worker(0, 1), spawn(worker, tmp_path)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in two.items())
+
+    def length(difference: dict[str, Tensor]) -> float:
+        return sum(float(tensor.square().sum()) for tensor in difference.values()) ** 0.5
+
+    way = length({name: tensor - start[name].double() for name, tensor in one.items() if "num_batches" not in name})
+    apart = length({name: tensor - two[name] for name, tensor in one.items()})
+    assert way > 0
+    assert apart < 1e-3 * way
+
+
+def train(output: Path, data: Path, processes: int) -> RunRecord:
+    """The command itself, by torchrun."""
+    recipe = (
+        "--arch resnet18 --threat-model L2:0.5 --attack.steps 2 --eval-attack.steps 1 --attack.random-start "
+        "--epochs 2 --batch-size 16 --lr 0.005 --image-size 32 --val-resize 32 --sync-batch-norm "
+        "--device cpu --workers 0 --no-tensorboard --keep-checkpoints 9"
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launch, "tools/pretrain.py", "--data", str(data), "--output", str(output), *recipe.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"batch 16 = {processes} process" in result.stdout
+    return RunRecord.read(output / "record.json")
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_resumes_as_two_or_as_one(shapes: Path, tmp_path: Path) -> None:
+    """From its first epoch: as two again, bit for bit, random starts included; as one, it finishes all the same."""
+    data = shapes / "shapes_classification"
+    assert train(tmp_path / "two", data, 2).config["processes"] == 2
+    for name, processes in (("again", 2), ("alone", 1)):
+        shutil.copytree(tmp_path / "two", tmp_path / name)
+        (tmp_path / name / "record.json").unlink()
+        (tmp_path / name / "checkpoints/step_000000004.pt").unlink()
+        assert train(tmp_path / name, data, processes).config["processes"] == processes
+    two, again, alone = (
+        read_checkpoint(tmp_path / name / "checkpoint.pt").state_dict for name in ("two", "again", "alone")
+    )
+    assert all(torch.equal(tensor, again[name]) for name, tensor in two.items())
+    assert not all(torch.equal(tensor, alone[name]) for name, tensor in two.items())
