@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from robust_backbones.commands.pretrain import PretrainJob, submit
-from robust_backbones.runs.cluster import ClusterConfig, log_folder
-from robust_backbones.errors import InputError
 from robust_backbones.classification.pretrain import pretrain
+from robust_backbones.commands.pretrain import PretrainJob, submit
+from robust_backbones.errors import InputError
+from robust_backbones.runs.cluster import ClusterConfig, log_folder
 from robust_backbones.runs.record import RunRecord
 from tests.classification.test_pretrain import CONFIG, HERE, same_weights
 

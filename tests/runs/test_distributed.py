@@ -15,6 +15,10 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.engine import train_one_epoch
+from robust_backbones.classification.objectives import ObjectiveConfig
+from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.runs.distributed import (
     ALONE,
     join_processes,
@@ -22,14 +26,10 @@ from robust_backbones.runs.distributed import (
     stop_on_signals,
     synchronize_batch_norms,
 )
-from robust_backbones.classification.engine import train_one_epoch
-from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
-from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.runs.record import RunRecord
-from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
-from tests.conftest import ROOT
 from tests.classification.test_engine import batches, learner, noisy_batches, small
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 
