@@ -16,7 +16,7 @@ from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 
 FORMAT = "robust_backbones.checkpoint/1"
-TRAINING_FORMAT = "robust_backbones.classification.train/1"
+TRAINING_FORMAT = "robust_backbones.training/1"
 """Of the files that a run resumes from; no backbone is read from them."""
 
 
