@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -129,18 +128,14 @@ def torchvision_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 def load_tool(name: str) -> ModuleType:
-    """The module of a command, or a script of tools/ as one."""
-    thin = {"convert_backbone": "commands.convert", "make_report": "commands.report", "sweep": "sweep.command"}
-    module_name = f"robust_backbones.{thin.get(name, f'commands.{name}')}"
-    if importlib.util.find_spec(module_name):
-        return importlib.import_module(module_name)
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    """The module of a command, by the name of its script in tools/."""
+    modules = {
+        "convert_backbone": "commands.convert",
+        "make_report": "commands.report",
+        "sweep": "sweep.command",
+        "train_net": "commands.train",
+    }
+    return importlib.import_module(f"robust_backbones.{modules.get(name, f'commands.{name}')}")
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ FLOORS = (
     "analysis",
     "commands",
     "sweep",
+    "__main__",
 )
 """From the ground up: a room imports from those before it alone."""
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,0 +1,106 @@
+"""Train and evaluate Faster R-CNN or Mask R-CNN from a converted backbone; Detectron2's own interface.
+
+Example, on 8 GPUs:
+    robust-backbones train --config-file detectron_configs/PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml \\
+        --num-gpus 8 MODEL.WEIGHTS robust.pkl OUTPUT_DIR runs/voc_robust
+
+More --config-file options change the first: those in detectron_configs/protocols and detectron_configs/architectures.
+The run stops before training unless MODEL.WEIGHTS fills every tensor of the backbone and fits the configuration.
+DETECTRON2_DATASETS names the folder with the data sets. Without a GPU it runs on the CPU. OUTPUT_DIR gets
+model_final.pth, metrics.json and record.json (box / mask AP). After SIGTERM or SIGUSR1 the state is written, and the
+same command with --resume goes on as if nothing had happened. Exit status: 0 done, 1 training diverged or its result is
+not the expected one, 2 bad input, 75 stopped by a signal.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robust_backbones.errors import InputError
+from robust_backbones.runs.record import RunRecord
+
+if TYPE_CHECKING:
+    from detectron2.config import CfgNode
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", type=Path, action="append", default=[], help="may be given several times")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT_DIR, if any")
+    parser.add_argument("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
+    parser.add_argument(
+        "--allow-partial-backbone", action="store_true", help="leave tensors that MODEL.WEIGHTS lacks random"
+    )
+    parser.add_argument(
+        "--reference-eval", action="store_true", help="COCO AP by pycocotools: slower, the same numbers"
+    )
+    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, one a GPU (or on CPUs)")
+    parser.add_argument("--num-machines", type=int, default=1)
+    parser.add_argument("--machine-rank", type=int, default=0, help="0 to num-machines - 1")
+    parser.add_argument("--dist-url", default="auto", help="tcp://FIRST_MACHINE:PORT, needed with several machines")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration")
+    options = parser.parse_args(arguments)
+
+    import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
+    from robust_backbones.detection.launch import is_first_process, launch
+    from robust_backbones.detection.trainer import check_expected
+
+    cfg, finished = configure(options)
+    if not finished:
+        launch(
+            run,
+            (cfg, options),
+            num_gpus=options.num_gpus,
+            num_machines=options.num_machines,
+            machine_rank=options.machine_rank,
+            dist_url=options.dist_url,
+        )
+    if options.machine_rank == 0 and is_first_process():
+        record = RunRecord.read(Path(cfg.OUTPUT_DIR) / ("eval_record.json" if options.eval_only else "record.json"))
+        for name, value in record.metrics.items():
+            if name.endswith(("/AP", "/AP50", "/AP75")):
+                print(f"{record.dataset} {name}: {'not defined' if value is None else f'{value:.2f}'}")
+        print(f"{'finished before: ' if finished else ''}results written to {cfg.OUTPUT_DIR}")
+        check_expected(cfg, record.metrics)
+    return 0
+
+
+def configure(options: argparse.Namespace) -> "tuple[CfgNode, bool]":
+    """The configuration, after every check, and whether its run has finished before; nothing has been written yet."""
+    from robust_backbones.detection.config import load_config
+    from robust_backbones.detection.datasets import check_datasets, register_datasets
+    from robust_backbones.detection.launch import is_first_process, scale_to_processes
+    from robust_backbones.detection.run_folder import check_folder
+    from robust_backbones.detection.trainer import check_weights
+
+    if not options.config_file:
+        raise InputError("give --config-file, one of detectron_configs/*/*.yaml")
+    if len(options.opts) % 2:
+        raise InputError(f"configuration overrides come as KEY VALUE pairs, got: {' '.join(options.opts)}")
+    cfg = load_config(options.config_file, options.opts)
+    cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone
+    cfg.TEST.REFERENCE_EVAL |= options.reference_eval
+    cfg = scale_to_processes(cfg, num_gpus=options.num_gpus, num_machines=options.num_machines)
+    register_datasets(cfg)
+    finished = not options.eval_only and check_folder(cfg, resume=options.resume)
+    if is_first_process() and not finished:
+        for sentence in check_datasets(cfg, eval_only=options.eval_only):
+            print(f"warning: {sentence}", file=sys.stderr)
+        check_weights(cfg, resume=options.resume, whole_detector=options.eval_only)
+    return cfg, finished
+
+
+def run(cfg: "CfgNode", options: argparse.Namespace) -> None:
+    """One process of the run: train and evaluate, or evaluate alone."""
+    from robust_backbones.detection import trainer
+    from robust_backbones.detection.datasets import register_datasets
+    from robust_backbones.detection.run_folder import set_up
+
+    register_datasets(cfg)  # a spawned process starts without them
+    cfg = set_up(cfg, training=not options.eval_only)
+    if options.eval_only:
+        trainer.evaluate(cfg)
+    else:
+        trainer.train(cfg, resume=options.resume)
