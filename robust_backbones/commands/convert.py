@@ -1,9 +1,9 @@
 """Convert a backbone to Detectron2's format, and prove that its features did not change.
 
 Examples:
-    python tools/convert_backbone.py runs/robust/checkpoint.pt robust.pkl --verify
-    python tools/convert_backbone.py hub:resnet50_l2_eps3 resnet50_l2_eps3.pkl --verify --image photo.jpg
-    python tools/convert_backbone.py robust.pkl robust.pth --to torchvision
+    robust-backbones convert runs/robust/checkpoint.pt robust.pkl --verify
+    robust-backbones convert hub:resnet50_l2_eps3 resnet50_l2_eps3.pkl --verify --image photo.jpg
+    robust-backbones convert robust.pkl robust.pth --to torchvision
 
 SRC is a checkpoint of tools/pretrain.py, of MadryLab's robustness library, RobustBench, torchvision, timm, MoCo,
 Lightning, Detectron2 or Detectron, or hub:NAME, one of the published robust backbones; --source names the layout

@@ -1,7 +1,7 @@
 """The whole path on synthetic shapes, without a download: two backbones, two Mask R-CNNs, one table, one picture.
 
 Example:
-    python tools/demo.py --output demo_output
+    robust-backbones demo --output demo_output
 
 Runs the project's own commands and prints each: PGD pre-training of a ResNet-50 (standard, and robust at L2 0.5),
 conversion with proof, Mask R-CNN fine-tuning and evaluation. 10 to 20 minutes on two CPU cores; steps that are done

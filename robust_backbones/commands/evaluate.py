@@ -1,14 +1,14 @@
 r"""Measure what a trained network can do beyond its clean accuracy.
 
 Example, a classifier's accuracy under PGD-20 and AutoAttack on 1000 images:
-    python tools/evaluate.py classifier runs/r50_linf_eps4/checkpoint.pt --data imagenet/val \
+    robust-backbones evaluate classifier runs/r50_linf_eps4/checkpoint.pt --data imagenet/val \
         --threat-model Linf:4/255 --output runs/r50_linf_eps4_robustness --limit 1000
 
 Example, a detector's AP under the 15 common corruptions:
-    python tools/evaluate.py detector runs/voc_robust/config.yaml runs/voc_robust/model_final.pth \
+    robust-backbones evaluate detector runs/voc_robust/config.yaml runs/voc_robust/model_final.pth \
         --output runs/voc_robust_robustness
 
-`python tools/evaluate.py classifier --help` and `... detector --help` list all options. --debug shows tracebacks.
+`robust-backbones evaluate classifier --help` and `... detector --help` list all options. --debug shows tracebacks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Classifier:
     """Clean, PGD and AutoAttack accuracy of a classifier, each with its 95 % interval.
 
     Example, at epsilon 3:
-        python tools/evaluate.py classifier checkpoint.pt --data imagenet/val --threat-model L2:3 --output runs/eval
+        robust-backbones evaluate classifier checkpoint.pt --data imagenet/val --threat-model L2:3 --output runs/eval
 
     OUTPUT gets outcomes.jsonl (a row an image) and record.json; an evaluation that was cut off goes on when the same
     command is given again.
@@ -64,11 +64,11 @@ class Detector:
     """Clean AP of a trained detector, its AP on corrupted images (P, mPC, rPC), in other domains and under attack.
 
     Example, on 500 images, in 2 processes:
-        python tools/evaluate.py detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_robustness \
+        robust-backbones evaluate detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_robustness \
             --limit 500 --jobs 2
 
     Example, under attack on two losses, and under the worse of them for each image:
-        python tools/evaluate.py detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_attacked \
+        robust-backbones evaluate detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_attacked \
             --corruptions none --attacks classification localization --threat-model Linf:4/255
 
     DETECTRON2_DATASETS names the folder with the data sets. OUTPUT gets cells/NAME/record.json and detections.json for

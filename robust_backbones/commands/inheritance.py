@@ -1,18 +1,18 @@
 r"""How much robustness survives fine-tuning? The protocol of ImageNet-RIB, for any backbone and related data sets.
 
 Example, without ImageNet's variants:
-    python tools/inheritance.py make-sets tiny-imagenet-100/val --output sets \
+    robust-backbones inheritance make-sets tiny-imagenet-100/val --output sets \
         --kinds sketch cartoon gaussian_noise-3 fog-3
-    python tools/inheritance.py run runs/tiny_r18/checkpoint.pt --pretraining tiny-imagenet-100 --sets sets/* \
+    robust-backbones inheritance run runs/tiny_r18/checkpoint.pt --pretraining tiny-imagenet-100 --sets sets/* \
         --methods fine_tuning linear_probe lwf wise_ft --output runs/inheritance --image-size 64 --val-resize 64
-    python tools/inheritance.py table runs/inheritance --output runs/inheritance_tables
+    robust-backbones inheritance table runs/inheritance --output runs/inheritance_tables
 
 Example, with them, their folders in data/:
-    python tools/inheritance.py run hub:resnet50_l2_eps3 --pretraining imagenet --data-root data --sets imagenet-v2 \
+    robust-backbones inheritance run hub:resnet50_l2_eps3 --pretraining imagenet --data-root data --sets imagenet-v2 \
         imagenet-a imagenet-r imagenet-sketch imagenet-cartoon imagenet-drawing objectnet imagenet-c --output runs/rib
 
 `corruptions` measures a classifier under the 15 common corruptions; `detector` puts a detector's backbone back under
-its classifier and attacks it. `python tools/inheritance.py run --help` lists the options of a command.
+its classifier and attacks it. `robust-backbones inheritance run --help` lists the options of a command.
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 
@@ -49,7 +49,7 @@ class Run:
     """Evaluate on every set, fine-tune on one, evaluate on every set again, for each set, method and seed.
 
     Example:
-        python tools/inheritance.py run runs/r50/checkpoint.pt --pretraining imagenet --sets sketch cartoon --output out
+        robust-backbones inheritance run runs/r50/checkpoint.pt --pretraining imagenet --sets a b --output out
 
     Several processes may be given the same command: they share the work. Methods, seeds and backbones may be added to
     an output later.
@@ -79,7 +79,7 @@ class Table:
     """RI, mRI, the accuracy matrices and their figures, and how distances go with forgetting.
 
     Example:
-        python tools/inheritance.py table runs/inheritance --output runs/inheritance_tables
+        robust-backbones inheritance table runs/inheritance --output runs/inheritance_tables
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -95,7 +95,7 @@ class MakeSets:
     """Related data sets from a folder of images: sketched, cartooned, or under a corruption at a severity.
 
     Example:
-        python tools/inheritance.py make-sets imagenet/val --output sets --kinds sketch cartoon snow-3
+        robust-backbones inheritance make-sets imagenet/val --output sets --kinds sketch cartoon snow-3
 
     Sets that show the same photographs let a network know the images of one from the other. With --disjoint no two do,
     and the kind photograph gives a validation set of those that are left.
@@ -121,8 +121,8 @@ class Corruptions:
     """Accuracy of a classifier under the 15 common corruptions at 5 severities, and mCE against a reference.
 
     Example, a fine-tuned network against the one before:
-        python tools/inheritance.py corruptions runs/r50/checkpoint.pt --data imagenet/val --output runs/r50_c
-        python tools/inheritance.py corruptions runs/inheritance/r50/fine_tuning/sketch/seed_0/checkpoint.pt \
+        robust-backbones inheritance corruptions runs/r50/checkpoint.pt --data imagenet/val --output runs/r50_c
+        robust-backbones inheritance corruptions runs/inheritance/r50/fine_tuning/sketch/seed_0/checkpoint.pt \
             --data imagenet/val --output runs/r50_sketch_c --reference runs/r50_c/record.json
     """
 
@@ -145,7 +145,7 @@ class Detector:
     """Accuracy of a backbone under its own classifier, clean and attacked, before and after detection training.
 
     Example:
-        python tools/inheritance.py detector runs/voc_robust/model_final.pth runs/robust/checkpoint.pt \
+        robust-backbones inheritance detector runs/voc_robust/model_final.pth runs/robust/checkpoint.pt \
             --data imagenet/val --threat-model L2:0.5 --no-autoattack --output runs/voc_robust_inheritance
     """
 

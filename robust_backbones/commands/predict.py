@@ -1,7 +1,7 @@
 """Find objects in images with a trained detector: pictures of them, and COCO's result format.
 
 Example, the detector of tools/demo.py on the images it was evaluated on:
-    python tools/predict.py demo_output/data/shapes/val --weights demo_output/robust/detector --output predictions
+    robust-backbones predict demo_output/data/shapes/val --weights demo_output/robust/detector --output predictions
 
 RUN is the OUTPUT_DIR of tools/train_net.py, which holds config.yaml and model_final.pth, or another .pth file in it.
 OUTPUT gets NAME.jpg for each image, with the boxes, masks and class names of what scores at least --min-score, and

@@ -1,10 +1,10 @@
 r"""Train a backbone adversarially, or normally at epsilon 0, on folders of images or WebDataset shards.
 
 Examples:
-    python tools/pretrain.py --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3
-    torchrun --nproc-per-node 8 tools/pretrain.py --recipe wide_resnet50_4_l2_eps5 --micro-batch-size 32 \
+    robust-backbones pretrain --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3
+    torchrun --nproc-per-node 8 -m robust_backbones pretrain --recipe wide_resnet50_4_l2_eps5 --micro-batch-size 32 \
         --data imagenet --output runs/wrn50_4_l2_eps5 --precision bf16
-    python tools/pretrain.py --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3 \
+    robust-backbones pretrain --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3 \
         --cluster.executor slurm --cluster.nodes 2 --cluster.partition gpu
 
 DATA/train and DATA/val hold one folder of images a class, or shards (*.tar). A recipe is that of a published backbone

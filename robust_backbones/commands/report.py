@@ -1,8 +1,8 @@
 r"""Make tables, figures and one self-contained report.html of the records that runs leave.
 
 Examples:
-    python tools/make_report.py runs/study --output report
-    python tools/make_report.py runs/voc_standard runs/voc_robust --output report --pictures 4
+    robust-backbones report runs/study --output report
+    robust-backbones report runs/voc_standard runs/voc_robust --output report --pictures 4
 
 Every record.json in the folders, however deep, is read. Runs that differ in backbone and seed alone are compared:
 mean, spread and interval over seeds, paired tests against the standard backbone with Holm's correction, effect size,

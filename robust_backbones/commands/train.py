@@ -15,13 +15,11 @@ not the expected one, 2 bad input, 75 stopped by a signal.
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from fvcore.common.config import CfgNode
 
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
-
-if TYPE_CHECKING:
-    from detectron2.config import CfgNode
 
 
 def main(arguments: list[str]) -> int:
@@ -67,7 +65,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def configure(options: argparse.Namespace) -> "tuple[CfgNode, bool]":
+def configure(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     """The configuration, after every check, and whether its run has finished before; nothing has been written yet."""
     from robust_backbones.detection.config import load_config
     from robust_backbones.detection.datasets import check_datasets, register_datasets
@@ -92,7 +90,7 @@ def configure(options: argparse.Namespace) -> "tuple[CfgNode, bool]":
     return cfg, finished
 
 
-def run(cfg: "CfgNode", options: argparse.Namespace) -> None:
+def run(cfg: CfgNode, options: argparse.Namespace) -> None:
     """One process of the run: train and evaluate, or evaluate alone."""
     from robust_backbones.detection import trainer
     from robust_backbones.detection.datasets import register_datasets

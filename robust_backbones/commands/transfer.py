@@ -1,17 +1,17 @@
 r"""Transfer backbones to other classification data sets: linear probes, full fine-tuning, and tables of both.
 
 Examples:
-    python tools/transfer.py datasets --data-root data
-    python tools/transfer.py probe flowers runs/standard/checkpoint.pt runs/robust/checkpoint.pt hub:resnet50_l2_eps3 \
+    robust-backbones transfer datasets --data-root data
+    robust-backbones transfer probe flowers runs/standard/checkpoint.pt runs/robust/checkpoint.pt hub:resnet50_l2_eps3 \
         --data-root data --output runs/flowers_probe
-    python tools/transfer.py finetune flowers runs/standard/checkpoint.pt runs/robust/checkpoint.pt --data-root data \
+    robust-backbones transfer finetune flowers runs/standard/checkpoint.pt runs/robust/checkpoint.pt --data-root data \
         --output runs/flowers_finetune
-    python tools/transfer.py table runs/flowers_probe runs/flowers_finetune --output flowers.md
+    robust-backbones transfer table runs/flowers_probe runs/flowers_finetune --output flowers.md
 
 A data set is one of the twelve of Salman et al. 2020 (`datasets` shows them) or the path of a folder that holds train/
 and test/. A backbone is a checkpoint of any source that tools/convert_backbone.py knows, or hub:NAME. Both modes choose
 learning rate and weight decay on held-out training images; --select-on test does as the public code, and tables say so.
-A command that was cut off goes on when it is given again. `python tools/transfer.py probe --help` lists its options.
+A command that was cut off goes on when it is given again. `robust-backbones transfer probe --help` lists its options.
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 

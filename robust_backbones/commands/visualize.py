@@ -1,17 +1,17 @@
 r"""Show what backbones see, side by side: units maximised from noise, inverted representations, input gradients.
 
 Examples:
-    python tools/visualize.py activation standard=runs/standard/checkpoint.pt robust=runs/robust/checkpoint.pt \
+    robust-backbones visualize activation standard=runs/standard/checkpoint.pt robust=runs/robust/checkpoint.pt \
         --units 0 1 2 3 --output runs/activation
-    python tools/visualize.py inversion standard=runs/standard/checkpoint.pt robust=runs/robust/checkpoint.pt \
+    robust-backbones visualize inversion standard=runs/standard/checkpoint.pt robust=runs/robust/checkpoint.pt \
         --data imagenet/val --images 50 --output runs/inversion
-    python tools/visualize.py saliency standard=hub:resnet50_l2_eps0 robust=hub:resnet50_l2_eps3 \
+    robust-backbones visualize saliency standard=hub:resnet50_l2_eps0 robust=hub:resnet50_l2_eps3 \
         --data imagenet/val --output runs/saliency
 
 A backbone is NAME=PATH or NAME=hub:PUBLISHED, of any source that tools/convert_backbone.py knows, a detector's
 model_final.pth too, which has no logits. OUTPUT gets picture.png, numbers.csv (a row an image and backbone) and
 record.json, with measures in their own units.
-`python tools/visualize.py inversion --help` lists the options of one command.
+`robust-backbones visualize inversion --help` lists the options of one command.
 Exit status: 0 done, 2 bad input. --debug shows tracebacks.
 """
 

@@ -1,11 +1,11 @@
 """Carry out a study: tasks x backbones x protocols x seeds, with the pre-training and conversions that they need.
 
 Examples:
-    python tools/sweep.py setup studies/small.yaml
-    python tools/sweep.py launch studies/small.yaml --executor local --jobs 2
-    python tools/sweep.py launch studies/coco_segmentation.yaml --executor slurm
-    python tools/sweep.py status studies/small.yaml --watch
-    python tools/sweep.py collect studies/small.yaml --to records
+    robust-backbones sweep setup studies/small.yaml
+    robust-backbones sweep launch studies/small.yaml --executor local --jobs 2
+    robust-backbones sweep launch studies/coco_segmentation.yaml --executor slurm
+    robust-backbones sweep status studies/small.yaml --watch
+    robust-backbones sweep collect studies/small.yaml --to records
 
 A manifest says what is compared; studies/ has those of the paper. `setup` checks everything that it names and writes
 the plan; `launch` does so too, and carries out every run that is not done: one after the other (here), several at once

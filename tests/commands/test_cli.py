@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from robust_backbones.__main__ import VERBS, main
 from robust_backbones.classification.engine import Learner, computes_bfloat16
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError, PreemptedError
@@ -19,9 +21,6 @@ from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
 
 Run = Callable[..., tuple[int, str, str]]
-TOOLS = sorted(
-    {path.stem for path in (ROOT / "tools").glob("*.py")} - {"install_detectron2"}
-)  # that one has its own tests
 SMALL = ["--arch", "resnet18", "--image-size", "32", "--val-resize", "32", "--batch-size", "8", "--epochs", "1"]
 FAST = [*SMALL, "--attack.steps", "1", "--eval-attack.steps", "1", "--workers", "0", "--device", "cpu"]
 FAST += ["--no-tensorboard"]
@@ -199,8 +198,6 @@ def test_without_detectron2_it_says_how_to_install_it(
     torchvision_file: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import sys
-
     for name in [name for name in sys.modules if name.startswith("robust_backbones.detection")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "detectron2", None)
@@ -223,12 +220,35 @@ def test_debug_shows_the_traceback_and_keeps_the_status(run_tool: Run, tmp_path:
     assert "no file at" in err
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_help_has_an_example(tool: str, run_tool: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run_tool(tool, "--help")
-    assert status == 0
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb_has_an_example(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["robust-backbones", verb, "--help"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    out = capsys.readouterr().out
+    assert exit_info.value.code == 0
+    assert out.startswith(f"usage: robust-backbones {verb} ")
     assert "Example" in out
-    assert f"python tools/{tool}.py" in out
+    assert f"robust-backbones {verb} " in out.split("Example", 1)[1]
+
+
+def test_verbs_are_listed_without_importing_torch() -> None:
+    code = "import sys, robust_backbones.__main__ as m; print(m.usage()); sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for verb in VERBS:
+        assert f"\n  {verb} " in result.stdout
+
+
+@pytest.mark.parametrize(("verb", "meant"), [("trian", "train"), ("convert_backbone", "convert"), ("x", "")])
+def test_an_unknown_verb_names_the_nearest(
+    verb: str, meant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["robust-backbones", verb])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert_refused((int(exit_info.value.code or 0), "", capsys.readouterr().err), f"robust-backbones {meant}")
 
 
 def test_table_of_records() -> None:
