@@ -21,7 +21,7 @@ from robust_backbones.analysis.study import Result, Run, display_rows, experimen
 from robust_backbones.analysis.tables import classifier_rows, detector_robustness_rows, markdown
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.transfer.inheritance.protocol import read_matrices
+from robust_backbones.transfer.inheritance.matrix import read_matrices
 from tests.conftest import ROOT, load_tool
 
 README = (ROOT / "README.md").read_text()

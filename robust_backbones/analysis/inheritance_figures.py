@@ -16,7 +16,7 @@ from scipy import stats
 
 from robust_backbones.analysis.figures import COLORS, MARKERS, Picture, save
 from robust_backbones.errors import InputError
-from robust_backbones.transfer.inheritance.protocol import Matrix
+from robust_backbones.transfer.inheritance.matrix import Matrix
 from robust_backbones.transfer.inheritance.related_sets import PRETRAINING
 
 Table = tuple[list[str], list[list[str]]]

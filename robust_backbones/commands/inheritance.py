@@ -36,8 +36,9 @@ from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.corruption import CorruptionConfig, evaluate_corruptions
 from robust_backbones.transfer.inheritance.detectors import compare_with_detector
 from robust_backbones.transfer.inheritance.made_sets import check_kind, make_set
-from robust_backbones.transfer.inheritance.protocol import Execution, Matrix, read_matrices, run_protocol
+from robust_backbones.transfer.inheritance.matrix import Matrix, read_matrices
 from robust_backbones.transfer.inheritance.related_sets import KNOWN_SETS
+from robust_backbones.transfer.inheritance.run import ProtocolExecution, run_protocol
 from robust_backbones.transfer.protocol import labels_of
 
 Device = Literal["cpu", "cuda"]
@@ -45,7 +46,7 @@ DEVICE: Device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
-class Run:
+class InheritanceOptions:
     """Evaluate on every set, fine-tune on one, evaluate on every set again, for each set, method and seed.
 
     Example:
@@ -65,7 +66,7 @@ class Run:
     output: Path
     """Folder for the results: LABEL/METHOD/SET/seed_S/record.json."""
     config: Annotated[InheritanceConfig, tyro.conf.arg(name="")] = field(default_factory=InheritanceConfig)
-    execution: Annotated[Execution, tyro.conf.arg(name="")] = field(default_factory=Execution)
+    execution: Annotated[ProtocolExecution, tyro.conf.arg(name="")] = field(default_factory=ProtocolExecution)
     methods: tuple[str, ...] = ("fine_tuning", "linear_probe", "lp_ft", "lwf", "l2_init", "wise_ft", "uniform_soup")
     """fine_tuning linear_probe lp_ft lwf ewc l2_init l2_sp lora visual_prompt wise_ft uniform_soup greedy_soup, and
     wise_ft_0.3 for WiSE-FT at another alpha than 0.5."""
@@ -75,7 +76,7 @@ class Run:
 
 
 @dataclass
-class Table:
+class InheritanceTableOptions:
     """RI, mRI, the accuracy matrices and their figures, and how distances go with forgetting.
 
     Example:
@@ -91,7 +92,7 @@ class Table:
 
 
 @dataclass
-class MakeSets:
+class MakeSetsOptions:
     """Related data sets from a folder of images: sketched, cartooned, or under a corruption at a severity.
 
     Example:
@@ -117,7 +118,7 @@ class MakeSets:
 
 
 @dataclass
-class Corruptions:
+class CorruptionsOptions:
     """Accuracy of a classifier under the 15 common corruptions at 5 severities, and mCE against a reference.
 
     Example, a fine-tuned network against the one before:
@@ -141,7 +142,7 @@ class Corruptions:
 
 
 @dataclass
-class Detector:
+class DetectorInheritanceOptions:
     """Accuracy of a backbone under its own classifier, clean and attacked, before and after detection training.
 
     Example:
@@ -164,29 +165,29 @@ class Detector:
 
 
 Arguments = (
-    Annotated[Run, tyro.conf.subcommand("run")]
-    | Annotated[Table, tyro.conf.subcommand("table")]
-    | Annotated[MakeSets, tyro.conf.subcommand("make-sets")]
-    | Annotated[Corruptions, tyro.conf.subcommand("corruptions")]
-    | Annotated[Detector, tyro.conf.subcommand("detector")]
+    Annotated[InheritanceOptions, tyro.conf.subcommand("run")]
+    | Annotated[InheritanceTableOptions, tyro.conf.subcommand("table")]
+    | Annotated[MakeSetsOptions, tyro.conf.subcommand("make-sets")]
+    | Annotated[CorruptionsOptions, tyro.conf.subcommand("corruptions")]
+    | Annotated[DetectorInheritanceOptions, tyro.conf.subcommand("detector")]
 )
 
 
 def main(arguments: list[str]) -> int:
     options = cli.parse(Arguments, arguments, description=__doc__)
-    if isinstance(options, Table):
+    if isinstance(options, InheritanceTableOptions):
         return table(options)
-    if isinstance(options, MakeSets):
+    if isinstance(options, MakeSetsOptions):
         return make_sets(options)
-    device = options.execution.device if isinstance(options, Run) else options.device
+    device = options.execution.device if isinstance(options, InheritanceOptions) else options.device
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
-    if isinstance(options, Run):
+    if isinstance(options, InheritanceOptions):
         return run(options)
-    return corruptions(options) if isinstance(options, Corruptions) else detector(options)
+    return corruptions(options) if isinstance(options, CorruptionsOptions) else detector(options)
 
 
-def run(options: Run) -> int:
+def run(options: InheritanceOptions) -> int:
     if not options.checkpoints:
         raise InputError("give one or more backbones")
     labels = labels_of(options.checkpoints)
@@ -217,7 +218,7 @@ def set_folder(name: str, data_root: Path | None) -> Path:
     return Path(name)
 
 
-def table(options: Table) -> int:
+def table(options: InheritanceTableOptions) -> int:
     matrices = read_matrices(options.runs)
     if options.methods:
         matrices = [one for one in matrices if one.method in options.methods]
@@ -252,7 +253,7 @@ def write(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
-def make_sets(options: MakeSets) -> int:
+def make_sets(options: MakeSetsOptions) -> int:
     for kind in options.kinds:
         check_kind(kind)
     if options.disjoint and not options.images_per_class:
@@ -273,7 +274,7 @@ def make_sets(options: MakeSets) -> int:
     return 0
 
 
-def corruptions(options: Corruptions) -> int:
+def corruptions(options: CorruptionsOptions) -> int:
     reference = None if options.reference is None else RunRecord.read(options.reference)
     record = evaluate_corruptions(
         options.config,
@@ -291,7 +292,7 @@ def corruptions(options: Corruptions) -> int:
     return 0
 
 
-def detector(options: Detector) -> int:
+def detector(options: DetectorInheritanceOptions) -> int:
     records = compare_with_detector(
         options.config,
         options.detector,

@@ -38,7 +38,7 @@ from robust_backbones.transfer.protocol import TransferConfig, labels_of
 
 
 @dataclass
-class Datasets:
+class DatasetsOptions:
     """What is there of the twelve data sets, what is missing, and where to get it."""
 
     data_root: Path
@@ -46,7 +46,7 @@ class Datasets:
 
 
 @dataclass
-class Task:
+class TransferOptions:
     """What both modes need."""
 
     dataset: tyro.conf.Positional[str]
@@ -62,7 +62,7 @@ class Task:
 
 
 @dataclass
-class Probe(Task):
+class ProbeOptions(TransferOptions):
     """Linear classifiers on the frozen backbone ("fixed-feature"): all settings, trials and backbones in one pass."""
 
     config: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
@@ -76,7 +76,7 @@ class Probe(Task):
 
 
 @dataclass(frozen=True)
-class Recipe(FinetuneConfig):
+class FinetuneRecipe(FinetuneConfig):
     """Fine-tuning as the command line has it: the grid sets the rest."""
 
     lr: tyro.conf.Suppress[float] = 0.01
@@ -85,16 +85,16 @@ class Recipe(FinetuneConfig):
 
 
 @dataclass
-class Finetune(Task):
+class FinetuneOptions(TransferOptions):
     """The whole network learns the new task ("full-network"); runs of the grid are kept and resumed one by one."""
 
     grid: Annotated[TransferConfig, tyro.conf.arg(name="")] = field(default_factory=TransferConfig)
-    config: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    config: Annotated[FinetuneRecipe, tyro.conf.arg(name="")] = field(default_factory=FinetuneRecipe)
     execution: Annotated[Execution, tyro.conf.arg(name="")] = field(default_factory=Execution)
 
 
 @dataclass
-class Table:
+class TransferTableOptions:
     """One table of finished experiments: mean, range and spread of the trials, and how each was selected."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -104,27 +104,27 @@ class Table:
 
 
 Arguments = (
-    Annotated[Datasets, tyro.conf.subcommand("datasets")]
-    | Annotated[Probe, tyro.conf.subcommand("probe")]
-    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
-    | Annotated[Table, tyro.conf.subcommand("table")]
+    Annotated[DatasetsOptions, tyro.conf.subcommand("datasets")]
+    | Annotated[ProbeOptions, tyro.conf.subcommand("probe")]
+    | Annotated[FinetuneOptions, tyro.conf.subcommand("finetune")]
+    | Annotated[TransferTableOptions, tyro.conf.subcommand("table")]
 )
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    if isinstance(options, Datasets):
+    if isinstance(options, DatasetsOptions):
         return datasets(options)
-    if isinstance(options, Table):
+    if isinstance(options, TransferTableOptions):
         return table(options)
     return transfer(options)
 
 
-def parse(arguments: list[str]) -> Datasets | Probe | Finetune | Table:
+def parse(arguments: list[str]) -> DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions:
     return cli.parse(Arguments, arguments, description=__doc__)
 
 
-def datasets(options: Datasets) -> int:
+def datasets(options: DatasetsOptions) -> int:
     if not options.data_root.is_dir():
         raise InputError(f"no folder {options.data_root}: give the one that holds the data sets")
     present = 0
@@ -139,7 +139,7 @@ def datasets(options: Datasets) -> int:
     return 0
 
 
-def transfer(options: Probe | Finetune) -> int:
+def transfer(options: ProbeOptions | FinetuneOptions) -> int:
     if not options.checkpoints:
         raise InputError("give one or more backbones behind the data set")
     labels = labels_of(options.checkpoints)
@@ -150,7 +150,7 @@ def transfer(options: Probe | Finetune) -> int:
         metric=options.metric,
     )
     checkpoints = {label: read_checkpoint(path) for label, path in zip(labels, options.checkpoints, strict=True)}
-    if isinstance(options, Probe):
+    if isinstance(options, ProbeOptions):
         if options.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
         records = linear_probe(
@@ -169,7 +169,7 @@ def transfer(options: Probe | Finetune) -> int:
     return 0
 
 
-def table(options: Table) -> int:
+def table(options: TransferTableOptions) -> int:
     text = classification_table(transfer_records(options.runs))
     if options.output is None:
         print(text)

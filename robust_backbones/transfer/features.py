@@ -19,7 +19,7 @@ from robust_backbones.transfer.networks import feature_extractor
 
 
 @dataclass
-class Backbone:
+class FrozenBackbone:
     """One of the backbones that are probed together."""
 
     label: str
@@ -47,7 +47,7 @@ class Features:
     ) -> None:
         self.compute = compute
         self.backbones = [
-            Backbone(label, checkpoint, feature_extractor(checkpoint, normalize=normalize))
+            FrozenBackbone(label, checkpoint, feature_extractor(checkpoint, normalize=normalize))
             for label, checkpoint in checkpoints.items()
         ]
         self._networks: list[nn.Module] = []

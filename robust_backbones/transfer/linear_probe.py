@@ -32,7 +32,7 @@ from robust_backbones.runs.identity import claim
 from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.transfer.features import Backbone, Features
+from robust_backbones.transfer.features import Features, FrozenBackbone
 from robust_backbones.transfer.heads import HeadBank, Heads, logistic_regressions
 from robust_backbones.transfer.networks import classifier_weights, new_classifier, transferred_spec
 from robust_backbones.transfer.protocol import (
@@ -238,7 +238,7 @@ class _Probe:
         """Of the trials; the optimum that L-BFGS finds is no matter of luck."""
         return self.config.seeds if self.config.solver == "sgd" else self.config.seeds[:1]
 
-    def _folder(self, backbone: Backbone, seed: int) -> Path:
+    def _folder(self, backbone: FrozenBackbone, seed: int) -> Path:
         return self.output / backbone.label / f"seed_{seed}"
 
     def _plain_features(self, images: ClassificationDataset, description: str) -> list[Tensor]:
@@ -312,7 +312,7 @@ class _Probe:
         seconds = self.seconds * (self.config.epochs - done) / done
         return f"{seconds / 60:.0f} min to go"
 
-    def _bank(self, backbone: Backbone) -> HeadBank:
+    def _bank(self, backbone: FrozenBackbone) -> HeadBank:
         config, spec = self.config, backbone.checkpoint.spec
         layers = [new_classifier(spec, self.images.outputs, seed=seed) for seed in config.seeds]
         device = self.features.compute.device
@@ -424,7 +424,7 @@ class _Probe:
         return {str(setting): [score(trial, place) for trial in trials] for place, setting in enumerate(heads.settings)}
 
     def _leave(
-        self, backbone: Backbone, seed: int, classifier: nn.Linear, value: float, selection: Selection
+        self, backbone: FrozenBackbone, seed: int, classifier: nn.Linear, value: float, selection: Selection
     ) -> RunRecord:
         """Write a trial's network and record."""
         config, checkpoint = self.config, backbone.checkpoint

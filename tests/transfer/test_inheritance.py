@@ -44,6 +44,7 @@ from robust_backbones.transfer.inheritance.detectors import with_own_classifier
 from robust_backbones.transfer.inheritance.distances import sinkhorn, wasserstein
 from robust_backbones.transfer.inheritance.fisher import diagonal_fisher
 from robust_backbones.transfer.inheritance.made_sets import apply
+from robust_backbones.transfer.inheritance.matrix import read_matrices
 from robust_backbones.transfer.inheritance.methods import (
     METHODS,
     Job,
@@ -55,8 +56,8 @@ from robust_backbones.transfer.inheritance.methods import (
     ordered,
     train,
 )
-from robust_backbones.transfer.inheritance.protocol import Execution, read_matrices, run_protocol
 from robust_backbones.transfer.inheritance.related_sets import PRETRAINING, Memory, RelatedSet, open_related_set
+from robust_backbones.transfer.inheritance.run import ProtocolExecution, run_protocol
 from robust_backbones.transfer.inheritance.weights import greedy_soup, interpolate, mean
 from tests.conftest import randomize_batch_norms
 
@@ -584,7 +585,7 @@ def protocol(world: Path, start: Checkpoint, output: Path, methods: list[str], *
         {name: world / name for name in ("negative", "mirrored")},
         output,
         methods=methods,
-        execution=Execution("cpu", workers=0),
+        execution=ProtocolExecution("cpu", workers=0),
     )
 
 

@@ -1,0 +1,114 @@
+"""The accuracies of ImageNet-RIB's protocol: its cells, each a record, and RI and mRI of the matrix that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from robust_backbones.errors import InputError
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.transfer.inheritance.methods import PRETRAINED
+from robust_backbones.transfer.inheritance.related_sets import PRETRAINING
+
+DISTANCES = "distances"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one record tells of: a backbone before fine-tuning, one after it, or its distances."""
+
+    label: str
+    """Of the backbone."""
+    method: str
+    """One of ``methods.METHODS``, PRETRAINED or DISTANCES."""
+    target: str = ""
+    """The set that it is fine-tuned on; empty for the last two."""
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Relative to the output."""
+        parts = (self.target, f"seed_{self.seed}") if self.target else ()
+        return Path(self.label, self.method, *parts)
+
+    def __str__(self) -> str:
+        what = f"{self.label}: {self.method}"
+        return f"{what} on {self.target}, seed {self.seed}" if self.target else what
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Accuracies (0-100) of one backbone with one method and seed, before and after fine-tuning on each set.
+
+    Attributes:
+        sets: the related sets, in the order of their names; ``before`` and each row have PRETRAINING beside them.
+        before: accuracy by set of the pre-trained network.
+        after: set fine-tuned on -> accuracy by set; rows of cells that have not run are not there.
+        distances: set -> its 2-Wasserstein distance to pre-training, where that was measured.
+    """
+
+    label: str
+    method: str
+    seed: int
+    sets: tuple[str, ...]
+    before: Mapping[str, float]
+    after: Mapping[str, Mapping[str, float]]
+    distances: Mapping[str, float]
+
+    def robustness_improvement(self, target: str) -> float:
+        """RI_i = mean over j ≠ i of (accuracy on j after fine-tuning on i - accuracy on j before)."""
+        others = [name for name in self.sets if name != target]
+        return fmean(self.after[target][name] - self.before[name] for name in others)
+
+    @property
+    def mean_robustness_improvement(self) -> float | None:
+        """mRI, the mean of RI_i over all sets; None while a row is missing."""
+        if set(self.after) != set(self.sets):
+            return None
+        return fmean(self.robustness_improvement(name) for name in self.sets)
+
+    def change(self, target: str, name: str) -> float:
+        """Accuracy on ``name`` after fine-tuning on ``target`` minus that before."""
+        return self.after[target][name] - self.before[name]
+
+
+def read_matrices(folders: Sequence[Path]) -> list[Matrix]:
+    """The matrices of finished cells in outputs of ``run_protocol``, by label, method and seed.
+
+    Raises:
+        InputError: there is no output, or one without its ``pretrained`` cell.
+    """
+    matrices = []
+    for folder in folders:
+        labels = sorted(path.parents[1] for path in folder.glob(f"*/{PRETRAINED}/record.json"))
+        if not labels:
+            raise InputError(f"no finished cells in {folder}: give the --output of `run`")
+        for label in labels:
+            matrices += list(_matrices_of(label))
+    return matrices
+
+
+def _matrices_of(folder: Path) -> Iterator[Matrix]:
+    before = _accuracies(RunRecord.read(folder / PRETRAINED / "record.json"))
+    sets = tuple(sorted(before.keys() - {PRETRAINING}))
+    path = folder / DISTANCES / "record.json"
+    found = RunRecord.read(path).metrics if path.exists() else {}
+    apart = {name: value for name in before if (value := found.get(f"wasserstein/{name}")) is not None}
+    rows: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    for path in sorted(folder.glob("*/*/seed_*/record.json")):
+        record = RunRecord.read(path)
+        row = rows.setdefault((record.config["method"], record.seed), {})
+        row[record.config["target"]] = _accuracies(record)
+    for (method, seed), after in sorted(rows.items()):
+        yield Matrix(folder.name, method, seed, sets, before, after, apart)
+
+
+def _accuracies(record: RunRecord) -> dict[str, float]:
+    prefix = "accuracy/"
+    return {
+        name.removeprefix(prefix): value
+        for name, value in record.metrics.items()
+        if name.startswith(prefix) and value is not None
+    }
