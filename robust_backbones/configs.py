@@ -3,6 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 CONFIG_DIR = Path(__file__).with_name("detectron_configs")
 STUDY_DIR = Path(__file__).with_name("studies")
+
+DETECTOR_KEYS: dict[str, Any] = {
+    # An empty MODEL.WEIGHTS means a random backbone; it has to be asked for.
+    "MODEL.BACKBONE.FROM_SCRATCH": False,
+    # A backbone file that does not fill every tensor is refused, unless parts of the backbone are to be random.
+    "MODEL.BACKBONE.ALLOW_PARTIAL": False,
+    # A norm (as RESNETS.NORM) behind res5 in the ROI heads of C4 detectors, as in MoCo's detection protocol; "": none.
+    "MODEL.ROI_HEADS.RES5_NORM": "",
+    # On CPUs: a ROIAlign that is faster than torchvision's (benchmark mask-rcnn) and equal to it up to rounding.
+    "MODEL.FAST_ROI_ALIGN": True,
+    # "float16" is Detectron2's own AMP and needs CUDA; "bfloat16" needs no loss scaling and runs on CPUs too.
+    "SOLVER.AMP.DTYPE": "float16",
+    # Decay, in [0, 1), of the exponential moving average of the weights, which is what is evaluated and saved; 0: off.
+    "SOLVER.EMA_DECAY": 0.0,
+    # "AdamW" takes WEIGHT_DECAY and the like as "SGD" does, and has no use for MOMENTUM and NESTEROV.
+    "SOLVER.OPTIMIZER": "SGD",
+    # The learning rate of the backbone (without FPN) as a multiple of the rest's.
+    "SOLVER.BACKBONE_MULTIPLIER": 1.0,
+    # The adversary of adversarial training: "free" or "pgd", as detection/adversarial.py has them; "": none.
+    "ADVERSARIAL.KIND": "",
+    # In pixels of [0, 1], before they are normalised.
+    "ADVERSARIAL.THREAT_MODEL": "Linf:4/255",
+    # Where the perturbation of an image starts: at 0, or at a random point of the ball.
+    "ADVERSARIAL.RANDOM_START": False,
+    # m of free training: the updates for each batch. MAX_ITER and all else count updates, not batches.
+    "ADVERSARIAL.REPLAYS": 4,
+    # Of PGD; a step's size is a fraction of epsilon.
+    "ADVERSARIAL.STEPS": 3,
+    "ADVERSARIAL.RELATIVE_STEP_SIZE": 2 / 3,
+    # Data sets in COCO's format to register: (name, annotation file, image folder), the paths within the folder
+    # that the environment variable DETECTRON2_DATASETS names.
+    "DATASETS.COCO_FORMAT": (),
+    # COCO's own (slow) pycocotools instead of faster-coco-eval, which gives the same numbers.
+    "TEST.REFERENCE_EVAL": False,
+    # How many test images are drawn with their detections to TensorBoard at each evaluation.
+    "TEST.VISUALIZE": 4,
+    # The metric, as "bbox/AP50", by which model_best.pth is chosen; "": segm/AP with masks, bbox/AP without.
+    "TEST.BEST_METRIC": "",
+}
+"""The keys that we add to Detectron2's configuration, with their defaults."""

@@ -9,17 +9,21 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from robust_backbones.analysis.paper import PaperResult, differences_to_paper, paper_result
 from robust_backbones.analysis.statistics import Comparison, Summary, compare, p_value, summarize
+from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.corruptions import CORRUPTIONS
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.identity import flat, identity
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer import finetune, linear_probe
+from robust_backbones.transfer.protocol import TransferConfig
 
 TASKS = {
     "detection": "Detection",
@@ -41,30 +45,19 @@ METHOD = (
 METRICS = {"bbox": "box", "segm": "mask", "bbox-area": "box (area)", "bbox-11point": "box (11-point)"}
 HEADLINES = ("bbox/AP", "segm/AP", "clean_accuracy", "robust_accuracy")
 """What summary and figures are about."""
-# What a run's configuration may say without being another experiment: which backbone and seed, where it runs, what it
-# shows and how often it saves; of a transfer trial also what its grid chose.
-_FREE = {
+# What is varied within an experiment: backbone and seed, and of a transfer trial what its grid chose.
+_VARIED = {
     "SEED",
-    "OUTPUT_DIR",
-    "VIS_PERIOD",
-    "CUDNN_BENCHMARK",
-    "DATALOADER.NUM_WORKERS",
-    "MODEL.DEVICE",
     "MODEL.WEIGHTS",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.REFERENCE_EVAL",
-    "TEST.VISUALIZE",
+    "MODEL.BACKBONE.FROM_SCRATCH",
+    "weights_sha256",
     "seed",
     "seeds",
     "run",
     "lr",
     "weight_decay",
-    "micro_batch_size",
-    "processes",
-    "weights_sha256",
-    "MODEL.BACKBONE.FROM_SCRATCH",
 }
-_FREE_SECTIONS = ("selection.", "warnings.")
+_CHOSEN = ("selection.", "warnings.")
 _SCRATCH = "from scratch"
 
 # What a reader tells experiments apart by, before any other key of their configurations.
@@ -88,6 +81,16 @@ _TELLING = (
 )
 
 
+@cache
+def _defaults(mode: str) -> dict[str, Any]:
+    """What records mean by a setting that they do not name; only those of transfer trials have a ``mode``."""
+    if mode == linear_probe.MODE:
+        return linear_probe.ProbeConfig().to_dict()
+    if mode == finetune.MODE:
+        return {**finetune.FinetuneConfig().to_dict(), **TransferConfig().to_dict()}
+    return DETECTOR_KEYS
+
+
 @dataclass(frozen=True)
 class Run:
     """A record and the folder that it lies in."""
@@ -108,11 +111,8 @@ class Run:
     @property
     def setting(self) -> dict[str, Any]:
         """Its configuration without what may differ within an experiment."""
-        return {
-            key: value
-            for key, value in _flat(self.record.config).items()
-            if key not in _FREE and not key.startswith(_FREE_SECTIONS)
-        }
+        config = identity(self.record.config, _defaults(str(self.record.config.get("mode"))))
+        return {key: value for key, value in config.items() if key not in _VARIED and not key.startswith(_CHOSEN)}
 
     @property
     def seed(self) -> int:
@@ -122,7 +122,7 @@ class Run:
     @property
     def is_from_scratch(self) -> bool:
         """Whether its backbone's weights were random."""
-        return bool(_flat(self.record.config).get("MODEL.BACKBONE.FROM_SCRATCH")) and not self.record.backbone
+        return bool(flat(self.record.config).get("MODEL.BACKBONE.FROM_SCRATCH")) and not self.record.backbone
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Experiment:
         """Those that get a table, and that some run has a value of."""
         names = dict.fromkeys(name for run in self.runs for name in run.record.metrics)
         # Without an adversary, robust accuracy is the clean one once more.
-        adversary = str(self.runs[0].record.config.get("eval_threat_model", "L2:0"))
+        adversary = str(self.runs[0].record.config.get("eval_threat_model") or "L2:0")
         return [
             n
             for n in names
@@ -541,14 +541,6 @@ def _comparison_cells(comparison: Comparison | None) -> list[str]:
         return [difference, "-", "-"]
     difference += f" ({comparison.low:+.2f} to {comparison.high:+.2f})"
     return [difference, p_value(comparison.p_holm), f"{comparison.effect:+.2f}"]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"TEST": {"VISUALIZE": 4}}`` -> ``{"TEST.VISUALIZE": 4}``."""
-    values: dict[str, Any] = {}
-    for name, value in config.items():
-        values |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return values
 
 
 def _checked(record: RunRecord, path: Path) -> RunRecord:

@@ -78,7 +78,7 @@ def classification_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[l
     rows = []
     for (dataset, mode, label, way, on, _), trials in sorted(groups.items()):
         values = [trial.metrics["clean_accuracy"] or 0.0 for trial in trials]
-        against = str(trials[0].config.get("eval_threat_model", "L2:0"))
+        against = str(trials[0].config.get("eval_threat_model") or "L2:0")
         robust = [] if against.endswith(":0") else [trial.metrics.get("robust_accuracy") or 0.0 for trial in trials]
         regression = trials[0].config.get("solver") == "lbfgs"
         rows.append(
@@ -145,7 +145,7 @@ def classifier_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[
     ]
     rows = []
     for record in sorted(records, key=lambda record: (record.task, record.dataset, record.run_id)):
-        robust, against = "robust", str(record.config.get("eval_threat_model", "-"))
+        robust, against = "robust", str(record.config.get("eval_threat_model") or "-")
         if record.task == "robustness":
             robust = "pgd"
             against = f"{record.config['threat_model']}, PGD-{record.config['attack']['steps']}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from robust_backbones.checkpoint import zoo
 from robust_backbones.classification.train import (
@@ -37,13 +36,6 @@ class PretrainConfig(TrainingConfig):
         if not 0 <= self.stylize <= 1:
             raise InputError(f"stylize is a largest share of other amplitudes, in [0, 1], got {self.stylize:g}")
         BackboneSpec(self.arch, stem=self.stem)  # refuses what it does not know
-
-    def to_dict(self) -> dict[str, Any]:
-        """As of any training; ``stylize`` only where it is on: runs of before this switch are the same ones."""
-        values = super().to_dict()
-        if not self.stylize:
-            del values["stylize"]
-        return values
 
 
 def recipe(name: str) -> PretrainConfig:

@@ -328,7 +328,8 @@ class _Run:
 
     def carry_out(self) -> RunRecord:
         identity = {**self.config.to_dict(), **self.task.identity}
-        finished = self.processes.agree(claim(self.output, identity) if self.processes.is_main else None)
+        defaults = type(self.config)().to_dict()
+        finished = self.processes.agree(claim(self.output, identity, defaults) if self.processes.is_main else None)
         if finished:
             return RunRecord.read(self.output / "record.json")
         if self.execution.skip_unreadable:

@@ -5,64 +5,31 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.configs import CONFIG_DIR
+from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS
 from robust_backbones.detection.roi_heads import BackboneRes5ROIHeads
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
+from robust_backbones.runs.identity import flat
 from robust_backbones.threat_models import ThreatModel
 
 
 def base_config() -> CfgNode:
     """Detectron2's defaults and the keys that we add."""
     cfg = get_cfg()
-    # An empty MODEL.WEIGHTS means a random backbone; it has to be asked for.
-    cfg.MODEL.BACKBONE.FROM_SCRATCH = False
-    # A backbone file that does not fill every tensor is refused, unless parts of the backbone are to be random.
-    cfg.MODEL.BACKBONE.ALLOW_PARTIAL = False
-    # A norm (as RESNETS.NORM) behind res5 in the ROI heads of C4 detectors, as in MoCo's detection protocol; "": none.
-    cfg.MODEL.ROI_HEADS.RES5_NORM = ""
-    # On CPUs: a ROIAlign that is faster than torchvision's (benchmark mask-rcnn) and equal to it up to rounding.
-    cfg.MODEL.FAST_ROI_ALIGN = True
-    # "float16" is Detectron2's own AMP and needs CUDA; "bfloat16" needs no loss scaling and runs on CPUs too.
-    cfg.SOLVER.AMP.DTYPE = "float16"
-    # Decay, in [0, 1), of the exponential moving average of the weights, which is what is evaluated and saved; 0: off.
-    cfg.SOLVER.EMA_DECAY = 0.0
-    # "AdamW" takes WEIGHT_DECAY and the like as "SGD" does, and has no use for MOMENTUM and NESTEROV.
-    cfg.SOLVER.OPTIMIZER = "SGD"
-    # The learning rate of the backbone (without FPN) as a multiple of the rest's.
-    cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
-    # The adversary of adversarial training: "free" or "pgd", as detection/adversarial.py has them; "": none.
-    cfg.ADVERSARIAL = CfgNode()
-    cfg.ADVERSARIAL.KIND = ""
-    # In pixels of [0, 1], before they are normalised.
-    cfg.ADVERSARIAL.THREAT_MODEL = "Linf:4/255"
-    # Where the perturbation of an image starts: at 0, or at a random point of the ball.
-    cfg.ADVERSARIAL.RANDOM_START = False
-    # m of free training: the updates for each batch. MAX_ITER and all else count updates, not batches.
-    cfg.ADVERSARIAL.REPLAYS = 4
-    # Of PGD; a step's size is a fraction of epsilon.
-    cfg.ADVERSARIAL.STEPS = 3
-    cfg.ADVERSARIAL.RELATIVE_STEP_SIZE = 2 / 3
-    # Data sets in COCO's format to register: (name, annotation file, image folder), the paths within the folder
-    # that the environment variable DETECTRON2_DATASETS names.
-    cfg.DATASETS.COCO_FORMAT = ()
-    # COCO's own (slow) pycocotools instead of faster-coco-eval, which gives the same numbers.
-    cfg.TEST.REFERENCE_EVAL = False
-    # How many test images are drawn with their detections to TensorBoard at each evaluation.
-    cfg.TEST.VISUALIZE = 4
-    # The metric, as "bbox/AP50", by which model_best.pth is chosen; "": segm/AP with masks, bbox/AP without.
-    cfg.TEST.BEST_METRIC = ""
+    for key, value in DETECTOR_KEYS.items():
+        node, (*path, name) = cfg, key.split(".")
+        for part in path:
+            node = node.setdefault(part, CfgNode())
+        node[name] = value
     return cfg
 
 
@@ -157,21 +124,3 @@ def _unknown_key(cfg: CfgNode, message: str) -> str:
     key = message.rsplit(" ", 1)[-1]
     near = difflib.get_close_matches(key, list(flat(cfg)), n=1, cutoff=0.5)
     return f"unknown configuration key {key}" + (f": did you mean {near[0]}?" if near else ": check its spelling")
-
-
-@cache
-def own_defaults() -> dict[str, Any]:
-    """The keys that ``base_config`` adds to Detectron2's, by their full names, as YAML has their values.
-
-    Files of a version that did not know one of them mean its default.
-    """
-    theirs = flat(get_cfg())
-    return {key: value for key, value in flat(yaml.safe_load(base_config().dump())).items() if key not in theirs}
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration's values by their full names: ``{"TEST": {"VISUALIZE": 4}}`` -> ``{"TEST.VISUALIZE": 4}``."""
-    values: dict[str, Any] = {}
-    for name, value in node.items():
-        values |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return values

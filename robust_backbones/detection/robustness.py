@@ -26,7 +26,6 @@ import detectron2.data.transforms as T
 import numpy as np
 import torch
 import torch.multiprocessing
-import yaml
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.data.detection_utils import SizeMismatchError
@@ -39,6 +38,7 @@ from torch.multiprocessing.spawn import ProcessException
 from tqdm import tqdm
 
 from robust_backbones.checkpoint.format import sha256
+from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
@@ -48,7 +48,7 @@ from robust_backbones.data.corruptions import (
     load_library,
 )
 from robust_backbones.detection.attacks import DetectorAttack, SanityCheck, attack_image, sanity_check
-from robust_backbones.detection.config import flat, load_config
+from robust_backbones.detection.config import load_config
 from robust_backbones.detection.data_stream import WorkerMapper
 from robust_backbones.detection.datasets import check_datasets, register_datasets
 from robust_backbones.detection.evaluators import VocEvaluator, coco_metrics
@@ -58,7 +58,7 @@ from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 from robust_backbones.runs.distributed import StopRequest, end_data_workers, stop_on_signals
 from robust_backbones.runs.files import atomic_path
-from robust_backbones.runs.identity import claim
+from robust_backbones.runs.identity import claim, identity
 from robust_backbones.runs.locks import HeldError, lock
 from robust_backbones.runs.record import RunRecord
 
@@ -194,7 +194,7 @@ def evaluate_detector(
     _check_categories(detector, dataset)
     for attack in attacks:
         attack.check(detector.model)
-    claim(output, job.identity)
+    claim(output, job.identity, DETECTOR_KEYS)
 
     done = sum(job.is_finished(cell) for cell in cells)
     with (
@@ -569,12 +569,10 @@ def _fingerprint(dataset: str, choice: CellChoice) -> str:
 
 def _identity(cfg: CfgNode, weights: Path, dataset: str, choice: CellChoice) -> dict[str, Any]:
     """What all cells of one folder share."""
-    keys = flat(yaml.safe_load(cfg.dump()))
-    kept = {name: value for name, value in keys.items() if name.startswith(("MODEL.", "INPUT.", "TEST.DETECTIONS"))}
-    for name in ("MODEL.DEVICE", "MODEL.WEIGHTS"):
-        del kept[name]
+    kept = ("MODEL.", "INPUT.", "TEST.DETECTIONS")
+    keys = {name: value for name, value in identity(cfg).items() if name.startswith(kept) and name != "MODEL.WEIGHTS"}
     return {
-        **kept,
+        **keys,
         "weights_sha256": sha256(weights),
         "dataset": dataset,
         "images": len(_chosen(dataset, choice)),

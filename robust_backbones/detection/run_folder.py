@@ -1,33 +1,21 @@
-"""The folder of a detector's training: whose it is, and the configuration it was begun with."""
+"""The folder of a detector's training: whose run it holds, and the configuration that started it."""
 
 from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import Any
 
 import detectron2.utils.comm as comm
 import torch
-import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from robust_backbones.detection.config import flat, own_defaults
+from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
-
-# What a run may change on its way: where it runs, what it shows and how often it saves, but nothing that it computes.
-_FREE = {
-    "OUTPUT_DIR",
-    "VIS_PERIOD",
-    "CUDNN_BENCHMARK",
-    "MODEL.DEVICE",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.REFERENCE_EVAL",
-    "TEST.VISUALIZE",
-}
+from robust_backbones.runs.identity import check_same, read_settings
 
 
 def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
@@ -42,26 +30,13 @@ def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
         if folder.exists() and any(folder.glob("model_*.pth")):
             raise InputError(f"{folder} holds checkpoints of no run of ours: give another OUTPUT_DIR")
         return False
-    held = {**own_defaults(), **read_run_config(path)}
+    held = read_settings(path)
     if cfg.SEED < 0:
         cfg.SEED = held.get("SEED", cfg.SEED)
-    own = flat(yaml.safe_load(cfg.dump()))
-    differing = sorted(key for key in (own.keys() | held.keys()) - _FREE if own.get(key) != held.get(key))
-    if differing:
-        told = ", ".join(f"{key} is {held.get(key)} there and {own.get(key)} here" for key in differing[:3])
-        told += f", and {len(differing) - 3} more" * (len(differing) > 3)
-        raise InputError(f"{folder} holds a run of another configuration ({told}): give another OUTPUT_DIR")
+    check_same(folder, held, cfg, DETECTOR_KEYS)
     if not resume:
-        raise InputError(f"{folder} holds this run already: give --resume to go on with it, or another OUTPUT_DIR")
+        raise InputError(f"{folder} holds this run already: give --resume to continue it, or another OUTPUT_DIR")
     return (folder / "record.json").exists()
-
-
-def read_run_config(path: Path) -> dict[str, Any]:
-    """The keys of a run's ``config.yaml``, by their full names."""
-    try:
-        return flat(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, AttributeError):
-        raise InputError(f"cannot read {path}: remove the folder, or give another OUTPUT_DIR") from None
 
 
 def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:

@@ -1,30 +1,122 @@
-"""What a run is, and who may write its folder."""
+"""What a run is: the settings that its results depend on, and the one folder that holds it.
+
+Two runs are the same when their settings are, but for those in ``FREE``. A setting that a file does not name has its
+default, so that folders written before an option existed stay what they are.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
 
+FREE = frozenset(
+    {
+        # Detectron2's keys: where a run works, what it shows, how often it saves. The number of data workers changes
+        # which random augmentation an image gets, never how it is drawn.
+        "OUTPUT_DIR",
+        "VIS_PERIOD",
+        "CUDNN_BENCHMARK",
+        "DATALOADER.NUM_WORKERS",
+        "MODEL.DEVICE",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "TEST.REFERENCE_EVAL",
+        "TEST.VISUALIZE",
+        # Our commands' options.
+        "output",
+        "device",
+        "workers",
+        "jobs",
+        "processes",
+        "micro_batch_size",
+        "errors",
+    }
+)
+"""Settings that never make another run; no result depends on them."""
+Settings = Mapping[str, Any]
 
-def claim(output: Path, identity: dict[str, Any]) -> bool:
-    """Make ``output`` the folder of the run that ``identity`` tells; True when that run has already finished there.
+
+def flat(config: Settings, prefix: str = "") -> dict[str, Any]:
+    """Values by their full names, tuples as lists: ``{"TEST": {"SIZES": (4, 5)}}`` -> ``{"TEST.SIZES": [4, 5]}``."""
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = _plain(value)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def identity(config: Settings, defaults: Settings | None = None) -> dict[str, Any]:
+    """The settings that tell a run from others, by their full names; those left out have the value in ``defaults``."""
+    return {name: value for name, value in (flat(defaults or {}) | flat(config)).items() if name not in FREE}
+
+
+def differences(held: Settings, own: Settings, defaults: Settings | None = None) -> list[str]:
+    """Names of the settings that make two runs different ones; empty when they are the same run."""
+    one, other = identity(held, defaults), identity(own, defaults)
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def digest(config: Settings, defaults: Settings | None = None) -> str:
+    """Ten hexadecimal digits, the same for the same run, also once an option with a default has been added."""
+    usual = identity(defaults or {})
+    telling = {name: value for name, value in identity(config).items() if value != usual.get(name)}
+    return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's ``config.json`` or ``config.yaml``, by their full names.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        text = path.read_text()
+        return flat(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        raise InputError(f"cannot read {path}: remove its folder, or choose another one") from None
+
+
+def check_same(folder: Path, held: Settings, own: Settings, defaults: Settings | None = None) -> None:
+    """Refuse a folder that holds another run than ``own``.
+
+    Raises:
+        InputError: it does; the message names the settings that differ.
+    """
+    if not (names := differences(held, own, defaults)):
+        return
+    one, other = identity(held, defaults), identity(own, defaults)
+    shown = ", ".join(f"{name} is {one.get(name)} there and {other.get(name)} here" for name in names[:3])
+    shown += f", and {len(names) - 3} more" * (len(names) > 3)
+    raise InputError(f"{folder} holds another run ({shown}): choose another output folder")
+
+
+def claim(folder: Path, config: Settings, defaults: Settings | None = None) -> bool:
+    """Make ``folder`` that of the run with these settings, in its config.json; True when that run has finished there.
+
+    Args:
+        defaults: values of the settings that an older config.json may lack.
 
     Raises:
         InputError: the folder holds something else.
     """
-    path = output / "config.json"
+    path = folder / "config.json"
     if path.exists():
-        held = json.loads(path.read_text())
-        if different := sorted(key for key in identity.keys() | held.keys() if identity.get(key) != held.get(key)):
-            raise InputError(
-                f"{output} holds another run (it differs in {', '.join(different)}): choose another --output"
-            )
-        return (output / "record.json").exists()
-    if output.exists() and any(output.iterdir()):
-        raise InputError(f"{output} is not empty and holds no run of ours: choose another --output")
-    write_json(path, identity)
+        check_same(folder, read_settings(path), config, defaults)
+        return (folder / "record.json").exists()
+    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no run of ours: choose another output folder")
+    write_json(path, config)
     return False

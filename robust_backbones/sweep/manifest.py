@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import io
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,10 +18,11 @@ from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.checkpoint.sources import HUB, Statement, read_checkpoint
 from robust_backbones.commands import evaluate, pretrain, transfer
-from robust_backbones.configs import CONFIG_DIR
+from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
 from robust_backbones.runs.cluster import ClusterConfig
+from robust_backbones.runs.identity import digest, flat
 from robust_backbones.sweep.plan import Plan, Run
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.protocol import labels_of
@@ -33,18 +32,6 @@ TRANSFER_MODES = ("probe", "finetune")
 SCRATCH = CONFIG_DIR / "protocols/scratch.yaml"
 _BACKBONES = ("pretrain", "file", "published", "scratch")
 _STATEMENTS = ("source", "mean", "std", "channel_order", "stride_in_1x1", "threat_model")
-# Where a detector's run is and what it needs on the way; what it computes does not depend on it.
-_FREE = {
-    "OUTPUT_DIR",
-    "VIS_PERIOD",
-    "CUDNN_BENCHMARK",
-    "MODEL.DEVICE",
-    "MODEL.WEIGHTS",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.REFERENCE_EVAL",
-    "TEST.VISUALIZE",
-}
-_FREE_IN_EVALUATION = {"config", "weights", "output", "errors", "jobs", "workers", "device"}
 Options = Mapping[str, Any]
 
 
@@ -274,10 +261,9 @@ class _Expansion:
                     raise InputError(f"task {task.name} is a transfer, and backbone {name} has nothing to transfer")
         return tuple(self._runs.values())
 
-    def _add(self, kind: str, name: str, group: str, identity: Any, **rest: Any) -> Run:
-        """The run of this identity; ``argv`` and ``results`` may hold {folder}, the run's own."""
-        digest = hashlib.sha256(json.dumps([kind, identity], sort_keys=True).encode()).hexdigest()
-        key = f"{name}-{digest[:10]}"
+    def _add(self, kind: str, name: str, group: str, config: Options, defaults: Options, **rest: Any) -> Run:
+        """The run of these settings; ``argv`` and ``results`` may hold {folder}, the run's own."""
+        key = f"{name}-{digest({'kind': kind, **config}, defaults)}"
         argv = rest.pop("argv")
         run = Run(key, kind, group, argv=tuple(word.replace("{folder}", self._folder(key)) for word in argv), **rest)
         return self._runs.setdefault(key, run)
@@ -315,6 +301,7 @@ class _Expansion:
             f"pretrain-{name}",
             f"pretrain-{name}",
             {**config.to_dict(), "data": parsed.data.name},
+            type(config)().to_dict(),
             argv=(str(TOOLS / "pretrain.py"), *words),
             work=config.epochs,
         )
@@ -325,7 +312,8 @@ class _Expansion:
             "convert",
             f"convert-{name}",
             "convert",
-            source.identity,
+            {"weights": source.identity},
+            {},
             argv=(
                 str(TOOLS / "convert_backbone.py"),
                 source.path,
@@ -360,7 +348,8 @@ class _Expansion:
                     "detect",
                     f"{group}-{name}-seed{seed}",
                     group,
-                    [_identity(setting), convert.key if convert else source.identity],
+                    {**setting, "MODEL.WEIGHTS": convert.key if convert else source.identity},
+                    DETECTOR_KEYS,
                     argv=(
                         str(TOOLS / "train_net.py"),
                         "--resume",
@@ -384,7 +373,8 @@ class _Expansion:
             "evaluate",
             f"robustness-{name}",
             f"robustness-{group}",
-            [{key: value for key, value in settings.items() if key not in _FREE_IN_EVALUATION}, detector.key],
+            {**settings, "config": "", "weights": detector.key},
+            {field.name: str(field.default) for field in fields(parsed)},
             argv=(str(TOOLS / "evaluate.py"), *words),
             needs=(detector.key,),
         )
@@ -394,13 +384,22 @@ class _Expansion:
         words = (task.transfer, task.dataset, source.path, "--output", "{folder}", "--seeds", *seeds)
         words = (*words, *_words(task.options))
         parsed = _parsed("transfer", words, f"task {task.name}")
-        config = parsed.grid.to_dict() | parsed.config.to_dict() if hasattr(parsed, "grid") else parsed.config.to_dict()
+        parts = [parsed.grid, parsed.config] if hasattr(parsed, "grid") else [parsed.config]
+        config = {key: value for part in parts for key, value in part.to_dict().items()}
+        defaults = {key: value for part in parts for key, value in type(part)().to_dict().items()}
         label = labels_of([Path(source.path)])[0]
         self._add(
             "transfer",
             f"{task.name}-{name}",
             task.name,
-            [task.transfer, config, Path(task.dataset).name, parsed.metric, source.identity],
+            {
+                **config,
+                "mode": task.transfer,
+                "dataset": Path(task.dataset).name,
+                "metric": parsed.metric,
+                "weights": source.identity,
+            },
+            defaults,
             argv=(str(TOOLS / "transfer.py"), *words),
             needs=source.needs,
             results=tuple(f"{label}/seed_{seed}/record.json" for seed in seeds),
@@ -447,27 +446,12 @@ def _parser(tool: str) -> Any:
 @cache
 def _settings(files: tuple[str, ...], overrides: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """Every key of a detector's configuration; needs Detectron2, whose defaults are part of it."""
-    from robust_backbones.detection.config import flat, load_config
+    from robust_backbones.detection.config import load_config
 
     # The machine that sets up need not be the one that trains: "meta" stands for neither CUDA nor its absence.
     words = [word for pair in overrides for word in pair]
     cfg = load_config([Path(file) for file in files], [*words, "MODEL.DEVICE", "meta"])
-    return flat(yaml.safe_load(cfg.dump()))
-
-
-def _identity(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells a detector's configuration from others.
-
-    Keys of ours at their defaults are left out: a version that knows one switch more has the same runs.
-    """
-    from robust_backbones.detection.config import own_defaults
-
-    defaults = own_defaults()
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in _FREE and not (key in defaults and value == defaults[key])
-    }
+    return flat(cfg)
 
 
 def _words(options: Options) -> tuple[str, ...]:

@@ -102,7 +102,8 @@ def full_finetune(
     images()  # refuses what it cannot use, before anything is written
     with join_processes(local_device(execution.device)) as processes:
         plain = {**config.to_dict(), **grid.to_dict(), "mode": MODE}
-        processes.agree(claim(output, identity(plain, checkpoints, data)) if processes.is_main else None)
+        defaults = {**type(config)().to_dict(), **type(grid)().to_dict()}
+        processes.agree(claim(output, identity(plain, checkpoints, data), defaults) if processes.is_main else None)
         if execution.skip_unreadable:
             if processes.is_main:  # looks, and writes the list that the others then read
                 without_unreadable(data, output, workers=execution.workers)

@@ -120,14 +120,8 @@ class ProbeConfig(TransferConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As of any transfer; the adversary only where there is one: probes of before this switch are the same ones."""
-        values = super().to_dict()
-        if self.eval_threat_model is None:
-            for name in ("eval_threat_model", "eval_attack", "eval_images"):
-                del values[name]
-        else:
-            values["eval_threat_model"] = str(self.eval_threat_model)
-        return values
+        """As of any transfer; the threat model as text."""
+        return {**super().to_dict(), "eval_threat_model": self.eval_threat_model and str(self.eval_threat_model)}
 
     @property
     def grid(self) -> Sequence[Setting | Penalty]:
@@ -177,7 +171,8 @@ def linear_probe(
     """
     with stop_on_signals() as stop:
         config.images(data)  # refuses what it cannot use, before anything is written
-        claim(output, identity({"mode": MODE, **config.to_dict()}, checkpoints, data))
+        defaults = type(config)().to_dict()
+        claim(output, identity({"mode": MODE, **config.to_dict()}, checkpoints, data), defaults)
         if skip_unreadable:
             data = without_unreadable(data, output, workers=workers)
         images, compute = config.images(data), Compute(torch.device(device), config.precision)

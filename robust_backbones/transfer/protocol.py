@@ -98,14 +98,8 @@ class TransferConfig:
         return [Setting(lr, decay) for lr in self.lrs for decay in self.weight_decays]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, the same before and after a trip through JSON.
-
-        ``downscale`` is there only where it is on: experiments of before this switch are the same ones.
-        """
-        values = dict(json.loads(json.dumps(asdict(self))))
-        if not self.downscale:
-            del values["downscale"]
-        return values
+        """Plain values, the same before and after a trip through JSON."""
+        return dict(json.loads(json.dumps(asdict(self))))
 
 
 class TransferImages:
@@ -242,7 +236,7 @@ def trial_record(
 
 
 def identity(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], data: TransferData) -> dict[str, Any]:
-    """What tells a run from others, for ``records.claim``."""
+    """All that the results of an experiment depend on, for ``runs.identity.claim``."""
     return {
         **config,
         "checkpoints": {label: checkpoint.source_sha256 for label, checkpoint in checkpoints.items()},

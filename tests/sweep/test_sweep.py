@@ -22,6 +22,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.errors import InputError
 from robust_backbones.runs.cluster import ClusterConfig
 from robust_backbones.runs.locks import HeldError, Owner, lock, owner_of
@@ -220,6 +221,7 @@ SAME = {
     "tasks/voc/overrides/SOLVER.AMP.ENABLED": "False",
     "tasks/voc/overrides/SOLVER.MAX_ITER": 120,  # what the file says
     "tasks/voc/overrides/TEST.VISUALIZE": 0,
+    "tasks/voc/overrides/DATALOADER.NUM_WORKERS": 9,
     "tasks/flowers/options/workers": 0,
     "pretraining/robust/batch_size": 512,  # the default
     "pretraining/robust/device": "cpu",
@@ -239,17 +241,8 @@ def test_what_changes_no_result_changes_no_key(path: str, tmp_path: Path) -> Non
 
 
 def test_a_later_switch_changes_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from robust_backbones.detection import config
-
-    before, base = keys(planned(tmp_path, SMALL)), config.base_config
-
-    def with_a_switch() -> Any:
-        cfg = base()
-        cfg.SOLVER.SWITCH = False
-        return cfg
-
-    monkeypatch.setattr(config, "base_config", with_a_switch)
-    monkeypatch.setattr(config, "own_defaults", config.own_defaults.__wrapped__)
+    before = keys(planned(tmp_path, SMALL))
+    monkeypatch.setitem(DETECTOR_KEYS, "SOLVER.SWITCH", False)
     monkeypatch.setattr(manifests, "_settings", manifests._settings.__wrapped__)
     assert keys(planned(tmp_path, SMALL)) == before
     assert keys(planned(tmp_path, with_(SMALL, "tasks/voc/overrides/SOLVER.SWITCH", True))) != before

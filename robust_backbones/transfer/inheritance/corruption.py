@@ -94,7 +94,7 @@ def evaluate_corruptions(
     images = RelatedSet(data.name, dataset, everything).limited(config.limit, seed=config.seed).images
     about = {**asdict(config), "data": data.name, "images": len(images)}
     against = _comparable(reference, about) if reference else {}
-    claim(output, {**about, "checkpoint_sha256": checkpoint.source_sha256})
+    claim(output, {**about, "checkpoint_sha256": checkpoint.source_sha256}, asdict(CorruptionConfig()))
     checkpoint = checkpoint.in_rgb()
     network = for_evaluation(NormalizedModel(checkpoint.build(), checkpoint.spec).to(compute.device), compute)
     metrics: dict[str, float | None] = {}

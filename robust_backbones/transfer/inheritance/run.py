@@ -146,11 +146,7 @@ class _Run:
             "pretraining": pretraining,
             "sets": {name: [len(related.images), len(related.classes)] for name, related in self.sets.items()},
         }
-        try:
-            claim(self.output / label, identity)
-        except InputError:
-            time.sleep(1)  # another process may be writing the same at this moment
-            claim(self.output / label, identity)
+        claim(self.output / label, identity, type(self.config)().to_dict())
 
     def run(self, cells: Sequence[Cell]) -> list[RunRecord]:
         """Run what is not there yet, but for what others are at work on; wait for them in the end."""

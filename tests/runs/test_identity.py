@@ -1,0 +1,87 @@
+"""Which runs are the same: not where they run, not what is left out at its default; all else makes another run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from robust_backbones.errors import InputError
+from robust_backbones.runs.identity import FREE, claim, differences, digest, flat, read_settings
+
+NAMES = st.sampled_from(["lr", "SEED", "a.b", "c", "label-1"])
+VALUES = st.none() | st.integers(-3, 3) | st.sampled_from([0.5, 1e-5]) | st.text("ab:0", max_size=3)
+LEAVES = VALUES | st.lists(VALUES, max_size=2)
+CONFIGS = st.dictionaries(NAMES, LEAVES | st.dictionaries(NAMES, LEAVES, max_size=3), max_size=4)
+FREE_PARTS = st.dictionaries(st.sampled_from(sorted(FREE)), VALUES)
+
+
+@given(CONFIGS, FREE_PARTS, FREE_PARTS)
+def test_free_settings_never_make_another_run(config: dict[str, Any], one: Any, other: Any) -> None:
+    assert not differences({**config, **one}, {**config, **other})
+    assert digest({**config, **one}) == digest({**config, **other})
+
+
+@given(CONFIGS, CONFIGS)
+def test_a_setting_left_out_has_its_default(config: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """In a folder of before the option existed, and in the digest of it."""
+    full = {**defaults, **config}
+    assert not differences(config, full, defaults)
+    assert digest(config, defaults) == digest(full, defaults)
+    assert digest(full, {}) == digest({**full, "later": 0.5}, {"later": 0.5})
+
+
+@given(CONFIGS, CONFIGS, CONFIGS)
+def test_digests_differ_where_runs_do(one: Any, other: Any, defaults: Any) -> None:
+    assert not differences(one, one, defaults)
+    assert differences(one, other, defaults) == differences(other, one, defaults)
+    assert (digest(one, defaults) != digest(other, defaults)) == bool(differences(one, other, defaults))
+
+
+@given(CONFIGS, NAMES, st.integers(4, 9))
+def test_every_other_setting_makes_another_run(config: dict[str, Any], name: str, value: int) -> None:
+    assert name in differences(config, {**config, name: value})
+
+
+@given(CONFIGS)
+def test_a_file_gives_the_run_back(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert read_settings(folder / "config.json") == read_settings(folder / "config.yaml") == flat(config)
+
+
+def test_names_are_full_and_tuples_are_lists() -> None:
+    assert flat({"TEST": {"SIZES": (4, (5,)), "NONE": {}}, "seed": 0}) == {"TEST.SIZES": [4, [5]], "seed": 0}
+
+
+def test_a_folder_holds_one_run(tmp_path: Path) -> None:
+    """Claimed once, found again wherever it runs, and refused to every other run."""
+    folder, config = tmp_path / "run", {"lr": 0.1, "attack": {"steps": 3}, "sizes": (1, 2), "device": "cpu"}
+    assert not claim(folder, config)
+    assert not claim(folder, {**config, "device": "cuda"})
+    assert not claim(folder, {**config, "views": 2}, {"views": 2})
+    (folder / "record.json").touch()
+    assert claim(folder, config)
+    with pytest.raises(InputError, match=r"another run \(attack.steps is 3 there and 4 here, lr is 0.1 .*, and 1 more"):
+        claim(folder, {"lr": 1, "attack": {"steps": 4}, "new": 1, "sizes": []})
+    with pytest.raises(InputError, match="no run of ours"):
+        claim(tmp_path, config)
+    (folder / "config.json").write_text("[")
+    with pytest.raises(InputError, match="cannot read"):
+        claim(folder, config)
+
+
+def test_two_processes_may_claim_a_folder_at_once(tmp_path: Path) -> None:
+    (tmp_path / ".config.1-1.tmp.json").touch()  # the other one is writing it
+    assert not claim(tmp_path, {"lr": 0.1})
+
+
+def test_the_rule_needs_neither_torch_nor_detectron2() -> None:
+    code = "import sys, robust_backbones.runs.identity; sys.exit(bool({'torch', 'detectron2'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
