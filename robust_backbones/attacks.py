@@ -1,4 +1,4 @@
-"""Projected gradient ascent, plain and with APGD's schedule: the attack loops that training and evaluation share."""
+"""Projected gradient ascent, plain and with APGD's schedule: the attacks of classifiers and of detectors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,8 @@ _GRADIENT_SCALE = 2.0**8
 
 Losses = Callable[[Tensor], Tensor]
 """Points of shape (N, C, H, W) -> one loss an image, shape (N,)."""
+Images = TypeVar("Images", Tensor, list[Tensor])
+"""Shape (N, C, H, W), or a list of images of shape (C, H, W) whose sizes differ; float32 in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -47,27 +49,36 @@ def pgd(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    threat_model: ThreatModel,
-    attack: AttackConfig,
+    threat_model: ThreatModel | str,
+    attack: AttackConfig = AttackConfig(),
     *,
     label_smoothing: float = 0.0,
     generator: torch.Generator | None = None,
+    check: bool = True,
 ) -> Tensor:
     """Images near ``images`` that maximise the model's cross-entropy (Madry et al. 2018, eq. 2.1 and section 2.1).
 
     The model runs in eval mode with frozen parameters and is given back as it was, exceptions included.
 
     Args:
-        model: maps images in [0, 1] of shape (N, 3, H, W) to logits of shape (N, classes).
-        images: shape (N, 3, H, W), float32 in [0, 1].
+        model: maps images in [0, 1] of shape (N, C, H, W) to logits of shape (N, classes).
+        images: shape (N, C, H, W), float32 in [0, 1].
         labels: shape (N,), class indices.
-        threat_model: the ball around each image; epsilon 0 returns ``images``.
+        threat_model: the ball around each image, as in ``"Linf:4/255"``; epsilon 0 returns ``images``.
+        attack: its effort; the default is that of robust training in Salman et al. 2020.
         label_smoothing: that of the training loss, when it has one.
         generator: draws the random starts; on the device of ``images``.
+        check: look at the range of ``images``, for which a GPU has to be waited for.
 
     Returns:
         Detached images in [0, 1], each within ``threat_model`` of its original.
+
+    Raises:
+        InputError: images outside [0, 1], or a ball that holds every image.
     """
+    threat_model = ThreatModel.parse(threat_model)
+    if check:
+        check_images(images, threat_model)
     if threat_model.epsilon == 0:
         return images
 
@@ -75,55 +86,104 @@ def pgd(
         return F.cross_entropy(model(points).float(), labels, reduction="none", label_smoothing=label_smoothing)
 
     def run() -> Tensor:
-        start = threat_model.random_start(images, generator) if attack.random_start else None
+        start = random_point(images, threat_model, generator) if attack.random_start else images
         return ascend(losses, images, threat_model, attack, start=start)
 
     with frozen_eval(model):
-        adversarial = run()
         if attack.restarts == 1:
-            return adversarial
-        with torch.no_grad():
-            loss = losses(adversarial)
-        for _ in range(attack.restarts - 1):
-            candidate = run()
-            with torch.no_grad():
-                candidate_loss = losses(candidate)
-            stronger = candidate_loss > loss
-            adversarial = torch.where(stronger[:, None, None, None], candidate, adversarial)
-            loss = torch.maximum(loss, candidate_loss)
-        return adversarial
+            return run()
+        best = Strongest()
+        for _ in range(attack.restarts):
+            points = run()
+            best.show(points, loss_values(losses, points))
+        return best.points
+
+
+def check_images(images: Tensor, threat_model: ThreatModel) -> None:
+    """Refuse images that are not in [0, 1] and radii that cannot be meant, with what was likely meant.
+
+    Raises:
+        InputError: they are not of shape (N, C, H, W) in [0, 1], or the ball holds every such image.
+    """
+    if images.ndim != 4 or not images.is_floating_point() or not images.numel():
+        raise InputError(f"images must be floats in [0, 1] of shape (N, C, H, W), got {images.dtype} of {images.shape}")
+    low, high = torch.stack(images.aminmax()).tolist()
+    if not (low >= 0 and high <= 1):
+        if low >= 0 and high > 2:
+            likely = "are they in 0-255? Divide them by 255"
+        elif low < -0.2 or high > 1.2:
+            likely = "are they normalised? Give the model with its mean and std inside, as NormalizedModel has them"
+        else:
+            likely = "did resizing overshoot? Clamp them to [0, 1]"
+        raise InputError(f"images must lie in [0, 1], these lie in [{low:g}, {high:g}]: {likely}")
+    threat_model.check_radius(images.shape[1:])
 
 
 def ascend(
-    losses: Losses,
-    images: Tensor,
+    losses: Callable[[Images], Tensor],
+    images: Images,
     threat_model: ThreatModel,
     attack: AttackConfig,
     *,
-    start: Tensor | None = None,
-    visit: Callable[[Tensor, Tensor], object] | None = None,
-) -> Tensor:
-    """One run of projected gradient ascent: start, then step, project, clip; ``attack`` gives steps and step size.
+    start: Images,
+    visit: Callable[[Images, Tensor], object] | None = None,
+) -> Images:
+    """One run of projected gradient ascent; ``attack`` gives steps and step size.
 
     Args:
-        losses: maps points of the shape of ``images`` to one loss an image, shape (N,).
-        start: the perturbation to start from; none is the images themselves.
+        losses: maps points like ``images`` to one loss an image, shape (N,), or to one of all, shape ().
+        start: the points to start from.
         visit: called with every point of the run, start and end included, and its losses. Those of the end take one
             forward pass more.
 
     Returns:
         Detached images in [0, 1], each within ``threat_model`` of its original.
     """
-    step_size = attack.relative_step_size * threat_model.epsilon
-    points = images.detach() if start is None else (images + start).clamp(0, 1)
+    points, length = start, attack.relative_step_size * threat_model.epsilon
     for _ in range(attack.steps):
         values, gradient = _values_and_gradient(losses, points)
         if visit is not None:
             visit(points, values)
-        points = _nearest(points + step_size * threat_model.ascent_direction(gradient), images, threat_model)
+        points = step(points, gradient, images, threat_model, length)
     if visit is not None:
         visit(points, loss_values(losses, points))
     return points
+
+
+def step(points: Images, gradient: Images, images: Images, threat_model: ThreatModel, length: float | Tensor) -> Images:
+    """Up the gradient, back into the ball around ``images``, and into [0, 1]."""
+    if isinstance(points, list):
+        return [step(p, g, x, threat_model, length) for p, g, x in zip(points, gradient, images, strict=True)]
+    with torch.no_grad():
+        return _nearest(points + length * threat_model.ascent_direction(gradient), images, threat_model)
+
+
+def _nearest(points: Tensor, images: Tensor, threat_model: ThreatModel) -> Tensor:
+    """Clipping moves every pixel towards the original, which lies in [0, 1]: the point stays in the ball."""
+    return (images + threat_model.project(points - images)).clamp(0, 1)
+
+
+def _values_and_gradient(losses: Callable[[Images], Tensor], points: Images) -> tuple[Tensor, Images]:
+    """The losses, and the scaled gradient of their sum."""
+    points = leaves(points)
+    with torch.enable_grad():
+        values = losses(points)
+        gradients = torch.autograd.grad(_GRADIENT_SCALE * values.sum(), points)
+    return values.detach(), list(gradients) if isinstance(points, list) else gradients[0]
+
+
+def leaves(points: Images) -> Images:
+    """The same points, detached and waiting for a gradient."""
+    if isinstance(points, list):
+        return [leaves(point) for point in points]
+    return points.detach().requires_grad_()
+
+
+def random_point(images: Images, threat_model: ThreatModel, generator: torch.Generator | None = None) -> Images:
+    """Drawn uniformly from the ball around each image, then clipped to [0, 1]."""
+    if isinstance(images, list):
+        return [random_point(image, threat_model, generator) for image in images]
+    return (images + threat_model.random_start(images, generator)).clamp(0, 1)
 
 
 class Strongest:
@@ -133,12 +193,15 @@ class Strongest:
     """Shape (N, C, H, W)."""
     losses: Tensor
     """Their losses, shape (N,)."""
-    first_losses: Tensor | None = None
+    first_losses: Tensor
     """Those of the points shown first."""
+    shown = 0
+    """How many points of each image it has seen."""
 
     def show(self, points: Tensor, losses: Tensor) -> Tensor:
         """Bool, shape (N,): which images now have another point."""
-        if self.first_losses is None:
+        self.shown += 1
+        if self.shown == 1:
             self.points, self.losses, self.first_losses = points, losses, losses
             return torch.ones_like(losses, dtype=torch.bool)
         stronger = losses > self.losses
@@ -147,9 +210,7 @@ class Strongest:
         return stronger
 
 
-def apgd(
-    losses: Losses, images: Tensor, threat_model: ThreatModel, steps: int, *, start: Tensor | None = None
-) -> Strongest:
+def apgd(losses: Losses, images: Tensor, threat_model: ThreatModel, steps: int, *, start: Tensor) -> Strongest:
     """One run of Auto-PGD: the step size of each image halves where its loss stalls (Croce & Hein 2020, algorithm 1).
 
     Steps have momentum and are 2 epsilon long at first. At checkpoints, which come closer and closer, an image goes
@@ -157,15 +218,11 @@ def apgd(
     risen since a checkpoint that left the step size alone. Where the paper and its authors' code differ (the paper has
     fewer than 3 of 4), it is as the code.
 
-    Args:
-        losses: maps points of the shape of ``images`` to one loss an image, shape (N,).
-        start: the perturbation to start from; none is the images themselves.
-
     Returns:
-        The strongest points of the run, its start included. The schedule depends on ``steps``: unlike that of
+        The strongest points of the run, ``start`` included. The schedule depends on ``steps``: unlike that of
         ``ascend`` with its fixed step size, the best loss of a longer run may be lower.
     """
-    points = former = images.detach() if start is None else (images + start).clamp(0, 1)
+    points = former = start
     best, best_gradient = Strongest(), torch.zeros_like(points)
     step_sizes = images.new_full((len(images),), 2 * threat_model.epsilon)
     former_values = torch.full_like(step_sizes, math.inf)
@@ -173,12 +230,12 @@ def apgd(
     rises, best_losses = torch.zeros_like(step_sizes), torch.zeros_like(step_sizes)
     halved = torch.ones_like(step_sizes, dtype=torch.bool)
     checkpoint = interval = max(int(0.22 * steps), 1)
-    for step in range(steps):
+    for number in range(steps):
         values, gradient = _values_and_gradient(losses, points)
         best_gradient = torch.where(_column(best.show(points, values)), gradient, best_gradient)
         rises = rises + (values > former_values)
         former_values = values
-        if step == checkpoint:
+        if number == checkpoint:
             stalled = (rises <= 0.75 * interval) | (~halved & (best.losses <= best_losses))
             step_sizes = torch.where(stalled, step_sizes / 2, step_sizes)
             points = torch.where(_column(stalled), best.points, points)
@@ -186,8 +243,8 @@ def apgd(
             rises, best_losses, halved = torch.zeros_like(rises), best.losses, stalled
             interval = max(interval - max(int(0.03 * steps), 1), int(0.06 * steps), 1)
             checkpoint += interval
-        ahead = _nearest(points + _column(step_sizes) * threat_model.ascent_direction(gradient), images, threat_model)
-        momentum = 0.25 * (points - former) if step > 0 else 0.25 * (ahead - points)
+        ahead = step(points, gradient, images, threat_model, _column(step_sizes))
+        momentum = 0.25 * (points - former) if number > 0 else 0.25 * (ahead - points)
         former, points = points, _nearest(points + 0.75 * (ahead - points) + momentum, images, threat_model)
     best.show(points, loss_values(losses, points))
     return best
@@ -208,7 +265,6 @@ def strongest_points(
     where ``losses`` gives the same numbers for the same points.
 
     Args:
-        losses: maps points of the shape of ``images`` to one loss an image, shape (N,).
         images: shape (N, C, H, W), float32 in [0, 1].
         attack: its effort; ``apgd`` has no use for the step size.
         schedule: of the step sizes: that of ``ascend`` or of ``apgd``.
@@ -218,7 +274,7 @@ def strongest_points(
         Points in the threat model and their losses; ``first_losses`` are those of ``images``.
     """
 
-    def run(start: Tensor | None) -> Strongest:
+    def run(start: Tensor) -> Strongest:
         if schedule == "apgd":
             return apgd(losses, images, threat_model, attack.steps, start=start)
         best = Strongest()
@@ -226,28 +282,25 @@ def strongest_points(
         return best
 
     if not attack.random_start:
-        return run(None)
+        return run(images)
     best = Strongest()
     best.show(images, loss_values(losses, images))
     for _ in range(attack.restarts):
-        end = run(threat_model.random_start(images, generator))
+        end = run(random_point(images, threat_model, generator))
         best.show(end.points, end.losses)
     return best
 
 
-def loss_values(losses: Losses, points: Tensor) -> Tensor:
-    """The losses as a step sees them, shape (N,): without a graph, some layers (FrozenBN) would round otherwise."""
+def loss_values(losses: Callable[[Images], Tensor], points: Images) -> Tensor:
+    """The losses as a step sees them: without a graph, some layers (FrozenBN) would round otherwise."""
     with torch.enable_grad():
-        return losses(points.detach().requires_grad_()).detach()
+        return losses(leaves(points)).detach()
 
 
 def check_points(adversarial: Tensor, images: Tensor, threat_model: ThreatModel) -> None:
     """Trust no attack: every point must lie in the ball and in [0, 1].
 
     The tolerance is 1e-5 of epsilon, for sums over many pixels, and a float32's rounding near 1 in every value.
-
-    Args:
-        adversarial, images: shape (N, C, H, W), images in [0, 1].
 
     Raises:
         RuntimeError: one does not.
@@ -256,24 +309,6 @@ def check_points(adversarial: Tensor, images: Tensor, threat_model: ThreatModel)
     inside = threat_model.size(adversarial - images) <= threat_model.epsilon * (1 + 1e-5) + rounding
     if not (inside.all() and adversarial.min() >= 0 and adversarial.max() <= 1):
         raise RuntimeError(f"an attack returned images outside {threat_model} or [0, 1]: its result cannot be used")
-
-
-def _nearest(points: Tensor, images: Tensor, threat_model: ThreatModel) -> Tensor:
-    """Project points to the ball around the images, then clip them to [0, 1].
-
-    Clipping moves every pixel towards the original, which lies in [0, 1]: the point stays in the ball.
-    """
-    return (images + threat_model.project(points - images)).clamp(0, 1)
-
-
-def _values_and_gradient(losses: Losses, points: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses, shape (N,), and the scaled gradient of their sum, of the shape of ``points``."""
-    points = points.detach().requires_grad_()
-    with torch.enable_grad():
-        values = losses(points)
-        loss = _GRADIENT_SCALE * values.sum()
-    (gradient,) = torch.autograd.grad(loss, points)
-    return values.detach(), gradient
 
 
 def _column(values: Tensor) -> Tensor:

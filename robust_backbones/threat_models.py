@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,10 @@ class ThreatModel:
     """The ball {δ : ‖δ‖ <= epsilon} around an image in [0, 1] (Salman et al. 2020, eq. 2).
 
     ``epsilon`` is in pixel units of [0, 1]; 0 is standard training, there is no second flag.
-    All methods take and return tensors of shape (N, C, H, W) and treat each image on its own.
+    All methods take and return tensors of shape (C, H, W) or (N, C, H, W) and treat each image on its own.
 
     Raises:
-        InputError: unknown norm; epsilon negative, infinite or not a number.
+        InputError: unknown norm; epsilon negative, infinite or not a number, or above 1 for Linf.
     """
 
     norm: str = "L2"
@@ -33,10 +34,17 @@ class ThreatModel:
             raise InputError(f"unknown norm {self.norm!r}: choose one of {', '.join(NORMS)}")
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
             raise InputError(f"epsilon must be a finite number >= 0, got {self.epsilon:g}")
+        if self.norm == "Linf" and self.epsilon > 1:
+            raise InputError(
+                f"Linf:{self.epsilon:g} is more than the whole range of a pixel, [0, 1]: "
+                f"did you mean Linf:{self.epsilon:g}/255?"
+            )
 
     @classmethod
-    def parse(cls, text: str) -> ThreatModel:
-        """Read ``"L2:3"``, ``"L2:0.25"`` or ``"Linf:4/255"``."""
+    def parse(cls, text: str | ThreatModel) -> ThreatModel:
+        """Read ``"L2:3"``, ``"L2:0.25"`` or ``"Linf:4/255"``; a ThreatModel is returned as it is."""
+        if isinstance(text, ThreatModel):
+            return text
         norm, separator, epsilon = text.partition(":")
         if not separator or not re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?(/\d+)?", epsilon.strip()):
             raise InputError(f"cannot read the threat model {text!r}: write NORM:EPSILON, as in L2:3 or Linf:4/255")
@@ -53,17 +61,33 @@ class ThreatModel:
             return f"Linf:{in_levels:g}/255"
         return f"{self.norm}:{self.epsilon!r}".removesuffix(".0")
 
+    def check_radius(self, shape: Sequence[int]) -> None:
+        """Refuse a ball that holds every image of ``shape``, (C, H, W).
+
+        Raises:
+            InputError: it does; the message names the likely slip.
+        """
+        if self.norm == "L2" and self.epsilon > math.sqrt(math.prod(shape)):
+            raise InputError(
+                f"the ball {self} holds every image of {' x '.join(map(str, shape))} values in [0, 1]: "
+                f"did you mean L2:{self.epsilon:g}/255?"
+            )
+
     def random_start(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A perturbation drawn uniformly from the ball."""
         if self.norm == "Linf":
             return (2 * torch.rand(images.shape, generator=generator, device=images.device) - 1) * self.epsilon
         direction = self.ascent_direction(torch.randn(images.shape, generator=generator, device=images.device))
         # The volume within radius r of a d-ball grows as r^d, hence the d-th root.
-        uniform = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
-        return direction * self.epsilon * uniform ** (1 / images[0].numel())
+        uniform = torch.rand(*images.shape[:-3], 1, 1, 1, generator=generator, device=images.device)
+        return direction * self.epsilon * uniform ** (1 / images.shape[-3:].numel())
 
     def ascent_direction(self, gradient: Tensor) -> Tensor:
-        """The unit-norm step that increases a linear function with this gradient fastest; 0 where it is 0."""
+        """The unit-norm step that increases a linear function with this gradient fastest; 0 where it is 0.
+
+        Where float16 overflowed, the gradient counts as 0.
+        """
+        gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         if self.norm == "Linf":
             return gradient.sign()
         return gradient / _l2_norm(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
@@ -76,12 +100,12 @@ class ThreatModel:
         return torch.where(norm > self.epsilon, delta * (self.epsilon / norm.clamp_min(1e-12)), delta)
 
     def size(self, delta: Tensor) -> Tensor:
-        """The norm of each perturbation, shape (N,)."""
+        """The norm of each perturbation, shape () or (N,)."""
         if self.norm == "Linf":
-            return delta.abs().flatten(1).amax(1)
-        return _l2_norm(delta).flatten()
+            return delta.abs().amax((-3, -2, -1))
+        return _l2_norm(delta)[..., 0, 0, 0]
 
 
 def _l2_norm(tensor: Tensor) -> Tensor:
-    """Shape (N, C, H, W) -> (N, 1, 1, 1)."""
-    return torch.linalg.vector_norm(tensor, dim=(1, 2, 3), keepdim=True)
+    """Shape (..., C, H, W) -> (..., 1, 1, 1)."""
+    return torch.linalg.vector_norm(tensor, dim=(-3, -2, -1), keepdim=True)

@@ -17,6 +17,7 @@ from robust_backbones.attacks import (
     check_points,
     frozen_eval,
     pgd,
+    random_point,
     strongest_points,
 )
 from robust_backbones.errors import InputError
@@ -115,6 +116,61 @@ def test_stays_in_the_ball_and_in_the_image(
     assert not adversarial.requires_grad
 
 
+def test_a_list_of_images_goes_the_way_of_each_alone() -> None:
+    """Images of different sizes, one loss of all; every image has its own ball."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(3, *size, generator=generator, dtype=torch.float64) for size in ((8, 8), (5, 9))]
+    weights = [torch.randn(image.shape, generator=generator, dtype=torch.float64) for image in images]
+
+    def loss(points: list[Tensor]) -> Tensor:
+        return sum((weight * point**2).sum() for weight, point in zip(weights, points, strict=True))
+
+    for threat_model in THREAT_MODELS:
+        attack = AttackConfig(steps=4)
+        start = random_point(images, threat_model, torch.Generator().manual_seed(1))
+        together = ascend(loss, images, threat_model, attack, start=start)
+        for image, weight, first, point in zip(images, weights, start, together, strict=True):
+            alone = ascend(
+                lambda x, weight=weight: (weight * x**2).flatten(1).sum(1),
+                image[None],
+                threat_model,
+                attack,
+                start=first[None],
+            )
+            torch.testing.assert_close(point, alone[0], rtol=0, atol=1e-14)
+            check_points(point[None], image[None], threat_model)
+
+
+def test_text_and_defaults_are_the_papers(small_model: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    expected = pgd(small_model, images, labels, ThreatModel("Linf", 4 / 255), AttackConfig(3, 2 / 3))
+    assert torch.equal(pgd(small_model, images, labels, "Linf:4/255"), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: 255 * x, "0-255"),
+        (lambda x: (255 * x).byte(), "floats"),
+        (lambda x: (x - 0.45) / 0.225, "normalised"),
+        (lambda x: 1.02 * x, "overshoot"),
+        (lambda x: x * float("nan"), "in \\[0, 1\\]"),
+        (lambda x: x[0], "shape"),
+    ],
+)
+def test_images_outside_the_unit_range_are_refused(
+    small_model: NormalizedModel, images: Tensor, labels: Tensor, change: Callable[[Tensor], Tensor], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        pgd(small_model, change(images), labels, "L2:0.5")
+
+
+def test_a_ball_that_holds_every_image_is_refused(small_model: NormalizedModel, images: Tensor, labels: Tensor) -> None:
+    """The diameter of [0, 1]^d is sqrt(d): 55.4 for 3 x 32 x 32."""
+    with pytest.raises(InputError, match="L2:128/255"):
+        pgd(small_model, images, labels, "L2:128")
+    pgd(small_model, images, labels, "L2:55", AttackConfig(steps=1))
+
+
 def test_epsilon_zero_is_the_identity(small_model: NormalizedModel, images: Tensor, labels: Tensor) -> None:
     assert pgd(small_model, images, labels, ThreatModel("L2", 0), AttackConfig()) is images
 
@@ -194,14 +250,14 @@ def test_a_run_shows_every_point_and_goes_the_same_way(
     losses: Losses, small_images: Tensor, threat_model: ThreatModel
 ) -> None:
     images, attack = small_images, AttackConfig(steps=4)
-    start = threat_model.random_start(images, torch.Generator().manual_seed(0)).double()
+    start = random_point(images, threat_model, torch.Generator().manual_seed(0))
     points, values = [], []
     end = ascend(
         losses, images, threat_model, attack, start=start, visit=lambda x, v: points.append(x) or values.append(v)
     )
     assert torch.equal(end, ascend(losses, images, threat_model, attack, start=start))
     assert len(points) == attack.steps + 1
-    assert torch.equal(points[0], (images + start).clamp(0, 1))
+    assert torch.equal(points[0], start)
     assert torch.equal(points[-1], end)
     for steps, point in enumerate(points[1:], start=1):
         assert torch.equal(point, ascend(losses, images, threat_model, AttackConfig(steps=steps), start=start))
@@ -267,12 +323,12 @@ def test_apgd_is_its_authors(
     """
     library = pytest.importorskip("pyautoattack.autopgd_base")
     images, labels = small_images, labels[:2]
-    start = threat_model.random_start(images, torch.Generator().manual_seed(0)).double()
+    start = random_point(images, threat_model, torch.Generator().manual_seed(0))
     theirs = library.APGDAttack(
         lambda points: small_model(points), n_iter=steps, norm=threat_model.norm, eps=threat_model.epsilon, device="cpu"
     )
     theirs.init_hyperparam(images)
-    points, _, their_losses, _ = theirs.attack_single_run(images, labels, x_init=images + start)
+    points, _, their_losses, _ = theirs.attack_single_run(images, labels, x_init=start)
     ours = apgd(losses, images, threat_model, steps, start=start)
     torch.testing.assert_close(ours.losses, their_losses, rtol=1e-6, atol=0)
     torch.testing.assert_close(ours.points, points, rtol=0, atol=1e-6)
@@ -315,7 +371,7 @@ def test_apgd_is_its_authors_whatever_the_loss_does(threat_model: ThreatModel, s
     theirs.dlr_loss = lambda logits, _: scripted(logits)
     theirs.init_hyperparam(images)
     expected, _, _, _ = theirs.attack_single_run(images, torch.zeros(3, dtype=torch.long), x_init=images)
-    best = apgd(lambda points: ours(points.flatten(1)), images, threat_model, steps)
+    best = apgd(lambda points: ours(points.flatten(1)), images, threat_model, steps, start=images)
     assert torch.equal(best.losses, heights.amax(0))
     torch.testing.assert_close(best.points, expected, rtol=0, atol=1e-7)  # their step sizes are float32
 
@@ -327,14 +383,14 @@ def test_apgd_halves_its_steps_where_the_loss_stalls() -> None:
     def losses(points: Tensor) -> Tensor:
         return -(((points - 0.5) ** 2).flatten(1).sum(1))
 
-    best = apgd(losses, images, threat_model, 60)
+    best = apgd(losses, images, threat_model, 60, start=images)
     # The second maximum is out of reach: its image ends at the border of the ball.
     torch.testing.assert_close(best.points.flatten(), torch.tensor([0.5, 0.2]), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("threat_model", THREAT_MODELS, ids=str)
 def test_points_outside_are_found(images: Tensor, threat_model: ThreatModel) -> None:
-    inside = (images + threat_model.random_start(images, torch.Generator().manual_seed(0))).clamp(0, 1)
+    inside = random_point(images, threat_model, torch.Generator().manual_seed(0))
     check_points(inside, images, threat_model)
     towards_grey = (0.5 - images).sign() * torch.eye(4)[0][:, None, None, None]  # of the first image alone
     pixels = images[0].numel()

@@ -89,6 +89,7 @@ class Objective:
             self.attack,
             label_smoothing=self.config.label_smoothing,
             generator=batch.generator,
+            check=False,
         )
         logits = model(adversarial)
         return self.cross_entropy(logits, batch.labels), logits
@@ -171,7 +172,7 @@ class Trades(Objective):
                     return F.kl_div(F.log_softmax(adversary(points), dim=1), target, reduction="none").sum(1)
 
                 noise = 1e-3 * torch.randn(images.shape, generator=batch.generator, device=images.device)
-                start = threat_model.project(noise)
+                start = (images + threat_model.project(noise)).clamp(0, 1)
                 adversarial = ascend(divergence, images, threat_model, self.attack, start=start)
         clean_logits, logits = model(images), model(adversarial)
         divergences = F.kl_div(

@@ -75,6 +75,7 @@ class RobustnessConfig:
             raise InputError(f"unknown precision {self.precision!r} for attacks: choose one of fp32, bf16")
         if self.val_resize < self.image_size:
             raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
+        self.threat_model.check_radius((3, self.image_size, self.image_size))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the threat model as NORM:EPSILON."""
@@ -221,7 +222,8 @@ def attack_batch(
         standing = right
         for _ in range(config.attack.restarts):
             standing = survivors(
-                lambda x, y: pgd(model, x, y, config.threat_model, single_run, generator=generator), standing
+                lambda x, y: pgd(model, x, y, config.threat_model, single_run, generator=generator, check=False),
+                standing,
             )
         outcomes["pgd"] = standing
         num_classes = clean_logits.shape[1]

@@ -121,6 +121,8 @@ class TrainingConfig:
             raise InputError(f"min_crop_scale is a share of the area, in (0, 1], got {self.min_crop_scale:g}")
         if self.val_resize < self.image_size:
             raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
+        for threat_model in (self.threat_model, self.eval_threat_model or self.threat_model):
+            threat_model.check_radius((3, self.image_size, self.image_size))
         if self.progressive_size > self.image_size:
             raise InputError(f"progressive_size {self.progressive_size} exceeds image_size {self.image_size}")
         if bool(self.progressive_size) != bool(self.progressive_epochs):

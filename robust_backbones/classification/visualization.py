@@ -186,7 +186,6 @@ def maximize_activation(
     """
     with frozen_eval(model):
         best = _climb(activation_losses(model, units, layer), starts, ascent, progress)
-    assert best.first_losses is not None
     return Synthesis(best.points, best.losses, best.first_losses)
 
 
@@ -215,7 +214,6 @@ def invert(
     """
     with frozen_eval(model):
         best = _climb(inversion_losses(model, targets, layer), starts, ascent, progress)
-    assert best.first_losses is not None
     return Synthesis(best.points, -best.losses, -best.first_losses)
 
 
@@ -227,11 +225,11 @@ def _climb(losses: Losses, starts: Tensor, ascent: AscentConfig, progress: Calla
     best = Strongest()
 
     def visit(points: Tensor, values: Tensor) -> None:
-        if progress is not None and best.first_losses is not None:  # the start is no step
+        if progress is not None and best.shown:  # the start is no step
             progress(len(points))
         best.show(points, values)
 
-    ascend(losses, starts, ball, AttackConfig(ascent.steps, length / ball.epsilon), visit=visit)
+    ascend(losses, starts, ball, AttackConfig(ascent.steps, length / ball.epsilon), start=starts, visit=visit)
     return best
 
 

@@ -14,7 +14,15 @@ from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
 from detectron2.utils.events import EventStorage
 from torch import Tensor
 
-from robust_backbones.attacks import AttackConfig, Losses, check_points, frozen_eval, loss_values, strongest_points
+from robust_backbones.attacks import (
+    AttackConfig,
+    Losses,
+    check_points,
+    frozen_eval,
+    loss_values,
+    random_point,
+    strongest_points,
+)
 from robust_backbones.errors import InputError
 from robust_backbones.threat_models import ThreatModel
 
@@ -139,7 +147,8 @@ def attack_image(
         seed: of the random starts and of the sampling of anchors and proposals.
 
     Raises:
-        InputError: as ``DetectorAttack.check``, or image and ground truth are not of the same size.
+        InputError: as ``DetectorAttack.check``; image and ground truth are not of the same size; the ball holds every
+            image.
         RuntimeError: the result is outside the ball or 0-255.
     """
     attack.check(model)
@@ -147,6 +156,7 @@ def attack_image(
     pixels = original.to(model.device, torch.float32)
     images = pixels[None] / 255
     threat_model = attack.threat_model
+    threat_model.check_radius(pixels.shape)
     with frozen_losses(model):
         losses = loss_function(model, sample, attack, seed=seed)
         if threat_model.epsilon == 0 or (attack.target is not None and len(sample["instances"]) == 0):
@@ -154,7 +164,6 @@ def attack_image(
             return AttackedImage({**sample, "image": original.float()}, loss, loss)
         generator = torch.Generator(images.device).manual_seed(seed)
         best = strongest_points(losses, images, threat_model, attack, schedule=attack.schedule, generator=generator)
-    assert best.first_losses is not None
     attacked = 255 * best.points
     check_points(attacked / 255, images, threat_model)
     return AttackedImage(
@@ -297,14 +306,14 @@ def sanity_check(
         row = {"clean": attacked.clean_loss, "attack": attacked.loss}
         row["random"] = _strongest_noise(model, sample, attack, seed=seed)
         for factor in LARGER_BALLS:
-            ball = replace(attack.threat_model, epsilon=factor * attack.threat_model.epsilon)
-            row[f"attack x{factor}"] = attack_image(model, sample, replace(attack, threat_model=ball), seed=seed).loss
+            larger = replace(attack, threat_model=_larger(attack.threat_model, factor))
+            row[f"attack x{factor}"] = attack_image(model, sample, larger, seed=seed).loss
         rows.append(row)
-    larger = [f"attack x{factor}" for factor in LARGER_BALLS]
+    names = [f"attack x{factor}" for factor in LARGER_BALLS]
     return SanityCheck(
         images=len(rows),
         random_is_stronger=sum(row["random"] > row["attack"] for row in rows),
-        larger_is_not_stronger=sum(max(row[name] for name in larger) <= row["attack"] for row in rows),
+        larger_is_not_stronger=sum(max(row[name] for name in names) <= row["attack"] for row in rows),
         mean_losses={name: sum(row[name] for row in rows) / len(rows) for name in rows[0]},
     )
 
@@ -315,5 +324,11 @@ def _strongest_noise(model: GeneralizedRCNN, sample: Mapping[str, Any], attack: 
     generator = torch.Generator(images.device).manual_seed(seed + 1)  # not the attack's own starts
     with frozen_losses(model):
         losses = loss_function(model, sample, attack, seed=seed)
-        noise = (attack.threat_model.random_start(images, generator) for _ in range(attack.steps * attack.restarts))
-        return max(loss_values(losses, (images + delta).clamp(0, 1)).item() for delta in noise)
+        noise = (random_point(images, attack.threat_model, generator) for _ in range(attack.steps * attack.restarts))
+        return max(loss_values(losses, points).item() for points in noise)
+
+
+def _larger(threat_model: ThreatModel, factor: int) -> ThreatModel:
+    """The ball with ``factor`` times the radius; that of linf ends at 1, where it holds every image."""
+    epsilon = factor * threat_model.epsilon
+    return replace(threat_model, epsilon=min(epsilon, 1.0) if threat_model.norm == "Linf" else epsilon)

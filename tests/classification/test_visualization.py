@@ -218,7 +218,7 @@ def test_one_step_has_the_length_that_is_asked_for(norm: str) -> None:
     for size in (4, 6):
         model, starts = linear_model(size), points(3, size)
         units = torch.tensor([0, 1, 2])
-        ascent = AscentConfig(steps=1, step_size=0.02, ball=ThreatModel(norm, 10))
+        ascent = AscentConfig(steps=1, step_size=0.02, ball=ThreatModel(norm, 1))
         change = maximize_activation(model, starts, units, ascent=ascent).images - starts
         torch.testing.assert_close(change.flatten(1).pow(2).mean(1).sqrt(), torch.full((3,), 0.02).double())
 

@@ -35,6 +35,8 @@ from tests.detection.conftest import RESNET18, SHAPES_CONFIG
 
 Maker = Callable[[str], Path]
 PROTOCOLS = {kind: CONFIG_DIR / f"protocols/adversarial_{kind}.yaml" for kind in ("free", "pgd")}
+ROUNDING = 2**-15
+"""Of float32 near 255, in levels: attacks climb in [0, 1]."""
 TRAINED_NORMS = ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0]
 
 
@@ -213,8 +215,8 @@ def test_a_free_replay_is_one_signed_step_of_epsilon(cfg: CfgNode, detector: nn.
     clear = gradient.abs() > 1e-4 * gradient.abs().max()
     expected = (batch[0]["image"] + 4 * gradient.sign()).clamp(0, 255) - batch[0]["image"]
     assert clear.float().mean() > 0.5
-    assert torch.equal(delta[clear], expected[clear])
-    assert (delta.abs() == 4).float().mean() > 0.9
+    torch.testing.assert_close(delta[clear], expected[clear], rtol=0, atol=ROUNDING)
+    assert ((delta.abs() - 4).abs() <= ROUNDING).float().mean() > 0.9
 
 
 def test_the_second_replay_climbs_from_where_the_first_came(cfg: CfgNode, detector: nn.Module) -> None:
@@ -255,7 +257,8 @@ def test_every_image_stays_in_its_ball_and_range(
     for found in attacked:
         for item, delta in zip(found, perturbations(found, batch), strict=True):
             size = ThreatModel(norm).size(delta[None]).item()
-            assert 0.5 * 255 * epsilon < size <= 255 * epsilon * (1 + 1e-6)
+            rounding = ROUNDING * (delta.numel() ** 0.5 if norm == "L2" else 1)
+            assert 0.5 * 255 * epsilon < size <= 255 * epsilon * (1 + 1e-6) + rounding
             assert item["image"].min() >= 0
             assert item["image"].max() <= 255
     assert all(item["image"].dtype == torch.uint8 for item in batch)

@@ -71,6 +71,6 @@ def attack(*, height: int, width: int, steps: int, loss: Any, device: str) -> Si
 
     def run() -> torch.Tensor:
         with frozen_losses(model):
-            return ascend(loss_function(model, samples[0], config), image, config.threat_model, config)
+            return ascend(loss_function(model, samples[0], config), image, config.threat_model, config, start=image)
 
     return Side(run)
