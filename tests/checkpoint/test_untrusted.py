@@ -1,15 +1,13 @@
-"""Strangers' files: what they hold is read rightly, and whatever they try, nothing runs and little memory is taken."""
+"""Untrusted files: what they hold is read rightly, and whatever they try, nothing runs and little memory is taken."""
 
 from __future__ import annotations
 
 import argparse
 import collections
 import contextlib
-import copy
 import copyreg
 import functools
 import inspect
-import io
 import math
 import multiprocessing
 import pickle
@@ -17,8 +15,9 @@ import resource
 import struct
 import sys
 import tarfile
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,24 +32,33 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from robust_backbones.checkpoint import untrusted as safe_files
+from robust_backbones.checkpoint import untrusted
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.checkpoint.untrusted import METADATA, Inert, read_file
 from robust_backbones.errors import InputError
+from tests.checkpoint.hostile import (
+    CALLS,
+    HARMLESS,
+    KINDS,
+    MAKERS,
+    PROGRAMS,
+    REFUSED,
+    archive,
+    array,
+    call,
+    evil_file,
+    healthy,
+    legacy,
+    name,
+    program,
+    push,
+    stack_global,
+    storage,
+)
 
 DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 ]
 ARRAY_DTYPES = ["f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1", "c8", "c16"]
 FORMATS = pytest.mark.parametrize(
@@ -58,68 +66,7 @@ FORMATS = pytest.mark.parametrize(
     [(True, pickle), (True, dill), (False, pickle), (False, dill)],
     ids=["zip", "zip-dill", "legacy", "legacy-dill"],
 )
-property_test = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-
-
-# Pickles by hand: each function gives the operations that leave one object on the stack.
-
-
-def push(value: Any) -> bytes:
-    """A plain object, nothing of it in the memo."""
-    file = io.BytesIO()
-    pickler = pickle.Pickler(file, 3)
-    pickler.fast = True
-    pickler.dump(value)
-    return file.getvalue()[2:-1]
-
-
-def name(module: str, attribute: str) -> bytes:
-    return f"c{module}\n{attribute}\n".encode()
-
-
-def call(function: bytes, *arguments: bytes) -> bytes:
-    return function + b"(" + b"".join(arguments) + b"tR"
-
-
-DTYPE = call(name("numpy", "dtype"), push("<f4"))
-
-
-def storage(numel: int, key: str = "0", kind: str = "FloatStorage") -> bytes:
-    return b"(" + push("storage") + name("torch", kind) + push(key) + push("cpu") + push(numel) + b"tQ"
-
-
-def tensor(numel: int, size: Any, stride: Any, offset: int = 0) -> bytes:
-    """A view of the storage "0", which is said to have ``numel`` elements."""
-    rebuild = name("torch._utils", "_rebuild_tensor_v2")
-    return call(rebuild, storage(numel), push(offset), push(size), push(stride), push(False), push({}))
-
-
-def array(data: bytes, shape: Any, dtype: bytes = DTYPE) -> bytes:
-    return call(name("numpy._core.numeric", "_frombuffer"), data, dtype, push(shape), push("C"))
-
-
-def program(operations: bytes) -> bytes:
-    return b"\x80\x04" + operations + b"."
-
-
-def archive(pickled: bytes, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A file as torch.save writes it."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression, compresslevel=1) as parts:
-        parts.writestr("archive/data.pkl", pickled)
-        for key, content in (records or {"0": bytes(16)}).items():
-            parts.writestr(f"archive/data/{key}", content)
-    return file.getvalue()
-
-
-def legacy(pickled: bytes, *, keys: Sequence[str] = (), storages: bytes = b"") -> bytes:
-    """A file as torch.save wrote it before version 1.6."""
-    header = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
-    return header + pickled + pickle.dumps(list(keys), 2) + storages
-
-
-def safetensors_file(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    return struct.pack("<Q", len(header) if length is None else length) + header + data
+property_test = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
 
 
 def read_bytes(folder: Path, content: bytes) -> Any:
@@ -208,7 +155,7 @@ def test_views_of_a_storage_still_share_it(tmp_path: Path, zipped: bool, pickle_
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 @given(content=mappings(tensors()))
-@settings(property_test, max_examples=15)
+@settings(property_test, max_examples=10)
 def test_tensors_in_a_pickle_that_torch_had_no_part_in(tmp_path: Path, protocol: int, content: dict[str, Any]) -> None:
     assert_same(read_bytes(tmp_path, pickle.dumps(content, protocol)), content)
 
@@ -221,15 +168,15 @@ def test_ordered_dictionaries_come_as_dictionaries(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("dtype", ARRAY_DTYPES)
 @pytest.mark.parametrize("order", ["C", "F"])
-def test_arrays_come_as_tensors(tmp_path: Path, protocol: int, dtype: str, order: Any) -> None:
-    arrays = {}
-    for shape in ((2, 3), (2, 3, 4), (5,), (), (0, 3)):
-        values = (np.arange(math.prod(shape)) * 37 % 251).reshape(shape).astype(dtype)
-        arrays[str(shape)] = np.asarray(values, order=order)
-    arrays |= {"column": arrays["(2, 3)"][:, 1], "every other": arrays["(2, 3, 4)"][..., ::2]}
-    arrays["transposed"] = arrays["(2, 3, 4)"].transpose(1, 0, 2)
+def test_arrays_come_as_tensors(tmp_path: Path, protocol: int, order: Any) -> None:
+    arrays: dict[str, Any] = {}
+    for dtype in ARRAY_DTYPES:
+        for shape in ((2, 3), (2, 3, 4), (5,), (), (0, 3)):
+            values = (np.arange(math.prod(shape)) * 37 % 251).reshape(shape).astype(dtype)
+            arrays[f"{dtype} {shape}"] = np.asarray(values, order=order)
+    arrays |= {"column": arrays["f4 (2, 3)"][:, 1], "every other": arrays["i2 (2, 3, 4)"][..., ::2]}
+    arrays["transposed"] = arrays["c8 (2, 3, 4)"].transpose(1, 0, 2)
     content = read_bytes(tmp_path, pickle.dumps({**arrays, "nested": arrays}, protocol))
     for key, expected in arrays.items():
         for actual in (content[key], content["nested"][key]):
@@ -239,12 +186,11 @@ def test_arrays_come_as_tensors(tmp_path: Path, protocol: int, dtype: str, order
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("dtype", ARRAY_DTYPES)
-def test_numpy_scalars_come_as_numbers(tmp_path: Path, protocol: int, dtype: str) -> None:
-    scalar = np.dtype(dtype).type(1.5)
-    number = read_bytes(tmp_path, pickle.dumps({"epoch": scalar}, protocol))["epoch"]
-    assert number == scalar
-    assert type(number) is type(scalar.item())
+def test_numpy_scalars_come_as_numbers(tmp_path: Path, protocol: int) -> None:
+    scalars = {dtype: np.dtype(dtype).type(1.5) for dtype in ARRAY_DTYPES}
+    numbers = read_bytes(tmp_path, pickle.dumps(scalars, protocol))
+    assert numbers == scalars
+    assert {key: type(number) for key, number in numbers.items()} == {k: type(s.item()) for k, s in scalars.items()}
 
 
 def test_an_array_alone(tmp_path: Path) -> None:
@@ -374,44 +320,6 @@ def test_inert_objects_take_whatever_a_pickle_does_to_them(tmp_path: Path) -> No
 
 # Nothing is executed.
 
-MAKERS: dict[tuple[str, str], Callable[[Path], tuple[Any, ...]]] = {
-    ("os", "mkdir"): lambda marker: (str(marker),),
-    ("os", "system"): lambda marker: (f"mkdir {marker}",),
-    ("builtins", "eval"): lambda marker: (f"__import__('os').mkdir({str(marker)!r})",),
-    ("builtins", "exec"): lambda marker: (f"import os; os.mkdir({str(marker)!r})",),
-    ("builtins", "open"): lambda marker: (str(marker), "w"),
-    ("subprocess", "check_call"): lambda marker: (["mkdir", str(marker)],),
-    ("pickle", "loads"): lambda marker: (evil(marker),),
-    ("numpy", "load"): lambda marker: (evil_file(marker), None, True),
-    ("torch.storage", "_load_from_bytes"): lambda marker: (evil(marker),),
-    ("numpy", "memmap"): lambda marker: (str(marker), "uint8", "w+", 0, 4),
-}
-"""What makes a marker, with its arguments, when a pickle calls it."""
-
-
-def evil(marker: Path) -> bytes:
-    return program(call(name("os", "mkdir"), push(str(marker))))
-
-
-def evil_file(marker: Path) -> str:
-    path = marker.with_suffix(".evil")
-    path.write_bytes(evil(marker))
-    return str(path)
-
-
-def stack_global(module: str, attribute: str) -> bytes:
-    return push(module) + push(attribute) + b"\x93"
-
-
-CALLS: dict[str, Callable[[str, str, tuple[Any, ...]], bytes]] = {
-    "REDUCE": lambda module, attribute, arguments: name(module, attribute) + push(arguments) + b"R",
-    "STACK_GLOBAL": lambda module, attribute, arguments: stack_global(module, attribute) + push(arguments) + b"R",
-    "INST": lambda module, attribute, arguments: (
-        b"(" + b"".join(map(push, arguments)) + b"i" + name(module, attribute)[1:]
-    ),
-    "OBJ": lambda module, attribute, arguments: b"(" + name(module, attribute) + b"".join(map(push, arguments)) + b"o",
-}
-
 
 def assert_nothing_runs(marker: Path, attack: bytes, *, refused: bool = False) -> None:
     """Neither alone nor inside what torch.save writes; that Python's own unpickler does run it shows it is loaded."""
@@ -493,33 +401,28 @@ def test_references_to_what_is_elsewhere_are_refused(tmp_path: Path, content: by
 def behaviour() -> dict[str, Any]:
     """All by which a pickle could change what the reader's functions and classes do."""
     found: dict[str, Any] = {}
-    owners = [safe_files, *(value for _, value in inspect.getmembers(safe_files, inspect.isclass))]
+    owners = [untrusted, *(value for _, value in inspect.getmembers(untrusted, inspect.isclass))]
     for owner in owners:
         for key, value in vars(owner).items():
             found[f"{owner.__name__}.{key}"] = value
             if inspect.isfunction(value):
                 details = value.__code__, value.__defaults__, value.__kwdefaults__, dict(vars(value))
                 found[f"{owner.__name__}.{key}()"] = details
-    return {key: repr(value) for key, value in found.items() if not key.startswith("safe_files.__")}
+    return {key: repr(value) for key, value in found.items() if not key.startswith("untrusted.__")}
 
 
 HOSTILE_STATE = {"__defaults__": (7,), "__kwdefaults__": {"fortran": 7}, "dtype": 7, "code": "f8", "tensor": 7}
 
 
-@pytest.mark.parametrize("made", [False, True], ids=["function", "what it makes"])
-@pytest.mark.parametrize("known", sorted(safe_files._KNOWN), ids=".".join)
-def test_no_state_changes_the_reader(tmp_path: Path, known: tuple[str, str], made: bool) -> None:
+@pytest.mark.parametrize("known", sorted(untrusted._KNOWN), ids=".".join)
+def test_no_state_changes_the_reader(tmp_path: Path, known: tuple[str, str]) -> None:
     before = behaviour()
-    target = name(*known) + (b")R" if made else b"")
-    for state in (
-        b"N" + push(HOSTILE_STATE) + b"\x86",
-        push(HOSTILE_STATE),
-        push([("__defaults__", 7)]),
-        push("state"),
-    ):
-        for end in (b"b", b"\x81b", push("__defaults__") + b"Ns"):
-            with contextlib.suppress(InputError):
-                read_bytes(tmp_path, program(target + state + end))
+    hostile = [(None, HOSTILE_STATE), HOSTILE_STATE, [("__defaults__", 7)], "state"]
+    for target in (name(*known), name(*known) + b")R"):
+        for state in map(push, hostile):
+            for end in (b"b", b"\x81b", push("__defaults__") + b"Ns"):
+                with contextlib.suppress(InputError):
+                    read_bytes(tmp_path, program(target + state + end))
     assert behaviour() == before
 
 
@@ -543,10 +446,18 @@ def measure(path: Path, results: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     modules, before = set(sys.modules), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcome = cause = ""
-    try:
-        outcome = type(read_file(path)).__name__
-    except InputError as error:
-        outcome, cause = str(error), repr(error.__cause__)
+    threading.stack_size(2**19)
+
+    def read() -> None:
+        nonlocal outcome, cause
+        try:
+            outcome = type(read_file(path)).__name__
+        except InputError as error:
+            outcome, cause = str(error), repr(error.__cause__)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    thread.join()
     growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
     results.send(Reading(outcome, cause, growth, sorted(set(sys.modules) - modules)))
 
@@ -573,193 +484,6 @@ def ordinary(path: Path) -> Path:
     return path
 
 
-HUGE = 2**40
-LONG = struct.pack("<Q", HUGE)
-F32 = b'{"a":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}'
-DEEP = b")" + b"\x85" * 100_000
-"""Tuples in each other."""
-
-
-def bomb() -> bytes:
-    """300 MB of zeros in a small file."""
-    return archive(program(storage(75 * 10**6)), {"0": bytes(300 * 10**6)}, zipfile.ZIP_DEFLATED)
-
-
-def archive_of_many_records() -> bytes:
-    central = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", *[0] * 4, *[0] * 4, 0, 0, 0, 1, *[0] * 4, 0, 0) + b"a"
-    directory = central * 600_000
-    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0, 0, len(directory), 4, 0)
-    return b"PK\3\4" + directory + end
-
-
-def archive_of_a_large_record() -> bytes:
-    pickled = program(storage(4))
-    content = archive(pickled)
-    before, after = content.rsplit(struct.pack("<2L", 16, 16), 1)
-    return before + struct.pack("<2L", *[len(content) - len(pickled)] * 2) + after
-
-
-def with_storage(numel: int, claimed: int, operations: bytes = b"") -> bytes:
-    """A legacy file that claims so many elements of the storage, and has four."""
-    pickled = program(operations or storage(numel))
-    return legacy(pickled, keys=["0"], storages=struct.pack("<q", claimed) + bytes(16))
-
-
-def again_and_again(part: bytes, function: bytes, *arguments: bytes, times: int = 2000) -> bytes:
-    """Call a function with one large part many times, and keep what it makes."""
-    reference = b"h\x00" + b"".join(arguments)
-    return program(b"(" + part + b"q\x00" + function + b"q\x01" + (b"h\x01(" + reference + b"tR") * times + b"l")
-
-
-def archive_of_overlapping_records() -> bytes:
-    """Many names of one record that begins at an odd place, where no tensor can be a view of it."""
-    keys = [f"{key:04d}" for key in range(2000)]
-    pickled = program(b"(" + b"".join(storage(2**18, key) for key in keys) + b"l")
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as parts:
-        parts.writestr("odd/data.pkl", pickled + b"." * (len(pickled) % 2))
-        parts.writestr("odd/data/0000", bytes(2**20))
-        for key in keys[1:]:
-            parts.filelist.append(copy.copy(parts.filelist[1]))
-            parts.filelist[-1].filename = f"odd/data/{key}"
-    return file.getvalue()
-
-
-def archive_read_by_no_number() -> bytes:
-    """Storages whose key is not a number, of which no two are the same."""
-    key = b"(" + push("storage") + name("torch", "FloatStorage") + b"Fnan\n" + push("cpu") + push(2**18) + b"tQ"
-    pickled = program(b"(" + key * 2000 + b"l")
-    return archive(pickled + b"." * (len(pickled) % 2), {"nan": bytes(2**20)})
-
-
-MANY = 2 * 10**6
-BYTES = storage(MANY, kind="ByteStorage")
-
-
-def archive_of_bytes(operations: bytes) -> bytes:
-    """Where a pickle may use ``BYTES``, a tensor with as many elements as the file has bytes."""
-    return archive(program(operations), {"0": bytes(MANY)})
-
-
-LARGE = 2**20
-DOUBLING = b")" + b"2\x86" * 40
-"""Tuples of twice the last one: small, and endless to compare or to print."""
-STORAGE_OF = b"(" + push("storage") + name("torch", "FloatStorage")
-
-REFUSED: dict[str, Callable[[], bytes]] = {
-    "compressed storage": bomb,
-    "many records": archive_of_many_records,
-    "large record": archive_of_a_large_record,
-    "large storage": lambda: archive(program(storage(HUGE))),
-    "storage of less than nothing": lambda: archive(program(storage(-HUGE))),
-    "large tensor": lambda: archive(program(tensor(4, (HUGE,), (1,)))),
-    "expanded tensor": lambda: archive(program(tensor(4, (HUGE,), (0,)))),
-    "expanded in two dimensions": lambda: archive(program(tensor(4, (2**20, 2**20), (0, 0)))),
-    "tensor that starts behind its storage": lambda: archive(program(tensor(4, (4,), (1,), HUGE))),
-    "tensor that starts before its storage": lambda: archive(program(tensor(4, (4,), (1,), -4))),
-    "tensor that runs backwards": lambda: archive(program(tensor(4, (2,), (-1,), 1))),
-    "tensor with gaps": lambda: archive(program(tensor(4, (3,), (2,)))),
-    "strides that overflow": lambda: archive(program(tensor(16, (2, 2, 2, 2), (2**62,) * 4)), {"0": bytes(64)}),
-    "BINBYTES": lambda: program(b"B" + struct.pack("<L", 2**32 - 1)),
-    "BINBYTES8": lambda: program(b"\x8e" + LONG),
-    "BYTEARRAY8": lambda: program(b"\x96" + LONG),
-    "BYTEARRAY8 in a frame": lambda: program(b"\x95" + LONG + b"\x96" + LONG),
-    "BINUNICODE8": lambda: program(b"\x8d" + LONG),
-    "BINSTRING": lambda: program(b"T" + struct.pack("<l", 2**31 - 1)),
-    "LONG4": lambda: program(b"\x8b" + struct.pack("<l", 2**31 - 1)),
-    "empty FRAME": lambda: program(b"\x95" + LONG),
-    "legacy storage": lambda: with_storage(4, HUGE),
-    "legacy storage of less than nothing": lambda: with_storage(0, -1),
-    "legacy storage shorter than its use": lambda: with_storage(HUGE, 4),
-    "legacy tensor": lambda: with_storage(4, 4, tensor(4, (HUGE,), (1,))),
-    "safetensors header": lambda: safetensors_file(F32 % (1, 4), bytes(4), HUGE),
-    "safetensors shape": lambda: safetensors_file(F32 % (HUGE // 4, HUGE), bytes(4)),
-    "safetensors shape without data": lambda: safetensors_file(F32 % (HUGE, 4), bytes(4)),
-    "bytes": lambda: program(call(name("builtins", "bytes"), push(10**12))),
-    "bytes of Python 2": lambda: program(call(name("__builtin__", "bytes"), push(10**12))),
-    "array": lambda: program(array(push(bytes(4)), (HUGE,))),
-    "array of many dimensions": lambda: program(array(push(bytes(4)), (2**20,) * 9)),
-    "array of less than nothing": lambda: program(array(push(bytes(4)), (-(2**20), -(2**20)))),
-    "array of less than nothing in one dimension": lambda: program(array(push(bytes(4)), (-1,))),
-    "lists": lambda: program(b"]" * 3_000_000),
-    "sets": lambda: program(b"\x8f" * 3_000_000),
-    "nested tuples for a key": lambda: program(b"}" + DEEP + b"Ns"),
-    "nested tuples among keys": lambda: program(b"}(" + DEEP + b"Nu"),
-    "nested tuples for a key of DICT": lambda: program(b"(" + DEEP + b"Nd"),
-    "nested tuples for a key of OrderedDict": lambda: program(
-        call(name("collections", "OrderedDict"), b"]" + DEEP + b"N\x86a")
-    ),
-    "nested tuples in a set": lambda: program(b"\x8f(" + DEEP + b"\x90"),
-    "nested tuples in a frozenset": lambda: program(b"(" + DEEP + b"\x91"),
-    "one string encoded again and again": lambda: again_and_again(
-        push("a" * LARGE), name("_codecs", "encode"), push("latin1")
-    ),
-    "one string encoded by name": lambda: program(
-        b"(}" + push("text") + push("a" * LARGE) + b"s" + push("encoding") + push("latin1") + b"sq\x00"
-        b"" + name("_codecs", "encode") + b"q\x01" + b"h\x01)h\x00\x92" * 2000 + b"l"
-    ),
-    "one array again and again": lambda: again_and_again(
-        push(bytes(LARGE)), name("numpy._core.numeric", "_frombuffer"), DTYPE, push((LARGE // 4,)), push("C")
-    ),
-    "one name of a type again and again": lambda: again_and_again(push("<" + "f" * LARGE), name("numpy", "dtype")),
-    "one dictionary again and again": lambda: again_and_again(
-        push([(key, None) for key in range(20_000)]), name("collections", "OrderedDict")
-    ),
-    "one size again and again": lambda: again_and_again(push([0] * 100_000), name("torch", "Size")),
-    "one storage again and again": lambda: again_and_again(
-        push(legacy(program(storage(2**18)), keys=["0"], storages=struct.pack("<q", 2**18) + bytes(LARGE))),
-        name("torch.storage", "_load_from_bytes"),
-    ),
-    "one array of dill again and again": lambda: again_and_again(
-        b"(K\x01" + push((LARGE // 4,)) + DTYPE + push(False) + push(bytes(LARGE)) + b"t",
-        b"cdill._dill\n_create_array\n",
-    ).replace(b"h\x01(h\x00", b"h\x01(" + name("numpy.core.multiarray", "_reconstruct") + b")h\x00"),
-    "records in each other": archive_of_overlapping_records,
-    "storages that are not numbers": archive_read_by_no_number,
-    "tensor for arguments": lambda: archive_of_bytes(name("a", "B") + BYTES + b"R"),
-    "tensor for arguments of NEWOBJ": lambda: archive_of_bytes(name("a", "B") + BYTES + b"\x81"),
-    "tensor for a size": lambda: archive_of_bytes(call(name("torch", "Size"), BYTES)),
-    "tensor for sizes": lambda: archive_of_bytes(
-        call(name("torch._utils", "_rebuild_tensor"), BYTES, push(0), BYTES, BYTES)
-    ),
-    "tensor for a storage": lambda: archive_of_bytes(BYTES + b"Q"),
-    "nested tuples for a storage": lambda: archive(program(STORAGE_OF + DEEP + push("cpu") + push(4) + b"tQ")),
-    "nested tuples for a legacy storage": lambda: legacy(program(STORAGE_OF + DEEP + push("cpu") + push(4) + b"tQ")),
-    "nested tuples among legacy storages": lambda: legacy(program(b"N"))[:-3] + b"(" + DEEP + b"l." + bytes(16),
-    "some nested tuples among legacy storages": lambda: (
-        legacy(program(b"N"))[:-3] + b"()" + b"\x85" * 3000 + b"l." + bytes(16)
-    ),
-    "doubling tuples for a storage": lambda: archive(program(STORAGE_OF + DOUBLING + push("cpu") + push(4) + b"tQ")),
-    "doubling tuples for an encoding": lambda: program(call(name("_codecs", "encode"), push("a"), DOUBLING)),
-    "product of long numbers": lambda: program(
-        push(2 ** (8 * LARGE)) + b"q\x00" + array(push(b""), ()).replace(push(()), b"(" + b"h\x00" * 1000 + b"t")
-    ),
-}
-"""Files that claim, or would take, far more than they are."""
-
-HARMLESS: dict[str, Callable[[], bytes]] = {
-    "memo": lambda: program(b"Nr" + struct.pack("<L", 2**31 - 1)),
-    "memo in text": lambda: b"Np999999999999\n.",
-    "FRAME": lambda: b"\x80\x04\x95" + LONG + b"N.",
-    "bytearray": lambda: program(call(name("builtins", "bytearray"), push(10**12))),
-    "new array": lambda: program(
-        call(name("numpy.core.multiarray", "_reconstruct"), name("numpy", "ndarray"), push((HUGE,)), push(b"b"))
-    ),
-    "new arrays": lambda: program(name("numpy.core.multiarray", "_reconstruct") + b"q\x00" + b"h\x00)R" * 60_000),
-    "empty tensor": lambda: archive(program(tensor(4, (0, HUGE), (1, 1)))),
-    "nested tuples": lambda: program(DEEP),
-    "nested lists": lambda: program(b"]" * 100_000 + b"a" * 99_999),
-    "nested dictionaries": lambda: program(b"}" + b"K\x00}" * 100_000 + b"s" * 100_000),
-    "nested calls": lambda: program(b"".join([name("a", "B")] * 60_000) + b")R" + b"\x85R" * 59_999),
-    "calls in each other": lambda: program(
-        name("torch._tensor", "_rebuild_from_type_v2") + b"q\x00]q\x01(h\x00Nh\x01e0h\x00Nh\x01\x87R"
-    ),
-    "list in itself": lambda: program(b"]q\x00h\x00a"),
-    "dictionary in itself": lambda: program(b"}q\x00K\x00h\x00s"),
-}
-"""Files that could make a reader allocate or recurse, which it may read."""
-
-
 @pytest.mark.parametrize("case", REFUSED | HARMLESS)
 def test_memory_is_bounded(tmp_path: Path, case: str) -> None:
     path = tmp_path / "file"
@@ -783,26 +507,6 @@ def test_no_module_is_imported(tmp_path: Path, module: str) -> None:
 
 
 # Damaged files, and files of something else.
-
-
-@functools.cache
-def healthy(kind: str) -> bytes:
-    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64), "c": torch.ones(1).half()}
-    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": {"c": [1, "x", (2.5, None)]}, "d": np.float32(1)}
-    file = io.BytesIO()
-    match kind:
-        case "zip":
-            torch.save(tensors, file)
-        case "legacy":
-            torch.save(tensors, file, _use_new_zipfile_serialization=False)
-        case "pickle 2" | "pickle 5":
-            pickle.dump(arrays, file, int(kind[-1]))
-        case "safetensors":
-            file.write(safetensors.torch.save(tensors, {"note": "x"}))
-    return file.getvalue()
-
-
-KINDS = ["zip", "legacy", "pickle 2", "pickle 5", "safetensors"]
 
 
 def touch(content: Any) -> None:
@@ -835,7 +539,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @given(changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4))
-@settings(property_test, max_examples=200)
+@settings(property_test, max_examples=50)
 def test_a_damaged_file_is_read_or_refused(tmp_path: Path, kind: str, changes: list[tuple[int, int]]) -> None:
     content, path = bytearray(healthy(kind)), tmp_path / "damaged"
     for position, flip in changes:
@@ -846,33 +550,8 @@ def test_a_damaged_file_is_read_or_refused(tmp_path: Path, kind: str, changes: l
     assert len(message.splitlines()) <= 1
 
 
-ATOMS = [
-    *map(push, [None, 0, 4, -1, 2**62, 2**70, True, math.nan, "storage", "0", "f4", "<", "F", "latin1", "é", b"", ()]),
-    *map(push, [(2,), (2, 2), (1,), [], {}, bytes(16)]),
-    *(name(*known) for known in safe_files._KNOWN),
-    *(storage(4), storage(16, kind="ByteStorage"), tensor(16, (4, 4), (4, 1)), tensor(4, (), ())),
-    *(b"h" + bytes([key]) for key in range(3)),
-    DTYPE,
-    call(name("numpy.core.multiarray", "_reconstruct")),
-    b"\x96" + struct.pack("<Q", 16) + bytes(16),
-]
-PROGRAMS = st.recursive(
-    st.sampled_from(ATOMS),
-    lambda parts: st.one_of(
-        st.lists(parts, max_size=6).map(lambda inner: b"(" + b"".join(inner) + b"t"),
-        st.lists(parts, max_size=6).map(lambda inner: b"(" + b"".join(inner) + b"l"),
-        st.tuples(parts, st.lists(parts, max_size=6)).map(lambda inner: call(inner[0], *inner[1])),
-        st.tuples(parts, parts, st.sampled_from([b"R", b"b", b"\x81", b"}\x92"])).map(b"".join),
-        st.tuples(parts, parts, parts, st.just(b"s")).map(b"".join),
-        st.tuples(parts, st.just(b"("), parts, parts, st.sampled_from([b"e", b"u", b"\x90"])).map(b"".join),
-        st.tuples(parts, st.sampled_from([b"q\x00", b"q\x01", b"q\x02", b"Q"])).map(b"".join),
-    ),
-    max_leaves=12,
-)
-
-
 @given(operations=PROGRAMS)
-@settings(property_test, max_examples=250)
+@settings(property_test, max_examples=100)
 def test_any_pickle_is_read_or_refused(tmp_path: Path, operations: bytes) -> None:
     path = tmp_path / "file"
     attack = program(
@@ -888,7 +567,8 @@ def test_an_array_keeps_its_memory(tmp_path: Path) -> None:
     buffer = b"\x96" + struct.pack("<Q", 64) + bytes(64) + b"q\x00"
     made = program(b"(" + array(buffer, (16,)) + b"h\x00(" + b"K\x01" * 1000 + b"el")
     (tmp_path / "file").write_bytes(made)
-    assert_refused(tmp_path / "file")
+    made, _ = read_file(tmp_path / "file")
+    assert made.tolist() == [0] * 16
 
 
 @pytest.mark.parametrize(
@@ -947,7 +627,7 @@ def write_torchscript(path: Path) -> None:
         (lambda path: None, "no file at"),
         (lambda path: path.mkdir(), "is a folder"),
         (lambda path: path.symlink_to("nowhere"), "no file at"),
-        (lambda path: path.touch(), "it is empty"),
+        (lambda path: path.touch(), "empty"),
         (lambda path: path.write_text("Some notes on the weights.\n"), "cannot be read safely"),
         (lambda path: path.write_bytes(bytes(1000)), "cannot be read safely"),
         (write_tar, "cannot be read safely"),
