@@ -21,8 +21,6 @@ from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.classification.objectives import MicroBatch, Objective
-from robust_backbones.cpu.convolutions import use_fast_convolutions
-from robust_backbones.cpu.memory import keep_freed_memory
 from robust_backbones.data.stylization import stylize
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import NormalizedModel
@@ -46,8 +44,6 @@ class Compute:
     """Of the attack's passes in training; as ``precision`` when empty."""
     compile_mode: str = ""
     """torch.compile, for GPUs: default or cuda-graphs; empty is off."""
-    keep_memory: bool = True
-    """On CPUs: the whole process keeps what it frees, see ``keep_freed_memory``."""
 
     def __post_init__(self) -> None:
         for name in (self.precision, self.attack_precision or self.precision):
@@ -55,8 +51,6 @@ class Compute:
                 raise InputError(f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}")
         if self.compile_mode and self.compile_mode not in COMPILE_MODES:
             raise InputError(f"unknown compile mode {self.compile_mode!r}: choose one of {', '.join(COMPILE_MODES)}")
-        if self.keep_memory and self.device.type == "cpu":
-            keep_freed_memory()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +127,6 @@ class Learner:
         self.compute, self.processes = compute, processes
         self._threat_model, self._epsilon_warmup_steps = threat_model, epsilon_warmup_steps
         self._stylize = stylize
-        use_fast_convolutions(model)
         self._twin = FoldedTwin(model, compute.attack_dtype)
         self._adversary = compute.compile(self._twin)
         network: nn.Module = model

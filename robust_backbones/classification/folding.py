@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
-from robust_backbones.cpu.convolutions import Convolution, use_fast_convolutions
 from robust_backbones.models import NormalizedModel
 
 
@@ -47,7 +46,6 @@ class FoldedTwin(nn.Module):
             if type(module) is nn.MaxPool2d and not module.return_indices:
                 parent, _, own_name = name.rpartition(".")
                 setattr(self.network.get_submodule(parent), own_name, _MaxPool(module).eval())
-        use_fast_convolutions(self.network)
         for module in self.network.modules():
             if not isinstance(module, _BatchNorm):  # those left over keep their statistics in float32
                 for parameter in module.parameters(recurse=False):
@@ -87,35 +85,17 @@ class FoldedTwin(nn.Module):
 
 
 class _MaxPool(nn.Module):
-    """A max pooling that finds its indices again on the way back: held, they are eight bytes an output, whatever dtype.
+    """A max pooling that computes its indices again in the backward pass.
 
-    Its input is held anyway, by the activation before it.
+    Kept, they take eight bytes an output in any precision; the input is kept anyway, by the activation before it.
     """
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
         super().__init__()
-        self._window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+        self.pool = pool
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return cast(Tensor, _MaxPoolFunction.apply(inputs, self._window))
-
-
-class _MaxPoolFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(inputs: Tensor, window: tuple[Any, ...]) -> Tensor:
-        return F.max_pool2d(inputs, *window)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, tuple[Any, ...]], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-        ctx.window = inputs[1]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        with torch.enable_grad():
-            inputs = ctx.saved_tensors[0].detach().requires_grad_()
-            output = F.max_pool2d(inputs, *ctx.window)
-        return torch.autograd.grad(output, inputs, gradient)[0], None
+        return cast(Tensor, checkpoint(self.pool, inputs, use_reentrant=False, preserve_rng_state=False))
 
 
 def _convolutions_before_batch_norms(backbone: nn.Module) -> dict[str, str]:
@@ -133,4 +113,4 @@ def _convolutions_before_batch_norms(backbone: nn.Module) -> dict[str, str]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (_BatchNorm, Convolution)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)

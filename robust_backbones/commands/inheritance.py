@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from robust_backbones import cpu
 from robust_backbones.analysis import inheritance_figures as figures
 from robust_backbones.analysis.tables import csv_text, markdown
 from robust_backbones.checkpoint.sources import read_checkpoint
@@ -194,16 +195,17 @@ def run(options: InheritanceOptions) -> int:
     sets = {path.name: path for path in (set_folder(name, options.data_root) for name in options.sets)}
     if len(sets) < len(options.sets):
         raise InputError("two sets have one name: rename a folder")
-    records = run_protocol(
-        options.config,
-        {label: read_checkpoint(path) for label, path in zip(labels, options.checkpoints, strict=True)},
-        options.pretraining,
-        sets,
-        options.output,
-        methods=options.methods,
-        seeds=options.seeds,
-        execution=options.execution,
-    )
+    with cpu.fast(options.execution.device):
+        records = run_protocol(
+            options.config,
+            {label: read_checkpoint(path) for label, path in zip(labels, options.checkpoints, strict=True)},
+            options.pretraining,
+            sets,
+            options.output,
+            methods=options.methods,
+            seeds=options.seeds,
+            execution=options.execution,
+        )
     print(f"\n{markdown(*figures.summary_table(read_matrices([options.output])))}\n")
     print(f"{len(records)} records written to {options.output}")
     return 0

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from robust_backbones import cpu
 from robust_backbones.checkpoint import zoo
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain, recipe
 from robust_backbones.classification.train import Execution
@@ -58,7 +59,8 @@ class PretrainJob:
         if submitit.JobEnvironment().num_tasks > 1:
             # Each process keeps all GPUs in sight and takes the one of its local rank.
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        return pretrain(self.config, self.data, self.output, self.execution).metrics
+        with cpu.fast(self.execution.device):
+            return pretrain(self.config, self.data, self.output, self.execution).metrics
 
     def checkpoint(self) -> Any:
         """What to submit when the scheduler takes the machine away: the same job, which goes on where it was."""
@@ -98,7 +100,8 @@ def main(arguments: list[str]) -> int:
         print(f"submitted as job {submitted.job_id}; its logs are in {log_folder(job.output)}, its results will be in")
         print(options.output)
         return 0
-    record = pretrain(options.config, options.data, options.output, options.execution)
+    with cpu.fast(options.execution.device):
+        record = pretrain(options.config, options.data, options.output, options.execution)
     clean, robust = record.metrics["clean_accuracy"], record.metrics["robust_accuracy"]
     print(f"accuracy: clean {clean:.1f} %, robust {robust:.1f} % ({record.config['eval_threat_model']})")
     print(f"checkpoint and record written to {options.output}")

@@ -23,6 +23,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from robust_backbones import cpu
 from robust_backbones.analysis.tables import classification_table
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.train import Execution
@@ -153,18 +154,20 @@ def transfer(options: ProbeOptions | FinetuneOptions) -> int:
     if isinstance(options, ProbeOptions):
         if options.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
-        records = linear_probe(
-            options.config,
-            checkpoints,
-            data,
-            options.output,
-            device=options.device,
-            workers=options.workers,
-            checkpoint_minutes=options.checkpoint_minutes,
-            skip_unreadable=options.skip_unreadable,
-        )
+        with cpu.fast(options.device):
+            records = linear_probe(
+                options.config,
+                checkpoints,
+                data,
+                options.output,
+                device=options.device,
+                workers=options.workers,
+                checkpoint_minutes=options.checkpoint_minutes,
+                skip_unreadable=options.skip_unreadable,
+            )
     else:
-        records = full_finetune(options.grid, options.config, checkpoints, data, options.output, options.execution)
+        with cpu.fast(options.execution.device):
+            records = full_finetune(options.grid, options.config, checkpoints, data, options.output, options.execution)
     print(f"\n{classification_table(records)}\n\nrecords and networks written to {options.output}")
     return 0
 

@@ -1,109 +1,127 @@
-"""Convolutions that CPUs are slow at, as other operations of the same result."""
+"""Convolutions that CPUs are slow at, computed as other operations of the same result."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.utils import _pair
+from torch.overrides import TorchFunctionMode
 
 _FEW_PIXELS = 16
 _FEW_CHANNELS = 4
 
-
-def use_fast_convolutions(net: nn.Module) -> None:
-    """Make ``Convolution``s of those of ``net``, in place: the same parameters under the same names."""
-    for module in net.modules():
-        if Convolution.can_be(module):
-            module.__class__ = Convolution
+Pair = tuple[int, int]
 
 
-class Convolution(nn.Conv2d):
-    """A convolution that on CPUs, in float32 and bfloat16, takes another way where its own is slow.
+def fast(device: str | torch.device = "cpu") -> AbstractContextManager[object]:
+    """Within this context, convolutions of this thread that CPUs are slow at take another way; no module changes.
 
-    Where the output has few pixels, it is a matrix product over the windows of the whole batch: convolutions go image
-    by image, and those of res5 at 64 px, with outputs of 2 x 2 pixels, take three times as long.
+    ``with cpu.fast(device): ...`` does nothing where ``device`` is a GPU. It concerns float32 and bfloat16 inputs on
+    CPUs and convolutions without groups and dilation:
 
-    Where inputs of few channels have a gradient and the stride is not 1, as in a ResNet's stem under attack, it is a
-    convolution of stride 1 over blocks of stride x stride pixels: the gradient of a strided one is slow.
+    - An output of fewer than 16 pixels is a matrix product over the windows of the whole batch. PyTorch convolves image
+      by image: those of res5 at 64 px, with outputs of 2 x 2 pixels, take three times as long.
+    - A strided convolution of at most 4 channels whose input has a gradient, as a ResNet's stem under attack, is one of
+      stride 1 over blocks of stride x stride pixels: the gradient of a strided one is slow.
 
-    Anywhere else it is a convolution as any other.
+    Results are those of PyTorch up to rounding.
     """
+    return _FastConvolutions() if torch.device(device).type == "cpu" else nullcontext()
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        if inputs.device.type != "cpu" or inputs.dtype not in (torch.float32, torch.bfloat16):
-            return super().forward(inputs)
-        height, width = (
-            (size + 2 * padding - window) // stride + 1
-            for size, padding, window, stride in zip(
-                inputs.shape[2:], cast(tuple[int, int], self.padding), self.kernel_size, self.stride, strict=True
-            )
-        )
-        if height * width < _FEW_PIXELS:
-            return self._over_windows(inputs, height, width)
-        square = self.stride[0] == self.stride[1] > 1
-        if square and self.in_channels <= _FEW_CHANNELS and inputs.requires_grad and torch.is_grad_enabled():
-            return self._over_blocks(inputs, height, width)
-        return super().forward(inputs)
 
-    def _over_windows(self, inputs: Tensor, height: int, width: int) -> Tensor:
-        columns = inputs.permute(0, 2, 3, 1)
-        padding = cast(tuple[int, int], self.padding)
-        if (self.kernel_size, self.stride, padding) != ((1, 1), (1, 1), (0, 0)):
-            columns = cast(Tensor, _Windows.apply(columns, self.kernel_size, self.stride, padding, (height, width)))
-        weight = self.weight.permute(0, 2, 3, 1).flatten(1)  # no copy: channels come last
-        # Flat, since of columns that are not contiguous a product image by image would be made.
-        outputs = F.linear(columns.flatten(0, 2), weight, self.bias)
-        return outputs.unflatten(0, (len(inputs), height, width)).permute(0, 3, 1, 2)
+class _FastConvolutions(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        function = _convolution if func is torch.conv2d else func
+        return function(*args, **(kwargs or {}))
 
-    def _over_blocks(self, inputs: Tensor, height: int, width: int) -> Tensor:
-        stride = self.stride[0]
-        input_pads: list[int] = []
-        weight_pads: list[int] = []
-        for outputs, size, padding, window in zip(
-            (width, height),  # the last dimension first, as F.pad has it
-            inputs.shape[:1:-1],
-            cast(tuple[int, int], self.padding)[::-1],
-            self.kernel_size[::-1],
-            strict=True,
-        ):
-            blocks = math.ceil(window / stride)
-            weight_pads += [0, blocks * stride - window]
-            # After the last window nothing is read: what a stride leaves over there is cut off.
-            input_pads += [padding, (outputs + blocks - 1) * stride - size - padding]
-        of_blocks = F.pixel_unshuffle(F.pad(inputs, input_pads), stride)
-        return F.conv2d(of_blocks, F.pixel_unshuffle(F.pad(self.weight, weight_pads), stride), self.bias)
 
-    @staticmethod
-    def can_be(module: nn.Module) -> bool:
-        return (
-            type(module) is nn.Conv2d
-            and (module.groups, module.dilation, module.padding_mode) == (1, (1, 1), "zeros")
-            and isinstance(module.padding, tuple)
-        )
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``F.conv2d`` by the way that is fastest on CPUs."""
+    known = (
+        isinstance(input, Tensor)
+        and input.ndim == 4
+        and input.device.type == "cpu"
+        and input.dtype in (torch.float32, torch.bfloat16)
+        and groups == 1
+        and _pair(dilation) == (1, 1)
+        and not isinstance(padding, str)
+    )
+    if not known:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    window, steps, border = cast(Pair, tuple(weight.shape[2:])), tuple(_pair(stride)), tuple(_pair(padding))
+    output = cast(
+        Pair,
+        tuple(
+            (size + 2 * pad - side) // step + 1
+            for size, pad, side, step in zip(input.shape[2:], border, window, steps, strict=True)
+        ),
+    )
+    if math.prod(output) < _FEW_PIXELS:
+        return _over_windows(input, weight, bias, steps, border, output)
+    strided = steps[0] == steps[1] > 1 and weight.shape[1] <= _FEW_CHANNELS
+    if strided and input.requires_grad and torch.is_grad_enabled():
+        return _over_blocks(input, weight, bias, steps[0], border, output)
+    return F.conv2d(input, weight, bias, stride, padding)
+
+
+def _over_windows(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, output: Pair
+) -> Tensor:
+    window = cast(Pair, tuple(weight.shape[2:]))
+    columns = inputs.permute(0, 2, 3, 1)
+    if (window, stride, padding) != ((1, 1), (1, 1), (0, 0)):
+        columns = cast(Tensor, _Windows.apply(columns, window, stride, padding, output))
+    rows = weight.permute(0, 2, 3, 1).flatten(1)  # no copy where channels come last
+    # Flat: of columns that are not contiguous, linear would make a product an image.
+    outputs = F.linear(columns.flatten(0, 2), rows, bias)
+    return outputs.unflatten(0, (len(inputs), *output)).permute(0, 3, 1, 2)
+
+
+def _over_blocks(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Pair, output: Pair
+) -> Tensor:
+    input_pads: list[int] = []
+    weight_pads: list[int] = []
+    # F.pad takes the last dimension first.
+    for axis in (1, 0):
+        size, window = inputs.shape[2 + axis], weight.shape[2 + axis]
+        blocks = math.ceil(window / stride)
+        weight_pads += [0, blocks * stride - window]
+        # Nothing is read after the last window: a negative pad cuts off what the stride leaves over.
+        input_pads += [padding[axis], (output[axis] + blocks - 1) * stride - size - padding[axis]]
+    blocked_inputs = F.pixel_unshuffle(F.pad(inputs, input_pads), stride)
+    blocked_weight = F.pixel_unshuffle(F.pad(weight, weight_pads), stride)
+    return F.conv2d(blocked_inputs, blocked_weight, bias)
 
 
 class _Windows(torch.autograd.Function):
     """What each output of a convolution sees: (N, H, W, C) -> (N, height, width, pixels of the window * C).
 
-    By itself each pixel of the window would have a gradient of the size of the input, to be filled and added.
+    As one function, since slices alone would each have a gradient of the input's size, to be filled and added.
     """
 
     @staticmethod
-    def forward(
-        inputs: Tensor,
-        window: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        outputs: tuple[int, int],
-    ) -> Tensor:
+    def forward(inputs: Tensor, window: Pair, stride: Pair, padding: Pair, output: Pair) -> Tensor:
         above, beside = padding
         padded = F.pad(inputs, (0, 0, beside, beside, above, above)) if above or beside else inputs
-        return torch.cat([padded[place] for place in _places(window, stride, outputs)], dim=3)
+        return torch.cat([padded[place] for place in _places(window, stride, output)], dim=3)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -113,20 +131,17 @@ class _Windows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        window, stride, (above, beside), outputs = ctx.geometry
+        window, stride, (above, beside), output = ctx.geometry
         images, height, width, channels = ctx.shape
         padded = gradient.new_zeros(images, height + 2 * above, width + 2 * beside, channels)
-        for place, part in zip(_places(window, stride, outputs), gradient.split(channels, dim=3), strict=True):
+        for place, part in zip(_places(window, stride, output), gradient.split(channels, dim=3), strict=True):
             padded[place].add_(part)
         return padded[:, above : above + height, beside : beside + width], None, None, None, None
 
 
-def _places(
-    window: tuple[int, int], stride: tuple[int, int], outputs: tuple[int, int]
-) -> Iterator[tuple[slice, slice, slice]]:
-    """For each pixel of a convolution's window, row by row, where in the padded images (N, H, W, C) outputs see it."""
-    (down, right), (height, width) = stride, outputs
+def _places(window: Pair, stride: Pair, output: Pair) -> Iterator[tuple[slice, slice, slice]]:
+    """For each pixel of the window, row by row, the padded pixels (N, H, W, C) that the outputs see through it."""
     for top in range(window[0]):
         for left in range(window[1]):
-            rows = slice(top, top + down * (height - 1) + 1, down)
-            yield slice(None), rows, slice(left, left + right * (width - 1) + 1, right)
+            rows = slice(top, top + stride[0] * (output[0] - 1) + 1, stride[0])
+            yield slice(None), rows, slice(left, left + stride[1] * (output[1] - 1) + 1, stride[1])

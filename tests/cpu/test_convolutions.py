@@ -1,11 +1,25 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from robust_backbones.cpu.convolutions import Convolution, use_fast_convolutions
+from robust_backbones import cpu
+
+
+class Strides(TorchFunctionMode):
+    """The strides that PyTorch's convolutions are called with in this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.conv2d:
+            self.seen.append(args[3] if len(args) > 3 else 1)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 5), (4, 3), (7, 8)])
@@ -21,11 +35,10 @@ def test_a_convolution_of_few_pixels_is_a_matrix_product(
     torch.manual_seed(0)
     convolution = nn.Conv2d(6, 4, window, stride, padding, bias=size != (2, 2)).double()
     twin = copy.deepcopy(convolution).float().to(memory_format=layout)
-    use_fast_convolutions(twin)
-    assert type(twin) is Convolution
     inputs = torch.randn(3, 6, *size).contiguous(memory_format=layout)
     points = [inputs.double().requires_grad_(), inputs.requires_grad_()]
-    outputs = [convolution(points[0]), twin(points[1])]
+    with cpu.fast():
+        outputs = [convolution(points[0]), twin(points[1])]
     weight = torch.randn(outputs[0].shape)
     gradients = [
         torch.autograd.grad(output, [point, *layer.parameters()], weight.to(output.dtype))
@@ -54,16 +67,13 @@ def test_a_strided_convolution_of_few_channels_is_one_over_blocks(
     torch.manual_seed(0)
     convolution = nn.Conv2d(3, 5, window, stride, padding, bias=size != (8, 8)).double()
     twin = copy.deepcopy(convolution).float().to(memory_format=layout)
-    use_fast_convolutions(twin)
     inputs = torch.randn(2, 3, *size).contiguous(memory_format=layout)
-    strides = []
-    monkeypatch.setattr(
-        F, "conv2d", lambda *args, conv2d=F.conv2d, **kw: strides.append(args[3:4]) or conv2d(*args, **kw)
-    )
     points = [inputs.double().requires_grad_(), inputs.clone().requires_grad_()]
-    outputs = [convolution(points[0]), twin(points[1])]
-    assert twin(inputs).shape == outputs[0].shape
-    assert strides == [((stride, stride),), (), ((stride, stride),)]  # the twin's has stride 1 where it pays
+    with Strides() as strides, cpu.fast():
+        outputs = [convolution(points[0]), twin(points[1])]
+        assert twin(inputs).shape == outputs[0].shape
+    own = (stride, stride)
+    assert strides.seen == [own, 1, own]  # the twin's has stride 1 where it pays
     weight = torch.randn(outputs[0].shape) / outputs[0][0, 0].numel() ** 0.5  # float32's errors add up over pixels
     gradients = [
         torch.autograd.grad(output, [point, *layer.parameters()], weight.to(output.dtype))
@@ -75,9 +85,30 @@ def test_a_strided_convolution_of_few_channels_is_one_over_blocks(
 
 @pytest.mark.parametrize(
     "other",
-    [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same"), nn.ReLU()],
+    [
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, dilation=2),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, 3, stride=2).double(),
+    ],
 )
-def test_other_layers_stay_what_they_are(other: nn.Module) -> None:
-    kind = type(other)
-    use_fast_convolutions(other)
-    assert type(other) is kind
+def test_other_convolutions_are_pytorchs(other: nn.Conv2d) -> None:
+    inputs = torch.randn(2, 4, 5, 5, dtype=other.weight.dtype, requires_grad=True)
+    with cpu.fast():
+        outputs = other(inputs)
+    assert torch.equal(outputs, other(inputs))
+
+
+def test_nothing_is_fast_unasked() -> None:
+    """Neither outside the context nor in it for a GPU; the module stays what it is."""
+    convolution = nn.Conv2d(4, 8, 3)
+    inputs = torch.randn(2, 4, 4, 4)
+    state, kind = {**convolution.state_dict()}, type(convolution)
+    with Strides() as plain, cpu.fast("cuda"):
+        convolution(inputs)
+    with Strides() as replaced, cpu.fast():
+        convolution(inputs)
+    assert (plain.seen, replaced.seen) == ([(1, 1)], [])
+    assert type(convolution) is kind
+    assert convolution.state_dict().keys() == state.keys()
+    assert torch.overrides._get_current_function_mode() is None

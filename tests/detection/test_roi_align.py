@@ -1,8 +1,6 @@
-"""ROIAlign by rows against torchvision's operator, and the type that boxes keep."""
+"""The type that boxes keep in ROIAlign, and both of its ways in a whole detector."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,53 +8,9 @@ from detectron2.config import CfgNode
 from detectron2.layers import ROIAlign
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torchvision.ops import roi_align
 
-from robust_backbones.detection.roi_align import Float32BoxesROIAlign, roi_align_by_rows, use_float32_boxes
+from robust_backbones.detection.roi_align import Float32BoxesROIAlign
 from robust_backbones.detection.trainer import Trainer
-
-place, side = st.floats(-30, 90, width=32), st.floats(0, 90, width=32)
-boxes = st.lists(st.tuples(st.integers(0, 1), place, place, side, side), min_size=1, max_size=6)
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    found=boxes,
-    output=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    scale=st.sampled_from([0.0625, 0.25, 1.0]),
-    sampling=st.sampled_from([0, 1, 3]),
-    aligned=st.booleans(),
-)
-def test_rows_give_what_torchvision_does(
-    found: list[tuple[float, ...]],
-    output: tuple[int, int],
-    size: tuple[int, int],
-    scale: float,
-    sampling: int,
-    aligned: bool,
-) -> None:
-    """Values and gradient in float64; boxes outside and without area among them."""
-    features = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    features.requires_grad_()
-    rois = torch.tensor(found, dtype=torch.float64)
-    rois[:, 3:] += rois[:, 1:3]
-    options: dict[str, Any] = {"spatial_scale": scale, "sampling_ratio": sampling, "aligned": aligned}
-    ours = roi_align_by_rows(features, rois, output, **options) + 0 * features.sum()
-    theirs = roi_align(features, rois, output, **options)
-    assert ours.shape == theirs.shape
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
-    weights = torch.randn(theirs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (ours_back,) = torch.autograd.grad(ours, features, weights)
-    (theirs_back,) = torch.autograd.grad(theirs, features, weights)
-    torch.testing.assert_close(ours_back, theirs_back, rtol=0, atol=1e-9)
-
-
-def of(module: ROIAlign, *, fast: bool) -> ROIAlign:
-    use_float32_boxes(torch.nn.ModuleList([module]), fast=fast)
-    return module
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -65,7 +19,7 @@ def test_boxes_are_not_rounded_to_the_features_type(dtype: torch.dtype, fast: bo
     """The features are a ramp of powers of two, exact in every type, so that only a box's place can go wrong."""
     ramp = (torch.arange(1024) // 256 * 4).to(dtype).expand(1, 1, 2, 1024)
     box = torch.tensor([[0, 767.0, 0, 769.0, 1]])  # in bfloat16: 768 to 768, no area
-    found = of(ROIAlign((1, 2), 1.0, 1), fast=fast)(ramp, box)
+    found = Float32BoxesROIAlign(ROIAlign((1, 2), 1.0, 1), fast=fast)(ramp, box)
     assert found.dtype == dtype
     assert found.flatten().tolist() == [8, 12]
 
@@ -73,7 +27,7 @@ def test_boxes_are_not_rounded_to_the_features_type(dtype: torch.dtype, fast: bo
 @pytest.mark.parametrize("fast", [True, False])
 def test_no_boxes_give_none(fast: bool) -> None:
     features = torch.ones(1, 2, 4, 4, requires_grad=True)
-    found = of(ROIAlign((3, 3), 1.0, 0), fast=fast)(features, torch.zeros(0, 5))
+    found = Float32BoxesROIAlign(ROIAlign((3, 3), 1.0, 0), fast=fast)(features, torch.zeros(0, 5))
     assert found.shape == (0, 2, 3, 3)
     found.sum().backward()
     assert features.grad is not None

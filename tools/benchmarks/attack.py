@@ -21,6 +21,7 @@ from benchmarks.networks import (
 from benchmarks.peers import without_cuda_calls
 from benchmarks.turns import Arrays, Side, Way
 from benchmarks.work import Check, Reach, Work
+from robust_backbones import cpu
 from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.classification.engine import PRECISIONS
 from robust_backbones.classification.folding import FoldedTwin
@@ -119,7 +120,8 @@ def ours(*, precision: str, **options: Any) -> Side:
 
         def attack(images: Tensor, labels: Tensor) -> Tensor:
             twin.refresh()
-            return pgd(twin, images.contiguous(memory_format=torch.channels_last), labels, threat_model, config)
+            with cpu.fast(images.device):
+                return pgd(twin, images.contiguous(memory_format=torch.channels_last), labels, threat_model, config)
 
         return attack
 
