@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
+
+from robust_backbones.errors import InputError
 
 CONFIG_DIR = Path(__file__).with_name("detectron_configs")
 STUDY_DIR = Path(__file__).with_name("studies")
@@ -47,3 +50,20 @@ DETECTOR_KEYS: dict[str, Any] = {
     "TEST.BEST_METRIC": "",
 }
 """The keys that we add to Detectron2's configuration, with their defaults."""
+
+
+def get_config_file(name: str) -> str:
+    """The absolute path of a configuration that comes with the package, as Detectron2's model zoo has it.
+
+    Args:
+        name: within ``detectron_configs``, as in ``"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"``.
+
+    Raises:
+        InputError: there is none of this name; the message gives the names that come nearest.
+    """
+    path = CONFIG_DIR / name
+    if not path.is_file():
+        names = [file.relative_to(CONFIG_DIR).as_posix() for file in CONFIG_DIR.glob("**/*.yaml")]
+        near = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))
+        raise InputError(f"no configuration is called {name!r}: the nearest names are {near}")
+    return str(path.absolute())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_backbones.errors import InputError
+from robust_backbones.threat_models import ThreatModel
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -295,9 +296,10 @@ class NormalizedModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, spec: BackboneSpec) -> None:
+    def __init__(self, backbone: nn.Module, spec: BackboneSpec, threat_model: ThreatModel | None = None) -> None:
+        """``threat_model``: what it was trained against, where that is known."""
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.spec, self.threat_model = backbone, spec, threat_model
         self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(spec.std)[:, None, None], persistent=False)
 

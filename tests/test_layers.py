@@ -25,6 +25,7 @@ FLOORS = (
     "transfer.inheritance",
     "detection",
     "analysis",
+    "api",
     "commands",
     "sweep",
     "__main__",

@@ -1,0 +1,116 @@
+"""The functions of ``import robust_backbones``: read, convert, verify, attack, train, measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from robust_backbones.attacks import AttackConfig, pgd
+from robust_backbones.checkpoint.convert import SUFFIXES, BackboneMetadata, ConversionReport, write_backbone
+from robust_backbones.checkpoint.convert import convert as convert_tensors
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.sources import Statement, read_checkpoint
+from robust_backbones.classification.pretrain import PretrainConfig, pretrain
+from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
+from robust_backbones.configs import get_config_file
+from robust_backbones.errors import InputError
+from robust_backbones.models import NormalizedModel
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe
+
+if TYPE_CHECKING:
+    from robust_backbones.detection.verify import StageError
+
+__all__ = [
+    "AttackConfig",
+    "Checkpoint",
+    "ConversionReport",
+    "InputError",
+    "PretrainConfig",
+    "ProbeConfig",
+    "RobustnessConfig",
+    "Statement",
+    "ThreatModel",
+    "convert",
+    "evaluate_robustness",
+    "get_config_file",
+    "linear_probe",
+    "load_backbone",
+    "pgd",
+    "pretrain",
+    "read_checkpoint",
+    "verify",
+]
+
+
+def load_backbone(source: str | Path | Checkpoint, *, threat_model: str | ThreatModel | None = None) -> NormalizedModel:
+    """The network of a checkpoint, in eval mode on the CPU.
+
+    Args:
+        source: a file of any known layout, ``hub:NAME`` of a published robust backbone, or what ``read_checkpoint``
+            returned.
+        threat_model: what it was trained against, as in ``"L2:3"``, where the file does not say.
+
+    Returns:
+        Maps RGB images in [0, 1], shape (N, 3, H, W), to logits (N, classes), and normalises inside. ``spec`` says what
+        the network is, ``threat_model`` what it was trained against (None: unknown).
+
+    Raises:
+        InputError: as ``read_checkpoint``.
+    """
+    checkpoint = _read(source, threat_model).in_rgb()
+    return NormalizedModel(checkpoint.build(), checkpoint.spec, checkpoint.threat_model).eval()
+
+
+def convert(
+    src: str | Path | Checkpoint, dst: str | Path, *, threat_model: str | ThreatModel | None = None
+) -> ConversionReport:
+    """Write a backbone in Detectron2's format, for MODEL.WEIGHTS; ``verify`` then proves that it is the same.
+
+    Args:
+        src: as for ``load_backbone``.
+        dst: the file to write: .pkl, .pth or .safetensors. It also says what the backbone is.
+        threat_model: as for ``load_backbone``.
+
+    Returns:
+        What became of every tensor. Nothing is written unless ``report.ok``; ``report.check()`` raises then.
+
+    Raises:
+        InputError: as ``read_checkpoint``; another suffix; Detectron2's ResNet cannot be this backbone.
+    """
+    if Path(dst).suffix not in SUFFIXES:
+        raise InputError(f"a converted backbone ends in {' or '.join(SUFFIXES)}, got {dst}")
+    checkpoint = _read(src, threat_model)
+    tensors, report = convert_tensors(checkpoint)
+    if report.ok:
+        with atomic_path(Path(dst)) as temporary:
+            write_backbone(temporary, tensors, BackboneMetadata.of(checkpoint))
+    return report
+
+
+def verify(src: str | Path | Checkpoint, dst: str | Path, *, image: str | Path | None = None) -> list[StageError]:
+    """How far Detectron2's features res2-res5 of a converted backbone lie from the source's layer1-layer4.
+
+    Args:
+        src: as for ``load_backbone``.
+        dst: what ``convert`` wrote.
+        image: compare on this JPEG or PNG, too, and not on random pixels alone.
+
+    Returns:
+        The error of each stage, by the statistics in the file and by those of the image. Of the same network, every
+        ``relative`` is below 1e-4, float32's rounding.
+
+    Raises:
+        InputError: as ``read_checkpoint``; no Detectron2; the file does not fill the backbone; no such image.
+    """
+    from robust_backbones.detection.verify import feature_errors
+
+    return feature_errors(_read(src, None), Path(dst), image=None if image is None else Path(image))
+
+
+def _read(source: str | Path | Checkpoint, threat_model: str | ThreatModel | None) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return source
+    stated = None if threat_model is None else Statement(threat_model=ThreatModel.parse(threat_model))
+    return read_checkpoint(Path(source), statement=stated)

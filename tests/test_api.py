@@ -1,0 +1,91 @@
+"""The package's top: cheap to import, and every function says what the modules below it say."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import robust_backbones
+from robust_backbones import api
+from robust_backbones.configs import CONFIG_DIR
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.threat_models import ThreatModel
+from tests.conftest import randomize_batch_norms
+from tests.hub import robustness_file
+
+Maker = Callable[[str], Path]
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys, robust_backbones; sys.exit(any(name in sys.modules for name in ('torch', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_name_is_there_and_no_other() -> None:
+    assert robust_backbones.__all__ == api.__all__
+    assert all(getattr(robust_backbones, name) is getattr(api, name) for name in api.__all__)
+    assert all(getattr(api, name).__doc__ for name in api.__all__)
+    with pytest.raises(AttributeError, match="load_backbon'"):
+        _ = robust_backbones.load_backbon
+
+
+@pytest.fixture(scope="module")
+def madry_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 of four classes as MadryLab's library saves it."""
+    network = build_backbone(BackboneSpec("resnet18", 4), seed=5)
+    randomize_batch_norms(network)
+    path = tmp_path_factory.mktemp("madry") / "resnet18.ckpt"
+    path.write_bytes(robustness_file(network))
+    return path
+
+
+def test_a_loaded_backbone_is_the_network_of_the_file(madry_file: Path, images: Tensor) -> None:
+    model = robust_backbones.load_backbone(str(madry_file), threat_model="L2:3")
+    network = build_backbone(BackboneSpec("resnet18", 4), seed=5)
+    randomize_batch_norms(network)
+    expected = NormalizedModel(network, BackboneSpec("resnet18", 4)).eval()(images)
+    assert torch.equal(model(images), expected)
+    assert not model.training
+    assert (model.spec.arch, model.threat_model) == ("resnet18", ThreatModel("L2", 3))
+    again = robust_backbones.load_backbone(robust_backbones.read_checkpoint(madry_file))
+    assert again.threat_model is None
+    assert torch.equal(again(images), expected)
+
+
+def test_convert_and_verify(madry_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "backbone.pkl"
+    assert robust_backbones.convert(str(madry_file), str(target)).ok
+    errors = robust_backbones.verify(str(madry_file), str(target))
+    assert {error.stage for error in errors} == {"res2", "res3", "res4", "res5"}
+    assert all(error.relative < 1e-4 for error in errors)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match=r"\.pkl or \.pth or \.safetensors"):
+        robust_backbones.convert(madry_file, tmp_path / "backbone.npz")
+
+
+def test_what_is_no_whole_backbone_is_reported_and_not_written(tmp_path: Path) -> None:
+    network = build_backbone(BackboneSpec("resnet18", 4))
+    with torch.no_grad():
+        network.layer1[0].conv1.weight[0] = float("nan")
+    buffer = io.BytesIO()
+    torch.save(network.state_dict(), buffer)
+    (tmp_path / "broken.pth").write_bytes(buffer.getvalue())
+    report = robust_backbones.convert(tmp_path / "broken.pth", tmp_path / "backbone.pkl")
+    assert not report.ok
+    assert report.not_finite == ("layer1.0.conv1.weight",)
+    assert not (tmp_path / "backbone.pkl").exists()
+
+
+def test_configurations_are_found_by_name() -> None:
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"
+    path = Path(robust_backbones.get_config_file(name))
+    assert path.is_absolute()
+    assert path.samefile(CONFIG_DIR / name)
+    with pytest.raises(InputError, match=name):
+        robust_backbones.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R50_FPN_3x.yaml")
