@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> Arguments:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    options: Arguments = cli.parse(Arguments, arguments, description=__doc__)
     if options.recipe:  # once more, now with the recipe's values where no option is given
         defaults = Arguments(options.data, options.output, config=recipe(options.recipe))
         options = cli.parse(Arguments, arguments, description=__doc__, default=defaults)

@@ -122,7 +122,9 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions:
-    return cli.parse(Arguments, arguments, description=__doc__)
+    options: DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    return options
 
 
 def datasets(options: DatasetsOptions) -> int:

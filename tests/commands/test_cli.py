@@ -209,7 +209,7 @@ def test_without_detectron2_it_says_how_to_install_it(
         "evaluate": ["detector", "config.yaml", "model_final.pth", "--output", tmp_path / "robustness"],
         "predict": [ROOT / "docs/demo.jpg", "--weights", tmp_path, "--output", tmp_path / "predictions"],
     }
-    assert_refused(run_tool(tool, *arguments[tool]), "tools/install_detectron2.py")
+    assert_refused(run_tool(tool, *arguments[tool]), "robust-backbones doctor --install-detectron2")
     assert not list(tmp_path.iterdir())
 
 
