@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from robust_backbones.__main__ import VERBS, main
-from robust_backbones.classification.engine import Learner, computes_bfloat16
+from robust_backbones.classification.compute import computes_bfloat16
+from robust_backbones.classification.engine import Learner
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.runs.record import RunRecord
