@@ -48,19 +48,19 @@ class Comparison:
     """Those that only one of the two has; they count in means, but not here."""
     difference: float | None
     """Mean of the paired differences."""
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
     """95 % t interval of the difference, of this comparison alone."""
-    effect: float | None
+    effect: float | None = None
     """Cohen's d_z: mean of the paired differences over their standard deviation (Cohen 1988, section 2.3.5)."""
-    p: float | None
+    p: float | None = None
     """Of the two-sided paired t test."""
-    p_holm: float | None
+    p_holm: float | None = None
     """The same after Holm's correction for all tests of the family."""
-    seeds_needed: int | None
+    seeds_needed: int | None = None
     """For 80 % power at the observed effect and the family's strictest level, ALPHA / tests; None also above
     MOST_SEEDS and for an effect of 0."""
-    reason: str
+    reason: str = ""
 
     @property
     def verdict(self) -> str:
@@ -86,8 +86,8 @@ class Comparison:
         if self.verdict != "not distinguishable":
             return f"{self.verdict.capitalize()} than standard by {abs(self.difference):.2f} {seeds}, {p}."
         needed = f"more than {MOST_SEEDS:,}" if self.seeds_needed is None else f"about {self.seeds_needed:,}"
-        told = f"Not distinguishable from standard: {self.difference:+.2f} {seeds}, {p}"
-        return f"{told}; telling would take {needed} seeds."
+        found = f"Not distinguishable from standard: {self.difference:+.2f} {seeds}, {p}"
+        return f"{found}; telling would take {needed} seeds."
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -121,24 +121,14 @@ def compare(standard: Mapping[int, float], others: Mapping[K, Mapping[int, float
 def _compare_one(standard: Mapping[int, float], other: Mapping[int, float]) -> Comparison:
     seeds = tuple(sorted(standard.keys() & other.keys()))
     differences = [other[seed] - standard[seed] for seed in seeds]
-    untested = Comparison(
-        seeds=seeds,
-        unpaired=tuple(sorted(standard.keys() ^ other.keys())),
-        difference=fmean(differences) if seeds else None,
-        low=None,
-        high=None,
-        effect=None,
-        p=None,
-        p_holm=None,
-        seeds_needed=None,
-        reason="",
-    )
+    unpaired = tuple(sorted(standard.keys() ^ other.keys()))
+    untested = Comparison(seeds, unpaired, fmean(differences) if seeds else None)
     if not standard or not other:
         return replace(untested, reason=f"no result of {'this' if standard else 'the standard'} backbone")
     if not seeds:
         return replace(untested, reason="the two share no seed, and pairs need the same one")
     if len(seeds) == 1:
-        which = "one seed" if not untested.unpaired else f"one seed that both have ({seeds[0]})"
+        which = "one seed" if not unpaired else f"one seed that both have ({seeds[0]})"
         return replace(untested, reason=f"{which} says nothing about how results vary over seeds")
     if max(map(abs, differences)) <= _ROUNDING:
         return replace(untested, difference=0.0, low=0.0, high=0.0, effect=0.0, p=1.0)
@@ -213,7 +203,7 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit | None:
 
 
 def p_value(p: float) -> str:
-    """As it is printed: three digits behind the point."""
+    """As it is printed: three decimals."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 

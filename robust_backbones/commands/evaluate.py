@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 import tyro
 
-from robust_backbones.analysis.tables import markdown
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.commands import cli
@@ -125,7 +124,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> Classifier | Detector:
-    options: Classifier | Detector = cli.parse(Arguments, arguments, description=__doc__)
+    options = cli.parse(Arguments, arguments, description=__doc__)
     if isinstance(options, Detector):
         cells_of(options)  # refuses what it does not know
     return options
@@ -207,8 +206,9 @@ def detector(options: Detector) -> int:
 
 def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequence[str]) -> list[str]:
     """Draw which errors the boxes of some cells have, as ``output/errors.*``; the lines of the same as a table."""
-    from robust_backbones.analysis.detection_errors import detection_errors, error_rows
-    from robust_backbones.analysis.figures import MOST_CURVES, error_figure
+    from robust_backbones.analysis.detection_errors import detection_errors
+    from robust_backbones.analysis.error_figures import error_figure, error_table
+    from robust_backbones.analysis.figures import MOST_CURVES
     from robust_backbones.detection.robustness import ground_truth, take_images
 
     cells = record.config["cells"]
@@ -222,11 +222,10 @@ def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequ
         errors[cell] = detection_errors(truth, json.loads((folder / "detections.json").read_text()), "bbox")
     title = f"{record.dataset}, {record.config['images']} images"
     error_figure(errors, title, output / "errors")
-    heads, rows = error_rows(errors)
     rest = chosen[MOST_CURVES:]
     return [
         "COCO's AP50 of boxes, and the points that the repair of each type of error gives (TIDE):",
-        markdown(heads, rows),
+        error_table(errors).to_markdown(),
         *([f"not drawn, for want of room: {', '.join(rest)}; choose with --errors"] if rest else []),
         f"drawn in {output / 'errors.svg'}",
     ]

@@ -25,13 +25,12 @@ import torch
 import tyro
 
 from robust_backbones import cpu
-from robust_backbones.analysis import inheritance_figures as figures
-from robust_backbones.analysis.tables import csv_text, markdown
+from robust_backbones.analysis import inheritance as analysis
+from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.robustness import RobustnessConfig
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.corruption import CorruptionConfig, evaluate_corruptions
@@ -206,7 +205,7 @@ def run(options: InheritanceOptions) -> int:
             seeds=options.seeds,
             execution=options.execution,
         )
-    print(f"\n{markdown(*figures.summary_table(read_matrices([options.output])))}\n")
+    print(f"\n{analysis.summary_table(read_matrices([options.output])).to_markdown()}\n")
     print(f"{len(records)} records written to {options.output}")
     return 0
 
@@ -226,18 +225,17 @@ def table(options: InheritanceTableOptions) -> int:
         matrices = [one for one in matrices if one.method in options.methods]
     if not matrices:
         raise InputError(f"nothing has been fine-tuned in {', '.join(map(str, options.runs))} yet: `run` it")
-    summary = figures.summary_table(matrices)
-    found = figures.correlations(matrices)
-    text = markdown(*summary) + (f"\n\n{markdown(*figures.correlation_table(found))}" if found else "")
-    write(options.output / "inheritance.md", text + "\n")
-    write(options.output / "inheritance.csv", csv_text(*summary))
-    write(options.output / "accuracies.csv", csv_text(*figures.accuracy_rows(matrices)))
-    if found:
-        write(options.output / "correlations.csv", csv_text(*figures.correlation_table(found)))
+    tables = {"inheritance": analysis.summary_table(matrices)}
+    if found := analysis.correlations(matrices):
+        tables["correlations"] = analysis.correlation_table(found)
+    text = "\n\n".join(one.to_markdown() for one in tables.values())
+    write_text(options.output / "inheritance.md", text + "\n")
+    for name, one in {**tables, "accuracies": analysis.accuracy_table(matrices)}.items():
+        write_text(options.output / f"{name}.csv", one.to_csv())
     for label, of_label in by_label(matrices).items():
-        figures.change_figure(of_label, options.output / f"{label}_changes")
+        analysis.change_figure(of_label, options.output / f"{label}_changes")
         if any(one.distances for one in of_label):
-            figures.distance_figure(of_label, options.output / f"{label}_distances")
+            analysis.distance_figure(of_label, options.output / f"{label}_distances")
     print(f"{text}\n\ntables and figures written to {options.output}")
     return 0
 
@@ -248,11 +246,6 @@ def by_label(matrices: Sequence[Matrix]) -> dict[str, list[Matrix]]:
     for one in matrices:
         groups.setdefault(one.label, []).append(one)
     return groups
-
-
-def write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
 
 
 def make_sets(options: MakeSetsOptions) -> int:
@@ -308,7 +301,8 @@ def detector(options: DetectorInheritanceOptions) -> int:
     metrics = [record.metrics for record in records]
     names = [name for name in metrics[0] if name.endswith("_accuracy") and metrics[0][name] is not None]
     rows = [[name.removesuffix("_accuracy"), *(interval(of, name) for of in metrics)] for name in names]
-    print(f"{records[0].config['images']} images, {records[0].config['threat_model']}\n{markdown(heads, rows)}")
+    print(f"{records[0].config['images']} images, {records[0].config['threat_model']}")
+    print(Table.of(heads, rows).to_markdown())
     print(f"records written to {options.output}")
     return 0
 

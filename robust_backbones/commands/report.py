@@ -18,9 +18,10 @@ from statistics import fmean
 
 import tyro
 
+from robust_backbones.analysis.experiments import Experiment, experiments
 from robust_backbones.analysis.figures import Picture
+from robust_backbones.analysis.records import find_runs
 from robust_backbones.analysis.report import write_report
-from robust_backbones.analysis.study import Experiment, experiments, find_runs
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 
@@ -38,7 +39,7 @@ class Arguments:
 
 
 def main(arguments: list[str]) -> int:
-    options: Arguments = cli.parse(Arguments, arguments, description=__doc__)
+    options = cli.parse(Arguments, arguments, description=__doc__)
     if not options.runs:
         raise InputError("give one or more folders of runs")
     if options.pictures < 0:
@@ -62,7 +63,7 @@ def draw(experiment: Experiment, folder: Path, images: int) -> Picture | None:
     if experiment.task not in ("detection", "segmentation") or standard is None or not experiment.headlines:
         return None
     metric = experiment.headlines[-1]  # of masks where there are some
-    robust = [b for b in experiment.backbones if b is not standard and not b.is_from_scratch and b.values(metric)]
+    robust = [backbone for backbone in experiment.robust if backbone.values(metric)]
     if not robust:
         return None
     best = max(robust, key=lambda backbone: fmean(backbone.values(metric).values()))

@@ -24,9 +24,9 @@ import torch
 import tyro
 
 from robust_backbones import cpu
-from robust_backbones.analysis.tables import classification_table
+from robust_backbones.analysis.record_tables import classification_table
 from robust_backbones.checkpoint.sources import read_checkpoint
-from robust_backbones.classification.config import Execution
+from robust_backbones.classification.train import Execution
 from robust_backbones.commands import cli
 from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
 from robust_backbones.data.transforms import val_transform
@@ -122,9 +122,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions:
-    options: DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions
-    options = cli.parse(Arguments, arguments, description=__doc__)
-    return options
+    return cli.parse(Arguments, arguments, description=__doc__)
 
 
 def datasets(options: DatasetsOptions) -> int:
@@ -170,12 +168,12 @@ def transfer(options: ProbeOptions | FinetuneOptions) -> int:
     else:
         with cpu.fast(options.execution.device):
             records = full_finetune(options.grid, options.config, checkpoints, data, options.output, options.execution)
-    print(f"\n{classification_table(records)}\n\nrecords and networks written to {options.output}")
+    print(f"\n{classification_table(records).to_markdown()}\n\nrecords and networks written to {options.output}")
     return 0
 
 
 def table(options: TransferTableOptions) -> int:
-    text = classification_table(transfer_records(options.runs))
+    text = classification_table(transfer_records(options.runs)).to_markdown()
     if options.output is None:
         print(text)
         return 0

@@ -22,9 +22,8 @@ from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from robust_backbones.analysis.detection_errors import ERRORS, ORACLES, DetectionErrors, detection_errors, error_rows
-from robust_backbones.analysis.figures import error_figure
-from robust_backbones.analysis.tables import markdown
+from robust_backbones.analysis.detection_errors import ERRORS, ORACLES, DetectionErrors, detection_errors
+from robust_backbones.analysis.error_figures import error_figure, error_table
 from robust_backbones.errors import InputError
 
 Truth = dict[str, Any]
@@ -511,7 +510,8 @@ def conditions() -> dict[str, DetectionErrors]:
 
 
 def test_the_table_puts_conditions_below_each_other(conditions: dict[str, DetectionErrors]) -> None:
-    heads, rows = error_rows(conditions)
+    table = error_table(conditions)
+    heads, rows = list(table.columns), table.cells
     assert heads[:6] == ["condition", "AP50", "classification", "localisation", "background", "missed"]
     assert [row[:6] for row in rows] == [
         ["clean", "100.0", "0.0", "0.0", "0.0", "0.0"],
@@ -519,7 +519,7 @@ def test_the_table_puts_conditions_below_each_other(conditions: dict[str, Detect
         ["PGD-10", "25.0", "75.0", "0.0", "0.0", "0.0"],
     ]
     assert {len(row) for row in rows} == {len(heads)}
-    assert markdown(heads, rows).count("\n") == 4
+    assert table.to_markdown().count("\n") == 4
 
 
 def test_the_figure_says_its_numbers_and_needs_no_colour(

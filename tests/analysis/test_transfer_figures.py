@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,19 +15,10 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from scipy import stats
 
-from robust_backbones.analysis import transfer_figures
 from robust_backbones.analysis.figures import MARKERS, Picture
-from robust_backbones.analysis.paper import (
-    TABLE_2,
-    TRANSFER_SOURCE,
-    differences_to_paper_transfer,
-    paper_transfer,
-)
-from robust_backbones.analysis.report import write_report
-from robust_backbones.analysis.statistics import linear_fit
-from robust_backbones.analysis.study import Run, find_runs
-from robust_backbones.analysis.transfer_figures import transfer_pages
-from robust_backbones.analysis.transfer_results import (
+from robust_backbones.analysis.paper import transfer_figures
+from robust_backbones.analysis.paper.transfer_figures import transfer_pages
+from robust_backbones.analysis.paper.transfer_results import (
     Curve,
     Pretraining,
     Pretrainings,
@@ -37,6 +29,15 @@ from robust_backbones.analysis.transfer_results import (
     pairs,
     targets,
 )
+from robust_backbones.analysis.paper.values import (
+    TABLE_2,
+    TRANSFER_SOURCE,
+    differences_to_paper_transfer,
+    paper_transfer,
+)
+from robust_backbones.analysis.records import RecordedRun, find_runs
+from robust_backbones.analysis.report import write_report
+from robust_backbones.analysis.statistics import linear_fit
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
@@ -90,7 +91,7 @@ def classifier(
     )
 
 
-def write(folder: Path, *records: RunRecord) -> list[Run]:
+def write(folder: Path, *records: RunRecord) -> list[RecordedRun]:
     for number, record in enumerate(records):
         record.write(folder / f"{number:04d}" / "record.json")
     return find_runs([folder])
@@ -109,7 +110,7 @@ def source_accuracy(arch: str, threat_model: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> list[RecordedRun]:
     """3 architectures x 4 epsilons on two data sets in both modes, one of them reduced too; and a stylized one."""
     records = [
         trial(
@@ -132,7 +133,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
 
 
 @pytest.fixture(scope="module")
-def report(study: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(study: list[RecordedRun], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("report")
     write_report(study, output, title="Transfer")
     return output
@@ -155,11 +156,11 @@ def assert_trials(row: dict[str, str], expected: list[float]) -> None:
 # --- the join --------------------------------------------------------------------------------------------------------
 
 
-def pretrained(folder: Path, record: RunRecord, **weights: bytes) -> Run:
+def pretrained(folder: Path, record: RunRecord, **weights: bytes) -> RecordedRun:
     record.write(folder / "record.json")
     for name, content in weights.items():
         (folder / f"{name}.pt").write_bytes(content)
-    return Run(folder, record)
+    return RecordedRun(folder, record)
 
 
 def of_file(content: bytes, folder: Path, label: str = "any") -> RunRecord:
@@ -357,10 +358,13 @@ def test_table_1_has_the_best_of_all_architectures(report: Path) -> None:
         for kind, models in (("standard", EPSILONS[:1]), ("best robust", EPSILONS[1:])):
             found = [values(arch, model, row["data set"]) for arch in ARCHS for model in models]
             best = max(found, key=fmean)
-            assert row[kind].startswith(f"{fmean(best):.1f} ({min(best):.1f} to {max(best):.1f}) WRN-50-2")
+            assert [float(row[f"{kind}{end}"]) for end in ("", " min", " max")] == [fmean(best), min(best), max(best)]
+            assert row[f"{kind} of"].startswith("WRN-50-2, L2:")
         assert row["trials"] == "3"
-    assert rows[1]["paper: standard"] == "81.3 WRN-50-2, L2:0"
-    assert rows[1]["paper: best robust"] == "95.5 WRN-50-4, L2:3"
+    assert [rows[1][f"paper standard{end}"] for end in ("", " of")] == ["81.31", "WRN-50-2, L2:0"]
+    assert [rows[1][f"paper best robust{end}"] for end in ("", " of")] == ["95.53", "WRN-50-4, L2:3"]
+    text = (report / "tables/fixed-feature_transfer_of_the_best_architectures.md").read_text()
+    assert "| 81.3 WRN-50-2, L2:0 | 95.5 WRN-50-4, L2:3 |" in text
 
 
 def test_texture_trained_backbones_stand_in_figure_8_alone(report: Path) -> None:
@@ -389,13 +393,13 @@ def ranges(figure: Figure) -> list[tuple[float, float]]:
 
 @pytest.fixture(scope="module")
 def drawn(
-    study: list[Run], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Figure, list[list[Any]], list[str]]]:
+    study: list[RecordedRun], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Figure, Sequence[Any]]]:
     """Name of a figure -> itself, before it is written, with the rows and heads of its CSV."""
-    found: dict[str, tuple[Figure, list[list[Any]], list[str]]] = {}
+    found: dict[str, tuple[Figure, Sequence[Any]]] = {}
 
-    def keep(figure: Figure, path: Path, heads: list[str], rows: list[list[Any]], caption: str, alt: str) -> Picture:
-        found[path.name] = figure, rows, heads
+    def keep(figure: Figure, path: Path, rows: Sequence[Any], caption: str, alt: str) -> Picture:
+        found[path.name] = figure, rows
         return Picture(path, caption, alt)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -405,22 +409,17 @@ def drawn(
 
 
 @pytest.mark.parametrize("stem", ["best", "texture", "accuracy", "fixed_epsilon", "width", "downscale"])
-def test_error_bars_are_lowest_and_highest_trial(
-    drawn: dict[str, tuple[Figure, list[list[Any]], list[str]]], stem: str
-) -> None:
-    figure, rows, heads = drawn[f"transfer_{stem}_linear_probe"]
-    low, high = heads.index("min"), heads.index("max")
-    expected = sorted((row[low], row[high]) for row in rows)
+def test_error_bars_are_lowest_and_highest_trial(drawn: dict[str, tuple[Figure, Sequence[Any]]], stem: str) -> None:
+    figure, rows = drawn[f"transfer_{stem}_linear_probe"]
+    expected = sorted((row["min"], row["max"]) for row in rows)
     assert sorted(ranges(figure)) == [pytest.approx(pair) for pair in expected]
     assert any(low < high for low, high in expected)
 
 
 @pytest.mark.parametrize("stem", ["best", "texture", "accuracy", "fixed_epsilon", "width", "downscale"])
-def test_nothing_is_told_by_colour_alone(
-    drawn: dict[str, tuple[Figure, list[list[Any]], list[str]]], stem: str
-) -> None:
+def test_nothing_is_told_by_colour_alone(drawn: dict[str, tuple[Figure, Sequence[Any]]], stem: str) -> None:
     """What has another colour has another marker, too; axes have units, and n stands on the figure or its caption."""
-    figure, _, _ = drawn[f"transfer_{stem}_linear_probe"]
+    figure, _ = drawn[f"transfer_{stem}_linear_probe"]
     pairs = {
         (line.get_color(), line.get_marker())
         for axes in figure.axes
@@ -470,7 +469,7 @@ def test_at_a_fixed_epsilon_the_points_are_architectures(report: Path) -> None:
         assert [float(row["mean"]) for row in own] == y
         assert float(own[0]["r_squared"]) == pytest.approx(stats.linregress(x, y).rvalue ** 2)
     fits = list(csv.DictReader((report / "tables/full-network_transfer_lines_through_source_accuracy.csv").open()))
-    papers = {row["series"]: (row["n"], row["R²"]) for row in fits if row["whose"] == "paper: cifar10"}
+    papers = {row["series"]: (row["n"], f"{float(row['R²']):.2f}") for row in fits if row["whose"] == "paper: cifar10"}
     assert papers.items() >= {("L2:0", ("6", "0.79")), ("L2:3", ("6", "0.97"))}
     assert not [row for row in numbers(report, "fixed_epsilon_linear_probe") if row["whose"] != "ours"]
 
@@ -480,8 +479,7 @@ def test_two_points_get_no_line_and_the_table_says_so(tmp_path: Path) -> None:
     records += [classifier(f"r18_{m}", "resnet18", m, 40.0 - i) for i, m in enumerate(("L2:0", "Linf:4/255"))]
     pages = transfer_pages(write(tmp_path / "runs", *records), tmp_path)
     (page,) = [page for page in pages if "source accuracy" in page.title]
-    ((_, rows),) = page.tables.values()
-    ours = [row for row in rows if row[-1].startswith("ours")]
+    ours = [row for row in page.tables[0].cells if row[-1].startswith("ours")]
     assert ours == [["pets", "-", "ResNet-18, ℓ∞", "2", "-", "-", "ours; no line through fewer than 3"]]
     assert "no fit, n = 2" in page.pictures[0].alt
     own = [row for row in numbers_in(tmp_path / "transfer_accuracy_linear_probe.csv") if row["whose"] == "ours"]

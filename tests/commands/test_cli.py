@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from robust_backbones.__main__ import VERBS, main
-from robust_backbones.classification.compute import computes_bfloat16
-from robust_backbones.classification.engine import Learner
+from robust_backbones.classification.engine import Learner, computes_bfloat16
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.runs.record import RunRecord
@@ -210,7 +209,7 @@ def test_without_detectron2_it_says_how_to_install_it(
         "evaluate": ["detector", "config.yaml", "model_final.pth", "--output", tmp_path / "robustness"],
         "predict": [ROOT / "docs/demo.jpg", "--weights", tmp_path, "--output", tmp_path / "predictions"],
     }
-    assert_refused(run_tool(tool, *arguments[tool]), "robust-backbones doctor --install-detectron2")
+    assert_refused(run_tool(tool, *arguments[tool]), "tools/install_detectron2.py")
     assert not list(tmp_path.iterdir())
 
 
@@ -253,12 +252,12 @@ def test_an_unknown_verb_names_the_nearest(
 
 
 def test_table_of_records() -> None:
-    from robust_backbones.analysis.tables import transfer_table
+    from robust_backbones.analysis.record_tables import transfer_table
 
     classifier = RunRecord("c", "pretrain", {}, "L2:3", "d", {"clean_accuracy": 60, "robust_accuracy": 31.44}, 0, {}, 1)
     classifier = RunRecord(**{**classifier.__dict__, "config": {"eval_threat_model": "L2:1"}})
     detector = RunRecord("v", "detection", {}, "L2:3", "v", {"bbox/AP": 50.06, "bbox/AP50": None}, 0, {}, 1)
-    table = transfer_table([(classifier, detector)]).splitlines()
+    table = transfer_table([(classifier, detector)]).to_markdown().splitlines()
     assert "robust acc (L2:1)" in table[0]
     assert table[2] == "| L2:3 | 60.0 | 31.4 | 50.1 | - | - | - |"
     assert np.unique([line.count("|") for line in table]).size == 1
@@ -288,10 +287,10 @@ def trial(seed: int, accuracy: float, *, on: str = "held_out", label: str = "rob
 
 def classification_rows(records: list[RunRecord]) -> list[dict[str, str]]:
     """The rows of the table by column."""
-    from robust_backbones.analysis.tables import classification_table
+    from robust_backbones.analysis.record_tables import classification_table
 
-    heads, _, *rows = ([c.strip() for c in line.split("|")[1:-1]] for line in classification_table(records).split("\n"))
-    return [dict(zip(heads, row, strict=True)) for row in rows]
+    table = classification_table(records)
+    return [dict(zip(table.columns, row, strict=True)) for row in table.cells]
 
 
 def test_table_of_classification_counts_its_trials() -> None:
@@ -369,22 +368,22 @@ def test_table_of_classification_averages_no_two_experiments() -> None:
 
 
 def test_table_and_curves_of_robustness(tmp_path: Path) -> None:
-    from robust_backbones.analysis.plots import accuracy_curves
-    from robust_backbones.analysis.tables import robustness_table
+    from robust_backbones.analysis.figures import accuracy_curves
+    from robust_backbones.analysis.record_tables import robustness_table
 
     training = RunRecord("t", "pretrain", {}, "L2:1", "d", {}, 0, {"epochs": 4, "eval_threat_model": "L2:2"}, 90)
     metrics = {f"{stage}_accuracy{end}": 50.0 for stage in ("clean", "pgd") for end in ("", "_low", "_high")}
     metrics |= {"pgd_accuracy": 12.34, "pgd_accuracy_low": 10.0}
     adversary = {"threat_model": "L2:2", "attack": {"steps": 20}}
     evaluation = RunRecord("e", "robustness", {}, "L2:1", "d", metrics, 0, adversary, 1)
-    table = robustness_table({"robust": (training, evaluation)}).splitlines()
+    table = robustness_table({"robust": (training, evaluation)}).to_markdown().splitlines()
     assert "robust acc (L2:2, PGD-20)" in table[0]
     assert table[2] == "| robust | L2:1 | 4 | 2 | 50.0 (50.0 to 50.0) | 12.3 (10.0 to 50.0) |"
 
     training.write(tmp_path / "record.json")
     rows = [{"step": 5, "epoch": 1, "clean_accuracy": 60, "robust_accuracy": 20}, {"step": 9, "epoch": 2}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    accuracy_curves({"robust": tmp_path}, tmp_path / "curves.png")
+    accuracy_curves({"robust": tmp_path}, tmp_path / "curves")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.work import ratios
 from robust_backbones.analysis.figures import save
+from robust_backbones.analysis.records import find_runs
 from robust_backbones.analysis.statistics import LinearFit, compare, linear_fit, summarize
-from robust_backbones.analysis.study import find_runs
-from robust_backbones.analysis.tables import markdown
+from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
@@ -87,7 +87,7 @@ def excerpt(records: Path) -> str:
         for row in _reach_rows(record)
         if "bf16" not in row[0] or (record["machine"]["bf16_over_fp32"] or 0) > 1
     ]
-    return markdown(["work", *REACH_HEADS], rows)
+    return Table.of(["work", *REACH_HEADS], rows).to_markdown()
 
 
 def _in_order(found: Mapping[str, Record]) -> list[str]:
@@ -111,7 +111,7 @@ def summary(record: Record) -> str:
     """A record's table, and what of it was to be reached: what the tool prints."""
     table = _table(record)
     reached = _reach_rows(record)
-    return table if not reached else f"{table}\n\n{markdown(REACH_HEADS, reached)}"
+    return table if not reached else f"{table}\n\n{Table.of(REACH_HEADS, reached).to_markdown()}"
 
 
 REACH_HEADS = ["what", "against", "to be reached", "found", ""]
@@ -121,13 +121,13 @@ def _table(record: Record) -> str:
     if "memory" in record:
         first = record["memory"][0]["megabytes"]
         rows = [[r["way"], f"{r['megabytes']:.1f}", f"{first / r['megabytes']:.2f}x"] for r in record["memory"]]
-        return markdown(["way", "MB an image", "less by"], rows)
+        return Table.of(["way", "MB an image", "less by"], rows).to_markdown()
     if "processes" in record:
         rows = [
             [r["way"], *(f"{median(r[key]):.1f}" for key in ("wall", "seconds")), f"{median(r['megabytes']):.0f}"]
             for r in record["processes"]
         ]
-        return markdown(["process", "seconds by the clock", "processor seconds", "MB at most"], rows)
+        return Table.of(["process", "seconds by the clock", "processor seconds", "MB at most"], rows).to_markdown()
     if "growth" in record:
         rows = [
             [
@@ -137,7 +137,7 @@ def _table(record: Record) -> str:
             ]
             for series in record["growth"]
         ]
-        return markdown(["with", "seconds", "exponent p", "R²"], rows)
+        return Table.of(["with", "seconds", "exponent p", "R²"], rows).to_markdown()
     count, unit = record["count"], record["unit"]
     first = record["rows"][0]["seconds"]
     rows = []
@@ -146,7 +146,7 @@ def _table(record: Record) -> str:
         spread = f" ({least:.2f} to {greatest:.2f})" if len(first) > 1 else ""
         seconds = median(row["seconds"])
         rows.append([row["way"], f"{seconds:.3g}", f"{count / seconds:.3g}", f"{middle:.2f}x{spread}"])
-    return markdown(["way", "seconds a turn", f"{unit}s a second", "to the first"], rows)
+    return Table.of(["way", "seconds a turn", f"{unit}s a second", "to the first"], rows).to_markdown()
 
 
 def _reach_rows(record: Record) -> list[list[str]]:
@@ -197,7 +197,7 @@ def _reaches(ordered: Sequence[Record], found: Mapping[str, Record]) -> str:
         for name, said in ON_A_GPU.items()
         if f"{name}-cuda" not in found
     ]
-    text = markdown(["work", *REACH_HEADS], rows)
+    text = Table.of(["work", *REACH_HEADS], rows).to_markdown()
     rates: dict[str, list[float]] = {}
     for record in ordered:
         in_bf16 = any("bf16" in reach["way"] and reach["found"] for reach in record.get("reaches", []))
@@ -220,7 +220,7 @@ def _machines(ordered: Sequence[Record]) -> str:
         versions = sorted({record["versions"]["torch"] for record in members})
         names = sorted({record["name"] for record in members})
         rows.append([processor, instructions, ", ".join(map(str, threads)), ", ".join(versions), ", ".join(names)])
-    return markdown(["processor", "instructions", "threads of a way", "torch", "benchmarks"], rows)
+    return Table.of(["processor", "instructions", "threads of a way", "torch", "benchmarks"], rows).to_markdown()
 
 
 def _body(record: Record, folder: Path) -> str:
@@ -237,7 +237,7 @@ def _checks(record: Record) -> str:
     if not checks:
         return ""
     rows = [[c["what"], f"{c['found']:.2g}", f"{c['limit']:g}"] for c in checks]
-    return "Compared before any time counted:\n\n" + markdown(["what", "found", "allowed"], rows)
+    return "Compared before any time counted:\n\n" + Table.of(["what", "found", "allowed"], rows).to_markdown()
 
 
 def _fit(series: Record) -> LinearFit | None:
@@ -268,10 +268,13 @@ def _growth_figure(record: Record, path: Path) -> Any:
         axes.set_yticks(ends, [f"{value:.2g}" for value in ends])
         axes.minorticks_off()
         axes.set_title("" if fit is None else f"p = {fit.slope:.2f}", fontsize=10)
-        rows += [[series["series"], *values] for values in zip(x, middle, low, high, strict=True)]
+        names = ("x", "seconds (median)", "least", "greatest")
+        rows += [
+            {"series": series["series"], **dict(zip(names, values, strict=True))}
+            for values in zip(x, middle, low, high, strict=True)
+        ]
     alt = "Seconds against what grows, on logarithmic axes, with the fitted power laws"
-    heads = ["series", "x", "seconds (median)", "least", "greatest"]
-    return save(figure, path, heads, rows, "How cost grows", alt)
+    return save(figure, path, rows, "How cost grows", alt)
 
 
 def _bfloat16(folder: Path) -> str:
@@ -295,7 +298,7 @@ def _bfloat16(folder: Path) -> str:
         comparison = compare(by_precision["fp32"], {"bf16": by_precision["bf16"]})["bf16"]
         said = comparison.sentence.replace("standard", "float32")
         rows.append([metric, *cells, said])
-    table = markdown(["metric", "fp32, mean ± std (seeds)", "bf16", "difference"], rows)
+    table = Table.of(["metric", "fp32, mean ± std (seeds)", "bf16", "difference"], rows).to_markdown()
     return (
         "## Mask R-CNN trained in bfloat16: its AP\n\n`studies/bfloat16.yaml`: a short training of Mask R-CNN on the "
         f"COCO person subset in both precisions, from one backbone.\n\n{table}"

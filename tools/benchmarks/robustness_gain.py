@@ -8,13 +8,13 @@ from typing import Literal
 
 import torch
 
-from robust_backbones.analysis.plots import accuracy_curves
-from robust_backbones.analysis.tables import robustness_table
+from robust_backbones.analysis.figures import accuracy_curves
+from robust_backbones.analysis.record_tables import robustness_table
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.sources import read_checkpoint
-from robust_backbones.classification.config import Execution
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
+from robust_backbones.classification.train import Execution
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 
@@ -86,8 +86,8 @@ class Robustness:
                 workers=self.workers,
             )
             records[name] = (training, evaluation)
-        accuracy_curves(folders, self.output / "curves.png")
-        table = robustness_table(records)
+        accuracy_curves(folders, self.output / "curves")
+        table = robustness_table(records).to_markdown()
         with atomic_path(self.output / "table.md") as temporary:
             temporary.write_text(table + "\n")
         return table

@@ -14,6 +14,11 @@ from typing import Any
 from robust_backbones.runs.record import RunRecord
 
 SOURCE = "Salman et al. 2020, arXiv 2007.08489, section 4"
+TRANSFER_SOURCE = "Salman et al. 2020, appendix F, means of three trials, from the tables of the authors' submission"
+# github.com/anonymousNeuripsAuthor/paper-8887, latex/small_datasets_*.tex and downsampling_LogisticRegression.tex. The
+# best trials are the authors' list of best settings, github.com/microsoft/robust-models-transfer; those of WRN-50-4
+# are from more epsilons than the submission has.
+_TRANSFER = Path(__file__).with_name("salman2020_transfer.csv")
 
 
 @dataclass(frozen=True)
@@ -65,122 +70,6 @@ PAPER = (
     _coco("segmentation", "bbox/AP", (40.67, 0.06), (40.91, 0.15)),
     _coco("segmentation", "segm/AP", (36.92, 0.08), (37.08, 0.10)),
 )
-
-
-def paper_result(record: RunRecord, metric: str) -> PaperResult | None:
-    """The paper's result for a run's task, kind of data and metric, if it has one."""
-    if record.task not in ("detection", "segmentation"):
-        return None
-    datasets = _get(record.config, "DATASETS")
-    rows = [row for row in datasets.get("COCO_FORMAT", []) if row and row[0] == record.dataset]
-    named = json.dumps([record.dataset, rows]).lower()
-    for result in PAPER:
-        if result.dataset in named and (result.task, result.metric) == (record.task, metric):
-            return result
-    return None
-
-
-def differences_to_paper(record: RunRecord, paper: PaperResult) -> list[str]:
-    """What a run did otherwise than the paper, in words; empty where nothing is known to differ."""
-    datasets, solver = _get(record.config, "DATASETS"), _get(record.config, "SOLVER")
-    backbone, model, images = record.backbone, _get(record.config, "MODEL"), _get(record.config, "INPUT")
-    found = []
-    if (arch := backbone.get("arch")) != "resnet50":
-        found.append(f"the backbone is {arch or 'unknown'}, not resnet50")
-    if (classes := backbone.get("num_classes")) != 1000:
-        found.append(f"it was pre-trained on {classes or 'an unknown number of'} classes, not ImageNet's 1000")
-    if set(train := datasets.get("TRAIN", [])) != set(paper.train):
-        found.append(f"trained on {', '.join(train) or 'unknown data'}, not {' and '.join(paper.train)}")
-    if record.dataset != paper.test:
-        found.append(f"tested on {record.dataset}, not {paper.test}")
-    seen = solver.get("MAX_ITER", 0) * solver.get("IMS_PER_BATCH", 0)
-    if seen != paper.images_seen:
-        found.append(f"{seen:,} training images seen, not {paper.images_seen:,} ({paper.schedule})")
-    if (size := images.get("MIN_SIZE_TEST")) != 800:
-        found.append(f"images of {size} px, not 800")
-    if (name := _get(model, "BACKBONE").get("NAME")) != "build_resnet_fpn_backbone":
-        found.append(f"the detector is built on {name}, not on FPN")
-    if (frozen := _get(model, "BACKBONE").get("FREEZE_AT")) != 2:
-        found.append(f"{frozen} stages of the backbone frozen, not 2")
-    return found
-
-
-TRANSFER_SOURCE = "Salman et al. 2020, appendix F, means of three trials, from the tables of the authors' submission"
-# github.com/anonymousNeuripsAuthor/paper-8887, latex/small_datasets_*.tex and downsampling_LogisticRegression.tex. The
-# best trials are the authors' list of best settings, github.com/microsoft/robust-models-transfer; those of WRN-50-4
-# are from more epsilons than the submission has.
-_TRANSFER = Path(__file__).with_name("salman2020_transfer.csv")
-
-
-@dataclass(frozen=True)
-class PaperTransfer:
-    """Accuracies (0-100) of one architecture, pre-trained on ImageNet, on one data set."""
-
-    dataset: str
-    """One of ``data.transfer_datasets.TRANSFER_DATASETS``."""
-    means: Mapping[float, float]
-    """l2 epsilon of pre-training, in [0, 1] pixel units -> mean of three trials."""
-    best_trial: tuple[float, float] | None
-    """(epsilon, accuracy) of the best single trial."""
-
-
-@cache
-def _transfer_table() -> dict[tuple[str, str, str, int], PaperTransfer]:
-    with open(_TRANSFER, newline="") as file:
-        rows = list(csv.DictReader(file))
-    found = {}
-    for row in rows:
-        *key, best_epsilon, best = (row.pop(k) for k in _TRANSFER_KEYS)
-        means = {float(epsilon): float(value) for epsilon, value in row.items() if value}
-        trial = (float(best_epsilon), float(best)) if best else None
-        dataset, arch, mode, downscale = key
-        found[dataset, arch, mode, int(downscale)] = PaperTransfer(dataset, means, trial)
-    return found
-
-
-_TRANSFER_KEYS = ("dataset", "arch", "mode", "downscale", "best_trial_epsilon", "best_trial")
-
-
-def paper_transfer(dataset: str, arch: str, mode: str, *, downscale: int = 0) -> PaperTransfer | None:
-    """The paper's accuracies for a data set, or for that which a subset's name begins with (``cifar10_small``).
-
-    Args:
-        arch: one of ``models.ARCHITECTURES``.
-        mode: ``linear_probe`` or ``full_network``.
-        downscale: 32 for images that were reduced to that and enlarged again.
-    """
-    for (name, *rest), result in _transfer_table().items():
-        if rest == [arch, mode, downscale] and re.match(rf"{name}(?![a-z0-9])", dataset.lower()):
-            return result
-    return None
-
-
-def differences_to_paper_transfer(record: RunRecord) -> list[str]:
-    """What a classification transfer did otherwise than the paper, in words; empty where nothing is known to differ."""
-    config, backbone = record.config, record.backbone
-    found = []
-    if (classes := backbone.get("num_classes")) != 1000:
-        found.append(f"pre-trained on {classes or 'an unknown number of'} classes, not ImageNet's 1000")
-    if (count := config.get("images_per_class", 0)) > 0:
-        found.append(f"{record.dataset} has {count} training images a class")
-    elif not any(record.dataset == name for name, *_ in _transfer_table()):
-        found.append(f"{record.dataset} is not the paper's data set")
-    if config.get("solver") == "lbfgs":
-        found.append("logistic regression by L-BFGS, not SGD")
-    elif (epochs := config.get("epochs")) != 150:
-        found.append(f"{epochs} epochs, not 150")
-    if config.get("augmentation") == "none" or config.get("views", 0) > 0:
-        found.append("features computed once, not in every epoch")
-    if (size := config.get("image_size")) != 224:
-        found.append(f"images of {size} px, not 224")
-    on = config.get("selection", {}).get("on")
-    if on == "held_out":
-        found.append("the setting chosen on held-out images, not on test images")
-    elif on != "test":
-        found.append("one setting, not the best of several")
-    return found
-
-
 TABLE_2 = {
     "L2:0": {
         "densenet161": (77.37, 97.84),
@@ -201,6 +90,104 @@ TABLE_2 = {
 }
 """Table 2, full-network transfer to CIFAR-10: trained at -> architecture -> accuracies on ImageNet and on CIFAR-10. The
 paper calls the architectures A to F; the submission's tables name them."""
+
+
+def paper_result(record: RunRecord, metric: str) -> PaperResult | None:
+    """The paper's result for a run's task, kind of data and metric, if it has one."""
+    if record.task not in ("detection", "segmentation"):
+        return None
+    rows = [row for row in _get(record.config, "DATASETS").get("COCO_FORMAT", []) if row and row[0] == record.dataset]
+    named = json.dumps([record.dataset, rows]).lower()
+    for result in PAPER:
+        if result.dataset in named and (result.task, result.metric) == (record.task, metric):
+            return result
+    return None
+
+
+def differences_to_paper(record: RunRecord, paper: PaperResult) -> list[str]:
+    """What a run did otherwise than the paper, in words; empty where nothing is known to differ."""
+    solver, model = _get(record.config, "SOLVER"), _get(record.config, "MODEL")
+    arch, classes = record.backbone.get("arch"), record.backbone.get("num_classes")
+    train = _get(record.config, "DATASETS").get("TRAIN", [])
+    seen = solver.get("MAX_ITER", 0) * solver.get("IMS_PER_BATCH", 0)
+    size = _get(record.config, "INPUT").get("MIN_SIZE_TEST")
+    name, frozen = (_get(model, "BACKBONE").get(key) for key in ("NAME", "FREEZE_AT"))
+    differences = {
+        f"the backbone is {arch or 'unknown'}, not resnet50": arch != "resnet50",
+        f"it was {_pretraining(classes)}": classes != 1000,
+        f"trained on {', '.join(train) or 'unknown data'}, not {' and '.join(paper.train)}": {*train} != {*paper.train},
+        f"tested on {record.dataset}, not {paper.test}": record.dataset != paper.test,
+        f"{seen:,} training images seen, not {paper.images_seen:,} ({paper.schedule})": seen != paper.images_seen,
+        f"images of {size} px, not 800": size != 800,
+        f"the detector is built on {name}, not on FPN": name != "build_resnet_fpn_backbone",
+        f"{frozen} stages of the backbone frozen, not 2": frozen != 2,
+    }
+    return [words for words, differs in differences.items() if differs]
+
+
+@dataclass(frozen=True)
+class PaperTransfer:
+    """Accuracies (0-100) of one architecture, pre-trained on ImageNet, on one data set."""
+
+    dataset: str
+    """One of ``data.transfer_datasets.TRANSFER_DATASETS``."""
+    means: Mapping[float, float]
+    """l2 epsilon of pre-training, in [0, 1] pixel units -> mean of three trials."""
+    best_trial: tuple[float, float] | None
+    """(epsilon, accuracy) of the best single trial."""
+
+
+@cache
+def _transfer_table() -> dict[tuple[str, str, str, int], PaperTransfer]:
+    with open(_TRANSFER, newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for row in rows:
+        keys = ("dataset", "arch", "mode", "downscale", "best_trial_epsilon", "best_trial")
+        dataset, arch, mode, downscale, best_epsilon, best = (row.pop(key) for key in keys)
+        means = {float(epsilon): float(value) for epsilon, value in row.items() if value}
+        trial = (float(best_epsilon), float(best)) if best else None
+        found[dataset, arch, mode, int(downscale)] = PaperTransfer(dataset, means, trial)
+    return found
+
+
+def paper_transfer(dataset: str, arch: str, mode: str, *, downscale: int = 0) -> PaperTransfer | None:
+    """The paper's accuracies for a data set, or for that which a subset's name begins with (``cifar10_small``).
+
+    Args:
+        arch: one of ``models.ARCHITECTURES``.
+        mode: ``linear_probe`` or ``full_network``.
+        downscale: 32 for images that were reduced to that and enlarged again.
+    """
+    for (name, *rest), result in _transfer_table().items():
+        if rest == [arch, mode, downscale] and re.match(rf"{name}(?![a-z0-9])", dataset.lower()):
+            return result
+    return None
+
+
+def differences_to_paper_transfer(record: RunRecord) -> list[str]:
+    """What a classification transfer did otherwise than the paper, in words; empty where nothing is known to differ."""
+    config, classes = record.config, record.backbone.get("num_classes")
+    count, epochs, size = (config.get(key) for key in ("images_per_class", "epochs", "image_size"))
+    is_subset, is_regression = (count or 0) > 0, config.get("solver") == "lbfgs"
+    is_known = any(record.dataset == name for name, *_ in _transfer_table())
+    on = config.get("selection", {}).get("on")
+    differences = {
+        _pretraining(classes): classes != 1000,
+        f"{record.dataset} has {count} training images a class": is_subset,
+        f"{record.dataset} is not the paper's data set": not is_subset and not is_known,
+        "logistic regression by L-BFGS, not SGD": is_regression,
+        f"{epochs} epochs, not 150": not is_regression and epochs != 150,
+        "features computed once, not in every epoch": config.get("augmentation") == "none" or config.get("views", 0),
+        f"images of {size} px, not 224": size != 224,
+        "the setting chosen on held-out images, not on test images": on == "held_out",
+        "one setting, not the best of several": on not in ("held_out", "test"),
+    }
+    return [words for words, differs in differences.items() if differs]
+
+
+def _pretraining(classes: int | None) -> str:
+    return f"pre-trained on {classes or 'an unknown number of'} classes, not ImageNet's 1000"
 
 
 def _get(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

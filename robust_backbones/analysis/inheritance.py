@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -15,12 +15,11 @@ from matplotlib.patches import Rectangle
 from scipy import stats
 
 from robust_backbones.analysis.figures import COLORS, MARKERS, Picture, save
+from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
 from robust_backbones.transfer.inheritance.matrix import Matrix
 from robust_backbones.transfer.inheritance.related_sets import PRETRAINING
 
-Table = tuple[list[str], list[list[str]]]
-"""Heads and rows of cells."""
 MOST_EXACT = 8
 
 
@@ -50,31 +49,33 @@ def summary_table(matrices: Sequence[Matrix]) -> Table:
     not all been fine-tuned on has no mRI.
     """
     sets = _common_sets(matrices)
-    heads = ["backbone", "method", "seeds", "mRI", *(f"RI {name}" for name in sets), "own set", "pre-training"]
     rows = []
     for (label, method), group in _by_method(matrices).items():
         overall = [value for one in group if (value := one.mean_robustness_improvement) is not None]
-        improvements = [[one.robustness_improvement(name) for one in group if name in one.after] for name in sets]
-        own = [fmean(one.change(name, name) for name in one.after) for one in group]
-        kept = [fmean(one.change(name, PRETRAINING) for name in one.after) for one in group]
-        spread = f" ± {stdev(overall):.2f}" if len(overall) > 1 else ""
-        mean_improvement = f"{_signed(overall)}{spread}" if len(overall) == len(group) else "-"
-        columns = [mean_improvement, *map(_signed, improvements), _signed(own), _signed(kept)]
-        rows.append([label, method, str(len(group)), *columns])
-    return heads, rows
+        row = {"backbone": label, "method": method, "seeds": len(group)}
+        row["mRI"] = fmean(overall) if len(overall) == len(group) else None
+        row["mRI std"] = stdev(overall) if len(overall) > 1 else None
+        for name in sets:
+            row[f"RI {name}"] = _mean(one.robustness_improvement(name) for one in group if name in one.after)
+        row["own set"] = fmean(fmean(one.change(name, name) for name in one.after) for one in group)
+        row["pre-training"] = fmean(fmean(one.change(name, PRETRAINING) for name in one.after) for one in group)
+        rows.append(row)
+    columns: dict[str, str | Sequence[str]] = dict.fromkeys(("backbone", "method", "seeds"), ":")
+    columns |= {"mRI": ("{mRI:+.2f} ± {mRI std:.2f}", "{mRI:+.2f}")}
+    columns |= dict.fromkeys((*(f"RI {name}" for name in sets), "own set", "pre-training"), ":+.2f")
+    return Table("Robustness improvement (points of accuracy)", rows, columns)
 
 
-def accuracy_rows(matrices: Sequence[Matrix]) -> Table:
-    """Every accuracy, unrounded: a row a backbone, method, seed, set fine-tuned on and set evaluated on."""
-    heads = ["backbone", "method", "seed", "fine_tuned_on", "evaluated_on", "before", "after", "change"]
+def accuracy_table(matrices: Sequence[Matrix]) -> Table:
+    """Every accuracy: a row a backbone, method, seed, set fine-tuned on and set evaluated on."""
     rows = [
-        [one.label, one.method, str(one.seed), target, name, *map(repr, (one.before[name], after, change))]
+        {"backbone": one.label, "method": one.method, "seed": one.seed, "fine_tuned_on": target, "evaluated_on": name}
+        | {"before": one.before[name], "after": after, "change": one.change(target, name)}
         for one in matrices
         for target, row in sorted(one.after.items())
         for name, after in sorted(row.items())
-        for change in [one.change(target, name)]
     ]
-    return heads, rows
+    return Table("Accuracies", rows, {name: ":" for row in rows for name in row})
 
 
 def correlations(matrices: Sequence[Matrix]) -> dict[tuple[str, str], Correlation]:
@@ -128,14 +129,14 @@ def permutation_p(x: Sequence[float], y: Sequence[float]) -> float:
 
 def correlation_table(found: Mapping[tuple[str, str], Correlation]) -> Table:
     """A row a backbone and method."""
-    heads = ["backbone", "method", "sets", "R²", "r (95 % interval)", "Spearman", "p"]
-    rows = []
-    for (label, method), one in found.items():
-        interval = f" ({one.low:.2f} to {one.high:.2f})" if one.low is not None and one.high is not None else ""
-        r = "-" if one.r is None else f"{one.r:.2f}{interval}"
-        numbers = [_two_digits(one.r_squared), r, _two_digits(one.spearman), _two_digits(one.spearman_p)]
-        rows.append([label, method, str(one.n), *numbers])
-    return heads, rows
+    rows = [
+        {"backbone": label, "method": method, "sets": one.n, "R²": one.r_squared, "r": one.r}
+        | {"low": one.low, "high": one.high, "Spearman": one.spearman, "p": one.spearman_p}
+        for (label, method), one in found.items()
+    ]
+    columns: dict[str, str | Sequence[str]] = {"backbone": ":", "method": ":", "sets": ":", "R²": ":.2f"}
+    columns |= {"r (95 % interval)": ("{r:.2f} ({low:.2f} to {high:.2f})", "{r:.2f}"), "Spearman": ":.2f", "p": ":.2f"}
+    return Table("Distance to pre-training against loss on it", rows, columns)
 
 
 def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
@@ -150,17 +151,12 @@ def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
     columns = [*sets, PRETRAINING]
     maps = {
         method: [
-            [
-                fmean(changes)
-                if (changes := [m.change(target, name) for m in group if target in m.after])
-                else math.nan
-                for name in columns
-            ]
+            [_mean(one.change(target, name) for one in group if target in one.after) for name in columns]
             for target in sets
         ]
         for (_, method), group in groups.items()
     }
-    largest = max((abs(value) for rows in maps.values() for row in rows for value in row if value == value), default=1)
+    largest = max((abs(v) for rows in maps.values() for row in rows for v in row if v is not None), default=1) or 1
     across = min(len(maps), 2)
     down = math.ceil(len(maps) / across)
     cell = 0.62
@@ -168,10 +164,10 @@ def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
     for panel, (method, rows) in zip(panels, maps.items(), strict=False):
-        image = panel.imshow(rows, cmap="PuOr", vmin=-largest or -1, vmax=largest or 1, aspect="auto")
+        image = panel.imshow(np.array(rows, float), cmap="PuOr", vmin=-largest, vmax=largest, aspect="auto")
         for i, row in enumerate(rows):
             for j, value in enumerate(row):
-                if value == value:  # cells that have not run are blank
+                if value is not None:  # cells that have not run are blank
                     color = "white" if abs(value) > 0.6 * largest else "black"
                     panel.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize="x-small", color=color)
             panel.add_patch(_frame(i))
@@ -185,7 +181,7 @@ def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
     figure.supxlabel("evaluated on", fontsize="medium")
     figure.colorbar(image, ax=list(panels), label=f"change of accuracy (points), {_seeds(matrices)}", shrink=0.8)
     cells = [
-        [method, target, name, None if math.isnan(value) else value]
+        {"method": method, "fine_tuned_on": target, "evaluated_on": name, "change": value}
         for method, rows in maps.items()
         for target, row in zip(sets, rows, strict=True)
         for name, value in zip(columns, row, strict=True)
@@ -194,8 +190,7 @@ def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
         f"Change of accuracy by fine-tuning on one set (row) and evaluation on another (column), {_seeds(matrices)}; a "
         "frame marks the set's own cell, and the last column is the validation set of pre-training."
     )
-    heads = ["method", "fine_tuned_on", "evaluated_on", "change"]
-    return save(figure, path, heads, cells, caption, f"{len(maps)} heat maps of {len(sets)} x {len(columns)} changes.")
+    return save(figure, path, cells, caption, f"{len(maps)} heat maps of {len(sets)} x {len(columns)} changes.")
 
 
 def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
@@ -208,17 +203,20 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.subplots()
     named: dict[str, float] = {}
-    cells: list[list[object]] = []
+    cells: list[dict[str, object]] = []
     for (label, method), group in groups.items():
         points = loss_points(group)
         if not points:
             raise InputError(f"{label} has no distances: run it without --distance-images 0")
         one, index = correlate(list(points.values())), list(groups).index((label, method))
         color = COLORS[(index + index // len(COLORS)) % len(COLORS)]  # another pair each, also beyond seven methods
-        told = "" if one.r_squared is None else f", R² = {one.r_squared:.2f}"
+        fit = "" if one.r_squared is None else f", R² = {one.r_squared:.2f}"
         x, y = zip(*points.values(), strict=True)
-        axes.plot(x, y, MARKERS[index % len(MARKERS)], color=color, markersize=5, label=f"{method}{told}")
-        cells += [[label, method, name, *point] for name, point in points.items()]
+        axes.plot(x, y, MARKERS[index % len(MARKERS)], color=color, markersize=5, label=f"{method}{fit}")
+        cells += [
+            {"backbone": label, "method": method, "set": name, "wasserstein": distance, "accuracy_lost": loss}
+            for name, (distance, loss) in points.items()
+        ]
         named |= {name: distance for name, (distance, _) in points.items()}
     axes.axhline(0, color=COLORS[0], linewidth=0.8)
     for name, distance in named.items():
@@ -232,8 +230,7 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
         "Accuracy lost on pre-training by fine-tuning on a set, over the 2-Wasserstein distance of the set's features "
         f"to those of pre-training, {_seeds(matrices)}. R² of {len(named)} points a method says little."
     )
-    heads = ["backbone", "method", "set", "wasserstein", "accuracy_lost"]
-    return save(figure, path, heads, cells, caption, f"{len(cells)} points: loss over distance.")
+    return save(figure, path, cells, caption, f"{len(cells)} points: loss over distance.")
 
 
 def _frame(place: int) -> Rectangle:
@@ -266,9 +263,7 @@ def _common_sets(matrices: Sequence[Matrix]) -> tuple[str, ...]:
     return sets
 
 
-def _signed(values: Sequence[float]) -> str:
-    return f"{fmean(values):+.2f}" if values else "-"
-
-
-def _two_digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _mean(values: Iterable[float]) -> float | None:
+    """None of no values."""
+    found = list(values)
+    return fmean(found) if found else None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from robust_backbones.analysis.paper import PaperTransfer, paper_transfer
+from robust_backbones.analysis.experiments import BackboneRuns, experiments, setting
+from robust_backbones.analysis.paper.values import PaperTransfer, paper_transfer
+from robust_backbones.analysis.records import RecordedRun
 from robust_backbones.analysis.statistics import LinearFit, linear_fit
-from robust_backbones.analysis.study import Backbone, Run, experiments
 from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.models import ARCHITECTURES
@@ -66,6 +66,12 @@ class Trials:
     def high(self) -> float:
         return max(self.values)
 
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """As a CSV has them."""
+        numbers = {"n": len(self.values), "mean": self.mean, "min": self.low, "max": self.high}
+        return {**numbers, "trials": " ".join(map(repr, self.values))}
+
     def __str__(self) -> str:
         return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
 
@@ -101,7 +107,7 @@ class Target:
     mode: str
     dataset: str
     setting: str
-    """What tells it from others of its mode and data set; empty where there is none."""
+    """What is different in others of its mode and data set; empty where there is none."""
     record: RunRecord
     """One of the trials."""
     sources: tuple[Source, ...]
@@ -152,9 +158,9 @@ class Pretrainings:
     the run, if architecture, classes and threat model agree; else among the published backbones.
     """
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[RecordedRun]) -> None:
         self._by_weights: dict[str, Pretraining] = {}
-        self._by_name: dict[str, list[Run]] = {}
+        self._by_name: dict[str, list[RecordedRun]] = {}
         for run in runs:
             files = {"": run.folder / "checkpoint.pt", "best/": run.folder / "best.pt"}
             found = {prefix: path for prefix, path in files.items() if path.is_file()}
@@ -195,7 +201,7 @@ def _is_stylized(name: str) -> bool:
     return re.search(r"styli[sz]e", name.lower()) is not None
 
 
-def targets(runs: Sequence[Run], pretrainings: Pretrainings) -> list[Target]:
+def targets(runs: Sequence[RecordedRun], pretrainings: Pretrainings) -> list[Target]:
     """The experiments among runs of one mode, with the backbones that have a result."""
     found = []
     for experiment in experiments(runs):
@@ -207,7 +213,7 @@ def targets(runs: Sequence[Run], pretrainings: Pretrainings) -> list[Target]:
     return found
 
 
-def _source(backbone: Backbone, pretrainings: Pretrainings) -> Source:
+def _source(backbone: BackboneRuns, pretrainings: Pretrainings) -> Source:
     records = [run.record for run in backbone.runs.values()]
     # There may be a pre-training a seed: the source accuracy is then their mean.
     known = [found for record in records if (found := pretrainings.of(record))]
@@ -223,12 +229,16 @@ def _source(backbone: Backbone, pretrainings: Pretrainings) -> Source:
     return Source(backbone.name, arch, standard, pretraining, Trials(tuple(backbone.values(METRIC).values())))
 
 
+Point = tuple[float, Trials, str]
+"""Source accuracy (0-100), trials of transfer, and a label."""
+
+
 @dataclass(frozen=True)
 class Series:
-    """Backbones that have something in common: source accuracy (0-100), trials of transfer, and what tells them."""
+    """Backbones that have something in common."""
 
     label: str
-    points: tuple[tuple[float, Trials, str], ...]
+    points: tuple[Point, ...]
 
     @property
     def fit(self) -> LinearFit | None:
@@ -244,43 +254,35 @@ class Series:
 def over_epsilons(target: Target) -> list[Series]:
     """A series an architecture and norm, by epsilon; a standard backbone is where every norm begins."""
     norms = sorted({model.norm for model in target.threat_models if model.epsilon}) or ["L2"]
-
-    def labels(source: Source, model: ThreatModel) -> list[str]:
-        return [f"{name(source.arch)}, {NORMS[norm]}" for norm in (norms if model.epsilon == 0 else [model.norm])]
-
-    return _series(target, labels, lambda source, model: epsilon_text(model), lambda source, model: model.epsilon)
+    return _series(
+        (f"{name(arch)}, {NORMS[norm]}", model.epsilon, (accuracy, trials, epsilon_text(model)))
+        for model, arch, accuracy, trials in _known(target)
+        for norm in ([model.norm] if model.epsilon else norms)
+    )
 
 
 def over_architectures(target: Target) -> list[Series]:
     """A series a threat model, by source accuracy."""
     return _series(
-        target,
-        lambda source, model: [str(model)],
-        lambda source, model: name(source.arch),
-        lambda source, model: source.pretraining.accuracy if source.pretraining else 0.0,
+        (str(model), accuracy, (accuracy, trials, name(arch))) for model, arch, accuracy, trials in _known(target)
     )
 
 
-def _series(
-    target: Target,
-    labels: Callable[[Source, ThreatModel], list[str]],
-    text: Callable[[Source, ThreatModel], str],
-    order: Callable[[Source, ThreatModel], float],
-) -> list[Series]:
-    """The backbones of known source accuracy, in the series that ``labels`` names; at least two texts in each."""
-    groups: dict[str, list[tuple[float, tuple[float, Trials, str]]]] = {}
+def _known(target: Target) -> Iterator[tuple[ThreatModel, str, float, Trials]]:
+    """The standard and robust backbones whose source accuracy is known: (trained at, architecture, that, trials)."""
     for model in target.threat_models:
         for source in target.sources:
             if source.threat_model == model and source.pretraining and source.kind != "stylized":
-                point = (source.pretraining.accuracy, source.trials, text(source, model))
-                for label in labels(source, model):
-                    groups.setdefault(label, []).append((order(source, model), point))
-    found = []
-    for label, members in groups.items():
-        points = tuple(point for _, point in sorted(members, key=lambda member: member[0]))
-        if len({text for _, _, text in points}) > 1:
-            found.append(Series(label, points))
-    return found
+                yield model, source.arch, source.pretraining.accuracy, source.trials
+
+
+def _series(members: Iterable[tuple[str, float, Point]]) -> list[Series]:
+    """Series from (its label, place in it, point), of at least two differently labelled points each."""
+    groups: dict[str, list[tuple[float, Point]]] = {}
+    for label, place, point in members:
+        groups.setdefault(label, []).append((place, point))
+    ordered = {k: tuple(p for _, p in sorted(group, key=lambda member: member[0])) for k, group in groups.items()}
+    return [Series(k, points) for k, points in ordered.items() if len({text for *_, text in points}) > 1]
 
 
 @dataclass(frozen=True)
@@ -316,14 +318,14 @@ def curves(target: Target, arch: str) -> dict[str, Curve]:
 def pairs(originals: Sequence[Target], reduced: Sequence[Target]) -> list[tuple[Target, Target]]:
     """Data sets that were used as they are and with less detail, in settings that are the same otherwise."""
 
-    def setting(target: Target) -> dict[str, Any]:
-        return {**Run(Path(), target.record).setting, "downscale": 0}
+    def full_size(target: Target) -> dict[str, Any]:
+        return {**setting(target.record), "downscale": 0}
 
     return [
         (one, other)
         for one in originals
         for other in reduced
-        if one.dataset == other.dataset and setting(one) == setting(other)
+        if one.dataset == other.dataset and full_size(one) == full_size(other)
     ]
 
 

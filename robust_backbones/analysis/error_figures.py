@@ -1,0 +1,76 @@
+"""The table and the figure of a detector's errors, condition by condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from robust_backbones.analysis.detection_errors import ERRORS, ORACLES, DetectionErrors
+from robust_backbones.analysis.figures import COLORS, HATCHES, MOST_CURVES, Picture, save
+from robust_backbones.analysis.tables import Table
+from robust_backbones.errors import InputError
+
+
+def error_table(errors: Mapping[str, DetectionErrors]) -> Table:
+    """A row a condition: its AP50 and the points that each oracle would give; the CSV has the counts, too.
+
+    Args:
+        errors: condition (``clean``, ``fog 3``, ``PGD-10``) -> its errors.
+    """
+    rows = [
+        {"condition": condition, "AP50": one.ap50}
+        | {f"{name} dAP50": one.delta_ap[name] for name in ORACLES}
+        | {f"{name} count": one.counts[name] for name in ORACLES}
+        for condition, one in errors.items()
+    ]
+    oracles = {name: f"{{{name} dAP50:.1f}}" for name in ORACLES}
+    return Table("Errors of detectors", rows, {"condition": ":", "AP50": ":.1f", **oracles})
+
+
+def error_figure(errors: Mapping[str, DetectionErrors], title: str, path: Path) -> Picture:
+    """The AP50 points lost to each type of error, a bar a condition; not stacked, since they do not add up.
+
+    Args:
+        errors: condition -> its errors, the clean one first.
+        title: what is evaluated, such as a detector and a test set.
+        path: of its files, without their suffixes.
+
+    Raises:
+        InputError: there are no conditions, or more than MOST_CURVES.
+    """
+    if not 0 < len(errors) <= MOST_CURVES:
+        raise InputError(f"a figure shows 1 to {MOST_CURVES} conditions, not {len(errors)}: choose those to compare")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    # The last two are no types of error but sums of a kind, and stand apart.
+    centers = [place + 0.5 * (name not in ERRORS) for place, name in enumerate(ORACLES)]
+    width = 0.84 / len(errors)
+    for index, (condition, one) in enumerate(errors.items()):
+        axes.bar(
+            [center + (index - (len(errors) - 1) / 2) * width for center in centers],
+            [one.delta_ap[name] for name in ORACLES],
+            0.86 * width,
+            label=f"{condition}, AP50 {one.ap50:.1f}",
+            facecolor="white" if HATCHES[index] else COLORS[index],
+            edgecolor=COLORS[index],
+            hatch=HATCHES[index],
+        )
+    axes.axvline(len(ERRORS) - 0.25, color=COLORS[0], linewidth=1, linestyle=":")
+    axes.set_xticks(centers, [name.replace(" ", "\n") for name in ORACLES], fontsize="small")
+    axes.set_ylabel("AP50 points that its repair gives")
+    axes.grid(alpha=0.3, axis="y")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    caption = (
+        f"{title}: what AP50 loses to each type of error (TIDE). Bars: the points that repairing this type alone would "
+        "give; they do not add up to the loss. Both: wrong class and wrong place. Right of the dotted line: all wrong "
+        "detections removed, and all objects that are not found taken out."
+    )
+    points = [
+        f"{condition}: AP50 {one.ap50:.1f}, " + ", ".join(f"{name} {one.delta_ap[name]:.1f}" for name in ORACLES)
+        for condition, one in errors.items()
+    ]
+    alt = f"AP50 points lost to each type of error; {'; '.join(points)}."
+    return save(figure, path, error_table(errors).rows, caption, alt)

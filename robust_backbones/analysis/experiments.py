@@ -1,0 +1,322 @@
+"""Sorting runs into experiments: those that differ in backbone and seed alone are compared."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.analysis.records import RecordedRun
+from robust_backbones.analysis.statistics import Summary, summarize
+from robust_backbones.configs import DETECTOR_KEYS
+from robust_backbones.data.corruptions import CORRUPTIONS
+from robust_backbones.errors import InputError
+from robust_backbones.runs.identity import identity
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer import finetune, linear_probe
+from robust_backbones.transfer.protocol import TransferConfig
+
+TASKS = {
+    "detection": "Detection",
+    "segmentation": "Instance segmentation",
+    "transfer": "Classification transfer",
+    "detector_robustness": "Robustness of detectors",
+}
+"""Tasks whose backbones are compared."""
+METRICS = {"bbox": "box", "segm": "mask", "bbox-area": "box (area)", "bbox-11point": "box (11-point)"}
+HEADLINES = ("bbox/AP", "segm/AP", "clean_accuracy", "robust_accuracy")
+"""What summary and figures are about."""
+# What is varied within an experiment: backbone and seed, and of a transfer trial what its grid chose.
+_VARIED = {
+    "SEED",
+    "MODEL.WEIGHTS",
+    "MODEL.BACKBONE.FROM_SCRATCH",
+    "weights_sha256",
+    "seed",
+    "seeds",
+    "run",
+    "lr",
+    "weight_decay",
+}
+_CHOSEN = ("selection.", "warnings.")
+_SCRATCH = "from scratch"
+
+# The keys that name experiments of one task and data set, before any other key of their configurations.
+_NAMING = (
+    "mode",
+    "solver",
+    "augmentation",
+    "views",
+    "MODEL.RESNETS.DEPTH",
+    "MODEL.RESNETS.NUM_GROUPS",
+    "MODEL.RESNETS.WIDTH_PER_GROUP",
+    "MODEL.BACKBONE.NAME",
+    "MODEL.BACKBONE.FREEZE_AT",
+    "MODEL.RESNETS.NORM",
+    "MODEL.BACKBONE.FROM_SCRATCH",
+    "SOLVER.MAX_ITER",
+    "SOLVER.IMS_PER_BATCH",
+    "SOLVER.BASE_LR",
+    "INPUT.MIN_SIZE_TEST",
+    "DATASETS.TRAIN",
+)
+
+
+@dataclass(frozen=True)
+class BackboneRuns:
+    """One backbone's runs in an experiment, by seed."""
+
+    name: str
+    threat_model: ThreatModel | None
+    runs: Mapping[int, RecordedRun]
+
+    @property
+    def is_standard(self) -> bool:
+        return self.threat_model is not None and self.threat_model.epsilon == 0
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return self.name == _SCRATCH
+
+    @property
+    def trained_at(self) -> str:
+        if self.threat_model is None:
+            return _SCRATCH if self.is_from_scratch else "unknown"
+        return str(self.threat_model)
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed -> result (0-100), where there is one."""
+        found = {seed: run.record.metrics.get(metric) for seed, run in self.runs.items()}
+        return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+
+    def summary(self, metric: str) -> Summary | None:
+        """Over the seeds; None where no seed has a result."""
+        values = list(self.values(metric).values())
+        return summarize(values) if values else None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Runs that differ in backbone and seed alone: what is compared is what was varied."""
+
+    task: str
+    dataset: str
+    setting: str
+    """What is different in the other experiments of its task and data set; empty where there is none."""
+    backbones: tuple[BackboneRuns, ...]
+    """The standard ones first, then by norm and epsilon."""
+    notes: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{TASKS[self.task]} on {self.dataset}" + (f" ({self.setting})" if self.setting else "")
+
+    @property
+    def slug(self) -> str:
+        """The title as the beginning of file names, short enough for one."""
+        name = re.sub(r"[^a-z0-9]+", "_", f"{self.task} {self.dataset} {self.setting}".lower()).strip("_")
+        return name if len(name) <= 100 else f"{name[:90]}_{zlib.crc32(name.encode()):08x}"
+
+    @property
+    def runs(self) -> list[RecordedRun]:
+        return [run for backbone in self.backbones for run in backbone.runs.values()]
+
+    @property
+    def standard(self) -> BackboneRuns | None:
+        """The backbone to compare with; None where there is none, or more than one."""
+        standards = [backbone for backbone in self.backbones if backbone.is_standard]
+        return standards[0] if len(standards) == 1 else None
+
+    @property
+    def robust(self) -> list[BackboneRuns]:
+        """Those to compare with the standard one, of known or unknown training."""
+        return [b for b in self.backbones if b is not self.standard and not b.is_from_scratch]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Those that get a table, and that some run has a value of."""
+        names = dict.fromkeys(name for run in self.runs for name in run.record.metrics)
+        # Without an adversary, robust accuracy is the clean one once more.
+        if str(self.runs[0].record.config.get("eval_threat_model") or "L2:0").endswith(":0"):
+            names.pop("robust_accuracy", None)
+        return [name for name in names if is_reported(name) and any(b.values(name) for b in self.backbones)]
+
+    @property
+    def headlines(self) -> list[str]:
+        """AP of boxes and masks, or accuracy; of several test sets each."""
+        return [name for name in self.metrics if f"/{name}".endswith(tuple(f"/{headline}" for headline in HEADLINES))]
+
+    @cached_property
+    def mixed_versions(self) -> dict[str, dict[str, list[Path]]]:
+        """Package -> version -> folders of runs, for packages that not all runs have in one version."""
+        packages = sorted({package for run in self.runs for package in run.record.versions})
+        found: dict[str, dict[str, list[Path]]] = {package: {} for package in packages}
+        for run in self.runs:
+            for package in packages:
+                found[package].setdefault(run.record.versions.get(package, "none"), []).append(run.folder)
+        return {package: versions for package, versions in found.items() if len(versions) > 1}
+
+    def is_odd(self, backbone: BackboneRuns) -> bool:
+        """Whether a run of it has another version of some library than most runs of the experiment."""
+        odd = set()
+        for versions in self.mixed_versions.values():
+            usual = max(versions, key=lambda version: len(versions[version]))
+            odd |= {folder for version, folders in versions.items() if version != usual for folder in folders}
+        return any(run.folder in odd for run in backbone.runs.values())
+
+    @property
+    def remarks(self) -> list[str]:
+        """What holds for every table of the experiment."""
+        remarks = list(self.notes)
+        repeated = [backbone for backbone in self.backbones if len(backbone.runs) > 1]
+        if self.task != "transfer" and any(len({r.weights for r in b.runs.values()}) == 1 for b in repeated):
+            remarks.append(
+                "The seeds of a backbone start from one pre-trained file: spread and tests are about fine-tuning, and "
+                "what another pre-training would change is not in them."
+            )
+        if self.mixed_versions:
+            listed = "; ".join(
+                f"{package} " + ", ".join(f"{version} in {len(folders)}" for version, folders in versions.items())
+                for package, versions in self.mixed_versions.items()
+            )
+            remarks.append(f"† Library versions are mixed ({listed} runs): a difference may be theirs.")
+        return remarks
+
+
+def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
+    """The runs of TASKS, sorted into what can be compared.
+
+    Raises:
+        InputError: two runs are the same by all they say, with different results.
+    """
+    groups: dict[tuple[str, str], list[tuple[dict[str, Any], list[RecordedRun]]]] = {}
+    for run in runs:
+        if run.record.task in TASKS and "cell" not in run.record.config:
+            alternatives = groups.setdefault((run.record.task, run.record.dataset), [])
+            own = setting(run.record)
+            for known, members in alternatives:
+                if known == own:
+                    members.append(run)
+                    break
+            else:
+                alternatives.append((own, [run]))
+    order = list(TASKS)
+    found = []
+    for (task, dataset), alternatives in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        names = setting_names([own for own, _ in alternatives])
+        for name, (_, members) in zip(names, alternatives, strict=True):
+            found.append(Experiment(task, dataset, name, *_backbones(members)))
+    return found
+
+
+def setting(record: RunRecord) -> dict[str, Any]:
+    """A run's configuration without what may differ within an experiment."""
+    config = identity(record.config, _defaults(str(record.config.get("mode"))))
+    return {key: value for key, value in config.items() if key not in _VARIED and not key.startswith(_CHOSEN)}
+
+
+@cache
+def _defaults(mode: str) -> dict[str, Any]:
+    """What records mean by a setting that they do not name; only those of transfer trials have a ``mode``."""
+    if mode == linear_probe.MODE:
+        return linear_probe.ProbeConfig().to_dict()
+    if mode == finetune.MODE:
+        return {**finetune.FinetuneConfig().to_dict(), **TransferConfig().to_dict()}
+    return DETECTOR_KEYS
+
+
+def is_reported(metric: str) -> bool:
+    """Whether a metric gets a table of its own: AP, AP50 and AP75 of boxes and masks, clean and robust accuracy.
+
+    Of single corruptions none has one, of their mean and of attacks each.
+    """
+    # The best of several evaluations on the test images is no result.
+    is_average = re.search(rf"(^|/)({'|'.join(METRICS)})/AP(50|75)?$", metric) and not metric.startswith("best/")
+    is_corruption = metric.split("/")[0].split("-")[0] in CORRUPTIONS
+    return metric in ("clean_accuracy", "robust_accuracy") or (bool(is_average) and not is_corruption)
+
+
+def metric_name(metric: str) -> str:
+    """``segm/AP50`` -> ``mask AP50``, with the test set in front where a run has several."""
+    *dataset, kind, name = ["", *metric.split("/")][-3:]
+    text = f"{METRICS[kind]} {name}" if kind in METRICS else name.replace("_", " ")
+    return " ".join([*filter(None, dataset), text])
+
+
+def _backbones(runs: Sequence[RecordedRun]) -> tuple[tuple[BackboneRuns, ...], tuple[str, ...]]:
+    """The runs of one experiment by backbone, and what had to be left out."""
+    families: dict[tuple[str, str | None], list[RecordedRun]] = {}
+    for run in runs:
+        backbone = run.record.backbone
+        name = str(backbone.get("label") or backbone.get("arch") or run.weights_name or "unknown")
+        key = (_SCRATCH if run.is_from_scratch else name, run.record.threat_model)
+        families.setdefault(key, []).append(run)
+    backbones, notes = [], []
+    for (name, trained_at), members in families.items():
+        threat_model = None if trained_at is None else ThreatModel.parse(trained_at)
+        # Seeds may come with a pre-training of their own each; two files with one seed are two backbones.
+        files = Counter((run.seed, run.weights) for run in members)
+        split = len({seed for seed, _ in files}) < len(files)
+        for part in sorted({run.weights for run in members}) if split else [None]:
+            chosen: dict[int, RecordedRun] = {}
+            own = [run for run in members if part is None or run.weights == part]
+            for run in sorted(own, key=lambda run: run.seed):
+                twin = chosen.setdefault(run.seed, run)
+                if twin is run:
+                    continue
+                if twin.record.metrics != run.record.metrics:
+                    raise InputError(
+                        f"{twin.folder} and {run.folder} are the same run (data, configuration, backbone, seed) with "
+                        "different results: leave one of them out"
+                    )
+                notes.append(f"{run.folder.name} repeats {twin.folder.name} to the last digit and is counted once.")
+            label = f"{name} ({own[0].weights_name or own[0].weights[:8]})" if split else name
+            backbones.append(BackboneRuns(label, threat_model, chosen))
+    return tuple(sorted(backbones, key=_order)), tuple(notes)
+
+
+def _order(backbone: BackboneRuns) -> tuple[Any, ...]:
+    model = backbone.threat_model
+    if model is None:
+        return (2, "", 0.0, backbone.name)
+    return (0 if model.epsilon == 0 else 1, model.norm, model.epsilon, backbone.name)
+
+
+def setting_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each setting the few keys in which it differs from the others; nothing where there is one setting."""
+    order = {key: place for place, key in enumerate(_NAMING)}
+    keys = sorted({key for s in settings for key in s}, key=lambda key: (order.get(key, len(order)), key))
+    names: list[list[str]] = [[] for _ in settings]
+
+    def split(group: Sequence[int]) -> None:
+        """By the first key whose values differ; what then still is alike, by the next one."""
+        for key in keys if len(group) > 1 else ():
+            parts: dict[str, list[int]] = {}
+            for index in group:
+                parts.setdefault(repr(settings[index].get(key, _ABSENT)), []).append(index)
+            if len(parts) > 1:
+                for part in parts.values():
+                    for index in part:
+                        names[index].append(_key_and_value(key, settings[index]))
+                    split(part)
+                return
+
+    split(range(len(settings)))
+    joined = [", ".join(name) for name in names]
+    return [name if joined.count(name) == 1 else f"{name}, {i}" for i, name in enumerate(joined, 1)]  # "1" beside 1
+
+
+_ABSENT = object()
+
+
+def _key_and_value(key: str, setting: Mapping[str, Any]) -> str:
+    if key not in setting:
+        return f"without {key}"
+    return str(setting[key]).replace("_", " ") if key == "mode" else f"{key} {setting[key]}"

@@ -1,0 +1,504 @@
+"""Tables and figures of classification transfer, as Salman et al. 2020 have them, for any set of backbones."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from robust_backbones.analysis.figures import (
+    COLORS,
+    LINES,
+    MARKERS,
+    MOST_CURVES,
+    NORMS,
+    Picture,
+    epsilon_axis,
+    epsilon_places,
+    save,
+)
+from robust_backbones.analysis.paper.transfer_results import (
+    NAMES,
+    Curve,
+    Point,
+    Pretrainings,
+    Series,
+    Source,
+    Target,
+    Trials,
+    curves,
+    epsilon_text,
+    in_order,
+    name,
+    over_architectures,
+    over_epsilons,
+    pairs,
+    targets,
+)
+from robust_backbones.analysis.paper.values import (
+    TABLE_2,
+    TRANSFER_SOURCE,
+    PaperTransfer,
+    differences_to_paper_transfer,
+)
+from robust_backbones.analysis.records import RecordedRun
+from robust_backbones.analysis.tables import Table
+from robust_backbones.checkpoint import zoo
+from robust_backbones.models import ARCHITECTURES, ResNetShape
+from robust_backbones.threat_models import ThreatModel
+
+T = TypeVar("T")
+
+MODES = {"linear_probe": "Fixed-feature transfer", "full_network": "Full-network transfer"}
+BEST = {"standard": "standard", "robust": "best robust"}
+TEXTURE = {**BEST, "stylized": "texture-trained"}
+"""Kind of a backbone -> its name in legends, in the order of colours and markers."""
+MOST_COLUMNS = 4
+_RANGE = "mean of the trials and their range from the lowest to the highest"
+_IMAGES = "images as they are"
+
+
+@dataclass(frozen=True)
+class Page:
+    """One section of a report."""
+
+    title: str
+    pictures: Sequence[Picture]
+    tables: Sequence[Table] = ()
+
+
+def transfer_pages(runs: Sequence[RecordedRun], folder: Path) -> list[Page]:
+    """The sections that the records of ``transfer`` can fill; their figures are written to ``folder``.
+
+    Source accuracies are those of the records of ``pretrain`` among ``runs``, and of the published backbones.
+    """
+    trials = [run for run in runs if run.record.task == "transfer"]
+    if not trials:
+        return []
+    pretrainings = Pretrainings([run for run in runs if run.record.task == "pretrain"])
+    pages = []
+    for mode in MODES:
+        of_mode = [run for run in trials if run.record.config.get("mode") == mode]
+        found = targets([run for run in of_mode if not run.record.config.get("downscale")], pretrainings)
+        reduced = targets([run for run in of_mode if run.record.config.get("downscale")], pretrainings)
+        pages += [
+            best_page(mode, found, folder),
+            accuracy_page(mode, found, folder),
+            width_page(mode, found, folder),
+            downscale_page(mode, pairs(found, reduced), folder),
+            texture_page(mode, found, folder),
+        ]
+    return [page for page in pages if page is not None]
+
+
+def best_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
+    """Table 1, and Figure 2 (fixed-feature) or 3 (full-network)."""
+    picture = _kinds_figure(mode, found, BEST, ("standard", "robust"), folder / f"transfer_best_{mode}")
+    if picture is None:
+        return None
+    number = list(MODES).index(mode) + 2
+    ours = {head: f"{{{head}:.1f}} ({{{head} min:.1f}} to {{{head} max:.1f}}) {{{head} of}}" for head in BEST.values()}
+    papers = {f"paper: {head}": f"{{paper {head}:.1f}} {{paper {head} of}}" for head in [*BEST.values(), "best trial"]}
+    columns = {"data set": ":", "setting": ":", **ours, "difference": ":+.1f", "trials": ":", **papers}
+    rows = [row for target in found if (row := _table_1(target))]
+    table = Table(f"{MODES[mode]} of the best architectures", rows, columns)
+    return Page(f"{MODES[mode]}: best robust against standard (Table 1, Figure {number})", [picture], [table])
+
+
+def texture_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
+    """Figure 8."""
+    picture = _kinds_figure(mode, found, TEXTURE, ("stylized",), folder / f"transfer_texture_{mode}")
+    title = f"{MODES[mode]}: standard, robust and texture-trained (Figure 8)"
+    return Page(title, [picture]) if picture else None
+
+
+def _kinds_figure(
+    mode: str, found: Sequence[Target], kinds: Mapping[str, str], needed: Sequence[str], path: Path
+) -> Picture | None:
+    """A panel a data set: of each architecture the best backbone of each kind; two kinds and those needed, or none."""
+    panels = []
+    for target in found:
+        ranked = {arch: {kind: target.of_kind(arch, kind) for kind in kinds} for arch in target.archs}
+        ranked = {arch: {kind: ss for kind, ss in of_arch.items() if ss} for arch, of_arch in ranked.items()}
+        shown = {arch: of for arch, of in ranked.items() if len(of) > 1 and {*needed} <= of.keys()}
+        if shown:
+            panels.append((target, shown))
+    drawing = _Drawing.of(mode, [target for target, _ in panels], 1.6 + 0.8 * max([len(s) for _, s in panels] or [0]))
+    for panel, (target, shown) in zip(drawing.axes, panels, strict=True):
+        for center, (arch, ranked_kinds) in enumerate(shown.items()):
+            for place, (kind, sources) in enumerate(ranked_kinds.items()):
+                source, style = sources[0], list(kinds).index(kind)
+                x = center + 0.26 * (place - (len(ranked_kinds) - 1) / 2)
+                _draw(panel, [(x, source.trials)], style, markersize=7)
+                beside = [x + 0.08] * len(source.trials.values)
+                panel.plot(beside, source.trials.values, "o", color=COLORS[style], mfc="none", markersize=3)
+                epsilon, paper = _paper_of_kind(target.paper(arch), kind) or (None, None)
+                if paper is not None:
+                    panel.plot(x, paper, "D", color=COLORS[style], markerfacecolor="white", markersize=5)
+                row: dict[str, Any] = {"arch": arch, "kind": kind, "backbone": source.name}
+                row |= {"trained_at": str(source.threat_model)}
+                row |= {"candidates": len(sources), **source.trials.numbers}
+                drawing.add(target, f"{name(arch)} {kinds[kind]} {source.trials}", row)
+                drawing.rows[-1] |= {"paper_epsilon": epsilon, "paper_mean": paper}
+        panel.set_xticks(range(len(shown)), [name(arch) for arch in shown], fontsize="small")
+        panel.set_xlim(-0.6, len(shown) - 0.4)
+        panel.set_title(_title(target), fontsize="small")
+    if not panels:
+        return None
+    drawing.has_paper = any(row["paper_mean"] is not None for row in drawing.rows)
+    entries = [(label, COLORS[i], MARKERS[i], "none") for i, label in enumerate(kinds.values())]
+    drawing.legend([*entries, *([("the paper's", COLORS[0], "D", "none")] * drawing.has_paper)])
+    caption = (
+        f": {' against '.join(kinds.values())}, a pair of each architecture. Filled markers and bars: {_RANGE} "
+        f"({drawing.n}); small circles: the trials. Best is what has the highest mean in this figure, as in the paper: "
+        "the best of many looks better than it is."
+    )
+    return drawing.save(path, caption, "", "Hollow diamonds")
+
+
+def _paper_of_kind(paper: PaperTransfer | None, kind: str) -> tuple[float, float] | None:
+    """(epsilon, mean) of the paper's standard or best robust backbone; it has no numbers of texture-trained ones."""
+    if paper is None or kind == "stylized":
+        return None
+    means = {epsilon: mean for epsilon, mean in paper.means.items() if (epsilon == 0) == (kind == "standard")}
+    return max(means.items(), key=lambda item: item[1])
+
+
+def _table_1(target: Target) -> dict[str, Any] | None:
+    """The best of all architectures, and of all of the paper's; None where standard or robust backbones lack."""
+    row: dict[str, Any] = {"data set": target.dataset, "setting": target.setting or None}
+    best: list[Source] = []
+    for kind, head in BEST.items():
+        candidates = [source for arch in target.archs for source in target.of_kind(arch, kind)]
+        if not candidates:
+            return None
+        best.append(max(candidates, key=lambda source: source.trials.mean))
+        trials, of = best[-1].trials, f"{name(best[-1].arch)}, {best[-1].threat_model}"
+        row |= {head: trials.mean, f"{head} min": trials.low, f"{head} max": trials.high, f"{head} of": of}
+    row["difference"] = best[1].trials.mean - best[0].trials.mean
+    row["trials"] = " and ".join(dict.fromkeys(str(len(source.trials.values)) for source in best))
+    papers = {arch: paper for arch in NAMES if (paper := target.paper(arch))}
+    for kind, head in [*BEST.items(), ("", "best trial")]:
+        values = {arch: _paper_of_kind(paper, kind) if kind else paper.best_trial for arch, paper in papers.items()}
+        known = [(value[1], value[0], arch) for arch, value in values.items() if value]
+        mean, epsilon, arch = max(known, default=(None, None, ""))
+        row |= {f"paper {head}": mean, f"paper {head} of": f"{name(arch)}, L2:{epsilon:g}" if known else None}
+    return row
+
+
+def accuracy_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
+    """Figure 5 (over epsilons) and Table 2 (over architectures at a fixed epsilon)."""
+    pictures, rows = [], []
+    for ours_of, papers_of, stem, over in (
+        (over_epsilons, _paper_over_epsilons, "accuracy", "over the ε of pre-training, which stands at the points"),
+        (over_architectures, _paper_table_2, "fixed_epsilon", "over architectures, at one ε a series"),
+    ):
+        panels = _with_papers((target, ours, papers_of(target)) for target in found if (ours := ours_of(target)))
+        if panels:
+            pictures.append(_accuracy_figure(mode, panels, folder / f"transfer_{stem}_{mode}", over))
+            rows += [_fit_row(target, whose, one) for target, whose, series in panels for one in series]
+    columns = {**dict.fromkeys(("data set", "setting", "series", "n"), ":"), "R²": ":.2f", "slope": ":+.2f"}
+    table = Table(f"{MODES[mode]}, lines through source accuracy", rows, {**columns, "whose": ":"})
+    title = f"{MODES[mode]}: source accuracy (Figure 5, Table 2)"
+    return Page(title, pictures, [table]) if pictures else None
+
+
+def _fit_row(target: Target, whose: str, series: Series) -> dict[str, Any]:
+    fit, n = series.fit, len(series.points)
+    why = "" if fit else ("; no line through fewer than 3" if n < 3 else "; no line, an axis is constant")
+    row = {"data set": target.dataset, "setting": target.setting or None, "series": series.label, "n": n}
+    return {**row, "R²": fit and fit.r_squared, "slope": fit and fit.slope, "whose": whose + why}
+
+
+def _paper_over_epsilons(target: Target) -> list[Series]:
+    """The paper's accuracies after transfer over the ImageNet accuracies of the published backbones."""
+    sources = {(p.arch, p.threat_model): p.imagenet_accuracy for p in zoo.published().values()}
+    series = []
+    for arch in target.archs:
+        if paper := target.paper(arch):
+            models = {ThreatModel("L2", epsilon): mean for epsilon, mean in paper.means.items()}
+            points = [(sources[arch, m], Trials((mean,)), epsilon_text(m)) for m, mean in models.items()]
+            series.append(Series(f"{name(arch)}, {NORMS['L2']}", tuple(points)))
+    return series
+
+
+def _paper_table_2(target: Target) -> list[Series]:
+    if (target.mode, target.paper_name) != ("full_network", "cifar10"):
+        return []
+    return [
+        Series(label, tuple((x, Trials((y,)), name(arch)) for arch, (x, y) in values.items()))
+        for label, values in TABLE_2.items()
+    ]
+
+
+def _accuracy_figure(mode: str, panels: Sequence[tuple[Target, str, list[Series]]], path: Path, over: str) -> Picture:
+    """A panel a data set, and beside it one of the paper's points, whose axes are others."""
+    drawing = _Drawing.of(mode, [target for target, whose, _ in panels if whose == "ours"], 3.7, count=len(panels))
+    for panel, (target, whose, series) in zip(drawing.axes, panels, strict=True):
+        for index, one in enumerate(series):
+            color, label = COLORS[index % MOST_CURVES], f"{one.label}: {one.fit_text}"
+            points = [(x, trials) for x, trials, _ in one.points]
+            _draw(panel, points, index % MOST_CURVES, hollow=whose != "ours", label=label)
+            fit = {} if one.fit is None else vars(one.fit)
+            if one.fit:
+                ends = [reduce(x for x, _ in points) for reduce in (min, max)]
+                panel.plot(ends, [one.fit.intercept + one.fit.slope * end for end in ends], ":", color=color)
+            rows = [
+                {"series": one.label, "point": text, "source_accuracy": x, **trials.numbers}
+                | {key: fit.get(key) for key in ("slope", "intercept", "r_squared")}
+                for x, trials, text in one.points
+            ]
+            drawing.add(target, f"{one.label}: {one.fit_text}", *rows, whose=whose)
+        drawing.title(panel, target, whose)
+        names = sorted({source.pretraining.dataset for source in target.sources if source.pretraining})
+        panel.set_xlabel(f"accuracy on {' or '.join(names) if whose == 'ours' else 'ImageNet'}", fontsize="small")
+        panel.legend(fontsize="x-small")
+        panel.grid(alpha=0.3, axis="x")
+        _label_points(panel, [point for one in series for point in one.points])
+    caption = (
+        f": accuracy of the backbone on what it was trained on (0-100) and after transfer, {over}. Markers and bars: "
+        f"{_RANGE} ({drawing.n}). Dotted: the least-squares line through the means, of 3 points or more; R², the share "
+        "of variance that it explains, says little of few points (n in the legends). Not all points are labelled where "
+        "they crowd."
+    )
+    return drawing.save(path, caption, " over source accuracy")
+
+
+def _label_points(panel: Axes, points: Sequence[Point]) -> None:
+    """Texts beside the points, but none that would lie on one before it."""
+    panel.margins(x=0.2 if any(len(text) > 5 for *_, text in points) else 0.12, y=0.15)
+    (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+    placed: list[tuple[float, float]] = []
+    for x, trials, text in points:
+        place = (x - left) / (right - left), (trials.mean - bottom) / (top - bottom)
+        if all(abs(place[0] - a) > 0.028 * len(text) or abs(place[1] - b) > 0.045 for a, b in placed):
+            placed.append(place)
+            panel.annotate(text, (x, trials.mean), textcoords="offset points", xytext=(5, 4), fontsize=7)
+
+
+def width_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
+    """Figure 6."""
+    drawn: list[tuple[Target, dict[ThreatModel, dict[str, Trials]], dict[ThreatModel, dict[str, Trials]]]] = []
+    for target in found:
+        ours = {
+            model: {arch: trials for arch in target.archs if (trials := target.trials(arch, model))}
+            for model in target.threat_models
+        }
+        ours = {model: line for model, line in ours.items() if len(line) > 1}
+        if ours:
+            shown = sorted({0.0, 3.0} | {model.epsilon for model in ours if model.norm == "L2"})
+            papers = {ThreatModel("L2", epsilon): _paper_widths(target, epsilon) for epsilon in shown}
+            drawn.append((target, ours, {model: line for model, line in papers.items() if len(line) > 1}))
+    if not drawn:
+        return None
+    panels = _with_papers(drawn)
+    models = sorted({model for _, _, lines in panels for model in lines}, key=lambda model: (model.norm, model.epsilon))
+    styles = {model: index % MOST_CURVES for index, model in enumerate(models)}
+    drawing = _Drawing.of(mode, [target for target, *_ in drawn], 3.4, count=len(panels))
+    for panel, (target, whose, lines) in zip(drawing.axes, panels, strict=True):
+        archs = in_order({arch for line in lines.values() for arch in line})
+        for model, line in lines.items():
+            families: dict[Any, list[tuple[float, Trials]]] = {}
+            for arch, trials in line.items():
+                shape = ARCHITECTURES.get(arch)
+                family = (shape.depth, shape.num_groups) if isinstance(shape, ResNetShape) else arch
+                families.setdefault(family, []).append((archs.index(arch) + 0.05 * (styles[model] - 1), trials))
+            for points in families.values():
+                _draw(panel, points, styles[model], line=LINES[styles[model]], hollow=whose != "ours")
+            means = ", ".join(f"{name(arch)} {trials.mean:.1f}" for arch, trials in line.items())
+            rows = [{"trained_at": str(model), "arch": arch, **trials.numbers} for arch, trials in line.items()]
+            drawing.add(target, f"at {model}: {means}", *rows, whose=whose)
+        panel.set_xticks(range(len(archs)), [name(arch) for arch in archs], fontsize="small", rotation=20)
+        drawing.title(panel, target, whose)
+        panel.margins(x=0.15)
+    drawing.legend([(f"trained at {model}", *_style(style)) for model, style in styles.items()])
+    caption = f" by architecture and width; lines join the widths of one depth. Markers and bars: {_RANGE}"
+    picture = drawing.save(folder / f"transfer_width_{mode}", f"{caption} ({drawing.n}).", " by architecture")
+    return Page(f"{MODES[mode]}: width (Figure 6)", [picture])
+
+
+def _paper_widths(target: Target, epsilon: float) -> dict[str, Trials]:
+    papers = {arch: target.paper(arch) for arch in in_order(NAMES)}
+    return {arch: Trials((paper.means[epsilon],)) for arch, paper in papers.items() if paper and epsilon in paper.means}
+
+
+def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: Path) -> Page | None:
+    """Figure 7.
+
+    Args:
+        paired: a data set as it is, and through fewer pixels.
+    """
+    panels: list[tuple[Target, str, str, str, dict[str, Curve]]] = []
+    for original, reduced in paired:
+        variants = {_IMAGES: original, f"reduced to {reduced.downscale} px": reduced}
+        for arch in original.archs:
+            of_norm = [curves(target, arch) for target in variants.values()]
+            for norm in sorted(of_norm[0].keys() & of_norm[1].keys()):
+                own = {label: found[norm] for label, found in zip(variants, of_norm, strict=True)}
+                panels.append((original, "ours", arch, norm, own))
+                both = {_IMAGES: original.paper(arch), "reduced to 32 px": original.paper(arch, downscale=32)}
+                papers = {label: _paper_curve(paper) for label, paper in both.items() if paper}
+                whose = f"paper: {original.paper_name}"
+                # Several settings of one data set share a panel of the paper's.
+                if papers and norm == "L2" and (whose, arch) not in [(other, a) for _, other, a, *_ in panels]:
+                    panels.append((original, whose, arch, norm, papers))
+    if not panels:
+        return None
+    originals = [target for target, whose, *_ in panels if whose == "ours"]
+    drawing = _Drawing.of(mode, originals, 3.4, count=len(panels))
+    labels = list(dict.fromkeys(label for *_, shown in panels for label in shown))
+    # All panels of a norm have one axis: the curves are there to be compared.
+    ticks = {norm: _ticks([shown for *_, n, shown in panels if n == norm]) for *_, norm, _ in panels}
+    cells = []
+    for panel, (target, whose, arch, norm, shown) in zip(drawing.axes, panels, strict=True):
+        for label, curve in shown.items():
+            style, (best, trials), places = labels.index(label), curve.best, ticks[norm]
+            color, _, dashes = _style(style)
+            points = [(places[epsilon], one) for epsilon, one in curve.points]
+            _draw(panel, points, style, line=dashes, hollow=whose != "ours", markersize=5)
+            panel.axvline(places[best], color=color, linestyle=dashes, linewidth=0.8, alpha=0.6)
+            panel.plot(places[best], trials.mean, "o", color=color, markerfacecolor="none", markersize=12)
+            rows = [
+                {"arch": arch, "norm": norm, "images": label, "epsilon": epsilon}
+                | {**one.numbers, "is_best": epsilon == best}
+                for epsilon, one in curve.points
+            ]
+            model = ThreatModel(norm, best)
+            drawing.add(target, f"{name(arch)}, {label}: best at {model} with {trials.mean:.1f}", *rows, whose=whose)
+            rivals = ", ".join(epsilon_text(ThreatModel(norm, epsilon)) for epsilon in curve.rivals) or "none"
+            spread = {"min": trials.low, "max": trials.high, "trials": len(trials.values), "rivals": rivals}
+            cells.append(
+                {"data set": target.dataset, "setting": target.setting or None, "architecture": name(arch)}
+                | {"images": label, "whose": whose, "best ε": str(model), "mean": trials.mean}
+                | (spread if whose == "ours" else {"trials": 3})
+            )
+        epsilon_axis(panel, norm, ticks[norm])
+        drawing.title(panel, target, whose, name(arch))
+    drawing.legend([(label, *_style(index)) for index, label in enumerate(labels)])
+    caption = (
+        " over the ε of pre-training, with images as they are and with images that were reduced, and enlarged again. "
+        f"Markers and bars: {_RANGE} ({drawing.n}); ring and vertical line: the best ε. The panels have one axis of ε, "
+        "which is logarithmic, with 0 put beside it."
+    )
+    picture = drawing.save(folder / f"transfer_downscale_{mode}", caption, " over epsilon")
+    columns = dict.fromkeys(("data set", "setting", "architecture", "images", "whose", "best ε"), ":")
+    columns |= {"mean": ":.1f", "min to max": "{min:.1f} to {max:.1f}", "trials": ":"}
+    table = Table(f"{MODES[mode]}, best ε", cells, {**columns, "other ε whose trials reach its": "{rivals}"})
+    return Page(f"{MODES[mode]}: images reduced and enlarged again (Figure 7)", [picture], [table])
+
+
+def _paper_curve(paper: PaperTransfer) -> Curve:
+    return Curve(tuple((epsilon, Trials((mean,))) for epsilon, mean in sorted(paper.means.items())))
+
+
+def _ticks(shown: Iterable[Mapping[str, Curve]]) -> dict[float, float]:
+    """Epsilon -> its place on the axis."""
+    epsilons = sorted({epsilon for found in shown for curve in found.values() for epsilon, _ in curve.points})
+    return dict(zip(epsilons, epsilon_places(epsilons), strict=True))
+
+
+@dataclass
+class _Drawing:
+    """A figure of panels, each of a data set, with our values or the paper's; and what it says in numbers and words."""
+
+    mode: str
+    compared: Sequence[Target]
+    figure: Figure
+    axes: Sequence[Axes]
+    rows: list[dict[str, Any]]
+    words: list[str]
+    has_paper: bool
+
+    @classmethod
+    def of(cls, mode: str, compared: Sequence[Target], width: float, *, count: int | None = None) -> _Drawing:
+        """``count`` panels that are ``width`` inches wide, of these data sets and the paper's."""
+        count = len(compared) if count is None else count
+        columns = max(1, min(count, MOST_COLUMNS, round(14 / width)))
+        lines = -(-count // columns) or 1
+        figure = Figure(figsize=(max(5.0, 0.6 + width * columns), 0.7 + 3.1 * lines), layout="constrained")
+        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+        for unused in axes[count:]:
+            unused.remove()
+        for panel in axes[:count]:
+            panel.tick_params(labelsize="small")
+            panel.grid(alpha=0.3, axis="y")
+        return cls(mode, compared, figure, axes[:count], [], [], count > len(compared))
+
+    @property
+    def n(self) -> str:
+        """How many trials our values are means of."""
+        counts = [row["n"] for row in self.rows if row.get("whose", "ours") == "ours"]
+        low, high = min(counts), max(counts)
+        return f"n = {low} trial{'s' * (low > 1)}" if low == high else f"n = {low} to {high} trials"
+
+    def add(self, target: Target, words: str, *rows: Mapping[str, Any], whose: str = "") -> None:
+        """Rows of the CSV, and the same in words; ``whose`` is a column where the paper has panels of its own."""
+        of = {"dataset": target.dataset, "setting": target.setting, **({"whose": whose} if whose else {})}
+        self.rows += [{**of, **row} for row in rows]
+        self.words.append(f"{target.dataset if whose in ('', 'ours') else whose} {words}")
+
+    def title(self, panel: Axes, target: Target, whose: str, *more: str) -> None:
+        panel.set_title("\n".join([_title(target) if whose == "ours" else whose, *more]), fontsize="small")
+
+    def legend(self, entries: Sequence[tuple[str, str, str, Any]]) -> None:
+        """One for all panels, from (label, colour, marker, line); a diamond is hollow."""
+        handles = []
+        for label, color, marker, line in entries:
+            face = "white" if marker == "D" and line == "none" else color
+            handles += self.axes[0].plot([], [], marker=marker, linestyle=line, color=color, mfc=face, label=label)
+        self.figure.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), fontsize="small")
+
+    def save(self, path: Path, caption: str, alt: str, where: str = "Hollow markers in panels of their own") -> Picture:
+        """``caption`` and ``alt`` follow the name of the mode; ``where`` says how the paper's values are drawn."""
+        self.figure.supylabel(f"accuracy after transfer (0-100), {self.n}", fontsize="small")
+        if self.has_paper:
+            caption += f" {where}: the paper's values ({TRANSFER_SOURCE})"
+            found = dict.fromkeys(d for target in self.compared for d in differences_to_paper_transfer(target.record))
+            differences = f". They are not of the same data and budget: {'; '.join(found)}."
+            caption += differences if found else ", of the same data and budget as far as is known."
+        name = MODES[self.mode]
+        return save(self.figure, path, self.rows, f"{name}{caption}", f"{name}{alt}: {'; '.join(self.words)}.")
+
+
+def _title(target: Target) -> str:
+    return "\n".join([target.dataset, *textwrap.wrap(target.setting, 34)])
+
+
+def _with_papers(drawn: Iterable[tuple[Target, T, T]]) -> list[tuple[Target, str, T]]:
+    """(data set, whose, what to draw) a panel, from (data set, ours, the paper's or nothing): ours, then the paper's.
+
+    Several settings of one data set share a panel of the paper's.
+    """
+    panels: list[tuple[Target, str, T]] = []
+    for target, ours, papers in drawn:
+        panels.append((target, "ours", ours))
+        whose = f"paper: {target.paper_name}"
+        if papers and not any(known == papers and whose == other for _, other, known in panels):
+            panels.append((target, whose, papers))
+    return panels
+
+
+def _draw(
+    panel: Axes,
+    points: Sequence[tuple[float, Trials]],
+    style: int,
+    *,
+    line: Any = "none",
+    hollow: bool = False,
+    **options: Any,
+) -> None:
+    """Means of trials, with ranges from the lowest to the highest."""
+    color, marker, _ = _style(style)
+    xs, trials = zip(*points, strict=True)
+    reach = [[one.mean - one.low for one in trials], [one.high - one.mean for one in trials]]
+    options |= {"marker": marker, "linestyle": line, "color": color, "mfc": "white" if hollow else color}
+    panel.errorbar(xs, [one.mean for one in trials], reach, capsize=3, **options)
+
+
+def _style(index: int) -> tuple[str, str, Any]:
+    return COLORS[index], MARKERS[index], LINES[index]

@@ -1,0 +1,102 @@
+"""Finding the records of runs, checking them, and keeping them in the one file that a report can be made again from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from robust_backbones.analysis.tables import write_text
+from robust_backbones.errors import InputError
+from robust_backbones.runs.identity import flat
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.threat_models import ThreatModel
+
+RECORDS = "records.jsonl"
+"""Where a report keeps the records that it is of."""
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A record and the folder that it lies in."""
+
+    folder: Path
+    record: RunRecord
+
+    @property
+    def weights(self) -> str:
+        """Identifies its backbone's file: the sha256, or the file's name where the record has none."""
+        return str(self.record.backbone.get("source_sha256") or self.weights_name)
+
+    @property
+    def weights_name(self) -> str:
+        model = self.record.config.get("MODEL", {})
+        return Path(model.get("WEIGHTS", "")).stem if isinstance(model, Mapping) else ""
+
+    @property
+    def seed(self) -> int:
+        """That of training, also where a later evaluation has one of its own."""
+        return int(self.record.config.get("SEED", self.record.seed))
+
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether its backbone's weights were random."""
+        return bool(flat(self.record.config).get("MODEL.BACKBONE.FROM_SCRATCH")) and not self.record.backbone
+
+
+def find_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
+    """Every record.json in these folders, however deep, and every record in a report's records.jsonl, each once.
+
+    Raises:
+        InputError: a folder is missing or holds no record; a file is no record.
+    """
+    found: dict[Path, RecordedRun] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise InputError(f"no folder {folder}: give folders of runs")
+        paths, collected = sorted(folder.rglob("record.json")), sorted(folder.rglob(RECORDS))
+        if not paths and not collected:
+            raise InputError(f"no record.json in {folder}: give folders of finished runs")
+        for path in paths:
+            if path.resolve() not in found:
+                found[path.resolve()] = RecordedRun(path.parent, _checked(RunRecord.read(path), path))
+        for path in collected:
+            for run in _read_records(path):
+                found.setdefault(run.folder.resolve(), run)
+    return list(found.values())
+
+
+def write_records(runs: Sequence[RecordedRun], path: Path) -> None:
+    """All records in one file, from which ``find_runs`` reads them again: a line each, with its folder's name."""
+    lines = [json.dumps({"folder": run.folder.name, **asdict(run.record)}, sort_keys=True) for run in runs]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def _read_records(path: Path) -> list[RecordedRun]:
+    runs = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            values = json.loads(line)
+            folder, record = values.pop("folder"), RunRecord(**values)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise InputError(f"{path} holds no record in line {number} ({error}): make the report again") from None
+        runs.append(RecordedRun(path.parent / f"{number:04d}" / folder, _checked(record, path)))
+    return runs
+
+
+def _checked(record: RunRecord, path: Path) -> RunRecord:
+    """JSON can hold anything under a record's names."""
+    kinds = {"run_id": str, "task": str, "dataset": str, "seed": int}
+    kinds |= dict.fromkeys(("backbone", "metrics", "config", "versions"), dict)
+    wrong = [name for name, kind in kinds.items() if not isinstance(getattr(record, name), kind)]
+    if not wrong and not all(value is None or isinstance(value, int | float) for value in record.metrics.values()):
+        wrong = ["metrics"]
+    if not wrong and record.threat_model is not None:
+        try:
+            ThreatModel.parse(record.threat_model)
+        except (InputError, TypeError, AttributeError):
+            wrong = ["threat_model"]
+    if wrong:
+        raise InputError(f"{path} is not a run record ({', '.join(wrong)}): remove it, or make its run again")
+    return record

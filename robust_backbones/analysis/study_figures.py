@@ -1,0 +1,224 @@
+"""Figures of an experiment: a metric against epsilon, curves of training, and each class against the standard."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.figure import Figure
+
+from robust_backbones.analysis.experiments import BackboneRuns, Experiment, metric_name
+from robust_backbones.analysis.figures import (
+    COLORS,
+    LINES,
+    MARKERS,
+    MOST_CURVES,
+    Picture,
+    epsilon_axis,
+    epsilon_places,
+    save,
+)
+from robust_backbones.analysis.statistics import Summary, summarize
+from robust_backbones.errors import InputError
+
+MOST_CLASSES = 30
+"""A figure shows no more: of more classes, those with the lowest and the highest differences."""
+MOST_PANELS = 3
+
+
+def study_figures(experiment: Experiment, folder: Path) -> list[Picture]:
+    """The figures of an experiment that its records can fill, written to ``folder``."""
+    drawn: list[Picture | None] = []
+    for metric in experiment.headlines:
+        stem = f"{experiment.slug}_{metric.replace('/', '_')}"
+        drawn.append(epsilon_figure(experiment, metric, folder / f"{stem}_epsilon"))
+        drawn.append(training_figure(experiment, metric, folder / f"{stem}_training"))
+        if metric.endswith("/AP"):
+            drawn.append(class_figure(experiment, metric.removesuffix("/AP"), folder / f"{stem}_classes"))
+    if experiment.headlines:
+        drawn.append(training_figure(experiment, "total_loss", folder / f"{experiment.slug}_loss"))
+    return [picture for picture in drawn if picture is not None]
+
+
+def epsilon_figure(experiment: Experiment, metric: str, path: Path) -> Picture | None:
+    """A metric against the epsilon of pre-training, with 95 % intervals and every seed; a panel a norm.
+
+    None where fewer than two backbones have a known epsilon and a value.
+    """
+    shown = [
+        (backbone, backbone.threat_model, summary)
+        for backbone in experiment.backbones
+        if backbone.threat_model and (summary := backbone.summary(metric))
+    ]
+    if len(shown) < 2:
+        return None
+    norms = sorted({model.norm for _, model, _ in shown if model.epsilon}) or ["L2"]
+    figure = Figure(figsize=(0.8 + 4.2 * len(norms), 3.8), layout="constrained")
+    rows = []
+    panels = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
+    for panel, norm in zip(panels, norms, strict=True):
+        own = [one for one in shown if one[0].is_standard or one[1].norm == norm]
+        epsilons = [model.epsilon for _, model, _ in own]
+        places = epsilon_places(epsilons)
+        epsilon_axis(panel, norm, dict(sorted(zip(epsilons, places, strict=True))))
+        aside = 0.03 * (max(places) - min(places) or 1)
+        for place, (backbone, model, summary) in zip(places, own, strict=True):
+            color = COLORS[0] if backbone.is_standard else COLORS[1]
+            half = 0.0 if summary.high is None else summary.high - summary.mean
+            panel.errorbar(place, summary.mean, half, fmt=MARKERS[1], color=color, capsize=4, markersize=6)
+            seeds = list(backbone.values(metric).values())
+            panel.plot([place + aside] * len(seeds), seeds, "o", color=color, markerfacecolor="none", markersize=4)
+            if backbone.is_standard:
+                panel.axhline(summary.mean, color=color, linewidth=1, linestyle="--")
+            names = {"norm": norm, "backbone": backbone.name, "trained_at": backbone.trained_at}
+            rows.append({**names, "epsilon": model.epsilon, **asdict(summary)})
+    low, high = min(summary.n for *_, summary in shown), max(summary.n for *_, summary in shown)
+    n = f"n = {low} seed{'s' * (low > 1)}" if low == high else f"n = {low} to {high} seeds"
+    panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {n}")
+    caption = (
+        f"{experiment.title}: {metric_name(metric)} against the ε of pre-training. Squares and bars: mean and 95 % t "
+        "interval over seeds; circles beside them: the seeds; dashed line: mean of the standard backbone (ε = 0). The "
+        "axis of ε is logarithmic, with 0 put beside it."
+    )
+    points = "; ".join(f"{backbone.name} at {backbone.trained_at} {_in_words(s)}" for backbone, _, s in shown)
+    return save(figure, path, rows, caption, f"{metric_name(metric)} against epsilon: {points}.")
+
+
+def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture | None:
+    """A scalar of metrics.json against iterations: mean over the seeds of a backbone, and their range as a band.
+
+    Of more than MOST_CURVES backbones it shows the standard ones and those with the highest results; the CSV has all.
+    None where no backbone's runs have it at two common iterations.
+    """
+    figure = Figure(figsize=(5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    rows, curves_in_words = [], []
+    headline = experiment.headlines[0]
+    ranked = sorted(experiment.backbones, key=lambda backbone: (not backbone.is_standard, -_mean(backbone, headline)))
+    for index, backbone in enumerate(ranked):
+        curves = [curve for run in backbone.runs.values() if (curve := read_curve(run.folder, metric))]
+        common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+        if len(common) < 2:
+            continue
+        means, lows, highs = (
+            [reduce([curve[step] for curve in curves]) for step in common] for reduce in (fmean, min, max)
+        )
+        rows += [
+            {"backbone": backbone.name, "trained_at": backbone.trained_at, "n": len(curves)}
+            | {"iteration": step, "mean": mean, "min": low, "max": high}
+            for step, mean, low, high in zip(common, means, lows, highs, strict=True)
+        ]
+        if index >= MOST_CURVES:
+            continue
+        color, line, marker = COLORS[index], LINES[index], MARKERS[index]
+        label = f"{backbone.name} {backbone.trained_at}, n = {len(curves)}"
+        every = max(1, len(common) // 8)
+        start = index * every // MOST_CURVES  # curves that lie on each other show all their markers
+        axes.plot(common, means, linestyle=line, marker=marker, markevery=(start, every), color=color, label=label)
+        axes.fill_between(common, lows, highs, color=color, alpha=0.15, linewidth=0)
+        curves_in_words.append(f"{backbone.name} at {backbone.trained_at} from {means[0]:.2f} to {means[-1]:.2f}")
+    if not rows:
+        return None
+    name = "total loss" if metric == "total_loss" else f"{metric_name(metric)} (0-100)"
+    axes.set(xlabel="iterations", ylabel=name)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    caption = f"{experiment.title}: {name} in training. Lines: mean over the seeds; bands: their range."
+    if len(ranked) > MOST_CURVES:
+        caption += f" Of {len(ranked)} backbones, the standard one and those with the highest {metric_name(headline)}."
+    return save(figure, path, rows, caption, f"{name} against iterations: {'; '.join(curves_in_words)}.")
+
+
+def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | None:
+    """Each class's AP with a robust backbone minus that with the standard one, with 95 % intervals over paired seeds.
+
+    A panel a backbone, for the MOST_PANELS with the highest mean AP; the CSV has all. None without per-class results of
+    both.
+
+    Args:
+        task: ``bbox`` or ``segm``, after the test set's name where a run has several.
+    """
+    standard = experiment.standard
+    if standard is None:
+        return None
+    prefix, metric = f"{task}/AP-", metric_name(f"{task}/AP")
+    names = sorted({n for run in experiment.runs for n in run.record.metrics if n.startswith(prefix)})
+    found: list[tuple[BackboneRuns, dict[str, Summary]]] = []
+    for backbone in experiment.robust:
+        of_class = {}
+        for name in names:
+            own, base = backbone.values(name), standard.values(name)
+            if differences := [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]:
+                of_class[name.removeprefix(prefix)] = summarize(differences)
+        if of_class:
+            found.append((backbone, of_class))
+    if not found or len(names) < 2:
+        return None
+    rows = []
+    for backbone, of_class in found:
+        for name, summary in of_class.items():
+            numbers = asdict(summary)
+            row = {"backbone": backbone.name, "trained_at": backbone.trained_at, "class": name, "n": numbers.pop("n")}
+            rows.append({**row, "difference": numbers.pop("mean"), **numbers})
+    best = sorted(found, key=lambda one: -_mean(one[0], f"{task}/AP"))[:MOST_PANELS]
+    of_best = best[0][1]
+    classes = sorted(of_best, key=lambda name: of_best[name].mean)
+    if len(classes) > MOST_CLASSES:
+        classes = classes[: MOST_CLASSES // 2] + classes[-MOST_CLASSES // 2 :]
+    figure = Figure(figsize=(1.8 + 2.2 * len(best), 1.3 + 0.24 * len(classes)), layout="constrained")
+    panels = figure.subplots(1, len(best), sharey=True, sharex=True, squeeze=False)[0]
+    counts = []
+    for panel, (backbone, of_class) in zip(panels, best, strict=True):
+        shown = [(place, of_class[name]) for place, name in enumerate(classes) if name in of_class]
+        for place, summary in shown:
+            if summary.low is not None and summary.high is not None:
+                panel.plot([summary.low, summary.high], [place, place], color=COLORS[1], linewidth=1.6)
+        panel.plot([s.mean for _, s in shown], [place for place, _ in shown], MARKERS[1], color=COLORS[1], markersize=5)
+        if len(classes) < len(of_best):  # the middle is left out
+            panel.axhline(MOST_CLASSES // 2 - 0.5, color=COLORS[0], linewidth=1, linestyle=":")
+        panel.axvline(0, color=COLORS[0], linewidth=1)
+        panel.grid(alpha=0.3)
+        panel.set_title(f"{backbone.trained_at}, n = {max(s.n for _, s in shown)}", fontsize="medium")
+        above = sum(summary.low is not None and summary.low > 0 for summary in of_class.values())
+        below = sum(summary.high is not None and summary.high < 0 for summary in of_class.values())
+        counts.append(f"at {backbone.trained_at} {above} of {len(of_class)} intervals lie above 0 and {below} below")
+    panels[0].set_yticks(range(len(classes)), classes)
+    panels[0].set_ylim(-0.7, len(classes) - 0.3)
+    figure.supxlabel(f"difference of {metric} to standard (points)", fontsize="medium")
+    caption = (
+        f"{experiment.title}: {metric} of each class, robust minus standard backbone. Squares and bars: mean and 95 % "
+        "t interval of the paired differences over seeds, not corrected for the number of classes: one in twenty "
+        "misses 0 by chance alone."
+    )
+    if len(found) > len(best):
+        caption += f" Shown are the {len(best)} backbones with the highest mean AP of {len(found)}."
+    if len(classes) < len(of_best):
+        caption += f" Shown are {len(classes)} of {len(of_best)} classes, from both ends."
+    return save(figure, path, rows, caption, f"AP differences of {len(names)} classes: {'; '.join(counts)}.")
+
+
+def read_curve(folder: Path, metric: str) -> dict[int, float]:
+    """A scalar of a run's metrics.json by iteration; empty where there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = folder / "metrics.json"
+    lines = path.read_text().splitlines() if path.exists() else []
+    try:
+        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one off
+        return {row["iteration"]: row[metric] for row in rows if metric in row}
+    except (ValueError, LookupError):
+        raise InputError(f"{path} is damaged: remove it, and the report has no curve of that run") from None
+
+
+def _mean(backbone: BackboneRuns, metric: str) -> float:
+    return fmean(backbone.values(metric).values() or [0.0])
+
+
+def _in_words(summary: Summary) -> str:
+    if summary.low is None or summary.high is None:
+        return f"{summary.mean:.2f} (one seed)"
+    return f"{summary.mean:.2f} (interval {summary.low:.2f} to {summary.high:.2f})"
