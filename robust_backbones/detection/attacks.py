@@ -1,10 +1,10 @@
-"""White-box attacks on Detectron2's R-CNNs through their own training losses, and signs that they cannot be trusted."""
+"""White-box attacks on Detectron2's R-CNNs through their own training losses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,6 @@ from robust_backbones.attacks import (
     check_points,
     frozen_eval,
     loss_values,
-    random_point,
     strongest_points,
 )
 from robust_backbones.errors import InputError
@@ -34,12 +33,6 @@ LOSSES = {
     "total": ("loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"),
 }
 """What an attack can raise, as sums of Detectron2's training losses; ``total`` is what training minimises."""
-
-LARGER_BALLS = (2, 4)
-"""The multiples of epsilon at which ``sanity_check`` attacks again."""
-TOLERATED_SHARE = 0.25
-"""Of images that may fail a sanity check without a warning: an attack of few steps can overshoot in a larger ball,
-where its steps are longer. Where gradients are masked, most images fail."""
 
 # Whose ``training`` flag chooses between losses and detections; layers within keep the flags of evaluation.
 _LOSS_MODULES = (GeneralizedRCNN, RPN, ROIHeads, BaseMaskRCNNHead, BaseKeypointRCNNHead)
@@ -227,108 +220,3 @@ def _same_draws(seed: int, device: torch.device) -> Iterator[None]:
         if cuda:
             torch.cuda.default_generators[device.index].manual_seed(seed)
         yield
-
-
-@dataclass(frozen=True)
-class SanityCheck:
-    """Signs of gradient masking: what no attack that follows useful gradients shows.
-
-    Both are from Athalye et al. 2018, "Obfuscated gradients give a false sense of security", section 3.1; an attack
-    that fails one says nothing of how robust the detector is.
-    """
-
-    images: int
-    """How many were attacked."""
-    random_is_stronger: int
-    """Of so many of them, one of as many random points of the ball as the attack has steps has a higher loss."""
-    larger_is_not_stronger: int
-    """For so many of them, no attack in a larger ball reaches a higher loss."""
-    mean_losses: dict[str, float]
-    """What the attack raises, over the images: ``clean``, ``random``, ``attack`` and ``attack x2``, ``x4`` epsilon."""
-
-    @property
-    def warnings(self) -> list[str]:
-        """A sentence for every sign that more than TOLERATED_SHARE of the images show; none is good news."""
-        signs = {
-            "random noise is stronger than the white-box attack": self.random_is_stronger,
-            "a larger epsilon is not stronger": self.larger_is_not_stronger,
-        }
-        return [
-            f"{sign} on {count} of {self.images} images: a sign of masked gradients, attacked AP says nothing"
-            for sign, count in signs.items()
-            if count > TOLERATED_SHARE * self.images
-        ]
-
-    def to_metrics(self) -> dict[str, float]:
-        """For records: the counts as ``sanity/NAME``, the mean losses as ``sanity/loss/NAME``."""
-        counts = {name: float(getattr(self, name)) for name in _COUNTS}
-        return {f"sanity/{name}": value for name, value in counts.items()} | {
-            f"sanity/loss/{name}": value for name, value in self.mean_losses.items()
-        }
-
-    @classmethod
-    def from_metrics(cls, metrics: Mapping[str, float | None]) -> SanityCheck | None:
-        """What ``to_metrics`` wrote among others; None where it did not."""
-        if "sanity/images" not in metrics:
-            return None
-        counts = {name: int(metrics[f"sanity/{name}"] or 0) for name in _COUNTS}
-        start = "sanity/loss/"
-        losses = {name.removeprefix(start): value or 0.0 for name, value in metrics.items() if name.startswith(start)}
-        return cls(**counts, mean_losses=losses)
-
-
-_COUNTS = ("images", "random_is_stronger", "larger_is_not_stronger")
-
-
-def sanity_check(
-    model: GeneralizedRCNN,
-    samples: Sequence[Mapping[str, Any]],
-    attack: DetectorAttack,
-    *,
-    seed: int = 0,
-) -> SanityCheck:
-    """Look for gradient masking: hold an attack against random noise, and against itself in larger balls.
-
-    Takes about 3.5 times as long as the attack. Images without objects are left out: some losses are constant there.
-
-    Args:
-        samples: as ``attack_image`` takes them.
-
-    Raises:
-        InputError: there is no image with objects, epsilon is 0, or as ``attack_image``.
-    """
-    samples = [sample for sample in samples if len(sample["instances"]) > 0]
-    if not samples or attack.threat_model.epsilon == 0:
-        raise InputError("a sanity check needs images with objects and epsilon > 0: there is nothing to attack")
-    rows = []
-    for sample in samples:
-        attacked = attack_image(model, sample, attack, seed=seed)
-        row = {"clean": attacked.clean_loss, "attack": attacked.loss}
-        row["random"] = _strongest_noise(model, sample, attack, seed=seed)
-        for factor in LARGER_BALLS:
-            larger = replace(attack, threat_model=_larger(attack.threat_model, factor))
-            row[f"attack x{factor}"] = attack_image(model, sample, larger, seed=seed).loss
-        rows.append(row)
-    names = [f"attack x{factor}" for factor in LARGER_BALLS]
-    return SanityCheck(
-        images=len(rows),
-        random_is_stronger=sum(row["random"] > row["attack"] for row in rows),
-        larger_is_not_stronger=sum(max(row[name] for name in names) <= row["attack"] for row in rows),
-        mean_losses={name: sum(row[name] for row in rows) / len(rows) for name in rows[0]},
-    )
-
-
-def _strongest_noise(model: GeneralizedRCNN, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int) -> float:
-    """The highest loss of as many random points of the ball as the attack has steps."""
-    images = sample["image"].to(model.device, torch.float32)[None] / 255
-    generator = torch.Generator(images.device).manual_seed(seed + 1)  # not the attack's own starts
-    with frozen_losses(model):
-        losses = loss_function(model, sample, attack, seed=seed)
-        noise = (random_point(images, attack.threat_model, generator) for _ in range(attack.steps * attack.restarts))
-        return max(loss_values(losses, points).item() for points in noise)
-
-
-def _larger(threat_model: ThreatModel, factor: int) -> ThreatModel:
-    """The ball with ``factor`` times the radius; that of linf ends at 1, where it holds every image."""
-    epsilon = factor * threat_model.epsilon
-    return replace(threat_model, epsilon=min(epsilon, 1.0) if threat_model.norm == "Linf" else epsilon)

@@ -47,13 +47,14 @@ from robust_backbones.data.corruptions import (
     image_seed,
     load_library,
 )
-from robust_backbones.detection.attacks import DetectorAttack, SanityCheck, attack_image, sanity_check
+from robust_backbones.detection.attacks import DetectorAttack, attack_image
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.data_stream import WorkerMapper
 from robust_backbones.detection.datasets import check_datasets, register_datasets
 from robust_backbones.detection.evaluators import VocEvaluator, coco_metrics
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import Detector, load_detector
+from robust_backbones.detection.sanity import sanity_check, sanity_warnings
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 from robust_backbones.runs.distributed import StopRequest, end_data_workers, stop_on_signals
@@ -218,7 +219,7 @@ def _attack_cells(attacks: Iterable[DetectorAttack]) -> Iterator[Cell]:
         yield Cell(
             name,
             change=partial(_attacked, attack=attack),
-            check=partial(_sanity, attack=attack) if attack.threat_model.epsilon > 0 else None,
+            check=partial(sanity_check, attack=attack) if attack.threat_model.epsilon > 0 else None,
             settings=asdict(attack),
         )
 
@@ -226,10 +227,6 @@ def _attack_cells(attacks: Iterable[DetectorAttack]) -> Iterator[Cell]:
 def _attacked(model: nn.Module, sample: Sample, seed: int, *, attack: DetectorAttack) -> Sample:
     found = attack_image(model, sample, attack, seed=seed)
     return {**found.sample, "numbers": {"clean_loss": found.clean_loss, "loss": found.loss}}
-
-
-def _sanity(model: nn.Module, samples: Sequence[Sample], *, attack: DetectorAttack) -> dict[str, float]:
-    return sanity_check(model, samples, attack).to_metrics()
 
 
 def find_domains(folder: Path) -> list[tuple[str, str, str]]:
@@ -703,7 +700,7 @@ def _write_summary(output: Path, identity: dict[str, Any], cfg: CfgNode) -> RunR
     metrics = summarize({name: record.metrics for name, record in cells.items()})
     for name, record in cells.items():
         metrics |= {f"{name}/{key}": record.metrics[key] for key in ("clean_loss", "loss") if key in record.metrics}
-    checks = {name: SanityCheck.from_metrics(record.metrics) for name, record in cells.items()}
+    warnings = {name: sanity_warnings(record.metrics) for name, record in cells.items()}
     is_voc = MetadataCatalog.get(clean.dataset).evaluator_type == "pascal_voc"
     summary = RunRecord(
         run_id=output.name,
@@ -720,7 +717,7 @@ def _write_summary(output: Path, identity: dict[str, Any], cfg: CfgNode) -> RunR
             "measure": "bbox/AP50" if is_voc else "bbox/AP",
             "adversarial_training": cfg.ADVERSARIAL.KIND and f"{cfg.ADVERSARIAL.KIND} {cfg.ADVERSARIAL.THREAT_MODEL}",
             "attacks": {name: cell.config["settings"] for name, cell in cells.items() if name.startswith("attack-")},
-            "warnings": {name: check.warnings for name, check in checks.items() if check and check.warnings},
+            "warnings": {name: sentences for name, sentences in warnings.items() if sentences},
         },
         seconds=sum(record.seconds for record in records),
     )

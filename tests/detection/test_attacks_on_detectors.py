@@ -28,10 +28,10 @@ from robust_backbones.detection.attacks import (
     attack_image,
     frozen_losses,
     loss_function,
-    sanity_check,
 )
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
+from robust_backbones.detection.sanity import sanity_check, sanity_warnings
 from robust_backbones.errors import InputError
 from robust_backbones.threat_models import NORMS, ThreatModel
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG
@@ -401,17 +401,18 @@ def test_masked_gradients_are_exposed_and_honest_ones_are_not(
     threat_model = LINF if norm == "Linf" else ThreatModel("L2", 3)
     attack = DetectorAttack(threat_model=threat_model, steps=5)
     honest = sanity_check(trained_detector, [*samples[:2], background(samples[2])], attack)
-    assert (honest.images, honest.random_is_stronger, honest.larger_is_not_stronger) == (2, 0, 0)
-    assert honest.warnings == []
-    losses = honest.mean_losses
+    counts = ("images", "random_is_stronger", "larger_is_not_stronger")
+    assert [honest[f"sanity/{name}"] for name in counts] == [2, 0, 0]
+    assert sanity_warnings(honest) == sanity_warnings({"bbox/AP": 1.0}) == []
+    losses = {name.removeprefix("sanity/loss/"): value for name, value in honest.items()}
     assert losses["clean"] < losses["attack"] < losses["attack x2"] < losses["attack x4"]
     assert losses["random"] < losses["attack"]
 
     model = copy.deepcopy(trained_detector)
     model.__class__ = Rounding
     masked = sanity_check(model, samples[:2], attack)
-    assert [warning.partition(":")[0] for warning in masked.warnings] == [
-        f"random noise is stronger than the white-box attack on {masked.random_is_stronger} of 2 images",
+    assert [warning.partition(":")[0] for warning in sanity_warnings(masked)] == [
+        f"random noise is stronger than the white-box attack on {masked['sanity/random_is_stronger']:g} of 2 images",
         "a larger epsilon is not stronger on 2 of 2 images",
     ]
 
