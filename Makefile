@@ -10,17 +10,17 @@ BIN := .venv/bin
 
 setup: .venv/.installed
 
-.venv/.installed: setup.py pyproject.toml constraints.txt tools/install_detectron2.py
+.venv/.installed: setup.py pyproject.toml constraints.txt robust_backbones/commands/install_detectron2.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python >= 3.11 is needed, found %s: make PYTHON=python3.11" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,corruptions,inheritance]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps imagecorruptions-imaug
-	$(BIN)/python tools/install_detectron2.py
+	$(BIN)/python -m pip uninstall --quiet --yes opencv-python-headless  # of an earlier setup: its files are opencv-python's
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python tools/install_detectron2.py --constraint constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/python tools/demo.py --output demo_output
+	$(BIN)/python -m robust_backbones demo --output demo_output
 
 # Each test process on a core of its own: threads of several that share cores wait for each other.
 test: setup

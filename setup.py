@@ -1,4 +1,4 @@
-"""Packaging; Detectron2 is not on PyPI and is installed by tools/install_detectron2.py (``make setup`` does both)."""
+"""Packaging; Detectron2 is not on PyPI: ``robust-backbones doctor --install-detectron2`` gets it."""
 
 from pathlib import Path
 
@@ -6,6 +6,14 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = (ROOT / "robust_backbones/__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+EXTRAS = {
+    # It asks for opencv-python; opencv-python-headless, whose files have the same names, must not be there with it.
+    "corruptions": ["imagecorruptions-imaug>=1.1.5"],
+    "inheritance": ["POT>=0.9.5"],
+    "slurm": ["submitit>=1.5"],
+}
+EVERYTHING = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+DEV = ["dill", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "webdataset>=1"]
 
 setup(
     name="robust-backbones",
@@ -14,18 +22,37 @@ setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["robust_backbones", "robust_backbones.*"]),
-    package_data={"robust_backbones": ["checkpoint/published_backbones.csv", "analysis/paper/salman2020_transfer.csv"]},
+    # detectron_configs and studies are links to the folders at the top; a wheel holds their files.
+    package_data={
+        "robust_backbones": [
+            "py.typed",
+            "checkpoint/*.csv",
+            "analysis/**/*.csv",
+            "detectron_configs/**/*.yaml",
+            "studies/**/*.yaml",
+        ]
+    },
+    entry_points={"console_scripts": ["robust-backbones = robust_backbones.__main__:main"]},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
         "numpy",
         "pillow",
+        "pyyaml",
         "faster-coco-eval>=1.6",
         "pycocotools>=2.0.8",
         "fvcore>=0.1.5",
-        # The same module cv2 as opencv-python, without the windows that need a screen's libraries.
-        "opencv-python-headless>=4.11",
+        "opencv-python>=4.11",
         "huggingface_hub>=1.0",
         "matplotlib",
         # The AutoAttack of its authors.
@@ -37,12 +64,5 @@ setup(
         "tqdm",
         "tyro>=0.9",
     ],
-    extras_require={
-        # Beside these the corruptions need imagecorruptions-imaug, which make setup installs with --no-deps: it asks
-        # for opencv-python, whose files would overwrite those of the headless one.
-        "corruptions": ["scikit-image>=0.21", "numba>=0.60"],
-        "inheritance": ["POT>=0.9.5"],
-        "slurm": ["submitit>=1.5"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "dill", "submitit>=1.5", "webdataset>=1"],
-    },
+    extras_require={**EXTRAS, "all": EVERYTHING, "dev": [*DEV, *EVERYTHING]},
 )

@@ -20,6 +20,7 @@ VERBS = {
     "sweep": "run a whole study from one YAML file, here or on a cluster",
     "report": "make tables, figures and one HTML page of finished runs",
     "demo": "the whole path on synthetic shapes, without a download",
+    "doctor": "what is installed here, what is missing, and how to get it",
 }
 
 
@@ -48,6 +49,8 @@ def command(verb: str) -> Callable[[list[str]], int]:
             from robust_backbones.commands.report import main
         case "demo":
             from robust_backbones.commands.demo import main
+        case "doctor":
+            from robust_backbones.commands.doctor import main
         case _:
             raise KeyError(verb)
     return main
@@ -73,7 +76,14 @@ def main() -> None:
         from robust_backbones.commands import cli
 
         sys.argv = [f"robust-backbones {verb}", *arguments]  # what the verb's usage line is to say
-        cli.run(command(verb))
+        try:
+            run = command(verb)
+        except ImportError as error:
+            if "--debug" in arguments:
+                raise
+            print(f"error: {error}: `robust-backbones doctor` says what is missing and how to get it", file=sys.stderr)
+            sys.exit(2)
+        cli.run(run)
     if verb in ("-h", "--help", "help", ""):
         print(usage())
         sys.exit(0 if verb else 2)

@@ -129,7 +129,7 @@ def torchvision_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 def load_tool(name: str) -> ModuleType:
     """The module of a command, by the name of its script in tools/."""
-    if name in ("benchmark", "install_detectron2"):
+    if name == "benchmark":
         return importlib.import_module(name)
     modules = {
         "convert_backbone": "commands.convert",

@@ -39,7 +39,7 @@ def test_the_demo_learns(tmp_path: Path) -> None:
         record = RunRecord.read(tmp_path / "demo" / name / "detector/record.json")
         assert (record.metrics["bbox/AP50"] or 0) > 60
         assert (record.metrics["segm/AP50"] or 0) > 60
-    assert "$ python" not in run("tools/demo.py", "--output", tmp_path / "demo")
+    assert "$ robust-backbones" not in run("tools/demo.py", "--output", tmp_path / "demo")
 
 
 def kill_once_written(path: Path, *command: object, data: Path) -> None:

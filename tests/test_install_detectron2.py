@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, load_tool
-
-installer = load_tool("install_detectron2")
+from robust_backbones.commands import install_detectron2 as installer
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -77,10 +77,10 @@ def test_git_is_tried_only_when_it_can_work(tmp_path: Path, monkeypatch: pytest.
     identity = ["-c", "user.name=n", "-c", "user.email=e"]
     commit = ["git", "-C", str(repository), *identity, "commit", "--quiet", "--allow-empty", "-m", "m"]
     subprocess.run(commit, check=True)
-    monkeypatch.setattr(installer.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert installer.why_not_git(repository.as_uri()) == ""
     assert "does not answer" in installer.why_not_git((tmp_path / "none").as_uri())
-    monkeypatch.setattr(installer.shutil, "which", lambda name: None if name != "git" else "/usr/bin/git")
+    monkeypatch.setattr(shutil, "which", lambda name: None if name != "git" else "/usr/bin/git")
     assert installer.why_not_git(repository.as_uri()) == "no C++ compiler"
 
 

@@ -129,4 +129,4 @@ def test_the_rest_works_without_detectron2() -> None:
         "except InputError as error:\n    print(error)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "install_detectron2.py" in result.stdout
+    assert "doctor --install-detectron2" in result.stdout

@@ -49,7 +49,7 @@ if sys.platform == "linux":
 """
 
 CONFIGS = """
-from robust_backbones.classification.engine import Compute
+from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.pretrain import PretrainConfig
 from robust_backbones.transfer.finetune import FinetuneConfig
 PretrainConfig(), FinetuneConfig(), Compute(torch.device("cpu"))
@@ -57,7 +57,8 @@ PretrainConfig(), FinetuneConfig(), Compute(torch.device("cpu"))
 
 LEARNER = """
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.classification.engine import Compute, Learner, evaluate
+from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.engine import Learner, evaluate
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import islice
 from typing import Any, cast
 
@@ -18,84 +16,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from robust_backbones.attacks import AttackConfig, pgd
+from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.classification.objectives import MicroBatch, Objective
 from robust_backbones.data.stylization import stylize
-from robust_backbones.errors import DivergedError, InputError
+from robust_backbones.errors import DivergedError
 from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.distributed import ALONE, Processes
 from robust_backbones.threat_models import ThreatModel
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COMPILE_MODES = {"default": "default", "cuda-graphs": "reduce-overhead"}
 Batch = tuple[Tensor, Tensor]
 """uint8 images (N, 3, H, W) and class indices (N,)."""
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Where and in what arithmetic networks run. Weights, images, perturbations and losses are always float32."""
-
-    device: torch.device
-    precision: str = "fp32"
-    """Of the network's passes in training and evaluation: fp32, bf16, or fp16 with loss scaling."""
-    attack_precision: str = ""
-    """Of the attack's passes in training; as ``precision`` when empty."""
-    compile_mode: str = ""
-    """torch.compile, for GPUs: default or cuda-graphs; empty is off."""
-
-    def __post_init__(self) -> None:
-        for name in (self.precision, self.attack_precision or self.precision):
-            if name not in PRECISIONS:
-                raise InputError(f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}")
-        if self.compile_mode and self.compile_mode not in COMPILE_MODES:
-            raise InputError(f"unknown compile mode {self.compile_mode!r}: choose one of {', '.join(COMPILE_MODES)}")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return arithmetic(self.precision, self.device)
-
-    @property
-    def attack_dtype(self) -> torch.dtype:
-        return arithmetic(self.attack_precision or self.precision, self.device)
-
-    def autocast(self) -> torch.autocast:
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
-
-    def compile(self, model: nn.Module) -> nn.Module:
-        """``model``, compiled when the mode says so."""
-        if not self.compile_mode:
-            return model
-        return cast(nn.Module, torch.compile(model, mode=COMPILE_MODES[self.compile_mode]))
-
-    def to_unit_range(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> float32 in [0, 1] on the device; channels last, which convolutions like best."""
-        images = images.to(self.device, non_blocking=True).float() / 255
-        return images.contiguous(memory_format=torch.channels_last)
-
-
-def arithmetic(precision: str, device: torch.device) -> torch.dtype:
-    """The type of one of PRECISIONS; float32 for bf16 on CPUs that compute it in software, which is far slower.
-
-    That is said once, on stderr: stdout may be a document.
-    """
-    if precision == "bf16" and device.type == "cpu" and not computes_bfloat16():
-        _say_float32()
-        return torch.float32
-    return PRECISIONS[precision]
-
-
-def computes_bfloat16() -> bool:
-    """Whether this machine's CPU has instructions that bfloat16 is computed with (on x86, AVX-512)."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-@cache
-def _say_float32() -> None:
-    said = "this processor has no instructions for bfloat16: computing in float32, which is faster on it"
-    print(said, file=sys.stderr, flush=True)
 
 
 class Learner:

@@ -6,14 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from robust_backbones.checkpoint import zoo
-from robust_backbones.classification.train import (
-    Execution,
-    Task,
-    TrainingConfig,
-    evaluation_transform,
-    image_cache,
-    train,
-)
+from robust_backbones.classification.config import Execution, TrainingConfig
+from robust_backbones.classification.train import TrainingTask, evaluation_transform, image_cache, train
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
@@ -55,7 +49,7 @@ def pretrain(config: PretrainConfig, data: Path, output: Path, execution: Execut
     if parts[0].classes != parts[1].classes:
         raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same")
     spec = BackboneSpec(config.arch, len(parts[0].classes), stem=config.stem)
-    task = Task(
+    task = TrainingTask(
         name="pretrain",
         dataset=data.name,
         train=parts[0],

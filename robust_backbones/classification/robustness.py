@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from robust_backbones.attacks import AttackConfig, check_points, frozen_eval, pgd
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.classification.engine import Compute
+from robust_backbones.classification.compute import Compute
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset, mix, open_dataset
 from robust_backbones.data.transforms import val_transform

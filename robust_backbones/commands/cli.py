@@ -1,25 +1,26 @@
-"""What every command line shares: reading dataclasses from arguments, and errors as one sentence."""
+"""What every command line shares: reading options, and errors as one sentence."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any
 
 import tyro
 
 from robust_backbones.errors import InputError
-from robust_backbones.threat_models import ThreatModel
 
-T = TypeVar("T")
 _registry = tyro.constructors.ConstructorRegistry()
 
 
 @_registry.primitive_rule
 def _threat_model(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """Threat models are one argument on the command line: ``L2:3``, ``Linf:4/255``."""
+    from robust_backbones.threat_models import ThreatModel
+
     if info.type not in (ThreatModel, ThreatModel | None):
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -31,16 +32,21 @@ def _threat_model(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructor
     )
 
 
-def parse(
-    arguments_type: Callable[..., T], arguments: Sequence[str], *, description: str, default: T | None = None
-) -> T:
-    """Read a (nested) dataclass from command-line arguments; unknown names exit with status 2.
+def parse(options_type: Any, arguments: Sequence[str], *, description: str | None, default: Any = None) -> Any:
+    """Read an ``options_type``, a dataclass or a union of several, from arguments; unknown names exit with status 2.
 
     ``default`` holds the values of the options that are not given, where they are not the dataclass's own.
     """
-    options = {} if default is None else {"default": default}
+    defaults = {} if default is None else {"default": default}
     with _registry:
-        return tyro.cli(arguments_type, args=list(arguments), description=description, **options)  # type: ignore[call-overload]
+        return tyro.cli(options_type, args=list(arguments), description=description, **defaults)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """For commands with few options; its help shows ``description`` as it is written."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return made
 
 
 def run(main: Callable[[list[str]], int]) -> None:

@@ -27,6 +27,7 @@ import yaml
 from robust_backbones.checkpoint.convert import SUFFIXES, BackboneMetadata, convert, write_backbone, write_torchvision
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import SOURCES, Statement, read_checkpoint
+from robust_backbones.commands import cli
 from robust_backbones.configs import CONFIG_DIR
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.runs.files import atomic_path
@@ -76,12 +77,12 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("src", metavar="SRC", help="checkpoint to convert, or hub:NAME")
     parser.add_argument("dst", type=Path, metavar="DST", help="file to write: .pkl, .pth or .safetensors")
     parser.add_argument("--to", choices=("detectron2", "torchvision"), default="detectron2", help="tensor names of DST")
     parser.add_argument("--source", choices=SOURCES, default="", help="layout of SRC, instead of what its keys tell")
-    floats = {"type": float, "nargs": 3, "metavar": ("C1", "C2", "C3")}
+    floats: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("C1", "C2", "C3")}
     parser.add_argument("--mean", **floats, help="what SRC was fed with, where it does not say: pixels in [0, 1]")
     parser.add_argument("--std", **floats)
     parser.add_argument("--channel-order", choices=("RGB", "BGR"))
@@ -94,7 +95,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--base-config", type=Path, default=BASE_CONFIG, metavar="YAML", help="that it is based on")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, the rest on stderr")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     suffixes = SUFFIXES if options.to == "detectron2" else SUFFIXES[1:]
     if options.dst.suffix not in suffixes:

@@ -8,7 +8,6 @@ conversion with proof, Mask R-CNN fine-tuning and evaluation. 10 to 20 minutes o
 are not run again. Exit status: 0 done, 1 a step failed or a detector did not learn as it should, 2 bad input.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -17,12 +16,12 @@ import time
 from pathlib import Path
 
 from robust_backbones.analysis.record_tables import transfer_table
+from robust_backbones.commands import cli
 from robust_backbones.configs import CONFIG_DIR
 from robust_backbones.data.synthetic import write_shapes
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 CONFIG = CONFIG_DIR / "quick/mask_rcnn_R_50_FPN_shapes_instant.yaml"
 BACKBONES = {"standard": "L2:0", "robust": "L2:0.5"}
 RECIPE = (
@@ -32,9 +31,8 @@ RECIPE = (
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for data and results")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     output = parser.parse_args(arguments).output
 
     # Set before Detectron2 is imported, here and in the commands: it looks for data sets there.
@@ -49,7 +47,7 @@ def main(arguments: list[str]) -> int:
     records = []
     for name, threat_model in BACKBONES.items():
         print(f"\n== {name} backbone (trained at {threat_model})")
-        records.append(_one_backbone(output / name, output / "data/shapes_classification", threat_model))
+        records.append(prepare_and_train(output / name, output / "data/shapes_classification", threat_model))
 
     register_datasets(load_config(CONFIG))
     picture = output / "detections.jpg"
@@ -64,24 +62,24 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _one_backbone(folder: Path, data: Path, threat_model: str) -> tuple[RunRecord, RunRecord]:
+def prepare_and_train(folder: Path, data: Path, threat_model: str) -> tuple[RunRecord, RunRecord]:
     """Pre-train, convert with proof, fine-tune; the records of the classifier and of the detector."""
     classifier, backbone, detector = folder / "pretrain", folder / "backbone.pkl", folder / "detector"
     if not (classifier / "record.json").exists():
-        _run("pretrain.py", "--data", data, "--output", classifier, "--threat-model", threat_model, *RECIPE.split())
+        run("pretrain", "--data", data, "--output", classifier, "--threat-model", threat_model, *RECIPE.split())
     if not backbone.exists():
-        _run("convert_backbone.py", classifier / "checkpoint.pt", backbone, "--verify")
+        run("convert", classifier / "checkpoint.pt", backbone, "--verify")
     if not (detector / "record.json").exists():
         resume = ["--resume"] if (detector / "metrics.json").exists() else []
         overrides = ["MODEL.WEIGHTS", backbone, "OUTPUT_DIR", detector]
-        _run("train_net.py", "--config-file", CONFIG, *resume, *overrides, log=folder / "train_net.log")
+        run("train", "--config-file", CONFIG, *resume, *overrides, log=folder / "train.log")
     return RunRecord.read(classifier / "record.json"), RunRecord.read(detector / "record.json")
 
 
-def _run(tool: str, *arguments: object, log: Path | None = None) -> None:
+def run(verb: str, *arguments: object, log: Path | None = None) -> None:
     """Run one of our commands; with a log, show only its progress."""
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    print("$ python tools/" + shlex.join(command[1:]).split("tools/", 1)[1], flush=True)
+    command = [sys.executable, "-m", "robust_backbones", verb, *map(str, arguments)]
+    print(f"$ robust-backbones {shlex.join(command[3:])}", flush=True)
     if log is None:
         status = subprocess.run(command).returncode
     else:
@@ -96,7 +94,7 @@ def _run(tool: str, *arguments: object, log: Path | None = None) -> None:
                     print("  " + " ".join(line.split("]: ", 1)[-1].split())[:110], flush=True)
         status = process.returncode
     if status == 2:
-        raise InputError(f"{tool} did not accept its input, see above; if the folder is of an older demo, remove it")
+        raise InputError(f"{verb} did not accept its input, see above; if the folder is of an older demo, remove it")
     if status:
-        print(f"error: {tool} failed" + (f", see {log}" if log else ""), file=sys.stderr)
+        print(f"error: {verb} failed" + (f", see {log}" if log else ""), file=sys.stderr)
         sys.exit(1)

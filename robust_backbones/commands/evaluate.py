@@ -124,7 +124,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> Classifier | Detector:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    options: Classifier | Detector = cli.parse(Arguments, arguments, description=__doc__)
     if isinstance(options, Detector):
         cells_of(options)  # refuses what it does not know
     return options

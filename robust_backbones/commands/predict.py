@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
 
@@ -53,13 +54,12 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(__doc__)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of .jpg and .png")
     parser.add_argument("--weights", type=Path, required=True, metavar="RUN", help="the detector, see above")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")
     parser.add_argument("--min-score", type=float, default=0.5, help="of what is drawn, in [0, 1] (default 0.5)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but no CUDA device was found: give --device cpu")

@@ -22,8 +22,8 @@ import tyro
 
 from robust_backbones import cpu
 from robust_backbones.checkpoint import zoo
+from robust_backbones.classification.config import Execution
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain, recipe
-from robust_backbones.classification.train import Execution
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.runs.cluster import ClusterConfig, log_folder, one_sentence, open_executor
@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> Arguments:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    options: Arguments = cli.parse(Arguments, arguments, description=__doc__)
     if options.recipe:  # once more, now with the recipe's values where no option is given
         defaults = Arguments(options.data, options.output, config=recipe(options.recipe))
         options = cli.parse(Arguments, arguments, description=__doc__, default=defaults)

@@ -39,7 +39,7 @@ class Arguments:
 
 
 def main(arguments: list[str]) -> int:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    options: Arguments = cli.parse(Arguments, arguments, description=__doc__)
     if not options.runs:
         raise InputError("give one or more folders of runs")
     if options.pictures < 0:

@@ -14,41 +14,28 @@ not the expected one, 2 bad input, 75 stopped by a signal.
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
+from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", type=Path, action="append", default=[], help="may be given several times")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUTPUT_DIR, if any")
-    parser.add_argument("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
-    parser.add_argument(
-        "--allow-partial-backbone", action="store_true", help="leave tensors that MODEL.WEIGHTS lacks random"
-    )
-    parser.add_argument(
-        "--reference-eval", action="store_true", help="COCO AP by pycocotools: slower, the same numbers"
-    )
-    parser.add_argument("--num-gpus", type=int, default=1, help="processes on this machine, one a GPU (or on CPUs)")
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0, help="0 to num-machines - 1")
-    parser.add_argument("--dist-url", default="auto", help="tcp://FIRST_MACHINE:PORT, needed with several machines")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration")
-    options = parser.parse_args(arguments)
+def main(arguments: list[str], run: Callable[[CfgNode, argparse.Namespace], None] | None = None) -> int:
+    """``run(cfg, options)`` is called in every process of the run, instead of ``train_and_evaluate``."""
+    options = parse(arguments)
 
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
     from robust_backbones.detection.launch import is_first_process, launch
     from robust_backbones.detection.trainer import check_expected
 
-    cfg, finished = configure(options)
+    cfg, finished = setup(options)
     if not finished:
         launch(
-            run,
+            run or train_and_evaluate,
             (cfg, options),
             num_gpus=options.num_gpus,
             num_machines=options.num_machines,
@@ -65,7 +52,28 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def configure(options: argparse.Namespace) -> tuple[CfgNode, bool]:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("--config-file", type=Path, action="append", default=[], help="may be given several times")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any")
+    add("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
+    add("--allow-partial-backbone", action="store_true", help="leave tensors that MODEL.WEIGHTS lacks random")
+    add("--reference-eval", action="store_true", help="COCO AP by pycocotools: slower, the same numbers")
+    add("--num-gpus", type=int, default=1, help="processes on this machine, one a GPU (or on CPUs)")
+    add("--num-machines", type=int, default=1)
+    add("--machine-rank", type=int, default=0, help="0 to num-machines - 1")
+    add("--dist-url", default="auto", help="tcp://FIRST_MACHINE:PORT, needed with several machines")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration")
+    options = parser.parse_args(arguments)
+    if not options.config_file:
+        raise InputError("give --config-file, one of detectron_configs/*/*.yaml")
+    if len(options.opts) % 2:
+        raise InputError(f"configuration overrides come as KEY VALUE pairs, got: {' '.join(options.opts)}")
+    return options
+
+
+def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     """The configuration, after every check, and whether its run has finished before; nothing has been written yet."""
     from robust_backbones.detection.config import load_config
     from robust_backbones.detection.datasets import check_datasets, register_datasets
@@ -73,10 +81,6 @@ def configure(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     from robust_backbones.detection.run_folder import check_folder
     from robust_backbones.detection.trainer import check_weights
 
-    if not options.config_file:
-        raise InputError("give --config-file, one of detectron_configs/*/*.yaml")
-    if len(options.opts) % 2:
-        raise InputError(f"configuration overrides come as KEY VALUE pairs, got: {' '.join(options.opts)}")
     cfg = load_config(options.config_file, options.opts)
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone
     cfg.TEST.REFERENCE_EVAL |= options.reference_eval
@@ -90,7 +94,7 @@ def configure(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     return cfg, finished
 
 
-def run(cfg: CfgNode, options: argparse.Namespace) -> None:
+def train_and_evaluate(cfg: CfgNode, options: argparse.Namespace) -> None:
     """One process of the run: train and evaluate, or evaluate alone."""
     from robust_backbones.detection import trainer
     from robust_backbones.detection.datasets import register_datasets

@@ -26,7 +26,7 @@ import tyro
 from robust_backbones import cpu
 from robust_backbones.analysis.record_tables import classification_table
 from robust_backbones.checkpoint.sources import read_checkpoint
-from robust_backbones.classification.train import Execution
+from robust_backbones.classification.config import Execution
 from robust_backbones.commands import cli
 from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
 from robust_backbones.data.transforms import val_transform
@@ -122,7 +122,9 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions:
-    return cli.parse(Arguments, arguments, description=__doc__)
+    options: DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions
+    options = cli.parse(Arguments, arguments, description=__doc__)
+    return options
 
 
 def datasets(options: DatasetsOptions) -> int:

@@ -95,8 +95,7 @@ def load_library() -> Any:
         return importlib.import_module("imagecorruptions")
     except ImportError as error:
         raise InputError(
-            f"corruptions cannot be drawn ({error}): pip install scikit-image numba, "
-            "then pip install --no-deps imagecorruptions-imaug (its dependency opencv-python breaks our headless one)"
+            f"corruptions cannot be drawn ({error}): pip install 'robust-backbones[corruptions]'"
         ) from None
 
 

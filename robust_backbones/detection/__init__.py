@@ -14,4 +14,4 @@ logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 try:
     import detectron2  # noqa: F401
 except ImportError:
-    raise InputError("Detectron2 is not installed: run `python tools/install_detectron2.py`") from None
+    raise InputError("Detectron2 is not installed: run `robust-backbones doctor --install-detectron2`") from None

@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import robust_backbones.detection.published  # noqa: F401  # makes robust://NAME a path
-from robust_backbones.classification.engine import arithmetic
+from robust_backbones.classification.compute import arithmetic
 from robust_backbones.detection.adversarial import AttackedDetector, FreeStream, replays
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state

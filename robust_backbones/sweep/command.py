@@ -95,7 +95,7 @@ Arguments = (
 
 
 def main(arguments: list[str]) -> int:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    options: Setup | Launch | Status | Collect = cli.parse(Arguments, arguments, description=__doc__)
     manifest = read_manifest(options.manifest, options.output)
     if isinstance(options, Launch):
         return carry_out(manifest, options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.classification.engine import Compute
+from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset

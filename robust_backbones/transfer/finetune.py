@@ -9,14 +9,8 @@ from pathlib import Path
 import torch
 
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.classification.train import (
-    Execution,
-    Task,
-    TrainingConfig,
-    evaluation_transform,
-    image_cache,
-    train,
-)
+from robust_backbones.classification.config import Execution, TrainingConfig
+from robust_backbones.classification.train import TrainingTask, evaluation_transform, image_cache, train
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.errors import DivergedError, InputError
@@ -177,7 +171,7 @@ class _Backbone:
         if selecting:
             training, evaluated = images.train.take(images.kept), images.train.take(images.held_out)
         spec = transferred_spec(checkpoint, images.outputs, normalize=grid.normalize)
-        task = Task(
+        task = TrainingTask(
             name="finetune",
             dataset=images.name,
             train=self._prepared(training, seed),

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.format import Checkpoint, load_tensors, write_checkpoint
-from robust_backbones.classification.engine import Compute, evaluate
+from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.engine import evaluate
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset, mix

@@ -20,7 +20,7 @@ from benchmarks.work import Check, Reach, Work, ratios, require
 from torch import Tensor, nn
 
 from robust_backbones.checkpoint.format import write_checkpoint
-from robust_backbones.classification.engine import computes_bfloat16
+from robust_backbones.classification.compute import computes_bfloat16
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.errors import InputError, ProofFailedError, TrainingFailedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.classification.engine import Compute, Learner, Totals, _say_float32, evaluate, train_one_epoch
+from robust_backbones.classification.compute import Compute, _say_once_float32
+from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
@@ -229,8 +230,8 @@ def test_it_learns(precision: str, epsilon: float) -> None:
 def test_bfloat16_is_float32_where_it_would_be_software(
     native: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("robust_backbones.classification.engine.computes_bfloat16", lambda: native)
-    _say_float32.cache_clear()
+    monkeypatch.setattr("robust_backbones.classification.compute.computes_bfloat16", lambda: native)
+    _say_once_float32.cache_clear()
     compute = Compute(torch.device("cpu"), "fp32", "bf16")
     assert compute.dtype == torch.float32
     assert capsys.readouterr() == ("", "")

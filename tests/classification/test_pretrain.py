@@ -23,10 +23,10 @@ from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.format import load_tensors
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.config import Execution
 from robust_backbones.classification.engine import Learner
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain, recipe
-from robust_backbones.classification.train import Execution
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel

@@ -16,7 +16,7 @@ import robust_backbones.classification.robustness as robustness
 from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
-from robust_backbones.classification.engine import Compute
+from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.robustness import (
     ENSEMBLE,
     STAGES,

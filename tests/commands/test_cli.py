@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from robust_backbones.__main__ import VERBS, main
-from robust_backbones.classification.engine import Learner, computes_bfloat16
+from robust_backbones.classification.compute import computes_bfloat16
+from robust_backbones.classification.engine import Learner
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.runs.record import RunRecord
@@ -209,7 +210,7 @@ def test_without_detectron2_it_says_how_to_install_it(
         "evaluate": ["detector", "config.yaml", "model_final.pth", "--output", tmp_path / "robustness"],
         "predict": [ROOT / "docs/demo.jpg", "--weights", tmp_path, "--output", tmp_path / "predictions"],
     }
-    assert_refused(run_tool(tool, *arguments[tool]), "tools/install_detectron2.py")
+    assert_refused(run_tool(tool, *arguments[tool]), "robust-backbones doctor --install-detectron2")
     assert not list(tmp_path.iterdir())
 
 

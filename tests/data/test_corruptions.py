@@ -157,5 +157,5 @@ def test_refuses(image: Image, name: str, severity: int, words: str) -> None:
 
 def test_without_the_library_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
-    with pytest.raises(InputError, match="pip install --no-deps imagecorruptions-imaug"):
+    with pytest.raises(InputError, match=r"pip install 'robust-backbones\[corruptions\]'"):
         corrupt(smooth_image(8, 8), "fog", 1, seed=0)

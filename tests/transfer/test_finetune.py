@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.config import Execution
 from robust_backbones.classification.engine import Learner
-from robust_backbones.classification.train import Execution
 from robust_backbones.data.batches import train_batches
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data

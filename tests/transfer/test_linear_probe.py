@@ -421,7 +421,7 @@ def test_bfloat16_features_are_near(
     checkpoint: Checkpoint, data: TransferData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "robust_backbones.classification.engine.computes_bfloat16", lambda: True
+        "robust_backbones.classification.compute.computes_bfloat16", lambda: True
     )  # in software, where it must be
     for precision in ("fp32", "bf16"):
         probe(replace(CONFIG, precision=precision), checkpoint, data, tmp_path / precision)

@@ -23,7 +23,7 @@ from benchmarks.turns import Arrays, Side, Way
 from benchmarks.work import Check, Reach, Work
 from robust_backbones import cpu
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.classification.engine import PRECISIONS
+from robust_backbones.classification.compute import PRECISIONS
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.threat_models import ThreatModel
 

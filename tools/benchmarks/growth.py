@@ -11,7 +11,7 @@ import torch
 from benchmarks.turns import Side, Way, take_turns
 from benchmarks.work import Work
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.classification.engine import PRECISIONS
+from robust_backbones.classification.compute import PRECISIONS
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel

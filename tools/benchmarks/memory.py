@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.work import Work
-from robust_backbones.classification.engine import PRECISIONS
+from robust_backbones.classification.compute import PRECISIONS
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 

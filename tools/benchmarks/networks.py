@@ -18,8 +18,8 @@ from benchmarks.turns import Arrays
 from benchmarks.work import Check
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.config import Execution
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain
-from robust_backbones.classification.train import Execution
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.data.synthetic import ShapesConfig, write_shapes
 from robust_backbones.data.transforms import val_transform

@@ -12,9 +12,9 @@ from robust_backbones.analysis.figures import accuracy_curves
 from robust_backbones.analysis.record_tables import robustness_table
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.config import Execution
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
-from robust_backbones.classification.train import Execution
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 

@@ -27,7 +27,8 @@ from benchmarks.turns import Arrays, Side, Way
 from benchmarks.work import Check, Reach, Work
 from robust_backbones import cpu
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.classification.engine import COMPILE_MODES, Compute, Learner
+from robust_backbones.classification.compute import COMPILE_MODES, Compute
+from robust_backbones.classification.engine import Learner
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.models import NormalizedModel
 from robust_backbones.threat_models import ThreatModel

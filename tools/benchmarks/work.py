@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.peers import peers_python
 from benchmarks.turns import Arrays, Times, Way, take_turns
-from robust_backbones.classification.engine import computes_bfloat16
+from robust_backbones.classification.compute import computes_bfloat16
 from robust_backbones.errors import ProofFailedError
 from robust_backbones.runs.files import write_json
 from robust_backbones.runs.record import git_commit, versions

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.classification.engine import Compute
+from robust_backbones.classification.compute import Compute
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed, load_library
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transforms import val_transform

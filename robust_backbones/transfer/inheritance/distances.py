@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.classification.engine import Compute
+from robust_backbones.classification.compute import Compute
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.errors import InputError
 from robust_backbones.transfer.features import Features

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from robust_backbones.classification.engine import Batch, Compute
+from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.engine import Batch
 from robust_backbones.models import NormalizedModel
 
 

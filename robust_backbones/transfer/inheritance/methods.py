@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.classification.engine import Compute, Learner, Totals, evaluate, train_one_epoch
+from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.classification.objectives import MicroBatch, Network, Objective, ObjectiveConfig
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
