@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchvision.transforms import v2
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.classification.compute import Compute, check_precision
 from robust_backbones.classification.objectives import ObjectiveConfig
-from robust_backbones.data.transforms import AUGMENTATIONS
+from robust_backbones.data.decoding import ResizedCache
+from robust_backbones.data.transforms import AUGMENTATIONS, val_transform
 from robust_backbones.errors import InputError
 from robust_backbones.threat_models import ThreatModel
 
@@ -79,13 +81,8 @@ class TrainingConfig:
         for name in ("epochs", "batch_size", "lr", "lr_step", "image_size", "eval_period"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in (
-            "epsilon_warmup_epochs",
-            "progressive_size",
-            "progressive_epochs",
-            "cache_short_side",
-            "eval_images",
-        ):
+        at_least_zero = ("epsilon_warmup_epochs", "progressive_size", "progressive_epochs", "cache_short_side")
+        for name in (*at_least_zero, "eval_images"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
         for name, choices in (("schedule", SCHEDULES), ("augmentation", AUGMENTATIONS), ("lr_scaling", LR_SCALINGS)):
@@ -121,6 +118,22 @@ class TrainingConfig:
 
     def compute(self, device: torch.device, compile_mode: str = "") -> Compute:
         return Compute(device, self.precision, self.attack_precision, compile_mode)
+
+    def val_transform(self) -> v2.Transform:
+        """What images go through before their evaluation."""
+        return val_transform(self.image_size, resize=self.val_resize)
+
+    def image_cache(self, folder: Path | None) -> ResizedCache | None:
+        """The cache of reduced images in ``folder`` that a run reads through, if the config asks for one.
+
+        Raises:
+            InputError: it does, and there is no folder.
+        """
+        if not self.cache_short_side:
+            return None
+        if folder is None:
+            raise InputError("cache_short_side needs a folder for the reduced images: give --cache")
+        return ResizedCache(folder, self.cache_short_side)
 
     @property
     def learning_rate(self) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from robust_backbones.checkpoint import zoo
 from robust_backbones.classification.config import Execution, TrainingConfig
-from robust_backbones.classification.train import TrainingTask, evaluation_transform, image_cache, train
+from robust_backbones.classification.train import TrainingTask, train
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
@@ -42,9 +42,17 @@ def recipe(name: str) -> PretrainConfig:
     return PretrainConfig(threat_model=backbone.threat_model, arch=backbone.arch)
 
 
-def pretrain(config: PretrainConfig, data: Path, output: Path, execution: Execution = Execution()) -> RunRecord:
-    """Train on ``data/train``, evaluate on ``data/val``, leave everything in ``output``: see ``training.train``."""
-    cache, transform = image_cache(config, execution), evaluation_transform(config)
+def pretrain(
+    config: PretrainConfig, data: str | Path, output: str | Path, execution: Execution = Execution()
+) -> RunRecord:
+    """Train on ``data/train``, evaluate on ``data/val``; ``train.train`` says what it writes, returns and raises.
+
+    Args:
+        data: holds train/ and val/ with the same classes, each as ``open_dataset`` takes it.
+        output: folder of the run, new or of the same run.
+    """
+    data = Path(data)
+    cache, transform = config.image_cache(execution.cache), config.val_transform()
     parts = [open_dataset(data / part, transform, seed=config.seed, cache=cache) for part in ("train", "val")]
     if parts[0].classes != parts[1].classes:
         raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same")

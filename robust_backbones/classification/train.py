@@ -1,27 +1,27 @@
-"""Training runs of classifiers, from scratch or not: cut off anywhere, they end as if they had not been."""
+"""The training run of a classifier: cut off at any moment and resumed, it ends as if it had never stopped."""
 
 from __future__ import annotations
 
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.transforms import v2
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
+from torch.utils.data import DataLoader
 
-from robust_backbones.checkpoint.format import TRAINING_FORMAT, load_tensors, write_checkpoint
+from robust_backbones.checkpoint.format import write_checkpoint
+from robust_backbones.classification.checkpoints import CheckpointFolder
 from robust_backbones.classification.config import PAPER_BATCH_SIZE, Execution, TrainingConfig
 from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
 from robust_backbones.data.datasets import ClassificationDataset, find_unreadable
-from robust_backbones.data.decoding import ResizedCache
-from robust_backbones.data.transforms import augmentation, val_transform
-from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
+from robust_backbones.data.transforms import augmentation
+from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.models import BackboneSpec, NormalizedModel
 from robust_backbones.runs.distributed import (
     Processes,
@@ -31,7 +31,7 @@ from robust_backbones.runs.distributed import (
     stop_on_signals,
     synchronize_batch_norms,
 )
-from robust_backbones.runs.files import atomic_path, write_json
+from robust_backbones.runs.files import write_json
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
@@ -39,7 +39,7 @@ from robust_backbones.runs.record import RunRecord
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What a run trains, and on what."""
+    """What a run trains, and on which data."""
 
     name: str
     """``RunRecord.task``."""
@@ -53,7 +53,7 @@ class TrainingTask:
     parameter_groups: Callable[[NormalizedModel], list[dict[str, Any]]]
     """The optimiser's groups, each with a rate of its own; the first one's is shown."""
     identity: dict[str, Any]
-    """What tells the run from others, beside its config; plain values."""
+    """What distinguishes the run from others beside its config; plain values."""
     backbone: dict[str, Any]
     """``RunRecord.backbone``."""
     threat_model: str | None
@@ -61,40 +61,27 @@ class TrainingTask:
     metric: str = "top1"
     """How ``val`` counts accuracy: one of ``metrics.METRICS``."""
     keep_best: bool = True
-    """Keep the epoch that is best on ``val``: never where that holds test images."""
+    """Also keep the epoch that is best on ``val``; never where ``val`` holds test images."""
     stylize: float = 0.0
-    """``data.stylization.stylize`` training batches by this strength."""
+    """Strength by which ``data.stylization.stylize`` changes training batches."""
 
 
-def image_cache(config: TrainingConfig, execution: Execution) -> ResizedCache | None:
-    """The cache of reduced images that a run reads through, if any.
-
-    Raises:
-        InputError: the config asks for one, and there is no folder for it.
-    """
-    if not config.cache_short_side:
-        return None
-    if execution.cache is None:
-        raise InputError("cache_short_side needs a folder for the reduced images: give --cache")
-    return ResizedCache(execution.cache, config.cache_short_side)
-
-
-def evaluation_transform(config: TrainingConfig) -> v2.Transform:
-    """What images go through before their evaluation."""
-    return val_transform(config.image_size, resize=config.val_resize)
-
-
-def train(config: TrainingConfig, task: TrainingTask, output: Path, execution: Execution = Execution()) -> RunRecord:
-    """Carry out a run and leave everything in ``output``; goes on where it was cut off.
+def train(
+    config: TrainingConfig, task: TrainingTask, output: str | Path, execution: Execution = Execution()
+) -> RunRecord:
+    """Train a classifier in the folder ``output``, or resume the run that was cut off there.
 
     ``output`` gets ``config.json``; ``steps.jsonl``, ``metrics.jsonl`` (a row an epoch) and ``tensorboard/`` as it
     runs; ``checkpoints/`` with all that resuming needs; ``checkpoint.pt`` and ``best.pt`` (the weights of the last
     epoch, and of the evaluated one with the highest robust accuracy); ``record.json`` at the end. Under torchrun each
     process calls this.
 
+    Returns:
+        The record; its metrics are ``clean_accuracy`` and ``robust_accuracy``, 0-100, with ``best/`` those of best.pt.
+
     Raises:
         InputError: the data cannot be used, or ``output`` holds another run.
-        DivergedError: the loss left the finite, or the sensible.
+        DivergedError: the loss is not finite, or far above that of chance.
         TrainingFailedError: a file could not be written.
         PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
     """
@@ -108,12 +95,12 @@ def train(config: TrainingConfig, task: TrainingTask, output: Path, execution: E
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(config.seed * 1_000_003 + processes.rank)
-        return _Run(config, task, output, execution, device, processes, stop).carry_out()
+        return _Run(config, task, Path(output), execution, device, processes, stop).run()
 
 
 @dataclass
 class _Progress:
-    """How far a run has come: whole epochs, steps of the present one, and what came out so far."""
+    """How far a run has come: whole epochs, steps of the present one, and their results."""
 
     epoch: int = 0
     step: int = 0
@@ -140,16 +127,17 @@ class _Run:
         self.config, self.task, self.output, self.execution = config, task, output, execution
         self.processes, self.stop = processes, stop
         self.compute = config.compute(device, execution.compile)
-        # The transform changes with the epoch, and is not the caller's business.
-        self.train_data, self.val_data, self.spec = copy.copy(task.train), task.val, task.spec
-        self.steps = self._steps_per_epoch()
+        self.checkpoints = CheckpointFolder(output / "checkpoints", execution.keep_checkpoints)
+        self.train_data = copy.copy(task.train)  # its transform changes with the epoch
+        self.steps = self._count_steps()  # of an epoch
+        self.val_data = task.val
         self.micro_batch_size = execution.micro_batch_size or max(1, config.batch_size // processes.size)
         self.accumulate = config.batch_size // (self.micro_batch_size * processes.size)
-        self._loader(epoch=0, first_step=0)  # refuses batches that do not divide, before anything is written
         self.progress = _Progress()
-        self.skipped: dict[str, str] = {}
+        self.skipped: list[str] = []
+        self._loader(epoch=0, first_step=0)  # refuses batches that do not divide, before anything is written
 
-    def _steps_per_epoch(self) -> int:
+    def _count_steps(self) -> int:
         steps = steps_per_epoch(self.train_data, self.config.batch_size)
         if steps == 0:
             raise InputError(
@@ -158,66 +146,48 @@ class _Run:
             )
         return steps
 
-    def _loader(self, *, epoch: int, first_step: int) -> Any:
-        config = self.config
-        self.train_data.transform = augmentation(
-            config.augmentation, config.image_size_at(epoch), min_crop_scale=config.min_crop_scale
-        )
-        return train_batches(
-            self.train_data,
-            batch_size=self.config.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            epoch=epoch,
-            first_step=first_step,
-            rank=self.processes.rank,
-            world_size=self.processes.size,
-            workers=self.execution.workers,
-        )
-
-    def carry_out(self) -> RunRecord:
-        identity = {**self.config.to_dict(), **self.task.identity}
+    def run(self) -> RunRecord:
+        settings = {**self.config.to_dict(), **self.task.identity}
         defaults = type(self.config)().to_dict()
-        finished = self.processes.agree(claim(self.output, identity, defaults) if self.processes.is_main else None)
+        finished = self.processes.agree(claim(self.output, settings, defaults) if self.processes.is_main else None)
         if finished:
             return RunRecord.read(self.output / "record.json")
         if self.execution.skip_unreadable:
             self._skip_unreadable()
-        self._build()
-        rows = self._restore()
-        self._say(self._plan())
+        self.learner = self._build()
+        rows = self._resume()
+        self._print(self._plan())
         self.log = RunLog(
             self.output,
             rows,
             tensorboard=self.execution.tensorboard and self.processes.is_main,
             wandb_project=self.execution.wandb if self.processes.is_main else "",
-            config=identity,
+            config=settings,
         )
         self._last_save = time.monotonic()
         try:
             for epoch in range(self.progress.epoch, self.config.epochs):
-                self._train_epoch(epoch)
+                self._run_epoch(epoch)
         finally:
             self.log.close()
-        return self._finish()
+        return self._write_record()
 
     def _skip_unreadable(self) -> None:
-        """Leave out what cannot be read; the list of the first start holds for the whole run."""
+        """Leave out the images that cannot be read; the list of the first start holds for the whole run."""
         path = self.output / "skipped.json"
         if self.processes.is_main and not path.exists():
-            found = {
-                part: find_unreadable(dataset, workers=self.execution.workers)
-                for part, dataset in (("train", self.train_data), ("val", self.val_data))
-            }
-            write_json(path, found)
+            parts = {"train": self.train_data, "val": self.val_data}
+            workers = self.execution.workers
+            write_json(path, {part: find_unreadable(images, workers=workers) for part, images in parts.items()})
         skipped = self.processes.agree(json.loads(path.read_text()) if self.processes.is_main else None)
         self.train_data = self.train_data.without(skipped["train"])
         self.val_data = self.val_data.without(skipped["val"])
-        self.steps = self._steps_per_epoch()
-        self.skipped = {f"{part}/{name}": reason for part, names in skipped.items() for name, reason in names.items()}
+        self.steps = self._count_steps()
+        self.skipped = [name for names in skipped.values() for name in names]
         where = f", see {path}" if self.skipped else ""
-        self._say(f"{len(self.skipped)} images cannot be read and are left out{where}")
+        self._print(f"{len(self.skipped)} images cannot be read and are left out{where}")
 
-    def _build(self) -> None:
+    def _build(self) -> Learner:
         config, device = self.config, self.compute.device
         model = self.task.build()
         model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -229,7 +199,7 @@ class _Run:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self.learner = Learner(
+        return Learner(
             model,
             optimizer,
             _scheduler(config, optimizer, self.steps),
@@ -243,6 +213,26 @@ class _Run:
             processes=self.processes,
         )
 
+    def _resume(self) -> dict[str, list[dict[str, Any]]]:
+        """Continue from the newest checkpoint that can be read, if any; returns the rows logged up to it.
+
+        Raises:
+            InputError: there are checkpoints, and none can be read.
+        """
+        # All processes take the main one's list: another may see the folder later.
+        found = self.checkpoints.newest(self.processes.agree(self.checkpoints.paths()))
+        if found is None:
+            return {"steps": [], "metrics": []}
+        path, content, problems = found
+        for problem in problems:
+            self._print(f"warning: {problem}; going back to the checkpoint before it")
+        self.learner.load_state_dict(content["learner"])
+        progress = content["progress"]
+        self.progress = _Progress(**progress | {"totals": Totals(**progress["totals"])})
+        self._print(f"resuming from {path}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
+        rows: dict[str, list[dict[str, Any]]] = content["rows"]
+        return rows
+
     def _plan(self) -> str:
         config, size = self.config, self.processes.size
         plan = (
@@ -254,7 +244,7 @@ class _Run:
         scaled = 0.1 * config.batch_size / PAPER_BATCH_SIZE
         return f"{plan} (the paper's 0.1 at batch 512 would scale to {scaled:.3g} here)"
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _run_epoch(self, epoch: int) -> None:
         config, progress = self.config, self.progress
         label = f"epoch {epoch + 1}/{config.epochs}"
         clock = time.perf_counter()
@@ -264,12 +254,11 @@ class _Run:
             nonlocal clock
             now = time.perf_counter()
             elapsed, clock = now - clock, now
-            learner = self.learner
             row = {
                 "epoch": epoch + 1,
-                "step": learner.step_count,
-                "lr": learner.rate,
-                "epsilon": learner.epsilon,
+                "step": self.learner.step_count,
+                "lr": self.learner.rate,
+                "epsilon": self.learner.epsilon,
                 **totals.metrics(),
                 "images_per_second": totals.images / elapsed,
             }
@@ -281,10 +270,10 @@ class _Run:
             due = time.monotonic() - self._last_save > 60 * self.execution.checkpoint_minutes
             if self.processes.agree(due) or stop:
                 path = self._save()
-                self._say(f"{label}, step {step}/{self.steps}: " + _summary(row, config) + f", {self._remaining()}")
+                self._print(f"{label}, step {step}/{self.steps}: {_summary(row, config)}, {self._remaining()}")
                 clock = time.perf_counter()
                 if stop:
-                    raise PreemptedError(f"asked to stop: the state is in {path}, and the same command goes on from it")
+                    raise PreemptedError(f"asked to stop: the state is in {path}, and the same command resumes from it")
 
         try:
             train_one_epoch(
@@ -297,12 +286,12 @@ class _Run:
                 on_log=on_log,
                 # Processes must stop at the same step: several look only where all call on_log.
                 stop=(lambda: self.stop) if self.processes.size == 1 else (lambda: False),
-                classes=self.spec.num_classes,
+                classes=self.task.spec.num_classes,
                 description=label,
             )
         except DivergedError as error:
             raise DivergedError(
-                f"{label}: {error}; the last good checkpoint is {self._last_good()}; "
+                f"{label}: {error}; the last good checkpoint is {self.checkpoints.last_good()}; "
                 "give a lower learning rate and another --output"
             ) from None
         row = {"epoch": epoch + 1, "step": self.learner.step_count, **progress.totals.metrics()}
@@ -314,15 +303,30 @@ class _Run:
         self._write_row("metrics", row)
         progress.seconds += time.perf_counter() - clock
         progress.epoch, progress.step, progress.totals = epoch + 1, 0, Totals()
-        found = row.get("robust_accuracy", -1.0)
-        best = self.task.keep_best and found > progress.best.get("robust_accuracy", -1.0)
-        if best:
+        is_best = self.task.keep_best and row.get("robust_accuracy", -1.0) > progress.best.get("robust_accuracy", -1.0)
+        # The checkpoint to resume from comes last: a run that resumes does not write the others of this epoch again.
+        self._write_weights("checkpoint.pt")
+        if is_best:
             progress.best = row
-        # The file to resume from comes last: were the others missing, it would not be made again.
-        for name in ["checkpoint.pt"] + ["best.pt"] * best:
-            self._write_weights(self.output / name)
+            self._write_weights("best.pt")
         self._save()
-        self._say(f"{label}: " + _summary(row, config) + (f", {self._remaining()}" * (epoch + 1 < config.epochs)))
+        self._print(f"{label}: {_summary(row, config)}" + f", {self._remaining()}" * (epoch + 1 < config.epochs))
+
+    def _loader(self, *, epoch: int, first_step: int) -> DataLoader:
+        config = self.config
+        self.train_data.transform = augmentation(
+            config.augmentation, config.image_size_at(epoch), min_crop_scale=config.min_crop_scale
+        )
+        return train_batches(
+            self.train_data,
+            batch_size=config.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            epoch=epoch,
+            first_step=first_step,
+            rank=self.processes.rank,
+            world_size=self.processes.size,
+            workers=self.execution.workers,
+        )
 
     def _evaluate(self, description: str) -> dict[str, float]:
         config, processes = self.config, self.processes
@@ -353,84 +357,32 @@ class _Run:
         hours, minutes = divmod(round(seconds / 60), 60)
         return f"{hours} h {minutes:02d} min to go"
 
-    def _checkpoints(self) -> list[Path]:
-        """Files to resume from, oldest first."""
-        return sorted((self.output / "checkpoints").glob("step_*.pt"))
-
     def _save(self) -> Path:
-        """Write all that resuming needs, then let go of the oldest files; all processes take part."""
-        path = self.output / "checkpoints" / f"step_{self.learner.step_count:09d}.pt"
-        learner = self.learner.state_dict()
+        """Write a checkpoint to resume from; all processes take part."""
+        step, learner = self.learner.step_count, self.learner.state_dict()
         if self.processes.is_main:
-            content = {
-                "format": TRAINING_FORMAT,
-                "learner": learner,
-                "progress": asdict(self.progress),
-                "rows": self.log.rows,
-            }
-            with self._saying_what_is_safe(path), atomic_path(path) as temporary:
-                torch.save(content, temporary)
-            for old in self._checkpoints()[: -self.execution.keep_checkpoints]:
-                old.unlink()
+            content = {"learner": learner, "progress": asdict(self.progress), "rows": self.log.rows}
+            self.checkpoints.write(step, content)
         self._last_save = time.monotonic()
-        return path
+        return self.checkpoints.path(step)
 
-    def _write_weights(self, path: Path) -> None:
+    def _write_weights(self, name: str) -> None:
         if self.processes.is_main:
-            weights = self.learner.evaluated.backbone.state_dict()
-            with self._saying_what_is_safe(path):
-                write_checkpoint(path, spec=self.spec, state_dict=weights, threat_model=self.config.threat_model)
+            path, weights = self.output / name, self.learner.evaluated.backbone.state_dict()
+            with self.checkpoints.guard(path):
+                write_checkpoint(path, spec=self.task.spec, state_dict=weights, threat_model=self.config.threat_model)
 
     def _write_row(self, name: str, row: dict[str, Any]) -> None:
         if self.processes.is_main:
-            with self._saying_what_is_safe(self.output / f"{name}.jsonl"):
+            with self.checkpoints.guard(self.output / f"{name}.jsonl"):
                 self.log.write(name, row)
 
-    @contextmanager
-    def _saying_what_is_safe(self, path: Path) -> Iterator[None]:
-        """Turn a failed write into one sentence: files appear whole or not at all, so the last checkpoint is good."""
-        try:
-            yield
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            raise TrainingFailedError(
-                f"cannot write {path} ({str(error).splitlines()[0]}): make room and give the same command again; "
-                f"the last good checkpoint is {self._last_good()}"
-            ) from error
-
-    def _last_good(self) -> str:
-        files = self._checkpoints()
-        return str(files[-1]) if files else "none"
-
-    def _restore(self) -> dict[str, list[dict[str, Any]]]:
-        """Take over the newest checkpoint that can be read, and return the rows logged up to it.
-
-        Raises:
-            InputError: there are checkpoints, and none can be read.
-        """
-        files = self.processes.agree(self._checkpoints())
-        for path in reversed(files):
-            try:
-                content = load_tensors(path)
-            except InputError as error:
-                self._say(f"warning: {error}; going back to the checkpoint before it")
-                continue
-            self.learner.load_state_dict(content["learner"])
-            progress = content["progress"]
-            self.progress = _Progress(**progress | {"totals": Totals(**progress["totals"])})
-            self._say(f"going on from {path}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
-            rows: dict[str, list[dict[str, Any]]] = content["rows"]
-            return rows
-        if files:
-            raise InputError(f"no checkpoint in {self.output / 'checkpoints'} can be read: choose another --output")
-        return {"steps": [], "metrics": []}
-
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         if self.processes.is_main:
             print(text, flush=True)
 
-    def _finish(self) -> RunRecord:
-        last = self.log.rows["metrics"][-1] if self.processes.is_main else {}
-        last = self.processes.agree(last)
+    def _write_record(self) -> RunRecord:
+        last = self.processes.agree(self.log.rows["metrics"][-1] if self.processes.is_main else {})
         metrics = {name: last[name] for name in ("clean_accuracy", "robust_accuracy")}
         if self.task.keep_best:
             metrics |= {f"best/{name}": self.progress.best[name] for name in metrics}
@@ -452,16 +404,13 @@ class _Run:
         return record
 
 
-def _scheduler(
-    config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+def _scheduler(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
     """The learning rate, stepped once a batch."""
     if config.schedule == "one_cycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
         steps = config.epochs * steps_per_epoch
-        return torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
-        )
-    return torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step * steps_per_epoch)
+        return OneCycleLR(optimizer, rates, total_steps=steps + 1, cycle_momentum=False)
+    return StepLR(optimizer, config.lr_step * steps_per_epoch)
 
 
 def _summary(row: dict[str, Any], config: TrainingConfig) -> str:

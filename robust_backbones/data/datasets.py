@@ -141,13 +141,14 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
 
 
 def open_dataset(
-    root: Path, transform: v2.Transform, *, seed: int = 0, cache: ResizedCache | None = None
+    root: str | Path, transform: v2.Transform, *, seed: int = 0, cache: ResizedCache | None = None
 ) -> ClassificationDataset:
     """The images in ``root``, which holds either one folder a class or WebDataset shards (see ``ShardImages``).
 
     Raises:
         InputError: ``root`` is missing or has neither layout, or what is in it cannot be used.
     """
+    root = Path(root)
     if not root.is_dir():
         raise InputError(f"no folder {root}: expected one folder of images a class in it, or shards (*.tar)")
     shards = any(root.glob("*.tar"))

@@ -10,7 +10,7 @@ import torch
 
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.classification.config import Execution, TrainingConfig
-from robust_backbones.classification.train import TrainingTask, evaluation_transform, image_cache, train
+from robust_backbones.classification.train import TrainingTask, train
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.errors import DivergedError, InputError
@@ -78,8 +78,8 @@ def full_finetune(
     """Choose a setting for every backbone, fine-tune it once a seed, and leave ``output/LABEL/seed_S/record.json``.
 
     The record (task ``transfer``) has the metrics ``clean_accuracy`` and ``robust_accuracy``, 0-100, by the data set's
-    metric. Every run of the grid lies in a folder of its own, ``output/LABEL/runs/``, as ``training.train`` leaves it:
-    finished runs are kept, one that was cut off goes on. Held-out images select by one run a setting, of the first
+    metric. Every run of the grid lies in a folder of its own, ``output/LABEL/runs/``, as ``train.train`` leaves it:
+    finished runs are kept, one that was cut off resumes. Held-out images select by one run a setting, of the first
     seed; where test images select, every setting is run with every seed. Under torchrun each process calls this.
 
     Raises:
@@ -196,6 +196,6 @@ class _Backbone:
         return train(config, task, self.folder / "runs" / f"{setting}_{part}_seed{seed}", self.execution)
 
     def _prepared(self, images: ClassificationDataset, seed: int) -> ClassificationDataset:
-        view = images.seen_through(evaluation_transform(self.config), seed=seed)
-        view.cache = image_cache(self.config, self.execution)
+        view = images.seen_through(self.config.val_transform(), seed=seed)
+        view.cache = self.config.image_cache(self.execution.cache)
         return view

@@ -240,7 +240,7 @@ def test_a_finished_run_is_not_run_again(finished: tuple[Path, RunRecord], data:
 
 
 def test_another_run_is_never_overwritten(finished: tuple[Path, RunRecord], data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"another run \(it differs in lr\)"):
+    with pytest.raises(InputError, match=r"another run \(lr is"):
         pretrain(replace(CONFIG, lr=0.5), data, finished[0], HERE)
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(InputError, match="no run of ours"):

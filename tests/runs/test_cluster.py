@@ -74,5 +74,5 @@ def test_an_interrupted_run_goes_on_where_it_was(shapes: Path, tmp_path: Path) -
     # submitit's controller starts what was put back in the queue, as Slurm would: in the same job, in a new process.
     assert submitted.result() == RunRecord.read(tmp_path / "unbroken/record.json").metrics
     assert "Requeued job" in submitted.stdout()
-    assert "going on from" in submitted.stdout()
+    assert "resuming from" in submitted.stdout()
     assert same_weights(tmp_path / "run", tmp_path / "unbroken")

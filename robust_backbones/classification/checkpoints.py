@@ -1,0 +1,77 @@
+"""The checkpoints that a training run resumes from, in a folder that keeps the newest ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robust_backbones.checkpoint.format import TRAINING_FORMAT, load_tensors
+from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.runs.files import atomic_path
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """Files ``step_NNNNNNNNN.pt``, of which the newest ``keep`` stay; each appears whole or not at all."""
+
+    folder: Path
+    keep: int
+
+    def paths(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self.folder.glob("step_*.pt"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:09d}.pt"
+
+    def write(self, step: int, content: dict[str, Any]) -> None:
+        """Write a checkpoint, then remove the oldest ones.
+
+        Raises:
+            TrainingFailedError: it cannot be written.
+        """
+        path = self.path(step)
+        with self.guard(path), atomic_path(path) as temporary:
+            torch.save({"format": TRAINING_FORMAT, **content}, temporary)
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+
+    def newest(self, paths: Sequence[Path]) -> tuple[Path, dict[str, Any], list[str]] | None:
+        """The last of ``paths`` that can be read, its content, and why each later one cannot; None of no paths.
+
+        Raises:
+            InputError: none can be read.
+        """
+        problems: list[str] = []
+        for path in reversed(paths):
+            try:
+                return path, load_tensors(path), problems
+            except InputError as error:
+                problems.append(str(error))
+        if problems:
+            raise InputError(f"no checkpoint in {self.folder} can be read: choose another --output")
+        return None
+
+    def last_good(self) -> str:
+        """The newest path for messages, or ``none``."""
+        return str(paths[-1]) if (paths := self.paths()) else "none"
+
+    @contextmanager
+    def guard(self, path: Path) -> Iterator[None]:
+        """Turn a failed write of a run's file into one sentence that names the checkpoint to resume from.
+
+        Raises:
+            TrainingFailedError: the block failed to write ``path``.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise TrainingFailedError(
+                f"cannot write {path} ({str(error).splitlines()[0]}): make room and give the same command again; "
+                f"the last good checkpoint is {self.last_good()}"
+            ) from error
