@@ -11,6 +11,17 @@ from robust_backbones.errors import InputError
 CONFIG_DIR = Path(__file__).with_name("detectron_configs")
 STUDY_DIR = Path(__file__).with_name("studies")
 
+
+def find_file(path: str | Path, folder: Path) -> Path:
+    """``path`` where it exists, else the file of that name in ``folder``, whose own name may begin it or not.
+
+    So a checkout, an install and any working folder know ``detectron_configs/quick/x.yaml`` and ``quick/x.yaml``.
+    """
+    path = Path(path)
+    name = path.relative_to(folder.name) if path.parts[:1] == (folder.name,) else path
+    return folder / name if not path.exists() and (folder / name).is_file() else path
+
+
 DETECTOR_KEYS: dict[str, Any] = {
     # An empty MODEL.WEIGHTS means a random backbone; it has to be asked for.
     "MODEL.BACKBONE.FROM_SCRATCH": False,

@@ -26,7 +26,7 @@ from robust_backbones.classification.config import Execution
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain, recipe
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
-from robust_backbones.runs.cluster import ClusterConfig, log_folder, one_sentence, open_executor
+from robust_backbones.runs.cluster import ClusterConfig, log_folder, open_executor, scheduler_errors
 
 
 @dataclass
@@ -83,7 +83,7 @@ def submit(job: PretrainJob, cluster: ClusterConfig) -> Any:
         gpus=processes if job.execution.device == "cuda" else 0,
         cpus_per_task=1 + job.execution.workers,
     )
-    with one_sentence(cluster):
+    with scheduler_errors(cluster):
         return executor.submit(job)
 
 

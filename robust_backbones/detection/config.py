@@ -14,7 +14,7 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS
+from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS, find_file
 from robust_backbones.detection.roi_heads import BackboneRes5ROIHeads
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
@@ -33,9 +33,10 @@ def base_config() -> CfgNode:
     return cfg
 
 
-def load_config(config_files: Path | Sequence[Path], overrides: Sequence[object] = ()) -> CfgNode:
+def load_config(config_files: str | Path | Sequence[str | Path], overrides: Sequence[object] = ()) -> CfgNode:
     """A configuration from YAML files and ``KEY VALUE`` pairs; without a CUDA device it runs on the CPU.
 
+    Files that do not exist are looked for among the package's, as ``quick/mask_rcnn_R_50_FPN_coco_instant.yaml``.
     Several files merge from left to right, the last word being the overrides': first the task, then the overlays
     that change it (``protocols/``, ``architectures/``).
 
@@ -43,7 +44,8 @@ def load_config(config_files: Path | Sequence[Path], overrides: Sequence[object]
         InputError: no file, or one that is missing or no YAML; a key does not exist, or a value is of the wrong type
             or out of its range.
     """
-    files = [config_files] if isinstance(config_files, Path) else list(config_files)
+    given = [config_files] if isinstance(config_files, str | Path) else config_files
+    files = [find_file(file, CONFIG_DIR) for file in given]
     if not files:
         raise InputError(f"no configuration file: give one of those in {CONFIG_DIR.name}/")
     cfg = base_config()

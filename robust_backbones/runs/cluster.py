@@ -50,7 +50,7 @@ def open_executor(
         import submitit
     except ImportError:
         raise InputError("a cluster needs the package submitit: pip install submitit") from None
-    with one_sentence(cluster):
+    with scheduler_errors(cluster):
         executor = submitit.AutoExecutor(folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.restarts)
         executor.update_parameters(
             name=name,
@@ -67,8 +67,8 @@ def open_executor(
 
 
 @contextmanager
-def one_sentence(cluster: ClusterConfig) -> Iterator[None]:
-    """What stands between us and the scheduler as an InputError."""
+def scheduler_errors(cluster: ClusterConfig) -> Iterator[None]:
+    """Errors of the scheduler, or on the way to it, as an InputError."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # all of submitit's own are RuntimeErrors

@@ -1,4 +1,4 @@
-"""Carry out a study: tasks x backbones x protocols x seeds, with the pre-training and conversions that they need.
+"""Run a whole study: tasks x backbones x protocols x seeds, with the pre-training and conversions that they need.
 
 Examples:
     robust-backbones sweep setup studies/small.yaml
@@ -8,11 +8,11 @@ Examples:
     robust-backbones sweep collect studies/small.yaml --to records
 
 A manifest says what is compared; studies/ has those of the paper. `setup` checks everything that it names and writes
-the plan; `launch` does so too, and carries out every run that is not done: one after the other (here), several at once
+the plan; `launch` does so too, and starts every run that is not done: one after the other (here), several at once
 (local), or as jobs of a cluster (slurm). A run's folder is named by its settings and weights: a changed setting is
-another run, a finished run is never run again, and one that failed or was cut off goes on at the next launch. Two
-launches of one study are kept apart. Exit status: 0 done, 1 runs failed, 2 bad input, 75 stopped by a signal (the runs
-have written their states). --debug shows tracebacks.
+another run, a finished run is never run again, and one that failed or was interrupted is resumed at the next launch.
+Two launches of one study are kept apart. Exit status: 0 done, 1 runs failed, 2 bad input, 75 stopped by a signal (the
+runs have written their states). --debug shows tracebacks.
 """
 
 import os
@@ -34,29 +34,30 @@ from robust_backbones.errors import InputError
 from robust_backbones.runs.distributed import STOP_SIGNALS, stop_on_signals
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.locks import lock, owner_of
+from robust_backbones.sweep.expand import expand
 from robust_backbones.sweep.launcher import ClusterExecutor, Executor, LocalExecutor, launch
-from robust_backbones.sweep.manifest import Manifest, expand, read_manifest, settle
+from robust_backbones.sweep.manifest import Manifest, read_manifest
 from robust_backbones.sweep.plan import STATES, Plan, count
 
 
 @dataclass
-class Study:
+class StudyOptions:
     """What every verb needs."""
 
     manifest: tyro.conf.Positional[Path]
-    """The study, a YAML file."""
+    """The study, a YAML file; one of the package's where there is none of this name."""
     output: Path | None = None
     """Folder of all its runs, instead of the manifest's."""
 
 
 @dataclass
-class Setup(Study):
+class SetupOptions(StudyOptions):
     """Check everything that the manifest names, and write the plan."""
 
 
 @dataclass
-class Launch(Study):
-    """Set up, and carry out every run that is not done."""
+class LaunchOptions(StudyOptions):
+    """Set up, and start every run that is not done."""
 
     executor: Literal["here", "local", "slurm"] = "here"
     """here: one run after the other; local: --jobs runs at once; slurm: jobs of the cluster."""
@@ -71,7 +72,7 @@ class Launch(Study):
 
 
 @dataclass
-class Status(Study):
+class StatusOptions(StudyOptions):
     """How far the runs are, and when all will be done."""
 
     watch: bool = False
@@ -79,38 +80,43 @@ class Status(Study):
 
 
 @dataclass
-class Collect(Study):
+class CollectOptions(StudyOptions):
     """Name the records of the runs that are done."""
 
     to: Path | None = None
     """Folder to copy them to, as KEY/record.json: records alone, no weights."""
 
 
-Arguments = (
-    Annotated[Setup, tyro.conf.subcommand("setup")]
-    | Annotated[Launch, tyro.conf.subcommand("launch")]
-    | Annotated[Status, tyro.conf.subcommand("status")]
-    | Annotated[Collect, tyro.conf.subcommand("collect")]
+Options = (
+    Annotated[SetupOptions, tyro.conf.subcommand("setup")]
+    | Annotated[LaunchOptions, tyro.conf.subcommand("launch")]
+    | Annotated[StatusOptions, tyro.conf.subcommand("status")]
+    | Annotated[CollectOptions, tyro.conf.subcommand("collect")]
 )
 
 
 def main(arguments: list[str]) -> int:
-    options: Setup | Launch | Status | Collect = cli.parse(Arguments, arguments, description=__doc__)
+    options: SetupOptions | LaunchOptions | StatusOptions | CollectOptions
+    options = cli.parse(Options, arguments, description=__doc__)
     manifest = read_manifest(options.manifest, options.output)
-    if isinstance(options, Launch):
-        return carry_out(manifest, options)
-    if isinstance(options, Status):
-        return show(manifest, watch=options.watch)
-    if isinstance(options, Collect):
+    if isinstance(options, StatusOptions):
+        return show(manifest.output, watch=options.watch)
+    if isinstance(options, CollectOptions):
         return collect(Plan.read(manifest.output), options.to)
     plan = expand(manifest)
-    with lock(plan.output / "lock.json"):
+    with stop_on_signals((*STOP_SIGNALS, signal.SIGINT)) as stop, lock(plan.output / "lock.json") as dead:
+        if dead:
+            print(f"taking over from {dead}, which ended without giving its lock back")
         set_up(plan, manifest)
-    return 0
+        if not isinstance(options, LaunchOptions):
+            return 0
+        print(", ".join(f"{number} {state}" for state, number in count(plan.states().values()).items() if number))
+        executor = executor_for(plan, manifest, options)
+        return launch(plan, executor, stop=lambda: bool(stop), say=partial(print, flush=True))
 
 
 def set_up(plan: Plan, manifest: Manifest) -> None:
-    written = settle(plan)
+    written = plan.set_up()
     kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(run.kind for run in plan.runs).items())
     print(f"{plan.name}: {len(plan.runs)} runs ({kinds}) in {plan.output}{'' if written else ', as before'}")
     for name, options in manifest.pretraining.items():
@@ -123,19 +129,7 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
         print(f"cost: {plan.cost}")
 
 
-def carry_out(manifest: Manifest, options: Launch) -> int:
-    plan = expand(manifest)
-    with stop_on_signals((*STOP_SIGNALS, signal.SIGINT)) as stop, lock(plan.output / "lock.json") as dead:
-        if dead:
-            print(f"taking over from {dead}, which ended without giving its lock back")
-        set_up(plan, manifest)
-        print(summary(plan))
-        return launch(
-            plan, executor_for(plan, manifest, options), stop=lambda: bool(stop), say=partial(print, flush=True)
-        )
-
-
-def executor_for(plan: Plan, manifest: Manifest, options: Launch) -> Executor:
+def executor_for(plan: Plan, manifest: Manifest, options: LaunchOptions) -> Executor:
     processes = options.processes or manifest.cluster.processes
     if options.executor == "slurm":
         cluster = replace(manifest.cluster, executor="slurm", processes=processes)
@@ -152,10 +146,10 @@ def executor_for(plan: Plan, manifest: Manifest, options: Launch) -> Executor:
     return LocalExecutor(plan, jobs=jobs, processes=processes, gpus=gpus)
 
 
-def show(manifest: Manifest, *, watch: bool) -> int:
+def show(output: Path, *, watch: bool) -> int:
     with suppress(KeyboardInterrupt):
         while True:
-            plan = Plan.read(manifest.output)
+            plan = Plan.read(output)
             text = table(plan)
             if not watch:
                 print(text)
@@ -168,7 +162,7 @@ def show(manifest: Manifest, *, watch: bool) -> int:
 
 
 def table(plan: Plan) -> str:
-    """Runs by group and state; then every one that is at work, was cut off or failed."""
+    """Runs by group and state; then every one that is at work, was interrupted or failed."""
     states = plan.states()
     left, total = plan.remaining_seconds(states)
     groups = list(dict.fromkeys(run.group for run in plan.runs))
@@ -190,10 +184,6 @@ def table(plan: Plan) -> str:
     if any(state != "done" for state in states.values()):
         lines.append("time left: " + ("not known yet" if total is None else duration(total)))
     return "\n".join(lines)
-
-
-def summary(plan: Plan) -> str:
-    return ", ".join(f"{number} {state}" for state, number in count(plan.states().values()).items() if number)
 
 
 def duration(seconds: float) -> str:

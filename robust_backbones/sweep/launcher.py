@@ -1,5 +1,7 @@
-"""Carries out a study: runs in this machine's processes or as jobs of a cluster, each as soon as those it needs are
-done; what is cut off goes on, what fails stops nothing but the runs that need it."""
+"""Launches a study: runs in this machine's processes or as jobs of a cluster, each as soon as those it needs are done.
+
+An interrupted run is resumed; a failed one stops nothing but the runs that need it.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +16,26 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from robust_backbones.errors import InputError, PreemptedError
+from robust_backbones.runs.cluster import ClusterConfig, open_executor, scheduler_errors
 from robust_backbones.runs.files import write_json
 from robust_backbones.sweep.plan import Attempt, Plan, Run, count
-
-if TYPE_CHECKING:
-    from robust_backbones.runs.cluster import ClusterConfig
 
 KILLED = -signal.SIGKILL
 """Status of a run that ended without saying how."""
 RESTARTS = 5
-"""How often one launch goes on with a run that was cut off."""
+"""How often one launch resumes a run that was interrupted."""
 _CPUS_PER_PROCESS = 4
 _QUEUED = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING")
 
 
-class Handle(Protocol):
-    """A run that was started."""
-
-    def poll(self) -> int | None:
-        """Its exit status once it has ended; negative where it was killed."""
-
-    def stop(self) -> bool:
-        """Ask it to write its state and to end; False where it is not ours to end."""
-
-
 class Executor(Protocol):
-    """Where runs are carried out."""
+    """Where runs work."""
 
-    def begun(self) -> dict[str, Handle]:
-        """Runs that an earlier launch has started and that are this one's to wait for."""
+    def running(self) -> dict[str, Handle]:
+        """Runs that an earlier launch has started and that this one has to wait for."""
 
     def start(self, runs: Sequence[Run]) -> dict[str, Handle]:
         """Start those of ``runs`` that there is room for, the first ones first."""
@@ -59,7 +49,7 @@ def launch(
     say: Callable[[str], None] = print,
     pause: float = 1.0,
 ) -> int:
-    """Carry out every run of ``plan`` that is not done; the caller holds the lock of its folder.
+    """Run all of ``plan`` that is not done; the caller holds the lock of its folder.
 
     Args:
         stop: true once this process was asked to stop. Runs are then told to, and waited for.
@@ -69,7 +59,7 @@ def launch(
         the exit status: 0 all are done, 1 some failed, 75 asked to stop.
     """
     runs = {run.key: run for run in plan.runs}
-    handles, failed, starts = executor.begun(), set[str](), Counter[str]()
+    handles, failed, starts = executor.running(), set[str](), Counter[str]()
     stopping = False
     while True:
         for key, handle in [*handles.items()]:
@@ -81,13 +71,17 @@ def launch(
             elif stopping:
                 say(f"stopped: {key}")
             elif (status < 0 or status == PreemptedError.exit_status) and starts[key] <= RESTARTS:
-                say(f"cut off, goes on: {key}")
+                say(f"interrupted, to be resumed: {key}")
             else:
                 failed.add(key)
                 say(f"failed: {key}: {plan.last_line(runs[key])} (see {plan.log(runs[key])})")
         if stop() and not stopping:
             stopping = True
-            handles = {key: handle for key, handle in handles.items() if handle.stop()}
+            for key, handle in [*handles.items()]:
+                if isinstance(handle, subprocess.Popen):
+                    handle.terminate()
+                else:  # a job stays the cluster's: the next launch finds it there
+                    del handles[key]
             say(f"asked to stop: waiting for {len(handles)} runs to write their state")
         states = plan.states()
         if not stopping:
@@ -119,13 +113,13 @@ def _summary(plan: Plan, failed: set[str], stopped: bool, say: Callable[[str], N
     text = f"{states['done']} of {len(plan.runs)} runs are done"
     text += f", {len(failed)} failed" if failed else ""
     text += f", {left - len(failed)} are left" if left > len(failed) else ""
-    text += ": the same command goes on" if left else ""
+    text += ": give the same command again" if left else ""
     say(text)
     return 0 if not left else PreemptedError.exit_status if stopped else 1
 
 
 def start_process(plan: Plan, key: str, processes: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """One run in a process of its own, which answers signals, with its output behind that of earlier attempts."""
+    """One run in a process of its own, which answers signals, with its output after that of earlier attempts."""
     log = plan.log(plan.run(key))
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "robust_backbones.sweep.runner", str(plan.output), key, str(processes)]
@@ -140,23 +134,11 @@ def start_process(plan: Plan, key: str, processes: int, environment: Mapping[str
         )
 
 
-@dataclass(frozen=True)
-class _Process:
-    process: subprocess.Popen[bytes]
-
-    def poll(self) -> int | None:
-        return self.process.poll()
-
-    def stop(self) -> bool:
-        self.process.send_signal(signal.SIGTERM)
-        return True
-
-
 class LocalExecutor:
     """Processes of this machine.
 
     Args:
-        jobs: how many runs are carried out side by side.
+        jobs: how many runs work side by side.
         processes: of each run, one a GPU.
         gpus: those of this machine, as CUDA_VISIBLE_DEVICES names them; each run gets its own.
 
@@ -173,7 +155,7 @@ class LocalExecutor:
                 "found: give lower --jobs or --processes"
             )
         self._plan, self._processes = plan, processes
-        self._slots: list[_Process | None] = [None] * jobs
+        self._slots: list[subprocess.Popen[bytes] | None] = [None] * jobs
         if gpus:
             self._environments = [
                 {"CUDA_VISIBLE_DEVICES": ",".join(gpus[slot * processes : (slot + 1) * processes])}
@@ -183,14 +165,14 @@ class LocalExecutor:
             threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
             self._environments = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * jobs
 
-    def begun(self) -> dict[str, Handle]:
+    def running(self) -> dict[str, Handle]:
         return {}
 
     def start(self, runs: Sequence[Run]) -> dict[str, Handle]:
         free = [slot for slot, held in enumerate(self._slots) if held is None or held.poll() is not None]
         started: dict[str, Handle] = {}
         for slot, run in zip(free, runs, strict=False):
-            process = _Process(start_process(self._plan, run.key, self._processes, self._environments[slot]))
+            process = start_process(self._plan, run.key, self._processes, self._environments[slot])
             started[run.key] = self._slots[slot] = process
         return started
 
@@ -235,8 +217,9 @@ class _Submitted:
         self.note.unlink(missing_ok=True)
         return KILLED if attempt is None or attempt.status is None else attempt.status
 
-    def stop(self) -> bool:
-        return False  # the job is the cluster's: it stays there, and the next launch finds it
+
+Handle = subprocess.Popen[bytes] | _Submitted
+"""A run that was started; ``poll`` gives its exit status once it has ended, negative where it was killed."""
 
 
 class ClusterExecutor:
@@ -247,7 +230,7 @@ class ClusterExecutor:
 
     Args:
         cluster: with its executor; ``processes`` is for each run.
-        jobs: how many of an array are carried out side by side.
+        jobs: how many of an array work side by side.
         gpus: False asks for none.
     """
 
@@ -255,7 +238,7 @@ class ClusterExecutor:
         self._plan, self._cluster, self._jobs, self._gpus = plan, cluster, jobs, gpus
         self._here = LocalExecutor(plan)
 
-    def begun(self) -> dict[str, Handle]:
+    def running(self) -> dict[str, Handle]:
         if self._cluster.executor != "slurm":
             return {}
         import submitit
@@ -276,23 +259,18 @@ class ClusterExecutor:
         return started
 
     def _submit(self, runs: Sequence[Run], kind: str) -> dict[str, Handle]:
-        from robust_backbones.runs.cluster import open_executor
-
         processes = 1 if kind == "transfer" else self._cluster.processes
         executor = open_executor(
             self._cluster,
             self._folder,
             name=f"{self._plan.name}-{kind}",
-            tasks=1,  # the tools start their processes themselves
+            tasks=1,  # the verbs start their processes themselves
             gpus=processes if self._gpus else 0,
             cpus_per_task=_CPUS_PER_PROCESS * processes,
             parallel=self._jobs,
         )
-        try:
-            with executor.batch():
-                jobs = [executor.submit(ClusterJob(self._plan.output.absolute(), run.key, processes)) for run in runs]
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"cannot submit to {self._cluster.executor} ({str(error).splitlines()[0]})") from error
+        with scheduler_errors(self._cluster), executor.batch():
+            jobs = [executor.submit(ClusterJob(self._plan.output.absolute(), run.key, processes)) for run in runs]
         started: dict[str, Handle] = {}
         for run, job in zip(runs, jobs, strict=True):
             write_json(self._note(run), {"job": job.job_id})

@@ -14,14 +14,14 @@ from robust_backbones.runs.files import write_json
 from robust_backbones.runs.locks import owner_of
 
 STATES = ("waiting", "ready", "running", "preempted", "failed", "done")
-"""waiting: for another run; preempted: was begun and goes on at the next launch, however it was cut off."""
+"""waiting: for another run; preempted: started, then interrupted, however that was; the next launch resumes it."""
 ATTEMPT = "----"
 """Begins the line that each attempt begins with in a run's log."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call of one tool."""
+    """One call of one verb."""
 
     key: str
     """A readable name, and a hash of the configuration and the weights: another setting is another run."""
@@ -30,7 +30,7 @@ class Run:
     group: str
     """Runs of one group take about the same time."""
     argv: tuple[str, ...]
-    """The tool's script and its arguments."""
+    """A module, as after ``python -m``, and its arguments: robust_backbones, a verb and its options."""
     needs: tuple[str, ...] = ()
     """Keys of the runs that must be done first."""
     results: tuple[str, ...] = ("record.json",)
@@ -48,17 +48,17 @@ class Run:
 
     def command(self, processes: int) -> list[str]:
         """``argv`` for this many processes, one a GPU."""
-        script, *arguments = self.argv
         if self.kind == "detect":
-            return [script, "--num-gpus", str(processes), *arguments]
+            module, verb, *options = self.argv
+            return [module, verb, "--num-gpus", str(processes), *options]
         if self.kind == "pretrain" and processes > 1:
-            return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *self.argv]
+            return ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", *self.argv]
         return [*self.argv]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study: its runs, each behind those it needs, and the folder with all that they leave."""
+    """A study: its runs, each after those that it needs, and the folder with all that they write."""
 
     name: str
     manifest: str
@@ -85,9 +85,28 @@ class Plan:
             runs = [Run.from_dict(row) for row in content["runs"]]
             return cls(**{**content, "output": output, "runs": tuple(runs)})
         except FileNotFoundError:
-            raise InputError(f"no plan in {output}: run `tools/sweep.py setup` first") from None
+            raise InputError(f"no plan in {output}: run `robust-backbones sweep setup` first") from None
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{output / 'plan.json'} is no plan of ours ({error!r}): set it up again") from None
+
+    def set_up(self) -> bool:
+        """Write the plan into its folder; False where it is there already. The caller holds the folder's lock.
+
+        Raises:
+            InputError: the folder is that of another manifest, or holds something else.
+        """
+        if (self.output / "plan.json").exists():
+            held = Plan.read(self.output)
+            if held.manifest != self.manifest and Path(held.manifest).exists():
+                raise InputError(
+                    f"{self.output} is the folder of another manifest, {held.manifest}: give another --output"
+                )
+            if held == self:
+                return False
+        elif any(path.name != "lock.json" and path.name[0] != "." for path in self.output.iterdir()):
+            raise InputError(f"{self.output} is not empty and holds no study: give another --output")
+        self.write()
+        return True
 
     def write(self) -> None:
         write_json(self.output / "plan.json", {**asdict(self), "output": str(self.output)})
@@ -99,7 +118,7 @@ class Plan:
         raise InputError(f"no run is called {key} in {self.output}: it was set up anew without it")
 
     def folder(self, run: Run) -> Path:
-        """What the tool writes; it makes the folder itself."""
+        """What the verb writes; it makes the folder itself."""
         return self.output / "runs" / run.key
 
     def job(self, run: Run) -> Path:
@@ -113,7 +132,7 @@ class Plan:
         return all((self.folder(run) / result).exists() for result in run.results)
 
     def records(self, run: Run) -> list[Path]:
-        """The records that the run has left."""
+        """The records that the run has written."""
         paths = [self.folder(run) / result for result in run.results]
         return [path for path in paths if path.name == "record.json" and path.exists()]
 
@@ -137,7 +156,7 @@ class Plan:
         return "ready" if can_start else "waiting"
 
     def progress(self, run: Run) -> float:
-        """The part of the run that is behind it, 0 to 1."""
+        """The part of the run that is done, 0 to 1."""
         folder = self.folder(run)
         if self.is_done(run):
             return 1.0
@@ -228,7 +247,7 @@ def _tail(path: Path, size: int = 8192) -> str:
 
 
 def _last_row(path: Path) -> dict[str, Any]:
-    """The last whole line of a file of JSON rows; a kill can cut off the one behind it."""
+    """The last whole line of a file of JSON rows; a kill can cut off the one after it."""
     for line in reversed(_tail(path).split("\n")):
         try:
             row = json.loads(line)

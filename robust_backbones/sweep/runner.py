@@ -1,5 +1,7 @@
-"""``python -m robust_backbones.sweep.runner OUTPUT KEY PROCESSES``: one run of a study, in this process and under its
-lock, so that it is at work once, whoever starts it; exits with the tool's status."""
+"""``python -m robust_backbones.sweep.runner OUTPUT KEY PROCESSES``: one run of a study, in this process.
+
+It holds the run's lock, so that no run is at work twice, whoever starts it; and exits with the run's status.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
             status = call(run.command(int(processes)))
             if status == 0 and not plan.is_done(run):
                 missing = [result for result in run.results if not (plan.folder(run) / result).exists()]
-                print(f"error: it says that it is done, and has left no {', '.join(missing)}", file=sys.stderr)
+                print(f"error: it ended with status 0, but wrote no {', '.join(missing)}", file=sys.stderr)
                 status = TrainingFailedError.exit_status
             replace(attempt, status=status).write(job)
             return status
@@ -42,18 +44,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def call(command: Sequence[str]) -> int:
-    """Run a script, or a module behind ``-m``, as Python's command line would; gives its exit status.
+    """Run a module with its arguments, as ``python -m`` would; gives its exit status.
 
     It shares this process, so that the lock's owner is the process that works, and dies with it.
     """
-    is_module = command[0] == "-m"
-    sys.argv = list(command[is_module:])
-    sys.path[0] = os.getcwd() if is_module else str(Path(command[0]).resolve().parent)
+    sys.argv = [*command]
+    sys.path[0] = os.getcwd()
     try:
-        if is_module:
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        runpy.run_module(command[0], run_name="__main__", alter_sys=True)
     except SystemExit as exit:
         if exit.code is None or isinstance(exit.code, int):
             return exit.code or 0

@@ -1,0 +1,224 @@
+"""Expands a manifest to a plan: tasks x backbones x protocols x seeds, and the runs that these need."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.checkpoint import zoo
+from robust_backbones.checkpoint.format import sha256
+from robust_backbones.checkpoint.sources import HUB, Statement, read_checkpoint
+from robust_backbones.commands import evaluate, pretrain, transfer
+from robust_backbones.configs import DETECTOR_KEYS
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec
+from robust_backbones.runs.identity import digest, flat
+from robust_backbones.sweep.manifest import BackboneEntry, Manifest, Options, Task
+from robust_backbones.sweep.plan import Plan, Run
+from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.protocol import labels_of
+
+SCRATCH = "protocols/scratch.yaml"
+"""The configuration of detectors whose backbone is random; it empties MODEL.WEIGHTS."""
+
+
+def expand(manifest: Manifest) -> Plan:
+    """The runs of a study, each after those that it needs; nothing is written.
+
+    Raises:
+        InputError: a file is missing or cannot be used, an option or a configuration key is unknown, or two backbones
+            are the same.
+    """
+    try:
+        runs = _Expansion(manifest).runs()
+    except InputError as error:
+        raise InputError(f"{manifest.path}: {error}") from None
+    return Plan(manifest.name, str(manifest.path.absolute()), manifest.output, runs, manifest.cost)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A backbone's checkpoint."""
+
+    path: str
+    """As the verbs ``convert`` and ``transfer`` take it; empty where there is none."""
+    weights: Any
+    """What the weights are: sha256 of a file, name of a published backbone, key of the run that makes them, or an
+    architecture whose weights are random."""
+    spec: BackboneSpec
+    needs: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+class _Expansion:
+    """The runs of a manifest as they are found, each once."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._runs: dict[str, Run] = {}
+
+    def runs(self) -> tuple[Run, ...]:
+        sources = {backbone.name: self._source(backbone) for backbone in self._manifest.backbones}
+        for name, source in sources.items():
+            if same := [other for other in sources if other != name and sources[other].weights == source.weights]:
+                raise InputError(f"backbones {name} and {', '.join(same)} are the same weights: keep one")
+        for task in self._manifest.tasks:
+            for name in task.backbones or sources:
+                source = sources[name]
+                if not task.transfer:
+                    self._detect(task, name, source)
+                elif source.path:
+                    self._transfer(task, name, source)
+                elif task.backbones:
+                    raise InputError(f"task {task.name} is a transfer, and backbone {name} has nothing to transfer")
+        return tuple(self._runs.values())
+
+    def _add(self, kind: str, name: str, argv: Sequence[str], config: Options, defaults: Options, **rest: Any) -> Run:
+        """The run of these settings; ``argv``, of a verb, may hold {folder}, the run's own."""
+        key = f"{name}-{digest({'kind': kind, **config}, defaults)}"
+        words = ("robust_backbones", *(word.replace("{folder}", self._folder(key)) for word in argv))
+        return self._runs.setdefault(key, Run(key, kind, argv=words, **{"group": name, **rest}))
+
+    def _folder(self, key: str) -> str:
+        return str(self._manifest.output / "runs" / key)
+
+    def _source(self, backbone: BackboneEntry) -> _Source:
+        """The checkpoint of a backbone, before its conversion."""
+        if backbone.pretrain:
+            run, spec = self._pretrain(backbone.pretrain)
+            return _Source(f"{self._folder(run.key)}/checkpoint.pt", run.key, spec, (run.key,))
+        if backbone.published:
+            spec = BackboneSpec(zoo.find(backbone.published).arch)
+            return _Source(HUB + backbone.published, f"published:{backbone.published}", spec)
+        if backbone.scratch:
+            return _Source("", f"scratch:{backbone.scratch}", BackboneSpec(backbone.scratch))
+        path, stated = Path(backbone.file), dict(backbone.options)
+        source = stated.pop("source", "")
+        if "threat_model" in stated:
+            stated["threat_model"] = ThreatModel.parse(str(stated["threat_model"]))
+        spec = read_checkpoint(path, source=source, statement=Statement(**stated)).spec
+        texts = {
+            key: str(value).lower() if isinstance(value, bool) else value for key, value in backbone.options.items()
+        }
+        return _Source(str(path), [sha256(path), texts], spec, options=_words(texts))
+
+    def _pretrain(self, name: str) -> tuple[Run, BackboneSpec]:
+        argv = ("pretrain", "--output", "{folder}", *_words(self._manifest.pretraining[name]))
+        parsed = _parsed(pretrain.parse, argv, f"pretraining {name}")
+        config = parsed.config
+        settings = {**config.to_dict(), "data": parsed.data.name}
+        defaults = type(config)().to_dict()
+        run = self._add("pretrain", f"pretrain-{name}", argv, settings, defaults, work=config.epochs)
+        return run, BackboneSpec(config.arch, stem=config.stem)
+
+    def _convert(self, name: str, source: _Source) -> Run:
+        argv = ("convert", source.path, "{folder}/backbone.pkl", "--verify", *source.options)
+        results = ("backbone.pkl",)  # it gets its name once it is proven
+        settings = {"weights": source.weights}
+        rest = {"group": "convert", "needs": source.needs, "results": results}
+        return self._add("convert", f"convert-{name}", argv, settings, {}, **rest)
+
+    def _detect(self, task: Task, name: str, source: _Source) -> None:
+        manifest = self._manifest
+        needed = source.spec.detectron2_overrides()
+        convert = self._convert(name, source) if source.path else None
+        weights = ("MODEL.WEIGHTS", f"{self._folder(convert.key)}/backbone.pkl") if convert else ()
+        for protocol in task.protocols or manifest.protocols or ("",):
+            files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if convert else (SCRATCH,)))
+            overrides = {key: value if isinstance(value, str) else repr(value) for key, value in task.overrides.items()}
+            settings = _settings(files, tuple(overrides.items()))
+            # Of what the backbone needs, that which the files do not have: a ResNet-50's is in all of them.
+            overrides |= {key: str(value) for key, value in needed.items() if settings.get(key) != value}
+            settings = _settings(files, tuple(overrides.items()))
+            group = "-".join(filter(None, (task.name, protocol)))
+            for seed in manifest.seeds:
+                words = [word for file in files for word in ("--config-file", file)]
+                words += [word for pair in (*overrides.items(), ("SEED", str(seed))) for word in pair]
+                run = self._add(
+                    "detect",
+                    f"{group}-{name}-seed{seed}",
+                    ("train", "--resume", *words, *weights, "OUTPUT_DIR", "{folder}"),
+                    {**settings, "SEED": seed, "MODEL.WEIGHTS": convert.key if convert else source.weights},
+                    DETECTOR_KEYS,
+                    group=group,
+                    needs=(convert.key,) if convert else (),
+                    work=settings["SOLVER.MAX_ITER"],
+                )
+                if task.robustness:
+                    self._evaluate(task, f"{group}-{name}-seed{seed}", group, run)
+
+    def _evaluate(self, task: Task, name: str, group: str, detector: Run) -> None:
+        """How robust a detector of the study is."""
+        folder = self._folder(detector.key)
+        paths = (f"{folder}/config.yaml", f"{folder}/model_final.pth", "--output", "{folder}")
+        argv = ("evaluate", "detector", *paths, *_words(task.robustness))
+        parsed = _parsed(evaluate.parse, argv, f"robustness of task {task.name}")
+        settings = {field.name: str(getattr(parsed, field.name)) for field in fields(parsed)}
+        settings |= {"config": "", "weights": detector.key}
+        defaults = {field.name: str(field.default) for field in fields(parsed)}
+        rest = {"group": f"robustness-{group}", "needs": (detector.key,)}
+        self._add("evaluate", f"robustness-{name}", argv, settings, defaults, **rest)
+
+    def _transfer(self, task: Task, name: str, source: _Source) -> None:
+        seeds = [str(seed) for seed in self._manifest.seeds]
+        argv = ("transfer", task.transfer, task.dataset, source.path, "--output", "{folder}", "--seeds", *seeds)
+        argv = (*argv, *_words(task.options))
+        parsed = _parsed(transfer.parse, argv, f"task {task.name}")
+        settings: dict[str, Any] = {}
+        defaults: dict[str, Any] = {}
+        for config in (parsed.config, *([parsed.grid] if hasattr(parsed, "grid") else [])):
+            settings |= config.to_dict()
+            defaults |= type(config)().to_dict()
+        settings |= {"mode": task.transfer, "dataset": Path(task.dataset).name, "metric": parsed.metric}
+        settings["weights"] = source.weights
+        label = labels_of([Path(source.path)])[0]
+        results = tuple(f"{label}/seed_{seed}/record.json" for seed in seeds)
+        rest = {"group": task.name, "needs": source.needs, "results": results}
+        self._add("transfer", f"{task.name}-{name}", argv, settings, defaults, **rest)
+
+
+def _parsed(parse: Callable[[list[str]], Any], argv: Sequence[str], where: str) -> Any:
+    """The options of a verb, as its own command line reads them.
+
+    Raises:
+        InputError: it does not take them.
+    """
+    verb, *words = argv
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            return parse(words)
+    except SystemExit:
+        lines = (re.sub(r"[\u2500-\u257f]", "", line).strip() for line in printed.getvalue().split("\n"))
+        text = " ".join(line for line in lines if line)
+        raise InputError(f"{where} cannot be given to `robust-backbones {verb}`: {text}") from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+@cache
+def _settings(files: tuple[str, ...], overrides: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """Every key of a detector's configuration; needs Detectron2, whose defaults are part of it."""
+    from robust_backbones.detection.config import load_config
+
+    # The machine that sets up need not be the one that trains: "meta" stands for neither CUDA nor its absence.
+    words = [word for pair in overrides for word in pair]
+    return flat(load_config([Path(file) for file in files], [*words, "MODEL.DEVICE", "meta"]))
+
+
+def _words(options: Options) -> tuple[str, ...]:
+    """Options of a manifest as words of a command line: true is a flag, false its --no- form, a list several values."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return tuple(words)

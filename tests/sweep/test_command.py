@@ -1,0 +1,113 @@
+"""The verb ``sweep``, from setup to collect."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from robust_backbones.errors import InputError
+from robust_backbones.runs.locks import lock
+from robust_backbones.sweep import command
+from robust_backbones.sweep.launcher import LocalExecutor, launch
+from robust_backbones.sweep.manifest import read_manifest
+from robust_backbones.sweep.plan import Plan
+from tests.conftest import load_tool
+from tests.sweep.conftest import SMALL, launched, planned, stubs
+
+Run_ = Callable[..., tuple[int, str, str]]
+
+
+def test_the_tool_from_setup_to_collect(
+    tmp_path: Path, run_tool: Run_, monkeypatch: pytest.MonkeyPatch, torchvision_file: Callable[[str], Path]
+) -> None:
+    """A real conversion; the detectors are stubs: a study of theirs takes minutes."""
+    content = {
+        "cost": "a minute",
+        "backbones": {"own": {"file": str(torchvision_file("resnet18"))}},
+        "tasks": {"voc": SMALL["tasks"]["voc"]},
+    }
+    manifest, output = tmp_path / "study.yaml", tmp_path / "output"
+    manifest.write_text(yaml.safe_dump(content))
+    where = (manifest, "--output", output)
+    assert "setup` first" in run_tool("sweep", "status", *where)[2]
+    status, out, _ = run_tool("sweep", "setup", *where)
+    assert status == 0
+    assert "2 runs (1 convert, 1 detect)" in out
+    assert "cost: a minute" in out
+    with lock(output / "lock.json"):
+        for verb in ("setup", "launch"):
+            status, _, err = run_tool("sweep", verb, *where)
+            assert (status, err.count("\n")) == (2, 1)
+            assert f"process {os.getpid()} on" in err
+        assert f"launched by process {os.getpid()}" in run_tool("sweep", "status", *where)[1]
+
+    (tmp_path / "detector.py").write_text(
+        "import sys, pathlib; folder = pathlib.Path(sys.argv[sys.argv.index('OUTPUT_DIR') + 1])\n"
+        "assert pathlib.Path(sys.argv[sys.argv.index('MODEL.WEIGHTS') + 1]).exists()\n"
+        "folder.mkdir(parents=True); (folder / 'model_final.pth').touch()\n"
+        "(folder / 'record.json').write_text('{\"seconds\": 1.0}')\n"
+    )
+    plan = planned(tmp_path, content)
+    runs = [replace(run, argv=("detector", *run.argv[1:])) if run.kind == "detect" else run for run in plan.runs]
+    monkeypatch.setattr(command, "expand", lambda manifest: replace(plan, runs=tuple(runs)))
+    status, out, err = run_tool("sweep", "launch", *where)
+    assert status == 0, out + err
+    assert "2 of 2 runs are done" in out
+    status, out, _ = run_tool("sweep", "status", *where)
+    assert [line.split()[-1] for line in out.splitlines()[:4]] == ["done", "1", "1", "2"]
+    assert "time left" not in out
+    plan = Plan.read(output)
+    status, out, _ = run_tool("sweep", "collect", *where)
+    assert out.split() == [str(plan.folder(plan.runs[1]) / "record.json")]
+    status, _, err = run_tool("sweep", "collect", *where, "--to", tmp_path / "records")
+    assert "1 records copied" in err
+    copied = [path.relative_to(tmp_path / "records") for path in (tmp_path / "records").rglob("*") if path.is_file()]
+    assert copied == [Path(plan.runs[1].key) / "record.json"]
+    assert run_tool("sweep", "launch", *where, "--jobs", 3)[0] == 2
+
+
+def test_status_names_what_failed(tmp_path: Path, run_tool: Run_) -> None:
+    plan = stubs(tmp_path, {"a": "fail", "b": "go"}, {"b": ("a",)})
+    launched(plan)
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL))
+    out = run_tool("sweep", "status", tmp_path / "study.yaml", "--output", plan.output)[1]
+    assert f"failed: a: error: this one fails (see {plan.log(plan.run('a'))})" in out
+    assert "nobody is launching" in out
+
+
+def test_runs_side_by_side_have_gpus_of_their_own(tmp_path: Path) -> None:
+    plan = stubs(tmp_path, {"a": "go", "b": "go"})
+    (tmp_path / "stub.py").write_text(
+        "import os, sys; os.makedirs(sys.argv[2]); print(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "open(sys.argv[2] + '/record.json', 'w').write('{}')"
+    )
+    executor = LocalExecutor(plan, jobs=2, processes=2, gpus=["4", "5", "6", "7", "8"])
+    assert launch(plan, executor, say=lambda text: None, pause=0.02) == 0
+    assert [plan.last_line(run) for run in plan.runs] == ["4,5", "6,7"]
+    with pytest.raises(InputError, match="need 4, and 3 were found"):
+        LocalExecutor(plan, jobs=2, processes=2, gpus=["0", "1", "2"])
+
+
+def test_runs_share_a_gpu_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, tool = stubs(tmp_path, {"a": "go"}), load_tool("sweep")
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL))
+    manifest = read_manifest(tmp_path / "study.yaml")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+
+    def devices(**options: Any) -> list[str]:
+        executor = tool.executor_for(
+            plan, manifest, tool.LaunchOptions(tmp_path / "study.yaml", executor="local", **options)
+        )
+        return [environment["CUDA_VISIBLE_DEVICES"] for environment in executor._environments]
+
+    assert devices() == ["4", "7"]
+    assert devices(share=2) == ["4", "7", "4", "7"]
+    assert devices(share=2, jobs=3) == ["4", "7", "4"]
+    for options in ({"share": 2, "processes": 2}, {"share": 0}, {"share": 2, "jobs": 5}):
+        with pytest.raises(InputError, match="give"):
+            devices(**options)

@@ -1,0 +1,317 @@
+"""What a manifest becomes: runs by their settings and weights, each after those that it needs."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from robust_backbones.configs import DETECTOR_KEYS
+from robust_backbones.errors import InputError
+from robust_backbones.sweep import expand as expansion
+from robust_backbones.sweep.expand import expand
+from robust_backbones.sweep.manifest import read_manifest
+from robust_backbones.sweep.plan import Plan, Run
+from tests.sweep.conftest import FPN, SMALL, SYNCBN, keys, planned, with_
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("sedes", [0], ["'sedes'", "seeds", "backbones"]),
+        ("tasks/voc/override", {}, ["task voc", "'override'", "overrides"]),
+        ("backbones/robust/epsilon", 3, ["'epsilon'", "published"]),
+        ("cluster/gpus", 8, ["'gpus'", "processes"]),
+        ("backbones/robust", {"pretrain": "robus"}, ["did you mean robust?"]),
+        ("backbones/standard", {"published": "resnet50_l2_eps4"}, ["resnet50_l2_eps3"]),
+        ("backbones/standard", {"published": "resnet50_l2_eps0", "file": "x"}, ["exactly one of"]),
+        ("backbones/standard", {"file": "nowhere.pt"}, ["nowhere.pt"]),
+        ("backbones/again", {"published": "robust://resnet50_l2_eps0"}, ["again", "standard", "same weights"]),
+        ("backbones/standard", {"published": "vgg16_bn_l2_eps0"}, ["vgg16_bn"]),
+        ("tasks/voc/config_files", ["nowhere.yaml"], ["nowhere.yaml"]),
+        ("tasks/voc/overrides", {"SOLVER.MAX_ITERS": 5}, ["SOLVER.MAX_ITER?"]),
+        ("tasks/voc/protocols", ["syncbn"], ["syncbn", "not there"]),
+        ("tasks/voc/backbones", ["robus"], ["did you mean robust?"]),
+        ("tasks/voc", {}, ["config_files", "transfer"]),
+        ("tasks/flowers/transfer", "prob", ["did you mean probe?"]),
+        ("tasks/flowers/options/epoch", 3, ["task flowers", "epoch"]),
+        ("tasks/flowers/overrides", {"SEED": 1}, ["flowers", "no overrides"]),
+        ("tasks/voc/robustness", {"corruption": ["fog"]}, ["robustness of task voc", "corruption"]),
+        ("tasks/voc/robustness", {"corruptions": ["fogg"]}, ["robustness of task voc", "did you mean fog?"]),
+        ("tasks/voc/robustness", {"attacks": ["classes"], "threat_model": "Linf:2/255"}, ["'classes'", "objectness"]),
+        ("tasks/flowers/robustness", {"limit": 8}, ["flowers", "eval_threat_model"]),
+        ("backbones/standard", {"scratch": "resnet9"}, ["resnet9"]),
+        ("backbones/standard", {"scratch": "resnet18", "pretrain": "robust"}, ["exactly one of"]),
+        ("tasks", {}, ["no tasks"]),
+        ("pretraining/robust/epsilon", 3, ["pretraining robust", "epsilon"]),
+        ("pretraining/robust/epochs", "many", ["pretraining robust", "many"]),
+        ("pretraining/robust/arch", "resnet9", ["pretraining robust", "resnet9"]),
+        ("pretraining/unused", {"data": "images"}, ["unused"]),
+        ("seeds", [0, 0], ["differ"]),
+        ("seeds", "012", ["list of whole numbers"]),
+        ("tasks/a b", {"config_files": [FPN]}, ["'a b'", "folder"]),
+        ("cluster/processes", 0, ["processes >= 1"]),
+    ],
+)
+def test_a_wrong_manifest_is_one_sentence(path: str, value: Any, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(InputError) as info:
+        planned(tmp_path, with_(SMALL, path, value))
+    message = str(info.value)
+    assert message.startswith(str(tmp_path / "study.yaml"))
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("text", ["a: [", "just words", "- 1"])
+def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"study\.yaml"):
+        read_manifest(tmp_path / "study.yaml")
+    with pytest.raises(InputError, match="studies/"):
+        read_manifest(tmp_path / "other.yaml")
+
+
+def test_the_graph_of_a_small_study(tmp_path: Path) -> None:
+    plan = planned(tmp_path, SMALL)
+    key = keys(plan)
+    assert Counter(run.kind for run in plan.runs) == {"pretrain": 1, "convert": 2, "detect": 4, "transfer": 2}
+    needs = {run.key: run.needs for run in plan.runs}
+    assert needs[key["pretrain-robust"]] == ()
+    assert needs[key["convert-robust"]] == (key["pretrain-robust"],)
+    assert needs[key["convert-standard"]] == ()
+    assert needs[key["voc-robust-seed1"]] == (key["convert-robust"],)
+    assert needs[key["flowers-robust"]] == (key["pretrain-robust"],)
+    assert needs[key["flowers-standard"]] == ()
+
+    detect = plan.run(key["voc-robust-seed1"]).argv
+    words = dict(zip(detect[::2], detect[1::2], strict=False)) | dict(zip(detect[1::2], detect[2::2], strict=False))
+    assert words["SEED"] == "1"
+    assert words["MODEL.WEIGHTS"] == plan.run(key["convert-robust"]).argv[3]
+    assert words["OUTPUT_DIR"] == str(plan.folder(plan.run(key["voc-robust-seed1"])))
+    assert words["MODEL.RESNETS.DEPTH"] == "18"  # of the robust backbone; no file says so
+    assert "--resume" in detect
+    assert "MODEL.RESNETS.DEPTH" not in plan.run(key["voc-standard-seed1"]).argv
+    transfer = plan.run(key["flowers-robust"])
+    assert transfer.results == tuple(f"{key['pretrain-robust']}/seed_{seed}/record.json" for seed in (0, 1))
+    assert "hub:resnet50_l2_eps0" in plan.run(key["flowers-standard"]).argv
+
+
+def test_the_graph_of_robustness_and_the_floor(tmp_path: Path) -> None:
+    """Behind each detector its evaluation; a random backbone has no conversion, and is no transfer's."""
+    options = {"corruptions": ["fog"], "severities": [1, 3], "limit": 8}
+    content = with_(with_(SMALL, "tasks/voc/robustness", options), "backbones/floor", {"scratch": "resnet18"})
+    plan = planned(tmp_path, content)
+    key = keys(plan)
+    assert Counter(run.kind for run in plan.runs) == {
+        "pretrain": 1,
+        "convert": 2,
+        "detect": 6,
+        "evaluate": 6,
+        "transfer": 2,
+    }
+    for name in ("robust", "standard", "floor"):
+        run = plan.run(key[f"robustness-voc-{name}-seed1"])
+        detector = plan.run(key[f"voc-{name}-seed1"])
+        assert run.needs == (detector.key,)
+        folder = str(plan.folder(detector))
+        assert run.argv[1:5] == ("evaluate", "detector", f"{folder}/config.yaml", f"{folder}/model_final.pth")
+        assert run.argv[5:] == (
+            *("--output", str(plan.folder(run)), "--corruptions", "fog", "--severities", "1", "3", "--limit", "8"),
+        )
+    floor = plan.run(key["voc-floor-seed0"])
+    assert floor.needs == ()
+    assert "MODEL.WEIGHTS" not in floor.argv
+    files = [word for flag, word in zip(floor.argv, floor.argv[1:], strict=False) if flag == "--config-file"]
+    assert files[-1] == "protocols/scratch.yaml"
+    assert "18" in floor.argv
+    # What is done does not depend on how, and another setting is another evaluation of the same detector.
+    for change, same in (({"workers": 0, "jobs": 2, "device": "cpu"}, True), ({"attack_steps": 3}, False)):
+        changed = keys(planned(tmp_path, with_(content, "tasks/voc/robustness", {**options, **change})))
+        assert changed["voc-floor-seed0"] == key["voc-floor-seed0"]
+        assert (changed["robustness-voc-floor-seed0"] == key["robustness-voc-floor-seed0"]) is same
+    with pytest.raises(InputError, match="flowers is a transfer, and backbone floor has nothing to transfer"):
+        planned(tmp_path, with_(content, "tasks/flowers/backbones", ["floor"]))
+
+
+def test_processes_are_the_verbs_own(tmp_path: Path) -> None:
+    plan = planned(tmp_path, SMALL)
+    runs = {run.kind: run for run in plan.runs}
+    assert runs["detect"].command(8)[2:4] == ["--num-gpus", "8"]
+    assert runs["pretrain"].command(8)[-len(runs["pretrain"].argv) :] == [*runs["pretrain"].argv]
+    for kind, processes in (("pretrain", 1), ("convert", 8), ("transfer", 8)):
+        assert runs[kind].command(processes) == list(runs[kind].argv)
+
+
+CHANGES = {
+    "seeds": ([0, 2], {"voc-robust-seed1", "voc-standard-seed1", "flowers-robust", "flowers-standard"}),
+    "tasks/voc/overrides/SOLVER.MAX_ITER": (9, {f"voc-{b}-seed{s}" for b in ("robust", "standard") for s in (0, 1)}),
+    "tasks/flowers/options/epochs": (9, {"flowers-robust", "flowers-standard"}),
+    "pretraining/robust/epochs": (
+        3,
+        {"pretrain-robust", "convert-robust", "voc-robust-seed0", "voc-robust-seed1", "flowers-robust"},
+    ),
+    "backbones/standard/published": (
+        "resnet50_l2_eps3",
+        {"convert-standard", "voc-standard-seed0", "voc-standard-seed1", "flowers-standard"},
+    ),
+}
+SAME = {
+    "name": "other",
+    "cost": "much",
+    "cluster/partition": "gpu",
+    "tasks/voc/overrides/SOLVER.AMP.ENABLED": "False",
+    "tasks/voc/overrides/SOLVER.MAX_ITER": 120,  # what the file says
+    "tasks/voc/overrides/TEST.VISUALIZE": 0,
+    "tasks/voc/overrides/DATALOADER.NUM_WORKERS": 9,
+    "tasks/flowers/options/workers": 0,
+    "pretraining/robust/batch_size": 512,  # the default
+    "pretraining/robust/device": "cpu",
+}
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_a_changed_setting_is_another_run(path: str, tmp_path: Path) -> None:
+    value, changed = CHANGES[path]
+    before, after = keys(planned(tmp_path, SMALL)), keys(planned(tmp_path, with_(SMALL, path, value)))
+    assert {name for name, key in before.items() if after.get(name) != key} == changed
+
+
+@pytest.mark.parametrize("path", SAME)
+def test_what_changes_no_result_changes_no_key(path: str, tmp_path: Path) -> None:
+    assert keys(planned(tmp_path, with_(SMALL, path, SAME[path]))) == keys(planned(tmp_path, SMALL))
+
+
+def test_a_later_switch_changes_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = keys(planned(tmp_path, SMALL))
+    monkeypatch.setitem(DETECTOR_KEYS, "SOLVER.SWITCH", False)
+    monkeypatch.setattr(expansion, "_settings", expansion._settings.__wrapped__)
+    assert keys(planned(tmp_path, SMALL)) == before
+    assert keys(planned(tmp_path, with_(SMALL, "tasks/voc/overrides/SOLVER.SWITCH", True))) != before
+
+
+def test_keys_hold_a_files_bytes_not_its_place(torchvision_file: Callable[[str], Path], tmp_path: Path) -> None:
+    source = torchvision_file("resnet18").read_bytes()
+    content = {"backbones": {"own": {"file": ""}}, "tasks": {"voc": SMALL["tasks"]["voc"]}}
+    found = []
+    for name, data in (("a.pth", source), ("b.pth", source), ("c.pth", torchvision_file("resnet34").read_bytes())):
+        (tmp_path / name).write_bytes(data)
+        found.append(keys(planned(tmp_path, with_(content, "backbones/own/file", str(tmp_path / name)))))
+    assert found[0] == found[1]
+    assert not set(found[0].values()) & set(found[2].values())
+    said = with_(content, "backbones/own", {"file": str(tmp_path / "a.pth"), "options": {"threat_model": "L2:3"}})
+    plan = planned(tmp_path, said)
+    assert plan.runs[0].argv[-2:] == ("--threat-model", "L2:3")
+    assert not set(found[0].values()) & set(keys(plan).values())
+
+
+def test_keys_do_not_depend_on_the_folder(tmp_path: Path) -> None:
+    planned(tmp_path, SMALL)
+    manifest = read_manifest(tmp_path / "study.yaml")
+    assert manifest.output == Path("runs/study")
+    assert keys(expand(manifest)) == keys(planned(tmp_path, SMALL))
+
+
+@given(
+    backbones=st.integers(1, 4),
+    tasks=st.integers(1, 3),
+    protocols=st.integers(0, 2),
+    seeds=st.integers(1, 4),
+    pretrained=st.integers(0, 3),
+    probes=st.integers(0, 2),
+)
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_counts_are_products(
+    backbones: int, tasks: int, protocols: int, seeds: int, pretrained: int, probes: int, tmp_path: Path
+) -> None:
+    pretrained = min(pretrained, backbones)
+    names = [f"resnet50_l2_eps{epsilon}" for epsilon in (0, 1, 3, 5)]
+    content: dict[str, Any] = {
+        "seeds": list(range(seeds)),
+        "pretraining": {f"p{i}": {"data": "images", "epochs": i + 1} for i in range(pretrained)},
+        "backbones": {
+            f"b{i}": {"pretrain": f"p{i}"} if i < pretrained else {"published": names[i]} for i in range(backbones)
+        },
+        "protocols": {f"c{i}": [SYNCBN] * i for i in range(protocols)},
+        "tasks": {
+            **{f"t{i}": {"config_files": [FPN], "overrides": {"SOLVER.AMP.ENABLED": False}} for i in range(tasks)},
+            **{f"f{i}": {"transfer": "probe", "dataset": "flowers"} for i in range(probes)},
+        },
+    }
+    plan = planned(tmp_path, content)
+    found = Counter(run.kind for run in plan.runs)
+    assert found["pretrain"] == pretrained
+    assert found["convert"] == backbones
+    assert found["detect"] == tasks * backbones * max(1, protocols) * seeds
+    assert found["transfer"] == probes * backbones
+    assert len({run.key for run in plan.runs}) == len(plan.runs)
+    position = {run.key: place for place, run in enumerate(plan.runs)}
+    assert all(position[need] < position[run.key] for run in plan.runs for need in run.needs)
+
+
+def test_a_plan_is_a_graph() -> None:
+    a, b = Run("a", "stub", "g", ("a.py",)), Run("b", "stub", "g", ("b.py",), needs=("a",))
+    for runs, word in (((b, a), "needs a"), ((a, a), "two runs"), ((replace(a, needs=("a",)),), "needs a")):
+        with pytest.raises(InputError, match=word):
+            Plan("study", "study.yaml", Path("output"), runs)
+
+
+def test_setup_is_idempotent(tmp_path: Path) -> None:
+    plan = planned(tmp_path, SMALL)
+    plan.output.mkdir()
+    assert plan.set_up()
+    before = (plan.output / "plan.json").stat()
+    assert not planned(tmp_path, SMALL).set_up()
+    after = (plan.output / "plan.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert Plan.read(plan.output) == plan
+    assert planned(tmp_path, with_(SMALL, "seeds", [0])).set_up()
+
+
+def test_two_manifests_cannot_have_one_folder(tmp_path: Path) -> None:
+    plan = planned(tmp_path, SMALL)
+    plan.output.mkdir()
+    plan.set_up()
+    other = tmp_path / "other.yaml"
+    other.write_text((tmp_path / "study.yaml").read_text())
+    with pytest.raises(InputError, match=r"another manifest, .*study\.yaml"):
+        expand(read_manifest(other, plan.output)).set_up()
+    (tmp_path / "study.yaml").unlink()  # it was moved
+    assert expand(read_manifest(other, plan.output)).set_up()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    plan = planned(tmp_path, SMALL)
+    plan.output.mkdir()
+    (plan.output / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="holds no study"):
+        plan.set_up()
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("voc", {"convert": 13, "detect": 52}),
+        ("coco_detection", {"convert": 4, "detect": 16}),
+        ("coco_segmentation", {"convert": 4, "detect": 16}),
+        ("small", {"pretrain": 2, "convert": 2, "detect": 12}),
+        ("robust_backbones", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),
+        ("robust_backbones_cpu", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),
+    ],
+)
+def test_the_studies_are_ready(
+    name: str, kinds: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # in any folder the package's own files are found
+    manifest = read_manifest(f"studies/{name}.yaml")
+    plan = expand(manifest)
+    assert Counter(run.kind for run in plan.runs) == kinds
+    assert manifest.name == name
+    assert "GPU" in plan.cost
+    if name.startswith("coco"):
+        assert {run.work for run in plan.runs if run.kind == "detect"} == {270_000}
