@@ -14,6 +14,7 @@ EXTRAS = {
 }
 EVERYTHING = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 DEV = ["dill", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "webdataset>=1"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings-python>=1.16"]
 
 setup(
     name="robust-backbones",
@@ -64,5 +65,5 @@ setup(
         "tqdm",
         "tyro>=0.9",
     ],
-    extras_require={**EXTRAS, "all": EVERYTHING, "dev": [*DEV, *EVERYTHING]},
+    extras_require={**EXTRAS, "all": EVERYTHING, "dev": [*DEV, *EVERYTHING], "docs": DOCS},
 )
