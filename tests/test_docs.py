@@ -13,6 +13,7 @@ import pytest
 from benchmarks.page import excerpt, write_page
 from scipy import stats
 
+from robust_backbones.analysis import visualization
 from robust_backbones.analysis.detection_errors import ORACLES
 from robust_backbones.analysis.experiments import experiments, metric_name
 from robust_backbones.analysis.inheritance import correlation_table, correlations, summary_table
@@ -23,7 +24,7 @@ from robust_backbones.analysis.results import results
 from robust_backbones.analysis.tables import Table
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.matrix import read_matrices
-from tests.conftest import ROOT, load_tool
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = re.findall(r"^\$? ?(?:python|torchrun .*?) (tools/\w+\.py.*(?:\\\n.*)*)", README, flags=re.MULTILINE)
@@ -132,11 +133,10 @@ def test_the_page_of_transfer_figures_has_its_tables_and_pictures() -> None:
 
 def test_the_page_on_visualization_says_what_every_image_says() -> None:
     page = (ROOT / "docs/visualization.md").read_text()
-    tool = load_tool("visualize")
     for command in ("inversion", "saliency", "activation"):
         folder = ROOT / "docs/visualization" / command
         record = RunRecord.read(folder / "record.json")
-        assert "\n".join(tool.table(record.metrics)) in page
+        assert "\n".join(visualization.table(record.metrics)) in page
         rows = list(csv.DictReader((folder / "numbers.csv").read_text().splitlines()))
         measured = {name for name in rows[0] if name not in ("backbone", "image")}
         columns = {

@@ -8,49 +8,46 @@ Examples:
     robust-backbones visualize saliency standard=hub:resnet50_l2_eps0 robust=hub:resnet50_l2_eps3 \
         --data imagenet/val --output runs/saliency
 
-A backbone is NAME=PATH or NAME=hub:PUBLISHED, of any source that tools/convert_backbone.py knows, a detector's
+A backbone is NAME=PATH or NAME=hub:PUBLISHED, of any source that `robust-backbones convert` knows, a detector's
 model_final.pth too, which has no logits. OUTPUT gets picture.png, numbers.csv (a row an image and backbone) and
 record.json, with measures in their own units.
 `robust-backbones visualize inversion --help` lists the options of one command.
 Exit status: 0 done, 2 bad input. --debug shows tracebacks.
 """
 
-import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from statistics import fmean
 from time import perf_counter
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from matplotlib.figure import Figure
-from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from robust_backbones.analysis.statistics import summarize
+from robust_backbones.analysis.tables import csv_text
+from robust_backbones.analysis.visualization import draw_grid, metrics_of, table
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.comparison import (
+    Comparison,
+    Photographs,
+    compare_inversions,
+    compare_saliency,
+    compare_units,
+)
 from robust_backbones.classification.visualization import (
     LOGITS,
     PENULTIMATE,
     SSIM_WINDOW,
     AscentConfig,
     activation_losses,
-    gradients_as_images,
-    invert,
-    maximize_activation,
     noise,
-    pixel_correlation,
-    saliency,
-    saliency_alignment,
-    ssim,
     ssim_library,
 )
 from robust_backbones.commands import cli
+from robust_backbones.commands.options import DEVICE, Device, check_device
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.folders import FolderImages
 from robust_backbones.data.transforms import val_transform
@@ -61,12 +58,9 @@ from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
-Row = dict[str, Any]
-"""Of numbers.csv: ``image``, ``backbone`` and measures."""
-
 
 @dataclass(kw_only=True)
-class Common:
+class VisualizeOptions:
     """What all commands need."""
 
     backbones: tyro.conf.Positional[tuple[str, ...]]
@@ -78,11 +72,11 @@ class Common:
     seed: int = 0
     """Of the noise, and of which images are taken."""
     batch_size: int = 25
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Device = DEVICE
 
 
 @dataclass(kw_only=True)
-class Activation(Common):
+class ActivationOptions(VisualizeOptions):
     """Images that maximise a class logit or a unit of any layer, from noise, without regularisation."""
 
     layer: str = LOGITS
@@ -93,7 +87,7 @@ class Activation(Common):
 
 
 @dataclass(kw_only=True)
-class WithImages(Common):
+class PhotographOptions(VisualizeOptions):
     """What commands on photographs need."""
 
     data: Path
@@ -107,7 +101,7 @@ class WithImages(Common):
 
 
 @dataclass(kw_only=True)
-class Inversion(WithImages):
+class InversionOptions(PhotographOptions):
     """Images found by nothing but the representation of another image, and how like that image they are.
 
     SSIM and pixel correlation of the image found with the one whose representation it has; distance is that of the
@@ -122,7 +116,7 @@ class Inversion(WithImages):
 
 
 @dataclass(kw_only=True)
-class Saliency(WithImages):
+class SaliencyOptions(PhotographOptions):
     """Gradients of the loss with respect to the pixels, and their alignment with the image (Etmann et al. 2019).
 
     The picture shows those of the cross-entropy of the class that each backbone predicts. alignment is |<x, g>| / ‖g‖,
@@ -131,32 +125,14 @@ class Saliency(WithImages):
 
 
 Arguments = (
-    Annotated[Activation, tyro.conf.subcommand("activation")]
-    | Annotated[Inversion, tyro.conf.subcommand("inversion")]
-    | Annotated[Saliency, tyro.conf.subcommand("saliency")]
+    Annotated[ActivationOptions, tyro.conf.subcommand("activation")]
+    | Annotated[InversionOptions, tyro.conf.subcommand("inversion")]
+    | Annotated[SaliencyOptions, tyro.conf.subcommand("saliency")]
 )
 
 
-@dataclass(frozen=True)
-class Photographs:
-    names: Sequence[str]
-    pixels: Tensor
-    """Shape (N, 3, H, W), in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command found."""
-
-    rows: list[Row]
-    grid: dict[str, Tensor]
-    """Rows of the picture: name -> images of shape (N, 3, H, W), in [0, 1]."""
-    titles: list[str]
-    """Of its columns; they may have none."""
-
-
 def main(arguments: list[str]) -> int:
-    options: Activation | Inversion | Saliency = cli.parse(Arguments, arguments, description=__doc__)
+    options = cli.parse(Arguments, arguments, description=__doc__)
     check(options)
     checkpoints = {name: read_checkpoint(path).in_rgb() for name, path in named_paths(options.backbones).items()}
     models = {
@@ -164,145 +140,73 @@ def main(arguments: list[str]) -> int:
         for name, checkpoint in checkpoints.items()
     }
     check_layer(options, models)
-    if isinstance(options, Activation):
-        work, count = partial(activation, options, models), len(options.units)
-    else:
-        photographs = open_photographs(options)
-        command = inversion if isinstance(options, Inversion) else gradients
-        work, count = partial(command, options, models, photographs), len(photographs.names)
+    photographs = open_photographs(options) if isinstance(options, PhotographOptions) else None
+    count = len(options.units if photographs is None else photographs.names)
     identity = {
-        **plain(options),
-        "command": type(options).__name__.lower(),
+        **settings(options),
+        "command": type(options).__name__.removesuffix("Options").lower(),
         "backbones": {name: checkpoint.source_sha256 for name, checkpoint in checkpoints.items()},
-        "data": "noise" if isinstance(options, Activation) else options.data.name,
+        "data": "noise" if photographs is None else options.data.name,
         "images": count,
     }
     if claim(options.output, identity):
         record = RunRecord.read(options.output / "record.json")
     else:
         began = perf_counter()
-        result = work()
-        draw_grid(options.output / "picture.png", result.grid, result.titles)
-        write_csv(options.output / "numbers.csv", result.rows)
+        found = compare(options, models, photographs)
+        pictures = count if photographs is None else options.pictures
+        grid = {name: images[:pictures] for name, images in found.grid.items()}
+        draw_grid(options.output / "picture.png", grid, found.titles)
+        with atomic_path(options.output / "numbers.csv") as temporary:
+            temporary.write_text(csv_text(list(found.rows[0]), [list(row.values()) for row in found.rows]))
         record = RunRecord(
             run_id=options.output.name,
             task="visualization",
             backbone={name: described(checkpoint) for name, checkpoint in checkpoints.items()},
             threat_model=None,  # each backbone has its own
             dataset=identity["data"],
-            metrics=metrics_of(result.rows, list(models), compared=not isinstance(options, Activation)),
+            metrics=metrics_of(found.rows, list(models), compared=photographs is not None),
             seed=options.seed,
             config=identity,
             seconds=perf_counter() - began,
         )
         record.write(options.output / "record.json")
-    what = "units" if isinstance(options, Activation) else "images"
-    compared = len(models) > 1 and not isinstance(options, Activation)
-    print(f"means over {count} {what}" + ("; differences are paired, with 95 % intervals" if compared else ""))
+    compared = len(models) > 1 and photographs is not None
+    print(f"means over {count} {'units' if photographs is None else 'images'}", end="")
+    print("; differences are paired, with 95 % intervals" if compared else "")
     print("\n".join(table(record.metrics)))
     print(f"picture.png, numbers.csv and record.json are in {options.output}")
     return 0
 
 
-def activation(options: Activation, models: Mapping[str, NormalizedModel]) -> Result:
-    starts, units = noise(len(options.units), options.image_size, seed=options.seed), torch.tensor(options.units)
-    rows: list[Row] = []
-    grid: dict[str, Tensor] = {}
-    with progress(options, len(models) * len(units) * options.ascent.steps) as bar:
-        for name, model in models.items():
-            parts = [
-                maximize_activation(model, *batch, layer=options.layer, ascent=options.ascent, progress=bar.update)
-                for batch in batches(options, starts, units)
-            ]
-            values, before = joined(parts, "values").tolist(), joined(parts, "start_values").tolist()
-            rows += [
-                {"image": f"unit {unit}", "backbone": name, "activation": value, "before": start}
-                for unit, value, start in zip(options.units, values, before, strict=True)
-            ]
-            grid[name] = joined(parts, "images")
-    what = "class" if options.layer == LOGITS else "unit"
-    return Result(rows, grid, [f"{what} {unit}" for unit in options.units])
+def compare(options: Any, models: dict[str, NormalizedModel], photographs: Photographs | None) -> Comparison:
+    steps = 1 if isinstance(options, SaliencyOptions) else options.ascent.steps
+    count = len(options.units if photographs is None else photographs.names)
+    with tqdm(total=len(models) * count * steps, unit="step", disable=None, leave=False) as bar:
+        common = {"batch_size": options.batch_size, "progress": bar.update}
+        if photographs is None:
+            common |= {"layer": options.layer, "ascent": options.ascent, "seed": options.seed}
+            return compare_units(models, options.units, options.image_size, **common)
+        if isinstance(options, SaliencyOptions):
+            return compare_saliency(models, photographs, **common)
+        starts = noise(count, options.image_size, seed=options.seed)
+        if options.start == "image":
+            starts = photographs.pixels.roll(-1, 0)
+        return compare_inversions(models, photographs, starts, layer=options.layer, ascent=options.ascent, **common)
 
 
-def inversion(options: Inversion, models: Mapping[str, NormalizedModel], photographs: Photographs) -> Result:
-    targets = photographs.pixels
-    starts = noise(len(targets), options.image_size, seed=options.seed)
-    if options.start == "image":
-        starts = targets.roll(-1, 0)
-    rows = likeness(photographs, "start", starts, None)
-    grid = {"target": targets, "start": starts}
-    with progress(options, len(models) * len(targets) * options.ascent.steps) as bar:
-        for name, model in models.items():
-            parts = [
-                invert(model, *batch, layer=options.layer, ascent=options.ascent, progress=bar.update)
-                for batch in batches(options, targets, starts)
-            ]
-            grid[name] = joined(parts, "images")
-            rows += likeness(photographs, name, grid[name], joined(parts, "values"))
-    return Result(rows, {name: images[: options.pictures] for name, images in grid.items()}, [])
-
-
-def likeness(photographs: Photographs, backbone: str, images: Tensor, distances: Tensor | None) -> list[Row]:
-    """Rows of how like the photographs images are; starts have no distance, as it is another for every backbone."""
-    columns = zip(
-        photographs.names,
-        ssim(images, photographs.pixels).tolist(),
-        pixel_correlation(images, photographs.pixels).tolist(),
-        [None] * len(images) if distances is None else distances.tolist(),
-        strict=True,
-    )
-    names = ("image", "ssim", "pixel_correlation", "distance")
-    return [{"backbone": backbone, **dict(zip(names, values, strict=True))} for values in columns]
-
-
-def gradients(options: Saliency, models: Mapping[str, NormalizedModel], photographs: Photographs) -> Result:
-    rows: list[Row] = []
-    grid = {"image": photographs.pixels[: options.pictures]}
-    with progress(options, len(models) * len(photographs.names)) as bar:
-        for name, model in models.items():
-            maps, alignments = [], []
-            for (pixels,) in batches(options, photographs.pixels):
-                with torch.no_grad():
-                    predicted = model(pixels).argmax(1)
-                maps.append(gradients_as_images(saliency(model, pixels, predicted)).cpu())
-                alignments.append(saliency_alignment(model, pixels))
-                bar.update(len(pixels))
-            grid[name] = torch.cat(maps)[: options.pictures]
-            alpha, cosine = joined(alignments, "alpha").tolist(), joined(alignments, "cosine").tolist()
-            rows += [
-                {"backbone": name, "image": image, "alignment": length, "cosine": share}
-                for image, length, share in zip(photographs.names, alpha, cosine, strict=True)
-            ]
-    return Result(rows, grid, [])
-
-
-def progress(options: Common, total: int) -> "tqdm[None]":
-    """A bar of images times steps."""
-    return tqdm(total=total, desc=type(options).__name__.lower(), unit="step", disable=None, leave=False)
-
-
-def batches(options: Common, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.to(options.device).split(options.batch_size) for tensor in tensors), strict=True)
-
-
-def joined(parts: Sequence[object], field_name: str) -> Tensor:
-    """One field of all batches, on the CPU."""
-    return torch.cat([getattr(part, field_name) for part in parts]).cpu()
-
-
-def check(options: Activation | Inversion | Saliency) -> None:
+def check(options: Any) -> None:
     names = ("image_size", "batch_size", "images", "pictures")
     for name in (name for name in names if getattr(options, name, 1) < 1):
         raise InputError(f"--{name.replace('_', '-')} must be > 0, got {getattr(options, name)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
-    if isinstance(options, WithImages) and options.val_resize < options.image_size:
+    check_device(options.device)
+    if isinstance(options, PhotographOptions) and options.val_resize < options.image_size:
         raise InputError(
             f"--val-resize {options.val_resize} is smaller than the crop, --image-size {options.image_size}"
         )
-    if isinstance(options, Activation) and not options.units:
+    if isinstance(options, ActivationOptions) and not options.units:
         raise InputError("--units needs one or more numbers of classes or channels")
-    if isinstance(options, Inversion):
+    if isinstance(options, InversionOptions):
         ssim_library()  # it says so when it is missing, before anything is computed
         if options.image_size < SSIM_WINDOW:
             raise InputError(f"SSIM needs images of {SSIM_WINDOW} pixels: give a greater --image-size")
@@ -324,10 +228,10 @@ def named_paths(backbones: Sequence[str]) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def check_layer(options: Activation | Inversion | Saliency, models: Mapping[str, NormalizedModel]) -> None:
+def check_layer(options: Any, models: Mapping[str, NormalizedModel]) -> None:
     """Refuse what a network does not have before anything is written."""
-    layer = LOGITS if isinstance(options, Saliency) else options.layer
-    units = torch.tensor(options.units if isinstance(options, Activation) else (0,), device=options.device)
+    layer = LOGITS if isinstance(options, SaliencyOptions) else options.layer
+    units = torch.tensor(options.units if isinstance(options, ActivationOptions) else (0,), device=options.device)
     start = noise(1, options.image_size, seed=0).to(options.device).expand(len(units), -1, -1, -1)
     for name, model in models.items():
         try:
@@ -336,7 +240,7 @@ def check_layer(options: Activation | Inversion | Saliency, models: Mapping[str,
             raise InputError(f"{name}: {error}") from None
 
 
-def open_photographs(options: WithImages) -> Photographs:
+def open_photographs(options: PhotographOptions) -> Photographs:
     """From a folder, or from its class folders or shards."""
     folder = options.data
     transform = val_transform(options.image_size, resize=options.val_resize)
@@ -348,82 +252,10 @@ def open_photographs(options: WithImages) -> Photographs:
     else:
         dataset = open_dataset(folder, transform)
     dataset = dataset.sample(options.images, seed=options.seed)
-    if isinstance(options, Inversion) and options.start == "image" and len(dataset) < 2:
+    if isinstance(options, InversionOptions) and options.start == "image" and len(dataset) < 2:
         raise InputError("--start image needs two images or more: give a greater --images, or --start noise")
     pixels = torch.stack([dataset[place][0] for place in range(len(dataset))])
     return Photographs(dataset.names, pixels.float() / 255)
-
-
-def metrics_of(rows: Sequence[Row], names: Sequence[str], *, compared: bool) -> dict[str, float | None]:
-    """Means over images as ``NAME/MEASURE``, in the measure's own unit.
-
-    ``NAME - FIRST/MEASURE`` is the mean of the paired differences; ``_low`` and ``_high`` end its 95 % t interval.
-    """
-    measures = [name for name in rows[0] if name not in ("image", "backbone")]
-    columns = {
-        (name, measure): [row[measure] for row in rows if row["backbone"] == name]
-        for name in dict.fromkeys(row["backbone"] for row in rows)
-        for measure in measures
-    }
-    metrics: dict[str, float | None] = {
-        f"{name}/{measure}": fmean(values) for (name, measure), values in columns.items() if None not in values
-    }
-    first, *others = names
-    for name in others if compared else []:
-        for measure in measures:
-            pairs = zip(columns[name, measure], columns[first, measure], strict=True)
-            difference = summarize([value - reference for value, reference in pairs])
-            key = f"{name} - {first}/{measure}"
-            metrics |= {key: difference.mean, f"{key}_low": difference.low, f"{key}_high": difference.high}
-    return metrics
-
-
-def table(metrics: Mapping[str, float | None]) -> list[str]:
-    """A line a backbone, and one a difference with its 95 % interval."""
-    split = [key.rsplit("/", 1) for key in metrics if not key.endswith(("_low", "_high"))]
-    names, measures = (list(dict.fromkeys(column)) for column in zip(*split, strict=True))
-    rows = [["", *measures]]
-    for name in names:
-        cells = [name]
-        for key in (f"{name}/{measure}" for measure in measures):
-            value, low, high = (metrics.get(f"{key}{end}") for end in ("", "_low", "_high"))
-            cells.append("-" if value is None else f"{value:.3f}")
-            if low is not None:
-                cells[-1] = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append(cells)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def draw_grid(path: Path, rows: Mapping[str, Tensor], titles: Sequence[str]) -> None:
-    """Write a PNG with a named row of images for each entry, and a title over each column.
-
-    Args:
-        rows: name -> images of shape (N, 3, H, W), in [0, 1].
-        titles: N of them, or none.
-    """
-    side, margin, columns = 1.1, 0.3, len(next(iter(rows.values())))  # inches
-    width, height = margin + side * columns, margin * bool(titles) + side * len(rows)
-    figure = Figure(figsize=(width, height))
-    edges = {"left": margin / width, "right": 1, "bottom": 0, "top": side * len(rows) / height}
-    grid = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={**edges, "wspace": 0.03, "hspace": 0.03})
-    for line, (name, images) in zip(grid, rows.items(), strict=True):
-        line[0].set_ylabel(name, fontsize=8)
-        for axes, image in zip(line, images, strict=True):
-            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-    for axes, title in zip(grid[0], titles, strict=False):
-        axes.set_title(title, fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -431,7 +263,7 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**checkpoint.spec.to_dict(), "source_sha256": checkpoint.source_sha256, "threat_model": threat_model}
 
 
-def plain(options: Common) -> dict[str, Any]:
+def settings(options: VisualizeOptions) -> dict[str, Any]:
     """What decides the numbers, for JSON."""
     values = asdict(options)
     ascent = values.pop("ascent", {})

@@ -1,0 +1,39 @@
+"""Groups of options that several commands have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from robust_backbones.errors import InputError
+
+Device = Literal["cpu", "cuda"]
+DEVICE: Device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+
+
+@dataclass(kw_only=True)
+class DeviceOptions:
+    device: Device = DEVICE
+    workers: int = 2
+    """Processes that read and change images; results do not depend on it."""
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions(DeviceOptions):
+    """What every evaluation of a classifier needs."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A checkpoint of any source that `robust-backbones convert` knows, or hub:NAME."""
+    data: Path
+    """Folder that holds one folder of images a class."""
+    output: Path
+    """Folder for the results."""
