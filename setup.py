@@ -29,6 +29,7 @@ setup(
             "py.typed",
             "checkpoint/*.csv",
             "analysis/**/*.csv",
+            "analysis/*.css",
             "detectron_configs/**/*.yaml",
             "studies/**/*.yaml",
         ]

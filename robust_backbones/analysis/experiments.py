@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 from robust_backbones.analysis.records import RecordedRun
@@ -154,22 +153,17 @@ class Experiment:
         return [name for name in self.metrics if f"/{name}".endswith(tuple(f"/{headline}" for headline in HEADLINES))]
 
     @cached_property
-    def mixed_versions(self) -> dict[str, dict[str, list[Path]]]:
-        """Package -> version -> folders of runs, for packages that not all runs have in one version."""
+    def mixed_versions(self) -> dict[str, Counter[str]]:
+        """Package -> how many runs have which version, for packages that not all runs have in one version."""
         packages = sorted({package for run in self.runs for package in run.record.versions})
-        found: dict[str, dict[str, list[Path]]] = {package: {} for package in packages}
-        for run in self.runs:
-            for package in packages:
-                found[package].setdefault(run.record.versions.get(package, "none"), []).append(run.folder)
+        found = {name: Counter(run.record.versions.get(name, "none") for run in self.runs) for name in packages}
         return {package: versions for package, versions in found.items() if len(versions) > 1}
 
     def is_odd(self, backbone: BackboneRuns) -> bool:
         """Whether a run of it has another version of some library than most runs of the experiment."""
-        odd = set()
-        for versions in self.mixed_versions.values():
-            usual = max(versions, key=lambda version: len(versions[version]))
-            odd |= {folder for version, folders in versions.items() if version != usual for folder in folders}
-        return any(run.folder in odd for run in backbone.runs.values())
+        usual = {package: versions.most_common(1)[0][0] for package, versions in self.mixed_versions.items()}
+        own = [{name: run.record.versions.get(name, "none") for name in usual} for run in backbone.runs.values()]
+        return any(versions != usual for versions in own)
 
     @property
     def remarks(self) -> list[str]:
@@ -183,7 +177,7 @@ class Experiment:
             )
         if self.mixed_versions:
             listed = "; ".join(
-                f"{package} " + ", ".join(f"{version} in {len(folders)}" for version, folders in versions.items())
+                f"{package} " + ", ".join(f"{version} in {count}" for version, count in versions.items())
                 for package, versions in self.mixed_versions.items()
             )
             remarks.append(f"† Library versions are mixed ({listed} runs): a difference may be theirs.")

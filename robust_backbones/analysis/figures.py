@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,15 @@ from matplotlib.figure import Figure
 
 from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.runs.files import atomic_path
-from robust_backbones.runs.record import RunRecord
 
 # Okabe and Ito's palette, which colour-blind eyes can read, without its yellow, which is too light for lines.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "////", "....", "xxxx", "----", "\\\\\\\\", "oo")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
-MOST_CURVES = len(MARKERS)
+STYLES = tuple(zip(COLORS, MARKERS, LINES, strict=True))
+"""(Colour, marker, line) of a curve, by its place."""
+MOST_CURVES = len(STYLES)
 NORMS = {"L2": "ℓ2", "Linf": "ℓ∞"}
 
 
@@ -69,31 +69,3 @@ def epsilon_axis(axes: Axes, norm: str, places: Mapping[float, float]) -> None:
     axes.set_xticks([*places.values()], labels, fontsize="small", rotation=90 if len(labels) > 6 else 0)
     axes.set_xlim(min(places.values()) - 0.25, max(places.values()) + 0.25)
     axes.grid(alpha=0.3, axis="y")
-
-
-def accuracy_curves(runs: Mapping[str, Path], path: Path) -> Picture:
-    """Clean (dashed) and robust (solid) validation accuracy against optimiser steps, a colour a run.
-
-    Args:
-        runs: label -> folder of a finished pre-training run.
-        path: of the figure's files, without their suffixes.
-    """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    numbers: list[dict[str, Any]] = []
-    for index, (label, folder) in enumerate(runs.items()):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows = [row for row in rows if "clean_accuracy" in row]
-        steps = [row["step"] for row in rows]
-        for metric, style in (("clean", "--"), ("robust", "-")):
-            accuracy = [row[f"{metric}_accuracy"] for row in rows]
-            color, marker = COLORS[index % MOST_CURVES], MARKERS[index % MOST_CURVES]
-            axes.plot(steps, accuracy, style, marker=marker, markersize=4, color=color, label=f"{label}, {metric}")
-        names = ("step", "clean_accuracy", "robust_accuracy")
-        numbers += [{"run": label, **{name: row[name] for name in names}} for row in rows]
-    against = {RunRecord.read(folder / "record.json").config["eval_threat_model"] for folder in runs.values()}
-    axes.set(xlabel="optimiser steps", ylabel="accuracy (%)", ylim=(0, 100), title=f"robust: {', '.join(against)}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    caption = "Validation accuracy against optimiser steps: clean (dashed) and robust (solid)."
-    return save(figure, path, numbers, caption, f"Accuracy of {' and '.join(runs)} against optimiser steps.")

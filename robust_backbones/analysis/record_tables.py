@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -43,27 +43,6 @@ def transfer_table(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> Table:
     return Table("Transfer to detection", rows, {"backbone trained at": ":", **dict.fromkeys(names, ":.1f")})
 
 
-def robustness_table(records: Mapping[str, tuple[RunRecord, RunRecord]]) -> Table:
-    """One row a classifier: its training and its accuracies (0-100), clean and under PGD, with their 95 % intervals.
-
-    Args:
-        records: label -> (pre-training record, robustness record).
-    """
-    against = sorted({f"{e.config['threat_model']}, PGD-{e.config['attack']['steps']}" for _, e in records.values()})
-    columns = {
-        **dict.fromkeys(("training", "trained at", "epochs"), ":"),
-        "minutes": ":.0f",
-        "clean acc": _with_interval("clean_accuracy"),
-        f"robust acc ({'; '.join(against)})": _with_interval("pgd_accuracy"),
-    }
-    rows = [
-        {"training": label, "trained at": training.threat_model, "epochs": training.config["epochs"]}
-        | {"minutes": training.seconds / 60, **_accuracies(evaluation, "clean", "pgd")}
-        for label, (training, evaluation) in records.items()
-    ]
-    return Table("Robustness of classifiers", rows, columns)
-
-
 def classifier_table(records: Sequence[RunRecord]) -> Table:
     """One row a classifier: accuracies (0-100) as pre-training or an attack measured them, with 95 % intervals.
 
@@ -77,24 +56,25 @@ def classifier_table(records: Sequence[RunRecord]) -> Table:
             robust, against = "pgd", f"{record.config['threat_model']}, PGD-{record.config['attack']['steps']}"
         row: dict[str, Any] = {"run": record.run_id, "task": record.task, "architecture": record.backbone.get("arch")}
         row |= {"trained at": record.threat_model or "unknown", "data set": record.dataset, "against": against}
-        accuracies = _accuracies(record, "clean", robust, "autoattack")
-        rows.append({**row, **{name.replace("pgd", "robust"): value for name, value in accuracies.items()}})
+        measured = accuracies(record, "clean", robust, "autoattack")
+        rows.append({**row, **{name.replace("pgd", "robust"): value for name, value in measured.items()}})
     columns = {
         **dict.fromkeys(("run", "task", "architecture", "trained at", "data set"), ":"),
-        "clean acc": _with_interval("clean_accuracy"),
+        "clean acc": with_interval("clean_accuracy"),
         "against": ":",
-        "robust acc": _with_interval("robust_accuracy"),
-        "AutoAttack": _with_interval("autoattack_accuracy"),
+        "robust acc": with_interval("robust_accuracy"),
+        "AutoAttack": with_interval("autoattack_accuracy"),
     }
     return Table("Classifiers", rows, columns)
 
 
-def _accuracies(record: RunRecord, *stages: str) -> dict[str, float | None]:
+def accuracies(record: RunRecord, *stages: str) -> dict[str, float | None]:
+    """A record's accuracies at these stages (``clean``, ``pgd``), and the ends of their intervals, or None."""
     names = [f"{stage}_accuracy{end}" for stage in stages for end in ("", "_low", "_high")]
     return {name: record.metrics.get(name) for name in names}
 
 
-def _with_interval(name: str) -> tuple[str, str]:
+def with_interval(name: str) -> tuple[str, str]:
     """The formats of an accuracy, with its interval where there is one."""
     return f"{{{name}:.1f}} ({{{name}_low:.1f}} to {{{name}_high:.1f}})", f"{{{name}:.1f}}"
 

@@ -18,38 +18,7 @@ from robust_backbones.analysis.study_figures import study_figures
 from robust_backbones.analysis.tables import write_text
 
 # Every text colour has a contrast of at least 4.5:1 on the colour behind it (WCAG 2.1, 1.4.3; a test computes them).
-STYLE = """
-:root { color-scheme: light; }
-body { margin: 0; background: #ffffff; color: #1a1a1a; font: 1rem/1.5 system-ui, sans-serif; }
-header, nav, main, footer { max-width: 80rem; margin: 0 auto; padding: 0 1rem; }
-h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; }
-h2 { border-top: 2px solid #595959; padding-top: 1rem; margin-top: 2.5rem; }
-a { color: #0b4f8a; }
-a:focus-visible, .scroll:focus-visible { outline: 3px solid #0b4f8a; outline-offset: 2px; }
-.skip { position: absolute; left: -100rem; }
-.skip:focus { left: 1rem; top: 0.5rem; background: #ffffff; padding: 0.5rem; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: 0.25rem 0; }
-th, td { border-bottom: 1px solid #8c8c8c; padding: 0.3rem 0.6rem; text-align: right; vertical-align: top; }
-th { background: #eeeeee; color: #1a1a1a; }
-td { white-space: nowrap; }
-th:first-child, td:first-child, th.words, td.words { text-align: left; }
-td.words { white-space: normal; min-width: 18rem; }
-tr.paper td { background: #f6f1e4; color: #4a3b12; font-style: italic; }
-figure { margin: 1.5rem 0; }
-figure img { max-width: 100%; height: auto; }
-figcaption, .notes { color: #404040; font-size: 0.9rem; }
-@media print {
-  body { font-size: 10pt; }
-  nav, .skip { display: none; }
-  .scroll { overflow: visible; }
-  td, th { padding: 0.15rem 0.3rem; font-size: 7.5pt; }
-  td, td.words { white-space: normal; min-width: 0; }
-  figure, tr { break-inside: avoid; }
-  h2, h3, caption { break-after: avoid; }
-}
-"""
+STYLE = "\n" + Path(__file__).with_name("report.css").read_text()
 _MEDIA = {".svg": "image/svg+xml", ".jpg": "image/jpeg", ".png": "image/png"}
 
 

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from robust_backbones.analysis.experiments import BackboneRuns, Experiment, metric_name
 from robust_backbones.analysis.figures import (
     COLORS,
-    LINES,
     MARKERS,
     MOST_CURVES,
+    STYLES,
     Picture,
     epsilon_axis,
     epsilon_places,
@@ -112,7 +112,7 @@ def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture 
         ]
         if index >= MOST_CURVES:
             continue
-        color, line, marker = COLORS[index], LINES[index], MARKERS[index]
+        color, marker, line = STYLES[index]
         label = f"{backbone.name} {backbone.trained_at}, n = {len(curves)}"
         every = max(1, len(common) // 8)
         start = index * every // MOST_CURVES  # curves that lie on each other show all their markers

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from robust_backbones.analysis.figures import MARKERS, Picture
-from robust_backbones.analysis.paper import transfer_figures
+from robust_backbones.analysis.paper import drawing
 from robust_backbones.analysis.paper.transfer_figures import transfer_pages
 from robust_backbones.analysis.paper.transfer_results import (
     Curve,
@@ -30,10 +30,10 @@ from robust_backbones.analysis.paper.transfer_results import (
     targets,
 )
 from robust_backbones.analysis.paper.values import (
-    TABLE_2,
     TRANSFER_SOURCE,
     differences_to_paper_transfer,
     paper_transfer,
+    table_2,
 )
 from robust_backbones.analysis.records import RecordedRun, find_runs
 from robust_backbones.analysis.report import write_report
@@ -264,7 +264,7 @@ def test_no_line_where_it_would_say_nothing(x: list[float], y: list[float]) -> N
 
 def test_the_papers_table_2_has_the_r_squared_that_it_prints() -> None:
     found = []
-    for points in TABLE_2.values():
+    for points in table_2().values():
         fit = linear_fit(*zip(*points.values(), strict=True))
         assert fit is not None
         found.append((fit.n, round(fit.r_squared, 2)))
@@ -403,7 +403,7 @@ def drawn(
         return Picture(path, caption, alt)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transfer_figures, "save", keep)
+        patch.setattr(drawing, "save", keep)
         transfer_pages(study, tmp_path_factory.mktemp("drawn"))
     return found
 

@@ -369,8 +369,7 @@ def test_table_of_classification_averages_no_two_experiments() -> None:
 
 
 def test_table_and_curves_of_robustness(tmp_path: Path) -> None:
-    from robust_backbones.analysis.figures import accuracy_curves
-    from robust_backbones.analysis.record_tables import robustness_table
+    from benchmarks.robustness_gain import accuracy_curves, robustness_table
 
     training = RunRecord("t", "pretrain", {}, "L2:1", "d", {}, 0, {"epochs": 4, "eval_threat_model": "L2:2"}, 90)
     metrics = {f"{stage}_accuracy{end}": 50.0 for stage in ("clean", "pgd") for end in ("", "_low", "_high")}

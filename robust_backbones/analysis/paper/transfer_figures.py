@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from robust_backbones.analysis.figures import (
     COLORS,
-    LINES,
     MARKERS,
     MOST_CURVES,
     NORMS,
+    STYLES,
     Picture,
     epsilon_axis,
     epsilon_places,
-    save,
 )
+from robust_backbones.analysis.paper.drawing import MODES, Drawing, draw, with_papers
 from robust_backbones.analysis.paper.transfer_results import (
     NAMES,
     Curve,
@@ -41,10 +39,8 @@ from robust_backbones.analysis.paper.transfer_results import (
     targets,
 )
 from robust_backbones.analysis.paper.values import (
-    TABLE_2,
-    TRANSFER_SOURCE,
     PaperTransfer,
-    differences_to_paper_transfer,
+    table_2,
 )
 from robust_backbones.analysis.records import RecordedRun
 from robust_backbones.analysis.tables import Table
@@ -52,13 +48,9 @@ from robust_backbones.checkpoint import zoo
 from robust_backbones.models import ARCHITECTURES, ResNetShape
 from robust_backbones.threat_models import ThreatModel
 
-T = TypeVar("T")
-
-MODES = {"linear_probe": "Fixed-feature transfer", "full_network": "Full-network transfer"}
 BEST = {"standard": "standard", "robust": "best robust"}
 TEXTURE = {**BEST, "stylized": "texture-trained"}
 """Kind of a backbone -> its name in legends, in the order of colours and markers."""
-MOST_COLUMNS = 4
 _RANGE = "mean of the trials and their range from the lowest to the highest"
 _IMAGES = "images as they are"
 
@@ -128,13 +120,13 @@ def _kinds_figure(
         shown = {arch: of for arch, of in ranked.items() if len(of) > 1 and {*needed} <= of.keys()}
         if shown:
             panels.append((target, shown))
-    drawing = _Drawing.of(mode, [target for target, _ in panels], 1.6 + 0.8 * max([len(s) for _, s in panels] or [0]))
+    drawing = Drawing.of(mode, [target for target, _ in panels], 1.6 + 0.8 * max([len(s) for _, s in panels] or [0]))
     for panel, (target, shown) in zip(drawing.axes, panels, strict=True):
         for center, (arch, ranked_kinds) in enumerate(shown.items()):
             for place, (kind, sources) in enumerate(ranked_kinds.items()):
                 source, style = sources[0], list(kinds).index(kind)
                 x = center + 0.26 * (place - (len(ranked_kinds) - 1) / 2)
-                _draw(panel, [(x, source.trials)], style, markersize=7)
+                draw(panel, [(x, source.trials)], style, markersize=7)
                 beside = [x + 0.08] * len(source.trials.values)
                 panel.plot(beside, source.trials.values, "o", color=COLORS[style], mfc="none", markersize=3)
                 epsilon, paper = _paper_of_kind(target.paper(arch), kind) or (None, None)
@@ -147,7 +139,7 @@ def _kinds_figure(
                 drawing.rows[-1] |= {"paper_epsilon": epsilon, "paper_mean": paper}
         panel.set_xticks(range(len(shown)), [name(arch) for arch in shown], fontsize="small")
         panel.set_xlim(-0.6, len(shown) - 0.4)
-        panel.set_title(_title(target), fontsize="small")
+        drawing.set_title(panel, target, "ours")
     if not panels:
         return None
     drawing.has_paper = any(row["paper_mean"] is not None for row in drawing.rows)
@@ -198,7 +190,7 @@ def accuracy_page(mode: str, found: Sequence[Target], folder: Path) -> Page | No
         (over_epsilons, _paper_over_epsilons, "accuracy", "over the ε of pre-training, which stands at the points"),
         (over_architectures, _paper_table_2, "fixed_epsilon", "over architectures, at one ε a series"),
     ):
-        panels = _with_papers((target, ours, papers_of(target)) for target in found if (ours := ours_of(target)))
+        panels = with_papers((target, ours, papers_of(target)) for target in found if (ours := ours_of(target)))
         if panels:
             pictures.append(_accuracy_figure(mode, panels, folder / f"transfer_{stem}_{mode}", over))
             rows += [_fit_row(target, whose, one) for target, whose, series in panels for one in series]
@@ -232,18 +224,18 @@ def _paper_table_2(target: Target) -> list[Series]:
         return []
     return [
         Series(label, tuple((x, Trials((y,)), name(arch)) for arch, (x, y) in values.items()))
-        for label, values in TABLE_2.items()
+        for label, values in table_2().items()
     ]
 
 
 def _accuracy_figure(mode: str, panels: Sequence[tuple[Target, str, list[Series]]], path: Path, over: str) -> Picture:
     """A panel a data set, and beside it one of the paper's points, whose axes are others."""
-    drawing = _Drawing.of(mode, [target for target, whose, _ in panels if whose == "ours"], 3.7, count=len(panels))
+    drawing = Drawing.of(mode, [target for target, whose, _ in panels if whose == "ours"], 3.7, count=len(panels))
     for panel, (target, whose, series) in zip(drawing.axes, panels, strict=True):
         for index, one in enumerate(series):
             color, label = COLORS[index % MOST_CURVES], f"{one.label}: {one.fit_text}"
             points = [(x, trials) for x, trials, _ in one.points]
-            _draw(panel, points, index % MOST_CURVES, hollow=whose != "ours", label=label)
+            draw(panel, points, index % MOST_CURVES, hollow=whose != "ours", label=label)
             fit = {} if one.fit is None else vars(one.fit)
             if one.fit:
                 ends = [reduce(x for x, _ in points) for reduce in (min, max)]
@@ -254,7 +246,7 @@ def _accuracy_figure(mode: str, panels: Sequence[tuple[Target, str, list[Series]
                 for x, trials, text in one.points
             ]
             drawing.add(target, f"{one.label}: {one.fit_text}", *rows, whose=whose)
-        drawing.title(panel, target, whose)
+        drawing.set_title(panel, target, whose)
         names = sorted({source.pretraining.dataset for source in target.sources if source.pretraining})
         panel.set_xlabel(f"accuracy on {' or '.join(names) if whose == 'ours' else 'ImageNet'}", fontsize="small")
         panel.legend(fontsize="x-small")
@@ -296,10 +288,10 @@ def width_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
             drawn.append((target, ours, {model: line for model, line in papers.items() if len(line) > 1}))
     if not drawn:
         return None
-    panels = _with_papers(drawn)
+    panels = with_papers(drawn)
     models = sorted({model for _, _, lines in panels for model in lines}, key=lambda model: (model.norm, model.epsilon))
     styles = {model: index % MOST_CURVES for index, model in enumerate(models)}
-    drawing = _Drawing.of(mode, [target for target, *_ in drawn], 3.4, count=len(panels))
+    drawing = Drawing.of(mode, [target for target, *_ in drawn], 3.4, count=len(panels))
     for panel, (target, whose, lines) in zip(drawing.axes, panels, strict=True):
         archs = in_order({arch for line in lines.values() for arch in line})
         for model, line in lines.items():
@@ -309,14 +301,14 @@ def width_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
                 family = (shape.depth, shape.num_groups) if isinstance(shape, ResNetShape) else arch
                 families.setdefault(family, []).append((archs.index(arch) + 0.05 * (styles[model] - 1), trials))
             for points in families.values():
-                _draw(panel, points, styles[model], line=LINES[styles[model]], hollow=whose != "ours")
+                draw(panel, points, styles[model], line=STYLES[styles[model]][2], hollow=whose != "ours")
             means = ", ".join(f"{name(arch)} {trials.mean:.1f}" for arch, trials in line.items())
             rows = [{"trained_at": str(model), "arch": arch, **trials.numbers} for arch, trials in line.items()]
             drawing.add(target, f"at {model}: {means}", *rows, whose=whose)
         panel.set_xticks(range(len(archs)), [name(arch) for arch in archs], fontsize="small", rotation=20)
-        drawing.title(panel, target, whose)
+        drawing.set_title(panel, target, whose)
         panel.margins(x=0.15)
-    drawing.legend([(f"trained at {model}", *_style(style)) for model, style in styles.items()])
+    drawing.legend([(f"trained at {model}", *STYLES[style]) for model, style in styles.items()])
     caption = f" by architecture and width; lines join the widths of one depth. Markers and bars: {_RANGE}"
     picture = drawing.save(folder / f"transfer_width_{mode}", f"{caption} ({drawing.n}).", " by architecture")
     return Page(f"{MODES[mode]}: width (Figure 6)", [picture])
@@ -350,7 +342,7 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
     if not panels:
         return None
     originals = [target for target, whose, *_ in panels if whose == "ours"]
-    drawing = _Drawing.of(mode, originals, 3.4, count=len(panels))
+    drawing = Drawing.of(mode, originals, 3.4, count=len(panels))
     labels = list(dict.fromkeys(label for *_, shown in panels for label in shown))
     # All panels of a norm have one axis: the curves are there to be compared.
     ticks = {norm: _ticks([shown for *_, n, shown in panels if n == norm]) for *_, norm, _ in panels}
@@ -358,9 +350,9 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
     for panel, (target, whose, arch, norm, shown) in zip(drawing.axes, panels, strict=True):
         for label, curve in shown.items():
             style, (best, trials), places = labels.index(label), curve.best, ticks[norm]
-            color, _, dashes = _style(style)
+            color, _, dashes = STYLES[style]
             points = [(places[epsilon], one) for epsilon, one in curve.points]
-            _draw(panel, points, style, line=dashes, hollow=whose != "ours", markersize=5)
+            draw(panel, points, style, line=dashes, hollow=whose != "ours", markersize=5)
             panel.axvline(places[best], color=color, linestyle=dashes, linewidth=0.8, alpha=0.6)
             panel.plot(places[best], trials.mean, "o", color=color, markerfacecolor="none", markersize=12)
             rows = [
@@ -378,8 +370,8 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
                 | (spread if whose == "ours" else {"trials": 3})
             )
         epsilon_axis(panel, norm, ticks[norm])
-        drawing.title(panel, target, whose, name(arch))
-    drawing.legend([(label, *_style(index)) for index, label in enumerate(labels)])
+        drawing.set_title(panel, target, whose, name(arch))
+    drawing.legend([(label, *STYLES[index]) for index, label in enumerate(labels)])
     caption = (
         " over the ε of pre-training, with images as they are and with images that were reduced, and enlarged again. "
         f"Markers and bars: {_RANGE} ({drawing.n}); ring and vertical line: the best ε. The panels have one axis of ε, "
@@ -400,105 +392,3 @@ def _ticks(shown: Iterable[Mapping[str, Curve]]) -> dict[float, float]:
     """Epsilon -> its place on the axis."""
     epsilons = sorted({epsilon for found in shown for curve in found.values() for epsilon, _ in curve.points})
     return dict(zip(epsilons, epsilon_places(epsilons), strict=True))
-
-
-@dataclass
-class _Drawing:
-    """A figure of panels, each of a data set, with our values or the paper's; and what it says in numbers and words."""
-
-    mode: str
-    compared: Sequence[Target]
-    figure: Figure
-    axes: Sequence[Axes]
-    rows: list[dict[str, Any]]
-    words: list[str]
-    has_paper: bool
-
-    @classmethod
-    def of(cls, mode: str, compared: Sequence[Target], width: float, *, count: int | None = None) -> _Drawing:
-        """``count`` panels that are ``width`` inches wide, of these data sets and the paper's."""
-        count = len(compared) if count is None else count
-        columns = max(1, min(count, MOST_COLUMNS, round(14 / width)))
-        lines = -(-count // columns) or 1
-        figure = Figure(figsize=(max(5.0, 0.6 + width * columns), 0.7 + 3.1 * lines), layout="constrained")
-        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-        for unused in axes[count:]:
-            unused.remove()
-        for panel in axes[:count]:
-            panel.tick_params(labelsize="small")
-            panel.grid(alpha=0.3, axis="y")
-        return cls(mode, compared, figure, axes[:count], [], [], count > len(compared))
-
-    @property
-    def n(self) -> str:
-        """How many trials our values are means of."""
-        counts = [row["n"] for row in self.rows if row.get("whose", "ours") == "ours"]
-        low, high = min(counts), max(counts)
-        return f"n = {low} trial{'s' * (low > 1)}" if low == high else f"n = {low} to {high} trials"
-
-    def add(self, target: Target, words: str, *rows: Mapping[str, Any], whose: str = "") -> None:
-        """Rows of the CSV, and the same in words; ``whose`` is a column where the paper has panels of its own."""
-        of = {"dataset": target.dataset, "setting": target.setting, **({"whose": whose} if whose else {})}
-        self.rows += [{**of, **row} for row in rows]
-        self.words.append(f"{target.dataset if whose in ('', 'ours') else whose} {words}")
-
-    def title(self, panel: Axes, target: Target, whose: str, *more: str) -> None:
-        panel.set_title("\n".join([_title(target) if whose == "ours" else whose, *more]), fontsize="small")
-
-    def legend(self, entries: Sequence[tuple[str, str, str, Any]]) -> None:
-        """One for all panels, from (label, colour, marker, line); a diamond is hollow."""
-        handles = []
-        for label, color, marker, line in entries:
-            face = "white" if marker == "D" and line == "none" else color
-            handles += self.axes[0].plot([], [], marker=marker, linestyle=line, color=color, mfc=face, label=label)
-        self.figure.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), fontsize="small")
-
-    def save(self, path: Path, caption: str, alt: str, where: str = "Hollow markers in panels of their own") -> Picture:
-        """``caption`` and ``alt`` follow the name of the mode; ``where`` says how the paper's values are drawn."""
-        self.figure.supylabel(f"accuracy after transfer (0-100), {self.n}", fontsize="small")
-        if self.has_paper:
-            caption += f" {where}: the paper's values ({TRANSFER_SOURCE})"
-            found = dict.fromkeys(d for target in self.compared for d in differences_to_paper_transfer(target.record))
-            differences = f". They are not of the same data and budget: {'; '.join(found)}."
-            caption += differences if found else ", of the same data and budget as far as is known."
-        name = MODES[self.mode]
-        return save(self.figure, path, self.rows, f"{name}{caption}", f"{name}{alt}: {'; '.join(self.words)}.")
-
-
-def _title(target: Target) -> str:
-    return "\n".join([target.dataset, *textwrap.wrap(target.setting, 34)])
-
-
-def _with_papers(drawn: Iterable[tuple[Target, T, T]]) -> list[tuple[Target, str, T]]:
-    """(data set, whose, what to draw) a panel, from (data set, ours, the paper's or nothing): ours, then the paper's.
-
-    Several settings of one data set share a panel of the paper's.
-    """
-    panels: list[tuple[Target, str, T]] = []
-    for target, ours, papers in drawn:
-        panels.append((target, "ours", ours))
-        whose = f"paper: {target.paper_name}"
-        if papers and not any(known == papers and whose == other for _, other, known in panels):
-            panels.append((target, whose, papers))
-    return panels
-
-
-def _draw(
-    panel: Axes,
-    points: Sequence[tuple[float, Trials]],
-    style: int,
-    *,
-    line: Any = "none",
-    hollow: bool = False,
-    **options: Any,
-) -> None:
-    """Means of trials, with ranges from the lowest to the highest."""
-    color, marker, _ = _style(style)
-    xs, trials = zip(*points, strict=True)
-    reach = [[one.mean - one.low for one in trials], [one.high - one.mean for one in trials]]
-    options |= {"marker": marker, "linestyle": line, "color": color, "mfc": "white" if hollow else color}
-    panel.errorbar(xs, [one.mean for one in trials], reach, capsize=3, **options)
-
-
-def _style(index: int) -> tuple[str, str, Any]:
-    return COLORS[index], MARKERS[index], LINES[index]
