@@ -26,7 +26,7 @@ import tyro
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from robust_backbones.analysis.tables import csv_text
+from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.analysis.visualization import draw_grid, metrics_of, table
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
@@ -53,7 +53,6 @@ from robust_backbones.data.folders import FolderImages
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
 from robust_backbones.models import NormalizedModel
-from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
@@ -157,8 +156,7 @@ def main(arguments: list[str]) -> int:
         pictures = count if photographs is None else options.pictures
         grid = {name: images[:pictures] for name, images in found.grid.items()}
         draw_grid(options.output / "picture.png", grid, found.titles)
-        with atomic_path(options.output / "numbers.csv") as temporary:
-            temporary.write_text(csv_text(list(found.rows[0]), [list(row.values()) for row in found.rows]))
+        write_text(options.output / "numbers.csv", Table("", found.rows, {}).to_csv())
         record = RunRecord(
             run_id=options.output.name,
             task="visualization",
