@@ -44,6 +44,8 @@ def save(figure: Figure, path: Path, rows: Sequence[Mapping[str, Any]], caption:
     """
     # A fixed salt and no date: the same numbers give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "robust-backbones"}):
+        figure.draw_without_rendering()  # lays it out, once for both
+        figure.set_layout_engine("none")
         for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
             with atomic_path(path.with_name(path.name + suffix)) as temporary:
                 figure.savefig(temporary, format=suffix[1:], **options)

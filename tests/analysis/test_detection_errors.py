@@ -227,7 +227,7 @@ OBJECTS = st.tuples(PLACED, st.sampled_from(("plain", "plain", "iscrowd", "ignor
 DETECTIONS = st.tuples(PLACED, st.integers(1, 4))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(OBJECTS, max_size=14), st.lists(DETECTIONS, max_size=30))
 def test_ap50_is_that_of_pycocotools(placed: list[Any], scored: list[Any]) -> None:
     objects = [{**row, flag: 1} for row, flag in placed] + [
@@ -369,7 +369,7 @@ def slow_errors(ground_truth: Truth, detections: Rows) -> tuple[dict[str, int], 
 
 def test_oracles_are_what_pycocotools_says_of_repaired_detections() -> None:
     seen: Counter[str] = Counter()
-    for seed in range(60):
+    for seed in range(30):
         ground_truth, detections = scene(seed)
         counts, repaired, _ = slow_errors(ground_truth, detections)
         errors = detection_errors(ground_truth, detections, "bbox")
@@ -378,7 +378,7 @@ def test_oracles_are_what_pycocotools_says_of_repaired_detections() -> None:
         for name in ORACLES:
             assert errors.ap50 + errors.delta_ap[name] == pytest.approx(repaired[name], abs=1e-9), (seed, name)
             seen[name] += errors.delta_ap[name] > 0.01
-    assert min(seen[name] for name in ORACLES) > 10, seen  # of every type there is something to repair
+    assert min(seen[name] for name in ORACLES) > 5, seen  # of every type there is something to repair
 
 
 def test_the_authors_toolbox_finds_the_same() -> None:

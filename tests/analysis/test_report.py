@@ -296,13 +296,6 @@ def test_numbers_of_figures_are_the_records(report: Path) -> None:
     assert numbers == pytest.approx([1.91, 1.81, 2.01])
 
 
-def test_figures_are_the_same_bytes_again(study: Path, report: Path, tmp_path: Path) -> None:
-    (experiment,) = [e for e in experiments(find_runs([study])) if e.task == "segmentation"]
-    write_report(experiment.runs, tmp_path, title="again")
-    for path in (tmp_path / "figures").glob("*.svg"):
-        assert path.read_bytes() == (report / "figures" / path.name).read_bytes()
-
-
 def one_result(folder: Path, *records: RunRecord, metric: str = "bbox/AP") -> Any:
     (experiment,) = experiments(find_runs([write(folder, *records)]))
     return next(result for result in results(experiment) if result.metric == metric)
@@ -414,6 +407,9 @@ def test_a_report_is_made_again_from_its_own_records(study: Path, report: Path, 
     assert tables == sorted(path.name for path in (tmp_path / "again/tables").iterdir())
     for name in tables:
         assert (tmp_path / "again/tables" / name).read_bytes() == (report / "tables" / name).read_bytes()
+    figures = list((tmp_path / "again/figures").glob("*.svg"))  # there are no curves beside the records
+    assert figures
+    assert all(path.read_bytes() == (report / "figures" / path.name).read_bytes() for path in figures)
     assert len(find_runs([study, report])) == 2 * len(before)  # each counts once all the same
     (experiment,) = [e for e in experiments(find_runs([study, report])) if e.task == "segmentation"]
     assert [len(backbone.runs) for backbone in experiment.backbones] == [3] * len(BACKBONES)

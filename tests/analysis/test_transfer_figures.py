@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from scipy import stats
 
-from robust_backbones.analysis.figures import MARKERS, Picture
+from robust_backbones.analysis.figures import MARKERS, Picture, save
 from robust_backbones.analysis.paper import drawing
 from robust_backbones.analysis.paper.transfer_figures import transfer_pages
 from robust_backbones.analysis.paper.transfer_results import (
@@ -111,7 +111,7 @@ def source_accuracy(arch: str, threat_model: str) -> float:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> list[RecordedRun]:
-    """3 architectures x 4 epsilons on two data sets in both modes, one of them reduced too; and a stylized one."""
+    """3 architectures x 4 epsilons on two data sets, in both modes, one set reduced for probes; and a stylized one."""
     records = [
         trial(
             f"{arch}_{model}".replace(":", "_"), arch, model, dataset, seed,
@@ -121,6 +121,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[RecordedRun]:
         for mode in MODES
         for dataset, downscale in (("cifar10", 0), ("caltech101_mini", 0), ("caltech101_mini", 32))
         for arch in ARCHS for model in EPSILONS for seed in SEEDS
+        if not downscale or mode == "linear_probe"
     ]  # fmt: skip
     records += [trial("texture", "resnet18", "L2:0", "cifar10", seed, 99.0 + seed / 10) for seed in SEEDS]
     records += [
@@ -132,11 +133,33 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> list[RecordedRun]:
     return write(tmp_path_factory.mktemp("study"), *records)
 
 
+Drawn = dict[str, tuple[Figure, Sequence[Any]]]
+"""Name of a figure -> itself, and the rows of its CSV."""
+
+
 @pytest.fixture(scope="module")
-def report(study: list[RecordedRun], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("report")
-    write_report(study, output, title="Transfer")
-    return output
+def made(study: list[RecordedRun], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Drawn]:
+    """A report, and its figures."""
+    output, found = tmp_path_factory.mktemp("report"), Drawn()
+
+    def keep(figure: Figure, path: Path, rows: Sequence[Any], caption: str, alt: str) -> Picture:
+        found[path.name] = figure, rows
+        return save(figure, path, rows, caption, alt)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "save", keep)
+        write_report(study, output, title="Transfer")
+    return output, found
+
+
+@pytest.fixture(scope="module")
+def report(made: tuple[Path, Drawn]) -> Path:
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def drawn(made: tuple[Path, Drawn]) -> Drawn:
+    return made[1]
 
 
 def numbers(report: Path, stem: str) -> Rows:
@@ -391,25 +414,8 @@ def ranges(figure: Figure) -> list[tuple[float, float]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def drawn(
-    study: list[RecordedRun], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, tuple[Figure, Sequence[Any]]]:
-    """Name of a figure -> itself, before it is written, with the rows and heads of its CSV."""
-    found: dict[str, tuple[Figure, Sequence[Any]]] = {}
-
-    def keep(figure: Figure, path: Path, rows: Sequence[Any], caption: str, alt: str) -> Picture:
-        found[path.name] = figure, rows
-        return Picture(path, caption, alt)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "save", keep)
-        transfer_pages(study, tmp_path_factory.mktemp("drawn"))
-    return found
-
-
 @pytest.mark.parametrize("stem", ["best", "texture", "accuracy", "fixed_epsilon", "width", "downscale"])
-def test_error_bars_are_lowest_and_highest_trial(drawn: dict[str, tuple[Figure, Sequence[Any]]], stem: str) -> None:
+def test_error_bars_are_lowest_and_highest_trial(drawn: Drawn, stem: str) -> None:
     figure, rows = drawn[f"transfer_{stem}_linear_probe"]
     expected = sorted((row["min"], row["max"]) for row in rows)
     assert sorted(ranges(figure)) == [pytest.approx(pair) for pair in expected]
@@ -417,7 +423,7 @@ def test_error_bars_are_lowest_and_highest_trial(drawn: dict[str, tuple[Figure, 
 
 
 @pytest.mark.parametrize("stem", ["best", "texture", "accuracy", "fixed_epsilon", "width", "downscale"])
-def test_nothing_is_told_by_colour_alone(drawn: dict[str, tuple[Figure, Sequence[Any]]], stem: str) -> None:
+def test_nothing_is_told_by_colour_alone(drawn: Drawn, stem: str) -> None:
     """What has another colour has another marker, too; axes have units, and n stands on the figure or its caption."""
     figure, _ = drawn[f"transfer_{stem}_linear_probe"]
     pairs = {
