@@ -28,6 +28,7 @@ setup(
         "robust_backbones": [
             "py.typed",
             "checkpoint/*.csv",
+            "data/*.csv",
             "analysis/**/*.csv",
             "analysis/*.css",
             "detectron_configs/**/*.yaml",

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torchvision import datasets
 from torchvision.transforms import v2
 
-from robust_backbones.data.datasets import ClassificationDataset, ImageSource, open_dataset
-from robust_backbones.data.folders import FolderImages
+from robust_backbones.data.datasets import ClassificationDataset, open_dataset
+from robust_backbones.data.layouts import LAYOUTS, Opener, Sources
 from robust_backbones.errors import InputError
-
-SPLIT_SEED = 0
-"""Draws the training images of the Caltech sets, which have no official split: every run shares one split."""
-
-Sources = tuple[ImageSource, ImageSource]
-Opener = Callable[[Path], Sources]
 
 
 @dataclass(frozen=True)
 class TransferDataset:
-    """One row: what a data set must hold, how it is measured and how torchvision lays it out."""
+    """A row of transfer_datasets.csv: what a data set holds, how it is measured, where torchvision puts it."""
 
     name: str
     """What command lines say, and the folder under the data root that may hold train/ and test/."""
@@ -68,7 +54,7 @@ class Presence:
     state: str
     """One of "present", "missing", "differs" (its counts are not the table's) and "unusable"."""
     detail: str
-    """The folder of a data set that is present, else what is wrong and how to mend it."""
+    """The folder of a data set that is present, else what is wrong and how to fix it."""
 
 
 class MissingDataError(InputError):
@@ -80,7 +66,12 @@ class DifferentDataError(InputError):
 
 
 def open_transfer_data(
-    dataset: str, data_root: Path | None, transform: v2.Transform, *, metric: str = "", seed: int = 0
+    dataset: str | Path,
+    data_root: str | Path | None,
+    transform: v2.Transform,
+    *,
+    metric: str = "",
+    seed: int = 0,
 ) -> TransferData:
     """A data set of the table, or a folder of one's own.
 
@@ -97,7 +88,7 @@ def open_transfer_data(
         MissingDataError, DifferentDataError: see there.
         InputError: no such data set or metric; its files cannot be used; a class lacks images in train or test.
     """
-    if row := TRANSFER_DATASETS.get(dataset):
+    if row := TRANSFER_DATASETS.get(str(dataset)):
         if metric not in ("", row.metric):
             raise InputError(
                 f"{row.title} is measured by {row.metric}, not {metric}: leave the metric out, or give the data set by "
@@ -105,7 +96,7 @@ def open_transfer_data(
             )
         if data_root is None:
             raise InputError(f"{dataset} is looked up in the folder of all data sets: say where that is (--data-root)")
-        return TransferData(row.name, row.metric, *_open_row(row, data_root, transform, seed))
+        return TransferData(row.name, row.metric, *_open_row(row, Path(data_root), transform, seed))
     root = Path(dataset)
     if not root.is_dir():
         raise InputError(
@@ -214,277 +205,13 @@ def _check_classes(place: Path, train: ClassificationDataset, test: Classificati
         raise InputError(f"train and test of {place} number the classes differently: give both the same classes.txt")
 
 
-@dataclass(frozen=True)
-class ArrayImages:
-    """Images that a data set keeps as one array; each is read as a BMP file, which loses nothing."""
-
-    root: Path
-    classes: list[str]
-    labels: list[int]
-    names: list[str]
-    """As paths relative to ``root``, though there are no such files."""
-    pixels: NDArray[np.uint8]
-    """Shape (N, H, W, 3), RGB."""
-
-    def read(self, index: int) -> bytes:
-        _, encoded = cv2.imencode(".bmp", self.pixels[index][:, :, ::-1])  # OpenCV takes BGR
-        return encoded.tobytes()
-
-    def stamp(self, index: int) -> tuple[int, ...]:
-        return (zlib.crc32(self.pixels[index].tobytes()),)
+def _read_table() -> dict[str, TransferDataset]:
+    with open(Path(__file__).with_suffix(".csv"), newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    for row in rows:
+        row |= {name: int(row[name]) for name in ("num_classes", "train_images", "test_images")}
+        row |= {"layout": tuple(row["layout"].split()), "open": LAYOUTS.get(row["name"])}
+    return {row["name"]: TransferDataset(**row) for row in rows}
 
 
-def _cifar(dataset: Callable[..., Any], folder: str) -> Opener:
-    def source(root: Path, part: str) -> ArrayImages:
-        data = dataset(root, train=part == "train")
-        names = [f"{folder}/{part}/{index:05d}" for index in range(len(data.targets))]
-        return ArrayImages(root, data.classes, data.targets, names, data.data)
-
-    return lambda root: (source(root, "train"), source(root, "test"))
-
-
-def _files_and_labels(data: Any) -> Iterable[tuple[str | Path, int]]:
-    return zip(data._image_files, data._labels, strict=True)
-
-
-def _listed(
-    dataset: Callable[..., Any],
-    train: Sequence[str],
-    items: Callable[[Any], Iterable[tuple[str | Path, int]]] = _files_and_labels,
-) -> Opener:
-    """Opener of a set of which torchvision lists the files of each split.
-
-    Args:
-        train: splits that together are the training part; the other part is the split "test".
-        items: path and label of each image, from torchvision's data set.
-    """
-
-    def source(root: Path, splits: Sequence[str]) -> FolderImages:
-        parts = [dataset(root, split=split) for split in splits]
-        pairs = [pair for part in parts for pair in items(part)]
-        labels = [int(label) for _, label in pairs]
-        # torchvision 0.21 does not name the flowers.
-        classes = getattr(parts[0], "classes", None) or [str(label) for label in range(max(labels, default=-1) + 1)]
-        if any(getattr(part, "classes", classes) != classes for part in parts):
-            raise ValueError(f"the lists {' and '.join(splits)} have different classes")
-        return FolderImages(root, list(classes), labels, [os.path.relpath(path, root) for path, _ in pairs])
-
-    return lambda root: (source(root, train), source(root, ["test"]))
-
-
-def _drawn(dataset: Callable[..., Any], file: str, train_images: int) -> Opener:
-    """Opener of a Caltech set: ``train_images`` of each class, drawn by SPLIT_SEED, and the rest.
-
-    Args:
-        file: an image's path under the data root, from the class's name and number and the image's index.
-    """
-
-    def sources(root: Path) -> Sources:
-        data = dataset(root)
-        classes: list[str] = data.categories
-        indices: dict[int, list[int]] = defaultdict(list)
-        for label, index in zip(data.y, data.index, strict=True):
-            indices[label].append(index)
-        generator = torch.Generator().manual_seed(SPLIT_SEED)
-        train, test = parts = FolderImages(root, classes, [], []), FolderImages(root, classes, [], [])
-        for label, name in enumerate(classes):
-            total = len(indices[label])
-            if total <= train_images:
-                raise InputError(
-                    f"class {name} of {root / Path(file).parts[0]} has {total} images, {train_images} to train and one "
-                    "to test are the least: unpack it again"
-                )
-            drawn = set(torch.randperm(total, generator=generator)[:train_images].tolist())
-            for position, index in enumerate(indices[label]):
-                part = parts[position not in drawn]
-                part.labels.append(label)
-                part.names.append(file.format(name=name, number=label + 1, index=index))
-        return train, test
-
-    return sources
-
-
-def _sun397(root: Path) -> Sources:
-    """The first of ten official partitions, from its own files: torchvision has no split."""
-    folder = root / "SUN397"
-
-    def lines(file: str) -> list[str]:
-        return [line.strip() for line in (folder / file).read_text().splitlines() if line.strip()]
-
-    classes = [line[3:] for line in lines("ClassName.txt")]  # /a/abbey
-    numbers = {name: number for number, name in enumerate(classes)}
-
-    def source(file: str) -> FolderImages:
-        names = lines(file)  # /a/abbey/sun_aaa.jpg, /a/apse/indoor/sun_bbb.jpg
-        return FolderImages(
-            root, classes, [numbers[name[3:].rpartition("/")[0]] for name in names], [f"SUN397{name}" for name in names]
-        )
-
-    return source("Training_01.txt"), source("Testing_01.txt")
-
-
-TRANSFER_DATASETS = {
-    row.name: row
-    for row in (
-        TransferDataset(
-            name="aircraft",
-            title="FGVC Aircraft",
-            num_classes=100,
-            train_images=6_667,
-            test_images=3_333,
-            metric="mean_per_class",
-            split="official trainval / test; classes are the variants",
-            source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/ or by torchvision.datasets.FGVCAircraft",
-            layout=("fgvc-aircraft-2013b/data",),
-            open=_listed(datasets.FGVCAircraft, ["trainval"]),
-        ),
-        TransferDataset(
-            name="birdsnap",
-            title="Birdsnap",
-            num_classes=500,
-            train_images=32_677,
-            test_images=8_171,
-            metric="top1",
-            split="four fifths / one fifth of 40,848 images, by the folders given",
-            source="https://thomasberg.org/ (version 1.1 lists where each photograph was; torchvision has no such set)",
-            layout=(),
-            open=None,
-        ),
-        TransferDataset(
-            name="caltech101",
-            title="Caltech-101",
-            num_classes=101,
-            train_images=3_030,
-            test_images=5_647,
-            metric="mean_per_class",
-            split="30 images a class, drawn with a fixed seed, / the rest; without BACKGROUND_Google",
-            source="https://data.caltech.edu/records/mzrjq-6wc02 or by torchvision.datasets.Caltech101",
-            # torchvision fails without the class that it leaves out.
-            layout=("caltech101/101_ObjectCategories", "caltech101/101_ObjectCategories/BACKGROUND_Google"),
-            open=_drawn(
-                datasets.Caltech101, "caltech101/101_ObjectCategories/{name}/image_{index:04d}.jpg", train_images=30
-            ),
-        ),
-        TransferDataset(
-            name="caltech256",
-            title="Caltech-256",
-            num_classes=257,
-            train_images=15_420,
-            test_images=15_187,
-            metric="mean_per_class",
-            split="60 images a class, drawn with a fixed seed, / the rest; with 257.clutter",
-            source="https://data.caltech.edu/records/nyy15-4j048 or by torchvision.datasets.Caltech256",
-            layout=("caltech256/256_ObjectCategories",),
-            open=_drawn(
-                datasets.Caltech256,
-                "caltech256/256_ObjectCategories/{name}/{number:03d}_{index:04d}.jpg",
-                train_images=60,
-            ),
-        ),
-        TransferDataset(
-            name="cars",
-            title="Stanford Cars",
-            num_classes=196,
-            train_images=8_144,
-            test_images=8_041,
-            metric="top1",
-            split="official train / test",
-            source="a copy of https://ai.stanford.edu/~jkrause/cars/car_dataset.html (that page is gone, and "
-            "torchvision no longer downloads it)",
-            layout=(
-                "stanford_cars/cars_train",
-                "stanford_cars/cars_test",
-                "stanford_cars/devkit",
-                "stanford_cars/cars_test_annos_withlabels.mat",
-            ),
-            open=_listed(datasets.StanfordCars, ["train"], lambda data: data._samples),
-        ),
-        TransferDataset(
-            name="cifar10",
-            title="CIFAR-10",
-            num_classes=10,
-            train_images=50_000,
-            test_images=10_000,
-            metric="top1",
-            split="official train / test",
-            source="https://www.cs.toronto.edu/~kriz/cifar.html or by torchvision.datasets.CIFAR10",
-            layout=("cifar-10-batches-py",),
-            open=_cifar(datasets.CIFAR10, "cifar-10-batches-py"),
-        ),
-        TransferDataset(
-            name="cifar100",
-            title="CIFAR-100",
-            num_classes=100,
-            train_images=50_000,
-            test_images=10_000,
-            metric="top1",
-            split="official train / test; the fine classes",
-            source="https://www.cs.toronto.edu/~kriz/cifar.html or by torchvision.datasets.CIFAR100",
-            layout=("cifar-100-python",),
-            open=_cifar(datasets.CIFAR100, "cifar-100-python"),
-        ),
-        TransferDataset(
-            name="dtd",
-            title="DTD",
-            num_classes=47,
-            train_images=3_760,
-            test_images=1_880,
-            metric="top1",
-            split="official train and val / test of the first of ten partitions",
-            source="https://www.robots.ox.ac.uk/~vgg/data/dtd/ or by torchvision.datasets.DTD",
-            layout=("dtd/dtd/images", "dtd/dtd/labels"),
-            open=_listed(datasets.DTD, ["train", "val"]),
-        ),
-        TransferDataset(
-            name="flowers",
-            title="Oxford 102 Flowers",
-            num_classes=102,
-            train_images=2_040,
-            test_images=6_149,
-            metric="mean_per_class",
-            split="official train and val (10 images a class each) / test",
-            source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ or by torchvision.datasets.Flowers102",
-            layout=("flowers-102/jpg", "flowers-102/imagelabels.mat", "flowers-102/setid.mat"),
-            open=_listed(datasets.Flowers102, ["train", "val"]),
-        ),
-        TransferDataset(
-            name="food",
-            title="Food-101",
-            num_classes=101,
-            train_images=75_750,
-            test_images=25_250,
-            metric="top1",
-            split="official train / test",
-            source="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/ or by torchvision.datasets.Food101",
-            layout=("food-101/images", "food-101/meta"),
-            open=_listed(datasets.Food101, ["train"]),
-        ),
-        TransferDataset(
-            name="pets",
-            title="Oxford-IIIT Pets",
-            num_classes=37,
-            train_images=3_680,
-            test_images=3_669,
-            metric="mean_per_class",
-            split="official trainval / test",
-            source="https://www.robots.ox.ac.uk/~vgg/data/pets/ or by torchvision.datasets.OxfordIIITPet",
-            layout=("oxford-iiit-pet/images", "oxford-iiit-pet/annotations"),
-            open=_listed(
-                datasets.OxfordIIITPet, ["trainval"], lambda data: zip(data._images, data._labels, strict=True)
-            ),
-        ),
-        TransferDataset(
-            name="sun397",
-            title="SUN397",
-            num_classes=397,
-            train_images=19_850,
-            test_images=19_850,
-            metric="top1",
-            split="the first of ten official partitions, 50 images a class each",
-            source="https://vision.princeton.edu/projects/2010/SUN/ (images also by torchvision.datasets.SUN397, the "
-            "split from download/Partitions.zip there)",
-            layout=("SUN397/ClassName.txt", "SUN397/Training_01.txt", "SUN397/Testing_01.txt"),
-            open=_sun397,
-        ),
-    )
-}
+TRANSFER_DATASETS = _read_table()
