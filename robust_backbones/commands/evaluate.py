@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 import tyro
 
+from robust_backbones.analysis.tables import Table
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.commands import cli
@@ -236,17 +237,14 @@ def tables(metrics: Mapping[str, float | None], cells: Sequence[str], measure: s
     measures = [name.removeprefix("P/") for name in metrics if name.startswith("P/")]
     corrupted = {*cells} & {f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES}
     names = ["P", "mPC", "rPC", *sorted({*cells} - corrupted - {"clean"})]
-    rows = [["", *measures]] + [[name, *(metrics.get(f"{name}/{column}") for column in measures)] for name in names]
+    rows = [{"": name, **{column: metrics.get(f"{name}/{column}") for column in measures}} for name in names]
+    found = [Table("", rows, {"": ":", **dict.fromkeys(measures, ":.2f")}).to_text()]
     if corrupted:
-        rows.append([measure, *map(str, SEVERITIES), "mean"])
-    for name in (name for name in CORRUPTIONS if any(f"{name}-{severity}" in corrupted for severity in SEVERITIES)):
-        columns = [*(f"{name}-{severity}" for severity in SEVERITIES), name]
-        rows.append([name, *(metrics.get(f"{column}/{measure}") for column in columns)])
-    width = max(len(row[0]) for row in rows)
-    return [f"{row[0]:{width}}" + "".join(f"{show(value):>11}" for value in row[1:]) for row in rows]
-
-
-def show(value: str | float | None) -> str:
-    if isinstance(value, str):
-        return value
-    return "-" if value is None else f"{value:.2f}"
+        severities = {str(severity): f"-{severity}" for severity in SEVERITIES} | {"mean": ""}
+        kinds = [name for name in CORRUPTIONS if any(f"{name}{end}" in corrupted for end in severities.values())]
+        rows = [
+            {measure: name, **{head: metrics.get(f"{name}{end}/{measure}") for head, end in severities.items()}}
+            for name in kinds
+        ]
+        found.append(Table("", rows, {measure: ":", **dict.fromkeys(severities, ":.2f")}).to_text())
+    return found

@@ -29,6 +29,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from robust_backbones.analysis.tables import Table
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.runs.distributed import STOP_SIGNALS, stop_on_signals
@@ -150,7 +151,7 @@ def show(output: Path, *, watch: bool) -> int:
     with suppress(KeyboardInterrupt):
         while True:
             plan = Plan.read(output)
-            text = table(plan)
+            text = status_text(plan)
             if not watch:
                 print(text)
                 return 0
@@ -161,17 +162,15 @@ def show(output: Path, *, watch: bool) -> int:
     return 0
 
 
-def table(plan: Plan) -> str:
+def status_text(plan: Plan) -> str:
     """Runs by group and state; then every one that is at work, was interrupted or failed."""
     states = plan.states()
     left, total = plan.remaining_seconds(states)
     groups = list(dict.fromkeys(run.group for run in plan.runs))
-    width = max(len("total"), *map(len, groups))
-    lines = [f"{'':{width}}" + "".join(f"{state:>11}" for state in STATES)]
-    for group in groups:
-        counts = count(states[run.key] for run in plan.runs if run.group == group)
-        lines.append(f"{group:{width}}" + "".join(f"{counts[state] or '-':>11}" for state in STATES))
-    lines += [f"{'total':{width}}" + "".join(f"{number or '-':>11}" for number in count(states.values()).values()), ""]
+    counts = {group: count(states[run.key] for run in plan.runs if run.group == group) for group in groups}
+    counts["total"] = count(states.values())
+    rows = [{"": group, **{state: own[state] or None for state in STATES}} for group, own in counts.items()]
+    lines = [Table("", rows, dict.fromkeys(("", *STATES), ":")).to_text(), ""]
     for run in plan.runs:
         state = states[run.key]
         if state in ("running", "preempted"):
