@@ -165,7 +165,7 @@ def gpu() -> Finding:
 
 
 def bfloat16() -> Finding:
-    from robust_backbones.classification.engine import computes_bfloat16
+    from robust_backbones.classification.compute import computes_bfloat16
 
     return Finding("bfloat16 on the CPU", "fast" if computes_bfloat16() else "not supported: float32 is used")
 

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 
 from robust_backbones.analysis.tables import Table
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.commands import cli
+from robust_backbones.commands.options import DeviceOptions, EvaluationOptions, check_device
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from robust_backbones.detection.robustness import CellChoice
 
 
-@dataclass
-class Classifier:
+@dataclass(kw_only=True)
+class ClassifierOptions(EvaluationOptions):
     """Clean, PGD and AutoAttack accuracy of a classifier, each with its 95 % interval.
 
     Example, at epsilon 3:
@@ -47,20 +47,11 @@ class Classifier:
     command is given again.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint of any source that tools/convert_backbone.py knows, or hub:NAME."""
-    data: Path
-    """Folder that holds one folder of images a class."""
-    output: Path
-    """Folder for the results."""
     config: Annotated[RobustnessConfig, tyro.conf.arg(name="")]
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    workers: int = 2
-    """Processes that decode images; results do not depend on it."""
 
 
-@dataclass
-class Detector:
+@dataclass(kw_only=True)
+class DetectorOptions(DeviceOptions):
     """Clean AP of a trained detector, its AP on corrupted images (P, mPC, rPC), in other domains and under attack.
 
     Example, on 500 images, in 2 processes:
@@ -107,31 +98,28 @@ class Detector:
     """Of the corruptions and of what --limit takes."""
     jobs: int = 1
     """Processes that each evaluate a cell, one a GPU where there are several; results do not depend on it."""
-    workers: int = 2
-    """Processes of each job that read and corrupt images; results do not depend on it."""
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 Arguments = (
-    Annotated[Classifier, tyro.conf.subcommand("classifier")] | Annotated[Detector, tyro.conf.subcommand("detector")]
+    Annotated[ClassifierOptions, tyro.conf.subcommand("classifier")]
+    | Annotated[DetectorOptions, tyro.conf.subcommand("detector")]
 )
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
-    return classifier(options) if isinstance(options, Classifier) else detector(options)
+    check_device(options.device)
+    return classifier(options) if isinstance(options, ClassifierOptions) else detector(options)
 
 
-def parse(arguments: list[str]) -> Classifier | Detector:
-    options: Classifier | Detector = cli.parse(Arguments, arguments, description=__doc__)
-    if isinstance(options, Detector):
+def parse(arguments: list[str]) -> ClassifierOptions | DetectorOptions:
+    options: ClassifierOptions | DetectorOptions = cli.parse(Arguments, arguments, description=__doc__)
+    if isinstance(options, DetectorOptions):
         cells_of(options)  # refuses what it does not know
     return options
 
 
-def classifier(options: Classifier) -> int:
+def classifier(options: ClassifierOptions) -> int:
     record = evaluate_robustness(
         options.config,
         read_checkpoint(options.checkpoint),
@@ -152,7 +140,7 @@ def classifier(options: Classifier) -> int:
     return 0
 
 
-def cells_of(options: Detector) -> tuple[CellChoice, list[DetectorAttack]]:
+def cells_of(options: DetectorOptions) -> tuple[CellChoice, list[DetectorAttack]]:
     """The corruptions and the attacks that are asked for."""
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
     from robust_backbones.detection.attacks import DetectorAttack
@@ -179,7 +167,7 @@ def cells_of(options: Detector) -> tuple[CellChoice, list[DetectorAttack]]:
     return CellChoice(options.corruptions, options.severities, options.limit, options.seed), attacks
 
 
-def detector(options: Detector) -> int:
+def detector(options: DetectorOptions) -> int:
     choice, attacks = cells_of(options)
 
     from robust_backbones.detection.robustness import evaluate_detector
@@ -233,7 +221,7 @@ def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequ
 
 
 def tables(metrics: Mapping[str, float | None], cells: Sequence[str], measure: str) -> list[str]:
-    """P, mPC, rPC and what is no corruption in all measures; then corruptions by severity in one; - where one lacks."""
+    """P, mPC, rPC and what is no corruption in all measures; then corruptions by severity in one."""
     measures = [name.removeprefix("P/") for name in metrics if name.startswith("P/")]
     corrupted = {*cells} & {f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES}
     names = ["P", "mPC", "rPC", *sorted({*cells} - corrupted - {"clean"})]

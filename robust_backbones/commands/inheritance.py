@@ -16,12 +16,10 @@ its classifier and attacks it. `robust-backbones inheritance run --help` lists t
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 import tyro
 
 from robust_backbones import cpu
@@ -30,19 +28,17 @@ from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.robustness import RobustnessConfig
 from robust_backbones.commands import cli
+from robust_backbones.commands.options import DeviceOptions, EvaluationOptions, check_device
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.corruption import CorruptionConfig, evaluate_corruptions
 from robust_backbones.transfer.inheritance.detectors import compare_with_detector
 from robust_backbones.transfer.inheritance.made_sets import check_kind, make_set
-from robust_backbones.transfer.inheritance.matrix import Matrix, read_matrices
+from robust_backbones.transfer.inheritance.matrix import read_matrices
 from robust_backbones.transfer.inheritance.related_sets import KNOWN_SETS
 from robust_backbones.transfer.inheritance.run import ProtocolExecution, run_protocol
 from robust_backbones.transfer.protocol import labels_of
-
-Device = Literal["cpu", "cuda"]
-DEVICE: Device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -117,8 +113,8 @@ class MakeSetsOptions:
     workers: int = 2
 
 
-@dataclass
-class CorruptionsOptions:
+@dataclass(kw_only=True)
+class CorruptionsOptions(EvaluationOptions):
     """Accuracy of a classifier under the 15 common corruptions at 5 severities, and mCE against a reference.
 
     Example, a fine-tuned network against the one before:
@@ -127,22 +123,13 @@ class CorruptionsOptions:
             --data imagenet/val --output runs/r50_sketch_c --reference runs/r50_c/record.json
     """
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint of any source, or hub:NAME."""
-    data: Path
-    """Folder that holds one folder of images a class."""
-    output: Path
-    """Folder for the results: cells/fog-3/record.json and so on, and record.json over all."""
     config: Annotated[CorruptionConfig, tyro.conf.arg(name="")] = field(default_factory=CorruptionConfig)
     reference: Path | None = None
     """record.json of another network on the same images, whose errors mCE is relative to."""
-    device: Device = DEVICE
-    workers: int = 2
-    """Processes that read and corrupt images; results do not depend on it."""
 
 
-@dataclass
-class DetectorInheritanceOptions:
+@dataclass(kw_only=True)
+class DetectorInheritanceOptions(DeviceOptions):
     """Accuracy of a backbone under its own classifier, clean and attacked, before and after detection training.
 
     Example:
@@ -157,11 +144,8 @@ class DetectorInheritanceOptions:
     data: Path
     """Folder that holds one folder of images a class."""
     output: Path
-    """Folder for the results: before/ and after/, as tools/evaluate.py classifier leaves them."""
+    """Folder for the results: before/ and after/, as `robust-backbones evaluate classifier` writes them."""
     config: Annotated[RobustnessConfig, tyro.conf.arg(name="")]
-    device: Device = DEVICE
-    workers: int = 2
-    """Processes that decode images; results do not depend on it."""
 
 
 Arguments = (
@@ -179,9 +163,7 @@ def main(arguments: list[str]) -> int:
         return table(options)
     if isinstance(options, MakeSetsOptions):
         return make_sets(options)
-    device = options.execution.device if isinstance(options, InheritanceOptions) else options.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    check_device(options.execution.device if isinstance(options, InheritanceOptions) else options.device)
     if isinstance(options, InheritanceOptions):
         return run(options)
     return corruptions(options) if isinstance(options, CorruptionsOptions) else detector(options)
@@ -232,20 +214,13 @@ def table(options: InheritanceTableOptions) -> int:
     write_text(options.output / "inheritance.md", text + "\n")
     for name, one in {**tables, "accuracies": analysis.accuracy_table(matrices)}.items():
         write_text(options.output / f"{name}.csv", one.to_csv())
-    for label, of_label in by_label(matrices).items():
+    for label in dict.fromkeys(one.label for one in matrices):
+        of_label = [one for one in matrices if one.label == label]
         analysis.change_figure(of_label, options.output / f"{label}_changes")
         if any(one.distances for one in of_label):
             analysis.distance_figure(of_label, options.output / f"{label}_distances")
     print(f"{text}\n\ntables and figures written to {options.output}")
     return 0
-
-
-def by_label(matrices: Sequence[Matrix]) -> dict[str, list[Matrix]]:
-    """Backbone -> its matrices."""
-    groups: dict[str, list[Matrix]] = {}
-    for one in matrices:
-        groups.setdefault(one.label, []).append(one)
-    return groups
 
 
 def make_sets(options: MakeSetsOptions) -> int:

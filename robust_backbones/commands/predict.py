@@ -1,9 +1,9 @@
 """Find objects in images with a trained detector: pictures of them, and COCO's result format.
 
-Example, the detector of tools/demo.py on the images it was evaluated on:
+Example, the detector of `robust-backbones demo` on the images it was evaluated on:
     robust-backbones predict demo_output/data/shapes/val --weights demo_output/robust/detector --output predictions
 
-RUN is the OUTPUT_DIR of tools/train_net.py, which holds config.yaml and model_final.pth, or another .pth file in it.
+RUN is the OUTPUT_DIR of `robust-backbones train`, with config.yaml and model_final.pth, or another .pth file in it.
 OUTPUT gets NAME.jpg for each image, with the boxes, masks and class names of what scores at least --min-score, and
 coco_results.json with all that was found, in pixels of the image, for pycocotools' COCO.loadRes. There image_id is
 the number that an image's name is, as COCO's are; if some name is no number, images count from 1 as they are given.
@@ -14,10 +14,10 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from robust_backbones.commands import cli
+from robust_backbones.commands.options import DEVICE, check_device
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
 
@@ -59,10 +59,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--weights", type=Path, required=True, metavar="RUN", help="the detector, see above")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")
     parser.add_argument("--min-score", type=float, default=0.5, help="of what is drawn, in [0, 1] (default 0.5)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=DEVICE)
     options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    check_device(options.device)
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"{options.output} is not a folder: choose another --output")
     return options

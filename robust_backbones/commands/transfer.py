@@ -9,9 +9,10 @@ Examples:
     robust-backbones transfer table runs/flowers_probe runs/flowers_finetune --output flowers.md
 
 A data set is one of the twelve of Salman et al. 2020 (`datasets` shows them) or the path of a folder that holds train/
-and test/. A backbone is a checkpoint of any source that tools/convert_backbone.py knows, or hub:NAME. Both modes choose
-learning rate and weight decay on held-out training images; --select-on test does as the public code, and tables say so.
-A command that was cut off goes on when it is given again. `robust-backbones transfer probe --help` lists its options.
+and test/. A backbone is a checkpoint of any source that `robust-backbones convert` knows, or hub:NAME. Both modes
+choose learning rate and weight decay on held-out training images; --select-on test does as the public code, and tables
+say so. A command that was cut off resumes when it is given again. `robust-backbones transfer probe --help` lists the
+options of one.
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 
@@ -20,18 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from robust_backbones import cpu
 from robust_backbones.analysis.record_tables import classification_table
+from robust_backbones.analysis.tables import write_text
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.config import Execution
 from robust_backbones.commands import cli
+from robust_backbones.commands.options import DeviceOptions, check_device
 from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune
 from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe
@@ -62,16 +63,13 @@ class TransferOptions:
     """Of a folder of your own; top1 when not given."""
 
 
-@dataclass
-class ProbeOptions(TransferOptions):
+@dataclass(kw_only=True)
+class ProbeOptions(TransferOptions, DeviceOptions):
     """Linear classifiers on the frozen backbone ("fixed-feature"): all settings, trials and backbones in one pass."""
 
     config: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    workers: int = 2
-    """Processes that decode and augment images; results do not depend on it."""
     checkpoint_minutes: float = 1.0
-    """Time between the states, at the ends of epochs, that a probe goes on from."""
+    """Time between the states, at the ends of epochs, that a probe resumes from."""
     skip_unreadable: bool = False
     """Look at every image first and leave out those that cannot be read, listed in skipped.json; else stop at one."""
 
@@ -144,7 +142,7 @@ def datasets(options: DatasetsOptions) -> int:
 
 def transfer(options: ProbeOptions | FinetuneOptions) -> int:
     if not options.checkpoints:
-        raise InputError("give one or more backbones behind the data set")
+        raise InputError("give one or more backbones after the data set")
     labels = labels_of(options.checkpoints)
     data = open_transfer_data(
         options.dataset,
@@ -154,8 +152,7 @@ def transfer(options: ProbeOptions | FinetuneOptions) -> int:
     )
     checkpoints = {label: read_checkpoint(path) for label, path in zip(labels, options.checkpoints, strict=True)}
     if isinstance(options, ProbeOptions):
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+        check_device(options.device)
         with cpu.fast(options.device):
             records = linear_probe(
                 options.config,
@@ -179,8 +176,7 @@ def table(options: TransferTableOptions) -> int:
     if options.output is None:
         print(text)
         return 0
-    with atomic_path(options.output) as temporary:
-        temporary.write_text(text + "\n")
+    write_text(options.output, text + "\n")
     print(f"table written to {options.output}")
     return 0
 

@@ -188,12 +188,13 @@ def test_images_of_less_detail_are_another_experiment(
         record = RunRecord.read(output / "standard/seed_0/record.json")
         held = json.loads((output / "config.json").read_text())
         (row,) = cells(printed_table(out))
-        # At its default the switch leaves no trace: what was made before it can be resumed and compared.
-        assert record.config.get("downscale") == held.get("downscale") == (downscale or None)
+        assert record.config["downscale"] == held["downscale"] == downscale
         assert row["otherwise"] == ("images reduced to 4 px" if downscale else "-")
         weights[downscale] = learnt(output, mode)
     assert not torch.equal(*weights.values())
-    assert_refused(run_tool(*arguments, "--output", tmp_path / "0", "--downscale", 4), "it differs in downscale")
+    assert_refused(
+        run_tool(*arguments, "--output", tmp_path / "0", "--downscale", 4), "downscale is 0 there and 4 here"
+    )
     assert_refused(run_tool(*arguments, "--output", tmp_path / "new", "--downscale", -1), "downscale must be >= 0")
 
 
