@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.checkpoint.convert import SUFFIXES, BackboneMetadata, ConversionReport, write_backbone
-from robust_backbones.checkpoint.convert import convert as convert_tensors
+from robust_backbones.checkpoint.convert import ConversionReport, convert_file
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain
@@ -15,7 +14,6 @@ from robust_backbones.classification.robustness import RobustnessConfig, evaluat
 from robust_backbones.configs import get_config_file
 from robust_backbones.errors import InputError
 from robust_backbones.models import NormalizedModel
-from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe
 
@@ -79,14 +77,7 @@ def convert(
     Raises:
         InputError: as ``read_checkpoint``; another suffix; Detectron2's ResNet cannot be this backbone.
     """
-    if Path(dst).suffix not in SUFFIXES:
-        raise InputError(f"a converted backbone ends in {' or '.join(SUFFIXES)}, got {dst}")
-    checkpoint = _read(src, threat_model)
-    tensors, report = convert_tensors(checkpoint)
-    if report.ok:
-        with atomic_path(Path(dst)) as temporary:
-            write_backbone(temporary, tensors, BackboneMetadata.of(checkpoint))
-    return report
+    return convert_file(_read(src, threat_model), dst)
 
 
 def verify(src: str | Path | Checkpoint, dst: str | Path, *, image: str | Path | None = None) -> list[StageError]:
@@ -106,11 +97,10 @@ def verify(src: str | Path | Checkpoint, dst: str | Path, *, image: str | Path |
     """
     from robust_backbones.detection.verify import feature_errors
 
-    return feature_errors(_read(src, None), Path(dst), image=None if image is None else Path(image))
+    return feature_errors(_read(src, None), dst, image=image)
 
 
 def _read(source: str | Path | Checkpoint, threat_model: str | ThreatModel | None) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
-    stated = None if threat_model is None else Statement(threat_model=ThreatModel.parse(threat_model))
-    return read_checkpoint(Path(source), statement=stated)
+    return read_checkpoint(source, statement=Statement(threat_model=threat_model))

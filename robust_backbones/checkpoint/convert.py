@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _NAMES = (
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What became of every tensor. Names are torchvision's, except for the values of ``renamed``."""
+    """What became of every tensor; the caller judges. Names are torchvision's, except for the values of ``renamed``."""
 
     source: str
     source_sha256: str
@@ -145,6 +146,35 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
     return converted, report
 
 
+def convert_file(
+    checkpoint: Checkpoint, path: str | Path, *, prove: Callable[[Checkpoint, Path], object] | None = None
+) -> ConversionReport:
+    """Convert a backbone to Detectron2's format and write it, with its metadata.
+
+    Args:
+        checkpoint: of ``sources.read_checkpoint``.
+        path: the file to write: .pkl, .pth or .safetensors.
+        prove: called with the checkpoint and the written file before that gets its name; what it raises leaves no file,
+            or the old one. ``detection.verify.prove`` is such a function.
+
+    Returns:
+        The report. Nothing is written unless ``report.ok``.
+
+    Raises:
+        InputError: another suffix; or as ``convert``.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"a converted backbone ends in {' or '.join(SUFFIXES)}, got {path}")
+    tensors, report = convert(checkpoint)
+    if report.ok:
+        with atomic_path(path) as unproven:
+            write_backbone(unproven, tensors, BackboneMetadata.of(checkpoint))
+            if prove is not None:
+                prove(checkpoint, unproven)
+    return report
+
+
 @dataclass(frozen=True)
 class BackboneMetadata:
     """What a converted file says about itself; the checkpoint guard holds the detector's configuration to it."""
@@ -180,17 +210,17 @@ class BackboneMetadata:
         return {"format": FORMAT, **asdict(self), "spec": self.spec.to_dict()}
 
 
-def write_backbone(path: Path, tensors: dict[str, Tensor], metadata: BackboneMetadata) -> None:
+def write_backbone(path: str | Path, tensors: dict[str, Tensor], metadata: BackboneMetadata) -> None:
     """Write a ``.pkl``, ``.pth`` or ``.safetensors`` by the suffix; identical input gives identical bytes.
 
     ``matching_heuristics`` lets Detectron2 put ``res2.*`` under whatever prefix the detector gives its backbone.
     """
     fields = {**metadata.to_dict(), "overrides": metadata.spec.detectron2_overrides()}
     content = {"__author__": "robust-backbones", "matching_heuristics": True, "metadata": fields}
-    with atomic_path(path) as temporary:
-        if path.suffix == ".safetensors":
+    with atomic_path(Path(path)) as temporary:
+        if temporary.suffix == ".safetensors":
             _save_safetensors(temporary, tensors, fields)
-        elif path.suffix == ".pth":
+        elif temporary.suffix == ".pth":
             _save_torch(temporary, {"model": _own(tensors), **content})
         else:
             arrays = {name: tensors[name].numpy() for name in sorted(tensors)}
@@ -198,13 +228,13 @@ def write_backbone(path: Path, tensors: dict[str, Tensor], metadata: BackboneMet
                 pickle.dump({"model": arrays, **content}, file, protocol=4)
 
 
-def write_torchvision(path: Path, checkpoint: Checkpoint) -> None:
+def write_torchvision(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write torchvision's state dict, classifier included, as ``.pth`` or, with the metadata, ``.safetensors``.
 
     Raises:
         InputError: torchvision's network is another one; or its inputs are, which a ``.pth`` cannot say.
     """
-    spec = checkpoint.spec
+    path, spec = Path(path), checkpoint.spec
     if spec.stride_in_1x1 or spec.stem != "imagenet":
         raise InputError(f"torchvision has no {spec.arch} with this stem and stride: keep it in Detectron2's format")
     if path.suffix == ".pth" and (spec.mean, spec.std, spec.channel_order) != (IMAGENET_MEAN, IMAGENET_STD, "RGB"):
@@ -255,7 +285,7 @@ def metadata_in(content: Any) -> BackboneMetadata | None:
     return None
 
 
-def read_backbone(path: Path) -> tuple[dict[str, Tensor], BackboneMetadata]:
+def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], BackboneMetadata]:
     """Read a file of ``write_backbone``: tensors under Detectron2's names, and the metadata.
 
     Raises:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, build_backbone
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
@@ -58,7 +56,7 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    path: Path,
+    path: str | Path,
     *,
     spec: BackboneSpec,
     state_dict: dict[str, Tensor],
@@ -71,30 +69,11 @@ def write_checkpoint(
         "threat_model": None if threat_model is None else str(threat_model),
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()},
     }
-    with atomic_path(path) as temporary:
+    with atomic_path(Path(path)) as temporary:
         torch.save(content, temporary)
 
 
-def load_tensors(path: Path) -> dict[str, Any]:
-    """Read a ``.pth`` / ``.pt`` file without running any code it may hold.
-
-    Raises:
-        InputError: the file is missing, or is no dictionary of tensors and plain values.
-    """
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}: check the path")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file can fail in any way
-        raise InputError(
-            f"{path} is not a checkpoint that can be read safely ({type(error).__name__}): give a file of "
-            "tools/pretrain.py or a torchvision state dict saved by torch.save"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors: save a state_dict()")
-    return content
-
-
-def sha256(path: Path) -> str:
+def sha256(path: str | Path) -> str:
+    """Of a file's content, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,11 +1,11 @@
-"""Reads backbone checkpoints from every known source: told by its keys, stripped to torchvision's tensor names."""
+"""Reads backbone checkpoints of every known layout, recognised by their keys, under torchvision's tensor names."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.convert import metadata_in, torchvision_name
 from robust_backbones.checkpoint.format import FORMAT, TRAINING_FORMAT, Checkpoint, sha256
-from robust_backbones.checkpoint.untrusted import METADATA, read_file
+from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify
 from robust_backbones.threat_models import ThreatModel
@@ -24,13 +24,12 @@ HUB = "hub:"
 _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _STATE_DICTS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-_WRAPPERS = ("module.", "model.", "net.", "network.", "backbone.", "encoder.")
 _BATCH_NORM_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
 class Source:
-    """One kind of checkpoint: where it keeps the network's tensors, and what its makers feed the network."""
+    """One layout of checkpoints: where it keeps the network's tensors, and what its makers feed the network."""
 
     description: str
     state_dicts: tuple[str, ...] = ("",)
@@ -39,28 +38,12 @@ class Source:
     """What may stand before torchvision's names; the first that does is taken off."""
     convention: dict[str, Any] | None = None
     """Fields of the spec that its makers always mean; None: the file says them, or the user."""
+    sign: str = ""
+    """A pattern of tensor names that no other layout has; without one, ``_recognize`` knows it otherwise."""
 
 
 SOURCES = {
-    "robust_backbones": Source("a checkpoint of tools/pretrain.py"),
-    "robustness": Source(
-        "a checkpoint of MadryLab's robustness library",
-        ("model", "state_dict"),
-        ("module.model.model.", "module.model.", "model.model.", "model."),
-    ),
-    "robustbench": Source(
-        "a model of RobustBench",
-        ("state_dict", "model", ""),
-        ("module.model.", "model.", "module.", ""),
-        _IMAGENET,
-    ),
-    "torchvision": Source("torchvision's state dict", convention=_IMAGENET),
-    "timm": Source("timm's state dict", ("state_dict", ""), ("module.", "")),
-    "moco": Source("a MoCo checkpoint", ("state_dict",), ("module.encoder_q.", "encoder_q."), _IMAGENET),
-    "lightning": Source("a Lightning checkpoint", ("state_dict",), ("module.model.", *_WRAPPERS, "")),
-    "training": Source("a training checkpoint", (*_STATE_DICTS, ""), ("module.", "")),
-    "ema": Source("the averaged weights of a training checkpoint", _AVERAGES, ("module.", "")),
-    "detectron2": Source("a Detectron2 model", ("model", "")),
+    "robust_backbones": Source("a checkpoint of tools/pretrain.py", ("state_dict",)),
     "msra": Source(
         "a Caffe2 model of Detectron's zoo",
         ("model", "blobs", ""),
@@ -70,7 +53,37 @@ SOURCES = {
             "channel_order": "BGR",
             "stride_in_1x1": True,
         },
+        sign=r"^res\d_\d+_branch2a_w$",
     ),
+    "detectron2": Source("a Detectron2 model", ("model", ""), sign=r"(^|\.)stem\.conv1\.weight$"),
+    "moco": Source(
+        "a MoCo checkpoint",
+        ("state_dict",),
+        ("module.encoder_q.", "encoder_q."),
+        _IMAGENET,
+        sign=r"^(module\.)?encoder_q\.",
+    ),
+    "robustness": Source(
+        "a checkpoint of MadryLab's robustness library",
+        ("model", "state_dict"),
+        ("module.model.model.", "module.model.", "model.model.", "model."),
+        sign=r"^(module\.)?(attacker\.|normalizer\.new_mean$)",
+    ),
+    "ema": Source("the averaged weights of a training checkpoint", _AVERAGES, ("module.", "")),
+    "lightning": Source(
+        "a Lightning checkpoint",
+        ("state_dict",),
+        ("module.model.", "module.", "model.", "net.", "network.", "backbone.", "encoder.", ""),
+    ),
+    "robustbench": Source(
+        "a model of RobustBench",
+        ("state_dict", "model", ""),
+        ("module.model.", "model.", "module.", ""),
+        _IMAGENET,
+    ),
+    "timm": Source("timm's state dict", ("state_dict", ""), ("module.", "")),
+    "training": Source("a training checkpoint", (*_STATE_DICTS, ""), ("module.", "")),
+    "torchvision": Source("torchvision's state dict", convention=_IMAGENET),
 }
 
 # A Caffe2 ResNeXt of Detectron's zoo is fed and strides otherwise than its ResNets.
@@ -85,14 +98,19 @@ class Statement:
     """Per channel, in [0, 1] pixel units."""
     std: tuple[float, float, float] | None = None
     channel_order: str | None = None
+    """``RGB`` or ``BGR``."""
     stride_in_1x1: bool | None = None
-    threat_model: ThreatModel | None = None
+    threat_model: str | ThreatModel | None = None
+    """What it was trained against, as in ``"L2:3"``."""
 
 
-def read_checkpoint(path: Path, *, source: str = "", statement: Statement | None = None) -> Checkpoint:
-    """Read a backbone from any of ``SOURCES``; ``source`` forces one, otherwise the file's keys tell it.
+def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement | None = None) -> Checkpoint:
+    """Read a backbone of any layout of ``SOURCES``, without running any code that its file may hold.
 
-    ``hub:NAME`` is one of the published backbones (``zoo``), which is downloaded at the first use.
+    Args:
+        path: a file, or ``hub:NAME`` of a published backbone (``zoo``), which is downloaded at the first use.
+        source: its layout, one of ``SOURCES``, where the file's keys do not tell it.
+        statement: what the file does not say about itself.
 
     Raises:
         InputError: the file is missing, is no checkpoint, or its layout, architecture or normalisation is not known.
@@ -103,14 +121,9 @@ def read_checkpoint(path: Path, *, source: str = "", statement: Statement | None
         return read_published(str(path).removeprefix(HUB))
     if source and source not in SOURCES:
         raise InputError(f"unknown source {source!r}: choose one of {', '.join(SOURCES)}")
-    content, statement = read_file(path), statement or Statement()
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors: save a state_dict()")
+    path, content = Path(path), load_tensors(path)
     try:
-        layout = source or _recognize(content, path)
-        if layout == "robust_backbones":
-            return _read_own(content, path, statement)
-        return _read_foreign(content, path, layout, statement)
+        return _read(content, path, source or _recognize(content, path), statement or Statement())
     except InputError as error:
         raise InputError(f"cannot use {path}: {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -130,65 +143,8 @@ def read_published(name: str) -> Checkpoint:
     return checkpoint
 
 
-def _read_own(content: dict[str, Any], path: Path, statement: Statement) -> Checkpoint:
-    spec = BackboneSpec(**content["spec"])
-    state_dict = _tensors(content["state_dict"])
-    if identify(state_dict) != BackboneSpec(spec.arch, spec.num_classes, stem=spec.stem):
-        raise InputError(
-            f"its tensors are not those of {spec.arch} with {spec.num_classes} classes and the {spec.stem} stem"
-        )
-    spec, who = _agreed(spec, _fields_of(spec), {}, statement)
-    in_file = content["threat_model"]
-    threat_model = _agreed_threat_model(None if in_file is None else ThreatModel.parse(in_file), statement)
-    return Checkpoint(spec, state_dict, threat_model, "robust_backbones", path.name, sha256(path), who)
-
-
-def _read_foreign(content: dict[str, Any], path: Path, layout: str, statement: Statement) -> Checkpoint:
-    source = SOURCES[layout]
-    tensors = next(
-        (tensors for key in source.state_dicts if (tensors := _tensors(content.get(key) if key else content))), {}
-    )
-    if not tensors:
-        raise InputError(f"it is not {source.description}: leave out --source {layout}")
-    metadata = metadata_in(content)
-    prefix = ""
-    if layout == "msra":
-        names = _names_in_caffe2(tensors)
-    elif layout == "detectron2":
-        names = _names_in_detectron2(tensors)
-    else:
-        prefix = next((prefix for prefix in source.prefixes if any(name.startswith(prefix) for name in tensors)), "")
-        names = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
-        names = _without_other_heads(names, always=layout == "moco")
-    if layout == "robustness":
-        _check_copies(tensors, prefix)
-    state_dict = {short: tensors[name] for name, short in names.items()}
-    if layout == "msra":
-        _add_statistics(state_dict, tensors.get("conv1_b"))
-    spec = identify(state_dict)
-    convention = source.convention or {}
-    if layout == "msra" and spec.arch.startswith("resnext"):
-        convention = convention | _CAFFE2_RESNEXT
-    in_file = _fields_of(metadata.spec) if metadata else _normalization_in(content, tensors, path)
-    if layout == "detectron2" and metadata is None:
-        _demand(statement, ("mean", "std", "channel_order", "stride_in_1x1"))
-    spec, who = _agreed(spec, in_file, convention, statement)
-    threat_model = ThreatModel.parse(metadata.threat_model) if metadata and metadata.threat_model else None
-    return Checkpoint(
-        spec=spec,
-        state_dict=state_dict,
-        threat_model=_agreed_threat_model(threat_model, statement),
-        layout=layout,
-        source=path.name,
-        source_sha256=sha256(path),
-        normalization=who,
-        prefix=prefix,
-        left_out=tuple(name for name in tensors if name not in names),
-    )
-
-
 def _recognize(content: dict[str, Any], path: Path) -> str:
-    """The source that a file's keys tell of."""
+    """The layout of a file, by its keys."""
     if content.get("format") == FORMAT:
         return "robust_backbones"
     if content.get("format") == TRAINING_FORMAT:
@@ -203,39 +159,83 @@ def _recognize(content: dict[str, Any], path: Path) -> str:
     if not names:
         keys = ", ".join(str(key) for key in list(content)[:3])
         raise InputError(f"its layout is not known (keys: {keys} ...); known are those of {', '.join(SOURCES)}")
-
-    def any_name(pattern: str) -> bool:
-        return any(re.search(pattern, name) for name in names)
-
-    if any_name(r"^res\d_\d+_branch2a_w$"):
-        return "msra"
-    if any_name(r"(^|\.)stem\.conv1\.weight$"):
-        return "detectron2"
-    if any_name(r"^(module\.)?encoder_q\."):
-        return "moco"
-    if any_name(r"^(module\.)?(attacker\.|normalizer\.new_mean$)"):
-        return "robustness"
+    for layout, source in SOURCES.items():
+        if source.sign and any(re.search(source.sign, name) for name in names):
+            return layout
     if averages:
         return "ema"
     if "pytorch-lightning_version" in content:
         return "lightning"
     if _normalizer(names):
         return "robustbench"
-    if any_name(r"^model\."):
+    if any(name.startswith("model.") for name in names):
         raise InputError(
             "its names begin with model., as RobustBench's, Lightning's and others do: give --source robustbench or "
             "--source lightning"
         )
     if _pretrained_cfg(content, path) or path.suffix == ".safetensors":
         return "timm"
-    return "training" if found or any_name(r"^module\.") else "torchvision"
+    return "training" if found or any(name.startswith("module.") for name in names) else "torchvision"
+
+
+def _read(content: dict[str, Any], path: Path, layout: str, statement: Statement) -> Checkpoint:
+    source = SOURCES[layout]
+    candidates = (_tensors(content.get(key) if key else content) for key in source.state_dicts)
+    tensors = next(filter(None, candidates), {})
+    if not (tensors or layout == "robust_backbones"):
+        raise InputError(f"it is not {source.description}: leave out --source {layout}")
+    prefix = ""
+    if layout == "msra":
+        names = _names_in_caffe2(tensors)
+    elif layout == "detectron2":
+        names = _names_in_detectron2(tensors)
+    else:
+        prefix = next((prefix for prefix in source.prefixes if any(name.startswith(prefix) for name in tensors)), "")
+        names = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+        names = _without_other_heads(names, always=layout == "moco")
+    if layout == "robustness":
+        _check_copies(tensors, prefix)
+    state_dict = {short: tensors[name] for name, short in names.items()}
+    if layout == "msra":
+        _add_statistics(state_dict, tensors.get("conv1_b"))
+
+    convention, metadata = source.convention or {}, metadata_in(content)
+    if layout == "robust_backbones":
+        own = BackboneSpec(**content["spec"])
+        spec = BackboneSpec(own.arch, own.num_classes, stem=own.stem)
+        in_file = _said_by(own, content["threat_model"])
+        if identify(state_dict) != spec:
+            raise InputError(
+                f"its tensors are not those of {spec.arch} with {spec.num_classes} classes and the {spec.stem} stem"
+            )
+    else:
+        spec = identify(state_dict)
+        in_file = _said_by(metadata.spec, metadata.threat_model) if metadata else _normalization(content, tensors, path)
+    if layout == "msra" and spec.arch.startswith("resnext"):
+        convention = convention | _CAFFE2_RESNEXT
+    if layout == "detectron2" and metadata is None:
+        _demand(statement, ("mean", "std", "channel_order", "stride_in_1x1"))
+    elif not (in_file or convention):
+        _demand(statement, ("mean", "std"))
+    fields, who = _agreed(in_file, convention, statement)
+    threat_model = fields.pop("threat_model", None)
+    return Checkpoint(
+        spec=replace(spec, **fields),
+        state_dict=state_dict,
+        threat_model=threat_model,
+        layout=layout,
+        source=path.name,
+        source_sha256=sha256(path),
+        normalization=who,
+        prefix=prefix,
+        left_out=tuple(name for name in tensors if name not in names),
+    )
 
 
 def _tensors(content: Any) -> dict[str, Tensor]:
     """The tensors and their names; nothing where ``content`` is no dictionary."""
-    if not isinstance(content, dict):
-        return {}
-    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    items = content.items() if isinstance(content, dict) else ()
+    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def _check_copies(tensors: dict[str, Tensor], prefix: str) -> None:
@@ -262,16 +262,12 @@ def _names_in_detectron2(tensors: dict[str, Tensor]) -> dict[str, str]:
     prefixes = [name.removesuffix("stem.conv1.weight") for name in tensors if name.endswith("stem.conv1.weight")]
     if len(prefixes) != 1:
         raise InputError(f"it holds {len(prefixes)} backbones of Detectron2, not one")
-    names = {}
-    for name in tensors:
-        for prefix in (prefixes[0], "roi_heads."):
-            if re.match(r"(stem\.conv1|res\d)\.", name.removeprefix(prefix)) and name.startswith(prefix):
-                short = name.removeprefix(prefix)
-                try:
-                    names[name] = torchvision_name(short)
-                except KeyError:
-                    raise InputError(f"Detectron2's ResNet has no tensor {short}") from None
-    return names
+    pattern = re.compile(rf"(?:{re.escape(prefixes[0])}|roi_heads\.)((?:stem\.conv1|res\d)\..*)")
+    shorts = {name: match[1] for name in tensors if (match := pattern.fullmatch(name))}
+    try:
+        return {name: torchvision_name(short) for name, short in shorts.items()}
+    except KeyError as error:
+        raise InputError(f"Detectron2's ResNet has no tensor {error.args[0]}") from None
 
 
 def _names_in_caffe2(blobs: dict[str, Tensor]) -> dict[str, str]:
@@ -298,7 +294,7 @@ def _add_statistics(state_dict: dict[str, Tensor], stem_bias: Tensor | None) -> 
         state_dict[f"{norm}running_var"] = torch.ones_like(state_dict[name]) - _BATCH_NORM_EPSILON
 
 
-def _normalization_in(content: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+def _normalization(content: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
     """Mean and std that the file carries: in a layer before the network, or as timm's pretrained_cfg."""
     if layer := _normalizer(tensors):
         mean, std = (tuple(round(value, 6) for value in tensors[name].double().flatten().tolist()) for name in layer)
@@ -310,13 +306,12 @@ def _normalization_in(content: dict[str, Any], tensors: dict[str, Tensor], path:
 
 def _normalizer(tensors: dict[str, Tensor]) -> tuple[str, str] | None:
     """Names of the mean and the std of a layer that normalises the input."""
-    pairs = (("new_mean", "new_std"), ("mean", "std"), ("mu", "sigma"))
+    partners = {"new_mean": "new_std", "mean": "std", "mu": "sigma"}
     for name, tensor in tensors.items():
         *layers, last = name.split(".")
-        for mean, std in pairs:
-            partner = ".".join([*layers, std])
-            if last == mean and "attacker" not in layers and tensor.numel() == 3 and partner in tensors:
-                return name, partner
+        partner = ".".join([*layers, partners.get(last, "")])
+        if last in partners and "attacker" not in layers and tensor.numel() == 3 and partner in tensors:
+            return name, partner
     return None
 
 
@@ -333,26 +328,26 @@ def _pretrained_cfg(content: dict[str, Any], path: Path) -> dict[str, Any] | Non
     return None
 
 
-def _fields_of(spec: BackboneSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in ("mean", "std", "channel_order", "stride_in_1x1")}
+def _said_by(spec: BackboneSpec, threat_model: str | None) -> dict[str, Any]:
+    """What a file of ours says, by the names of ``Statement``."""
+    fields = {name: getattr(spec, name) for name in ("mean", "std", "channel_order", "stride_in_1x1")}
+    return fields if threat_model is None else {**fields, "threat_model": ThreatModel.parse(threat_model)}
 
 
-def _agreed(
-    spec: BackboneSpec, in_file: dict[str, Any], convention: dict[str, Any], statement: Statement
-) -> tuple[BackboneSpec, str]:
-    """The spec with what the file, the user or the convention says of its input, and who says mean and std."""
-    stated = {
-        name: value for name, value in asdict(statement).items() if value is not None and name in _fields_of(spec)
-    }
+def _agreed(in_file: dict[str, Any], convention: dict[str, Any], statement: Statement) -> tuple[dict[str, Any], str]:
+    """What the file, the user or the convention says, and which of them says mean and std."""
+    stated = {name: value for name, value in vars(statement).items() if value is not None}
+    if "threat_model" in stated:
+        stated["threat_model"] = ThreatModel.parse(stated["threat_model"])
     for name, value in stated.items():
         if name in in_file and not _close(in_file[name], value):
-            raise InputError(f"it says that its {name} is {in_file[name]}, not {value}: leave out that option")
-    if not (in_file or convention):
-        _demand(statement, ("mean", "std"))
+            raise InputError(
+                f"it says that its {name.replace('_', ' ')} is {in_file[name]}, not {value}: leave out that option"
+            )
     who = (
         "the file" if "mean" in in_file else "the command line" if "mean" in stated else "the convention of its source"
     )
-    return replace(spec, **{**convention, **stated, **in_file}), who
+    return {**convention, **stated, **in_file}, who
 
 
 def _demand(statement: Statement, names: Iterable[str]) -> None:
@@ -368,11 +363,3 @@ def _close(a: Any, b: Any) -> bool:
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True))
     return bool(a == b)
-
-
-def _agreed_threat_model(in_file: ThreatModel | None, statement: Statement) -> ThreatModel | None:
-    if in_file is not None and statement.threat_model not in (None, in_file):
-        raise InputError(
-            f"it says that it was trained at {in_file}, not {statement.threat_model}: leave out that option"
-        )
-    return in_file or statement.threat_model

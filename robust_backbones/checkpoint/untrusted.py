@@ -85,8 +85,8 @@ def read_file(path: str | Path) -> Any:
         ) from error
 
 
-def read_dictionary(path: str | Path) -> dict[Any, Any]:
-    """``read_file`` of a file that holds a dictionary, as every checkpoint does.
+def load_tensors(path: str | Path) -> dict[Any, Any]:
+    """The content of a file that holds a dictionary, as every checkpoint does; as ``read_file`` gives it.
 
     Raises:
         InputError: as ``read_file``; or the file holds something else.
@@ -426,18 +426,15 @@ class _Unpickler:
 
     def _found(self, identifier: Any, *_: Any) -> Any:
         """A storage, as torch.save notes it: ("storage", type, key, device, number of elements, view or None)."""
-        if not isinstance(identifier, tuple) or self._storage is None:
-            raise ValueError("it refers to something outside itself")
-        if identifier[0] == "module":  # a class beside its source code
-            return Inert
-        kind, dtype, key, _, numel, *view = identifier
-        if kind != "storage" or not isinstance(key, str) or any(part is not None for part in view):
-            raise ValueError("it refers to something outside itself")
-        if not isinstance(dtype, torch.dtype) or not isinstance(numel, int):
-            raise ValueError("it holds tensors of an unknown type")
-        if key not in self._storages:
-            self._storages[key] = self._storage(dtype, key, numel)
-        return self._storages[key]
+        match identifier:
+            case ("module", *_):  # a class beside its source code
+                return Inert
+            case ("storage", torch.dtype() as dtype, str(key), _, int(numel), *view) if self._storage:
+                if view in ([], [None]):
+                    if key not in self._storages:
+                        self._storages[key] = self._storage(dtype, key, numel)
+                    return self._storages[key]
+        raise ValueError("it refers to something outside itself")
 
 
 def _with_items(target: Any, items: list[Any]) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from robust_backbones.checkpoint.format import TRAINING_FORMAT, load_tensors
+from robust_backbones.checkpoint.format import TRAINING_FORMAT
+from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.files import atomic_path
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import yaml
 
-from robust_backbones.checkpoint.convert import SUFFIXES, BackboneMetadata, convert, write_backbone, write_torchvision
+from robust_backbones.checkpoint.convert import SUFFIXES, BackboneMetadata, convert_file, write_torchvision
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import SOURCES, Statement, read_checkpoint
 from robust_backbones.commands import cli
@@ -48,28 +48,28 @@ def main(arguments: list[str]) -> int:
     say(f"input: {spec.channel_order}, mean {spec.mean}, std {spec.std} (said by {checkpoint.normalization})")
     result: dict[str, Any] = {"output": str(options.dst), "metadata": BackboneMetadata.of(checkpoint).to_dict()}
 
-    # Under another name until it is proven: a failed or interrupted proof leaves no file, and the old one if there was.
-    with atomic_path(options.dst) as unproven:
-        if options.to == "torchvision":
+    if options.to == "torchvision":
+        with atomic_path(options.dst) as unproven:
             write_torchvision(unproven, checkpoint)
             if options.verify:
                 check_equal(checkpoint, unproven)
                 say("every tensor reads back equal")
-        else:
-            tensors, report = convert(checkpoint)
-            say(report)
-            report.check()
-            write_backbone(unproven, tensors, BackboneMetadata.of(checkpoint))
-            result |= {"report": report.to_dict(), "overrides": spec.detectron2_overrides()}
-            if options.verify:
-                errors = verify.prove(checkpoint, unproven, image=options.image)
-                result["errors"] = [asdict(error) for error in errors]
-                say(verify.table(errors))
-                say(f"features are equal (all < {verify.TOLERANCE:.0e})")
-            say("Detectron2 needs " + ", ".join(f"{key} {value}" for key, value in result["overrides"].items()))
-            if options.write_config:
-                write_config(options.write_config, options.base_config, options.dst, result["overrides"])
-                say(f"configuration written to {options.write_config}")
+    else:
+
+        def prove(checkpoint: Checkpoint, unproven: Path) -> None:
+            errors = verify.prove(checkpoint, unproven, image=options.image)
+            result["errors"] = [asdict(error) for error in errors]
+            say(verify.table(errors))
+            say(f"features are equal (all < {verify.TOLERANCE:.0e})")
+
+        report = convert_file(checkpoint, options.dst, prove=prove if options.verify else None)
+        report.check()
+        say(report)
+        result |= {"report": report.to_dict(), "overrides": spec.detectron2_overrides()}
+        say("Detectron2 needs " + ", ".join(f"{key} {value}" for key, value in result["overrides"].items()))
+        if options.write_config:
+            write_config(options.write_config, options.base_config, options.dst, result["overrides"])
+            say(f"configuration written to {options.write_config}")
     if options.json:
         print(json.dumps(result, indent=2))
     say(f"backbone written to {options.dst}")

@@ -9,7 +9,7 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 
 from robust_backbones.checkpoint import zoo
-from robust_backbones.checkpoint.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.checkpoint.convert import convert_file, read_backbone
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.checkpoint.sources import read_published
 from robust_backbones.checkpoint.zoo import PREFIX
@@ -30,12 +30,7 @@ def converted_backbone(name: str) -> Path:
     note = path.with_name(f"{path.name}.sha256")
     if _is_made_of(path, note, sha256(source)):
         return path
-    checkpoint = read_published(name)
-    tensors, report = convert(checkpoint)
-    report.check()
-    with atomic_path(path) as temporary:
-        write_backbone(temporary, tensors, BackboneMetadata.of(checkpoint))
-        prove(checkpoint, temporary)
+    convert_file(read_published(name), path, prove=prove).check()
     with atomic_path(note) as temporary:
         temporary.write_text(sha256(path) + "\n")
     return path

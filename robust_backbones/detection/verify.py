@@ -43,7 +43,7 @@ class StageError:
     """max|difference| / max|source|."""
 
 
-def prove(checkpoint: Checkpoint, converted: Path, *, image: Path | None = None) -> list[StageError]:
+def prove(checkpoint: Checkpoint, converted: str | Path, *, image: str | Path | None = None) -> list[StageError]:
     """``feature_errors``, all below ``TOLERANCE``.
 
     Raises:
@@ -59,7 +59,7 @@ def prove(checkpoint: Checkpoint, converted: Path, *, image: Path | None = None)
 
 @torch.no_grad()
 def feature_errors(
-    checkpoint: Checkpoint, converted: Path, *, image: Path | None = None, size: int = 224
+    checkpoint: Checkpoint, converted: str | Path, *, image: str | Path | None = None, size: int = 224
 ) -> list[StageError]:
     """Compare all stages, on random pixels and on the image file if one is given, in both modes of batch norm.
 
@@ -70,6 +70,7 @@ def feature_errors(
         InputError: the file does not fill the whole backbone or does not fit; the image cannot be read.
     """
     if image is not None:
+        image = Path(image)
         _pixels_of(image)
     _, metadata = read_backbone(converted)
     errors = []

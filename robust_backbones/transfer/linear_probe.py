@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.checkpoint.format import Checkpoint, load_tensors, write_checkpoint
+from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
+from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.engine import evaluate
 from robust_backbones.classification.metrics import accuracy

@@ -287,7 +287,7 @@ def test_a_file_that_says_otherwise_than_the_user_is_refused(tmp_path: Path, ten
     ours = tmp_path / "checkpoint.pt"
     spec = BackboneSpec("resnet18", 7)
     write_checkpoint(ours, spec=spec, state_dict=tensors, threat_model=ThreatModel("L2", 3))
-    with pytest.raises(InputError, match="trained at L2:3, not L2:1"):
+    with pytest.raises(InputError, match="its threat model is L2:3, not L2:1"):
         read_checkpoint(ours, statement=Statement(threat_model=ThreatModel("L2", 1)))
 
 

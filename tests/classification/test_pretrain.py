@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import robust_backbones.classification.train as training_module
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint import zoo
-from robust_backbones.checkpoint.format import load_tensors
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.config import Execution
 from robust_backbones.classification.engine import Learner
 from robust_backbones.classification.objectives import ObjectiveConfig

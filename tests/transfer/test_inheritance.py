@@ -26,8 +26,9 @@ from torch import Tensor
 
 from robust_backbones.analysis.inheritance import correlate, permutation_p
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert
-from robust_backbones.checkpoint.format import Checkpoint, load_tensors, write_checkpoint
+from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.engine import Learner
 from robust_backbones.data.batches import train_batches

@@ -9,8 +9,8 @@ import and file for writing. Exit status: 0 where nothing ran, crashed, hung or 
 """
 
 import argparse
-import collections
 import codecs
+import collections
 import contextlib
 import multiprocessing
 import os
@@ -36,12 +36,12 @@ from tests.checkpoint import hostile
 
 _GROWTH, _SECONDS = 200, 20
 _ACTIONS = ("os.", "subprocess.", "socket.", "exec", "shutil.", "ctypes.", "pty.", "urllib.")
-_SAFE = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter", "OrderedDict"}
+_SAFE = {("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"), ("collections", "OrderedDict")}
 
 
 class _FindClassAlone(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        return super().find_class(module, name) if name in _SAFE else untrusted.Inert
+        return super().find_class(module, name) if (module, name) in _SAFE else untrusted.Inert
 
 
 def _torch_load(path: Path) -> Any:
@@ -158,7 +158,7 @@ def main() -> int:
                     content = receiver.recv()
                     outcome, detail = receiver.recv() if receiver.poll(_SECONDS) else ("hung", "")
                     counts[outcome] += 1
-                    if outcome not in ("read", "refused"):
+                    if outcome not in ("read", "refused") and counts[outcome] < 10:
                         keep(content, f"{options.reader}-{outcome}-{counts[outcome]}", detail)
                     if outcome == "hung":
                         break

@@ -11,7 +11,8 @@ from statistics import fmean
 
 import torch
 
-from robust_backbones.checkpoint.format import Checkpoint, load_tensors, write_checkpoint
+from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
+from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
