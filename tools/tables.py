@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""Fill the tables of README.md and docs/*.md from the records in docs/: all between ``<!-- table: NAME -->`` and
+``<!-- end -->``.
+
+Example:
+    python tools/tables.py
+
+Exit status: 0 done, 2 a page names a table that does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+from robust_backbones.analysis.experiments import experiments, metric_name
+from robust_backbones.analysis.inheritance import summary_table
+from robust_backbones.analysis.paper.transfer_figures import transfer_pages
+from robust_backbones.analysis.record_tables import classifier_table, detector_robustness_table
+from robust_backbones.analysis.records import RecordedRun, find_runs
+from robust_backbones.analysis.results import results
+from robust_backbones.analysis.tables import Table
+from robust_backbones.commands import cli
+from robust_backbones.errors import InputError
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.transfer.inheritance.matrix import read_matrices
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def main(arguments: list[str]) -> int:
+    if arguments:
+        print(__doc__)
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
+        text = filled(page.read_text())
+        if text != page.read_text():
+            with atomic_path(page) as temporary:
+                temporary.write_text(text)
+            print(f"tables written to {page}")
+    return 0
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the records give them."""
+
+    def fill(match: re.Match[str]) -> str:
+        name = match[2]
+        if name not in TABLES:
+            raise InputError(f"no table {name!r}: there are {', '.join(TABLES)}")
+        return f"{match[1]}\n{TABLES[name]().to_markdown()}\n{match[4]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)(.*?)(<!-- end -->)", fill, text, flags=re.DOTALL)
+
+
+def speed() -> Table:
+    """What is done, by how much faster than by other software, and on what; the GPU first."""
+    gpu = json.loads((DOCS / "gpu.json").read_text())
+    rows = [
+        [row["work"], row["ours"], row["peer"], f"{row['ours_rate'] / row['peer_rate']:.1f}x", gpu["machine"]]
+        for row in gpu["rows"]
+    ]
+    quoted = {
+        "attack": ("ℓ2, ours fp32", "PGD-10 on ResNet-50, ℓ2"),
+        "probe-224px-150epochs": ("ours: one pass for all heads, fp32", "Linear probe, 6 heads, 150 epochs"),
+        "coco-ap": ("boxes, ours", "Box AP of 5,000 COCO images"),
+        "loading": ("ours", "JPEG files to training crops"),
+        "mask-rcnn": ("ours, bf16", "Mask R-CNN training step"),
+    }
+    for name, (way, work) in quoted.items():
+        record = json.loads((DOCS / f"benchmarks/{name}.json").read_text())
+        reach = next(one for one in record["reaches"] if one["way"] == way)
+        rows.append([work, way, reach["than"], f"{reach['found'][0]:.1f}x", "one CPU core"])
+    return Table.of(["what", "here", "instead of", "as fast", "on"], rows)
+
+
+def of_experiments(folder: str) -> Table:
+    """A row a headline result and backbone of a study."""
+    rows = []
+    for experiment in experiments(find_runs([DOCS / folder])):
+        for result in results(experiment):
+            if result.metric in experiment.headlines:
+                head = [experiment.title, metric_name(result.metric)]
+                heads = list(result.table.columns)[1:]
+                rows += [[*head, *row[1:]] for row in result.table.cells if not row[0].startswith("paper: ")]
+    return Table.of(["study", "result", *heads], rows)
+
+
+def robustness() -> Table:
+    runs = [run for run in find_runs([DOCS / "detector_robustness"]) if "records" in run.folder.parts]
+    return detector_robustness_table([run.record for run in runs])
+
+
+def inheritance() -> Table:
+    with tempfile.TemporaryDirectory() as folder:
+        for line in (DOCS / "inheritance/records.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            path = Path(folder, record.pop("folder"), "record.json")
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(record))
+        return summary_table(read_matrices([Path(folder) / "records"]))
+
+
+def transfer_best() -> Table:
+    with tempfile.TemporaryDirectory() as folder:
+        pages = transfer_pages(find_runs([DOCS / "transfer_figures"]), Path(folder))
+    return next(table for page in pages for table in page.tables if "best architectures" in table.title)
+
+
+def visualization() -> Table:
+    """Means over images, and paired differences with their intervals."""
+    measures = {"inversion": ("ssim", "pixel_correlation"), "saliency": ("cosine",)}
+    records = {run.record.config["command"]: run.record for run in find_runs([DOCS / "visualization"])}
+    rows = []
+    for command, names in measures.items():
+        metrics = records[command].metrics
+        for who in dict.fromkeys(key.rpartition("/")[0] for key in sorted(metrics)):
+            for name in names:
+                key = f"{who}/{name}"
+                if key in metrics:
+                    low, high = metrics.get(f"{key}_low"), metrics.get(f"{key}_high")
+                    interval = "-" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
+                    rows.append([command, who, name.replace("_", " "), f"{metrics[key]:.3f}", interval])
+    return Table.of(["command", "backbone", "measure", "mean", "95 % interval"], rows)
+
+
+def pretrained(folder: str) -> Table:
+    return classifier_table([run.record for run in _runs(folder, "pretrain")])
+
+
+def _runs(folder: str, task: str) -> list[RecordedRun]:
+    return [run for run in find_runs([DOCS / folder]) if run.record.task == task]
+
+
+def study_detectors() -> Table:
+    """The highest AP50 that a study's detectors reached, and the minutes that each kind of run took."""
+    rows = []
+    for task in ("detection", "segmentation"):
+        runs = _runs("study", task)
+        highest = max(run.record.metrics["bbox/AP50"] or 0 for run in runs)
+        minutes = median(run.record.seconds / 60 for run in runs)
+        rows.append([runs[0].record.dataset, len(runs), f"{highest:.2f}", f"{minutes:.1f}"])
+    return Table.of(["data set", "detectors", "highest box AP50", "minutes each (median)"], rows)
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "speed": speed,
+    "small_study": lambda: of_experiments("small_study"),
+    "study_backbones": lambda: pretrained("study"),
+    "study_detectors": study_detectors,
+    "detector_robustness": robustness,
+    "inheritance": inheritance,
+    "transfer_best": transfer_best,
+    "visualization": visualization,
+}
+
+
+if __name__ == "__main__":
+    cli.run(main)
