@@ -1,12 +1,13 @@
 # make demo    the whole path on synthetic shapes, one table and one picture
 # make test    every test; make check: format, lint, types and the fast tests
 # make bench   every benchmark against other software, and docs/benchmarks.md
+# make docs    the documentation, into site/; make tables fills the pages' tables from records
 # make setup   only create .venv and install everything in it
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench tables docs clean
 
 setup: .venv/.installed
 
@@ -36,5 +37,12 @@ bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py all --data $${ROBUST_BACKBONES_DATA:?names the folder of real images, see README}
 	$(BIN)/python tools/benchmark.py page --add runs/benchmarks
 
+tables: setup
+	$(BIN)/python tools/tables.py
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv demo_output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv site demo_output *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

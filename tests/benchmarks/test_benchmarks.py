@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks.memory import MEGABYTE, held
 from benchmarks.networks import equal_losses, judged
-from benchmarks.page import excerpt, summary, write_page
+from benchmarks.page import summary, write_page
 from benchmarks.peers import NEEDED, PEERS, peers_python
 from benchmarks.turns import Arrays, Way, take_turns
 from benchmarks.work import Check, Reach, Work, ratios, require
@@ -218,7 +218,8 @@ def test_the_same_work_on_two_processors_stands_twice(tmp_path: Path) -> None:
     slower = {**record, "machine": {**record["machine"], "processor": "Q"}, "reaches": [{**reach, "found": [1.0] * 3}]}
     for name, content in (("attack", record), ("attack-q", slower)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    text = excerpt(tmp_path)
+    write_page(tmp_path, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
     assert "| The work attack, on P | ours | theirs | >= 2x | 3.00x | reached |" in text
     assert "| The work attack, on Q | ours | theirs | >= 2x | 1.00x | **not reached** |" in text
 

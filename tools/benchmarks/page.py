@@ -67,27 +67,15 @@ def write_page(records: Path, page: Path, *, bfloat16: Path | None = None) -> No
     if not found:
         raise InputError(f"no records in {records}: run tools/benchmark.py first")
     ordered = [found[name] for name in _in_order(found)]
-    parts = [INTRODUCTION, _machines(ordered), "## What was to be reached\n\n" + _reaches(ordered, found)]
+    parts = [INTRODUCTION, _machines(ordered)]
     for record in ordered:
         heading = f"## {_title(record, ordered)}"
         parts.append("\n\n".join([heading, record["remark"], _body(record, records), _checks(record)]).strip())
     if bfloat16 is not None and bfloat16.is_dir():
         parts.append(_bfloat16(bfloat16))
+    parts.append("## Our own targets\n\n" + _reaches(ordered, found))
     with atomic_path(page) as temporary:
         temporary.write_text("\n\n".join(part.strip() for part in parts) + "\n")
-
-
-def excerpt(records: Path) -> str:
-    """What the README quotes: what was to be reached on CPUs, reached or not; bf16 only where it is the faster one."""
-    found = {path.stem: json.loads(path.read_text()) for path in records.glob("*.json") if "-cuda" not in path.stem}
-    ordered = [found[name] for name in _in_order(found)]
-    rows = [
-        [_title(record, ordered), *row]
-        for record in ordered
-        for row in _reach_rows(record)
-        if "bf16" not in row[0] or (record["machine"]["bf16_over_fp32"] or 0) > 1
-    ]
-    return Table.of(["work", *REACH_HEADS], rows).to_markdown()
 
 
 def _in_order(found: Mapping[str, Record]) -> list[str]:
