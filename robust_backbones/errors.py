@@ -15,6 +15,10 @@ class InputError(Exception):
         super().__init__(message.rsplit("InputError: ", 1)[-1].strip())
 
 
+class MissingPackageError(InputError, ModuleNotFoundError):
+    """An optional package is not installed; ``except ImportError`` and ``pytest.importorskip`` catch it too."""
+
+
 class TrainingFailedError(InputError):
     """A run started well and failed."""
 

@@ -198,7 +198,8 @@ def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequ
     from robust_backbones.analysis.detection_errors import detection_errors
     from robust_backbones.analysis.error_figures import error_figure, error_table
     from robust_backbones.analysis.figures import MOST_CURVES
-    from robust_backbones.detection.robustness import ground_truth, take_images
+    from robust_backbones.detection.evaluators import ground_truth
+    from robust_backbones.detection.robustness import take_images
 
     cells = record.config["cells"]
     if unknown := sorted({*names} - {*cells}):

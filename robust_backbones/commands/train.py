@@ -30,7 +30,7 @@ def main(arguments: list[str], run: Callable[[CfgNode, argparse.Namespace], None
 
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
     from robust_backbones.detection.launch import is_first_process, launch
-    from robust_backbones.detection.trainer import check_expected
+    from robust_backbones.detection.record import check_expected
 
     cfg, finished = setup(options)
     if not finished:
@@ -78,8 +78,8 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     from robust_backbones.detection.config import load_config
     from robust_backbones.detection.datasets import check_datasets, register_datasets
     from robust_backbones.detection.launch import is_first_process, scale_to_processes
+    from robust_backbones.detection.predictor import check_weights
     from robust_backbones.detection.run_folder import check_folder
-    from robust_backbones.detection.trainer import check_weights
 
     cfg = load_config(options.config_file, options.opts)
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone
@@ -96,13 +96,15 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
 
 def train_and_evaluate(cfg: CfgNode, options: argparse.Namespace) -> None:
     """One process of the run: train and evaluate, or evaluate alone."""
-    from robust_backbones.detection import trainer
+    from robust_backbones.detection import Trainer, evaluate
     from robust_backbones.detection.datasets import register_datasets
     from robust_backbones.detection.run_folder import set_up
 
     register_datasets(cfg)  # a spawned process starts without them
     cfg = set_up(cfg, training=not options.eval_only)
     if options.eval_only:
-        trainer.evaluate(cfg)
+        evaluate(cfg, checked=True)
     else:
-        trainer.train(cfg, resume=options.resume)
+        trainer = Trainer(cfg, checked=True)
+        trainer.resume_or_load(resume=options.resume)
+        trainer.train()

@@ -1,17 +1,27 @@
-"""Detection and segmentation on top of Detectron2; the only part of the package that imports it."""
+"""Detection and segmentation on top of Detectron2; the only part of the package that imports it.
 
-import logging
+Importing it makes ``robust://NAME`` a path for all of Detectron2.
+"""
+
 import warnings
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import MissingPackageError
 
-# Detectron2 scripts small functions at import; nothing its users can mend.
-warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
-warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=DeprecationWarning)
-warnings.filterwarnings("ignore", message="torch.meshgrid")
-logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+with warnings.catch_warnings():
+    # Detectron2 scripts small functions at import, which torch no longer likes.
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
+    try:
+        import detectron2.modeling  # noqa: F401
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "detectron2":
+            raise
+        raise MissingPackageError(
+            "Detectron2 is not installed: run `robust-backbones doctor --install-detectron2`"
+        ) from None
+    import robust_backbones.detection.published  # noqa: F401  # makes robust://NAME a path
+    from robust_backbones.detection.config import add_config, load_config
+    from robust_backbones.detection.evaluation import evaluate
+    from robust_backbones.detection.predictor import Predictor
+    from robust_backbones.detection.trainer import Trainer
 
-try:
-    import detectron2  # noqa: F401
-except ImportError:
-    raise InputError("Detectron2 is not installed: run `robust-backbones doctor --install-detectron2`") from None
+__all__ = ["Predictor", "Trainer", "add_config", "evaluate", "load_config"]

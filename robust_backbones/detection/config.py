@@ -22,14 +22,19 @@ from robust_backbones.runs.identity import flat
 from robust_backbones.threat_models import ThreatModel
 
 
-def base_config() -> CfgNode:
-    """Detectron2's defaults and the keys that we add."""
-    cfg = get_cfg()
+def add_config(cfg: CfgNode) -> None:
+    """Add our keys to those of Detectron2's ``get_cfg()``, in place; then its ``merge_from_file`` takes our YAML."""
     for key, value in DETECTOR_KEYS.items():
         node, (*path, name) = cfg, key.split(".")
         for part in path:
             node = node.setdefault(part, CfgNode())
         node[name] = value
+
+
+def base_config() -> CfgNode:
+    """Detectron2's defaults and our keys."""
+    cfg = get_cfg()
+    add_config(cfg)
     return cfg
 
 
@@ -56,7 +61,7 @@ def load_config(config_files: str | Path | Sequence[str | Path], overrides: Sequ
             cfg.merge_from_file(str(file), allow_unsafe=False)
     with _one_sentence(cfg, "the overrides"):
         cfg.merge_from_list([str(item) if isinstance(item, Path) else item for item in overrides])
-    _check_values(cfg)
+    check_config(cfg)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16":
@@ -76,8 +81,16 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
         raise InputError(f"cannot use {source}: {' '.join(str(error).split())}") from None
 
 
-def _check_values(cfg: CfgNode) -> None:
-    """The ranges of the keys that ``base_config`` adds, and norms that the detector would leave out in silence."""
+def check_config(cfg: CfgNode) -> None:
+    """Refuse values out of range of the keys that ``add_config`` adds, and norms that the detector would leave out.
+
+    Raises:
+        InputError: naming the key.
+    """
+    if missing := DETECTOR_KEYS.keys() - flat(cfg).keys():
+        raise InputError(
+            f"the configuration lacks {min(missing)}: call robust_backbones.detection.add_config(cfg) first"
+        )
     if cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
         raise InputError(f"SOLVER.AMP.DTYPE {cfg.SOLVER.AMP.DTYPE!r} is not one of float16, bfloat16")
     if not 0 <= cfg.SOLVER.EMA_DECAY < 1:

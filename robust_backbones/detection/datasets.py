@@ -12,6 +12,7 @@ from xml.etree.ElementTree import ParseError
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
 from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
@@ -39,6 +40,29 @@ def register_datasets(cfg: CfgNode) -> None:
         register_coco_instances(
             name, {"thing_colors": colors}, str(datasets_root() / annotations), str(datasets_root() / images)
         )
+
+
+def categories(dataset: str) -> list[dict[str, Any]]:
+    """COCO's categories of a registered set, in the order of a detector's classes: ``[{"id": 1, "name": "cat"}, ...]``.
+
+    A set without category ids of its own counts from 1; one that is not registered has none.
+    """
+    metadata = MetadataCatalog.get(dataset) if dataset in DatasetCatalog else Metadata()
+    ids = {place: number for number, place in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
+    names = enumerate(metadata.get("thing_classes", []))
+    return [{"id": ids.get(place, place + 1), "name": name} for place, name in names]
+
+
+def evaluator_kind(dataset: str) -> str:
+    """By whose average precision a registered set is evaluated: ``pascal_voc``, or ``coco``, also where it is not said.
+
+    Raises:
+        InputError: by another one.
+    """
+    kind = MetadataCatalog.get(dataset).get("evaluator_type") or "coco"
+    if kind not in ("coco", "pascal_voc"):
+        raise InputError(f"no evaluator for {dataset} of kind {kind}: choose a COCO- or VOC-format data set")
+    return str(kind)
 
 
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
@@ -72,8 +96,12 @@ def _check(name: str, cfg: CfgNode) -> Iterator[str]:
             for item in items
             for a in item["annotations"]
         ]
+        numbers = {a["category_id"] for item in items for a in item["annotations"]}
         if name in cfg.DATASETS.TEST:
+            evaluator_kind(name)
             _check_areas(name)
+            for item in items:
+                item["image_id"]
     except FileNotFoundError as error:
         raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
     except (OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ParseError) as error:
@@ -84,14 +112,22 @@ def _check(name: str, cfg: CfgNode) -> Iterator[str]:
             f"{name} lacks {len(missing)} of its {len(items)} images, {missing[0]} the first: {_layout(name)}, "
             "and every image that the annotations name"
         )
-    if not any(item["annotations"] for item in items):
+    if not numbers:
         raise InputError(f"{name} holds no annotated object: nothing can be learnt from or measured on it")
-    classes = len(MetadataCatalog.get(name).thing_classes)
+    classes = len(categories(name))
     if classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
         raise InputError(
             f"{name} has {classes} classes but MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}: "
-            f"give MODEL.ROI_HEADS.NUM_CLASSES {classes}"
+            + (
+                f"give MODEL.ROI_HEADS.NUM_CLASSES {classes}"
+                if classes
+                else f"name them in MetadataCatalog.get({name!r}).thing_classes"
+            )
         )
+    if wrong := numbers - set(range(classes)):
+        raise InputError(f"{name} has objects of class {min(wrong)}: its {classes} classes are 0 to {classes - 1}")
+    if cfg.MODEL.MASK_ON and not any("segmentation" in a for item in items for a in item["annotations"]):
+        raise InputError(f"{name} has boxes but no masks: give MODEL.MASK_ON False")
     yield from _check_boxes(name, np.array(boxes, np.float64))
 
 
@@ -108,8 +144,11 @@ def _layout(name: str) -> str:
     if "dirname" in metadata.as_dict():  # VOC
         year = os.path.relpath(metadata.dirname, root)
         parts = f"{year}/ImageSets/Main/{metadata.split}.txt, {year}/Annotations/*.xml and {year}/JPEGImages/*.jpg"
+    elif "json_file" in metadata.as_dict():
+        paths = (metadata.json_file, metadata.get("image_root"))
+        parts = " and ".join(os.path.relpath(path, root) for path in paths if path)
     else:
-        parts = " and ".join(os.path.relpath(path, root) for path in (metadata.json_file, metadata.image_root))
+        return "register it in Detectron2's standard format, which its tutorial on custom data sets describes"
     return f"DETECTRON2_DATASETS (now {root}) must name a folder with {parts}"
 
 

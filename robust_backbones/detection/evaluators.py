@@ -6,6 +6,7 @@ import contextlib
 import io
 import itertools
 import json
+import logging
 import math
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,29 +17,34 @@ from typing import Any
 import detectron2.utils.comm as comm
 import faster_coco_eval  # type: ignore[import-untyped]
 import numpy as np
-from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_dict
+from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from robust_backbones.detection.datasets import categories
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
+_logger = logging.getLogger(__name__)
 _REGIONS = {"bbox": "bbox", "segm": "segmentation"}
 _VOC_METRICS = {"11point": "11-point AP (VOC 2007)", "area": "area under the curve"}
 
 Array = NDArray[np.float64]
 
 
-class CocoEvaluator(COCOEvaluator):
+class CocoEvaluator(DatasetEvaluator):
     """Evaluates by ``coco_metrics``, and writes the detections to ``coco_instances_results.json``.
 
     Neither depends on how the images were spread over processes.
 
     Args:
-        dataset_name: A registered set, in COCO's format or convertible to it.
+        dataset_name: A registered set, in COCO's format or Detectron2's own.
         tasks: ``bbox``, ``segm`` or both.
         output_dir: The folder of ``coco_instances_results.json``.
         reference: Compute with pycocotools instead of faster-coco-eval.
@@ -47,9 +53,20 @@ class CocoEvaluator(COCOEvaluator):
     def __init__(
         self, dataset_name: str, tasks: Sequence[str], *, output_dir: str | Path, reference: bool = False
     ) -> None:
-        super().__init__(dataset_name, tuple(tasks), output_dir=str(output_dir), use_fast_impl=False)
         self._dataset_name = dataset_name
+        self._tasks = tasks
+        self._output_dir = Path(output_dir)
         self._reference = reference
+        self._ground_truth = ground_truth(dataset_name)
+        self._class_ids = [category["id"] for category in categories(dataset_name)]
+        self.reset()
+
+    def reset(self) -> None:
+        self._results: list[list[dict[str, Any]]] = []  # one list an image
+
+    def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
+        for image, output in zip(inputs, outputs, strict=True):
+            self._results.append(instances_to_coco_json(output["instances"].to("cpu"), image["image_id"]))
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """``{task: metrics}``; ``{}`` in every process but the first, and for a set without annotations.
@@ -58,34 +75,46 @@ class CocoEvaluator(COCOEvaluator):
             InputError: a detection is of a class that the set does not have, or as ``coco_metrics``.
         """
         comm.synchronize()
-        gathered = comm.gather(self._predictions, dst=0)
+        gathered = comm.gather(self._results, dst=0)
         if not comm.is_main_process():
             return {}
-        predictions = sorted(itertools.chain(*gathered), key=lambda prediction: prediction["image_id"])
-        results = self._dataset_classes(result for prediction in predictions for result in prediction["instances"])
-        with atomic_path(Path(self._output_dir) / "coco_instances_results.json") as temporary:
+        images = [rows for rows in itertools.chain(*gathered) if rows]
+        images.sort(key=lambda rows: rows[0]["image_id"])
+        results = [self._with_class_id(row) for row in itertools.chain(*images)]
+        with atomic_path(self._output_dir / "coco_instances_results.json") as temporary:
             temporary.write_text(json.dumps(results))
         metrics = {}
         package = "pycocotools" if self._reference else "faster-coco-eval"
-        for task in self._tasks if self._do_evaluation else ():
-            numbers = coco_metrics(self._coco_api, results, task, reference=self._reference)
+        for task in self._tasks if "annotations" in self._ground_truth.dataset else ():
+            numbers = coco_metrics(self._ground_truth, results, task, reference=self._reference)
             table = create_small_table({name: number for name, number in numbers.items() if "-" not in name})
-            self._logger.info(f"{task} AP of {self._dataset_name}, computed by {package} {version(package)}:\n{table}")
+            _logger.info(f"{task} AP of {self._dataset_name}, computed by {package} {version(package)}:\n{table}")
             metrics[task] = numbers
         return metrics
 
-    def _dataset_classes(self, results: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The detections with the annotation file's class ids in place of the detector's."""
-        if not hasattr(self._metadata, "thing_dataset_id_to_contiguous_id"):
-            return list(results)
-        classes = {ours: theirs for theirs, ours in self._metadata.thing_dataset_id_to_contiguous_id.items()}
-        try:
-            return [{**result, "category_id": classes[result["category_id"]]} for result in results]
-        except KeyError as error:
+    def _with_class_id(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The detection with the set's class id in place of the detector's number of it."""
+        number, classes = result["category_id"], len(self._class_ids)
+        if number >= classes:
             raise InputError(
-                f"a detection is of class {error} but {self._dataset_name} has the classes 0 to {len(classes) - 1}: "
-                f"give MODEL.ROI_HEADS.NUM_CLASSES {len(classes)}"
-            ) from None
+                f"a detection is of class {number} but {self._dataset_name} has the classes 0 to {classes - 1}: "
+                f"give MODEL.ROI_HEADS.NUM_CLASSES {classes}"
+            )
+        return {**result, "category_id": self._class_ids[number]}
+
+
+def ground_truth(dataset_name: str) -> COCO:
+    """A registered set's annotations, with the ids of ``categories``; VOC's difficult objects are as all others."""
+    metadata = MetadataCatalog.get(dataset_name)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        if "json_file" in metadata.as_dict():
+            return COCO(PathManager.get_local_path(metadata.json_file))
+        dataset = convert_to_coco_dict(dataset_name)
+        if "thing_dataset_id_to_contiguous_id" not in metadata.as_dict():  # then Detectron2 counts from 0
+            for row in dataset.get("annotations", []):
+                row["category_id"] += 1
+            dataset["categories"] = categories(dataset_name)
+        return _indexed(COCO, dataset)
 
 
 def coco_metrics(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper
 from detectron2.data.catalog import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -17,12 +17,20 @@ from torch import nn
 
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
+from robust_backbones.detection.datasets import categories
 from robust_backbones.detection.roi_align import use_float32_boxes
 from robust_backbones.errors import InputError
 
 
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """Detectron2's model, with boxes in float32 where features are not, and MODEL.FAST_ROI_ALIGN."""
+    model: nn.Module = build_model(cfg)
+    use_float32_boxes(model, fast=cfg.MODEL.FAST_ROI_ALIGN)
+    return model
+
+
 @dataclass(frozen=True)
-class Detector:
+class TrainedDetector:
     """A trained detector, and what its file says of it."""
 
     model: nn.Module
@@ -35,49 +43,78 @@ class Detector:
     """The backbone's; None where its source did not say."""
 
 
-def load_detector(cfg: CfgNode, weights: Path) -> Detector:
-    """The detector in a .pth file of tools/train_net.py; nothing that the file may hold is run.
+def load_detector(cfg: CfgNode, weights: str | Path) -> TrainedDetector:
+    """The detector in a .pth file of a training run; nothing that the file may hold is run.
 
     Raises:
         InputError: there is no such file, or it does not hold every tensor of a detector of this configuration.
     """
-    model = build_model(cfg).eval()
-    use_float32_boxes(model, fast=cfg.MODEL.FAST_ROI_ALIGN)
-    checkpointer = BackboneCheckpointer(model, cfg=cfg, whole_detector=True)
+    checkpointer = BackboneCheckpointer(build_detector(cfg).eval(), cfg=cfg, whole_detector=True)
     content = checkpointer.load(str(weights))
-    return Detector(checkpointer.model, categories_of(content, cfg, weights), *checkpointer.provenance())
+    return TrainedDetector(checkpointer.model, categories_of(content, cfg, weights), *checkpointer.provenance())
+
+
+def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
+    """Load the run's weights into a detector that is thrown away: a wrong file stops it before anything is written.
+
+    Takes seconds, and in the first process alone: no worker of a multi-GPU launch has to fail for it.
+
+    Raises:
+        InputError: the weights do not fill the backbone, or do not fit the configuration.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    checkpointer = BackboneCheckpointer(build_model(cfg), cfg.OUTPUT_DIR, cfg=cfg, whole_detector=whole_detector)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume and not whole_detector)
+
+
+def read_run(run: str | Path, *, device: str | None = None) -> tuple[CfgNode, Path]:
+    """The configuration of a training run, with OUTPUT_DIR where it is now and for ``device``, and its weights.
+
+    Args:
+        run: OUTPUT_DIR, for its model_final.pth, or another .pth file in one.
+        device: as MODEL.DEVICE; by default the run's, or the CPU where there is no GPU.
+
+    Raises:
+        InputError: there is no configuration or no weights.
+    """
+    run = Path(run)
+    if not run.exists():
+        raise InputError(f"no run at {run}: give the OUTPUT_DIR of a training run, or a .pth file in it")
+    folder, weights = (run, run / "model_final.pth") if run.is_dir() else (run.parent, run)
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"no config.yaml in {folder}: give the OUTPUT_DIR of a training run, or a .pth file in it")
+    if not weights.is_file():
+        raise InputError(f"no model_final.pth in {folder}: finish its training, or give another .pth file in it")
+    # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
+    overrides = ["OUTPUT_DIR", folder, "SOLVER.AMP.ENABLED", False]
+    overrides += ["MODEL.DEVICE", device] if device else []
+    return load_config(folder / "config.yaml", overrides), weights
 
 
 class Predictor:
     """Calls a detector on one image file at a time, read and resized as its run's evaluation did.
 
     ``categories`` are its classes in COCO's format, ``metadata`` the same for ``visualize.draw_objects``.
+
+    Args:
+        run: The OUTPUT_DIR of a training run, for its model_final.pth, or another .pth file in one.
+        device: ``cpu`` or ``cuda``; by default the run's, or the CPU where there is no GPU.
+
+    Raises:
+        InputError: there is no configuration or no weights, or they do not fit each other.
     """
 
-    def __init__(self, run: Path, *, device: str) -> None:
-        """``run``: the OUTPUT_DIR of tools/train_net.py, for its model_final.pth, or another .pth file in one.
-
-        Raises:
-            InputError: there is no configuration or no weights, or they do not fit each other.
-        """
-        if not run.exists():
-            raise InputError(f"no run at {run}: give the OUTPUT_DIR of tools/train_net.py, or a .pth file in it")
-        folder, weights = (run, run / "model_final.pth") if run.is_dir() else (run.parent, run)
-        if not (folder / "config.yaml").is_file():
-            raise InputError(
-                f"no config.yaml in {folder}: give the OUTPUT_DIR of tools/train_net.py, or a .pth file in it"
-            )
-        if not weights.is_file():
-            raise InputError(f"no model_final.pth in {folder}: finish its training, or give another .pth file in it")
-        # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
-        self.cfg = load_config(folder / "config.yaml", ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", False])
+    def __init__(self, run: str | Path, *, device: str | None = None) -> None:
+        self.cfg, weights = read_run(run, device=device)
         detector = load_detector(self.cfg, weights)
         self.model, self.categories = detector.model, detector.categories
         self.metadata = Metadata(thing_classes=[category["name"] for category in self.categories])
         self._mapper = DatasetMapper(self.cfg, is_train=False)
 
     @torch.no_grad()
-    def __call__(self, image: Path) -> Instances:
+    def __call__(self, image: str | Path) -> Instances:
         """What is in an image file, on the CPU and in pixels of the image as ``visualize.read_rgb`` reads it.
 
         Every detection that scores at least MODEL.ROI_HEADS.SCORE_THRESH_TEST: ``pred_boxes``, ``scores``,
@@ -88,7 +125,7 @@ class Predictor:
         return output["instances"].to("cpu")
 
 
-def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: Path) -> list[dict[str, Any]]:
+def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: str | Path) -> list[dict[str, Any]]:
     """A detector's classes in the order of its outputs, in COCO's format: ``[{"id": 1, "name": "person"}, ...]``.
 
     They are what its file says; if it does not, what Detectron2 knows of the data set that it was evaluated on; else
@@ -96,7 +133,7 @@ def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: Path) -> list[
 
     Args:
         content: of the file, without its weights.
-        path: the file, for what is said about it.
+        path: the file, for error messages.
 
     Raises:
         InputError: the file's categories are no categories, or of another number than the detector's.
@@ -105,19 +142,15 @@ def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: Path) -> list[
     if "categories" in content:
         rows = content["categories"]
         if not (isinstance(rows, list) and all(_is_category(row) for row in rows)):
-            raise InputError(f'{path} holds "categories" that are not COCO\'s: give a file of tools/train_net.py')
+            raise InputError(f'{path} holds "categories" that are not COCO\'s: give a .pth file of a training run')
         if len(rows) != count or len({row["id"] for row in rows}) != count:
             raise InputError(
                 f"{path} names {len(rows)} categories, but its detector tells {count} classes apart: "
                 "give a .pth file of the same run as its config.yaml"
             )
         return [{"id": row["id"], "name": row["name"]} for row in rows]
-    known = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
-    names, contiguous = known.get("thing_classes", []), known.get("thing_dataset_id_to_contiguous_id", {})
-    if len(names) != count:
-        return [{"id": index + 1, "name": f"class {index}"} for index in range(count)]
-    ids = {index: number for number, index in contiguous.items()}
-    return [{"id": ids.get(index, index + 1), "name": name} for index, name in enumerate(names)]
+    known = categories(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else []
+    return known if len(known) == count else [{"id": i + 1, "name": f"class {i}"} for i in range(count)]
 
 
 def _is_category(row: Any) -> bool:

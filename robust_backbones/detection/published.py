@@ -54,4 +54,4 @@ class RobustPathHandler(PathHandler):
         return str(converted_backbone(path.removeprefix(PREFIX)))
 
 
-PathManager.register_handler(RobustPathHandler())
+PathManager.register_handler(RobustPathHandler(), allow_override=True)

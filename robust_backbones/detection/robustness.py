@@ -30,7 +30,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.evaluation import inference_context
-from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.structures import Boxes, Instances
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from torch import nn
@@ -50,10 +50,10 @@ from robust_backbones.data.corruptions import (
 from robust_backbones.detection.attacks import DetectorAttack, attack_image
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.data_stream import WorkerMapper
-from robust_backbones.detection.datasets import check_datasets, register_datasets
-from robust_backbones.detection.evaluators import VocEvaluator, coco_metrics
+from robust_backbones.detection.datasets import check_datasets, evaluator_kind, register_datasets
+from robust_backbones.detection.evaluators import VocEvaluator, coco_metrics, ground_truth
 from robust_backbones.detection.hooks import flat_metrics
-from robust_backbones.detection.predictor import Detector, load_detector
+from robust_backbones.detection.predictor import TrainedDetector, load_detector
 from robust_backbones.detection.sanity import sanity_check, sanity_warnings
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
@@ -319,7 +319,7 @@ class _Job:
             raise InputError(f"{path.parent} was measured with other settings: choose another --output")
         return True
 
-    def run(self, detector: Detector, stop: StopRequest, *, place: int = 1) -> Iterator[None]:
+    def run(self, detector: TrainedDetector, stop: StopRequest, *, place: int = 1) -> Iterator[None]:
         """Evaluate every cell that nobody else does, turn by turn, until all are there."""
         sets = {cell.dataset: self.take_images(cell) for cell in self.cells}
         # A pool of OpenCV's threads would not survive the fork of the data workers, which are its threads here.
@@ -337,7 +337,7 @@ class _Job:
             if not moved:
                 time.sleep(1)
 
-    def _evaluate(self, cell: Cell, dataset: str, detector: Detector, stop: StopRequest, place: int) -> None:
+    def _evaluate(self, cell: Cell, dataset: str, detector: TrainedDetector, stop: StopRequest, place: int) -> None:
         start = time.perf_counter()
         metrics, rows = _measure(self, cell, dataset, detector.model, stop, place)
         self._write(cell, metrics, rows, detector.backbone, detector.threat_model, time.perf_counter() - start)
@@ -545,7 +545,7 @@ def take_images(dataset: str, choice: CellChoice, folder: Path) -> str:
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(content))
         metadata["json_file"] = str(path)
-    else:
+    elif evaluator_kind(dataset) == "pascal_voc":
         path = path.with_suffix(".txt")
         with atomic_path(path) as temporary:
             temporary.write_text("".join(f"{item['image_id']}\n" for item in items))
@@ -594,7 +594,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return next(f"{a!r} instead of {b!r}" for a, b in pairs if a != b)
 
 
-def _check_categories(detector: Detector, dataset: str) -> None:
+def _check_categories(detector: TrainedDetector, dataset: str) -> None:
     names = [category["name"] for category in detector.categories]
     classes = list(MetadataCatalog.get(dataset).thing_classes)
     if names != classes:
@@ -615,32 +615,9 @@ def voc_rows(instances: Instances, image_id: str) -> list[Row]:
     ]
 
 
-def ground_truth(dataset: str) -> COCO:
-    """A registered set's annotations; VOC's in COCO's format, classes from 1, difficult objects like all others."""
-    metadata = MetadataCatalog.get(dataset)
-    with contextlib.redirect_stdout(io.StringIO()):
-        if "json_file" in metadata.as_dict():
-            return COCO(metadata.json_file)
-        truth = COCO()
-        items = DatasetCatalog.get(dataset)
-        truth.dataset = {
-            "images": [{"id": item["image_id"], "height": item["height"], "width": item["width"]} for item in items],
-            "categories": [{"id": i, "name": name} for i, name in enumerate(metadata.thing_classes, 1)],
-            "annotations": [],
-        }
-        for item in items:
-            for annotation in item["annotations"]:
-                box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYWH_ABS)
-                row = {"id": len(truth.dataset["annotations"]) + 1, "image_id": item["image_id"], "iscrowd": 0}
-                row |= {"category_id": annotation["category_id"] + 1, "bbox": box, "area": box[2] * box[3]}
-                truth.dataset["annotations"].append(row)
-        truth.createIndex()
-    return truth
-
-
 def metrics_of(rows: Sequence[Row], dataset: str, *, masks: bool) -> dict[str, float | None]:
     """The metrics of detections as a cell's detections.json holds them, by the set's own evaluator."""
-    if MetadataCatalog.get(dataset).evaluator_type == "coco":
+    if evaluator_kind(dataset) == "coco":
         truth = ground_truth(dataset)
         tasks = ("bbox", "segm") if masks else ("bbox",)
         return flat_metrics({task: coco_metrics(truth, rows, task) for task in tasks})
@@ -701,7 +678,7 @@ def _write_summary(output: Path, identity: dict[str, Any], cfg: CfgNode) -> RunR
     for name, record in cells.items():
         metrics |= {f"{name}/{key}": record.metrics[key] for key in ("clean_loss", "loss") if key in record.metrics}
     warnings = {name: sanity_warnings(record.metrics) for name, record in cells.items()}
-    is_voc = MetadataCatalog.get(clean.dataset).evaluator_type == "pascal_voc"
+    is_voc = evaluator_kind(clean.dataset) == "pascal_voc"
     summary = RunRecord(
         run_id=output.name,
         task=clean.task,

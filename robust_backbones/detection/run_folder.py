@@ -14,7 +14,6 @@ from detectron2.utils.logger import setup_logger
 
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.identity import check_same, read_settings
 
 
@@ -40,7 +39,7 @@ def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
 
 
 def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
-    """Log to OUTPUT_DIR, make it the folder of a training run, and seed the random generators.
+    """Log to OUTPUT_DIR, and seed the random generators.
 
     Every process calls it. The configuration that it returns is frozen, and has the seed that was drawn where none was
     set; each process is seeded with that and its rank, as Detectron2 does.
@@ -59,9 +58,6 @@ def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
     seed_all_rng(cfg.SEED + rank)
     if training:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
-        if comm.is_main_process():
-            with atomic_path(folder / "config.yaml") as temporary:
-                temporary.write_text(cfg.dump())
         batch = cfg.SOLVER.IMS_PER_BATCH
         logger.info(
             f"batch {batch} (processes: {size}, images each: {batch // size}), learning rate {cfg.SOLVER.BASE_LR:g}, "

@@ -1,0 +1,55 @@
+"""Box and mask AP of a trained detector."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import detectron2.utils.comm as comm
+from detectron2.config import CfgNode
+
+from robust_backbones.detection.config import check_config
+from robust_backbones.detection.datasets import check_datasets, register_datasets
+from robust_backbones.detection.hooks import flat_metrics
+from robust_backbones.detection.predictor import load_detector, read_run
+from robust_backbones.detection.record import write_record
+from robust_backbones.detection.trainer import Trainer
+
+
+def evaluate(
+    detector: CfgNode | str | Path, weights: str | Path | None = None, *, checked: bool = False
+) -> dict[str, float | None]:
+    """Evaluate a trained detector on DATASETS.TEST, and write eval_record.json and the detections to OUTPUT_DIR.
+
+    Args:
+        detector: The OUTPUT_DIR of a training run, a .pth file in one, or a configuration.
+        weights: The .pth file; by default the run's model_final.pth, or MODEL.WEIGHTS of a configuration.
+        checked: The caller has checked and registered the data sets.
+
+    Returns:
+        Metrics as ``bbox/AP``, 0 to 100, None where not defined; none in all processes but the first.
+
+    Raises:
+        InputError: the weights are not those of a whole detector of this configuration, or as ``Trainer``.
+    """
+    start = time.perf_counter()
+    if isinstance(detector, str | Path):
+        cfg, found = read_run(detector)
+    else:
+        cfg, found = detector, Path(detector.MODEL.WEIGHTS)
+    if not checked:
+        check_config(cfg)
+        register_datasets(cfg)
+        check_datasets(cfg, eval_only=True)
+    trained = load_detector(cfg, weights or found)
+    metrics = flat_metrics(Trainer.test(cfg, trained.model))
+    if comm.is_main_process():
+        write_record(
+            "eval_record.json",
+            cfg,
+            metrics,
+            backbone=trained.backbone,
+            threat_model=trained.threat_model,
+            seconds=time.perf_counter() - start,
+        )
+    return metrics

@@ -1,0 +1,175 @@
+"""The package as a library: Detectron2's own configuration, trainer and data sets, without any of our commands."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+from robust_backbones.configs import DETECTOR_KEYS
+from robust_backbones.detection import Predictor, Trainer, add_config, evaluate, load_config
+from robust_backbones.errors import InputError
+from robust_backbones.runs.identity import flat
+from robust_backbones.runs.record import RunRecord
+from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+
+Maker = Callable[[str], Path]
+NAME = "shapes_by_hand"
+
+
+@pytest.fixture
+def by_hand(shapes: Path) -> Iterator[list[dict[str, Any]]]:
+    """A set registered as Detectron2's tutorial has it, with ``thing_classes`` alone; its items, to be changed."""
+    source = shapes / "shapes"
+    items = load_coco_json(str(source / "annotations/instances_val.json"), str(source / "val"))
+    for item in items:
+        for annotation in item["annotations"]:
+            annotation["category_id"] -= 1  # COCO counts from 1
+    DatasetCatalog.register(NAME, lambda: deepcopy(items))
+    MetadataCatalog.get(NAME).thing_classes = ["circle", "square", "triangle", "star"]
+    yield items
+    DatasetCatalog.remove(NAME)
+    MetadataCatalog.remove(NAME)
+
+
+@pytest.fixture
+def cfg(converted: Maker, tmp_path: Path) -> CfgNode:
+    """Of two iterations, as a user of Detectron2 makes it."""
+    cfg = get_cfg()
+    add_config(cfg)
+    cfg.merge_from_file(str(SHAPES_CONFIG))
+    cfg.merge_from_list([*RESNET18, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(converted("resnet18"))])
+    cfg.merge_from_list(["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,), "TEST.EXPECTED_RESULTS", []])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "SOLVER.IMS_PER_BATCH", 2, "SEED", 1])
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "TEST.VISUALIZE", 0, "OUTPUT_DIR", str(tmp_path / "run")])
+    return cfg
+
+
+def test_our_keys_leave_detectron2s_as_they_are() -> None:
+    theirs = flat(get_cfg())
+    cfg = get_cfg()
+    add_config(cfg)
+    assert {key: value for key, value in flat(cfg).items() if key in theirs} == theirs
+    assert flat(cfg).keys() - theirs.keys() == DETECTOR_KEYS.keys()
+    cfg.merge_from_file(str(SHAPES_CONFIG))
+    cfg.MODEL.DEVICE = "cpu"
+    assert flat(cfg) == flat(load_config(str(SHAPES_CONFIG), ["MODEL.DEVICE", "cpu"]))
+
+
+def test_a_set_of_the_catalog_is_trained_and_evaluated_on(
+    cfg: CfgNode, by_hand: list[dict[str, Any]], shapes: Path
+) -> None:
+    trainer = Trainer(cfg)
+    with pytest.raises(InputError, match="resume_or_load"):
+        trainer.train()
+    trainer.resume_or_load(resume=False)
+    metrics = trainer.train()
+    assert {"bbox/AP", "segm/AP50", "bbox/AP-star"} <= metrics.keys()
+    record = RunRecord.read(Path(cfg.OUTPUT_DIR) / "record.json")
+    assert (record.dataset, record.metrics, record.seed) == (NAME, metrics, 1)
+    assert evaluate(cfg.OUTPUT_DIR) == metrics
+    cfg.MODEL.WEIGHTS = f"{cfg.OUTPUT_DIR}/model_final.pth"
+    assert evaluate(cfg) == metrics
+
+    predictor = Predictor(cfg.OUTPUT_DIR)
+    assert [category["name"] for category in predictor.categories] == list(MetadataCatalog.get(NAME).thing_classes)
+    assert predictor(by_hand[0]["file_name"]).has("pred_masks")
+
+    cfg.SOLVER.MAX_ITER = 3
+    with pytest.raises(InputError, match="holds another run"):
+        Trainer(cfg)
+
+
+def test_the_same_set_in_coco_format_has_the_same_ap(
+    cfg: CfgNode, by_hand: list[dict[str, Any]], shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ground truth that is converted in memory gives the numbers of the annotation file."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    metrics = trainer.train()
+    cfg.merge_from_list(["MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth", "DATASETS.TEST", ("shapes_val",)])
+    assert evaluate(cfg) == pytest.approx(metrics, abs=1e-3, nan_ok=True)
+
+
+def test_what_cannot_be_trained_or_evaluated_on_is_refused_before(
+    cfg: CfgNode, by_hand: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=message):
+            Trainer(cfg)
+        assert not (tmp_path / "run").exists()
+
+    metadata, first = MetadataCatalog.get(NAME), by_hand[0]
+    metadata.evaluator_type = "lvis"
+    refused("no evaluator for shapes_by_hand of kind lvis")
+    metadata.evaluator_type = "coco"
+    masks = [annotation.pop("segmentation") for item in by_hand for annotation in item["annotations"]]
+    refused("MODEL.MASK_ON False")
+    first["annotations"][0] |= {"segmentation": masks[0], "category_id": 4}
+    refused("objects of class 4")
+    first["annotations"][0]["category_id"] = 3
+    image_id = first.pop("image_id")
+    refused("KeyError: 'image_id'")
+    first["image_id"] = image_id
+    MetadataCatalog.remove(NAME)
+    refused("name them in MetadataCatalog")
+    cfg.DATASETS.TEST = ("nowhere",)
+    MetadataCatalog.get(NAME).thing_classes = ["a", "b", "c", "d"]
+    refused("unknown data set 'nowhere'")
+    cfg.SOLVER.OPTIMIZER = "Adam"
+    refused("SOLVER.OPTIMIZER")
+    plain = get_cfg()
+    plain.OUTPUT_DIR = cfg.OUTPUT_DIR
+    with pytest.raises(InputError, match="add_config"):
+        Trainer(plain)
+
+
+IMPORT = """
+import logging, sys, warnings
+before = list(warnings.filters), logging.getLogger("torch.fx._symbolic_trace").level
+import {module}
+assert before == (warnings.filters, logging.getLogger("torch.fx._symbolic_trace").level)
+"""
+
+
+def test_importing_it_makes_robust_names_paths_and_changes_nothing() -> None:
+    # What torch and Detectron2 filter by themselves is not ours.
+    code = "import detectron2.modeling, torchvision, cv2, faster_coco_eval, matplotlib, tensorboard\n"
+    code += IMPORT.format(module="robust_backbones.detection")
+    code += "from detectron2.utils.file_io import PathManager\n"
+    code += "try:\n    PathManager.get_local_path('robust://nobody')\n"
+    code += "except Exception as error:\n    print(error)\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "no published backbone is called 'nobody'" in result.stdout
+    assert "torch.jit.script" not in result.stderr.replace("detectron2", "")
+
+
+def test_without_detectron2_the_import_fails_as_python_expects_it() -> None:
+    code = """
+import sys
+sys.modules["detectron2"] = None
+try:
+    import robust_backbones.detection
+except ImportError as error:
+    print(error)
+import pytest
+try:
+    pytest.importorskip("robust_backbones.detection")
+except pytest.skip.Exception:
+    print("skipped")
+from robust_backbones.commands import cli
+cli.run(lambda arguments: __import__("robust_backbones.detection"))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    sentence = "Detectron2 is not installed: run `robust-backbones doctor --install-detectron2`"
+    assert result.stdout.splitlines() == [sentence, "skipped"]
+    assert result.stderr.strip() == f"error: {sentence}"
