@@ -14,6 +14,7 @@ from detectron2.utils.logger import setup_logger
 
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.errors import InputError
+from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.identity import check_same, read_settings
 
 
@@ -38,8 +39,15 @@ def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
     return (folder / "record.json").exists()
 
 
+def write_config(cfg: CfgNode) -> None:
+    """Make OUTPUT_DIR the folder of this run; the first process does."""
+    if comm.is_main_process():
+        with atomic_path(Path(cfg.OUTPUT_DIR) / "config.yaml") as temporary:
+            temporary.write_text(cfg.dump())
+
+
 def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
-    """Log to OUTPUT_DIR, and seed the random generators.
+    """Log to OUTPUT_DIR, make it the folder of a training run, and seed the random generators.
 
     Every process calls it. The configuration that it returns is frozen, and has the seed that was drawn where none was
     set; each process is seeded with that and its rank, as Detectron2 does.
@@ -58,6 +66,7 @@ def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
     seed_all_rng(cfg.SEED + rank)
     if training:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+        write_config(cfg)
         batch = cfg.SOLVER.IMS_PER_BATCH
         logger.info(
             f"batch {batch} (processes: {size}, images each: {batch // size}), learning rate {cfg.SOLVER.BASE_LR:g}, "

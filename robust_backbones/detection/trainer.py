@@ -30,11 +30,11 @@ from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, WeightAverage, build_precise_bn
 from robust_backbones.detection.predictor import build_detector
 from robust_backbones.detection.record import write_record
-from robust_backbones.detection.run_folder import check_folder
+from robust_backbones.detection.run_folder import check_folder, write_config
 from robust_backbones.detection.step import build_optimizer, build_step, runs_in_bfloat16
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.runs.distributed import StopRequest, stop_on_signals, synchronize_on_cpu
-from robust_backbones.runs.files import atomic_path, write_jsonl
+from robust_backbones.runs.files import write_jsonl
 
 _logger = logging.getLogger(__name__)
 
@@ -157,9 +157,8 @@ class Trainer(DefaultTrainer):
         if not (self._loaded or cfg.MODEL.BACKBONE.FROM_SCRATCH):
             raise InputError("the backbone is random: call resume_or_load() before train()")
         _logger.info(f"Starting training from iteration {self.start_iter}")
+        write_config(cfg)
         if comm.is_main_process():
-            with atomic_path(Path(cfg.OUTPUT_DIR) / "config.yaml") as temporary:
-                temporary.write_text(cfg.dump())
             self.register_hooks([hooks.PeriodicWriter(self.build_writers())])
         self.iter = self.start_iter
         with EventStorage(self.start_iter) as self.storage, stop_on_signals() as stop:
