@@ -11,15 +11,16 @@ from robust_backbones.commands import cli, train
 
 def main(cfg, args):
     """What every process of the run does; the first has read the arguments and checked data and weights before."""
-    from robust_backbones.detection import trainer
-    from robust_backbones.detection.datasets import register_datasets
+    from robust_backbones.detection import Trainer, evaluate
     from robust_backbones.detection.run_folder import set_up
 
-    register_datasets(cfg)  # the data sets of cfg.DATASETS; register your own in DatasetCatalog before this
+    # Register your own data sets in DatasetCatalog here; those of DATASETS.COCO_FORMAT are the trainer's to register.
     cfg = set_up(cfg, training=not args.eval_only)  # Detectron2's default_setup: logs, seed, OUTPUT_DIR/config.yaml
     if args.eval_only:
-        return trainer.evaluate(cfg)
-    return trainer.train(cfg, resume=args.resume)
+        return evaluate(cfg, checked=True)
+    trainer = Trainer(cfg, checked=True)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
 
 
 def launch(arguments):

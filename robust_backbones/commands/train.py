@@ -97,10 +97,8 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
 def train_and_evaluate(cfg: CfgNode, options: argparse.Namespace) -> None:
     """One process of the run: train and evaluate, or evaluate alone."""
     from robust_backbones.detection import Trainer, evaluate
-    from robust_backbones.detection.datasets import register_datasets
     from robust_backbones.detection.run_folder import set_up
 
-    register_datasets(cfg)  # a spawned process starts without them
     cfg = set_up(cfg, training=not options.eval_only)
     if options.eval_only:
         evaluate(cfg, checked=True)

@@ -24,7 +24,7 @@ def evaluate(
     Args:
         detector: The OUTPUT_DIR of a training run, a .pth file in one, or a configuration.
         weights: The .pth file; by default the run's model_final.pth, or MODEL.WEIGHTS of a configuration.
-        checked: The caller has checked and registered the data sets.
+        checked: The caller has checked the data sets.
 
     Returns:
         Metrics as ``bbox/AP``, 0 to 100, None where not defined; none in all processes but the first.
@@ -37,9 +37,9 @@ def evaluate(
         cfg, found = read_run(detector)
     else:
         cfg, found = detector, Path(detector.MODEL.WEIGHTS)
+    check_config(cfg)
+    register_datasets(cfg)
     if not checked:
-        check_config(cfg)
-        register_datasets(cfg)
         check_datasets(cfg, eval_only=True)
     trained = load_detector(cfg, weights or found)
     metrics = flat_metrics(Trainer.test(cfg, trained.model))

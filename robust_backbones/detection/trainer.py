@@ -47,7 +47,7 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: As ``load_config`` gives it, or Detectron2's ``get_cfg()`` after ``add_config``.
-        checked: The caller has checked and registered the data sets and knows whose folder OUTPUT_DIR is.
+        checked: The caller has checked the data sets and knows whose folder OUTPUT_DIR is.
 
     Raises:
         InputError: a value is out of its range; the data sets are not there, are damaged or do not fit; OUTPUT_DIR
@@ -57,12 +57,12 @@ class Trainer(DefaultTrainer):
     checkpointer: BackboneCheckpointer
 
     def __init__(self, cfg: CfgNode, *, checked: bool = False) -> None:
+        check_config(cfg)
+        register_datasets(cfg)
         if not checked:
-            check_config(cfg)
             thawed = cfg.clone()
             thawed.defrost()
             check_folder(thawed, resume=True)
-            register_datasets(cfg)
             for sentence in check_datasets(cfg) if comm.is_main_process() else ():
                 _logger.warning(sentence)
         TrainerBase.__init__(self)

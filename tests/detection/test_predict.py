@@ -80,7 +80,7 @@ def assert_same(rows: list[dict], found: Instances, ids: list[int]) -> None:
     assert len(rows) == len(found) > 3
     for row, (x0, y0, x1, y1) in zip(rows, found.pred_boxes.tensor.tolist(), strict=True):
         assert row["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-4)
-    assert [row["score"] for row in rows] == pytest.approx(found.scores.tolist())
+    assert [row["score"] for row in rows] == pytest.approx(found.scores.tolist(), rel=1e-4)
     assert [row["category_id"] for row in rows] == [ids[index] for index in found.pred_classes]
     for row, mask in zip(rows, found.pred_masks.numpy(), strict=True):
         assert isinstance(row["segmentation"]["counts"], str)

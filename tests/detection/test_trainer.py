@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.detection.datasets import register_datasets
-from robust_backbones.detection.trainer import Trainer, check_expected, evaluate, train
+from robust_backbones.detection.evaluation import evaluate
+from robust_backbones.detection.record import check_expected
+from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import DivergedError, PreemptedError, TrainingFailedError
 from robust_backbones.runs.record import RunRecord
 
@@ -226,7 +228,7 @@ def test_the_best_and_the_average_are_kept(cfg: CfgNode, monkeypatch: pytest.Mon
 def test_a_record_says_what_was_measured(cfg: CfgNode) -> None:
     cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 1])
     Path(cfg.OUTPUT_DIR).mkdir()
-    train(cfg, resume=False)
+    run(cfg)
     record = RunRecord.read(Path(cfg.OUTPUT_DIR) / "record.json")
     assert (record.task, record.dataset, record.backbone["arch"]) == ("segmentation", "shapes_val", "resnet18")
     assert {"bbox/AP", "segm/AP50", "bbox/AP-circle", "best/segm/AP", "best/iteration"} <= record.metrics.keys()
@@ -259,7 +261,7 @@ def test_a_partial_backbone_marks_the_record(
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL = True
     Path(cfg.OUTPUT_DIR).mkdir()
     with caplog.at_level(logging.WARNING):
-        train(cfg, resume=False)
+        run(cfg)
     assert all(any(name in message for message in caplog.messages) for name in lost)
     record = RunRecord.read(Path(cfg.OUTPUT_DIR) / "record.json")
     unfilled = {f"backbone.bottom_up.{name}" for name in lost}
