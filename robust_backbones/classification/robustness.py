@@ -1,4 +1,4 @@
-"""How robust a classifier is: clean, PGD and AutoAttack accuracy, told image by image and resumable at every batch."""
+"""How robust a classifier is: clean, PGD and AutoAttack accuracy, image by image and resumable at every batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from robust_backbones.attacks import AttackConfig, check_points, frozen_eval, pg
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.classification.compute import Compute
 from robust_backbones.data.batches import val_batches
-from robust_backbones.data.datasets import ClassificationDataset, mix, open_dataset
+from robust_backbones.data.datasets import mix, open_dataset
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
 from robust_backbones.models import NormalizedModel
@@ -93,17 +93,17 @@ class RobustnessConfig:
 def evaluate_robustness(
     config: RobustnessConfig,
     checkpoint: Checkpoint,
-    data: Path,
-    output: Path,
+    data: str | Path,
+    output: str | Path,
     *,
     device: torch.device | str = "cpu",
     workers: int = 2,
 ) -> RunRecord:
-    """Attack the classifier on the images of ``data``, class folders or shards; leave outcomes.jsonl and record.json.
+    """Attack the classifier on the images of ``data``, class folders or shards; writes outcomes.jsonl and record.json.
 
-    A row of outcomes.jsonl tells of one image which stages left it right; null stands for a stage that was skipped,
-    and ``config["skipped"]`` of the record says why. An evaluation that was cut off goes on after its last whole batch
-    and ends with the same outcomes; a finished one is returned as it is.
+    A row of outcomes.jsonl says of one image which stages it survived; null stands for a skipped stage, and
+    ``config["skipped"]`` of the record says why. An evaluation that was cut off resumes after its last whole batch and
+    ends with the same outcomes; a finished one is returned as it is.
 
     Returns:
         A record of task ``robustness`` whose metrics are, 0-100: ``<stage>_accuracy`` of each of STAGES, with the ends
@@ -113,33 +113,42 @@ def evaluate_robustness(
     Raises:
         InputError: data that cannot be used or has other classes; ``output`` holds another evaluation; no pyautoattack.
     """
+    data, output, spec = Path(data), Path(output), checkpoint.spec
     compute = Compute(torch.device(device), config.precision)
     if config.autoattack:
-        _attack_library()  # it says so when it is missing, before anything is written
-    images = _Images.open(data, config)
-    spec = checkpoint.spec
-    if images.num_classes != spec.num_classes:
-        raise InputError(f"{data} holds {images.num_classes} classes, but {checkpoint.source} knows {spec.num_classes}")
+        _attack_library()  # raises if it is missing, before anything is written
+    images = open_dataset(data, val_transform(config.image_size, resize=config.val_resize))
+    images = images.sample(config.limit or len(images), seed=config.seed)
+    if len(images.classes) != spec.num_classes:
+        raise InputError(
+            f"{data} holds {len(images.classes)} classes, but {checkpoint.source} knows {spec.num_classes}"
+        )
     skipped = config.skipped(spec.num_classes)
     if config.autoattack:
         for stage, reason in skipped.items():
             print(f"{stage} is skipped: {reason}")
-    identity = {
+    settings = {
         **config.to_dict(),
         "data": data.name,
-        "images": len(images.order),
+        "images": len(images),
         "checkpoint_sha256": checkpoint.source_sha256,
     }
-    if claim(output, identity):
+    if claim(output, settings):
         return RunRecord.read(output / "record.json")
 
     model = NormalizedModel(checkpoint.build(), spec)
     model.to(device=compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    rows = _resume(output / "outcomes.jsonl", images, config.batch_size)
-    if 0 < len(rows) < len(images.order):
-        print(f"resuming at image {len(rows) + 1} of {len(images.order)}")
-    with tqdm(total=len(images.order), initial=len(rows), desc="attack", unit="img", disable=None, leave=False) as bar:
-        for pixels, labels in images.batches(config.batch_size, start=len(rows), workers=workers):
+    places = [
+        {"index": index, "name": name, "label": label}
+        for index, name, label in zip(images.indices, images.names, images.labels, strict=True)
+    ]
+    path, total = output / "outcomes.jsonl", len(images)
+    rows = _resume(path, places, config.batch_size)
+    if 0 < len(rows) < total:
+        print(f"resuming at image {len(rows) + 1} of {total}")
+    rest = val_batches(images.take(range(len(rows), total)), config.batch_size, workers=workers)
+    with tqdm(total=total, initial=len(rows), desc="attack", unit="img", disable=None, leave=False) as bar:
+        for pixels, labels in rest:
             start = time.perf_counter()
             outcomes = attack_batch(
                 model,
@@ -149,17 +158,18 @@ def evaluate_robustness(
                 compute,
                 seed=mix(config.seed, 0, len(rows) // config.batch_size),
             )
-            plain = {stage: None if right is None else right.tolist() for stage, right in outcomes.items()}
+            columns = {
+                stage: [None] * len(labels) if right is None else right.tolist() for stage, right in outcomes.items()
+            }
             seconds = round((time.perf_counter() - start) / len(labels), 6)
             batch = [
-                {
-                    **images.identify(len(rows) + row),
-                    **{stage: right and right[row] for stage, right in plain.items()},
-                    "seconds": seconds,
-                }
-                for row in range(len(labels))
+                {**place, **{stage: column[row] for stage, column in columns.items()}, "seconds": seconds}
+                for row, place in enumerate(places[len(rows) : len(rows) + len(labels)])
             ]
-            _append(output / "outcomes.jsonl", batch)
+            with open(path, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in batch))
+                file.flush()
+                os.fsync(file.fileno())
             rows += batch
             bar.update(len(labels))
 
@@ -171,11 +181,37 @@ def evaluate_robustness(
         dataset=data.name,
         metrics=summarize(rows),
         seed=config.seed,
-        config={**identity, "skipped": skipped},
+        config={**settings, "skipped": skipped},
         seconds=sum(row["seconds"] for row in rows),
     )
     record.write(output / "record.json")
     return record
+
+
+def _resume(path: Path, places: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
+    """The rows of the whole batches that an earlier run wrote; what follows them, such as a torn line, is cut off.
+
+    Raises:
+        InputError: the rows are of other images than ``places``.
+    """
+    if not path.exists():
+        return []
+    rows: list[dict[str, Any]] = []
+    ends = [0]
+    for place, line in zip(places, path.read_bytes().splitlines(keepends=True), strict=False):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            break
+        if {name: row.get(name) for name in place} != place:
+            raise InputError(f"{path} is about other images than the data folder now holds: choose another --output")
+        rows.append(row)
+        ends.append(ends[-1] + len(line))
+    whole = len(rows) if len(rows) == len(places) else len(rows) // batch_size * batch_size
+    os.truncate(path, ends[whole])
+    return rows[:whole]
 
 
 def attack_batch(
@@ -236,30 +272,24 @@ def attack_batch(
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Rows of outcomes.jsonl -> the metrics of ``evaluate_robustness``."""
     metrics: dict[str, float | None] = {}
-
-    def add(name: str, outcomes: list[bool | None]) -> None:
-        right = [outcome for outcome in outcomes if outcome is not None]
-        metrics[name] = 100 * sum(right) / len(right) if right else None
-        metrics[f"{name}_low"], metrics[f"{name}_high"] = (
-            wilson_interval(sum(right), len(right)) if right else (None, None)
-        )
-
-    for stage in STAGES:
-        add(f"{stage}_accuracy", [row[stage] for row in rows])
-    add("autoattack_accuracy", [row[ENSEMBLE[-1]] for row in rows])
+    for name, stage in (*((stage, stage) for stage in STAGES), ("autoattack", ENSEMBLE[-1])):
+        right = [row[stage] for row in rows if row[stage] is not None]
+        low, high = wilson_interval(sum(right), len(right)) if right else (None, None)
+        metrics[f"{name}_accuracy"] = 100 * sum(right) / len(right) if right else None
+        metrics |= {f"{name}_accuracy_low": low, f"{name}_accuracy_high": high}
     return metrics
 
 
 def wilson_interval(successes: int, count: int) -> tuple[float, float]:
     """The 95 % confidence interval of a proportion, 0-100 (Wilson 1927; Newcombe 1998, method 3)."""
-    return _wilson_low(successes, count), 100 - _wilson_low(count - successes, count)
 
+    def low(successes: int) -> float:
+        z2 = 1.959964**2  # the square of the normal distribution's 97.5 % quantile
+        share = successes / count
+        half = math.sqrt(z2 * share * (1 - share) / count + (z2 / (2 * count)) ** 2)
+        return 100 * (share + z2 / (2 * count) - half) / (1 + z2 / count)
 
-def _wilson_low(successes: int, count: int) -> float:
-    z2 = 1.959964**2  # the square of the normal distribution's 97.5 % quantile
-    share = successes / count
-    half = math.sqrt(z2 * share * (1 - share) / count + (z2 / (2 * count)) ** 2)
-    return 100 * (share + z2 / (2 * count) - half) / (1 + z2 / count)
+    return low(successes), 100 - low(count - successes)
 
 
 def _library_attack(
@@ -303,64 +333,3 @@ def _attack_library() -> tuple[Any, Any]:
         raise InputError(
             "AutoAttack needs its authors' package: pip install pyautoattack, or --no-autoattack"
         ) from None
-
-
-@dataclass(frozen=True)
-class _Images:
-    """The images to evaluate, in the order they are taken: the one place that knows how data sets are opened."""
-
-    dataset: ClassificationDataset
-    order: list[int]
-
-    @classmethod
-    def open(cls, data: Path, config: RobustnessConfig) -> _Images:
-        dataset = open_dataset(data, val_transform(config.image_size, resize=config.val_resize))
-        shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-        return cls(dataset, shuffled[: config.limit].tolist())
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.dataset.classes)
-
-    def identify(self, position: int) -> dict[str, Any]:
-        """Index in the data set, name and label of the image at this place of the order."""
-        index = self.order[position]
-        return {"index": index, "name": self.dataset.names[index], "label": self.dataset.labels[index]}
-
-    def batches(self, batch_size: int, *, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images and labels from the place ``start`` on."""
-        yield from val_batches(self.dataset.take(self.order[start:]), batch_size, workers=workers)
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with open(path, "a") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _resume(path: Path, images: _Images, batch_size: int) -> list[dict[str, Any]]:
-    """The rows of the whole batches that an earlier run left; what follows them, a torn line for one, is cut off.
-
-    Raises:
-        InputError: the rows tell of other images than these.
-    """
-    if not path.exists():
-        return []
-    rows: list[dict[str, Any]] = []
-    ends = [0]
-    for position, line in zip(range(len(images.order)), path.read_bytes().splitlines(keepends=True), strict=False):
-        try:
-            row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            break
-        expected = images.identify(position)
-        if {name: row.get(name) for name in expected} != expected:
-            raise InputError(f"{path} tells of other images than the data folder now holds: choose another --output")
-        rows.append(row)
-        ends.append(ends[-1] + len(line))
-    whole = len(rows) if len(rows) == len(images.order) else len(rows) // batch_size * batch_size
-    os.truncate(path, ends[whole])
-    return rows[:whole]

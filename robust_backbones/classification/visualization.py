@@ -78,7 +78,7 @@ def noise(count: int, size: int, *, seed: int) -> Tensor:
 
 
 def activations(model: NormalizedModel, images: Tensor, layer: str = PENULTIMATE) -> Tensor:
-    """A layer's output, differentiable; nothing behind the layer is computed.
+    """A layer's output, differentiable; nothing after the layer is computed.
 
     Args:
         images: shape (N, 3, H, W), in [0, 1].
@@ -92,22 +92,22 @@ def activations(model: NormalizedModel, images: Tensor, layer: str = PENULTIMATE
         InputError: the network has no such layer.
     """
 
-    def stop_behind(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        raise _Reached(output)
-
     def stop_before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         raise _Reached(inputs[0])
+
+    def stop_after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        raise _Reached(output)
 
     classifier = _classifier(model)
     if layer == LOGITS:
         _check_classifier(model)
+    if layer == LOGITS or (layer == PENULTIMATE and classifier is None):
         return model(images)
     if layer == PENULTIMATE:
-        if classifier is None:
-            return model(images)
+        assert classifier is not None
         handle = classifier.register_forward_pre_hook(stop_before)
     else:
-        handle = _module(model.backbone, layer).register_forward_hook(stop_behind)
+        handle = _module(model.backbone, layer).register_forward_hook(stop_after)
     try:
         model(images)
     except _Reached as reached:
@@ -117,7 +117,7 @@ def activations(model: NormalizedModel, images: Tensor, layer: str = PENULTIMATE
     raise InputError(f"the network has a module {layer}, but no image goes through it: choose another layer")
 
 
-class _Reached(Exception):  # noqa: N818  # no error: the forward pass is where it was to get
+class _Reached(Exception):  # noqa: N818  # no error: ends the forward pass at the layer
     def __init__(self, output: Tensor) -> None:
         super().__init__()
         self.output = output
@@ -219,8 +219,7 @@ def invert(
 
 def _climb(losses: Losses, starts: Tensor, ascent: AscentConfig, progress: Callable[[int], object] | None) -> Strongest:
     pixels = starts[0].numel()
-    # The diameter of [0, 1]^d: a ball that never binds.
-    ball = ascent.ball or ThreatModel("L2", math.sqrt(pixels))
+    ball = ascent.ball or ThreatModel("L2", math.sqrt(pixels))  # the diameter of [0, 1]^d: it never binds
     length = ascent.step_size * (math.sqrt(pixels) if ball.norm == "L2" else 1)
     best = Strongest()
 

@@ -62,7 +62,8 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         self.cache = cache
         self._source = source
         self._short_side = 0
-        self._indices: Sequence[int] = range(len(source.names))
+        self.indices: Sequence[int] = range(len(source.names))
+        """Of the items in the full data set."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -71,7 +72,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         image = self.load(position)
         # torchvision's transforms draw from the global generator only: lend it a seed of our own for one image.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix(self.seed, self.epoch, self._indices[position]))
+            torch.default_generator.manual_seed(mix(self.seed, self.epoch, self.indices[position]))
             return self.transform(image), self.labels[position]
 
     def load(self, position: int) -> Tensor:
@@ -82,7 +83,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         return image
 
     def _read(self, position: int) -> Tensor:
-        index, name = self._indices[position], self.names[position]
+        index, name = self.indices[position], self.names[position]
         try:
             if self.cache is None:
                 return decode(self._source.read(index), name)
@@ -115,7 +116,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         part = copy.copy(self)
         part.names = [self.names[position] for position in positions]
         part.labels = [self.labels[position] for position in positions]
-        part._indices = [self._indices[position] for position in positions]
+        part.indices = [self.indices[position] for position in positions]
         return part
 
     def sample(self, count: int, *, seed: int) -> ClassificationDataset:

@@ -70,7 +70,7 @@ def linear_task(norm: str, classes: int) -> tuple[nn.Module, Tensor, Tensor, flo
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-@pytest.mark.parametrize("classes", [2, 3, 4, 12])
+@pytest.mark.parametrize("classes", [2, 4, 12])
 def test_the_optimum_of_a_linear_model_is_reached(norm: str, classes: int) -> None:
     """12 classes are more than APGD-T aims at; 2 and 3 are too few for its loss."""
     model, images, labels, epsilon, robust = linear_task(norm, classes)
@@ -178,7 +178,7 @@ def test_no_stage_gives_an_image_back(network: nn.Module, norm: str, precision: 
 
 
 def test_more_restarts_break_at_least_the_same_images(network: nn.Module) -> None:
-    images, labels = patterns(128, seed=4)
+    images, labels = patterns(64, seed=4)
     # One small step leaves the outcome to the start.
     config = RobustnessConfig(ThreatModel("Linf", 24 / 255), attack=replace(PGD, steps=1), autoattack=False)
     once = outcomes_of(network, images, labels, config)["pgd"]
@@ -188,7 +188,7 @@ def test_more_restarts_break_at_least_the_same_images(network: nn.Module) -> Non
 
 
 def test_more_steps_break_more_images(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    images, labels = patterns(128, seed=4)
+    images, labels = patterns(64, seed=4)
     for stage in ("apgd-ce", "apgd-t"):
         monkeypatch.setattr(robustness, "ENSEMBLE", (stage,))
         config = RobustnessConfig(ThreatModel("Linf", 8 / 255))
@@ -372,16 +372,14 @@ def test_an_evaluation_leaves_outcomes_and_a_record(finished: tuple[Path, RunRec
     assert 0 < record.metrics["autoattack_accuracy"] < record.metrics["clean_accuracy"]  # else the rest tests nothing
 
 
-@pytest.mark.parametrize("torn", ["nothing", "a line", "part of a batch", "a batch without its end", "bytes"])
-def test_an_evaluation_cut_off_anywhere_ends_the_same(
+def test_an_evaluation_cut_off_between_batches_ends_the_same(
     finished: tuple[Path, RunRecord],
     data: Path,
     checkpoint: Checkpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    torn: str,
 ) -> None:
-    """Killed in the third of four batches, between or within writes: no batch is attacked twice."""
+    """Killed in the third of four batches: no batch is attacked twice."""
     output, seeds = tmp_path / "whole", []
     original = robustness.attack_batch
 
@@ -396,8 +394,16 @@ def test_an_evaluation_cut_off_anywhere_ends_the_same(
         evaluate_robustness(CONFIG, checkpoint, data, output, workers=0)
     assert len(read_rows(output)) == 16
     assert not (output / "record.json").exists()
-
     (output / "resumed").touch()
+    record = evaluate_robustness(CONFIG, checkpoint, data, output, workers=0)
+    assert len(set(seeds)) == len(seeds) == 4
+    assert read_rows(output) == read_rows(finished[0])
+    assert outcome(record) == outcome(finished[1])
+
+
+@pytest.mark.parametrize("torn", ["nothing", "a line", "part of a batch", "a batch without its end", "bytes"])
+def test_rows_of_whole_batches_are_kept(finished: tuple[Path, RunRecord], tmp_path: Path, torn: str) -> None:
+    """Killed within a write: what lies after the last whole batch is cut off."""
     whole = (finished[0] / "outcomes.jsonl").read_text().splitlines(keepends=True)
     left = {
         "nothing": "",
@@ -406,12 +412,11 @@ def test_an_evaluation_cut_off_anywhere_ends_the_same(
         "a batch without its end": "".join(whole[16:24])[:-1],
         "bytes": "\udcff\n",
     }[torn]
-    with open(output / "outcomes.jsonl", "a", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(left)
-    record = evaluate_robustness(CONFIG, checkpoint, data, output, workers=0)
-    assert len(set(seeds)) == len(seeds) == 4
-    assert read_rows(output) == read_rows(finished[0])
-    assert outcome(record) == outcome(finished[1])
+    path, kept = tmp_path / "outcomes.jsonl", "".join(whole[:16])
+    path.write_text(kept + left, encoding="utf-8", errors="surrogateescape")
+    places = [{name: json.loads(line)[name] for name in ("index", "name", "label")} for line in whole]
+    assert robustness._resume(path, places, 8) == [json.loads(line) for line in whole[:16]]
+    assert path.read_text() == kept
 
 
 def test_an_evaluation_cut_off_before_its_record_gets_one(
@@ -451,9 +456,9 @@ def test_another_run_is_never_overwritten(
     for config, name in (
         (replace(CONFIG, threat_model=ThreatModel("Linf", 2 / 255)), "threat_model"),
         (replace(CONFIG, batch_size=4), "batch_size"),
-        (replace(CONFIG, limit=30), "images, limit"),
+        (replace(CONFIG, limit=30), "limit"),
     ):
-        with pytest.raises(InputError, match=rf"another run \(it differs in {name}\)"):
+        with pytest.raises(InputError, match=rf"another run \(.*{name} is"):
             evaluate_robustness(config, checkpoint, data, output, workers=0)
     with pytest.raises(InputError, match="checkpoint_sha256"):
         evaluate_robustness(CONFIG, replace(checkpoint, source_sha256="0"), data, output, workers=0)

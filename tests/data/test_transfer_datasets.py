@@ -697,6 +697,7 @@ def test_a_real_subset_is_a_folder_of_ones_own(real_data: Path) -> None:
     assert (len(train), len(test), train & test) == (560, 240, set())
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_the_whole_of_a_real_data_set_passes_for_it_and_a_part_does_not(real_data: Path, tmp_path: Path) -> None:
     with tarfile.open(real_data / "cifar10.tar.gz") as archive:
