@@ -1,4 +1,6 @@
-"""The exceptions that speak to the user."""
+"""The exceptions that speak to the user, and checks of a config's values that raise them."""
+
+from collections.abc import Sequence
 
 
 class InputError(Exception):
@@ -39,3 +41,23 @@ class PreemptedError(InputError):
     """A run was asked to stop, wrote its state and stopped; the same command goes on (sysexits' EX_TEMPFAIL)."""
 
     exit_status = 75
+
+
+def check_positive(config: object, *names: str) -> None:
+    """Raise ``InputError`` unless these attributes of ``config`` are > 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name} must be > 0, got {getattr(config, name)}")
+
+
+def check_not_negative(config: object, *names: str) -> None:
+    """Raise ``InputError`` unless these attributes of ``config`` are >= 0."""
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise InputError(f"{name} must be >= 0, got {getattr(config, name)}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ``InputError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

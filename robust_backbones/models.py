@@ -5,7 +5,7 @@ torchvision is imported where a network is built: that takes seconds, which what
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -147,6 +147,18 @@ def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
         for block in net.modules():
             if isinstance(block, Bottleneck):
                 block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
+    return net
+
+
+def backbone_with(spec: BackboneSpec, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """The network with copies of these weights, in train mode; no random weights are drawn first.
+
+    Raises:
+        RuntimeError: these are not the tensors of such a network.
+    """
+    with torch.device("meta"):
+        net = build_backbone(spec)
+    net.load_state_dict({name: tensor.clone() for name, tensor in state_dict.items()}, assign=True)
     return net
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.models import BackboneSpec, build_backbone
+from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, build_backbone
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 
@@ -40,9 +40,18 @@ class Checkpoint:
 
     def build(self) -> nn.Module:
         """The network with these weights, in eval mode."""
-        backbone = build_backbone(self.spec)
-        backbone.load_state_dict(self.state_dict)
-        return backbone.eval()
+        return backbone_with(self.spec, self.state_dict).eval()
+
+    def model(self) -> NormalizedModel:
+        """The network with its normalisation, in eval mode: images in [0, 1] -> logits."""
+        return NormalizedModel(self.build(), self.spec).eval()
+
+    def record_fields(self, **more: str) -> dict[str, Any]:
+        """What the ``RunRecord`` of anything made from this backbone has as ``backbone`` and ``threat_model``."""
+        return {
+            "backbone": {**self.spec.to_dict(), "source_sha256": self.source_sha256, **more},
+            "threat_model": None if self.threat_model is None else str(self.threat_model),
+        }
 
     def in_rgb(self) -> Checkpoint:
         """The same function of RGB images, where this one takes BGR: the stem's input channels change places."""
@@ -69,6 +78,11 @@ def write_checkpoint(
         "threat_model": None if threat_model is None else str(threat_model),
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()},
     }
+    save_tensors(path, content)
+
+
+def save_tensors(path: str | Path, content: dict[str, Any]) -> None:
+    """Write what ``load_tensors`` reads: tensors and plain values; the file appears whole or not at all."""
     with atomic_path(Path(path)) as temporary:
         torch.save(content, temporary)
 

@@ -29,6 +29,8 @@ class Compute:
     """torch.compile, for GPUs: default or cuda-graphs; empty is off."""
 
     def __post_init__(self) -> None:
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
         check_precision(self.precision)
         check_precision(self.attack_precision or self.precision)
         if self.compile_mode and self.compile_mode not in COMPILE_MODES:

@@ -25,7 +25,6 @@ import tyro
 from robust_backbones import cpu
 from robust_backbones.analysis import inheritance as analysis
 from robust_backbones.analysis.tables import Table, write_text
-from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.robustness import RobustnessConfig
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions, EvaluationOptions, check_device
@@ -37,8 +36,7 @@ from robust_backbones.transfer.inheritance.detectors import compare_with_detecto
 from robust_backbones.transfer.inheritance.made_sets import check_kind, make_set
 from robust_backbones.transfer.inheritance.matrix import read_matrices
 from robust_backbones.transfer.inheritance.related_sets import KNOWN_SETS
-from robust_backbones.transfer.inheritance.run import ProtocolExecution, run_protocol
-from robust_backbones.transfer.protocol import labels_of
+from robust_backbones.transfer.inheritance.run import DEFAULT_METHODS, ProtocolExecution, run_protocol
 
 
 @dataclass
@@ -63,7 +61,7 @@ class InheritanceOptions:
     """Folder for the results: LABEL/METHOD/SET/seed_S/record.json."""
     config: Annotated[InheritanceConfig, tyro.conf.arg(name="")] = field(default_factory=InheritanceConfig)
     execution: Annotated[ProtocolExecution, tyro.conf.arg(name="")] = field(default_factory=ProtocolExecution)
-    methods: tuple[str, ...] = ("fine_tuning", "linear_probe", "lp_ft", "lwf", "l2_init", "wise_ft", "uniform_soup")
+    methods: tuple[str, ...] = DEFAULT_METHODS
     """fine_tuning linear_probe lp_ft lwf ewc l2_init l2_sp lora visual_prompt wise_ft uniform_soup greedy_soup, and
     wise_ft_0.3 for WiSE-FT at another alpha than 0.5."""
     seeds: tuple[int, ...] = (0,)
@@ -170,19 +168,16 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: InheritanceOptions) -> int:
-    if not options.checkpoints:
-        raise InputError("give one or more backbones")
-    labels = labels_of(options.checkpoints)
     sets = {path.name: path for path in (set_folder(name, options.data_root) for name in options.sets)}
     if len(sets) < len(options.sets):
         raise InputError("two sets have one name: rename a folder")
     with cpu.fast(options.execution.device):
         records = run_protocol(
-            options.config,
-            {label: read_checkpoint(path) for label, path in zip(labels, options.checkpoints, strict=True)},
+            options.checkpoints,
             options.pretraining,
             sets,
             options.output,
+            options.config,
             methods=options.methods,
             seeds=options.seeds,
             execution=options.execution,
@@ -247,10 +242,10 @@ def make_sets(options: MakeSetsOptions) -> int:
 def corruptions(options: CorruptionsOptions) -> int:
     reference = None if options.reference is None else RunRecord.read(options.reference)
     record = evaluate_corruptions(
-        options.config,
-        read_checkpoint(options.checkpoint),
+        options.checkpoint,
         options.data,
         options.output,
+        options.config,
         reference=reference,
         device=options.device,
         workers=options.workers,
@@ -264,11 +259,11 @@ def corruptions(options: CorruptionsOptions) -> int:
 
 def detector(options: DetectorInheritanceOptions) -> int:
     records = compare_with_detector(
-        options.config,
         options.detector,
-        read_checkpoint(options.checkpoint),
+        options.checkpoint,
         options.data,
         options.output,
+        options.config,
         device=options.device,
         workers=options.workers,
     )

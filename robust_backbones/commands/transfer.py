@@ -22,21 +22,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from torchvision.transforms import v2
 
 from robust_backbones import cpu
 from robust_backbones.analysis.record_tables import classification_table
 from robust_backbones.analysis.tables import write_text
-from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.config import Execution
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions, check_device
 from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
-from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
+from robust_backbones.transfer.config import ProbeConfig, TransferConfig
 from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune
-from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe
-from robust_backbones.transfer.protocol import TransferConfig, labels_of
+from robust_backbones.transfer.linear_probe import linear_probe
 
 
 @dataclass
@@ -120,9 +119,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions:
-    options: DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions
-    options = cli.parse(Arguments, arguments, description=__doc__)
-    return options
+    return cli.parse(Arguments, arguments, description=__doc__)
 
 
 def datasets(options: DatasetsOptions) -> int:
@@ -141,24 +138,15 @@ def datasets(options: DatasetsOptions) -> int:
 
 
 def transfer(options: ProbeOptions | FinetuneOptions) -> int:
-    if not options.checkpoints:
-        raise InputError("give one or more backbones after the data set")
-    labels = labels_of(options.checkpoints)
-    data = open_transfer_data(
-        options.dataset,
-        options.data_root,
-        val_transform(options.config.image_size, resize=options.config.val_resize),
-        metric=options.metric,
-    )
-    checkpoints = {label: read_checkpoint(path) for label, path in zip(labels, options.checkpoints, strict=True)}
+    data = open_transfer_data(options.dataset, options.data_root, v2.Identity(), metric=options.metric)
     if isinstance(options, ProbeOptions):
         check_device(options.device)
         with cpu.fast(options.device):
             records = linear_probe(
-                options.config,
-                checkpoints,
+                options.checkpoints,
                 data,
                 options.output,
+                options.config,
                 device=options.device,
                 workers=options.workers,
                 checkpoint_minutes=options.checkpoint_minutes,
@@ -166,7 +154,9 @@ def transfer(options: ProbeOptions | FinetuneOptions) -> int:
             )
     else:
         with cpu.fast(options.execution.device):
-            records = full_finetune(options.grid, options.config, checkpoints, data, options.output, options.execution)
+            records = full_finetune(
+                options.checkpoints, data, options.output, options.grid, options.config, options.execution
+            )
     print(f"\n{classification_table(records).to_markdown()}\n\nrecords and networks written to {options.output}")
     return 0
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.runs.distributed import Processes, join_processes, local_device
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
+from robust_backbones.transfer.config import Setting, TransferConfig
 from robust_backbones.transfer.networks import (
     DEPTH,
     layer_wise_rates,
@@ -25,11 +26,12 @@ from robust_backbones.transfer.networks import (
     with_classifier,
 )
 from robust_backbones.transfer.protocol import (
+    Backbones,
     Selection,
-    Setting,
-    TransferConfig,
     TransferImages,
     identity,
+    open_data,
+    read_backbones,
     select,
     trial_record,
     without_unreadable,
@@ -55,7 +57,7 @@ class FinetuneConfig(TrainingConfig):
     eval_period: int = 150
     """Epochs between evaluations; the last epoch is always evaluated."""
     freeze: int = 0
-    """Groups that stay what they are, batch norms too: 1 the stem, 2 to 5 the stages behind it (as FREEZE_AT)."""
+    """Groups that stay what they are, batch norms too: 1 the stem, 2 to 5 the stages after it (as FREEZE_AT)."""
     layer_decay: float = 1.0
     """Each group's learning rate as a share of the next one's towards the output; the classifier's is ``lr``."""
 
@@ -68,64 +70,49 @@ class FinetuneConfig(TrainingConfig):
 
 
 def full_finetune(
-    grid: TransferConfig,
-    config: FinetuneConfig,
-    checkpoints: Mapping[str, Checkpoint],
-    data: TransferData,
-    output: Path,
+    backbones: Backbones,
+    data: TransferData | str | Path,
+    output: str | Path,
+    grid: TransferConfig = TransferConfig(),
+    config: FinetuneConfig = FinetuneConfig(),
     execution: Execution = Execution(),
 ) -> list[RunRecord]:
-    """Choose a setting for every backbone, fine-tune it once a seed, and leave ``output/LABEL/seed_S/record.json``.
+    """Choose a setting for every backbone and fine-tune it once a seed; the defaults are the recipe of the paper.
 
-    The record (task ``transfer``) has the metrics ``clean_accuracy`` and ``robust_accuracy``, 0-100, by the data set's
-    metric. Every run of the grid lies in a folder of its own, ``output/LABEL/runs/``, as ``train.train`` leaves it:
-    finished runs are kept, one that was cut off resumes. Held-out images select by one run a setting, of the first
-    seed; where test images select, every setting is run with every seed. Under torchrun each process calls this.
+    ``output/LABEL/seed_S/record.json`` (task ``transfer``) has the metrics ``clean_accuracy`` and ``robust_accuracy``,
+    0-100, by the data set's metric. Every run of the grid has a folder of its own, ``output/LABEL/runs/``, with the
+    files of ``train.train``: finished runs are kept, an interrupted one resumes. Held-out images select by one run a
+    setting, of the first seed; where test images select, every setting is run with every seed. Under torchrun each
+    process calls this.
+
+    Args:
+        backbones: checkpoints or their files, by label (the folder's name) or in a list.
+        data: an opened data set, or a folder with train/ and test/.
 
     Raises:
         InputError: data or config that cannot be used; ``output`` holds another experiment.
         TrainingFailedError: every setting diverged, or the chosen one with another seed.
         PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
     """
-    if execution.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    checkpoints, opened, output = read_backbones(backbones), open_data(data), Path(output)
+    config.compute(torch.device(execution.device))
 
-    def images() -> TransferImages:
-        return TransferImages(grid, data, settings=len(grid.settings), batch_size=config.batch_size)
-
-    images()  # refuses what it cannot use, before anything is written
+    usable = partial(TransferImages, grid, settings=len(grid.settings), batch_size=config.batch_size)
+    usable(opened)  # refuses what it cannot use, before anything is written
     with join_processes(local_device(execution.device)) as processes:
         plain = {**config.to_dict(), **grid.to_dict(), "mode": MODE}
         defaults = {**type(config)().to_dict(), **type(grid)().to_dict()}
-        processes.agree(claim(output, identity(plain, checkpoints, data), defaults) if processes.is_main else None)
+        processes.agree(claim(output, identity(plain, checkpoints, opened), defaults) if processes.is_main else None)
         if execution.skip_unreadable:
             if processes.is_main:  # looks, and writes the list that the others then read
-                without_unreadable(data, output, workers=execution.workers)
+                without_unreadable(opened, output, workers=execution.workers)
             processes.agree(None)
-            data = without_unreadable(data, output, workers=execution.workers)
+            opened = without_unreadable(opened, output, workers=execution.workers)
             execution = replace(execution, skip_unreadable=False)
         records = []
         for label, checkpoint in checkpoints.items():
-            backbone = _Backbone(grid, config, checkpoint, images(), output / label, execution, processes)
-            selection, setting = backbone.select()
-            if processes.is_main:
-                print(f"{label}: {selection.selected}, selected on {selection.on}", flush=True)
-            for seed in grid.seeds:
-                run = backbone.run(setting, seed, selecting=False)
-                record = trial_record(
-                    output / label / f"seed_{seed}",
-                    mode=MODE,
-                    checkpoint=checkpoint,
-                    data=backbone.images,
-                    metrics=run.metrics,
-                    selection=selection,
-                    seed=seed,
-                    config={**run.config, **grid.to_dict(), "run": run.run_id},
-                    seconds=run.seconds,
-                    run=run,
-                    write=processes.is_main,
-                )
-                records.append(record)
+            backbone = _Backbone(grid, config, checkpoint, usable(opened), output / label, execution, processes)
+            records += backbone.trials()
         return records
 
 
@@ -141,29 +128,51 @@ class _Backbone:
     execution: Execution
     processes: Processes
 
-    def select(self) -> tuple[Selection, Setting]:
-        settings = {str(setting): setting for setting in self.grid.settings}
+    def trials(self) -> list[RunRecord]:
+        """Choose a setting, run it with every seed, and write the records."""
+        selection, records = self._select(), []
+        if self.processes.is_main:
+            print(f"{self.folder.name}: {selection.selected}, selected on {selection.on}", flush=True)
+        setting = next(setting for setting in self.grid.settings if str(setting) == selection.selected)
+        for seed in self.grid.seeds:
+            run = self._run(setting, seed, selecting=False)
+            record = trial_record(
+                self.folder / f"seed_{seed}",
+                mode=MODE,
+                checkpoint=self.checkpoint,
+                data=self.images,
+                metrics=run.metrics,
+                selection=selection,
+                seed=seed,
+                config={**run.config, **self.grid.to_dict(), "run": run.run_id},
+                seconds=run.seconds,
+            )
+            record = replace(record, git_commit=run.git_commit, versions=run.versions)
+            if self.processes.is_main:
+                record.write(self.folder / f"seed_{seed}" / "record.json")
+            records.append(record)
+        return records
+
+    def _select(self) -> Selection:
+        settings, on = self.grid.settings, self.grid.select_on
         if len(settings) == 1:
-            (name,) = settings
-            return Selection(name, "nothing", {}), settings[name]
-        on = self.grid.select_on
+            return Selection(str(settings[0]), "nothing", {})
         seeds = self.grid.seeds if on == "test" else self.grid.seeds[:1]
         scores = {
-            name: [self._score(setting, seed, selecting=on == "held_out") for seed in seeds]
-            for name, setting in settings.items()
+            str(setting): [self._score(setting, seed, selecting=on == "held_out") for seed in seeds]
+            for setting in settings
         }
-        chosen = select(scores)
-        return Selection(chosen, on, scores), settings[chosen]
+        return Selection(select(scores), on, scores)
 
     def _score(self, setting: Setting, seed: int, *, selecting: bool) -> float | None:
         try:
-            return self.run(setting, seed, selecting=selecting).metrics["clean_accuracy"]
+            return self._run(setting, seed, selecting=selecting).metrics["clean_accuracy"]
         except DivergedError as error:
             if self.processes.is_main:
                 print(f"{setting} is out: {str(error).split(';')[0]}", flush=True)  # what follows is for a single run
             return None
 
-    def run(self, setting: Setting, seed: int, *, selecting: bool) -> RunRecord:
+    def _run(self, setting: Setting, seed: int, *, selecting: bool) -> RunRecord:
         """One training: on all images and tested, or without those that select and evaluated on these."""
         grid, images, checkpoint = self.grid, self.images, self.checkpoint
         config = replace(self.config, lr=setting.lr, weight_decay=setting.weight_decay, seed=seed)
@@ -187,8 +196,7 @@ class _Backbone:
                 model, spec, lr=config.learning_rate, decay=config.layer_decay
             ),
             identity={"checkpoint": checkpoint.source_sha256, "data": images.name, "images": len(training)},
-            backbone={**checkpoint.spec.to_dict(), "source_sha256": checkpoint.source_sha256},
-            threat_model=None if checkpoint.threat_model is None else str(checkpoint.threat_model),
+            **checkpoint.record_fields(),
             metric=images.metric,
             keep_best=False,
         )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from robust_backbones.transfer.protocol import Penalty, Setting
+from robust_backbones.transfer.config import Penalty, Setting
 
 
 class Heads:
@@ -19,10 +19,10 @@ class Heads:
     Shapes here and below: S seeds, G settings, C outputs, D features, N images, B images a batch.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, seeds: Sequence[int], settings: Sequence[object]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, settings: Sequence[object]) -> None:
         self.weight = weight  # (S, G, C, D)
         self.bias = bias  # (S, G, C)
-        self.seeds, self.settings = list(seeds), list(settings)
+        self.settings = list(settings)
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ class Heads:
         """Which heads have not diverged, (S, G)."""
         return self.weight.isfinite().flatten(2).all(-1) & self.bias.isfinite().all(-1)
 
-    def classifier(self, seed: int, setting: object) -> nn.Linear:
-        """One head as a layer."""
-        place = self.seeds.index(seed), self.settings.index(setting)
-        return _layer(self.weight[place], self.bias[place])
+    def classifier(self, trial: int, setting: object) -> nn.Linear:
+        """The head of the ``trial``-th seed as a layer."""
+        place = trial, self.settings.index(setting)
+        return linear_layer(self.weight[place], self.bias[place])
 
 
 class HeadBank(Heads):
@@ -57,7 +57,6 @@ class HeadBank(Heads):
     def __init__(
         self,
         classifiers: Sequence[nn.Linear],
-        seeds: Sequence[int],
         settings: Sequence[Setting],
         *,
         momentum: float,
@@ -67,7 +66,7 @@ class HeadBank(Heads):
             return torch.stack(tensors).detach().to(device)[:, None].repeat_interleave(len(settings), dim=1)
 
         weight = a_setting_each([layer.weight for layer in classifiers])
-        super().__init__(weight, a_setting_each([layer.bias for layer in classifiers]), seeds, settings)
+        super().__init__(weight, a_setting_each([layer.bias for layer in classifiers]), settings)
         self.momentum = momentum
         self._velocity = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
         self._lr, self._decay = (
@@ -126,7 +125,7 @@ class HeadBank(Heads):
 
 
 def logistic_regressions(features: Tensor, labels: Tensor, *, outputs: int, penalties: Sequence[Penalty]) -> Heads:
-    """The optimum of every penalty as the heads of one seed, 0: where the search starts makes no difference.
+    """The optimum of every penalty as the heads of one seed: where the search starts makes no difference.
 
     Arguments are those of ``logistic_regression``.
     """
@@ -135,13 +134,14 @@ def logistic_regressions(features: Tensor, labels: Tensor, *, outputs: int, pena
     # From the strongest on, as each optimum is near the one before it.
     strongest_first = sorted(penalties, key=lambda penalty: -penalty.value)
     for penalty in tqdm(strongest_first, desc="L-BFGS", unit="penalty", disable=None, leave=False):
-        layer = logistic_regression(features, labels, outputs=outputs, penalty=penalty.value, start=layer)
-        fitted[penalty] = layer
-    layers = [fitted[penalty] for penalty in penalties]
+        layer = fitted[penalty] = logistic_regression(
+            features, labels, outputs=outputs, penalty=penalty.value, start=layer
+        )
     weight, bias = (
-        torch.stack([getattr(layer, name).detach() for layer in layers])[None] for name in ("weight", "bias")
+        torch.stack([getattr(fitted[penalty], name).detach() for penalty in penalties])[None].to(features.device)
+        for name in ("weight", "bias")
     )
-    return Heads(weight.to(features.device), bias.to(features.device), [0], penalties)
+    return Heads(weight, bias, penalties)
 
 
 def logistic_regression(
@@ -184,10 +184,11 @@ def logistic_regression(
     optimizer.step(closure)
     with torch.no_grad():
         weight = weight / scale
-        return _layer(weight.float(), (bias - weight @ mean).float())
+        return linear_layer(weight.float(), (bias - weight @ mean).float())
 
 
-def _layer(weight: Tensor, bias: Tensor) -> nn.Linear:
+def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer of these weights, on the CPU."""
     layer = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
     layer.load_state_dict({"weight": weight.cpu(), "bias": bias.cpu()})
     return layer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from torchvision.models.resnet import ResNet
 
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone, reference_shapes
+from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, build_backbone, reference_shapes
 
 # Modules from the input on, in groups that end where the resolution halves: stem, then four stages, as a ResNet has
 # them (Detectron2's FREEZE_AT counts the same way). What comes between the last group and the classifier belongs to it.
@@ -57,7 +59,13 @@ def feature_extractor(checkpoint: Checkpoint, *, normalize: bool = True) -> Norm
 
 def new_classifier(spec: BackboneSpec, num_outputs: int, *, seed: int) -> nn.Linear:
     """A fresh classifier for the features of such a network, as ``build_backbone`` draws it from ``seed``."""
-    classifier = build_backbone(replace(spec, num_classes=num_outputs), seed=seed).get_submodule(_classifier(spec))
+    return copy.deepcopy(_drawn_classifier(replace(spec, num_classes=num_outputs), seed))
+
+
+@lru_cache(maxsize=8)
+def _drawn_classifier(spec: BackboneSpec, seed: int) -> nn.Linear:
+    """The whole network is drawn for it: trials and grids ask for the same few."""
+    classifier = build_backbone(spec, seed=seed).get_submodule(_classifier(spec))
     assert isinstance(classifier, nn.Linear)
     return classifier
 
@@ -71,11 +79,10 @@ def with_classifier(
         InputError: there are not so many groups.
     """
     spec = transferred_spec(checkpoint, classifier.out_features, normalize=normalize)
-    backbone = build_backbone(spec)
-    backbone.load_state_dict({**checkpoint.in_rgb().state_dict, **classifier_weights(spec, classifier)})
+    weights = {**checkpoint.in_rgb().state_dict, **classifier_weights(spec, classifier)}
     if not 0 <= freeze <= DEPTH:
         raise InputError(f"freeze is a number of groups from the input on, 0 to {DEPTH}, got {freeze}")
-    return FineTunedModel(backbone, spec, freeze)
+    return FineTunedModel(backbone_with(spec, weights), spec, freeze)
 
 
 def classifier_weights(spec: BackboneSpec, classifier: nn.Linear) -> dict[str, Tensor]:

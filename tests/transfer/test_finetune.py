@@ -32,8 +32,8 @@ from robust_backbones.errors import DivergedError, InputError, TrainingFailedErr
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.config import TransferConfig
 from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune
-from robust_backbones.transfer.protocol import TransferConfig
 from tests.conftest import ROOT
 
 CONFIG = FinetuneConfig(
@@ -95,7 +95,7 @@ def grid_run(
     checkpoint: Checkpoint, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[RunRecord]]:
     output = tmp_path_factory.mktemp("finetune") / "whole"
-    return output, full_finetune(GRID, CONFIG, {"robust": checkpoint}, opened(folder), output, HERE)
+    return output, full_finetune({"robust": checkpoint}, opened(folder), output, GRID, CONFIG, HERE)
 
 
 def essence(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
@@ -153,7 +153,7 @@ def test_two_epochs_are_those_of_plain_pytorch(
 ) -> None:
     config = replace(CONFIG, lr_step=1, freeze=freeze, layer_decay=decay)
     grid = replace(ONE, seeds=(seed,))
-    (record,) = full_finetune(grid, config, {"robust": checkpoint}, opened(folder), tmp_path / "run", HERE)
+    (record,) = full_finetune({"robust": checkpoint}, opened(folder), tmp_path / "run", grid, config, HERE)
     net, accuracy = plainly(checkpoint, folder, freeze=freeze, decay=decay, seed=seed)
     ours = weights(tmp_path / "run/robust/runs" / record.config["run"])
     for name, tensor in net.state_dict().items():
@@ -172,7 +172,7 @@ def test_adversarial_fine_tuning_learns_something_else_and_is_measured(
     kinds = {"standard": config, "adversarial": replace(config, threat_model=ThreatModel("L2", 0.25))}
     learnt = {}
     for kind, config in kinds.items():
-        (record,) = full_finetune(ONE, config, {"robust": checkpoint}, data, tmp_path / kind, HERE)
+        (record,) = full_finetune({"robust": checkpoint}, data, tmp_path / kind, ONE, config, HERE)
         written = read_checkpoint(tmp_path / kind / "robust/runs" / record.config["run"] / "checkpoint.pt")
         net, learnt[kind] = written.build(), written.state_dict
         right, still_right = 0, 0
@@ -200,7 +200,7 @@ def test_with_every_group_frozen_only_the_classifier_changes(
     checkpoint: Checkpoint, folder: Path, tmp_path: Path
 ) -> None:
     config = replace(SHORT, freeze=5, threat_model=ThreatModel("L2", 0.25))  # the attack leaves no trace either
-    (record,) = full_finetune(ONE, config, {"robust": checkpoint}, opened(folder), tmp_path / "run", HERE)
+    (record,) = full_finetune({"robust": checkpoint}, opened(folder), tmp_path / "run", ONE, config, HERE)
     ours = weights(tmp_path / "run/robust/runs" / record.config["run"])
     changed = {name for name, tensor in ours.items() if not torch.equal(tensor, checkpoint.state_dict[name])}
     assert changed == {"fc.weight", "fc.bias"}
@@ -222,7 +222,7 @@ def test_the_classifier_may_have_more_outputs_and_the_classes_fewer_images(
     for name, change in {"zero": {}, "seed": {"seeds": (1,)}, "data_seed": {"data_seed": 1}}.items():
         grid = replace(ONE, images_per_class=3, num_outputs=57, **change)
         read.clear()
-        (record,) = full_finetune(grid, config, {"robust": checkpoint}, data, tmp_path / name, HERE)
+        (record,) = full_finetune({"robust": checkpoint}, data, tmp_path / name, grid, config, HERE)
         trained_on = {image for part, image in read if part == "train"}
         assert len(read) == 12 + 16
         by_class = [image.split("/")[0] for image in trained_on]
@@ -246,7 +246,7 @@ def test_the_metric_counts_classes_or_images(checkpoint: Checkpoint, folder: Pat
     measured = {}
     for metric in ("top1", "mean_per_class"):
         output = tmp_path / metric
-        (record,) = full_finetune(ONE, SHORT, {"robust": checkpoint}, opened(unbalanced, metric), output, HERE)
+        (record,) = full_finetune({"robust": checkpoint}, opened(unbalanced, metric), output, ONE, SHORT, HERE)
         assert record.config["metric"] == metric
         measured[metric] = record.metrics["clean_accuracy"]
     net = read_checkpoint(output / "robust/runs" / record.config["run"] / "checkpoint.pt").build()
@@ -321,7 +321,7 @@ def test_finished_runs_are_not_run_again(
     grid_run: tuple[Path, list[RunRecord]], checkpoint: Checkpoint, folder: Path, steps: list[str]
 ) -> None:
     output, records = grid_run
-    again = full_finetune(GRID, CONFIG, {"robust": checkpoint}, opened(folder), output, HERE)
+    again = full_finetune({"robust": checkpoint}, opened(folder), output, GRID, CONFIG, HERE)
     assert essence(again) == essence(records)
     assert [record.seconds for record in again] == [record.seconds for record in records]
     assert not steps
@@ -348,7 +348,7 @@ def test_a_grid_cut_off_in_the_second_run_ends_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(Learner, "step", step)
         with pytest.raises(KeyboardInterrupt):
-            full_finetune(grid, CONFIG, {"robust": checkpoint}, opened(folder), output, HERE)
+            full_finetune({"robust": checkpoint}, opened(folder), output, grid, CONFIG, HERE)
     finished = list(output.rglob("record.json"))
     assert [path.parent.name for path in finished] == ["lr0.01_wd0.0005_held_out_seed0"]
     stamp = finished[0].stat().st_mtime_ns
@@ -360,7 +360,7 @@ def test_a_grid_cut_off_in_the_second_run_ends_the_same(
         original(self, batch)
 
     monkeypatch.setattr(Learner, "step", note)
-    (record,) = full_finetune(grid, CONFIG, {"robust": checkpoint}, opened(folder), output, HERE)
+    (record,) = full_finetune({"robust": checkpoint}, opened(folder), output, grid, CONFIG, HERE)
     assert rest == [*range(3, STEPS_SELECTING), *range(STEPS)]
     assert finished[0].stat().st_mtime_ns == stamp
     (unbroken,) = essence(grid_run[1][:1])
@@ -372,7 +372,7 @@ def test_a_grid_cut_off_in_the_second_run_ends_the_same(
 
 def test_a_setting_that_diverges_is_out(checkpoint: Checkpoint, folder: Path, tmp_path: Path) -> None:
     grid = replace(ONE, lrs=(1e6, 0.001))
-    (record,) = full_finetune(grid, SHORT, {"robust": checkpoint}, opened(folder), tmp_path / "run", HERE)
+    (record,) = full_finetune({"robust": checkpoint}, opened(folder), tmp_path / "run", grid, SHORT, HERE)
     selection = record.config["selection"]
     assert selection["selected"] == "lr0.001_wd0.0005"
     assert selection["scores"]["lr1e+06_wd0.0005"] == [None]
@@ -383,11 +383,11 @@ def test_a_setting_that_diverges_is_out(checkpoint: Checkpoint, folder: Path, tm
 def test_with_every_setting_out_nothing_is_chosen(checkpoint: Checkpoint, folder: Path, tmp_path: Path) -> None:
     grid = replace(ONE, lrs=(1e6, 1e7))
     with pytest.raises(TrainingFailedError, match="every setting of the grid diverged") as error:
-        full_finetune(grid, SHORT, {"robust": checkpoint}, opened(folder), tmp_path / "run", HERE)
+        full_finetune({"robust": checkpoint}, opened(folder), tmp_path / "run", grid, SHORT, HERE)
     assert error.value.exit_status == 1
     assert "\n" not in str(error.value)
     with pytest.raises(DivergedError) as alone:
-        full_finetune(replace(ONE, lrs=(1e6,)), SHORT, {"robust": checkpoint}, opened(folder), tmp_path / "one", HERE)
+        full_finetune({"robust": checkpoint}, opened(folder), tmp_path / "one", replace(ONE, lrs=(1e6,)), SHORT, HERE)
     assert alone.value.exit_status == 1
 
 
@@ -395,7 +395,7 @@ def test_where_test_images_select_every_setting_has_every_trial(
     checkpoint: Checkpoint, folder: Path, tmp_path: Path, steps: list[str]
 ) -> None:
     grid, output = replace(GRID, select_on="test"), tmp_path / "run"
-    records = full_finetune(grid, SHORT, {"robust": checkpoint}, opened(folder), output, HERE)
+    records = full_finetune({"robust": checkpoint}, opened(folder), output, grid, SHORT, HERE)
     assert len(steps) == 4 * STEPS / 2  # on all images: nothing is held out
     names = ["lr0.01_wd0.0005", "lr0.001_wd0.0005"]
     assert runs(output) == {f"{name}_test_seed{seed}" for name in names for seed in (0, 1)}
@@ -415,7 +415,7 @@ def test_where_test_images_select_every_setting_has_every_trial(
 def test_a_single_setting_needs_no_selection(
     checkpoint: Checkpoint, folder: Path, tmp_path: Path, steps: list[str]
 ) -> None:
-    records = full_finetune(ONE, SHORT, {"robust": checkpoint}, opened(folder), tmp_path / "run", HERE)
+    records = full_finetune({"robust": checkpoint}, opened(folder), tmp_path / "run", ONE, SHORT, HERE)
     assert runs(tmp_path / "run") == {"lr0.01_wd0.0005_test_seed0"}
     assert records[0].config["selection"] == {"selected": "lr0.01_wd0.0005", "on": "nothing", "scores": {}}
     assert len(steps) == STEPS / 2
@@ -434,7 +434,7 @@ def test_test_images_have_no_part_in_what_is_chosen_and_learnt(
     for path in (noisy / "val").rglob("*.*"):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
     output = tmp_path / "run"
-    (record,) = full_finetune(replace(GRID, seeds=(0,)), CONFIG, {"robust": checkpoint}, opened(noisy), output, HERE)
+    (record,) = full_finetune({"robust": checkpoint}, opened(noisy), output, replace(GRID, seeds=(0,)), CONFIG, HERE)
     assert len(runs(output)) == 3
     for run in runs(output):
         assert same(weights(output / "robust/runs" / run), weights(grid_run[0] / "robust/runs" / run))
@@ -453,7 +453,7 @@ def test_no_test_image_is_read_before_the_last_evaluation(
 
     monkeypatch.setattr(ClassificationDataset, "load", load)
     grid = replace(GRID, seeds=(0,))
-    full_finetune(grid, SHORT, {"robust": checkpoint}, opened(folder), tmp_path / "run", HERE)
+    full_finetune({"robust": checkpoint}, opened(folder), tmp_path / "run", grid, SHORT, HERE)
     first = steps.index("val")
     assert set(steps[:first]) == {"train", "step"}
     assert steps[first:] == ["val"] * 16
@@ -474,7 +474,7 @@ def test_unreadable_images_stop_the_run_or_are_listed(
         path.write_bytes(path.read_bytes()[:200])
 
     def start(name: str, execution: Execution) -> list[RunRecord]:
-        return full_finetune(ONE, SHORT, {"robust": checkpoint}, opened(damaged), tmp_path / name, execution)
+        return full_finetune({"robust": checkpoint}, opened(damaged), tmp_path / name, ONE, SHORT, execution)
 
     with pytest.raises(InputError, match=rf"^cannot read the image circle/{victims['train'].name} \(") as error:
         start("stopped", HERE)
@@ -510,10 +510,10 @@ def test_the_folder_of_another_experiment_is_refused(
         (GRID, CONFIG, "standard", checkpoint, "checkpoints"),
     ):
         with pytest.raises(InputError, match=rf"holds another run \({differs}"):
-            full_finetune(grid, config, {label: backbone}, data, output, HERE)
+            full_finetune({label: backbone}, data, output, grid, config, HERE)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="holds no run of ours"):
-        full_finetune(GRID, CONFIG, {"robust": checkpoint}, data, tmp_path, HERE)
+        full_finetune({"robust": checkpoint}, data, tmp_path, GRID, CONFIG, HERE)
 
 
 def test_nothing_is_written_for_what_cannot_be_run(checkpoint: Checkpoint, folder: Path, tmp_path: Path) -> None:
@@ -525,7 +525,7 @@ def test_nothing_is_written_for_what_cannot_be_run(checkpoint: Checkpoint, folde
         *([] if torch.cuda.is_available() else [(ONE, CONFIG, replace(HERE, device="cuda"), "no CUDA device")]),
     ):
         with pytest.raises(InputError, match=message):
-            full_finetune(grid, config, {"robust": checkpoint}, data, output, execution)
+            full_finetune({"robust": checkpoint}, data, output, grid, config, execution)
         assert not output.exists()
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from robust_backbones.transfer.config import Penalty, Setting
 from robust_backbones.transfer.heads import HeadBank, Heads, logistic_regression, logistic_regressions
-from robust_backbones.transfer.protocol import Penalty, Setting
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_every_head_is_what_sgd_makes_of_it_alone(
 ) -> None:
     x, labels = problem(images, features, outputs)
     grid = [Setting(lr, decay) for lr in rates for decay in decays]
-    bank = HeadBank(layers(features, outputs, tuple(seeds)), seeds, grid, momentum=0.9, device=CPU)
+    bank = HeadBank(layers(features, outputs, tuple(seeds)), grid, momentum=0.9, device=CPU)
     orders = [
         torch.stack(
             [torch.randperm(images, generator=torch.Generator().manual_seed(seed + 7 * epoch)) for seed in seeds]
@@ -77,7 +77,7 @@ def test_every_head_is_what_sgd_makes_of_it_alone(
     for (place, seed), (column, setting) in itertools.product(enumerate(seeds), enumerate(grid)):
         (layer,) = layers(features, outputs, (seed,))
         expected = alone(layer, setting, x, labels, [order[place] for order in orders], batch, lr_step=2)
-        trained = bank.classifier(seed, setting)
+        trained = bank.classifier(seeds.index(seed), setting)
         torch.testing.assert_close(trained.weight, layer.weight, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(trained.bias, layer.bias, rtol=1e-5, atol=1e-6)
         assert [float(loss[place, column]) for loss in losses] == pytest.approx(expected, abs=1e-4)
@@ -89,7 +89,7 @@ def test_heads_train_on_the_images_named_alone() -> None:
     grid, order = [Setting(0.01, 0.0)], torch.arange(20)[None]
     banks = []
     for others in (0.0, float("nan")):
-        bank = HeadBank(layers(5, 3, (0,)), [0], grid, momentum=0.9, device=CPU)
+        bank = HeadBank(layers(5, 3, (0,)), grid, momentum=0.9, device=CPU)
         bank.train_epoch(torch.cat([x[:20], torch.full_like(x[20:], others)]), labels, order, batch_size=4, rate=1.0)
         banks.append(bank)
     assert torch.equal(banks[0].weight, banks[1].weight)
@@ -100,7 +100,7 @@ def test_a_bank_goes_on_from_its_state() -> None:
     grid, order = [Setting(0.01, 5e-4), Setting(0.1, 0.0)], torch.arange(40).expand(2, -1)
 
     def bank() -> HeadBank:
-        return HeadBank(layers(6, 3, (0, 1)), [0, 1], grid, momentum=0.9, device=CPU)
+        return HeadBank(layers(6, 3, (0, 1)), grid, momentum=0.9, device=CPU)
 
     unbroken, first, second = bank(), bank(), bank()
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_a_bank_goes_on_from_its_state() -> None:
 def test_a_head_that_diverges_takes_no_other_with_it() -> None:
     x, labels = problem(40, 6, 3)
     grid = [Setting(0.01, 0.0), Setting(1e30, 1.0)]
-    bank = HeadBank(layers(6, 3, (0,)), [0], grid, momentum=0.9, device=CPU)
+    bank = HeadBank(layers(6, 3, (0,)), grid, momentum=0.9, device=CPU)
     for _ in range(3):
         bank.train_epoch(x, labels, torch.arange(40)[None], batch_size=8, rate=1.0)
     assert bank.finite.tolist() == [[True, False]]
@@ -128,7 +128,7 @@ def test_predictions_are_each_heads_own() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(2, 3, 5, 4, generator=generator), torch.randn(2, 3, 5, generator=generator)
     x = torch.randn(7, 4, generator=generator)
-    predicted = Heads(weight, bias, [4, 9], ["a", "b", "c"]).predict(x)
+    predicted = Heads(weight, bias, ["a", "b", "c"]).predict(x)
     for seed, setting, image in itertools.product(range(2), range(3), range(7)):
         logits = [weight[seed, setting, c] @ x[image] + bias[seed, setting, c] for c in range(5)]
         assert predicted[seed, setting, image] == int(torch.stack(logits).argmax())

@@ -45,19 +45,10 @@ from robust_backbones.transfer.inheritance.corruption import mean_corruption_err
 from robust_backbones.transfer.inheritance.detectors import with_own_classifier
 from robust_backbones.transfer.inheritance.distances import sinkhorn, wasserstein
 from robust_backbones.transfer.inheritance.fisher import diagonal_fisher
+from robust_backbones.transfer.inheritance.job import Job, accuracy_on, for_evaluation, rate, train
 from robust_backbones.transfer.inheritance.made_sets import apply
 from robust_backbones.transfer.inheritance.matrix import read_matrices
-from robust_backbones.transfer.inheritance.methods import (
-    METHODS,
-    Job,
-    accuracy_on,
-    distance_to_start,
-    distillation,
-    find,
-    for_evaluation,
-    ordered,
-    train,
-)
+from robust_backbones.transfer.inheritance.methods import METHODS, distance_to_start, distillation, find, ordered
 from robust_backbones.transfer.inheritance.related_sets import PRETRAINING, Memory, RelatedSet, open_related_set
 from robust_backbones.transfer.inheritance.run import ProtocolExecution, run_protocol
 from robust_backbones.transfer.inheritance.weights import greedy_soup, interpolate, mean
@@ -249,8 +240,6 @@ def test_fine_tuning_is_sgd_on_masked_logits(world: Path, start: Checkpoint, fin
 
 
 def test_the_rate_warms_up_and_goes_to_zero() -> None:
-    from robust_backbones.transfer.inheritance.methods import rate
-
     config = replace(SMALL, warmup_steps=196)
     found = [rate(config, 1170, step) for step in range(1170)]
     assert found[:196] == pytest.approx([(step + 1) / 196 for step in range(196)])
@@ -581,11 +570,11 @@ def test_a_distance_is_the_least_cost_of_samples_of_unequal_size() -> None:
 
 def protocol(world: Path, start: Checkpoint, output: Path, methods: list[str], **change: Any) -> list[RunRecord]:
     return run_protocol(
-        replace(SMALL, epochs=1, **change),
         {"start": start},
         world / "pretraining",
         {name: world / name for name in ("negative", "mirrored")},
         output,
+        replace(SMALL, epochs=1, **change),
         methods=methods,
         execution=ProtocolExecution("cpu", workers=0),
     )
@@ -691,7 +680,7 @@ def test_another_process_cell_is_waited_for(world: Path, start: Checkpoint, done
 
 def test_what_cannot_be_run_is_refused(world: Path, start: Checkpoint, done: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
-    with pytest.raises(InputError, match=r"differs in lr\)"):
+    with pytest.raises(InputError, match=r"holds another run \(lr is 0.01 there"):
         protocol(world, start, done, ["fine_tuning"], lr=0.5)
     with pytest.raises(InputError, match="16 images to train on, less than a batch"):
         protocol(world, start, tmp_path, ["fine_tuning"], batch_size=17)

@@ -31,10 +31,11 @@ from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, N
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer import linear_probe as module
+from robust_backbones.transfer.config import ProbeConfig, Setting
 from robust_backbones.transfer.features import Features
 from robust_backbones.transfer.heads import HeadBank
-from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe
-from robust_backbones.transfer.protocol import Setting, split_held_out
+from robust_backbones.transfer.linear_probe import linear_probe
+from robust_backbones.transfer.protocol import split_held_out
 
 CONFIG = ProbeConfig(
     lrs=(0.01, 0.001), seeds=(0, 1), epochs=4, lr_step=2, batch_size=8, image_size=32, val_resize=32, min_crop_scale=0.5
@@ -44,7 +45,7 @@ CONFIG = ProbeConfig(
 def probe(
     config: ProbeConfig, checkpoint: Checkpoint, data: TransferData, output: Path, **options: Any
 ) -> list[RunRecord]:
-    return linear_probe(config, {"net": checkpoint}, data, output, workers=0, **options)
+    return linear_probe({"net": checkpoint}, data, output, config, workers=0, **options)
 
 
 def head(output: Path, seed: int = 0, label: str = "net") -> Tensor:
@@ -128,7 +129,7 @@ def test_one_pass_gives_what_a_run_for_each_head_gives(
         for part, images in (("all", data.train), ("selecting", data.train.take(kept))):
             # The held-out images keep their place in the draws of augmentation, and others' order is by their number.
             net = sequential(checkpoint, images, setting, seed)
-            ours = banks[part][0].classifier(seed, setting)
+            ours = banks[part][0].classifier(CONFIG.seeds.index(seed), setting)
             torch.testing.assert_close(ours.weight, net.fc.weight, rtol=0, atol=1e-6)
             torch.testing.assert_close(ours.bias, net.fc.bias, rtol=0, atol=1e-6)
             if part == "selecting":
@@ -178,7 +179,7 @@ def test_several_backbones_share_one_pass(
     alone = len(reads)
     probe(CONFIG, other, data, tmp_path / "second")
     reads.clear()
-    together = linear_probe(CONFIG, {"first": checkpoint, "second": other}, data, tmp_path / "both", workers=0)
+    together = linear_probe({"first": checkpoint, "second": other}, data, tmp_path / "both", CONFIG, workers=0)
     assert len(reads) == alone
     assert [record.backbone["label"] for record in together] == ["first", "first", "second", "second"]
     for name in ("first", "second"):
@@ -232,7 +233,7 @@ def test_a_finished_probe_is_not_run_again(
     records = probe(CONFIG, checkpoint, data, tmp_path / "out")
     monkeypatch.setattr(Features, "of", lambda *a, **k: pytest.fail("it computes features again"))
     assert probe(CONFIG, checkpoint, data, tmp_path / "out") == records
-    with pytest.raises(InputError, match=r"differs in epochs\): choose another --output"):
+    with pytest.raises(InputError, match="epochs is 4 there and 5 here"):
         probe(replace(CONFIG, epochs=5), checkpoint, data, tmp_path / "out")
 
 
@@ -249,7 +250,7 @@ def test_a_probe_asked_to_stop_says_so_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Probe, "_train_epoch", signalled)
-        with pytest.raises(PreemptedError, match="goes on from it"):
+        with pytest.raises(PreemptedError, match="give the same command again to resume"):
             probe(CONFIG, checkpoint, data, tmp_path / "out")
     assert [r.metrics for r in probe(CONFIG, checkpoint, data, tmp_path / "out")] == [r.metrics for r in whole]
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.errors import InputError, TrainingFailedError
-from robust_backbones.transfer.protocol import Setting, TransferConfig, labels_of, select, split_held_out
+from robust_backbones.transfer.config import Setting, TransferConfig
+from robust_backbones.transfer.protocol import labels_of, select, split_held_out
 
 
 @given(

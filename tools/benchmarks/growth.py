@@ -15,8 +15,8 @@ from robust_backbones.classification.compute import PRECISIONS
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.config import Setting
 from robust_backbones.transfer.heads import HeadBank
-from robust_backbones.transfer.protocol import Setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def heads(*, count: int, device: str) -> Side:
     classes, dim, images, seeds = 100, 2048, 512, (0, 1, 2)
     settings = [Setting(lr=0.01 / (1 + place), weight_decay=5e-4) for place in range(count // len(seeds))]
     layers = [torch.nn.Linear(dim, classes) for _ in seeds]
-    bank = HeadBank(layers, seeds, settings, momentum=0.9, device=torch.device(device))
+    bank = HeadBank(layers, settings, momentum=0.9, device=torch.device(device))
     features = torch.randn(images, dim, device=device)
     labels = torch.arange(images, device=device) % classes
     orders = torch.stack([torch.randperm(images) for _ in seeds]).to(device)

@@ -19,9 +19,10 @@ from robust_backbones.data.transfer_datasets import TransferData, open_transfer_
 from robust_backbones.data.transforms import augmentation, val_transform
 from robust_backbones.models import BackboneSpec, build_backbone
 from robust_backbones.runs.record import RunRecord
-from robust_backbones.transfer.linear_probe import ProbeConfig, linear_probe, order_of
+from robust_backbones.transfer.config import ProbeConfig, Setting
+from robust_backbones.transfer.linear_probe import linear_probe
 from robust_backbones.transfer.networks import DEPTH, new_classifier, with_classifier
-from robust_backbones.transfer.protocol import Setting
+from robust_backbones.transfer.protocol import order_of
 
 ALONE = "a run for each head, fp32"
 ONE_PASS = {precision: f"ours: one pass for all heads, {precision}" for precision in ("fp32", "bf16")}
@@ -109,7 +110,7 @@ def ours(*, precision: str, device: str, **options: Any) -> Side:
 
     def run(config: ProbeConfig, folder: Path) -> None:
         checkpoints = {"net": task.checkpoint}
-        linear_probe(replace(config, precision=precision), checkpoints, task.data, folder, device=device, workers=0)
+        linear_probe(checkpoints, task.data, folder, replace(config, precision=precision), device=device, workers=0)
 
     def result() -> Arrays:
         with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel
 
 
@@ -23,12 +22,10 @@ class _Frozen(NormalizedModel):
 
 
 class LowRankConvolution(nn.Module):
-    """A frozen convolution W plus scale x B A: A is a convolution like W with ``rank`` outputs, B one of 1 x 1."""
+    """A frozen convolution W, of one group, plus scale x B A: A is like W with ``rank`` outputs, B is 1 x 1."""
 
     def __init__(self, layer: nn.Conv2d, rank: int, scale: float) -> None:
         super().__init__()
-        if layer.groups != 1:
-            raise InputError("a low-rank update of a grouped convolution is not defined here: leave that layer frozen")
         self.layer, self.scale = layer, scale
         self.down = nn.Conv2d(
             layer.in_channels,
@@ -65,18 +62,17 @@ class LowRankModel(_Frozen):
 
     def __init__(self, backbone: nn.Module, spec: BackboneSpec, *, rank: int, alpha: float, seed: int) -> None:
         super().__init__(backbone, spec)
-        layers = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, nn.Conv2d)}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            for name, layer in layers.items():
-                if layer.groups == 1:
+            for name, layer in list(backbone.named_modules()):
+                if isinstance(layer, nn.Conv2d) and layer.groups == 1:
                     backbone.set_submodule(name, LowRankConvolution(layer, rank, alpha / rank))
 
     def merge(self) -> None:
         """Put every update into its weight: the backbone has its original layers again."""
-        layers = [(n, layer) for n, layer in self.backbone.named_modules() if isinstance(layer, LowRankConvolution)]
-        for name, layer in layers:
-            self.backbone.set_submodule(name, layer.merged())
+        for name, layer in list(self.backbone.named_modules()):
+            if isinstance(layer, LowRankConvolution):
+                self.backbone.set_submodule(name, layer.merged())
 
 
 class PromptedModel(_Frozen):

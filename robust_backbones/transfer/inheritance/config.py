@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,12 @@ class InheritanceConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "soup", tuple(self.soup))  # a list comes from a file
-        positive = "epochs batch_size lr image_size lora_rank fisher_images lwf_temperature sinkhorn_regularization"
-        for name in positive.split():
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be > 0, got {getattr(self, name)}")
-        not_negative = "momentum weight_decay warmup_steps limit lwf_weight ewc_strength fisher_labels l2_init_strength"
-        for name in (*not_negative.split(), "l2_sp_strength", "prompt_width", "prompt_lr", "distance_images"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"unknown precision {self.precision!r}: choose one of fp32, bf16")
+        check_positive(self, "epochs", "batch_size", "lr", "image_size", "lora_rank", "fisher_images")
+        check_positive(self, "lwf_temperature", "sinkhorn_regularization")
+        check_not_negative(self, "momentum", "weight_decay", "warmup_steps", "limit", "lwf_weight", "ewc_strength")
+        check_not_negative(self, "fisher_labels", "l2_init_strength", "l2_sp_strength", "prompt_width", "prompt_lr")
+        check_not_negative(self, "distance_images")
+        check_choice("precision", self.precision, ("fp32", "bf16"))
         if self.val_resize < self.image_size:
             raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
         if 2 * self.frame >= self.image_size:

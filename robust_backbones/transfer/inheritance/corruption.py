@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 
 from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.compute import Compute
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed, load_library
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
-from robust_backbones.models import NormalizedModel
+from robust_backbones.runs.cells import run_cells
+from robust_backbones.runs.distributed import stop_on_signals
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
-from robust_backbones.transfer.inheritance.methods import accuracy_on, for_evaluation
+from robust_backbones.transfer.inheritance.job import accuracy_on, for_evaluation
 from robust_backbones.transfer.inheritance.related_sets import Memory, RelatedSet
 
 TASK = "corruptions"
@@ -43,7 +45,7 @@ class CorruptionConfig:
 
 
 class CorruptedImages(ClassificationDataset):
-    """A data set whose images, behind their transform, have one corruption; the same ones at every access."""
+    """A data set whose images, after their transform, have one corruption; the same ones at every access."""
 
     def __init__(self, dataset: ClassificationDataset, corruption: str, severity: int, *, seed: int) -> None:
         self.__dict__.update(dataset.__dict__)
@@ -57,18 +59,19 @@ class CorruptedImages(ClassificationDataset):
 
 
 def evaluate_corruptions(
-    config: CorruptionConfig,
-    checkpoint: Checkpoint,
-    data: Path,
-    output: Path,
+    checkpoint: Checkpoint | str | Path,
+    data: str | Path,
+    output: str | Path,
+    config: CorruptionConfig = CorruptionConfig(),
     *,
     reference: RunRecord | None = None,
     device: torch.device | str = "cpu",
     workers: int = 2,
 ) -> RunRecord:
-    """Accuracy on the images of ``data`` as they are and under each corruption; leaves records in ``output``.
+    """Accuracy on the images of ``data`` as they are and under each corruption; writes records to ``output``.
 
-    ``cells/fog-3/record.json`` and so on hold one accuracy each; those that are there are not measured again.
+    ``cells/fog-3/record.json`` and so on hold one accuracy each; finished ones are not measured again, and any number
+    of processes may share them.
 
     Args:
         data: folder with one folder of images a class.
@@ -81,58 +84,61 @@ def evaluate_corruptions(
 
     Raises:
         InputError: data that cannot be used; ``output`` holds another evaluation; a reference on other images.
+        PreemptedError: SIGTERM or SIGUSR1 came; finished cells are kept.
     """
     load_library()  # it says so when it is missing, before anything is written
-    compute = Compute(torch.device(device), config.precision)
-    dataset = open_dataset(data, val_transform(config.image_size, resize=config.val_resize))
-    spec = checkpoint.spec
-    if len(dataset.classes) != spec.num_classes:
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(Path(checkpoint))
+    data, output, compute = Path(data), Path(output), Compute(torch.device(device), config.precision)
+    dataset, known = open_dataset(data, val_transform(config.image_size, resize=config.val_resize)), checkpoint.spec
+    if len(dataset.classes) != known.num_classes:
         raise InputError(
-            f"{data} holds {len(dataset.classes)} classes, but {checkpoint.source} knows {spec.num_classes}"
+            f"{data} holds {len(dataset.classes)} classes, but {checkpoint.source} knows {known.num_classes}"
         )
-    everything = tuple(range(spec.num_classes))
+    everything = tuple(range(known.num_classes))
     images = RelatedSet(data.name, dataset, everything).limited(config.limit, seed=config.seed).images
     about = {**asdict(config), "data": data.name, "images": len(images)}
     against = _comparable(reference, about) if reference else {}
     claim(output, {**about, "checkpoint_sha256": checkpoint.source_sha256}, asdict(CorruptionConfig()))
-    checkpoint = checkpoint.in_rgb()
-    network = for_evaluation(NormalizedModel(checkpoint.build(), checkpoint.spec).to(compute.device), compute)
-    metrics: dict[str, float | None] = {}
-    seconds = 0.0
+    network = for_evaluation(checkpoint.in_rgb().model().to(compute.device), compute)
 
-    def record(run_id: str, metrics: dict[str, float | None], seconds: float, config: dict[str, Any]) -> RunRecord:
+    fields = checkpoint.record_fields()
+
+    def record(run_id: str, metrics: dict[str, float | None], seconds: float, **more: Any) -> RunRecord:
         return RunRecord(
-            run_id=run_id,
-            task=TASK,
-            backbone={**spec.to_dict(), "source_sha256": checkpoint.source_sha256},
-            threat_model=None if checkpoint.threat_model is None else str(checkpoint.threat_model),
+            run_id,
+            TASK,
+            **fields,
             dataset=data.name,
             metrics=metrics,
-            seed=about["seed"],
-            config=config,
+            seed=config.seed,
+            config={**about, **more},
             seconds=seconds,
         )
 
-    conditions = [("clean", 0), *((name, severity) for name in CORRUPTIONS for severity in SEVERITIES)]
-    for corruption, severity in conditions:
-        name = f"{corruption}-{severity}" if severity else corruption
-        path = output / "cells" / name / "record.json"
-        if not path.exists():
-            start = time.perf_counter()
-            shown = CorruptedImages(images, corruption, severity, seed=config.seed) if severity else images
-            accuracy = accuracy_on(RelatedSet(name, shown, everything), network, compute, Memory(0, workers))
-            cell = record(f"{output.name}/{name}", {"accuracy": accuracy}, time.perf_counter() - start, about)
-            cell.write(path)
-            print(f"{name}: {accuracy:.1f} %", flush=True)
-        cell = RunRecord.read(path)
-        metrics[f"accuracy/{name}"] = cell.metrics["accuracy"]
-        seconds += cell.seconds
+    def folder(name: str) -> Path:
+        return output / "cells" / name
+
+    def run(name: str) -> str:
+        start = time.perf_counter()
+        corruption, _, severity = name.rpartition("-")
+        shown = CorruptedImages(images, corruption, int(severity), seed=config.seed) if corruption else images
+        accuracy = accuracy_on(RelatedSet(name, shown, everything), network, compute, Memory(0, workers))
+        cell = record(f"{output.name}/{name}", {"accuracy": accuracy}, time.perf_counter() - start)
+        cell.write(folder(name) / "record.json")
+        return f"{name}: {accuracy:.1f} %"
+
+    names = ["clean", *(f"{corruption}-{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES)]
+    with stop_on_signals() as stop:
+        run_cells(names, folder, run, stop)
+    cells = {name: RunRecord.read(folder(name) / "record.json") for name in names}
+    metrics = {f"accuracy/{name}": cell.metrics["accuracy"] for name, cell in cells.items()}
     errors = _errors(metrics)
     metrics["mean_accuracy"] = 100 - fmean(errors.values())
     if against:
         metrics["mCE"] = mean_corruption_error(errors, against)
     about_reference = {"run_id": reference.run_id, "backbone": reference.backbone} if reference else None
-    whole = record(output.name, metrics, seconds, {**about, "reference": about_reference})
+    seconds = sum(cell.seconds for cell in cells.values())
+    whole = record(output.name, metrics, seconds, reference=about_reference)
     whole.write(output / "record.json")
     return whole
 

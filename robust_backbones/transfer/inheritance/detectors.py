@@ -49,25 +49,26 @@ def with_own_classifier(detector: Path, pretrained: Checkpoint) -> Checkpoint:
 
 
 def compare_with_detector(
+    detector: str | Path,
+    pretrained: Checkpoint | str | Path,
+    data: str | Path,
+    output: str | Path,
     config: RobustnessConfig,
-    detector: Path,
-    pretrained: Checkpoint,
-    data: Path,
-    output: Path,
     *,
     device: torch.device | str = "cpu",
     workers: int = 2,
 ) -> tuple[RunRecord, RunRecord]:
     """Clean and robust accuracy on the same images before and after detection training, by ``evaluate_robustness``.
 
-    Records lie in ``output/before`` and ``output/after``; each is resumed where it was cut off.
+    Records are in ``output/before`` and ``output/after``; each is resumed where it was interrupted.
 
     Raises:
         InputError: as ``with_own_classifier`` and ``evaluate_robustness``.
     """
-    after = with_own_classifier(detector, pretrained)
-    before, changed = (
-        evaluate_robustness(config, checkpoint, data, output / name, device=device, workers=workers)
-        for name, checkpoint in (("before", pretrained), ("after", after))
+    if not isinstance(pretrained, Checkpoint):
+        pretrained = read_checkpoint(Path(pretrained))
+    before, after = (
+        evaluate_robustness(config, checkpoint, Path(data), Path(output) / name, device=device, workers=workers)
+        for name, checkpoint in (("before", pretrained), ("after", with_own_classifier(Path(detector), pretrained)))
     )
-    return before, changed
+    return before, after

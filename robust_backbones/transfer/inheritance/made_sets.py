@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from robust_backbones.data.corruptions import check_corruption, corrupt, image_seed
 from robust_backbones.data.corruptions import load_library as load_corruptions
-from robust_backbones.data.datasets import ClassificationDataset, init_worker, mix, open_dataset
+from robust_backbones.data.datasets import ClassificationDataset, init_worker, open_dataset
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
+from robust_backbones.transfer.protocol import drawn_by_class
 
 Image = NDArray[np.uint8]
 """Shape (H, W, 3), RGB, 0-255."""
@@ -78,8 +79,8 @@ def apply(image: Image, kind: str, *, name: str, seed: int) -> Image:
 
 
 def make_set(
-    source: Path,
-    output: Path,
+    source: str | Path,
+    output: str | Path,
     kind: str,
     *,
     images_per_class: int = 0,
@@ -101,6 +102,7 @@ def make_set(
         InputError: an unknown kind, a source that cannot be used or has too few images a class to skip so many, or
             another set of that name.
     """
+    source, output = Path(source), Path(output)
     check_kind(kind)
     dataset = open_dataset(source, v2.Identity())
     if images_per_class:
@@ -131,14 +133,12 @@ def make_set(
 
 def _drawn(dataset: ClassificationDataset, count: int, seed: int, *, skip: int) -> list[int]:
     """Positions of ``count`` images of every class, or all of a smaller one, in order."""
-    chosen: list[int] = []
-    for label, name in enumerate(dataset.classes):
-        positions = [position for position, other in enumerate(dataset.labels) if other == label]
-        if skip and len(positions) < skip + count:
-            raise InputError(f"{name} has {len(positions)} images, too few for {skip} in other sets and {count} here")
-        order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(mix(seed, label, -3)))
-        chosen += [positions[place] for place in order[skip : skip + count].tolist()]
-    return sorted(chosen)
+    by_class = drawn_by_class(dataset.labels, seed, stream=-3)
+    for drawn in by_class:
+        if skip and len(drawn) < skip + count:
+            name = dataset.classes[dataset.labels[drawn[0]]]
+            raise InputError(f"{name} has {len(drawn)} images, too few for {skip} in other sets and {count} here")
+    return sorted(position for drawn in by_class for position in drawn[skip : skip + count])
 
 
 class _Maker(Dataset[int]):

@@ -17,7 +17,7 @@ DISTANCES = "distances"
 
 @dataclass(frozen=True)
 class Cell:
-    """What one record tells of: a backbone before fine-tuning, one after it, or its distances."""
+    """What one record holds: a backbone before fine-tuning, one after it, or its distances."""
 
     label: str
     """Of the backbone."""
@@ -59,8 +59,7 @@ class Matrix:
 
     def robustness_improvement(self, target: str) -> float:
         """RI_i = mean over j ≠ i of (accuracy on j after fine-tuning on i - accuracy on j before)."""
-        others = [name for name in self.sets if name != target]
-        return fmean(self.after[target][name] - self.before[name] for name in others)
+        return fmean(self.change(target, name) for name in self.sets if name != target)
 
     @property
     def mean_robustness_improvement(self) -> float | None:
@@ -74,41 +73,39 @@ class Matrix:
         return self.after[target][name] - self.before[name]
 
 
-def read_matrices(folders: Sequence[Path]) -> list[Matrix]:
+def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
     """The matrices of finished cells in outputs of ``run_protocol``, by label, method and seed.
 
     Raises:
         InputError: there is no output, or one without its ``pretrained`` cell.
     """
-    matrices = []
+    matrices: list[Matrix] = []
     for folder in folders:
-        labels = sorted(path.parents[1] for path in folder.glob(f"*/{PRETRAINED}/record.json"))
-        if not labels:
+        found = sorted(Path(folder).glob(f"*/{PRETRAINED}/record.json"))
+        if not found:
             raise InputError(f"no finished cells in {folder}: give the --output of `run`")
-        for label in labels:
-            matrices += list(_matrices_of(label))
+        for path in found:
+            matrices += _matrices_of(path.parents[1])
     return matrices
 
 
 def _matrices_of(folder: Path) -> Iterator[Matrix]:
-    before = _accuracies(RunRecord.read(folder / PRETRAINED / "record.json"))
+    before = _values(folder / PRETRAINED, "accuracy")
     sets = tuple(sorted(before.keys() - {PRETRAINING}))
-    path = folder / DISTANCES / "record.json"
-    found = RunRecord.read(path).metrics if path.exists() else {}
-    apart = {name: value for name in before if (value := found.get(f"wasserstein/{name}")) is not None}
+    distances = _values(folder / DISTANCES, "wasserstein") if (folder / DISTANCES / "record.json").exists() else {}
     rows: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     for path in sorted(folder.glob("*/*/seed_*/record.json")):
         record = RunRecord.read(path)
-        row = rows.setdefault((record.config["method"], record.seed), {})
-        row[record.config["target"]] = _accuracies(record)
+        rows.setdefault((record.config["method"], record.seed), {})[record.dataset] = _values(path.parent, "accuracy")
     for (method, seed), after in sorted(rows.items()):
-        yield Matrix(folder.name, method, seed, sets, before, after, apart)
+        yield Matrix(folder.name, method, seed, sets, before, after, distances)
 
 
-def _accuracies(record: RunRecord) -> dict[str, float]:
-    prefix = "accuracy/"
+def _values(folder: Path, kind: str) -> dict[str, float]:
+    """The metrics ``kind/SET`` of a cell's record, by set."""
+    metrics = RunRecord.read(folder / "record.json").metrics
     return {
-        name.removeprefix(prefix): value
-        for name, value in record.metrics.items()
-        if name.startswith(prefix) and value is not None
+        name.removeprefix(f"{kind}/"): value
+        for name, value in metrics.items()
+        if name.startswith(f"{kind}/") and value is not None
     }

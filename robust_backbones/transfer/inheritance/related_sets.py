@@ -23,40 +23,22 @@ PRETRAINING = "pretraining"
 _MOST_PARTS = 2  # folders between a set and its classes, as CORRUPTION/SEVERITY of ImageNet-C
 
 
-@dataclass(frozen=True)
-class KnownSet:
-    """One of the eight sets of ImageNet-RIB."""
-
-    title: str
-    classes: int
-    """Class folders to expect; of ImageNet's 1000 classes."""
-    source: str
-
-
 KNOWN_SETS = {
-    "imagenet-v2": KnownSet("ImageNet-V2", 1000, "Recht et al. 2019; folders are numbered 0 to 999; imagenetv2.org"),
-    "imagenet-a": KnownSet("ImageNet-A", 200, "Hendrycks et al. 2021; github.com/hendrycks/natural-adv-examples"),
-    "imagenet-r": KnownSet("ImageNet-R", 200, "Hendrycks et al. 2021; github.com/hendrycks/imagenet-r"),
-    "imagenet-sketch": KnownSet("ImageNet-Sketch", 1000, "Wang et al. 2019; github.com/HaohanWang/ImageNet-Sketch"),
-    "imagenet-cartoon": KnownSet(
-        "ImageNet-Cartoon", 1000, "Salvador & Oberman 2022; tiagosalvador.github.io/projects/imagenet-shift"
-    ),
-    "imagenet-drawing": KnownSet(
-        "ImageNet-Drawing", 1000, "Salvador & Oberman 2022; tiagosalvador.github.io/projects/imagenet-shift"
-    ),
-    "objectnet": KnownSet(
-        "ObjectNet",
-        113,
-        "Barbu et al. 2019; its folders must first be renamed to ImageNet's, the others left out; objectnet.dev",
-    ),
-    "imagenet-c": KnownSet(
-        "ImageNet-C",
-        1000,
-        "Hendrycks & Dietterich 2019; as CORRUPTION/SEVERITY/CLASS, 15 x 5 parts; github.com/hendrycks/robustness",
-    ),
+    "imagenet-v2": "ImageNet-V2 (Recht et al. 2019; folders are numbered 0 to 999; imagenetv2.org)",
+    "imagenet-a": "ImageNet-A (Hendrycks et al. 2021; 200 classes; github.com/hendrycks/natural-adv-examples)",
+    "imagenet-r": "ImageNet-R (Hendrycks et al. 2021; 200 classes; github.com/hendrycks/imagenet-r)",
+    "imagenet-sketch": "ImageNet-Sketch (Wang et al. 2019; github.com/HaohanWang/ImageNet-Sketch)",
+    "imagenet-cartoon": "ImageNet-Cartoon (Salvador & Oberman 2022; tiagosalvador.github.io/projects/imagenet-shift)",
+    "imagenet-drawing": "ImageNet-Drawing (Salvador & Oberman 2022; tiagosalvador.github.io/projects/imagenet-shift)",
+    "objectnet": "ObjectNet (Barbu et al. 2019; 113 classes: its folders must first be renamed to ImageNet's, the "
+    "others left out; objectnet.dev)",
+    "imagenet-c": "ImageNet-C (Hendrycks & Dietterich 2019; as CORRUPTION/SEVERITY/CLASS, 15 x 5 parts; "
+    "github.com/hendrycks/robustness)",
 }
-"""By the names of their folders. All have the folders of ImageNet's classes, or some of them; the mask of a set (the
-200 classes of -A and of -R) follows from the folders that are there."""
+"""The eight sets of ImageNet-RIB by the names of their folders, with where to get them.
+
+All have the folders of ImageNet's classes, or some of them; the mask of a set (the 200 classes of -A and of -R) follows
+from the folders that are there."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +76,9 @@ def open_related_set(root: Path, class_names: Sequence[str], transform: v2.Trans
     """
     if not root.is_dir():
         known = KNOWN_SETS.get(root.name)
-        hint = f"get {known.title} ({known.source})" if known else f"or one of {', '.join(KNOWN_SETS)} in --data-root"
+        hint = f"get {known}" if known else f"or one of {', '.join(KNOWN_SETS)} in --data-root"
         raise InputError(f"no related data set at {root}: give a folder that holds class folders, {hint}")
-    found = _class_folders(root, {name: index for index, name in enumerate(class_names)}, root, _MOST_PARTS)
+    found = _class_folders(root, {name: index for index, name in enumerate(class_names)}, _MOST_PARTS)
     classes = tuple(sorted({index for index, _ in found}))
     position = {index: label for label, index in enumerate(classes)}
     names, labels = [], []
@@ -118,19 +100,18 @@ def open_pretraining_set(
     Raises:
         InputError: a part is missing, or has other classes than the network's.
     """
-    parts = [open_dataset(root / part, transform) for part in ("train", "val")]
-    for part, dataset in zip(("train", "val"), parts, strict=True):
-        if len(dataset.classes) != num_classes:
-            raise InputError(
-                f"{root / part} has {len(dataset.classes)} classes, but the backbone knows {num_classes}: give the "
-                "data that it was trained on"
-            )
-    if parts[0].classes != parts[1].classes:
+    train, val = (open_dataset(root / part, transform) for part in ("train", "val"))
+    if train.classes != val.classes:
         raise InputError(f"train and val of {root} have other classes: give the data that the backbone was trained on")
-    return parts[0], RelatedSet(PRETRAINING, parts[1], tuple(range(num_classes)))
+    if len(val.classes) != num_classes:
+        raise InputError(
+            f"{root} has {len(val.classes)} classes, but the backbone knows {num_classes}: give the data that it was "
+            "trained on"
+        )
+    return train, RelatedSet(PRETRAINING, val, tuple(range(num_classes)))
 
 
-def _class_folders(folder: Path, known: dict[str, int], root: Path, parts: int) -> list[tuple[int, Path]]:
+def _class_folders(folder: Path, known: dict[str, int], parts: int) -> list[tuple[int, Path]]:
     """Index and folder of every class below ``folder``, in the order of names."""
     inside = sorted(path for path in folder.iterdir() if path.is_dir())
     if not inside:
@@ -138,12 +119,12 @@ def _class_folders(folder: Path, known: dict[str, int], root: Path, parts: int) 
     numbered = not any(path.name in known for path in inside) and all(path.name.isdigit() for path in inside)
     if numbered and all(_holds_images(path) for path in inside):  # ImageNet-V2's; severities hold no images themselves
         known = {str(index): index for index in known.values()}
-    strangers = [path for path in inside if path.name not in known]
-    if not strangers:
-        return sorted(((known[path.name], path) for path in inside), key=lambda pair: pair[0])
-    if len(strangers) == len(inside) and parts and not any(_holds_images(path) for path in inside):
-        return [pair for path in inside for pair in _class_folders(path, known, root, parts - 1)]
-    some = ", ".join(path.name for path in strangers[:3]) + (", ..." if len(strangers) > 3 else "")
+    unknown = [path for path in inside if path.name not in known]
+    if not unknown:
+        return sorted((known[path.name], path) for path in inside)
+    if len(unknown) == len(inside) and parts and not any(_holds_images(path) for path in inside):
+        return [pair for path in inside for pair in _class_folders(path, known, parts - 1)]
+    some = ", ".join(path.name for path in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
     raise InputError(f"{folder} has folders that are no classes of the pre-training set ({some}): rename or remove")
 
 
@@ -152,7 +133,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 class DecodedImages(ClassificationDataset):
-    """A data set whose images, behind their transform, lie in memory: it must be one without random parts."""
+    """A data set whose images, after their transform, are in memory: it must be one without random parts."""
 
     def __init__(self, dataset: ClassificationDataset, pixels: Tensor) -> None:
         self.__dict__.update(dataset.__dict__)
@@ -190,12 +171,9 @@ class Memory:
         if self.used + size > self.gigabytes * 1e9:
             return images
         self.used += size
-        with tqdm(total=len(images), desc=f"decoding {description}", unit="img", disable=None, leave=False) as progress:
-            parts = []
-            for pixels, _ in val_batches(images, 64, workers=self.workers):
-                parts.append(pixels)
-                progress.update(len(pixels))
-        return DecodedImages(images, torch.cat(parts))
+        batches = val_batches(images, 64, workers=self.workers)
+        bar = tqdm(batches, desc=f"decoding {description}", unit="batch", disable=None, leave=False)
+        return DecodedImages(images, torch.cat([pixels for pixels, _ in bar]))
 
     def workers_for(self, images: ClassificationDataset) -> int:
         """Processes that a loader of these images needs: none for what is in memory."""

@@ -7,36 +7,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import torch
 
-from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
+from robust_backbones.checkpoint.format import Checkpoint, save_tensors, write_checkpoint
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transforms import val_transform
-from robust_backbones.errors import DivergedError, InputError, PreemptedError
+from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import NormalizedModel
+from robust_backbones.runs.cells import is_finished, run_cells
 from robust_backbones.runs.distributed import StopRequest, stop_on_signals
-from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.identity import claim
-from robust_backbones.runs.locks import HeldError, lock
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.distances import distances, load_library
 from robust_backbones.transfer.inheritance.fisher import diagonal_fisher
+from robust_backbones.transfer.inheritance.job import Job, accuracy_on, check_size, for_evaluation
 from robust_backbones.transfer.inheritance.matrix import DISTANCES, Cell
-from robust_backbones.transfer.inheritance.methods import (
-    PRETRAINED,
-    Job,
-    accuracy_on,
-    check_size,
-    find,
-    for_evaluation,
-    ordered,
-)
+from robust_backbones.transfer.inheritance.methods import PRETRAINED, find, ordered
 from robust_backbones.transfer.inheritance.related_sets import (
     PRETRAINING,
     Memory,
@@ -45,9 +36,10 @@ from robust_backbones.transfer.inheritance.related_sets import (
     open_related_set,
 )
 from robust_backbones.transfer.inheritance.weights import Weights
+from robust_backbones.transfer.protocol import Backbones, read_backbones
 
 TASK = "inheritance"
-_WAIT_SECONDS = 2.0
+DEFAULT_METHODS = ("fine_tuning", "linear_probe", "lp_ft", "lwf", "l2_init", "wise_ft", "uniform_soup")
 
 
 @dataclass(frozen=True)
@@ -62,13 +54,13 @@ class ProtocolExecution:
 
 
 def run_protocol(
-    config: InheritanceConfig,
-    checkpoints: Mapping[str, Checkpoint],
-    pretraining: Path,
-    sets: Mapping[str, Path],
-    output: Path,
+    backbones: Backbones,
+    pretraining: str | Path,
+    sets: Mapping[str, str | Path],
+    output: str | Path,
+    config: InheritanceConfig = InheritanceConfig(),
     *,
-    methods: Sequence[str],
+    methods: Sequence[str] = DEFAULT_METHODS,
     seeds: Sequence[int] = (0,),
     execution: ProtocolExecution = ProtocolExecution(),
 ) -> list[RunRecord]:
@@ -77,10 +69,11 @@ def run_protocol(
     ``output/LABEL`` gets ``pretrained/record.json``, ``distances/record.json`` and, for each method, set and seed,
     ``METHOD/SET/seed_S/record.json`` with the fine-tuned network as ``checkpoint.pt``. Records are of task
     ``inheritance``; their metrics are ``accuracy/SET`` (0-100) for every set and for PRETRAINING, the validation set of
-    pre-training. Cells that are there are not run again, and any number of processes may share an output.
+    pre-training. Finished cells are not run again, and any number of processes may share an output. The defaults are
+    the recipe of ImageNet-RIB (Hwang et al. 2024, arXiv 2410.21582).
 
     Args:
-        checkpoints: backbones by label, each with the classifier of pre-training.
+        backbones: checkpoints or their files, by label or in a list, each with the classifier of pre-training.
         pretraining: folder of the pre-training set, with train/ and val/.
         sets: folders of the related sets by name.
         methods: what a method needs (``Method.needs``) is run too.
@@ -90,6 +83,7 @@ def run_protocol(
         DivergedError: the loss of a training is not finite.
         PreemptedError: SIGTERM or SIGUSR1 came; finished cells are kept.
     """
+    checkpoints = {label: checkpoint.in_rgb() for label, checkpoint in read_backbones(backbones).items()}
     names = ordered(list(methods), config)
     if len(sets) < 2:
         raise InputError("robustness is inherited between sets: give two or more related sets")
@@ -100,123 +94,95 @@ def run_protocol(
     (num_classes, *others) = {checkpoint.spec.num_classes for checkpoint in checkpoints.values()}
     if others or not num_classes:
         raise InputError("the backbones must have the classifier of the pre-training set, all with the same classes")
+    compute = Compute(torch.device(execution.device), config.precision)
     transform = val_transform(config.image_size, resize=config.val_resize)
-    train_images, validation = open_pretraining_set(pretraining, num_classes, transform)
-    related = {
-        name: open_related_set(path, validation.images.classes, transform, name=name) for name, path in sets.items()
-    }
-    everything = {
+    train_images, validation = open_pretraining_set(Path(pretraining), num_classes, transform)
+    classes = validation.images.classes
+    found = {name: open_related_set(Path(path), classes, transform, name=name) for name, path in sets.items()}
+    found = {
         name: one.limited(config.limit, seed=config.data_seed)
-        for name, one in {**related, PRETRAINING: validation}.items()
+        for name, one in {**found, PRETRAINING: validation}.items()
     }
-    for name in related:
-        check_size(everything[name], config)
+    for name in sets:
+        check_size(found[name], config)
+    memory = Memory(execution.memory_gb, execution.workers)
     with stop_on_signals() as stop:
-        run = _Run(config, checkpoints, train_images, everything, output, execution, stop)
-        for label, checkpoint in checkpoints.items():
-            run.claim(label, checkpoint, pretraining.name)
-        cells = []
+        run = _Run(config, checkpoints, train_images, found, Path(output), compute, memory, stop)
         for label in checkpoints:
-            cells += [Cell(label, PRETRAINED)] + [Cell(label, DISTANCES)] * bool(config.distance_images)
-            cells += [Cell(label, name, target, seed) for seed in seeds for name in names for target in related]
-        return run.run(cells)
+            run.claim(label, Path(pretraining).name)
+        cells = [Cell(label, PRETRAINED) for label in checkpoints]
+        cells += [Cell(label, DISTANCES) for label in checkpoints if config.distance_images]
+        cells += [
+            Cell(label, name, target, seed)
+            for label in checkpoints
+            for seed in seeds
+            for name in names
+            for target in sets
+        ]
+        run_cells(cells, run.folder, run.run, stop, ready=run.is_ready)
+        return [RunRecord.read(run.folder(cell) / "record.json") for cell in cells]
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        config: InheritanceConfig,
-        checkpoints: Mapping[str, Checkpoint],
-        train_images: ClassificationDataset,
-        sets: Mapping[str, RelatedSet],
-        output: Path,
-        execution: ProtocolExecution,
-        stop: StopRequest,
-    ) -> None:
-        self.config, self.sets, self.output, self.stop = config, dict(sets), output, stop
-        self.checkpoints = {label: checkpoint.in_rgb() for label, checkpoint in checkpoints.items()}
-        self.train_images = train_images
-        self.compute = Compute(torch.device(execution.device), config.precision)
-        self.memory = Memory(execution.memory_gb, execution.workers)
+    config: InheritanceConfig
+    checkpoints: Mapping[str, Checkpoint]
+    train_images: ClassificationDataset
+    sets: dict[str, RelatedSet]
+    output: Path
+    compute: Compute
+    memory: Memory
+    stop: StopRequest
 
-    def claim(self, label: str, checkpoint: Checkpoint, pretraining: str) -> None:
+    def folder(self, cell: Cell) -> Path:
+        return self.output / cell.folder
+
+    def claim(self, label: str, pretraining: str) -> None:
         """Make the folder of a backbone that of this run; methods and seeds may be added to one later."""
         identity = {
             **self.config.to_dict(),
-            "checkpoint_sha256": checkpoint.source_sha256,
+            "checkpoint_sha256": self.checkpoints[label].source_sha256,
             "pretraining": pretraining,
             "sets": {name: [len(related.images), len(related.classes)] for name, related in self.sets.items()},
         }
         claim(self.output / label, identity, type(self.config)().to_dict())
 
-    def run(self, cells: Sequence[Cell]) -> list[RunRecord]:
-        """Run what is not there yet, but for what others are at work on; wait for them in the end."""
-        pending = [cell for cell in cells if not self._record(cell).exists()]
-        if 0 < len(pending) < len(cells):
-            print(f"{len(cells) - len(pending)} of {len(cells)} cells are there", flush=True)
-        seconds: list[float] = []
-        while pending:
-            waiting = []
-            for cell in pending:
-                if self.stop:
-                    raise PreemptedError("asked to stop: finished cells are kept, and the same command goes on")
-                if not self._try(cell, seconds):
-                    waiting.append(cell)
-                    continue
-                left = sum(not self._record(other).exists() for other in cells)
-                pace = f", about {fmean(seconds) * left / 60:.0f} min to go" if seconds and left else ""
-                print(f"{self._told(cell)}; {len(cells) - left} of {len(cells)} cells{pace}", flush=True)
-            if len(waiting) == len(pending):
-                time.sleep(_WAIT_SECONDS)
-            pending = waiting
-        return [RunRecord.read(self._record(cell)) for cell in cells]
-
-    def _record(self, cell: Cell) -> Path:
-        return self.output / cell.folder / "record.json"
-
-    def _try(self, cell: Cell, seconds: list[float]) -> bool:
-        """Whether the cell is done; False where what it needs is not there yet, or another process has it in hand."""
+    def is_ready(self, cell: Cell) -> bool:
+        """Whether the cells that it is made from are finished."""
         needs = find(cell.method, self.config).needs if cell.target else ()
-        if not all(self._record(replace(cell, method=name)).exists() for name in needs):
-            return False
-        try:
-            with lock(self.output / cell.folder / "lock.json"):
-                if not self._record(cell).exists():
-                    start = time.perf_counter()
-                    self._run(cell, start)
-                    if cell.target:
-                        seconds.append(time.perf_counter() - start)
-        except HeldError:
-            return False
-        return True
+        return all(is_finished(self.folder(replace(cell, method=name))) for name in needs)
 
-    def _run(self, cell: Cell, start: float) -> None:
-        checkpoint, folder = self.checkpoints[cell.label], self.output / cell.folder
+    def run(self, cell: Cell) -> str:
+        """Write the record of a cell; its result in one line."""
+        start, checkpoint, extra = time.perf_counter(), self.checkpoints[cell.label], {}
         for name, related in self.sets.items():
             self.sets[name] = replace(related, images=self.memory.keep(related.images, name))
-        extra = {}
         if cell.method == DISTANCES:
             metrics, count = distances(self.config, checkpoint, self.train_images, self.sets, self.compute, self.memory)
             extra["images"] = count
         else:
-            metrics = self._accuracies(self._model(cell, checkpoint))
-        record = RunRecord(
+            network = for_evaluation(self._model(cell, checkpoint), self.compute)
+            metrics = {
+                f"accuracy/{name}": accuracy_on(related, network, self.compute, self.memory)
+                for name, related in self.sets.items()
+            }
+        RunRecord(
             run_id=str(cell.folder),
             task=TASK,
-            backbone={**checkpoint.spec.to_dict(), "source_sha256": checkpoint.source_sha256, "label": cell.label},
-            threat_model=None if checkpoint.threat_model is None else str(checkpoint.threat_model),
+            **checkpoint.record_fields(label=cell.label),
             dataset=cell.target or PRETRAINING,
             metrics=dict(metrics),
             seed=cell.seed,
             config={**self.config.to_dict(), "method": cell.method, "target": cell.target, **extra},
             seconds=time.perf_counter() - start,
-        )
-        record.write(folder / "record.json")
+        ).write(self.folder(cell) / "record.json")
+        return f"{cell}: " + ", ".join(f"{name.split('/')[-1]} {value:.1f}" for name, value in metrics.items())
 
     def _model(self, cell: Cell, checkpoint: Checkpoint) -> NormalizedModel:
         """The network to evaluate; one that was fine-tuned is written too."""
+        device = self.compute.device
         if cell.method == PRETRAINED:
-            return NormalizedModel(checkpoint.build(), checkpoint.spec).to(self.compute.device)
+            return checkpoint.model().to(device)
         method = find(cell.method, self.config)
         job = Job(
             config=self.config,
@@ -226,10 +192,9 @@ class _Run:
             compute=self.compute,
             memory=self.memory,
             fisher=partial(self._fisher, cell.label),
-            weights=lambda name: self._weights(replace(cell, method=name)),
+            weights=lambda name: load_tensors(self.folder(replace(cell, method=name)) / "checkpoint.pt")["state_dict"],
             stop=lambda: self.stop,
         )
-        device = self.compute.device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(cell.seed)  # dropout draws from the global generators
             try:
@@ -239,51 +204,22 @@ class _Run:
                     f"{cell}: {error}; finished cells are kept, and another --lr needs another --output"
                 ) from None
         if method.whole_network:
-            write_checkpoint(
-                self.output / cell.folder / "checkpoint.pt",
-                spec=checkpoint.spec,
-                state_dict=model.backbone.state_dict(),
-                threat_model=checkpoint.threat_model,
-            )
+            path, weights = self.folder(cell) / "checkpoint.pt", model.backbone.state_dict()
+            write_checkpoint(path, spec=checkpoint.spec, state_dict=weights, threat_model=checkpoint.threat_model)
         return model
-
-    def _accuracies(self, model: NormalizedModel) -> dict[str, float]:
-        network = for_evaluation(model, self.compute)
-        return {
-            f"accuracy/{name}": accuracy_on(related, network, self.compute, self.memory)
-            for name, related in self.sets.items()
-        }
-
-    def _weights(self, cell: Cell) -> Weights:
-        weights: Weights = load_tensors(self.output / cell.folder / "checkpoint.pt")["state_dict"]
-        return weights
 
     def _fisher(self, label: str) -> Weights:
         """Computed once a backbone and kept beside its cells."""
         path = self.output / label / "fisher.pt"
         if not path.exists():
-            config, checkpoint = self.config, self.checkpoints[label]
-            images = self.train_images.sample(config.fisher_images, seed=config.data_seed)
+            images = self.train_images.sample(self.config.fisher_images, seed=self.config.data_seed)
             print(f"{label}: Fisher information on {len(images)} images", flush=True)
             fisher = diagonal_fisher(
-                NormalizedModel(checkpoint.build(), checkpoint.spec).to(self.compute.device),
+                self.checkpoints[label].model().to(self.compute.device),
                 val_batches(images, 16, workers=self.memory.workers),
                 replace(self.compute, precision="fp32"),
-                labels=config.fisher_labels,
-                generator=torch.Generator().manual_seed(config.data_seed),
+                labels=self.config.fisher_labels,
+                generator=torch.Generator().manual_seed(self.config.data_seed),
             )
-            with atomic_path(path) as temporary:
-                torch.save({name: tensor.cpu() for name, tensor in fisher.items()}, temporary)
+            save_tensors(path, {name: tensor.cpu() for name, tensor in fisher.items()})
         return load_tensors(path)
-
-    def _told(self, cell: Cell) -> str:
-        """The cell's result in one line."""
-        metrics = RunRecord.read(self._record(cell)).metrics
-        if not cell.target:
-            return f"{cell}: " + ", ".join(
-                f"{name} {value:.1f}" for name, value in metrics.items() if value is not None
-            ).replace("accuracy/", "")
-        return (
-            f"{cell}: {metrics[f'accuracy/{cell.target}']:.1f} % there, "
-            f"{metrics[f'accuracy/{PRETRAINING}']:.1f} % on pre-training"
-        )

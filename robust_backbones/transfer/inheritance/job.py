@@ -1,0 +1,170 @@
+"""One network fine-tuned on one set: the training that every method shares, and accuracy among a set's classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from robust_backbones.attacks import AttackConfig
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
+from robust_backbones.classification.folding import FoldedTwin
+from robust_backbones.classification.objectives import MicroBatch, Network, Objective, ObjectiveConfig
+from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
+from robust_backbones.errors import InputError, PreemptedError
+from robust_backbones.models import NormalizedModel
+from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.inheritance.adapters import PromptedModel
+from robust_backbones.transfer.inheritance.config import InheritanceConfig
+from robust_backbones.transfer.inheritance.related_sets import Memory, RelatedSet
+from robust_backbones.transfer.inheritance.weights import Weights
+
+LossTerm = Callable[[Tensor, Tensor], Tensor]
+"""Images (N, 3, H, W) in [0, 1] and the logits (N, K) over the set's classes -> what is added to the loss, a scalar."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to be fine-tuned on one set: everything that a method may look at."""
+
+    config: InheritanceConfig
+    start: Checkpoint
+    """The pre-trained network; it takes RGB."""
+    target: RelatedSet
+    seed: int
+    """Decides the order of the images, dropout and what adapters start from."""
+    compute: Compute
+    memory: Memory
+    fisher: Callable[[], Weights]
+    """The diagonal Fisher information of ``start`` on pre-training images, by the names of its parameters."""
+    weights: Callable[[str], Weights]
+    """What another method, one of ``Method.needs``, has made of ``start`` on this set with this seed."""
+    stop: Callable[[], object] = lambda: False
+    """Asked after every step; once true, the job ends with PreemptedError."""
+
+    def model(self, weights: Weights | None = None) -> NormalizedModel:
+        """The network with these weights (those of ``start`` when not given), on the device."""
+        checkpoint = self.start if weights is None else replace(self.start, state_dict=dict(weights))
+        return self.on_device(checkpoint.model())
+
+    def on_device(self, model: NormalizedModel) -> NormalizedModel:
+        model.to(device=self.compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    @property
+    def classes(self) -> Tensor:
+        """The mask of the set, on the device."""
+        return torch.tensor(self.target.classes, device=self.compute.device)
+
+    @property
+    def steps(self) -> int:
+        """Of the whole training."""
+        return self.config.epochs * steps_per_epoch(self.target.images, self.config.batch_size)
+
+
+class FineTuning(Objective):
+    """Cross-entropy over the classes of a set, plus what a method adds."""
+
+    def __init__(self, classes: Tensor, term: LossTerm | None = None) -> None:
+        super().__init__(ObjectiveConfig(), AttackConfig())
+        self.classes, self.term = classes, term
+
+    def loss(self, model: Network, adversary: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        logits = model(batch.images)[:, self.classes]
+        loss = self.cross_entropy(logits, batch.labels)
+        return loss if self.term is None else loss + self.term(batch.images, logits), logits
+
+
+def train(
+    job: Job, model: NormalizedModel, term: LossTerm | None = None, *, lr: float | None = None
+) -> NormalizedModel:
+    """SGD by the protocol on whatever of ``model`` needs a gradient; returns ``model``.
+
+    Images are preprocessed as in evaluation, the rate warms up and goes to 0 by a cosine, batch norms are in train mode
+    where the model lets them. An incomplete last batch is dropped.
+
+    Raises:
+        DivergedError: the loss is not finite. (On a foreign set it may well start at ten times that of chance.)
+        PreemptedError: ``job.stop`` said so.
+    """
+    config = job.config
+    images = job.target.images.seen_through(job.target.images.transform, seed=job.seed)
+    optimizer = torch.optim.SGD(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.lr if lr is None else lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, config, job.steps))
+    objective = FineTuning(job.classes, term)
+    learner = Learner(model, optimizer, scheduler, objective, ThreatModel(), job.compute, seed=job.seed)
+
+    def on_log(step: int, totals: Totals) -> None:
+        if job.stop():
+            raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
+
+    for epoch in range(config.epochs):
+        batches = train_batches(
+            images,
+            batch_size=config.batch_size,
+            micro_batch_size=config.batch_size,
+            epoch=epoch,
+            workers=job.memory.workers_for(images),
+        )
+        train_one_epoch(
+            learner,
+            batches,
+            steps=steps_per_epoch(images, config.batch_size),
+            on_log=on_log,
+            stop=job.stop,
+            description=f"{job.target.name}, epoch {epoch + 1}/{config.epochs}",
+        )
+    return model.eval()
+
+
+def rate(config: InheritanceConfig, steps: int, step: int) -> float:
+    """The learning rate of a step (from 0) as a share of ``config.lr``: linear warm-up, then a cosine to 0."""
+    warmup = min(config.warmup_steps, steps // 5)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def check_size(related: RelatedSet, config: InheritanceConfig) -> None:
+    """Raise ``InputError`` unless the set fills a batch."""
+    if len(related.images) < config.batch_size:
+        raise InputError(
+            f"{related.name} has {len(related.images)} images to train on, less than a batch: lower --batch-size"
+        )
+
+
+class Masked(nn.Module):
+    """A network that knows the classes of one set only: images in [0, 1] -> logits (N, K) of ``classes``."""
+
+    def __init__(self, network: nn.Module, classes: Tensor) -> None:
+        super().__init__()
+        self.network, self.classes = network, classes
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)[:, self.classes]
+
+
+def for_evaluation(model: NormalizedModel, compute: Compute) -> nn.Module:
+    """``model`` in eval mode, as ``accuracy_on`` wants it: its twin with folded batch norms, which is faster."""
+    if isinstance(model, PromptedModel):  # a twin would miss the prompt
+        return model.eval()
+    return FoldedTwin(model, compute.dtype)
+
+
+def accuracy_on(related: RelatedSet, network: nn.Module, compute: Compute, memory: Memory) -> float:
+    """Top-1 accuracy (0-100) on a set, among its classes."""
+    masked = Masked(network, torch.tensor(related.classes, device=compute.device))
+    batches = val_batches(related.images, 128, workers=memory.workers_for(related.images))
+    found = evaluate(masked, batches, ThreatModel(), AttackConfig(), compute, description=f"evaluate on {related.name}")
+    return found["clean_accuracy"]
