@@ -16,6 +16,18 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 COMPILE_MODES = {"default": "default", "cuda-graphs": "reduce-overhead"}
 
 
+def available(device: torch.device | str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        InputError: a GPU is asked for, and there is none.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    return device
+
+
 @dataclass(frozen=True)
 class Compute:
     """Where and in what arithmetic networks run. Weights, images, perturbations and losses are always float32."""
@@ -29,8 +41,6 @@ class Compute:
     """torch.compile, for GPUs: default or cuda-graphs; empty is off."""
 
     def __post_init__(self) -> None:
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
         check_precision(self.precision)
         check_precision(self.attack_precision or self.precision)
         if self.compile_mode and self.compile_mode not in COMPILE_MODES:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.classification.compute import available
 from robust_backbones.classification.config import Execution, TrainingConfig
 from robust_backbones.classification.train import TrainingTask, train
 from robust_backbones.data.datasets import ClassificationDataset
@@ -95,7 +94,7 @@ def full_finetune(
         PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
     """
     checkpoints, opened, output = read_backbones(backbones), open_data(data), Path(output)
-    config.compute(torch.device(execution.device))
+    available(execution.device)
 
     usable = partial(TransferImages, grid, settings=len(grid.settings), batch_size=config.batch_size)
     usable(opened)  # refuses what it cannot use, before anything is written

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robust_backbones.checkpoint.format import save_tensors, write_checkpoint
 from robust_backbones.checkpoint.untrusted import load_tensors
-from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.compute import Compute, available
 from robust_backbones.classification.engine import evaluate
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.data.batches import val_batches
@@ -88,7 +88,7 @@ def linear_probe(
         batch_size=config.batch_size if config.solver == "sgd" else 1,
     )
     usable(opened)  # refuses what it cannot use, before anything is written
-    compute = Compute(torch.device(device), config.precision)
+    compute = Compute(available(device), config.precision)
     with stop_on_signals() as stop:
         settings = identity({"mode": MODE, **config.to_dict()}, checkpoints, opened)
         claim(output, settings, type(config)().to_dict())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
-from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.compute import Compute, available
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed, load_library
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transforms import val_transform
@@ -88,7 +88,7 @@ def evaluate_corruptions(
     """
     load_library()  # it says so when it is missing, before anything is written
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(Path(checkpoint))
-    data, output, compute = Path(data), Path(output), Compute(torch.device(device), config.precision)
+    data, output, compute = Path(data), Path(output), Compute(available(device), config.precision)
     dataset, known = open_dataset(data, val_transform(config.image_size, resize=config.val_resize)), checkpoint.spec
     if len(dataset.classes) != known.num_classes:
         raise InputError(

@@ -11,6 +11,7 @@ from robust_backbones.checkpoint.convert import metadata_in
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.checkpoint.untrusted import read_file
+from robust_backbones.classification.compute import available
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.errors import InputError
 from robust_backbones.models import reference_shapes
@@ -65,6 +66,7 @@ def compare_with_detector(
     Raises:
         InputError: as ``with_own_classifier`` and ``evaluate_robustness``.
     """
+    available(device)
     if not isinstance(pretrained, Checkpoint):
         pretrained = read_checkpoint(Path(pretrained))
     before, after = (

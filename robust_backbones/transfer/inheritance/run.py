@@ -12,7 +12,7 @@ import torch
 
 from robust_backbones.checkpoint.format import Checkpoint, save_tensors, write_checkpoint
 from robust_backbones.checkpoint.untrusted import load_tensors
-from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.compute import Compute, available
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transforms import val_transform
@@ -94,7 +94,7 @@ def run_protocol(
     (num_classes, *others) = {checkpoint.spec.num_classes for checkpoint in checkpoints.values()}
     if others or not num_classes:
         raise InputError("the backbones must have the classifier of the pre-training set, all with the same classes")
-    compute = Compute(torch.device(execution.device), config.precision)
+    compute = Compute(available(execution.device), config.precision)
     transform = val_transform(config.image_size, resize=config.val_resize)
     train_images, validation = open_pretraining_set(Path(pretraining), num_classes, transform)
     classes = validation.images.classes
