@@ -20,7 +20,7 @@ from robust_backbones.runs.identity import identity
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer import finetune, linear_probe
-from robust_backbones.transfer.protocol import TransferConfig
+from robust_backbones.transfer.config import TransferConfig
 
 TASKS = {
     "detection": "Detection",

@@ -9,15 +9,15 @@ from typing import Literal
 import torch
 import tyro
 
-from robust_backbones.errors import InputError
+from robust_backbones.classification.compute import available
 
 Device = Literal["cpu", "cuda"]
 DEVICE: Device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    """Raise ``InputError`` where a GPU is asked for and there is none."""
+    available(device)
 
 
 @dataclass(kw_only=True)
