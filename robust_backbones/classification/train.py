@@ -23,18 +23,12 @@ from robust_backbones.data.datasets import ClassificationDataset, find_unreadabl
 from robust_backbones.data.transforms import augmentation
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.models import BackboneSpec, NormalizedModel
-from robust_backbones.runs.distributed import (
-    Processes,
-    StopRequest,
-    join_processes,
-    local_device,
-    stop_on_signals,
-    synchronize_batch_norms,
-)
+from robust_backbones.runs.distributed import Processes, join_processes, local_device, synchronize_batch_norms
 from robust_backbones.runs.files import write_json
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
+from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
 
 @dataclass(frozen=True)
@@ -192,7 +186,7 @@ class _Run:
         model = self.task.build()
         model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.sync_batch_norm:
-            synchronize_batch_norms(model, device)
+            model = synchronize_batch_norms(model, device)
         optimizer = torch.optim.SGD(
             self.task.parameter_groups(model),
             lr=config.learning_rate,

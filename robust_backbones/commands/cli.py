@@ -67,7 +67,7 @@ def run(main: Callable[[list[str]], int]) -> None:
             raise
         status = error.code
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from robust_backbones.runs.distributed import leave
+        from robust_backbones.runs.distributed import end_process
 
-        leave(status)
+        end_process(status)
     sys.exit(status)

@@ -18,7 +18,7 @@ from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode
 from robust_backbones.data.folders import FolderImages
 from robust_backbones.data.shards import ShardImages
 from robust_backbones.errors import InputError
-from robust_backbones.runs.distributed import leave_stop_signals_to_main
+from robust_backbones.runs.signals import stop_for_parent_only
 
 
 class ImageSource(Protocol):
@@ -201,7 +201,7 @@ class _Readability(Dataset[tuple[str, str | None]]):
 def init_worker(worker: int) -> None:
     """One process does one thing at a time; OpenCV's own pool of threads does not survive a fork either."""
     cv2.setNumThreads(0)
-    leave_stop_signals_to_main()
+    stop_for_parent_only()
 
 
 def mix(seed: int, epoch: int, index: int) -> int:

@@ -18,7 +18,7 @@ from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data.transforms import CropTransform, HFlipTransform, NoOpTransform, ResizeTransform, VFlipTransform
 from torch.utils.data import get_worker_info
 
-from robust_backbones.runs.distributed import leave_stop_signals_to_main
+from robust_backbones.runs.signals import stop_for_parent_only
 
 
 class TrainingStream:
@@ -74,7 +74,7 @@ class WorkerMapper:
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         if get_worker_info() is not None:
-            leave_stop_signals_to_main()
+            stop_for_parent_only()
         return self.mapper(item)
 
 

@@ -21,7 +21,8 @@ from detectron2.engine import DefaultTrainer
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
-from robust_backbones.runs.distributed import STOP_SIGNALS, StopRequest, end_data_workers, leave
+from robust_backbones.runs.distributed import end_process
+from robust_backbones.runs.signals import STOP_SIGNALS, StopRequest
 
 # The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one.
 _TIMEOUT = timedelta(minutes=30)
@@ -135,9 +136,7 @@ def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None
         if isinstance(error, PreemptedError):
             comm.synchronize()  # the first to leave has the others killed, who may still be writing
         status = error.exit_status
-    finally:
-        end_data_workers()
-    leave(status)
+    end_process(status)
 
 
 @contextmanager

@@ -57,11 +57,11 @@ from robust_backbones.detection.predictor import TrainedDetector, load_detector
 from robust_backbones.detection.sanity import sanity_check, sanity_warnings
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
-from robust_backbones.runs.distributed import StopRequest, end_data_workers, stop_on_signals
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.identity import claim, identity
 from robust_backbones.runs.locks import HeldError, lock
 from robust_backbones.runs.record import RunRecord
+from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
 MEASURES = ("bbox/AP", "bbox/AP50", "segm/AP")
 """What P, mPC and rPC are told of; AP50 is VOC's own."""
@@ -420,8 +420,6 @@ def _in_process(rank: int, job: _Job, errors: Any) -> None:
     except InputError as error:
         errors.put(error)
         sys.exit(error.exit_status)
-    finally:
-        end_data_workers()
 
 
 def _check_stop(stop: StopRequest) -> None:

@@ -33,8 +33,9 @@ from robust_backbones.detection.record import write_record
 from robust_backbones.detection.run_folder import check_folder, write_config
 from robust_backbones.detection.step import build_optimizer, build_step, runs_in_bfloat16
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
-from robust_backbones.runs.distributed import StopRequest, stop_on_signals, synchronize_on_cpu
+from robust_backbones.runs.distributed import synchronize_on_cpu
 from robust_backbones.runs.files import write_jsonl
+from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Trainer(DefaultTrainer):
         device = torch.device(cfg.MODEL.DEVICE)
         if comm.get_world_size() > 1:
             if device.type == "cpu":
-                synchronize_on_cpu(model, nn.SyncBatchNorm)
+                model = synchronize_on_cpu(model, nn.SyncBatchNorm)
             devices = [comm.get_local_rank()] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
         self._replays = replays(cfg)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from robust_backbones.errors import PreemptedError
-from robust_backbones.runs.distributed import StopRequest
 from robust_backbones.runs.locks import HeldError, lock
+from robust_backbones.runs.signals import StopRequest
 
 C = TypeVar("C")
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -64,6 +61,7 @@ class Processes:
 
 
 ALONE = Processes()
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
@@ -96,23 +94,33 @@ def local_device(name: str) -> torch.device:
     return device
 
 
-def synchronize_batch_norms(model: nn.Module, device: torch.device) -> nn.Module:
+def synchronize_batch_norms(model: M, device: torch.device) -> M:
     """``model`` with batch statistics taken over the batches of all processes, so that their number does not matter."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return cast(M, nn.SyncBatchNorm.convert_sync_batchnorm(model))
     return synchronize_on_cpu(model, nn.BatchNorm2d)
 
 
-def synchronize_on_cpu(model: nn.Module, layer: type[nn.Module]) -> nn.Module:
-    """``model`` whose batch norms of type ``layer``, torch's SyncBatchNorm among them, synchronise without a GPU."""
-    for module in model.modules():
-        if isinstance(module, layer):
-            module.__class__ = _CpuSyncBatchNorm
+def synchronize_on_cpu(model: M, layer: type[nn.Module]) -> M:
+    """``model`` with batch norms that synchronise without a GPU in place of those of type ``layer``.
+
+    As with torch's ``convert_sync_batchnorm``, the new ones hold the old ones' parameters and statistics; a ``model``
+    that is itself a batch norm is left alone, and the new one returned.
+    """
+    if isinstance(model, layer):
+        assert isinstance(model, nn.BatchNorm2d | nn.SyncBatchNorm)
+        norm = _CpuSyncBatchNorm(model.num_features, model.eps, model.momentum, model.affine)
+        norm.weight, norm.bias = model.weight, model.bias
+        norm.running_mean, norm.running_var = model.running_mean, model.running_var
+        norm.num_batches_tracked = model.num_batches_tracked
+        return cast(M, norm.train(model.training))
+    for name, child in model.named_children():
+        setattr(model, name, synchronize_on_cpu(child, layer))
     return model
 
 
 class _CpuSyncBatchNorm(nn.BatchNorm2d):
-    """What torch's SyncBatchNorm does, which is for GPUs alone; written for clarity, not for speed."""
+    """What torch's SyncBatchNorm does, which needs a GPU; written for clarity, not for speed."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized()):
@@ -132,66 +140,14 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
         return (normalized * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they take a machine away."""
-
-
-def leave_stop_signals_to_main() -> None:
-    """For data workers: schedulers signal every process; the main one answers, and needs its workers until it is done.
-
-    PyTorch gives each worker a handler of its own, so that it is of no use to call this before they have started.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def end_data_workers() -> None:
-    """At its end Python stops daemons by SIGTERM and waits: for ever, where they leave that to the main process.
-
-    A process that ``multiprocessing`` has started has to call this at its end; in others it comes by itself.
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would call it an error
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def leave(status: int) -> NoReturn:
-    """End this process, one of several, with ``status``: handlers run, but the interpreter is not taken down.
+def end_process(status: int) -> NoReturn:
+    """End this process, one of several, with ``status``: exit handlers run, but Python is not finalised.
 
     Gloo's threads outlive ``destroy_process_group`` where DistributedDataParallel holds the group. One of them that
-    lets go of a tensor while Python ends aborts the process, and a run that had succeeded fails (pytorch issue 190489).
+    releases a tensor while Python is finalised aborts the process, and a run that had succeeded fails (pytorch issue
+    190489).
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-class StopRequest:
-    """Whether the machine has asked this process to stop."""
-
-    signal: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-
-@contextmanager
-def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[StopRequest]:
-    """Turn these signals into a flag to look at."""
-    request = StopRequest()
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        request.signal = number
-
-    try:
-        previous = {number: signal.signal(number, remember) for number in signals}
-    except ValueError:  # only the main thread may set handlers; in another one nothing can be asked
-        previous = {}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

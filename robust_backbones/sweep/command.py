@@ -32,9 +32,9 @@ import tyro
 from robust_backbones.analysis.tables import Table
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
-from robust_backbones.runs.distributed import STOP_SIGNALS, stop_on_signals
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.locks import lock, owner_of
+from robust_backbones.runs.signals import STOP_SIGNALS, stop_on_signals
 from robust_backbones.sweep.expand import expand
 from robust_backbones.sweep.launcher import ClusterExecutor, Executor, LocalExecutor, launch
 from robust_backbones.sweep.manifest import Manifest, read_manifest

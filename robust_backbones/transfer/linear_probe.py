@@ -26,10 +26,10 @@ from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.data.transforms import augmentation, val_transform
 from robust_backbones.errors import PreemptedError, TrainingFailedError
 from robust_backbones.models import NormalizedModel, backbone_with
-from robust_backbones.runs.distributed import StopRequest, stop_on_signals
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
+from robust_backbones.runs.signals import StopRequest, stop_on_signals
 from robust_backbones.transfer.config import Penalty, ProbeConfig
 from robust_backbones.transfer.features import Features, FrozenBackbone
 from robust_backbones.transfer.heads import HeadBank, Heads, logistic_regressions

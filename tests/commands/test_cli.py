@@ -399,7 +399,7 @@ def test_one_of_several_processes_leaves_with_every_status(
 ) -> None:
     """However it ends: what would take the interpreter down is gone past. A process that is alone exits as any."""
     left = []
-    monkeypatch.setattr("robust_backbones.runs.distributed.leave", left.append)
+    monkeypatch.setattr("robust_backbones.runs.distributed.end_process", left.append)
     monkeypatch.setattr("sys.argv", ["tool"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):  # as `leave` comes back here

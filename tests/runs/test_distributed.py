@@ -19,13 +19,7 @@ from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.engine import train_one_epoch
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
-from robust_backbones.runs.distributed import (
-    ALONE,
-    join_processes,
-    local_device,
-    stop_on_signals,
-    synchronize_batch_norms,
-)
+from robust_backbones.runs.distributed import ALONE, join_processes, local_device, synchronize_batch_norms
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.classification.test_engine import batches, learner, noisy_batches, small
@@ -75,11 +69,6 @@ def test_one_process_needs_no_group() -> None:
         assert processes.agree("x") == "x"
         assert processes.gather(1) == [1]
     assert local_device("cpu") == CPU
-
-
-def test_without_signals_nothing_is_asked() -> None:
-    with stop_on_signals() as stop:
-        assert not stop
 
 
 def parted(rank: int, size: int) -> list[tuple[Tensor, Tensor]]:
@@ -139,6 +128,16 @@ def inputs() -> Tensor:
     return 2 + torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
 
 
+def test_the_callers_norms_keep_their_class_and_share_their_tensors() -> None:
+    norm = nn.BatchNorm2d(3, eps=1e-3, momentum=0.3).eval()
+    model = synchronize_batch_norms(nn.Sequential(norm), CPU)
+    assert type(norm) is nn.BatchNorm2d
+    assert type(model[0]) is not nn.BatchNorm2d
+    assert (model[0].eps, model[0].momentum, model[0].training) == (1e-3, 0.3, False)
+    for name, tensor in norm.state_dict(keep_vars=True).items():
+        assert model[0].state_dict(keep_vars=True)[name] is tensor
+
+
 def test_synchronized_batch_norm_is_batch_norm_of_the_whole_batch(tmp_path: Path) -> None:
     images, reference = inputs().requires_grad_(), nn.BatchNorm2d(3)
     output = reference(images)
@@ -149,30 +148,6 @@ def test_synchronized_batch_norm_is_batch_norm_of_the_whole_batch(tmp_path: Path
         torch.testing.assert_close(gradient, images.grad[rank::2], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(mean, reference.running_mean)
         torch.testing.assert_close(variance, reference.running_var)
-
-
-def test_data_workers_never_keep_a_process_from_ending(tmp_path: Path) -> None:
-    """Not even where an error holds on to them; torch gives workers a handler that would end them at SIGTERM."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, signal\n"
-        "from torch.utils.data import DataLoader, IterableDataset\n"
-        "from robust_backbones.runs.distributed import leave_stop_signals_to_main\n"
-        "class Endless(IterableDataset):\n"
-        "    def __iter__(self):\n"
-        "        leave_stop_signals_to_main()\n"
-        "        yield from iter(int, 1)\n"
-        "loader = iter(DataLoader(Endless(), num_workers=2))\n"
-        "next(loader), next(loader)\n"
-        "for worker in loader._workers:\n"
-        "    os.kill(worker.pid, signal.SIGTERM)\n"
-        "for _ in range(20):\n"
-        "    next(loader)\n"
-        "raise RuntimeError('as training fails')\n"
-    )
-    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "RuntimeError: as training fails"
 
 
 ENDS_IN_A_COLLECTIVE = """

@@ -1,0 +1,63 @@
+"""The signals by which a machine asks a run to stop: a flag for the main process, silence in its data workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send before they take a machine away."""
+
+
+class StopRequest:
+    """Whether the machine has asked this process to stop."""
+
+    signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[StopRequest]:
+    """Turn these signals into a flag to look at, while the block runs."""
+    request = StopRequest()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        request.signal = number
+
+    try:
+        previous = {number: signal.signal(number, remember) for number in signals}
+    except ValueError:  # only the main thread may set handlers; in another one nothing can be asked
+        previous = {}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@cache
+def stop_for_parent_only() -> None:
+    """For data workers, called in each of them: end when the process that started this one asks, and for nobody else.
+
+    Schedulers signal every process of a run. The main one answers, and needs its workers until its state is written;
+    at its own end, Python stops them by SIGTERM.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is no worker"
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_wait_for, args=(parent.pid,), daemon=True).start()
+
+
+def _wait_for(parent: int | None) -> None:
+    while True:
+        received = signal.sigwaitinfo(STOP_SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
+            os._exit(0)  # PyTorch calls another status an error of the worker

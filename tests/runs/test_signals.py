@@ -1,0 +1,88 @@
+"""Signals that ask a run to stop reach its main process alone, and nothing of the host is changed for it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from robust_backbones.runs.signals import stop_on_signals
+from tests.conftest import ROOT
+
+
+def run_script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "script.py"
+    script.write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_signals_are_a_flag_within_the_block_and_the_hosts_after_it() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_on_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+WORKERS = """
+import signal, subprocess
+from torch.utils.data import DataLoader, IterableDataset
+from robust_backbones.runs.signals import stop_for_parent_only
+class Endless(IterableDataset):
+    def __iter__(self):
+        for item in iter(int, 1):
+            stop_for_parent_only()
+            yield item
+loader = iter(DataLoader(Endless(), num_workers=2))
+next(loader), next(loader)
+for worker in loader._workers:
+    for name in ("TERM", "USR1"):  # as a scheduler, which is another process
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
+for _ in range(20):
+    next(loader)
+raise RuntimeError("as training fails")
+"""
+
+
+def test_data_workers_outlive_a_schedulers_signals_and_never_keep_a_process_from_ending(tmp_path: Path) -> None:
+    """Not even where an error holds on to them."""
+    result = run_script(tmp_path, WORKERS)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "RuntimeError: as training fails"
+
+
+HOST = """
+import atexit, importlib, multiprocessing, pkgutil, signal, sys, time
+import torch, torch.distributed, torch.distributed.nn.functional, torch.utils.data, yaml
+
+def daemon(ready):
+    signal.signal(signal.SIGTERM, lambda number, frame: (print("ended by SIGTERM", flush=True), sys.exit()))
+    ready.set()
+    time.sleep(60)
+
+def state():
+    return atexit._ncallbacks(), [signal.getsignal(number) for number in range(1, 32)]
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    context.Process(target=daemon, args=(ready,), daemon=True).start()
+    ready.wait()
+    before = state()
+    import robust_backbones.runs
+    for module in pkgutil.iter_modules(robust_backbones.runs.__path__):
+        importlib.import_module(f"robust_backbones.runs.{module.name}")
+    from robust_backbones.runs import distributed, signals
+    with signals.stop_on_signals(), distributed.join_processes(torch.device("cpu")) as processes:
+        processes.agree(1)
+    distributed.synchronize_batch_norms(torch.nn.BatchNorm2d(3), torch.device("cpu"))
+    assert state() == before
+"""
+
+
+def test_the_hosts_handlers_and_daemons_are_left_alone(tmp_path: Path) -> None:
+    result = run_script(tmp_path, HOST)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "ended by SIGTERM\n"
