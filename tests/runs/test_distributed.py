@@ -54,8 +54,32 @@ def exchange(rank: int, size: int) -> list[Any]:
         ]
 
 
-def test_processes_add_agree_and_gather(tmp_path: Path) -> None:
-    for total, least, agreed, gathered in spawn(exchange, tmp_path):
+@pytest.fixture(scope="module")
+def pair(trained: tuple[NormalizedModel, Tensor, Tensor], tmp_path_factory: pytest.TempPathFactory) -> "Pair":
+    """The file that ``resumed`` starts from, and what each of two processes found, by function."""
+    folder = tmp_path_factory.mktemp("pair")
+    model, images, labels = trained
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save({"model": start, "batches": noisy_batches(images, labels, 4, 16)}, folder / "start.pt")
+    return folder / "start.pt", spawn(functools.partial(everything, start=folder / "start.pt"), folder)
+
+
+def everything(rank: int, size: int, *, start: Path) -> dict[str, Any]:
+    with join_processes(CPU):
+        return {
+            "exchange": exchange(rank, size),
+            "without norms": train_without_norms(rank, size),
+            "with norms": train_with_norms(rank, size),
+            "normalize": normalize(rank, size),
+            "resumed": resumed(rank, size, start=start),
+        }
+
+
+Pair = tuple[Path, list[dict[str, Any]]]
+
+
+def test_processes_add_agree_and_gather(pair: Pair) -> None:
+    for total, least, agreed, gathered in (found["exchange"] for found in pair[1]):
         assert total.tolist() == [2, 1]
         assert least.tolist() == [4, 0]
         assert agreed == {"from": 0}
@@ -95,22 +119,22 @@ def train_with_norms(rank: int, size: int) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
 
 
-def test_gradients_are_those_of_the_global_batch(tmp_path: Path) -> None:
+def test_gradients_are_those_of_the_global_batch(pair: Pair) -> None:
     """Two processes with two micro-batches each, against one with four and one with the batch in one piece."""
     one = learner(small(norm=False))
     train_one_epoch(one, batches(4), steps=4)
     expected = list(one.model.parameters())
-    for parameters in [*spawn(train_without_norms, tmp_path), train_without_norms(0, 1)]:
+    for parameters in [*(found["without norms"] for found in pair[1]), train_without_norms(0, 1)]:
         for ours, reference in zip(parameters, expected, strict=True):
             torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
-def test_processes_end_with_the_same_network(tmp_path: Path) -> None:
+def test_processes_end_with_the_same_network(pair: Pair) -> None:
     """Batch statistics are each process's own, and their running averages are averaged after every step.
 
     With TRADES, whose loss takes two passes through the network.
     """
-    first, second = spawn(train_with_norms, tmp_path)
+    first, second = (found["with norms"] for found in pair[1])
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
@@ -138,12 +162,12 @@ def test_the_callers_norms_keep_their_class_and_share_their_tensors() -> None:
         assert model[0].state_dict(keep_vars=True)[name] is tensor
 
 
-def test_synchronized_batch_norm_is_batch_norm_of_the_whole_batch(tmp_path: Path) -> None:
+def test_synchronized_batch_norm_is_batch_norm_of_the_whole_batch(pair: Pair) -> None:
     images, reference = inputs().requires_grad_(), nn.BatchNorm2d(3)
     output = reference(images)
     (output**3).sum().backward()
     assert images.grad is not None
-    for rank, (ours, gradient, mean, variance) in enumerate(spawn(normalize, tmp_path)):
+    for rank, (ours, gradient, mean, variance) in enumerate(found["normalize"] for found in pair[1]):
         torch.testing.assert_close(ours, output[rank::2].detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gradient, images.grad[rank::2], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(mean, reference.running_mean)
@@ -179,8 +203,8 @@ def test_threads_of_gloo_do_not_abort_a_process_that_ends(tmp_path: Path) -> Non
     assert [result.stdout.count(said) for said in ("before 0", "before 1", "handler")] == [1, 1, 2]
 
 
-def go_on(rank: int, size: int, *, start: Path) -> dict[str, Tensor]:
-    """Eight steps of the recipe, with synchronised batch norms, from the trained network in ``start``."""
+def resumed(rank: int, size: int, *, start: Path) -> dict[str, Tensor]:
+    """Four steps of the recipe, with synchronised batch norms, from the trained network in ``start``."""
     content = torch.load(start, weights_only=True)
     spec = BackboneSpec("resnet18", 4)
     model = NormalizedModel(build_backbone(spec), spec)
@@ -193,18 +217,13 @@ def go_on(rank: int, size: int, *, start: Path) -> dict[str, Tensor]:
         return {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
 
 
-def test_two_processes_are_one_process_of_the_same_batch(
-    trained: tuple[NormalizedModel, Tensor, Tensor], tmp_path: Path
-) -> None:
-    """In float32, sums in another order: the weights' way over eight steps differs by less than a thousandth of it.
+def test_two_processes_are_one_process_of_the_same_batch(pair: Pair) -> None:
+    """In float32, sums in another order: the weights' way over four steps differs by less than a thousandth of it.
 
     From a trained network, for on random weights each step multiplies any rounding a hundredfold, in plain PyTorch too.
     """
-    model, images, labels = trained
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    torch.save({"model": start, "batches": noisy_batches(images, labels, 8, 32)}, tmp_path / "start.pt")
-    worker = functools.partial(go_on, start=tmp_path / "start.pt")
-    one, (two, other) = worker(0, 1), spawn(worker, tmp_path)
+    start = torch.load(pair[0], weights_only=True)["model"]
+    one, (two, other) = resumed(0, 1, start=pair[0]), (found["resumed"] for found in pair[1])
     assert all(torch.equal(tensor, other[name]) for name, tensor in two.items())
 
     def length(difference: dict[str, Tensor]) -> float:
