@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -127,31 +126,19 @@ def torchvision_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     return make
 
 
-def load_tool(name: str) -> ModuleType:
-    """The module of a command, by the name of its script in tools/."""
-    if name == "benchmark":
-        return importlib.import_module(name)
-    modules = {
-        "convert_backbone": "commands.convert",
-        "make_report": "commands.report",
-        "sweep": "sweep.command",
-        "train_net": "commands.train",
-    }
-    return importlib.import_module(f"robust_backbones.{modules.get(name, f'commands.{name}')}")
-
-
 @pytest.fixture
 def run_tool(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Run a tool as its command line does, in this process: (exit status, stdout, stderr)."""
+    """Run a verb (or ``benchmark``, of tools/) as its command line does, in this process: (status, stdout, stderr)."""
+    from robust_backbones.__main__ import command
     from robust_backbones.commands import cli
 
-    def run(name: str, *arguments: object) -> tuple[int, str, str]:
-        tool = load_tool(name)
-        monkeypatch.setattr(sys, "argv", [f"tools/{name}.py", *map(str, arguments)])
+    def run(verb: str, *arguments: object) -> tuple[int, str, str]:
+        main = importlib.import_module(verb).main if verb == "benchmark" else command(verb)
+        monkeypatch.setattr(sys, "argv", [f"robust-backbones {verb}", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_info:
-            cli.run(tool.main)
+            cli.run(main)
         captured = capsys.readouterr()
         return int(exit_info.value.code or 0), captured.out, captured.err
 

@@ -17,7 +17,6 @@ from robust_backbones.configs import CONFIG_DIR, STUDY_DIR
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-TOOLS = {"convert": "convert_backbone", "report": "make_report", "train": "train_net"}
 IDS = [path.stem for path in PAGES]
 Run = Callable[..., tuple[int, str, str]]
 
@@ -39,7 +38,7 @@ def test_verbs_and_options_exist(page: Path, run_tool: Run) -> None:
     for verb, *words in commands(page):
         assert verb in VERBS, verb
         subcommand = [word for word in words[:1] if re.fullmatch(r"[a-z][a-z-]*", word) and verb != "convert"]
-        status, text, _ = run_tool(TOOLS.get(verb, verb), *subcommand, "--help")
+        status, text, _ = run_tool(verb, *subcommand, "--help")
         assert status == 0
         for option in (word for word in words if word.startswith("--")):
             assert re.search(rf"{option}\b", text), f"{verb} {' '.join(subcommand)} has no {option}"

@@ -24,9 +24,9 @@ from robust_backbones.analysis.records import find_runs
 from robust_backbones.analysis.report import STYLE, write_report
 from robust_backbones.analysis.results import results, summary
 from robust_backbones.analysis.study_figures import class_figure, training_figure
+from robust_backbones.commands import report as report_command
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
-from tests.conftest import load_tool
 
 Run = Callable[..., tuple[int, str, str]]
 BACKBONES = ("L2:0", "L2:3", "Linf:4/255")
@@ -464,7 +464,7 @@ def test_metrics_are_named(metric: str, name: str) -> None:
 
 def test_the_tool(run_tool: Run, tmp_path: Path) -> None:
     write(tmp_path / "runs", record("L2:0", 0), record("L2:3", 0))
-    status, out, _ = run_tool("make_report", tmp_path / "runs", "--output", tmp_path / "report", "--title", "Ours")
+    status, out, _ = run_tool("report", tmp_path / "runs", "--output", tmp_path / "report", "--title", "Ours")
     assert status == 0
     assert "report of 2 records" in out
     assert "<title>Ours</title>" in (tmp_path / "report/report.html").read_text()
@@ -490,7 +490,7 @@ def test_what_is_no_record_is_refused(run_tool: Run, tmp_path: Path, content: An
         content = json.dumps({**record("L2:0", 0).__dict__, **content})
     if content is not None:
         (folder / "record.json").write_text(content)
-    status, _, err = run_tool("make_report", folder, "--output", tmp_path / "report")
+    status, _, err = run_tool("report", folder, "--output", tmp_path / "report")
     assert status == 2
     assert len(err.strip().splitlines()) == 1
     assert words in err
@@ -507,11 +507,11 @@ def test_other_bad_input_is_refused(run_tool: Run, tmp_path: Path) -> None:
         ([tmp_path / "runs", "--output", file], "choose another --output"),
         ([tmp_path / "runs", "--output", tmp_path / "report", "--pictures", -1], "--pictures"),
     ):
-        status, _, err = run_tool("make_report", *arguments)
+        status, _, err = run_tool("report", *arguments)
         assert (status, len(err.strip().splitlines())) == (2, 1), err
         assert words in err
     (tmp_path / "runs/segmentation_coco_2017_val_0/metrics.json").write_text('{"x": }\n')
-    status, _, err = run_tool("make_report", tmp_path / "runs", "--output", tmp_path / "report")
+    status, _, err = run_tool("report", tmp_path / "runs", "--output", tmp_path / "report")
     assert status == 2
     assert "metrics.json is damaged" in err
 
@@ -592,7 +592,7 @@ def test_detectors_robustness_is_tested_by_the_seed_of_training(tmp_path: Path) 
     assert attacked["L2:3"].comparison.difference == pytest.approx(10.1)
     assert attacked["from scratch"].comparison is not None
     assert attacked["from scratch"].comparison.difference == pytest.approx(-8.0)
-    assert load_tool("make_report").draw(experiment, tmp_path, 1) is None  # an evaluation is no detector
+    assert report_command.draw(experiment, tmp_path, 1) is None  # an evaluation is no detector
 
 
 def test_the_floor_stands_beside_what_it_is_the_floor_of(tmp_path: Path) -> None:
@@ -609,7 +609,7 @@ def test_the_floor_stands_beside_what_it_is_the_floor_of(tmp_path: Path) -> None
         ("from scratch", "from scratch"),
     ]
     # It is not robust, whatever comes out of it.
-    assert load_tool("make_report").draw(experiment, tmp_path, 1) is None
+    assert report_command.draw(experiment, tmp_path, 1) is None
     assert class_figure(experiment, "bbox", tmp_path / "classes") is None
     runs[-1].config["MODEL"]["RESNETS"] = {"NORM": "SyncBN"}
     assert len(experiments(find_runs([write(tmp_path / "b", *runs)]))) == 2

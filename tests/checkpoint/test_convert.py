@@ -94,7 +94,7 @@ def test_what_detectron2_cannot_be_is_refused_before_anything_is_written(
     folder.mkdir()
     state_dict = build_backbone(spec).state_dict()
     write_checkpoint(source, spec=spec, state_dict=state_dict, threat_model=ThreatModel())
-    status, _, error = run_tool("convert_backbone", source, folder / "out.pkl")
+    status, _, error = run_tool("convert", source, folder / "out.pkl")
     assert status == 2
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
@@ -150,8 +150,8 @@ def test_back_to_torchvision(
     suffix: str,
 ) -> None:
     source, there, back = torchvision_file("resnet50"), tmp_path / f"there{suffix}", tmp_path / f"back{suffix}"
-    assert run_tool("convert_backbone", source, there)[0] == 0
-    status, out, _ = run_tool("convert_backbone", there, back, "--to", "torchvision", "--verify")
+    assert run_tool("convert", source, there)[0] == 0
+    status, out, _ = run_tool("convert", there, back, "--to", "torchvision", "--verify")
     assert status == 0
     assert "every tensor reads back equal" in out
     net = resnet50(num_classes=10)
@@ -166,13 +166,13 @@ def test_what_a_torchvision_file_could_not_say_is_refused(
 ) -> None:
     half = ("0.5", "0.5", "0.5")
     options = ("--to", "torchvision", "--mean", *half, "--std", *half)
-    status, _, err = run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.pth", *options)
+    status, _, err = run_tool("convert", torchvision_file("resnet18"), tmp_path / "out.pth", *options)
     assert status == 2
     assert "write a .safetensors" in err
-    assert run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.safetensors", *options)[0] == 0
+    assert run_tool("convert", torchvision_file("resnet18"), tmp_path / "out.safetensors", *options)[0] == 0
     assert read_checkpoint(tmp_path / "out.safetensors").spec.mean == (0.5, 0.5, 0.5)
     options = ("--to", "torchvision", "--stride-in-1x1", "true")
-    status, _, err = run_tool("convert_backbone", torchvision_file("resnet50"), tmp_path / "out.pth", *options)
+    status, _, err = run_tool("convert", torchvision_file("resnet50"), tmp_path / "out.pth", *options)
     assert status == 2
     assert "torchvision has no resnet50 with this stem and stride" in err
 
@@ -182,7 +182,7 @@ def test_json_is_all_there_is_on_stdout(
 ) -> None:
     pytest.importorskip("detectron2")
     target = tmp_path / "backbone.pkl"
-    status, out, err = run_tool("convert_backbone", torchvision_file("resnet18"), target, "--verify", "--json")
+    status, out, err = run_tool("convert", torchvision_file("resnet18"), target, "--verify", "--json")
     result = json.loads(out)
     assert status == 0
     assert result["output"] == str(target)
@@ -210,7 +210,7 @@ def test_options_that_make_no_sense_are_refused(
     options: tuple[str, ...],
     message: str,
 ) -> None:
-    status, _, err = run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.pth", *options)
+    status, _, err = run_tool("convert", torchvision_file("resnet18"), tmp_path / "out.pth", *options)
     assert status == 2
     assert message in err
     assert not list(tmp_path.iterdir())

@@ -338,7 +338,7 @@ def test_the_tool_names_the_source(
 ) -> None:
     path = tmp_path / "file.pth"
     torch.save({"state_dict": prefixed("module.", tensors)}, path)
-    status, _, err = run_tool("convert_backbone", path, tmp_path / "out.pkl")
+    status, _, err = run_tool("convert", path, tmp_path / "out.pkl")
     assert status == 2
     assert "give --mean --std" in err
     status, out, _ = run_tool(

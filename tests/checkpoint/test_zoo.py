@@ -235,7 +235,7 @@ def test_what_the_hub_does_not_give_is_an_error_of_one_line(
     hub: FakeHub, run_tool: Callable[..., tuple[int, str, str]], tmp_path: Path, error: tuple[int, str], reason: str
 ) -> None:
     hub.error = error
-    status, _, message = run_tool("convert_backbone", f"hub:{NAME}", tmp_path / "out.pkl")
+    status, _, message = run_tool("convert", f"hub:{NAME}", tmp_path / "out.pkl")
     assert status == 2
     assert message.startswith(f"error: cannot download {FILE} (")
     assert message.count("\n") == 1

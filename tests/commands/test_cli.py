@@ -44,7 +44,7 @@ def test_pretrain_then_convert(run_tool: Run, shapes: Path, tmp_path: Path) -> N
     assert status == 0
     assert "% (Linf:4/255)" in out.splitlines()[-2]  # measured against the training adversary when no other is given
     assert str(output) in out.splitlines()[-1]
-    status, out, _ = run_tool("convert_backbone", output / "checkpoint.pt", converted)
+    status, out, _ = run_tool("convert", output / "checkpoint.pt", converted)
     assert status == 0
     assert "Linf:4/255" in out
     assert str(converted) in out.splitlines()[-1]
@@ -140,6 +140,7 @@ def test_a_run_is_submitted(run_tool: Run, shapes: Path, tmp_path: Path) -> None
     assert str(output) in out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_probe_in_one_pass_gives_the_weights_of_single_runs(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
     """Times are no test's business; the equality that the benchmark demands is."""
     size = ["--arch", "resnet18", "--image-size", "32", "--images", "16", "--epochs", "2"]
@@ -164,17 +165,15 @@ def test_convert_refuses_what_is_no_checkpoint(run_tool: Run, tmp_path: Path, co
     source, target = tmp_path / "file.pth", tmp_path / "out.pkl"
     if content is not None:
         source.write_bytes(content)
-    assert_refused(run_tool("convert_backbone", source, target), "file.pth")
+    assert_refused(run_tool("convert", source, target), "file.pth")
     assert not list(tmp_path.glob("*out.pkl*"))
 
 
 def test_convert_refuses_another_network_and_another_suffix(run_tool: Run, tmp_path: Path) -> None:
     source = tmp_path / "vit.pth"
     torch.save({"cls_token": torch.ones(1)}, source)
-    assert_refused(
-        run_tool("convert_backbone", source, tmp_path / "out.pkl"), "Detectron2's ResNet has no such architecture"
-    )
-    assert_refused(run_tool("convert_backbone", source, tmp_path / "out.onnx"), ".pkl")
+    assert_refused(run_tool("convert", source, tmp_path / "out.pkl"), "Detectron2's ResNet has no such architecture")
+    assert_refused(run_tool("convert", source, tmp_path / "out.onnx"), ".pkl")
 
 
 def test_a_failed_proof_leaves_no_file(
@@ -185,13 +184,13 @@ def test_a_failed_proof_leaves_no_file(
 
     wrong = [verify.StageError("random", "eval", "res5", 0.3, 0.3)]
     monkeypatch.setattr(verify, "feature_errors", lambda *_, **__: wrong)
-    status, _, err = run_tool("convert_backbone", torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify")
+    status, _, err = run_tool("convert", torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify")
     assert status == 1
     assert "the features of resnet18.pth and of what was made from it differ (res5 by 3.0e-01)" in err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("tool", ["train_net", "convert_backbone", "demo", "predict", "evaluate"])
+@pytest.mark.parametrize("tool", ["train", "convert", "demo", "predict", "evaluate"])
 def test_without_detectron2_it_says_how_to_install_it(
     run_tool: Run,
     tool: str,
@@ -204,18 +203,18 @@ def test_without_detectron2_it_says_how_to_install_it(
     monkeypatch.setitem(sys.modules, "detectron2", None)
     monkeypatch.setenv("DETECTRON2_DATASETS", "")  # the demo sets it: to be put back afterwards
     arguments = {
-        "train_net": ["--config-file", "x.yaml"],
-        "convert_backbone": [torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify"],
+        "train": ["--config-file", "x.yaml"],
+        "convert": [torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify"],
         "demo": ["--output", tmp_path / "demo"],
         "evaluate": ["detector", "config.yaml", "model_final.pth", "--output", tmp_path / "robustness"],
-        "predict": [ROOT / "docs/demo.jpg", "--weights", tmp_path, "--output", tmp_path / "predictions"],
+        "predict": [ROOT / "README.md", "--weights", tmp_path, "--output", tmp_path / "predictions"],
     }
     assert_refused(run_tool(tool, *arguments[tool]), "robust-backbones doctor --install-detectron2")
     assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_the_traceback_and_keeps_the_status(run_tool: Run, tmp_path: Path) -> None:
-    status, _, err = run_tool("convert_backbone", tmp_path / "none", "x.pkl", "--debug")
+    status, _, err = run_tool("convert", tmp_path / "none", "x.pkl", "--debug")
     assert status == 2
     assert err.startswith("Traceback")
     assert "no file at" in err

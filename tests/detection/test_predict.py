@@ -20,12 +20,12 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from robust_backbones.commands import predict as predict_command
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.predictor import Predictor, categories_of
 from robust_backbones.detection.visualize import read_rgb
 from robust_backbones.errors import InputError
-from tests.conftest import load_tool
 from tests.detection.conftest import RESNET18, SHAPES_CONFIG
 
 RunTool = Callable[..., tuple[int, str, str]]
@@ -196,7 +196,7 @@ def test_the_names_of_classes(small_cfg: CfgNode) -> None:
 
 def test_image_ids() -> None:
     def ids(*names: str) -> list[int]:
-        return load_tool("predict").image_ids([Path(name) for name in names])
+        return predict_command.image_ids([Path(name) for name in names])
 
     assert ids("a/000000000139.jpg", "b/000000000285.jpg") == [139, 285]
     assert ids("7.jpg") == [7]
@@ -207,7 +207,7 @@ def test_image_ids() -> None:
 
 def test_pictures_of_equal_names() -> None:
     images = [Path(name) for name in ("a/x.jpg", "b/x.jpg", "b/X.png", "x_2.jpg", "y.v2.jpeg")]
-    pictures = load_tool("predict").name_pictures(images, Path("out"))
+    pictures = predict_command.name_pictures(images, Path("out"))
     assert [path.name for path in pictures] == ["x.jpg", "x_2.jpg", "X_3.jpg", "x_2_2.jpg", "y.v2.jpg"]
 
 
@@ -218,7 +218,7 @@ def test_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "z.webp").touch()
     monkeypatch.chdir(tmp_path)
     given = [Path("z.webp"), Path("folder/c.jpg"), Path("folder"), tmp_path / "folder/a.jpeg"]
-    found = load_tool("predict").find_images(given)
+    found = predict_command.find_images(given)
     assert [str(path) for path in found] == ["z.webp", "folder/c.jpg", "folder/a.jpeg", "folder/b.PNG"]
 
 

@@ -59,7 +59,7 @@ def assert_holds(loaded: dict[str, Tensor], published: nn.Module) -> None:
 
 def test_the_tool_converts_and_proves_a_published_backbone(hub: FakeHub, run_tool: RunTool, tmp_path: Path) -> None:
     hub.files[FILE] = robustness_file(network(), mean=MEAN, std=STD)
-    status, output, errors = run_tool("convert_backbone", f"hub:{NAME}", tmp_path / "out.pkl", "--verify")
+    status, output, errors = run_tool("convert", f"hub:{NAME}", tmp_path / "out.pkl", "--verify")
     assert status == 0, errors
     assert "MadryLab's robustness library, resnet18, threat model L2:3" in output
     assert f"mean {MEAN}, std {STD} (said by the file)" in output
@@ -85,7 +85,7 @@ def test_the_tool_converts_and_proves_a_published_backbone(hub: FakeHub, run_too
 def test_what_cannot_be_asked_of_the_hub_is_refused_before_it_is_asked(
     hub: FakeHub, run_tool: RunTool, tmp_path: Path, source: str, options: list[object], message: str
 ) -> None:
-    status, _, errors = run_tool("convert_backbone", source, tmp_path / "out.pkl", *options)
+    status, _, errors = run_tool("convert", source, tmp_path / "out.pkl", *options)
     assert status == 2
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1
@@ -96,7 +96,7 @@ def test_what_cannot_be_asked_of_the_hub_is_refused_before_it_is_asked(
 
 def test_a_published_network_that_is_no_resnet_is_refused(hub: FakeHub, run_tool: RunTool, tmp_path: Path) -> None:
     hub.files["densenet_l2_eps3.ckpt"] = robustness_file(network("densenet161"), wrapper="model.")
-    status, output, errors = run_tool("convert_backbone", "hub:densenet_l2_eps3", tmp_path / "out.pkl")
+    status, output, errors = run_tool("convert", "hub:densenet_l2_eps3", tmp_path / "out.pkl")
     assert status == 2
     assert "densenet161, threat model L2:3" in output
     assert errors.splitlines()[-1].startswith("error: Detectron2's ResNet has no such architecture: densenet161;")
@@ -118,7 +118,7 @@ def test_a_file_of_another_architecture_than_its_names_is_refused(
     hub: FakeHub, run_tool: RunTool, tmp_path: Path
 ) -> None:
     hub.files["resnet50_l2_eps3.ckpt"] = resnet18_file()
-    status, _, errors = run_tool("convert_backbone", "hub:resnet50_l2_eps3", tmp_path / "out.pkl")
+    status, _, errors = run_tool("convert", "hub:resnet50_l2_eps3", tmp_path / "out.pkl")
     assert status == 2
     message = "error: resnet50_l2_eps3.ckpt holds a resnet18, not the resnet50 of its name"
     assert errors.splitlines()[-1] == message
@@ -217,7 +217,7 @@ def test_train_net_says_what_it_cannot_have(
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     overrides = [*RESNET18, "MODEL.WEIGHTS", f"robust://{name}", "OUTPUT_DIR", tmp_path / "run"]
-    status, _, errors = run_tool("train_net", "--config-file", SHAPES_CONFIG, *overrides)
+    status, _, errors = run_tool("train", "--config-file", SHAPES_CONFIG, *overrides)
     assert status == 2
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1

@@ -51,7 +51,7 @@ def test_the_standard_and_the_best_robust_detector(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
-    status, _, err = run_tool("make_report", study, "--output", tmp_path, "--pictures", 2)
+    status, _, err = run_tool("report", study, "--output", tmp_path, "--pictures", 2)
     assert status == 0, err
     (file,) = (tmp_path / "figures").glob("*_detections.jpg")
     picture = read_rgb(file).astype(int)

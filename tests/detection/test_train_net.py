@@ -123,7 +123,7 @@ def test_what_the_configuration_gets_wrong_is_refused(
     run_tool: Callable[..., tuple[int, str, str]], tmp_path: Path, converted: Maker
 ) -> None:
     def refused(*arguments: object) -> str:
-        status, _, err = run_tool("train_net", *arguments)
+        status, _, err = run_tool("train", *arguments)
         assert status == 2
         assert len(err.strip().splitlines()) == 1
         return err

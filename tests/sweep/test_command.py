@@ -15,7 +15,6 @@ from robust_backbones.sweep import command
 from robust_backbones.sweep.launcher import LocalExecutor, launch
 from robust_backbones.sweep.manifest import read_manifest
 from robust_backbones.sweep.plan import Plan
-from tests.conftest import load_tool
 from tests.sweep.conftest import SMALL, launched, planned, stubs
 
 Run_ = Callable[..., tuple[int, str, str]]
@@ -93,7 +92,7 @@ def test_runs_side_by_side_have_gpus_of_their_own(tmp_path: Path) -> None:
 
 
 def test_runs_share_a_gpu_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, tool = stubs(tmp_path, {"a": "go"}), load_tool("sweep")
+    plan, tool = stubs(tmp_path, {"a": "go"}), command
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL))
     manifest = read_manifest(tmp_path / "study.yaml")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
