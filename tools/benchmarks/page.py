@@ -43,7 +43,7 @@ ON_A_GPU = {
 }
 INTRODUCTION = """# Benchmarks
 
-Made by `python tools/benchmark.py page` from the records in [benchmarks/](benchmarks), which `make bench` writes.
+Made by `python tools/benchmark.py page` from the records in `docs/benchmarks`, which `make bench` writes.
 
 Two ways to do the same work take turns, each in a process of its own and on the same PyTorch; each round begins with
 another way. What they compute is compared before any time counts, and a benchmark whose ways differ prints no time.
