@@ -1,5 +1,6 @@
 """Packaging; Detectron2 is not on PyPI: ``robust-backbones doctor --install-detectron2`` gets it."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -14,13 +15,27 @@ EXTRAS = {
 }
 EVERYTHING = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 DEV = ["dill", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "webdataset>=1"]
+# Links of the README are relative to the repository; a package index needs whole ones.
+HOME = "https://github.com/robust-backbones/robust-backbones"
+README = re.sub(r"(!?)\]\((?!https?:)([^)]+)\)", rf"\1]({HOME}/blob/main/\2)", (ROOT / "README.md").read_text())
+README = re.sub(rf"(!\[[^]]*\]\({HOME})/blob/", r"\1/raw/", README)
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings-python>=1.16"]
 
 setup(
     name="robust-backbones",
     version=VERSION,
     description="Adversarially robust backbones for Detectron2: train, convert with proof, plug in, measure",
-    long_description=(ROOT / "README.md").read_text(),
+    author="The robust-backbones developers",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    url=HOME,
+    project_urls={
+        "Documentation": f"{HOME}/tree/main/docs",
+        "Changelog": f"{HOME}/blob/main/CHANGELOG.md",
+        "Paper": "https://arxiv.org/abs/2007.08489",
+    },
+    keywords=["adversarial robustness", "transfer learning", "object detection", "detectron2"],
+    long_description=README,
     long_description_content_type="text/markdown",
     packages=find_packages(include=["robust_backbones", "robust_backbones.*"]),
     # detectron_configs and studies are links to the folders at the top; a wheel holds their files.
@@ -37,6 +52,7 @@ setup(
     },
     entry_points={"console_scripts": ["robust-backbones = robust_backbones.__main__:main"]},
     classifiers=[
+        "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",
