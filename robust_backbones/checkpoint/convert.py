@@ -289,14 +289,14 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], BackboneMetadata
     """Read a file of ``write_backbone``: tensors under Detectron2's names, and the metadata.
 
     Raises:
-        InputError: missing, not safely readable, or not made by ``tools/convert_backbone.py``.
+        InputError: missing, not safely readable, or not made by ``robust-backbones convert``.
     """
     content = read_file(path)
     try:
         metadata = metadata_in(content)
     except InputError as error:
-        raise InputError(f"{path}: {error}; convert it again with tools/convert_backbone.py") from None
+        raise InputError(f"{path}: {error}; convert it again with `robust-backbones convert`") from None
     if metadata is None:
-        raise InputError(f"{path} does not say what backbone it holds: convert it with tools/convert_backbone.py")
+        raise InputError(f"{path} does not say what backbone it holds: convert it with `robust-backbones convert`")
     tensors = content.get("model", content)
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}, metadata

@@ -43,7 +43,7 @@ class Source:
 
 
 SOURCES = {
-    "robust_backbones": Source("a checkpoint of tools/pretrain.py", ("state_dict",)),
+    "robust_backbones": Source("a checkpoint of robust-backbones pretrain", ("state_dict",)),
     "msra": Source(
         "a Caffe2 model of Detectron's zoo",
         ("model", "blobs", ""),

@@ -5,11 +5,11 @@ Examples:
     robust-backbones convert hub:resnet50_l2_eps3 resnet50_l2_eps3.pkl --verify --image photo.jpg
     robust-backbones convert robust.pkl robust.pth --to torchvision
 
-SRC is a checkpoint of tools/pretrain.py, of MadryLab's robustness library, RobustBench, torchvision, timm, MoCo,
+SRC is a checkpoint of `pretrain`, of MadryLab's robustness library, RobustBench, torchvision, timm, MoCo,
 Lightning, Detectron2 or Detectron, or hub:NAME, one of the published robust backbones; --source names the layout
 where its keys do not tell it. It is read without running any code that it may hold. DST is a .pkl, .pth or
 .safetensors; it carries what the backbone is (architecture, mean, std, threat model, sha256 of SRC), which
-tools/train_net.py checks against its configuration. Exit status: 0 done, 1 the proof failed, 2 bad input.
+`train` checks against its configuration. Exit status: 0 done, 1 the proof failed, 2 bad input.
 """
 
 import argparse

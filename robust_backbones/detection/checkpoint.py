@@ -28,7 +28,7 @@ _METADATA = "backbone_metadata"
 _UNFILLED = "unfilled_backbone_tensors"
 # These use the file's four tensors as they are; with GN or LN the shapes fit too, and the features are others.
 _BATCH_NORMS = ("FrozenBN", "SyncBN", "BN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
-_HOW_TO_CONVERT = "convert it with `python tools/convert_backbone.py SRC DST.pkl --verify` and give the .pkl"
+_HOW_TO_CONVERT = "convert it with `robust-backbones convert SRC DST.pkl --verify` and give the .pkl"
 
 
 class BackboneCheckpointer(DetectionCheckpointer):
@@ -62,7 +62,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             self._path = Path(path)
             if not self._path.is_file():
                 raise InputError(
-                    f"no weights at {path}: check MODEL.WEIGHTS, or make them with tools/convert_backbone.py"
+                    f"no weights at {path}: check MODEL.WEIGHTS, or make them with `robust-backbones convert`"
                 )
         elif self.whole_detector:
             raise InputError("a trained detector is needed here: give MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")

@@ -70,7 +70,7 @@ def test_files_of_other_layouts_are_refused(
     spec = BackboneSpec("resnet18", 4)
     write_checkpoint(ours, spec=spec, state_dict=build_backbone(spec).state_dict(), threat_model=ThreatModel())
     for path in (torchvision_file("resnet18"), ours):
-        with pytest.raises(InputError, match=r"tools/convert_backbone\.py"):
+        with pytest.raises(InputError, match=r"robust-backbones convert"):
             load(detector, small_cfg, path)
 
 

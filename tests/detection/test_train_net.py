@@ -107,7 +107,7 @@ def assert_refused(stderr: str, *words: str) -> None:
 
 def test_a_raw_torchvision_file_is_refused(shapes: Path, torchvision_file: Maker, tmp_path: Path) -> None:
     overrides = [*RESNET18, *TINY, "MODEL.WEIGHTS", torchvision_file("resnet18"), "OUTPUT_DIR", tmp_path / "run"]
-    assert_refused(train_net(shapes, *overrides, status=2)[1], "tools/convert_backbone.py")
+    assert_refused(train_net(shapes, *overrides, status=2)[1], "robust-backbones convert")
     assert not (tmp_path / "run").exists()
 
 
