@@ -1,5 +1,6 @@
 # make demo    the whole path on synthetic shapes, one table and one picture
 # make test    every test; make check: format, lint, types and the fast tests
+# make trials  what takes too long for a test: fuzzing the reader of untrusted files
 # make bench   every benchmark against other software, and docs/benchmarks.md
 # make docs    the documentation, into site/; make tables fills the pages' tables from records
 # make setup   only create .venv and install everything in it
@@ -7,7 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check bench tables docs clean
+.PHONY: setup demo test check trials bench tables docs clean
 
 setup: .venv/.installed
 
@@ -32,6 +33,10 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 --maxschedchunk 1
+
+# The reader of untrusted files against 20,000 damaged and hostile ones; minutes.
+trials: setup
+	$(BIN)/python tests/trials/fuzz_untrusted.py --files 20000
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py all --data $${ROBUST_BACKBONES_DATA:?names the folder of real images, see README}
