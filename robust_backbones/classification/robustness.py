@@ -133,7 +133,7 @@ def evaluate_robustness(
         "images": len(images),
         "checkpoint_sha256": checkpoint.source_sha256,
     }
-    if claim(output, settings):
+    if claim(output, settings, type(config)(config.threat_model).to_dict()):
         return RunRecord.read(output / "record.json")
 
     model = NormalizedModel(checkpoint.build(), spec)

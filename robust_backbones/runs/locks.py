@@ -1,4 +1,4 @@
-"""One owner at a time: a lock file that says whose it is and since when, and a dead owner's that is taken over."""
+"""One owner at a time: a lock file that names its owner, and that a dead owner loses."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ class Owner:
     host: str
     pid: int
     born: str | None
-    """When the process started, as the kernel counts; another one may have got its number since."""
+    """When the process started, as the kernel counts: another process may have got its number since."""
     since: str
     """Local time."""
 
     @classmethod
     def here(cls) -> Owner:
-        return cls(socket.gethostname(), os.getpid(), _born(os.getpid()), time.strftime("%Y-%m-%d %H:%M:%S"))
+        return cls(socket.gethostname(), os.getpid(), _start_time(os.getpid()), time.strftime("%Y-%m-%d %H:%M:%S"))
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
 
 
 class HeldError(InputError):
-    """Somebody else is at work here."""
+    """Another process owns the lock."""
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[Owner | None]:
     """Own ``path`` while the block runs; gives the dead owner that it was taken from, if any.
 
-    The file's time of change is the owner's last sign of life. Whoever finds its lock taken by another one (a machine
-    that slept for long was believed dead) gets SIGTERM.
+    The file's modification time is the owner's last sign of life. An owner that finds its lock taken by another one (a
+    machine that slept for long was believed dead) gets SIGTERM.
 
     Raises:
-        HeldError: its owner lives.
+        HeldError: its owner is alive.
     """
     own = Owner.here()
-    dead = _take(path, own)
+    dead = _acquire(path, own)
     end = threading.Event()
-    heart = threading.Thread(target=_beat, args=(path, own, end), daemon=True)
+    heart = threading.Thread(target=_show_life, args=(path, own, end), daemon=True)
     heart.start()
     try:
         yield dead
@@ -71,32 +71,29 @@ def lock(path: Path) -> Iterator[Owner | None]:
 def owner_of(path: Path) -> Owner | None:
     """The living owner of a lock."""
     owner = _read(path)
-    return owner if owner and _lives(owner, path) else None
+    return owner if owner and _is_alive(owner, path) else None
 
 
-def _take(path: Path, own: Owner) -> Owner | None:
+def _acquire(path: Path, own: Owner) -> Owner | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}.{own.host}-{own.pid}.tmp")
-    with _alone(path.with_name(f".{path.name}.guard")):  # of two that find a dead owner's file, one removes it
-        dead = _read(path)
-        if dead and _lives(dead, path):
-            raise _held(path, dead)
-        path.unlink(missing_ok=True)
-        try:
+    with open(path.with_name(f".{path.name}.guard"), "a") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)  # of two that find a dead owner's file, one removes it
+        held = _read(path)
+        if held is None or not _is_alive(held, path):
+            path.unlink(missing_ok=True)
             written.write_text(json.dumps(asdict(own)) + "\n")
-            os.link(written, path)  # appears whole, and only where nothing is: also without the guard
-        except FileExistsError:
-            raise _held(path, _read(path) or own) from None
-        finally:
-            written.unlink(missing_ok=True)
-    return dead
-
-
-def _held(path: Path, owner: Owner) -> HeldError:
-    return HeldError(
-        f"{path.parent} is in the hands of {owner}, whose last sign of life is {_silence(path):.0f} s old: "
-        "wait for it, or end it"
-    )
+            try:
+                os.link(written, path)  # appears whole, and only where nothing is: also without the guard
+                return held
+            except FileExistsError:
+                held = _read(path) or own
+            finally:
+                written.unlink()
+        raise HeldError(
+            f"{path.parent} is in use by {held}, whose last sign of life is {_silence(path):.0f} s old: wait for it, "
+            "or end it"
+        )
 
 
 def _read(path: Path) -> Owner | None:
@@ -108,9 +105,9 @@ def _read(path: Path) -> Owner | None:
         raise InputError(f"{path} is no lock of ours: remove it when nothing is at work there") from None
 
 
-def _lives(owner: Owner, path: Path) -> bool:
-    if owner.host == socket.gethostname():
-        return _born(owner.pid) == owner.born if owner.born else _exists(owner.pid)
+def _is_alive(owner: Owner, path: Path) -> bool:
+    if owner.host == socket.gethostname() and owner.born:
+        return _start_time(owner.pid) == owner.born
     return _silence(path) < STALE_SECONDS
 
 
@@ -121,7 +118,7 @@ def _silence(path: Path) -> float:
         return 0.0
 
 
-def _born(pid: int) -> str | None:
+def _start_time(pid: int) -> str | None:
     """None for a process that is dead, waited for or not, and where there is no /proc."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
@@ -130,26 +127,9 @@ def _born(pid: int) -> str | None:
     return None if state in "ZX" else fields[18]
 
 
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _beat(path: Path, own: Owner, end: threading.Event) -> None:
+def _show_life(path: Path, own: Owner, end: threading.Event) -> None:
     while not end.wait(_HEARTBEAT_SECONDS):
         if _read(path) != own:
             os.kill(own.pid, signal.SIGTERM)
             return
         os.utime(path)
-
-
-@contextmanager
-def _alone(guard: Path) -> Iterator[None]:
-    with open(guard, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

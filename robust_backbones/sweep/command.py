@@ -36,7 +36,7 @@ from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.locks import lock, owner_of
 from robust_backbones.runs.signals import STOP_SIGNALS, stop_on_signals
 from robust_backbones.sweep.expand import expand
-from robust_backbones.sweep.launcher import ClusterExecutor, Executor, LocalExecutor, launch
+from robust_backbones.sweep.launcher import ClusterExecutor, LocalExecutor, launch
 from robust_backbones.sweep.manifest import Manifest, read_manifest
 from robust_backbones.sweep.plan import STATES, Plan, count
 
@@ -130,7 +130,7 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
         print(f"cost: {plan.cost}")
 
 
-def executor_for(plan: Plan, manifest: Manifest, options: LaunchOptions) -> Executor:
+def executor_for(plan: Plan, manifest: Manifest, options: LaunchOptions) -> LocalExecutor | ClusterExecutor:
     processes = options.processes or manifest.cluster.processes
     if options.executor == "slurm":
         cluster = replace(manifest.cluster, executor="slurm", processes=processes)

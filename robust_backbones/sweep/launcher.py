@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.runs.cluster import ClusterConfig, open_executor, scheduler_errors
@@ -29,93 +29,6 @@ RESTARTS = 5
 """How often one launch resumes a run that was interrupted."""
 _CPUS_PER_PROCESS = 4
 _QUEUED = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING")
-
-
-class Executor(Protocol):
-    """Where runs work."""
-
-    def running(self) -> dict[str, Handle]:
-        """Runs that an earlier launch has started and that this one has to wait for."""
-
-    def start(self, runs: Sequence[Run]) -> dict[str, Handle]:
-        """Start those of ``runs`` that there is room for, the first ones first."""
-
-
-def launch(
-    plan: Plan,
-    executor: Executor,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = print,
-    pause: float = 1.0,
-) -> int:
-    """Run all of ``plan`` that is not done; the caller holds the lock of its folder.
-
-    Args:
-        stop: true once this process was asked to stop. Runs are then told to, and waited for.
-        pause: seconds between looks at the runs.
-
-    Returns:
-        the exit status: 0 all are done, 1 some failed, 75 asked to stop.
-    """
-    runs = {run.key: run for run in plan.runs}
-    handles, failed, starts = executor.running(), set[str](), Counter[str]()
-    stopping = False
-    while True:
-        for key, handle in [*handles.items()]:
-            if (status := handle.poll()) is None:
-                continue
-            del handles[key]
-            if plan.is_done(runs[key]):
-                say(f"done: {key}")
-            elif stopping:
-                say(f"stopped: {key}")
-            elif (status < 0 or status == PreemptedError.exit_status) and starts[key] <= RESTARTS:
-                say(f"interrupted, to be resumed: {key}")
-            else:
-                failed.add(key)
-                say(f"failed: {key}: {plan.last_line(runs[key])} (see {plan.log(runs[key])})")
-        if stop() and not stopping:
-            stopping = True
-            for key, handle in [*handles.items()]:
-                if isinstance(handle, subprocess.Popen):
-                    handle.terminate()
-                else:  # a job stays the cluster's: the next launch finds it there
-                    del handles[key]
-            say(f"asked to stop: waiting for {len(handles)} runs to write their state")
-        states = plan.states()
-        if not stopping:
-            started = executor.start(
-                [
-                    run
-                    for run in plan.runs
-                    if states[run.key] in ("ready", "preempted", "failed")
-                    and run.key not in handles
-                    and run.key not in failed
-                    and all(states[key] == "done" for key in run.needs)
-                ]
-            )
-            handles |= started
-            starts.update(list(started))
-            for key in started:
-                say(f"started: {key}")
-        # Runs that others have started, by hand or from a launcher that was killed, end by themselves.
-        elsewhere = [key for key, state in states.items() if state == "running" and key not in handles]
-        if not handles and (stopping or not elsewhere):
-            break
-        time.sleep(pause)
-    return _summary(plan, failed, stopping, say)
-
-
-def _summary(plan: Plan, failed: set[str], stopped: bool, say: Callable[[str], None]) -> int:
-    states = count(plan.states().values())
-    left = len(plan.runs) - states["done"]
-    text = f"{states['done']} of {len(plan.runs)} runs are done"
-    text += f", {len(failed)} failed" if failed else ""
-    text += f", {left - len(failed)} are left" if left > len(failed) else ""
-    text += ": give the same command again" if left else ""
-    say(text)
-    return 0 if not left else PreemptedError.exit_status if stopped else 1
 
 
 def start_process(plan: Plan, key: str, processes: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
@@ -166,9 +79,11 @@ class LocalExecutor:
             self._environments = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * jobs
 
     def running(self) -> dict[str, Handle]:
+        """Runs that an earlier launch has started and that this one has to wait for."""
         return {}
 
     def start(self, runs: Sequence[Run]) -> dict[str, Handle]:
+        """Start those of ``runs`` that there is room for, the first ones first."""
         free = [slot for slot, held in enumerate(self._slots) if held is None or held.poll() is not None]
         started: dict[str, Handle] = {}
         for slot, run in zip(free, runs, strict=False):
@@ -283,3 +198,75 @@ class ClusterExecutor:
 
     def _note(self, run: Run) -> Path:
         return self._plan.job(run) / "job.json"
+
+
+def launch(
+    plan: Plan,
+    executor: LocalExecutor | ClusterExecutor,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = print,
+    pause: float = 1.0,
+) -> int:
+    """Run all of ``plan`` that is not done; the caller holds the lock of its folder.
+
+    Args:
+        stop: true once this process was asked to stop. Runs are then asked to, and waited for.
+        pause: seconds between looks at the runs.
+
+    Returns:
+        the exit status: 0 all are done, 1 some failed, 75 asked to stop.
+    """
+    runs = {run.key: run for run in plan.runs}
+    handles, failed, starts = executor.running(), set[str](), Counter[str]()
+    stopping = False
+    while True:
+        for key, handle in [*handles.items()]:
+            if (status := handle.poll()) is None:
+                continue
+            del handles[key]
+            if plan.is_done(runs[key]):
+                say(f"done: {key}")
+            elif stopping:
+                say(f"stopped: {key}")
+            elif (status < 0 or status == PreemptedError.exit_status) and starts[key] <= RESTARTS:
+                say(f"interrupted, to be resumed: {key}")
+            else:
+                failed.add(key)
+                say(f"failed: {key}: {plan.last_line(runs[key])} (see {plan.log(runs[key])})")
+        if stop() and not stopping:
+            stopping = True
+            for key, handle in [*handles.items()]:
+                if isinstance(handle, subprocess.Popen):
+                    handle.terminate()
+                else:  # a job stays the cluster's: the next launch finds it there
+                    del handles[key]
+            say(f"asked to stop: waiting for {len(handles)} runs to write their state")
+        states = plan.states()
+        if not stopping:
+            started = executor.start(
+                [
+                    run
+                    for run in plan.runs
+                    if states[run.key] in ("ready", "preempted", "failed")
+                    and run.key not in handles
+                    and run.key not in failed
+                    and all(states[key] == "done" for key in run.needs)
+                ]
+            )
+            handles |= started
+            starts.update(list(started))
+            for key in started:
+                say(f"started: {key}")
+        # Runs that others have started, by hand or from a launcher that was killed, end by themselves.
+        elsewhere = [key for key, state in states.items() if state == "running" and key not in handles]
+        if not handles and (stopping or not elsewhere):
+            break
+        time.sleep(pause)
+    found = count(plan.states().values())
+    left = len(plan.runs) - found["done"]
+    text = f"{found['done']} of {len(plan.runs)} runs are done"
+    text += f", {len(failed)} failed" if failed else ""
+    text += f", {left - len(failed)} are left" if left > len(failed) else ""
+    say(text + (": give the same command again" if left else ""))
+    return 0 if not left else PreemptedError.exit_status if stopping else 1

@@ -38,14 +38,6 @@ class Run:
     work: int = 1
     """Iterations of a detector, epochs of a pre-training."""
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Run:
-        """As JSON gives them: it has lists for tuples."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
-        }
-        return cls(**values)
-
     def command(self, processes: int) -> list[str]:
         """``argv`` for this many processes, one a GPU."""
         if self.kind == "detect":
@@ -82,8 +74,8 @@ class Plan:
         """What ``write`` left in ``output``."""
         try:
             content = json.loads((output / "plan.json").read_text())
-            runs = [Run.from_dict(row) for row in content["runs"]]
-            return cls(**{**content, "output": output, "runs": tuple(runs)})
+            runs = tuple(Run(**_with_tuples(row)) for row in content["runs"])
+            return cls(**{**content, "output": output, "runs": runs})
         except FileNotFoundError:
             raise InputError(f"no plan in {output}: run `robust-backbones sweep setup` first") from None
         except (ValueError, TypeError, KeyError) as error:
@@ -140,20 +132,16 @@ class Plan:
         """One of ``STATES`` for every run, by what lies on disk."""
         found: dict[str, str] = {}
         for run in self.runs:
-            found[run.key] = self._state(run, all(found[key] == "done" for key in run.needs))
+            if self.is_done(run):
+                found[run.key] = "done"
+            elif owner_of(self.job(run) / "lock.json"):
+                found[run.key] = "running"
+            elif attempt := Attempt.read(self.job(run)):
+                interrupted = attempt.status in (None, 0, PreemptedError.exit_status)
+                found[run.key] = "preempted" if interrupted else "failed"
+            else:
+                found[run.key] = "ready" if all(found[key] == "done" for key in run.needs) else "waiting"
         return found
-
-    def _state(self, run: Run, can_start: bool) -> str:
-        if self.is_done(run):
-            return "done"
-        if owner_of(self.job(run) / "lock.json"):
-            return "running"
-        attempt = Attempt.read(self.job(run))
-        if attempt is not None and attempt.status not in (None, 0, PreemptedError.exit_status):
-            return "failed"
-        if attempt is not None:
-            return "preempted"
-        return "ready" if can_start else "waiting"
 
     def progress(self, run: Run) -> float:
         """The part of the run that is done, 0 to 1."""
@@ -178,7 +166,7 @@ class Plan:
         return (errors or lines or [""])[-1]
 
     def remaining_seconds(self, states: Mapping[str, str]) -> tuple[dict[str, float], float | None]:
-        """How long each running run will take, where it can be told, and all that is left; None: nobody knows yet.
+        """How long each running run will take, where that is known, and all that is left; None: nobody knows yet.
 
         A run's pace is its own since it was last started. Those that have not begun take as long as those of their
         group do on average; as many as now are believed to run side by side.
@@ -235,6 +223,11 @@ def count(states: Iterable[str]) -> dict[str, int]:
     """How many runs are in each state."""
     found = list(states)
     return {state: found.count(state) for state in STATES}
+
+
+def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists for tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
 
 def _tail(path: Path, size: int = 8192) -> str:

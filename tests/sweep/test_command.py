@@ -20,10 +20,15 @@ from tests.sweep.conftest import SMALL, launched, planned, stubs
 Run_ = Callable[..., tuple[int, str, str]]
 
 
-def test_the_tool_from_setup_to_collect(
-    tmp_path: Path, run_tool: Run_, monkeypatch: pytest.MonkeyPatch, torchvision_file: Callable[[str], Path]
+@pytest.mark.parametrize("stubbed", [{"convert", "detect"}, pytest.param({"detect"}, marks=pytest.mark.slow)], ids=len)
+def test_the_verb_from_setup_to_collect(
+    stubbed: set[str],
+    tmp_path: Path,
+    run_tool: Run_,
+    monkeypatch: pytest.MonkeyPatch,
+    torchvision_file: Callable[[str], Path],
 ) -> None:
-    """A real conversion; the detectors are stubs: a study of theirs takes minutes."""
+    """The detectors are stubs, and a conversion too where tests are to be fast."""
     content = {
         "cost": "a minute",
         "backbones": {"own": {"file": str(torchvision_file("resnet18"))}},
@@ -44,14 +49,17 @@ def test_the_tool_from_setup_to_collect(
             assert f"process {os.getpid()} on" in err
         assert f"launched by process {os.getpid()}" in run_tool("sweep", "status", *where)[1]
 
-    (tmp_path / "detector.py").write_text(
-        "import sys, pathlib; folder = pathlib.Path(sys.argv[sys.argv.index('OUTPUT_DIR') + 1])\n"
+    (tmp_path / "verb.py").write_text(
+        "import sys, pathlib\n"
+        "if sys.argv[1] == 'convert':\n"
+        "    pathlib.Path(sys.argv[3]).parent.mkdir(parents=True); sys.exit(pathlib.Path(sys.argv[3]).touch())\n"
+        "folder = pathlib.Path(sys.argv[sys.argv.index('OUTPUT_DIR') + 1])\n"
         "assert pathlib.Path(sys.argv[sys.argv.index('MODEL.WEIGHTS') + 1]).exists()\n"
         "folder.mkdir(parents=True); (folder / 'model_final.pth').touch()\n"
         "(folder / 'record.json').write_text('{\"seconds\": 1.0}')\n"
     )
     plan = planned(tmp_path, content)
-    runs = [replace(run, argv=("detector", *run.argv[1:])) if run.kind == "detect" else run for run in plan.runs]
+    runs = [replace(run, argv=("verb", *run.argv[1:])) if run.kind in stubbed else run for run in plan.runs]
     monkeypatch.setattr(command, "expand", lambda manifest: replace(plan, runs=tuple(runs)))
     status, out, err = run_tool("sweep", "launch", *where)
     assert status == 0, out + err
