@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import resnet18
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
@@ -29,13 +29,15 @@ from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.data.transforms import train_transform, val_transform
 from robust_backbones.errors import DivergedError, InputError, TrainingFailedError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.config import TransferConfig
 from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune
 from tests.conftest import ROOT
+from tests.transfer.conftest import NarrowResNet
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 CONFIG = FinetuneConfig(
     epochs=2,
     batch_size=8,
@@ -55,7 +57,7 @@ STEPS, STEPS_SELECTING = 8, 6
 """Of a run: two epochs of 8 images a class, 8 a step; of one that selects, without 2 of each class."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def folder(shapes: Path) -> Path:
     return shapes / "shapes_classification"
 
@@ -113,11 +115,11 @@ def pixels_of(images: Tensor) -> Tensor:
 
 def plainly(checkpoint: Checkpoint, folder: Path, *, freeze: int, decay: float, seed: int) -> tuple[nn.Module, float]:
     """Two epochs of plain PyTorch, a tenth of the rate in the second; the network and its accuracy on val, 0-100."""
-    net = torchvision.models.resnet18(num_classes=4)
+    net = NarrowResNet(num_classes=4)
     net.load_state_dict(checkpoint.state_dict)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net.fc = torchvision.models.resnet18(num_classes=4).fc
+        net.fc = NarrowResNet(num_classes=4).fc
     groups = [[net.conv1, net.bn1], [net.layer1], [net.layer2], [net.layer3], [net.layer4], [net.fc]]
     frozen = [module for group in groups[:freeze] for module in group]
     optimizer = torch.optim.SGD(
@@ -229,7 +231,7 @@ def test_the_classifier_may_have_more_outputs_and_the_classes_fewer_images(
         assert {label: by_class.count(label) for label in by_class} == dict.fromkeys(data.train.classes, 3)
         chosen[name] = trained_on
         written = read_checkpoint(tmp_path / name / "robust/runs" / record.config["run"] / "checkpoint.pt")
-        assert (written.spec.num_classes, written.state_dict["fc.weight"].shape) == (57, (57, 512))
+        assert (written.spec.num_classes, written.state_dict["fc.weight"].shape) == (57, (57, 64))
     assert chosen["zero"] == chosen["seed"] != chosen["data_seed"]
 
 
@@ -532,7 +534,8 @@ def test_nothing_is_written_for_what_cannot_be_run(checkpoint: Checkpoint, folde
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def test_two_processes_finish_and_give_each_record_once(checkpoint: Checkpoint, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_processes_finish_and_give_each_record_once(folder: Path, tmp_path: Path) -> None:
     """The command itself, by torchrun; an image that cannot be read is found by one process and left out by both."""
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged)
@@ -542,7 +545,9 @@ def test_two_processes_finish_and_give_each_record_once(checkpoint: Checkpoint, 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     output, file = tmp_path / "run", tmp_path / "robust.pt"
-    write_checkpoint(file, spec=checkpoint.spec, state_dict=checkpoint.state_dict, threat_model=None)
+    write_checkpoint(
+        file, spec=BackboneSpec("resnet18", 4), state_dict=resnet18(num_classes=4).state_dict(), threat_model=None
+    )
     recipe = (
         "--epochs 1 --batch-size 8 --image-size 32 --val-resize 32 --lrs 0.01 1e6 --seeds 0 1 --eval-threat-model L2:1 "
         "--eval-attack.steps 1 --device cpu --workers 0 --no-tensorboard --skip-unreadable"

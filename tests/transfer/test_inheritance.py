@@ -39,6 +39,7 @@ from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbon
 from robust_backbones.runs.locks import lock
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.inheritance import corruption
 from robust_backbones.transfer.inheritance.adapters import LowRankModel, PromptedModel
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.corruption import mean_corruption_error
@@ -54,20 +55,29 @@ from robust_backbones.transfer.inheritance.run import ProtocolExecution, run_pro
 from robust_backbones.transfer.inheritance.weights import greedy_soup, interpolate, mean
 from tests.conftest import randomize_batch_norms
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 Run = Callable[..., tuple[int, str, str]]
 SPEC = BackboneSpec("resnet18", 4)
 NAMES = ("circle", "cross", "square", "triangle")
 CPU = Compute(torch.device("cpu"))
 SMALL = InheritanceConfig(
-    epochs=2, batch_size=8, lr=0.01, warmup_steps=2, image_size=32, val_resize=32, distance_images=12, fisher_images=2
+    epochs=2,
+    batch_size=8,
+    lr=0.01,
+    warmup_steps=2,
+    image_size=32,
+    val_resize=32,
+    distance_images=12,
+    sinkhorn_regularization=0.5,
+    fisher_images=2,
 )
 OPTIONS = ["--epochs", "1", "--batch-size", "8", "--image-size", "32", "--val-resize", "32"]
-OPTIONS += ["--distance-images", "12", "--workers", "0", "--device", "cpu"]
+OPTIONS += ["--distance-images", "12", "--sinkhorn-regularization", "0.5", "--workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A ResNet-18 for the four shapes, with batch norms that look trained."""
+def start(narrow_resnet18: None, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """A network for the four shapes, with batch norms that look trained."""
     backbone = build_backbone(SPEC, seed=3)
     randomize_batch_norms(backbone)
     path = tmp_path_factory.mktemp("start") / "start.pt"
@@ -313,7 +323,8 @@ def test_a_strong_term_keeps_the_network(
     def away(model: NormalizedModel) -> float:
         if name == "lwf":
             with torch.no_grad():
-                p, q = (net(images)[:, [1, 3]].softmax(1) for net in (model, before))
+                # Distillation holds the predictions in training, with each batch's own statistics.
+                p, q = (net(images)[:, [1, 3]].softmax(1) for net in (model.train(), before))
             return float((p - q).abs().mean())
         pairs = zip(model.backbone.parameters(), before.backbone.parameters(), strict=True)
         return sum(float((one - other).detach().square().sum()) for one, other in pairs)
@@ -546,17 +557,17 @@ def test_methods_come_behind_what_they_need_and_unknown_ones_are_refused() -> No
 
 def test_optimal_transport_of_equal_samples_is_an_assignment() -> None:
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(20, 5)), rng.normal(size=(20, 5)) + np.eye(5)[0]
+    x, y = rng.normal(size=(12, 5)), rng.normal(size=(12, 5)) + np.eye(5)[0]
     costs = np.array([[sum((a - b) ** 2) for b in y] for a in x])
     rows, columns = linear_sum_assignment(costs)
     exact = wasserstein(x, y)
     assert exact == pytest.approx(math.sqrt(costs[rows, columns].mean()), rel=1e-9)
     assert wasserstein(x, x[::-1]) == pytest.approx(0, abs=1e-6)
-    entropic = [sinkhorn(x, y, regularization=r) for r in (0.5, 0.1, 0.02, 0.005)]
+    entropic = [sinkhorn(x, y, regularization=r) for r in (0.5, 0.1, 0.02)]
     assert entropic == sorted(entropic, reverse=True)  # to W_2 from above
     assert all(value >= exact * (1 - 1e-6) for value in entropic)
     assert entropic[0] > 1.05 * exact
-    assert entropic[-1] == pytest.approx(exact, rel=5e-3)
+    assert entropic[-1] == pytest.approx(exact, rel=1e-2)
 
 
 def test_a_distance_is_the_least_cost_of_samples_of_unequal_size() -> None:
@@ -855,8 +866,15 @@ def test_the_tool_says_what_is_wrong(run_tool: Run, world: Path, tmp_path: Path)
 
 
 def test_the_tool_measures_corruptions_and_detectors(
-    run_tool: Run, world: Path, start: Checkpoint, fine_tuned: dict[str, Tensor], tmp_path: Path
+    run_tool: Run,
+    world: Path,
+    start: Checkpoint,
+    fine_tuned: dict[str, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(corruption, "CORRUPTIONS", ("brightness", "contrast"))
+    monkeypatch.setattr(corruption, "SEVERITIES", (1, 5))
     first, second = tmp_path / "first.pt", tmp_path / "second.pt"
     for path, weights in ((first, start.state_dict), (second, fine_tuned)):
         write_checkpoint(path, spec=SPEC, state_dict=weights, threat_model=start.threat_model)
@@ -866,9 +884,9 @@ def test_the_tool_measures_corruptions_and_detectors(
     assert status == 0
     assert out.splitlines()[-1] == f"record written to {tmp_path / 'a/record.json'}"
     reference = RunRecord.read(tmp_path / "a/record.json")
-    assert len(reference.metrics) == 77  # clean, 75 and their mean
+    assert len(reference.metrics) == 6  # clean, four and their mean
     cells = [RunRecord.read(path).metrics["accuracy"] for path in (tmp_path / "a/cells").glob("*-*/record.json")]
-    assert len(cells) == 75
+    assert len(cells) == 4
     assert reference.metrics["mean_accuracy"] == pytest.approx(np.mean([cell or 0.0 for cell in cells]))
 
     backbone = read_checkpoint(first)

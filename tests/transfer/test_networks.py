@@ -128,7 +128,9 @@ def test_groups_are_in_the_order_of_the_forward_pass(arch: str) -> None:
     assert max(strides[DEPTH - 1]) in (16, 32)
 
 
-@pytest.mark.parametrize("arch", PAPER)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=[pytest.mark.slow] * (arch not in ("resnet50", *SMALL))) for arch in PAPER]
+)
 def test_features_under_the_old_classifier_are_the_networks_logits(arch: str, pixels: Tensor) -> None:
     spec = BackboneSpec(arch, CLASSES, mean=(0.1, 0.3, 0.5), std=(0.1, 0.2, 0.4))
     network = network_of(spec)
