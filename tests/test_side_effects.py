@@ -6,8 +6,10 @@ import sys
 import pytest
 
 WATCH = """
-import logging, multiprocessing, os, random, resource, signal, sys, warnings
+import atexit, logging, multiprocessing, os, random, resource, signal, sys, warnings
 import cv2, numpy, torch, torchvision
+from tqdm import tqdm
+tqdm([])  # the first bar of a process starts tqdm's monitor, which has an exit handler
 
 def state():
     return {
@@ -19,6 +21,7 @@ def state():
         "mkldnn": torch.backends.mkldnn.enabled,
         "function modes": torch.overrides._get_current_function_mode(),
         "signals": [signal.getsignal(number) for number in (1, 2, 10, 13, 15, 17)],
+        "exit handlers": atexit._ncallbacks(),
         "hooks": (sys.excepthook, sys.unraisablehook),
         "environment": dict(os.environ),
         "folder": os.getcwd(),

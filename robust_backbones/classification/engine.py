@@ -254,7 +254,7 @@ def train_one_epoch(
         on_log: called after every ``log_period``-th step and the last one, with the number of this epoch's steps that
             are done and the totals on the perturbed images since the last call; all processes call it together.
         stop: asked after every step; once true, ``on_log`` is called at once.
-        classes: how many there are, to tell a diverging loss; 0 does not tell.
+        classes: how many there are, by which a diverging loss is recognised; 0 turns that off.
 
     Raises:
         DivergedError: the loss is not finite, or ten times that of chance on average between two calls.

@@ -136,7 +136,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         rest = self.take([position for position, name in enumerate(self.names) if name not in left_out])
         if emptied := sorted(set(self.labels) - set(rest.labels)):
             raise InputError(
-                f"class {self.classes[emptied[0]]} of {self._source.root} keeps no image: mend some or remove the class"
+                f"class {self.classes[emptied[0]]} of {self._source.root} keeps no image: add some, or remove the class"
             )
         return rest
 

@@ -36,11 +36,11 @@ class ImageInputError(InputError):
         unknown = isinstance(error, UnidentifiedImageError)
         text = "not in a known image format" if unknown else getattr(error, "strerror", None) or str(error)
         reason = " ".join(text.split()) or type(error).__name__
-        return cls(f"cannot read the image {name} ({reason}): mend or remove it, or give --skip-unreadable", reason)
+        return cls(f"cannot read the image {name} ({reason}): repair or remove it, or give --skip-unreadable", reason)
 
 
 def decode(data: bytes, name: str) -> Tensor:
-    """An image file's bytes as uint8 of shape (3, H, W), RGB, equal to Pillow's ``convert("RGB")`` to the bit.
+    """An image file's bytes as uint8 of shape (3, H, W), RGB, equal to Pillow's ``convert("RGB")``, bit for bit.
 
     Pillow clips gray images of 16 bits to white; here they are scaled to 8. Orientation tags are ignored, as ImageNet
     training does. In memory channels come last: torchvision resizes such images fastest.

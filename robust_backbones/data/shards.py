@@ -95,7 +95,7 @@ def _classes(root: Path, labels: list[int], names: list[str]) -> list[str]:
         classes = [line.strip() for line in path.read_text().splitlines() if line.strip()]
         if max(present) >= len(classes):
             name = names[next(index for index, label in enumerate(labels) if label >= len(classes))]
-            raise InputError(f"the label of {name} is not one of the {len(classes)} classes in {path}: mend either")
+            raise InputError(f"the label of {name} is not one of the {len(classes)} classes in {path}: correct either")
         total = len(classes)
     else:
         total = max(present) + 1

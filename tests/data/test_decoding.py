@@ -129,7 +129,7 @@ def test_pixels_without_a_known_range_are_refused(mode: str) -> None:
 
 def test_a_jpeg_cut_in_half_is_refused() -> None:
     data = PLAIN["420"]
-    with pytest.raises(ImageInputError, match=r"cannot read the image a/b\.jpg \(.*truncated.*\): mend"):
+    with pytest.raises(ImageInputError, match=r"cannot read the image a/b\.jpg \(.*truncated.*\): repair"):
         decode(data[: len(data) // 2], "a/b.jpg")
 
 
@@ -148,7 +148,7 @@ def test_what_is_no_image_is_named_with_a_reason(data: bytes) -> None:
         decode(data, "x.jpg")
     assert error.value.reason == "not in a known image format"
     assert str(error.value) == (
-        "cannot read the image x.jpg (not in a known image format): mend or remove it, or give --skip-unreadable"
+        "cannot read the image x.jpg (not in a known image format): repair or remove it, or give --skip-unreadable"
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain
 from robust_backbones.data.stylization import mix_amplitudes, stylize
 from robust_backbones.errors import InputError
-from tests.classification.test_pretrain import CONFIG, HERE, cut_off_after, same_weights
+from tests.classification.test_pretrain import CONFIG, HERE, build_tiny, cut_off_after, same_weights
 
 
 def pictures(seed: int, count: int = 5, size: tuple[int, int] = (12, 15)) -> Tensor:
@@ -85,6 +85,7 @@ def test_a_strength_beyond_1_is_refused() -> None:
 def test_it_changes_the_run_is_recorded_and_resumes_exactly(
     shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("robust_backbones.classification.pretrain.build_backbone", build_tiny)
     data, config = shapes / "shapes_classification", replace(CONFIG, stylize=1.0, epochs=1)
     whole = pretrain(config, data, tmp_path / "whole", HERE)
     assert whole.config["stylize"] == 1.0
