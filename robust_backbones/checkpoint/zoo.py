@@ -75,7 +75,7 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """The file of a published backbone, downloaded at the first use; a download that was cut off goes on.
+    """The file of a published backbone, downloaded at the first use; a download that was cut off is continued.
 
     Its sha256 is noted beside it at the first use and holds from then on; while downloading, the hub's own holds too.
     HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 forbids the network.

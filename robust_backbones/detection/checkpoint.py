@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
@@ -34,7 +33,7 @@ _HOW_TO_CONVERT = "convert it with `robust-backbones convert SRC DST.pkl --verif
 class BackboneCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer that accepts a file only if it fills the whole backbone and fits the configuration.
 
-    Files are read without running code that they may hold. Checkpoints it saves carry the backbone's metadata on.
+    Files are read without running code that they may hold. Checkpoints that it saves keep the backbone's metadata.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def save(self, name: str, *, model: nn.Module | None = None, resumable: bool = True, **content: Any) -> None:
-        """Write ``name``.pth whole or not at all; fvcore's own ``save`` can leave half a file behind a kill.
+        """Write ``name``.pth whole or not at all; fvcore's own ``save`` can leave half a file after a kill.
 
         Args:
             model: whose weights to write instead of the trained one's, such as their average.
@@ -136,11 +135,11 @@ class BackboneCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         names = backbone_tensors(self.model)
         state = self.model.state_dict()
-        unfilled = [
-            name
-            for name, short_name in names.items()
-            if not _equal(state[name], in_file.get(name, in_file.get(short_name)))
-        ]
+        unfilled = []
+        for name, short_name in names.items():
+            stored = in_file.get(name, in_file.get(short_name))
+            if stored is None or not torch.equal(state[name].cpu(), stored.to(state[name].dtype)):
+                unfilled.append(name)
         filled = f"{len(names) - len(unfilled)} of the backbone's {len(names)} tensors"
         if unfilled and not (self.cfg.MODEL.BACKBONE.ALLOW_PARTIAL and len(unfilled) < len(names)):
             raise InputError(
@@ -189,11 +188,11 @@ def check_config(cfg: CfgNode, spec: BackboneSpec, path: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The training checkpoint to go on from: what ``last_checkpoint`` names if it is there, else the latest one."""
+    """The training checkpoint to resume from: what ``last_checkpoint`` names if it is there, else the latest one."""
     note = folder / "last_checkpoint"
     if note.is_file() and (named := folder / note.read_text().strip()).is_file():
         return named
-    # model_final sorts behind model_0000099, which is when it was written.
+    # model_final sorts after model_0000099, which is when it was written.
     return max(folder.glob("model_[0-9f]*.pth"), default=None)
 
 
@@ -220,12 +219,6 @@ def _agree(held: Any, wanted: Any) -> bool:
             math.isclose(a, b, abs_tol=0.01) for a, b in zip(held, wanted, strict=True)
         )
     return held == wanted
-
-
-def _equal(loaded: torch.Tensor, stored: Any) -> bool:
-    if isinstance(stored, np.ndarray):
-        stored = torch.from_numpy(stored)
-    return stored is not None and loaded.shape == stored.shape and torch.equal(loaded.cpu(), stored.to(loaded.dtype))
 
 
 def _some(names: list[str]) -> str:
