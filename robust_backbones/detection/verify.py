@@ -25,6 +25,8 @@ TOLERANCE = 1e-4
 
 _STAGES = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
 _NORMS = {"eval": "FrozenBN", "train": "BN"}
+# What comes after the backbone takes no part: as small as it can be.
+_SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]
 _SMALLEST_SIDE, _LARGEST_SIDE = 64, 512
 
 
@@ -75,7 +77,7 @@ def feature_errors(
     _, metadata = read_backbone(converted)
     errors = []
     for mode, norm in _NORMS.items():
-        overrides = ["MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.DEVICE", "cpu"]
+        overrides = ["MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.DEVICE", "cpu", *_SMALL_HEADS]
         cfg = load_config(CONFIG_DIR / "Base-RCNN-FPN.yaml", [*flat_overrides(metadata.spec), *overrides])
         detector = build_model(cfg).train(mode == "train")
         BackboneCheckpointer(detector, cfg=cfg).load(str(converted))

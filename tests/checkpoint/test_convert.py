@@ -17,14 +17,16 @@ from robust_backbones.checkpoint.convert import (
     SUFFIXES,
     BackboneMetadata,
     convert,
+    convert_file,
     detectron2_name,
     read_backbone,
     torchvision_name,
     write_backbone,
+    write_torchvision,
 )
-from robust_backbones.checkpoint.format import write_checkpoint
+from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import ARCHITECTURES, BackboneSpec, ResNetShape, build_backbone
 from robust_backbones.threat_models import ThreatModel
 
@@ -79,6 +81,27 @@ def test_what_does_not_fit_is_reported(torchvision_file: Callable[[str], Path]) 
     assert "layer9.0.conv1.weight" in str(report)
 
 
+def test_a_file_gets_its_name_once_it_is_proven(tmp_path: Path, torchvision_file: Callable[[str], Path]) -> None:
+    checkpoint, path = read_checkpoint(torchvision_file("resnet18")), tmp_path / "backbone.pkl"
+    path.write_bytes(b"the old one")
+
+    def prove(proven: Checkpoint, unproven: Path) -> None:
+        assert proven is checkpoint
+        assert unproven != path
+        assert read_backbone(unproven)[1] == BackboneMetadata.of(checkpoint)
+        raise ProofFailedError("differs")
+
+    with pytest.raises(ProofFailedError):
+        convert_file(checkpoint, path, prove=prove)
+    incomplete = replace(checkpoint, state_dict={"conv1.weight": checkpoint.state_dict["conv1.weight"]})
+    assert not convert_file(incomplete, path).ok
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the old one"]
+    assert convert_file(checkpoint, str(path)).ok
+    assert read_backbone(str(path))[1] == BackboneMetadata.of(checkpoint)
+    with pytest.raises(InputError, match=r"ends in \.pkl or \.pth or \.safetensors"):
+        convert_file(checkpoint, tmp_path / "backbone.onnx")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -121,7 +144,7 @@ def test_a_file_says_what_it_holds(tmp_path: Path, torchvision_file: Callable[[s
 
 
 def test_identical_input_gives_identical_bytes(torchvision_file: Callable[[str], Path], tmp_path: Path) -> None:
-    """In two processes, which hash and order differently; and no file holds more than its tensors."""
+    """In another process, which hashes and orders differently; and no file holds more than its tensors."""
     source = torchvision_file("resnet18")
     code = (
         "import sys, pathlib; from robust_backbones.checkpoint.convert import *\n"
@@ -133,7 +156,12 @@ def test_identical_input_gives_identical_bytes(torchvision_file: Callable[[str],
     )
     for run in ("a", "b"):
         (tmp_path / run).mkdir()
-        subprocess.run([sys.executable, "-c", code, source, tmp_path / run], check=True)
+    subprocess.run([sys.executable, "-c", code, source, tmp_path / "a"], check=True)
+    checkpoint = read_checkpoint(source)
+    for suffix in SUFFIXES:
+        convert_file(checkpoint, tmp_path / f"b/x{suffix}").check()
+    for suffix in SUFFIXES[1:]:
+        write_torchvision(tmp_path / f"b/y{suffix}", checkpoint)
     files = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert files == ["x.pkl", "x.pth", "x.safetensors", "y.pth", "y.safetensors"]
     for name in files:

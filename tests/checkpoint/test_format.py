@@ -33,7 +33,7 @@ def test_our_own_round_trip(tmp_path: Path) -> None:
     ("arch", "stem"),
     [
         ("resnet18", "cifar"),
-        ("densenet161", "imagenet"),
+        pytest.param("densenet161", "imagenet", marks=pytest.mark.slow),
         ("mnasnet1_0", "imagenet"),
         ("mobilenet_v2", "imagenet"),
         ("shufflenet_v2_x1_0", "imagenet"),

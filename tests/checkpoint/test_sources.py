@@ -1,4 +1,4 @@
-"""Every source of backbones: told by its keys, stripped to the same tensors, fed as it was trained or refused."""
+"""Every layout of backbones: recognised by its keys, read to the same tensors, fed as it was trained or refused."""
 
 import argparse
 import json
@@ -23,6 +23,7 @@ from tests.conftest import randomize_batch_norms
 
 MEAN, STD = (0.4717, 0.4499, 0.3837), (0.2600, 0.2516, 0.2575)
 STATED = Statement(mean=MEAN, std=STD)
+SLOW = pytest.mark.slow
 Tensors = dict[str, Tensor]
 
 
@@ -47,7 +48,7 @@ def column(values: tuple[float, ...], *shape: int) -> Tensor:
 
 
 def robustness_content(tensors: Tensors, outer: str = "module.", inner: str = "") -> dict[str, Any]:
-    """What robustness.train saves: the network and the attacker's copy of it, each behind a normaliser."""
+    """What robustness.train saves: the network and the attacker's copy of it, each after a normaliser."""
     state_dict = OrderedDict(
         {
             f"{outer}normalizer.new_mean": column(MEAN, 3, 1, 1),
@@ -254,7 +255,7 @@ def test_somebody_elses_detectron2_file_needs_all_that_it_does_not_say(tmp_path:
     assert_reads(path, "detectron2", weights(tensors), MEAN, STD, statement=statement)
 
 
-@pytest.mark.parametrize("arch", ["densenet161", "mobilenet_v2", "vgg16_bn"])
+@pytest.mark.parametrize("arch", ["mobilenet_v2", *(pytest.param(a, marks=SLOW) for a in ("densenet161", "vgg16_bn"))])
 def test_published_networks_that_are_no_resnets_are_read_too(tmp_path: Path, arch: str) -> None:
     """Classification can use them; a detector cannot, and says so."""
     net = build_backbone(BackboneSpec(arch, 5))

@@ -16,7 +16,6 @@ from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.config import CONFIG_DIR, flat_overrides, load_config
-from robust_backbones.detection.verify import TOLERANCE, feature_errors
 from robust_backbones.models import BackboneSpec
 
 Maker = Callable[[str], Path]
@@ -104,8 +103,6 @@ def test_a_caffe2_file_is_read_as_detectron2_reads_it(torchvision_file: Maker, t
         # Detectron2 fills in a variance of 1, to which the norm adds epsilon; a scale and a shift alone are meant.
         expected = theirs.state_dict()[name] - (1e-5 if name.endswith("running_var") else 0)
         torch.testing.assert_close(ours.state_dict()[name], expected, rtol=0, atol=0)
-    errors = feature_errors(checkpoint, tmp_path / "ours.pkl", size=64)
-    assert max(error.relative for error in errors) < TOLERANCE
 
 
 def test_a_bias_in_the_stem_becomes_part_of_its_shift(torchvision_file: Maker, tmp_path: Path) -> None:
