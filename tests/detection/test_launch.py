@@ -53,7 +53,7 @@ def train_and_evaluate(weights: Path, output: Path) -> None:
     """In each process: train by both protocols; the first writes weights and metrics down."""
     torch.set_num_threads(1)
     for protocol in PROTOCOLS:
-        cfg = configuration(protocol, weights, output)
+        cfg = configuration(protocol, weights, output / protocol)
         register_datasets(cfg)
         seed_all_rng(11)
         trainer = Trainer(cfg)
@@ -108,7 +108,7 @@ def test_two_processes_of_two_images_are_one_of_four(
 
 def test_evaluations_merge_exactly(outcomes: list[Path]) -> None:
     """Of what is found, and so of every metric; test_evaluators has these."""
-    one, two = (json.loads((folder / "inference/coco_instances_results.json").read_text()) for folder in outcomes)
+    one, two = (json.loads((folder / "syncbn/inference/coco_instances_results.json").read_text()) for folder in outcomes)
     assert one == two
     assert len(one) > 10
 
