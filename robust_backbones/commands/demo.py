@@ -37,9 +37,7 @@ def main(arguments: list[str]) -> int:
 
     # Set before Detectron2 is imported, here and in the commands: it looks for data sets there.
     os.environ["DETECTRON2_DATASETS"] = str((output / "data").resolve())
-    from robust_backbones.detection.config import load_config
-    from robust_backbones.detection.datasets import register_datasets
-    from robust_backbones.detection.visualize import draw_comparison
+    from robust_backbones.detection.side_by_side import draw_side_by_side
 
     start = time.perf_counter()
     print(f"writing synthetic shapes to {output / 'data'}")
@@ -49,10 +47,8 @@ def main(arguments: list[str]) -> int:
         print(f"\n== {name} backbone (trained at {threat_model})")
         records.append(prepare_and_train(output / name, output / "data/shapes_classification", threat_model))
 
-    register_datasets(load_config(CONFIG))
     picture = output / "detections.jpg"
-    results = {name: output / name / "detector/inference/coco_instances_results.json" for name in BACKBONES}
-    draw_comparison("shapes_val", results, picture, images=3)
+    draw_side_by_side({name: output / name / "detector" for name in BACKBONES}, picture, images=3)
     table = transfer_table(records).to_markdown()
     (output / "table.md").write_text(table + "\n")
 

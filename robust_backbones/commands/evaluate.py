@@ -32,8 +32,8 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
 if TYPE_CHECKING:
-    from robust_backbones.detection.attacks import DetectorAttack
-    from robust_backbones.detection.robustness import CellChoice
+    from robust_backbones.detection.cell_images import ImageChoice
+    from robust_backbones.detection.cells import Cell
 
 
 @dataclass(kw_only=True)
@@ -140,11 +140,12 @@ def classifier(options: ClassifierOptions) -> int:
     return 0
 
 
-def cells_of(options: DetectorOptions) -> tuple[CellChoice, list[DetectorAttack]]:
-    """The corruptions and the attacks that are asked for."""
+def cells_of(options: DetectorOptions) -> tuple[list[Cell], ImageChoice]:
+    """The cells that are asked for, and the images to evaluate them on."""
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
     from robust_backbones.detection.attacks import DetectorAttack
-    from robust_backbones.detection.robustness import CellChoice
+    from robust_backbones.detection.cell_images import ImageChoice
+    from robust_backbones.detection.cells import attack_cell, corruption_cells
 
     targeted = options.attack_target is not None
     if targeted and options.attacks:
@@ -152,54 +153,57 @@ def cells_of(options: DetectorOptions) -> tuple[CellChoice, list[DetectorAttack]
     losses = ("classification",) if targeted else tuple(dict.fromkeys(options.attacks))
     if losses and options.threat_model is None:
         raise InputError("an attack needs --threat-model, such as Linf:4/255")
-    attacks = [
-        DetectorAttack(
-            threat_model=options.threat_model or ThreatModel(),
-            loss=loss,
-            steps=options.attack_steps,
-            random_start=options.attack_restarts > 1,
-            restarts=options.attack_restarts,
-            schedule=options.attack_schedule,
-            target=options.attack_target,
+    cells = corruption_cells(options.corruptions, options.severities)
+    cells += [
+        attack_cell(
+            DetectorAttack(
+                threat_model=options.threat_model or ThreatModel(),
+                loss=loss,
+                steps=options.attack_steps,
+                random_start=options.attack_restarts > 1,
+                restarts=options.attack_restarts,
+                schedule=options.attack_schedule,
+                target=options.attack_target,
+            )
         )
         for loss in losses
     ]
-    return CellChoice(options.corruptions, options.severities, options.limit, options.seed), attacks
+    return cells, ImageChoice(options.limit, options.seed)
 
 
 def detector(options: DetectorOptions) -> int:
-    choice, attacks = cells_of(options)
+    cells, images = cells_of(options)
 
-    from robust_backbones.detection.robustness import evaluate_detector
+    from robust_backbones.detection.robust_evaluation import evaluate_detector
 
     record = evaluate_detector(
         options.config,
         options.weights,
         options.output,
-        choice,
+        cells,
+        images=images,
         domains=options.domains,
-        attacks=attacks,
         device=options.device,
         jobs=options.jobs,
         workers=options.workers,
     )
-    cells = record.config["cells"]
-    print(f"{record.dataset}, {record.config['images']} images, {len(cells)} cells in {record.seconds:.0f} s")
-    print("\n".join(tables(record.metrics, cells, record.config["measure"])))
+    names = record.config["cells"]
+    print(f"{record.dataset}, {record.config['images']} images, {len(names)} cells in {record.seconds:.0f} s")
+    print("\n".join(tables(record.metrics, names, record.config["measure"])))
     for name, warnings in record.config["warnings"].items():
         print("\n".join(f"warning: {name}: {warning}" for warning in warnings))
-    print("\n".join(draw_errors(options.output, choice, record, options.errors)))
+    print("\n".join(draw_errors(options.output, images, record, options.errors)))
     print(f"record written to {options.output / 'record.json'}")
     return 0
 
 
-def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequence[str]) -> list[str]:
+def draw_errors(output: Path, images: ImageChoice, record: RunRecord, names: Sequence[str]) -> list[str]:
     """Draw which errors the boxes of some cells have, as ``output/errors.*``; the lines of the same as a table."""
     from robust_backbones.analysis.detection_errors import detection_errors
     from robust_backbones.analysis.error_figures import error_figure, error_table
     from robust_backbones.analysis.figures import MOST_CURVES
+    from robust_backbones.detection.cell_images import take_images
     from robust_backbones.detection.evaluators import ground_truth
-    from robust_backbones.detection.robustness import take_images
 
     cells = record.config["cells"]
     if unknown := sorted({*names} - {*cells}):
@@ -208,7 +212,7 @@ def draw_errors(output: Path, choice: CellChoice, record: RunRecord, names: Sequ
     errors = {}
     for cell in chosen[:MOST_CURVES]:
         folder = output / "cells" / cell
-        truth = ground_truth(take_images(RunRecord.read(folder / "record.json").dataset, choice, output / "images"))
+        truth = ground_truth(take_images(RunRecord.read(folder / "record.json").dataset, images, output / "images"))
         errors[cell] = detection_errors(truth, json.loads((folder / "detections.json").read_text()), "bbox")
     title = f"{record.dataset}, {record.config['images']} images"
     error_figure(errors, title, output / "errors")

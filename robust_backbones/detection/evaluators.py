@@ -17,17 +17,20 @@ from typing import Any
 import detectron2.utils.comm as comm
 import faster_coco_eval  # type: ignore[import-untyped]
 import numpy as np
+import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets.coco import convert_to_coco_dict
 from detectron2.evaluation import DatasetEvaluator, PascalVOCDetectionEvaluator
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from robust_backbones.detection.datasets import categories
+from robust_backbones.detection.datasets import categories, evaluator_kind
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
@@ -35,38 +38,54 @@ _logger = logging.getLogger(__name__)
 _REGIONS = {"bbox": "bbox", "segm": "segmentation"}
 _VOC_METRICS = {"11point": "11-point AP (VOC 2007)", "area": "area under the curve"}
 
+Result = dict[str, Any]
+"""A detection in COCO's result format."""
 Array = NDArray[np.float64]
 
 
-class CocoEvaluator(DatasetEvaluator):
-    """Evaluates by ``coco_metrics``, and writes the detections to ``coco_instances_results.json``.
+def build_evaluator(cfg: CfgNode, dataset_name: str) -> CocoEvaluator | VocEvaluator:
+    """The evaluator of a registered set; without an OUTPUT_DIR it writes nothing."""
+    if evaluator_kind(dataset_name) == "pascal_voc":
+        return VocEvaluator(dataset_name)
+    folder = Path(cfg.OUTPUT_DIR) / "inference" if cfg.OUTPUT_DIR else None
+    tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
+    return CocoEvaluator(dataset_name, tasks, output_dir=folder, reference=cfg.TEST.REFERENCE_EVAL)
 
-    Neither depends on how the images were spread over processes.
+
+class CocoEvaluator(DatasetEvaluator):
+    """Evaluates by ``coco_metrics``; no number depends on how the images were spread over processes.
 
     Args:
         dataset_name: A registered set, in COCO's format or Detectron2's own.
         tasks: ``bbox``, ``segm`` or both.
-        output_dir: The folder of ``coco_instances_results.json``.
+        output_dir: The folder to write ``coco_instances_results.json`` to.
         reference: Compute with pycocotools instead of faster-coco-eval.
     """
 
+    results: list[Result]
+    """Once evaluated: all detections in COCO's result format."""
+
     def __init__(
-        self, dataset_name: str, tasks: Sequence[str], *, output_dir: str | Path, reference: bool = False
+        self,
+        dataset_name: str,
+        tasks: Sequence[str],
+        *,
+        output_dir: str | Path | None = None,
+        reference: bool = False,
     ) -> None:
         self._dataset_name = dataset_name
         self._tasks = tasks
-        self._output_dir = Path(output_dir)
+        self._output_dir = output_dir
         self._reference = reference
         self._ground_truth = ground_truth(dataset_name)
-        self._class_ids = [category["id"] for category in categories(dataset_name)]
         self.reset()
 
     def reset(self) -> None:
-        self._results: list[list[dict[str, Any]]] = []  # one list an image
+        self._images: list[list[Result]] = []
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
-            self._results.append(instances_to_coco_json(output["instances"].to("cpu"), image["image_id"]))
+            self._images.append(instances_to_coco_json(output["instances"].to("cpu"), image["image_id"]))
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """``{task: metrics}``; ``{}`` in every process but the first, and for a set without annotations.
@@ -75,32 +94,35 @@ class CocoEvaluator(DatasetEvaluator):
             InputError: a detection is of a class that the set does not have, or as ``coco_metrics``.
         """
         comm.synchronize()
-        gathered = comm.gather(self._results, dst=0)
+        gathered = comm.gather(self._images, dst=0)
         if not comm.is_main_process():
             return {}
         images = [rows for rows in itertools.chain(*gathered) if rows]
         images.sort(key=lambda rows: rows[0]["image_id"])
-        results = [self._with_class_id(row) for row in itertools.chain(*images)]
-        with atomic_path(self._output_dir / "coco_instances_results.json") as temporary:
-            temporary.write_text(json.dumps(results))
+        # Only now: a set in COCO's format has its categories once it has been loaded.
+        ids = [category["id"] for category in categories(self._dataset_name)]
+        self.results = [self._with_class_id(row, ids) for row in itertools.chain(*images)]
+        if self._output_dir is not None:
+            with atomic_path(Path(self._output_dir) / "coco_instances_results.json") as temporary:
+                temporary.write_text(json.dumps(self.results))
         metrics = {}
         package = "pycocotools" if self._reference else "faster-coco-eval"
         for task in self._tasks if "annotations" in self._ground_truth.dataset else ():
-            numbers = coco_metrics(self._ground_truth, results, task, reference=self._reference)
+            numbers = coco_metrics(self._ground_truth, self.results, task, reference=self._reference)
             table = create_small_table({name: number for name, number in numbers.items() if "-" not in name})
             _logger.info(f"{task} AP of {self._dataset_name}, computed by {package} {version(package)}:\n{table}")
             metrics[task] = numbers
         return metrics
 
-    def _with_class_id(self, result: dict[str, Any]) -> dict[str, Any]:
+    def _with_class_id(self, result: Result, ids: Sequence[int]) -> Result:
         """The detection with the set's class id in place of the detector's number of it."""
-        number, classes = result["category_id"], len(self._class_ids)
+        number, classes = result["category_id"], len(ids)
         if number >= classes:
             raise InputError(
                 f"a detection is of class {number} but {self._dataset_name} has the classes 0 to {classes - 1}: "
                 f"give MODEL.ROI_HEADS.NUM_CLASSES {classes}"
             )
-        return {**result, "category_id": self._class_ids[number]}
+        return {**result, "category_id": ids[number]}
 
 
 def ground_truth(dataset_name: str) -> COCO:
@@ -187,6 +209,22 @@ def _percent(values: Array) -> float:
 class VocEvaluator(PascalVOCDetectionEvaluator):
     """Detectron2's AP, AP50 and AP75 by the metric of the set's year and by the other one, and each class's AP."""
 
+    results: list[Result]
+    """All detections of this process in COCO's result format, classes from 1."""
+
+    def __init__(self, dataset_name: str) -> None:
+        super().__init__(dataset_name)
+        self.reset()
+
+    def reset(self) -> None:
+        super().reset()
+        self.results = []
+
+    def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
+        super().process(inputs, outputs)
+        for image, output in zip(inputs, outputs, strict=True):
+            self.results += _voc_results(output["instances"], image["image_id"])
+
     def evaluate(self) -> dict[str, dict[str, float]]:
         """``{"bbox": metrics, other: metrics}``; ``{}`` in every process but the first.
 
@@ -231,6 +269,17 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
         metrics = {"AP": np.mean(means), "AP50": means[0], "AP75": means[5]}
         metrics |= {f"AP-{name}": np.mean(row) for name, row in zip(self._class_names, aps, strict=True)}
         return {name: float(value) for name, value in metrics.items()}
+
+
+def _voc_results(instances: Instances, image_id: str) -> list[Result]:
+    """Detections in COCO's result format; in float64, so that the float32 boxes come back exactly."""
+    corners = instances.pred_boxes.tensor.cpu().double()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+    scores, classes = instances.scores.tolist(), instances.pred_classes.tolist()
+    return [
+        {"image_id": image_id, "category_id": number + 1, "bbox": box, "score": score}
+        for box, score, number in zip(boxes, scores, classes, strict=True)
+    ]
 
 
 def _class_aps(lines: Sequence[Sequence[str]], objects: Mapping[str, Array]) -> list[tuple[float, float]]:

@@ -25,8 +25,8 @@ from robust_backbones.detection.adversarial import replays
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import check_config
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state
-from robust_backbones.detection.datasets import categories, check_datasets, evaluator_kind, register_datasets
-from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator
+from robust_backbones.detection.datasets import categories, check_datasets, register_datasets
+from robust_backbones.detection.evaluators import build_evaluator
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, WeightAverage, build_precise_bn
 from robust_backbones.detection.predictor import build_detector
 from robust_backbones.detection.record import write_record
@@ -246,8 +246,4 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        if evaluator_kind(dataset_name) == "pascal_voc":
-            return VocEvaluator(dataset_name)
-        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        folder = Path(cfg.OUTPUT_DIR) / "inference"
-        return CocoEvaluator(dataset_name, tasks, output_dir=folder, reference=cfg.TEST.REFERENCE_EVAL)
+        return build_evaluator(cfg, dataset_name)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BoxMode, Instances
@@ -22,39 +20,6 @@ from robust_backbones.runs.files import atomic_path
 
 TITLE_HEIGHT = 28
 """Height in pixels of the white strip above a panel."""
-
-
-def draw_comparison(
-    dataset_name: str, results: Mapping[str, Path], output: Path, *, images: int = 4, min_score: float = 0.5
-) -> None:
-    """Write a picture with a row an image: ground truth, then each detector's boxes and masks.
-
-    Args:
-        dataset_name: a registered data set; its first ``images`` annotated images are drawn.
-        results: detector's name -> the ``coco_instances_results.json`` that its evaluation wrote.
-        output: a ``.png`` or ``.jpg`` file.
-        min_score: detections below it are left out.
-    """
-    metadata = MetadataCatalog.get(dataset_name)
-    items: list[dict[str, Any]] = DatasetCatalog.get(dataset_name)
-    detections = {name: json.loads(path.read_text()) for name, path in results.items()}
-    rows = {}
-    for item in [item for item in items if item["annotations"]][:images]:
-        found = {
-            name: [
-                {
-                    "category_id": metadata.thing_dataset_id_to_contiguous_id[row["category_id"]],
-                    "bbox": row["bbox"],
-                    "bbox_mode": BoxMode.XYWH_ABS,
-                    **({"segmentation": row["segmentation"]} if "segmentation" in row else {}),
-                }
-                for row in detector
-                if row["image_id"] == item["image_id"] and row["score"] >= min_score
-            ]
-            for name, detector in detections.items()
-        }
-        rows[item["file_name"]] = {"ground truth": item["annotations"], **found}
-    draw_rows(rows, output, metadata)
 
 
 def draw_rows(

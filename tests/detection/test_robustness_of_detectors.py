@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +27,17 @@ from torch import nn
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed
 from robust_backbones.data.synthetic import CLASSES
 from robust_backbones.detection.attacks import DetectorAttack
+from robust_backbones.detection.cell_images import ImageChoice, find_domains, take_images
+from robust_backbones.detection.cells import AttackCell, Cell, CellMapper, CorruptionCell, attack_cell, corruption_cells
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import register_datasets
-from robust_backbones.detection.evaluators import coco_metrics
+from robust_backbones.detection.evaluators import VocEvaluator, coco_metrics, ground_truth
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import Predictor, load_detector
-from robust_backbones.detection.robustness import (
-    Cell,
-    CellChoice,
-    _Mapper,
-    evaluate_detector,
-    find_domains,
-    ground_truth,
-    metrics_of,
-    summarize,
-    take_images,
-    voc_rows,
-    worst_attacks,
-)
+from robust_backbones.detection.robust_evaluation import evaluate_detector, summarize
 from robust_backbones.detection.trainer import Trainer
+from robust_backbones.detection.worst_attacks import metrics_of, worst_attacks
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
@@ -62,7 +53,7 @@ pytestmark = [
 
 Run = Callable[..., tuple[int, str, str]]
 CATEGORIES = [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)]
-FEW = CellChoice(("contrast", "impulse_noise"), (0, 3))
+FEW = corruption_cells(("contrast", "impulse_noise"), (0, 3))
 """Cheap ones; one is random."""
 CELLS = ["clean", "contrast-0", "contrast-3", "impulse_noise-0", "impulse_noise-3"]
 
@@ -122,8 +113,8 @@ def few(run: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return output
 
 
-def evaluate(run: Path, output: Path, choice: CellChoice, **options: Any) -> RunRecord:
-    return evaluate_detector(run / "config.yaml", run / "model_final.pth", output, choice, **{"workers": 0, **options})
+def evaluate(run: Path, output: Path, cells: Sequence[Cell] = (), **options: Any) -> RunRecord:
+    return evaluate_detector(run / "config.yaml", run / "model_final.pth", output, cells, **{"workers": 0, **options})
 
 
 def metrics(output: Path, cell: str) -> dict[str, float | None]:
@@ -175,7 +166,7 @@ def test_finished_cells_are_not_run_again_and_others_join_them(few: Path, run: P
     output = tmp_path / "out"
     shutil.copytree(few, output)
     before = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/*")}
-    record = evaluate(run, output, CellChoice(("brightness",), (1,)))
+    record = evaluate(run, output, corruption_cells(("brightness",), (1,)))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert sorted(record.config["cells"]) == ["brightness-1", *CELLS]
     assert record.metrics["contrast-3/bbox/AP"] == metrics(few, "contrast-3")["bbox/AP"]
@@ -185,7 +176,7 @@ def test_finished_cells_are_not_run_again_and_others_join_them(few: Path, run: P
 def test_the_file_is_corrupted_before_it_is_resized(run: Path, data: Path, image_format: str) -> None:
     cfg = load_config(run / "config.yaml", ["INPUT.FORMAT", image_format])
     path = data / "shapes/val/000002.jpg"
-    found = _Mapper(cfg, Cell("x", corruption="frost", severity=2), 7)({"file_name": str(path)})["image"]
+    found = CellMapper(cfg, CorruptionCell("x", corruption="frost", severity=2), 7)({"file_name": str(path)})["image"]
     rgb = cv2.imread(str(path))[..., ::-1]
     corrupted = corrupt(np.ascontiguousarray(rgb), "frost", 2, seed=image_seed("000002.jpg", "frost", 2, 7))
     cv2.imwrite(str(path.with_suffix(".png")), corrupted[..., ::-1])  # loses nothing
@@ -238,7 +229,7 @@ def test_a_greater_limit_contains_a_smaller_one(run: Path, data: Path, tmp_path:
     register_datasets(cfg)
 
     def taken(limit: int, seed: int = 0) -> list[int]:
-        name = take_images("changed", CellChoice(limit=limit, seed=seed), tmp_path / str(limit))
+        name = take_images("changed", ImageChoice(limit, seed), tmp_path / str(limit))
         ids = [item["image_id"] for item in DatasetCatalog.get(name)]
         assert [*COCO(MetadataCatalog.get(name).json_file).imgs] == ids
         assert ids == sorted(ids)  # as in the whole set
@@ -252,7 +243,7 @@ def test_a_greater_limit_contains_a_smaller_one(run: Path, data: Path, tmp_path:
 
 
 def test_a_limit_is_an_evaluation_of_these_images_alone(run: Path, data: Path, tmp_path: Path) -> None:
-    record = evaluate(run, tmp_path / "out", CellChoice(("none",), limit=3))
+    record = evaluate(run, tmp_path / "out", images=ImageChoice(3))
     assert record.config["images"] == 3
     limited = json.loads((tmp_path / "out/images/shapes_val_limited.json").read_text())
     ids = {image["id"] for image in limited["images"]}
@@ -299,8 +290,8 @@ def test_voc(run: Path, voc: tuple[Path, Path], tmp_path: Path, limit: int | Non
     """Its own evaluator counts the images that are asked for, and the detections come back from their file exactly."""
     folder, config = voc
     output, weights = tmp_path / "out", run / "model_final.pth"
-    choice = CellChoice(("contrast",), (0,), limit=limit)
-    record = evaluate_detector(config, weights, output, choice, workers=0)
+    cells = corruption_cells(("contrast",), (0,))
+    record = evaluate_detector(config, weights, output, cells, images=ImageChoice(limit), workers=0)
     assert record.config["measure"] == "bbox/AP50"
     assert {"P/bbox/AP", "P/bbox/AP50"} <= record.metrics.keys()
     clean = metrics(output, "clean")
@@ -328,13 +319,14 @@ def test_voc_in_cocos_format(voc: tuple[Path, Path]) -> None:
 
     VOC's counts the classes that no image shows as 0.
     """
-    rows = []
+    evaluator = VocEvaluator("voc_of_shapes")
     for item in DatasetCatalog.get("voc_of_shapes"):
         found = Instances((300, 300))
         found.pred_boxes = Boxes(torch.tensor([a["bbox"] for a in item["annotations"]]))
         found.scores = torch.ones(len(found.pred_boxes))
         found.pred_classes = torch.tensor([a["category_id"] for a in item["annotations"]])
-        rows += voc_rows(found, item["image_id"])
+        evaluator.process([item], [{"instances": found}])
+    rows = evaluator.results
     assert coco_metrics(ground_truth("voc_of_shapes"), rows, "bbox")["AP"] == pytest.approx(100)
     shown = {row["category_id"] for row in rows}
     assert metrics_of(rows, "voc_of_shapes", masks=False)["bbox/AP50"] == pytest.approx(100 * len(shown) / len(CLASSES))
@@ -343,26 +335,32 @@ def test_voc_in_cocos_format(voc: tuple[Path, Path]) -> None:
 # Whatever else changes the input
 
 
-def unchanged(model: nn.Module, sample: dict[str, Any], seed: int) -> dict[str, Any]:
+ATTACK = DetectorAttack(threat_model=ThreatModel())
+
+
+class Unchanged(AttackCell):
     """And the ground truth is there, at the size of the input."""
-    assert not model.training
-    assert sample["instances"].image_size == tuple(sample["image"].shape[1:]) == (128, 128)
-    assert len(sample["instances"].gt_boxes) == len(sample["instances"].gt_masks) > 0
-    return {**sample, "image": sample["image"].float(), "numbers": {"objects": float(len(sample["instances"]))}}
+
+    def change(self, model: nn.Module, sample: dict[str, Any], seed: int) -> tuple[dict[str, Any], dict[str, float]]:
+        assert not model.training
+        assert sample["instances"].image_size == tuple(sample["image"].shape[1:]) == (128, 128)
+        assert len(sample["instances"].gt_boxes) == len(sample["instances"].gt_masks) > 0
+        return {**sample, "image": sample["image"].float()}, {"objects": float(len(sample["instances"]))}
 
 
-def blackened(model: nn.Module, sample: dict[str, Any], seed: int) -> dict[str, Any]:
-    return {**sample, "image": torch.zeros_like(sample["image"])}
+class Blackened(AttackCell):
+    def change(self, model: nn.Module, sample: dict[str, Any], seed: int) -> tuple[dict[str, Any], dict[str, float]]:
+        return {**sample, "image": torch.zeros_like(sample["image"])}, {}
 
 
 def test_neither_order_nor_processes_nor_workers_nor_a_change_of_nothing_matter(
     few: Path, run: Path, data: Path, tmp_path: Path
 ) -> None:
     """Two jobs of two data workers each, the random corruption first."""
-    more = [Cell("attack-none", change=unchanged), Cell("attack-black", change=blackened)]
     output = tmp_path / "out"
-    choice = CellChoice(("impulse_noise", "contrast"), (3,))
-    record = evaluate(run, output, choice, more_cells=more, jobs=2, workers=2)
+    cells = corruption_cells(("impulse_noise", "contrast"), (3,))
+    cells += [Unchanged("attack-none", attack=ATTACK), Blackened("attack-black", attack=ATTACK)]
+    record = evaluate(run, output, cells, jobs=2, workers=2)
     assert_same_cells(output, few, ["clean", "contrast-3", "impulse_noise-3"])
     found = metrics(output, "attack-none")
     content = json.loads((data / "shapes/annotations/instances_val.json").read_text())
@@ -381,7 +379,7 @@ def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
     """At epsilon 0 the clean metrics bit by bit; above it a higher loss, the same by the command; never another one."""
     output = tmp_path / "out"
     still = DetectorAttack(threat_model=ThreatModel("Linf", 0.0), loss="objectness", steps=1)
-    evaluate(run, output, CellChoice(("none",), limit=None), attacks=[still])
+    evaluate(run, output, [attack_cell(still)])
     assert detections(output, "attack-objectness") == detections(few, "clean")
     found = metrics(output, "attack-objectness")
     assert found.pop("loss") == found.pop("clean_loss")
@@ -479,7 +477,7 @@ def test_crowds_are_no_objects_to_attack(run: Path, data: Path) -> None:
     register_datasets(cfg)
     (item, *_) = (item for item in DatasetCatalog.get("shapes_val") if len(item["annotations"]) > 1)
     item["annotations"][0]["iscrowd"] = 1
-    sample = _Mapper(cfg, Cell("x", change=unchanged), 0)(item)
+    sample = CellMapper(cfg, Unchanged("x", attack=ATTACK), 0)(item)
     assert len(sample["instances"]) == len(item["annotations"]) - 1
     kept = torch.tensor(item["annotations"][1]["bbox"][:2]) * 128 / 96
     assert torch.allclose(sample["instances"].gt_boxes.tensor[0, :2], kept, atol=1e-4)
@@ -528,7 +526,7 @@ def domains(data: Path, tmp_path: Path) -> Path:
 
 def test_domains(few: Path, run: Path, domains: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    record = evaluate(run, output, CellChoice(("none",)), domains=domains)
+    record = evaluate(run, output, domains=domains)
     assert record.config["cells"] == ["clean", "domain-rain", "domain-sketch"]
     assert metrics(output, "domain-sketch") == metrics(few, "clean")
     assert metrics(output, "domain-rain") == by_train_net(run, "DATASETS.TEST", ["shapes_train"])
@@ -537,7 +535,7 @@ def test_domains(few: Path, run: Path, domains: Path, tmp_path: Path) -> None:
     content = json.loads((domains / "rain/objects.json").read_text())
     (domains / "rain/objects.json").write_text(json.dumps({**content, "images": content["images"][1:]}))
     with pytest.raises(InputError, match="domain-rain was measured with other settings"):
-        evaluate(run, output, CellChoice(("none",)), domains=domains)
+        evaluate(run, output, domains=domains)
 
 
 def spoil(path: Path, **changes: Any) -> None:
@@ -565,7 +563,7 @@ def test_domains_refused(
 ) -> None:
     change(domains)
     with pytest.raises(InputError) as error:
-        evaluate(run, tmp_path / "out", CellChoice(("none",)), domains=domains)
+        evaluate(run, tmp_path / "out", domains=domains)
     assert words in str(error.value)
     assert not (tmp_path / "out").exists()
 
@@ -649,9 +647,9 @@ def test_refuses(run: Path, tmp_path: Path, run_tool: Run, arguments: list[str],
     assert not (tmp_path / "out").exists()
 
 
-def refusal(config: Path, weights: Path, output: Path, choice: CellChoice) -> str:
+def refusal(config: Path, weights: Path, output: Path, cells: Sequence[Cell] = FEW, **options: Any) -> str:
     with pytest.raises(InputError) as error:
-        evaluate_detector(config, weights, output, choice, workers=0)
+        evaluate_detector(config, weights, output, cells, workers=0, **options)
     return str(error.value)
 
 
@@ -674,11 +672,11 @@ def test_a_folder_is_of_one_detector_configuration_and_choice_of_images(few: Pat
     content = torch.load(weights, weights_only=True)
     content["model"]["roi_heads.box_predictor.cls_score.bias"] += 1
     torch.save(content, tmp_path / "other.pth")
-    assert "differs in weights_sha256)" in refusal(config, tmp_path / "other.pth", few, FEW)
+    assert "weights_sha256 is" in refusal(config, tmp_path / "other.pth", few, FEW)
     (tmp_path / "other.yaml").write_text(load_config(config, ["INPUT.MIN_SIZE_TEST", 96]).dump())
-    assert "differs in INPUT.MIN_SIZE_TEST)" in refusal(tmp_path / "other.yaml", weights, few, FEW)
-    assert "differs in images, images_sha256, limit)" in refusal(config, weights, few, CellChoice(limit=2))
-    assert "differs in seed)" in refusal(config, weights, few, CellChoice(seed=1))
+    assert "INPUT.MIN_SIZE_TEST is 128 there and 96 here" in refusal(tmp_path / "other.yaml", weights, few, FEW)
+    assert "(images is 6 there and 2 here" in refusal(config, weights, few, images=ImageChoice(2))
+    assert "(seed is 0 there and 1 here)" in refusal(config, weights, few, images=ImageChoice(seed=1))
     # Not what does not change a number.
     (tmp_path / "same.yaml").write_text(load_config(config, ["SOLVER.BASE_LR", 9.0, "OUTPUT_DIR", "elsewhere"]).dump())
     evaluate_detector(tmp_path / "same.yaml", weights, few, FEW)
@@ -691,7 +689,7 @@ def test_an_unreadable_image_is_named(run: Path, data: Path, tmp_path: Path, mon
     (tmp_path / "shapes/val/000004.jpg").write_bytes(b"\xff\xd8 not a picture")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     with pytest.raises(InputError) as error:
-        evaluate(run, tmp_path / "out", CellChoice(("none",)), jobs=2, workers=1)
+        evaluate(run, tmp_path / "out", jobs=2, workers=1)
     assert "cannot read" in str(error.value)
     assert "000004.jpg" in str(error.value)
     assert "\n" not in str(error.value)

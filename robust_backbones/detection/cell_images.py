@@ -1,0 +1,124 @@
+"""The images of cells: the data set or some of its images, and domains, other images of the same categories."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from robust_backbones.detection.datasets import evaluator_kind
+from robust_backbones.errors import InputError
+from robust_backbones.runs.files import atomic_path
+
+
+@dataclass(frozen=True)
+class ImageChoice:
+    """Which images of a data set are evaluated, and the seed of all that is random."""
+
+    limit: int | None = None
+    """Only so many of the annotated images (of each domain too); a greater limit takes the same ones and more. Classes
+    that they do not show count as AP 0 by VOC 2007's metric, and not at all by COCO's."""
+    seed: int = 0
+    """Decides the corruptions' random numbers and, with a limit, which images are taken."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"a limit of {self.limit} leaves no image: give 1 or more")
+
+    def items(self, dataset: str) -> list[dict[str, Any]]:
+        """The chosen images of a registered set, in its order."""
+        items: list[dict[str, Any]] = DatasetCatalog.get(dataset)
+        if self.limit is None:
+            return items
+        shown = [any(not a.get("iscrowd", 0) for a in item["annotations"]) for item in items]
+        annotated = [index for index, shows in enumerate(shown) if shows]
+        order = torch.randperm(len(annotated), generator=torch.Generator().manual_seed(self.seed))
+        return [items[annotated[place]] for place in sorted(order[: self.limit].tolist())]
+
+    def fingerprint(self, dataset: str) -> str:
+        """SHA-256 of the chosen images' names and annotations."""
+        items = [{**item, "file_name": Path(item["file_name"]).name} for item in self.items(dataset)]
+        return hashlib.sha256(json.dumps(items, default=str).encode()).hexdigest()
+
+
+def take_images(dataset: str, choice: ImageChoice, folder: Path) -> str:
+    """Register the chosen images as a set of their own, which evaluators then count alone; returns its name.
+
+    ``folder`` gets its annotation file (COCO) or list of images (VOC). Without a limit it is the set itself.
+    """
+    if choice.limit is None:
+        return dataset
+    items, metadata = choice.items(dataset), MetadataCatalog.get(dataset).as_dict()
+    name = f"{dataset}_limited"
+    path = folder.resolve() / name
+    if "json_file" in metadata:
+        content = json.loads(Path(metadata["json_file"]).read_text())
+        ids = {item["image_id"] for item in items}
+        content["images"] = [image for image in content["images"] if image["id"] in ids]
+        content["annotations"] = [row for row in content["annotations"] if row["image_id"] in ids]
+        metadata["json_file"] = f"{path}.json"
+        with atomic_path(Path(metadata["json_file"])) as temporary:
+            temporary.write_text(json.dumps(content))
+    elif evaluator_kind(dataset) == "pascal_voc":
+        metadata["split"] = str(path)  # joined to VOC's folder of lists, an absolute path stays alone
+        with atomic_path(Path(f"{path}.txt")) as temporary:
+            temporary.write_text("".join(f"{item['image_id']}\n" for item in items))
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: items)
+    MetadataCatalog.get(name).set(**{**metadata, "name": name})
+    return name
+
+
+def find_domains(folder: Path) -> list[tuple[str, str, str]]:
+    """Rows of (``domain-NAME``, annotation file, image folder) for each folder NAME, sorted.
+
+    As in COCO-O, ``NAME/annotations/instances_val2017.json`` and ``NAME/val2017/``: the annotation file is the one
+    JSON file in NAME/annotations or NAME, the image folder is NAME or that one in it that holds the first image.
+
+    Raises:
+        InputError: there is no such folder, no domain in it, or a domain without one annotation file or its images.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no folder of domains at {folder}: check --domains")
+    rows = []
+    for domain in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
+        files = [file for place in (domain / "annotations", domain) for file in sorted(place.glob("*.json"))]
+        if len(files) != 1:
+            raise InputError(
+                f"the domain {domain} has {len(files)} annotation files: leave one .json in it or in its annotations/"
+            )
+        try:
+            first = json.loads(files[0].read_text())["images"][0]["file_name"]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise InputError(f"{files[0]} names no images: give an annotation file in COCO's format") from None
+        places = [place for place in (domain, *sorted(domain.iterdir())) if (place / first).is_file()]
+        if not places:
+            raise InputError(f"the domain {domain} lacks its image {first}: put the images in a folder in it")
+        rows.append((f"domain-{domain.name}", str(files[0].resolve()), str(places[0].resolve())))
+    if not rows:
+        raise InputError(f"no domain in {folder}: give a folder with a folder a domain, as COCO-O has them")
+    return rows
+
+
+def check_same_classes(first: str, others: Sequence[str]) -> None:
+    """Refuse registered sets with other classes than the ``first``.
+
+    Raises:
+        InputError: naming a class that differs.
+    """
+    wanted = list(MetadataCatalog.get(first).thing_classes)
+    for other in others:
+        for found, name in zip(MetadataCatalog.get(other).thing_classes, wanted, strict=True):
+            if found != name:
+                raise InputError(
+                    f"{other} has other classes than {first} ({found!r} instead of {name!r}): "
+                    "give domains with the categories of the data set that the detector was made for"
+                )

@@ -1,0 +1,201 @@
+"""How robust a detector is: clean, on corrupted images, on other domains and under attack, resumable cell by cell.
+
+P, mPC and rPC are those of Michaelis et al. 2019, "Benchmarking robustness in object detection", eq. 1 and 2.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from tqdm import tqdm
+
+from robust_backbones.checkpoint.format import sha256
+from robust_backbones.configs import DETECTOR_KEYS
+from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, load_library
+from robust_backbones.detection.cell_images import ImageChoice, check_same_classes, find_domains
+from robust_backbones.detection.cell_jobs import CellJob
+from robust_backbones.detection.cells import AttackCell, Cell, CorruptionCell
+from robust_backbones.detection.config import load_config
+from robust_backbones.detection.datasets import check_datasets, evaluator_kind, register_datasets
+from robust_backbones.detection.predictor import TrainedDetector, load_detector
+from robust_backbones.detection.sanity import sanity_warnings
+from robust_backbones.errors import InputError
+from robust_backbones.runs.identity import claim, identity
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.runs.signals import stop_on_signals
+
+MEASURES = ("bbox/AP", "bbox/AP50", "segm/AP")
+"""What P, mPC and rPC are of; AP50 is VOC's own."""
+CLEAN = "clean"
+
+
+def evaluate_detector(
+    config_file: str | Path,
+    weights: str | Path,
+    output: str | Path,
+    cells: Sequence[Cell] = (),
+    *,
+    images: ImageChoice | None = None,
+    domains: str | Path | None = None,
+    device: str = "cpu",
+    jobs: int = 1,
+    workers: int = 2,
+) -> RunRecord:
+    """Measure a detector on the clean images and in every cell; cells that ``output`` holds already are not run again.
+
+    Each cell gets a folder ``output/cells/NAME`` with record.json and detections.json (COCO's result format; VOC's
+    classes count from 1), and ``output/record.json`` has P, mPC and rPC over all cells that ``output`` holds. The same
+    command may run several times at once, on machines that share ``output`` too: they share the cells.
+
+    Args:
+        config_file: the detector's, as its run's config.yaml; its one DATASETS.TEST is the set to evaluate on.
+        weights: the detector, as model_final.pth.
+        cells: of ``corruption_cells`` and ``attack_cell``. Of two or more attacks the worst for each image makes
+            ``attack-worst``. The signs of gradient masking that ``sanity_check`` sees on a few images are in an
+            attack's metrics, and as sentences in ``warnings`` of the record's configuration.
+        images: all by default.
+        domains: a folder with a folder a domain, as ``find_domains`` reads it; a cell each.
+        device: ``cpu`` or ``cuda``, where the jobs are spread over all GPUs.
+        jobs: processes that each evaluate a cell; a CPU's cores are theirs to share (OMP_NUM_THREADS).
+        workers: processes of each job that decode and corrupt images; neither changes any result.
+
+    Raises:
+        InputError: what is given does not fit together, or ``output`` holds something else.
+        PreemptedError: SIGTERM or SIGUSR1 came; finished cells are kept.
+    """
+    weights, output, images = Path(weights), Path(output), images or ImageChoice()
+    if jobs < 1 or workers < 0:
+        raise InputError(f"{jobs} jobs with {workers} workers cannot work: give at least one job and no fewer workers")
+    # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
+    cfg = load_config(config_file, ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", False])
+    if len(cfg.DATASETS.TEST) != 1:
+        raise InputError(f"{config_file} has {len(cfg.DATASETS.TEST)} sets in DATASETS.TEST: leave it the one to use")
+    if any(isinstance(cell, CorruptionCell) and cell.severity for cell in cells):
+        load_library()  # or the reason that it cannot be
+    (dataset,) = cfg.DATASETS.TEST
+    rows = find_domains(Path(domains)) if domains else []
+    names = [name for name, *_ in rows]
+    cfg.DATASETS.COCO_FORMAT = (*cfg.DATASETS.COCO_FORMAT, *rows)
+    cfg.DATASETS.TEST = (dataset, *names)
+    register_datasets(cfg)
+    for sentence in check_datasets(cfg, eval_only=True):
+        print(f"warning: {sentence}", file=sys.stderr)
+    check_same_classes(dataset, names)
+    domain_cells = [Cell(name, name, {"images_sha256": images.fingerprint(name)}) for name in names]
+    cells = [Cell(CLEAN), *cells, *domain_cells]
+    if not weights.is_file():
+        raise InputError(f"no weights at {weights}: give a detector's .pth file, as OUTPUT_DIR/model_final.pth")
+    job = CellJob(cfg, weights, output, cells, images, workers, _identity(cfg, weights, dataset, images))
+    on_cpu = cfg.clone()
+    on_cpu.MODEL.DEVICE = "cpu"
+    detector = load_detector(on_cpu if jobs > 1 else cfg, weights)  # before anything is written
+    _check_categories(detector, dataset)
+    for cell in cells:
+        cell.check(detector.model)
+    claim(output, job.identity, DETECTOR_KEYS)
+
+    done = sum(job.is_finished(cell) for cell in cells)
+    with (
+        stop_on_signals() as stop,
+        tqdm(total=len(cells), initial=done, desc="cells", unit="cell", disable=None, leave=False) as bar,
+    ):
+        for _ in job.run(detector, stop) if jobs == 1 else job.run_in_processes(jobs, stop):
+            bar.n = sum(job.is_finished(cell) for cell in cells)
+            bar.refresh()
+    if len(attacks := [cell for cell in cells if isinstance(cell, AttackCell)]) > 1:
+        job.evaluate_worst(attacks)
+    return _write_summary(job)
+
+
+def summarize(cells: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The metrics of cells by their names -> P, mPC, rPC (a percentage), every mean and cell, for each of MEASURES.
+
+    ``P/bbox/AP`` is the clean one. ``fog/bbox/AP`` is the mean over fog's five severities, ``mPC/bbox/AP`` that over
+    the 15 corruptions (Michaelis et al. 2019, eq. 1), ``rPC/bbox/AP`` its ratio to P (eq. 2); ``fog-3/bbox/AP`` is a
+    cell's. A mean that lacks a cell is None, but ``corrupted/bbox/AP`` is that over whatever corruptions there are.
+    """
+    metrics: dict[str, float | None] = {}
+    for measure in (name for name in MEASURES if name in cells.get(CLEAN, {})):
+        values = {name: cell.get(measure) for name, cell in cells.items()}
+        clean = values.pop(CLEAN)
+        means = {name: _mean([values.get(f"{name}-{severity}") for severity in SEVERITIES]) for name in CORRUPTIONS}
+        total = _mean(means.values())
+        metrics[f"P/{measure}"] = clean
+        metrics[f"mPC/{measure}"] = total
+        names = [f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES]
+        corrupted = [values[name] for name in names if name in values]
+        metrics |= {f"corrupted/{measure}": _mean(corrupted)} if corrupted else {}
+        metrics[f"rPC/{measure}"] = 100 * total / clean if total is not None and clean else None
+        begun = {name.rsplit("-", 1)[0] for name in values}
+        metrics |= {f"{name}/{measure}": means[name] for name in CORRUPTIONS if name in begun}
+        metrics |= {f"{name}/{measure}": value for name, value in values.items()}
+    return metrics
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    values = list(values)
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if len(known) == len(values) else None
+
+
+def _identity(cfg: CfgNode, weights: Path, dataset: str, images: ImageChoice) -> dict[str, Any]:
+    """What all cells of one folder share."""
+    kept = ("MODEL.", "INPUT.", "TEST.DETECTIONS")
+    keys = {name: value for name, value in identity(cfg).items() if name.startswith(kept) and name != "MODEL.WEIGHTS"}
+    return {
+        **keys,
+        "weights_sha256": sha256(weights),
+        "dataset": dataset,
+        "images": len(images.items(dataset)),
+        "images_sha256": images.fingerprint(dataset),
+        "limit": images.limit,
+        "seed": images.seed,
+    }
+
+
+def _check_categories(detector: TrainedDetector, dataset: str) -> None:
+    names = [category["name"] for category in detector.categories]
+    classes = list(MetadataCatalog.get(dataset).thing_classes)
+    if names != classes:
+        raise InputError(
+            f"the detector knows {', '.join(names[:3])}, ... and {dataset} has {', '.join(classes[:3])}, ...: "
+            "give a configuration with the data set that the detector was made for"
+        )
+
+
+def _write_summary(job: CellJob) -> RunRecord:
+    cfg = job.cfg
+    records = [RunRecord.read(path) for path in sorted((job.output / "cells").glob("*/record.json"))]
+    cells = {record.config["cell"]: record for record in records}
+    clean = cells[CLEAN]
+    metrics = summarize({name: record.metrics for name, record in cells.items()})
+    for name, record in cells.items():
+        metrics |= {f"{name}/{key}": record.metrics[key] for key in ("clean_loss", "loss") if key in record.metrics}
+    warnings = {name: sanity_warnings(record.metrics) for name, record in cells.items()}
+    summary = RunRecord(
+        run_id=job.output.name,
+        task=clean.task,
+        backbone=clean.backbone,
+        threat_model=clean.threat_model,
+        dataset=clean.dataset,
+        metrics=metrics,
+        seed=clean.seed,
+        config={
+            **job.identity,
+            "SEED": cfg.SEED,
+            "cells": list(cells),
+            "measure": "bbox/AP50" if evaluator_kind(clean.dataset) == "pascal_voc" else "bbox/AP",
+            "adversarial_training": cfg.ADVERSARIAL.KIND and f"{cfg.ADVERSARIAL.KIND} {cfg.ADVERSARIAL.THREAT_MODEL}",
+            "attacks": {name: cell.config["settings"] for name, cell in cells.items() if name.startswith("attack-")},
+            "warnings": {name: sentences for name, sentences in warnings.items() if sentences},
+        },
+        seconds=sum(record.seconds for record in records),
+    )
+    summary.write(job.output / "record.json")
+    return summary
