@@ -108,7 +108,8 @@ def test_two_processes_of_two_images_are_one_of_four(
 
 def test_evaluations_merge_exactly(outcomes: list[Path]) -> None:
     """Of what is found, and so of every metric; test_evaluators has these."""
-    one, two = (json.loads((folder / "syncbn/inference/coco_instances_results.json").read_text()) for folder in outcomes)
+    found = [folder / "syncbn/inference/coco_instances_results.json" for folder in outcomes]
+    one, two = (json.loads(path.read_text()) for path in found)
     assert one == two
     assert len(one) > 10
 
