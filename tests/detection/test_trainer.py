@@ -181,10 +181,9 @@ def test_the_last_iterations_of_a_log_are_not_there_twice(cfg: CfgNode) -> None:
 def test_a_signal_writes_the_state_and_stops(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
     _, losses = run(cfg)
     cfg.OUTPUT_DIR += "_stopped"
-    monkeypatch.setattr(Trainer, "_asked_to_stop", lambda self, stop: self.iter == 1)
-    with pytest.raises(PreemptedError, match="after iteration 2 of 9"):
+    with monkeypatch.context() as patch, pytest.raises(PreemptedError, match="after iteration 2 of 9"):
+        patch.setattr(Trainer, "_asked_to_stop", lambda self, stop: self.iter == 1)
         run(cfg)
-    monkeypatch.undo()
     _, again = run(cfg, resume=True)
     assert again.rows == {iteration: row for iteration, row in losses.rows.items() if iteration > 1}
 
