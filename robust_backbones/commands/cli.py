@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def run(main: Callable[[list[str]], int]) -> None:
     """Call ``main`` with the arguments and exit with its status: 0 done, 1 failed, 2 bad input, 75 preempted."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    # Of PyTorch to Detectron2's anchor generator: nothing that a user could mend.
+    warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
     try:
         status = main(arguments)
     except InputError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from robust_backbones import cpu
 from robust_backbones.classification.pretrain import pretrain
 from robust_backbones.commands.pretrain import PretrainJob, submit
 from robust_backbones.errors import InputError
@@ -62,7 +63,8 @@ def test_an_interrupted_run_goes_on_where_it_was(shapes: Path, tmp_path: Path) -
     """The signal that Slurm sends, to the job's own process: the run that submitit starts again ends the same."""
     data = shapes / "shapes_classification"
     config = replace(CONFIG, epochs=6)
-    pretrain(config, data, tmp_path / "unbroken", HERE)
+    with cpu.fast():  # as the job computes
+        pretrain(config, data, tmp_path / "unbroken", HERE)
     job = PretrainJob(config, data, tmp_path / "run", replace(HERE, checkpoint_minutes=0))
     submitted = submit(job, ClusterConfig("local", processes=1, hours=0.2))
     while not (tmp_path / "run/checkpoints/step_000000003.pt").exists():
