@@ -8,7 +8,7 @@ More --config-file options change the first: those in detectron_configs/protocol
 The run stops before training unless MODEL.WEIGHTS fills every tensor of the backbone and fits the configuration.
 DETECTRON2_DATASETS names the folder with the data sets. Without a GPU it runs on the CPU. OUTPUT_DIR gets
 model_final.pth, metrics.json and record.json (box / mask AP). After SIGTERM or SIGUSR1 the state is written, and the
-same command with --resume goes on as if nothing had happened. Exit status: 0 done, 1 training diverged or its result is
+same command with --resume continues exactly. Exit status: 0 done, 1 training diverged or its result is
 not the expected one, 2 bad input, 75 stopped by a signal.
 """
 

@@ -27,7 +27,7 @@ _LOSS_SCALE = 2.0**8
 
 
 def replays(cfg: CfgNode) -> int:
-    """How many updates of the weights, that is iterations, each batch is good for."""
+    """How many updates of the weights, that is iterations, each batch is used for."""
     return cfg.ADVERSARIAL.REPLAYS if cfg.ADVERSARIAL.KIND == "free" else 1
 
 
@@ -36,7 +36,7 @@ class FreeStream:
 
     Whoever iterates runs ``backward`` once on each for the gradients of the weights. That pass leaves those of the
     images here, too, and the next replay comes with every image one step of size epsilon further up: an iteration costs
-    what it costs in standard training, and the way back through stages that are frozen.
+    what it costs in standard training, and the backward pass through frozen stages.
 
     In Shafahi et al. a batch starts with the perturbation of the one before. Images of a detector differ in size, so it
     starts anew here: at 0, which makes the first replay one of clean images, or, with ADVERSARIAL.RANDOM_START, at a

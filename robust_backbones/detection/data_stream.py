@@ -1,4 +1,4 @@
-"""Detectron2's stream of training batches, which a resumed run enters where it was left: same images, same flips.
+"""Detectron2's stream of training batches, which a resumed run continues: the same images, the same flips.
 
 Detectron2 itself starts its shuffle and its augmentation afresh, so that a resumed run is another run.
 """
@@ -35,15 +35,15 @@ class TrainingStream:
         )
         self._loader = build_detection_train_loader(cfg, mapper=self._mapper)
         self.random_state_at_start: dict[str, Any] = {}
-        """What ``go_on`` needs, once the first batch has been drawn."""
+        """What ``resume_from`` needs, once the first batch has been drawn."""
         self._random_state_now: dict[str, Any] = {}
 
-    def go_on(self, iteration: int, *, at_start: dict[str, Any], now: dict[str, Any]) -> None:
+    def resume_from(self, iteration: int, *, at_start: dict[str, Any], now: dict[str, Any]) -> None:
         """Begin with the batch of ``iteration`` instead, as a stream would that has given all before it.
 
-        ``at_start`` is the first run's ``random_state_at_start``; ``now`` is what random state to leave behind, that of
-        the process when ``iteration`` was about to begin. Skipped images are not read: this takes less than a
-        millisecond each, in the loader's workers.
+        ``at_start`` is the first run's ``random_state_at_start``, ``now`` the random state that the process had when
+        ``iteration`` was about to begin. Skipped images are not read: this takes less than a millisecond each, in the
+        loader's workers.
         """
         self._mapper.skipped_batches = iteration
         self.random_state_at_start, self._random_state_now = at_start, now

@@ -78,8 +78,8 @@ class Checkpoints(HookBase):
 class Evaluation(HookBase):
     """Evaluates every ``period`` iterations (0: never) and after the last; keeps the best detector and draws.
 
-    It stands behind ``Checkpoints``, so that an evaluation that fails loses no training; one that was cut off is
-    made up for when the run goes on.
+    It runs after ``Checkpoints``, so that an evaluation that fails loses no training; one that was cut off is repeated
+    when the run resumes.
 
     Args:
         evaluate: gives Detectron2's nested dictionary of results, an empty one in all but the main process.

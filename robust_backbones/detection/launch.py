@@ -60,7 +60,7 @@ def _torchrun_size() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether no process of the same run was told to start before this one: it is the one to check and to speak."""
+    """Whether this process has rank 0 in its run (torchrun's RANK): the one that checks and prints."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -141,16 +141,16 @@ def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None
 
 @contextmanager
 def _stop_signals_for_children() -> Iterator[StopRequest]:
-    """Hand ``STOP_SIGNALS`` on to the processes that this one has started, and remember that they came."""
+    """Forward ``STOP_SIGNALS`` to the processes that this one has started, and remember that they came."""
     request = StopRequest()
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         request.signal = number
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 os.kill(child.pid, number)
 
-    previous = {number: signal.signal(number, hand_on) for number in STOP_SIGNALS}
+    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         yield request
     finally:

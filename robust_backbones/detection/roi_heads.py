@@ -1,4 +1,4 @@
-"""C4's ROI heads with the backbone's own res5: of any depth, frozen with it, and with a norm behind it on demand."""
+"""C4's ROI heads with the backbone's own res5: of any depth, frozen with it, and with a norm after it on demand."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ class Trainer(DefaultTrainer):
         states = state_dict["random_states"]
         if len(states) == comm.get_world_size():
             own = states[comm.get_rank()]
-            self.stream.go_on((self.iter + 1) // self._replays, at_start=own["start"], now=own["now"])
+            self.stream.resume_from((self.iter + 1) // self._replays, at_start=own["start"], now=own["now"])
         else:
             _logger.warning(
                 f"the run was started by {len(states)} processes and is resumed by {comm.get_world_size()}: from here "

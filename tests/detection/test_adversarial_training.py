@@ -54,7 +54,7 @@ def cfg(small_cfg: CfgNode, shapes: Path, converted: Maker, tmp_path: Path, monk
 
 
 class Losses(HookBase):
-    """Every loss of every iteration; calls ``at`` behind iteration ``last``."""
+    """Every loss of every iteration; calls ``at`` after iteration ``last``."""
 
     def __init__(self, last: int | None, at: Callable[[], None]) -> None:
         self.rows: dict[int, dict[str, float]] = {}
@@ -84,7 +84,7 @@ def train(
     last: int | None = None,
     at: Callable[[], None] = killed,
 ) -> tuple[Trainer, Losses]:
-    """Train in a folder of that name, until ``at`` ends it behind iteration ``last``; evaluations take no time here."""
+    """Train in a folder of that name, until ``at`` ends it after iteration ``last``; evaluations take no time here."""
     cfg = cfg.clone()
     cfg.merge_from_list([*overrides, "OUTPUT_DIR", str(Path(cfg.OUTPUT_DIR).parent / name)])
     Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
@@ -144,7 +144,7 @@ EPSILON_0 = ["ADVERSARIAL.THREAT_MODEL", "Linf:0"]
 def test_without_epsilon_and_replays_it_is_standard_training(cfg: CfgNode) -> None:
     """Not a bit differs, random starts or not; nor does free training with one replay, which is of the clean images.
 
-    That goes on from the images, so all is trained: Detectron2's FrozenBN has another formula where nothing is.
+    Its gradients reach the images, so all is trained: Detectron2's FrozenBN has another formula where nothing is.
     """
     standard, losses = train(cfg, [], "standard")
     once = ["ADVERSARIAL.REPLAYS", 1]
@@ -305,7 +305,7 @@ def test_pgd_leaves_weights_norms_gradients_and_counts_alone(cfg: CfgNode) -> No
 def test_batch_norms_see_what_the_weights_learn_from_and_see_it_once(
     cfg: CfgNode, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The statistics behind two steps are those of two forward passes of the images that were trained on."""
+    """The statistics after two steps are those of two forward passes of the images that were trained on."""
     cfg.merge_from_list([*TRAINED_NORMS, "ADVERSARIAL.KIND", kind, "SOLVER.BASE_LR", 0.0])
     model = build_model(cfg).train()
     randomize_batch_norms(model)
@@ -350,7 +350,7 @@ RESUMED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", RESUMED, ids=["free", "free_norms_bfloat16", "pgd_bfloat16"])
-def test_a_run_that_is_killed_or_stopped_goes_on_as_the_unbroken_one(cfg: CfgNode, overrides: list[Any]) -> None:
+def test_a_run_that_is_killed_or_stopped_resumes_as_the_unbroken_one(cfg: CfgNode, overrides: list[Any]) -> None:
     cfg.merge_from_list(["SOLVER.MAX_ITER", 8, "SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.STEPS", (7,)])
     free = "free" in overrides
     unbroken, losses = train(cfg, overrides, "unbroken")
@@ -360,7 +360,7 @@ def test_a_run_that_is_killed_or_stopped_goes_on_as_the_unbroken_one(cfg: CfgNod
     resumed, again = train(cfg, overrides, "killed", resume=True)
     assert min(again.rows) == (6 if free else 4)
     ends = [(resumed, again)]
-    if free:  # a signal in the middle of a batch's replays is heeded behind their last
+    if free:  # a signal in the middle of a batch's replays is heeded after their last
         _, stopped = train(cfg, overrides, "stopped", last=1, at=terminated)
         assert max(stopped.rows) == 2
         ends.append(train(cfg, overrides, "stopped", resume=True))

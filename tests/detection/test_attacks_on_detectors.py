@@ -348,7 +348,7 @@ def test_an_image_without_objects(detector: GeneralizedRCNN, samples: list[Sampl
 def test_the_model_comes_back_as_it_was(
     samples: list[Sample], c4: bool, protocol: str, overrides: list[object]
 ) -> None:
-    """In training mode too, with a mix of flags, and behind an exception; the generators likewise."""
+    """In training mode too, with a mix of flags, and after an exception; the generators likewise."""
     model = untrained(config(*overrides, c4=c4, protocol=protocol)).train()
     model.backbone.eval()
     next(model.roi_heads.parameters()).requires_grad_(False)
@@ -369,7 +369,7 @@ def test_the_model_comes_back_as_it_was(
 
 
 def test_random_numbers_of_training_are_not_touched(samples: list[Sample]) -> None:
-    """Training goes on as if there had been no attack, and its log shows none of it."""
+    """Training continues as if there had been no attack, and its log shows none of it."""
     model = untrained(config()).train()
 
     def losses(*, attacked: bool) -> tuple[float, dict[str, list[Any]]]:

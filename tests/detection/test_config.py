@@ -17,7 +17,7 @@ from robust_backbones.detection.config import CONFIG_DIR, base_config, load_conf
 from robust_backbones.errors import InputError
 from robust_backbones.models import ARCHITECTURES, BackboneSpec, ResNetShape
 
-# Files that a run starts from; the others are merged behind one of them.
+# Files that a run starts from; the others are merged after one of them.
 TASKS = [
     path
     for path in sorted(CONFIG_DIR.rglob("*.yaml"))

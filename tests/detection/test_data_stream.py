@@ -1,4 +1,4 @@
-"""A stream that goes on in the middle gives what the unbroken one gives, and leaves the same random state behind."""
+"""A stream resumed in the middle gives what the unbroken one gives, and the same random state after it."""
 
 import random
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def start(cfg: CfgNode) -> TrainingStream:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("grouped", [True, False])
-def test_it_goes_on_as_if_it_had_not_stopped(cfg: CfgNode, workers: int, grouped: bool) -> None:
+def test_a_resumed_stream_is_the_unbroken_one(cfg: CfgNode, workers: int, grouped: bool) -> None:
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", workers, "DATALOADER.ASPECT_RATIO_GROUPING", grouped])
     unbroken = start(cfg)
     batches, states = [], []
@@ -69,7 +69,7 @@ def test_it_goes_on_as_if_it_had_not_stopped(cfg: CfgNode, workers: int, grouped
     for iteration in (1, 5):
         seed_all_rng(7)
         resumed = TrainingStream(cfg)
-        resumed.go_on(iteration, at_start=unbroken.random_state_at_start, now=states[iteration - 1])
+        resumed.resume_from(iteration, at_start=unbroken.random_state_at_start, now=states[iteration - 1])
         np.random.rand(3)
         torch.rand(3)
         iterator = iter(resumed)
@@ -109,7 +109,7 @@ def test_skipped_images_are_not_read(cfg: CfgNode, tmp_path: Path) -> None:
         (tmp_path / f"{image_id}.png").unlink()
     seed_all_rng(7)
     resumed = TrainingStream(cfg)
-    resumed.go_on(3, at_start=stream.random_state_at_start, now=state)
+    resumed.resume_from(3, at_start=stream.random_state_at_start, now=state)
     assert not {sample["image_id"] for sample in next(iter(resumed))} & seen
 
 
@@ -117,7 +117,7 @@ def test_random_states_come_back() -> None:
     def draws() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()]
 
-    np.random.randn()  # leaves half a pair of normal numbers behind
+    np.random.randn()  # keeps the other of a pair of normal numbers
     state = random_state()
     expected = draws()
     set_random_state(state)

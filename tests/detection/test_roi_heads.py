@@ -1,4 +1,4 @@
-"""C4's ROI heads: our res5 against Detectron2's, the norm behind it, and what is frozen."""
+"""C4's ROI heads: our res5 against Detectron2's, the norm after it, and what is frozen."""
 
 import pytest
 import torch
@@ -140,7 +140,7 @@ def losses(heads: Res5ROIHeads, cfg: CfgNode) -> tuple[dict[str, Tensor], Tensor
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_every_parameter_has_a_gradient(arch: str) -> None:
-    """Box and mask losses reach res5, the norm behind it and the backbone."""
+    """Box and mask losses reach res5, the norm after it and the backbone."""
     cfg = config(arch, "INPUT.MASK_FORMAT", "bitmask", protocol="syncbn_C4")
     torch.manual_seed(0)
     heads = heads_of(cfg)
@@ -154,7 +154,7 @@ def test_every_parameter_has_a_gradient(arch: str) -> None:
 
 
 def test_both_heads_see_the_norm() -> None:
-    """With a gain of zero, boxes and masks alike are told by the norm's bias alone."""
+    """With a gain of zero, boxes and masks alike depend on the norm's bias alone."""
     cfg = config("resnet18", protocol="syncbn_C4")
     torch.manual_seed(0)
     heads = heads_of(cfg)
@@ -170,7 +170,7 @@ def test_both_heads_see_the_norm() -> None:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_frozen_features_do_not_move_and_the_heads_behind_them_train(arch: str) -> None:
+def test_frozen_features_do_not_move_and_the_heads_after_them_train(arch: str) -> None:
     cfg = config(arch, "MODEL.RESNETS.NORM", "SyncBN", "MODEL.ROI_HEADS.RES5_NORM", "SyncBN", protocol="frozen")
     torch.manual_seed(0)
     heads = heads_of(cfg)

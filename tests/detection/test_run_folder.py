@@ -18,7 +18,7 @@ def cfg(small_cfg: CfgNode, tmp_path: Path) -> CfgNode:
 
 def test_a_folder_is_for_one_run(cfg: CfgNode) -> None:
     assert not check_folder(cfg, resume=False)
-    assert not check_folder(cfg, resume=True)  # there is nothing yet to go on with
+    assert not check_folder(cfg, resume=True)  # there is nothing to resume yet
     set_up(cfg, training=True)
     with pytest.raises(InputError, match="--resume"):
         check_folder(cfg, resume=False)

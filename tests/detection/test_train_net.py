@@ -55,7 +55,7 @@ def test_train_stop_resume_evaluate(shapes: Path, converted: Maker, tmp_path: Pa
     _, err = train_net(shapes, *overrides, "OUTPUT_DIR", run, stop=run / "model_0000003.pth", status=75)
     assert_refused(err, "asked to stop after iteration", "--resume")
     assert not (run / "record.json").exists()
-    # Neither this run nor another starts over it; --resume goes on with it.
+    # Neither this run nor another starts over it; --resume continues it.
     assert_refused(train_net(shapes, *overrides, "OUTPUT_DIR", run, status=2)[1], "--resume")
     other = [*overrides, "OUTPUT_DIR", run, "SOLVER.BASE_LR", 0.5]
     assert_refused(train_net(shapes, "--resume", *other, status=2)[1], "SOLVER.BASE_LR is 0.01 there and 0.5 here")

@@ -1,4 +1,4 @@
-"""Training: it is Detectron2's, it goes on as if it had not stopped, and it keeps and records what it measured."""
+"""Training: it is Detectron2's, it resumes exactly, and it keeps and records what it measured."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def cfg(small_cfg: CfgNode, shapes: Path, converted: Maker, tmp_path: Path, monk
 
 
 class Losses(HookBase):
-    """Every loss of every iteration; stops the run behind ``last`` as a kill would."""
+    """Every loss of every iteration; stops the run after ``last`` as a kill would."""
 
     def __init__(self, last: int | None = None) -> None:
         self.rows: dict[int, dict[str, float]] = {}
@@ -116,12 +116,12 @@ PRECISE_BN = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
     ],
     ids=["mask", "box_average", "norms"],
 )
-def test_a_killed_run_goes_on_as_the_unbroken_one(cfg: CfgNode, overrides: list[Any]) -> None:
+def test_a_killed_run_resumes_as_the_unbroken_one(cfg: CfgNode, overrides: list[Any]) -> None:
     cfg.merge_from_list(overrides)
     unbroken, losses = run(cfg)
     assert isinstance(unbroken, Trainer)
     cfg.OUTPUT_DIR += "_killed"
-    run(cfg, last=5)  # behind the checkpoint of iteration 4
+    run(cfg, last=5)  # after the checkpoint of iteration 4
     resumed, again = run(cfg, resume=True)
     assert isinstance(resumed, Trainer)
     assert sorted(again.rows) == [4, 5, 6, 7, 8]
@@ -133,7 +133,7 @@ def test_a_killed_run_goes_on_as_the_unbroken_one(cfg: CfgNode, overrides: list[
     assert (resumed.average is not None) == (cfg.SOLVER.EMA_DECAY > 0)
 
 
-def test_a_cut_off_evaluation_is_made_up_for(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_off_evaluation_is_repeated(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg.TEST.EVAL_PERIOD = 4
     unbroken, _ = run(cfg)
     cfg.OUTPUT_DIR += "_killed"
@@ -152,7 +152,7 @@ def test_a_cut_off_evaluation_is_made_up_for(cfg: CfgNode, monkeypatch: pytest.M
     test = Trainer.test
     monkeypatch.setattr(Trainer, "test", lambda self, *arguments: evaluated.append(self.iter) or test(*arguments))
     resumed, _ = run(cfg, resume=True)
-    assert evaluated == [4, 7, 9]  # before iteration 4, behind iteration 7 (both after a multiple of 4), at the end
+    assert evaluated == [4, 7, 9]  # before iteration 4, after iteration 7 (both after a multiple of 4), at the end
     assert isinstance(unbroken, Trainer)
     assert isinstance(resumed, Trainer)
     assert resumed.evaluation.best == unbroken.evaluation.best
@@ -220,7 +220,7 @@ def test_the_best_and_the_average_are_kept(cfg: CfgNode, monkeypatch: pytest.Mon
         for key, tensor in averages[iteration].items():
             torch.testing.assert_close(held[key], tensor, msg=f"{name} {key}")
     assert not same(averages[8], weights(trainer.checkpointer.model))
-    # The best is no checkpoint to go on from.
+    # The best is no checkpoint to resume from.
     assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_final.pth"
 
 
