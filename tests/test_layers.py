@@ -84,6 +84,15 @@ def test_modules_do_not_import_in_circles() -> None:
     TopologicalSorter(graph).prepare()
 
 
+def test_no_two_public_classes_have_one_name() -> None:
+    places: dict[str, list[Path]] = {}
+    for module in MODULES:
+        for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_every_import_can_be_seen(module: Path) -> None:
     """The tests above read import statements; nothing of the package may be loaded past them."""

@@ -37,7 +37,7 @@ class Photographs:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class SideBySide:
     rows: list[Row]
     """``image``, ``backbone`` and measures, in their own units."""
     grid: dict[str, Tensor]
@@ -56,7 +56,7 @@ def compare_units(
     batch_size: int = 25,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Comparison:
+) -> SideBySide:
     """Images of ``image_size`` pixels that maximise units of a layer, from noise; ``activation`` after and before."""
     starts, rows, grid = noise(len(units), image_size, seed=seed), list[Row](), dict[str, Tensor]()
     for name, model in models.items():
@@ -69,7 +69,7 @@ def compare_units(
             for unit, value, before in zip(units, found.values.tolist(), found.start_values.tolist(), strict=True)
         ]
         grid[name] = found.images
-    return Comparison(rows, grid, [f"{'class' if layer == LOGITS else 'unit'} {unit}" for unit in units])
+    return SideBySide(rows, grid, [f"{'class' if layer == LOGITS else 'unit'} {unit}" for unit in units])
 
 
 def compare_inversions(
@@ -81,7 +81,7 @@ def compare_inversions(
     ascent: AscentConfig,
     batch_size: int = 25,
     progress: Progress | None = None,
-) -> Comparison:
+) -> SideBySide:
     """Images with the representations of photographs, found from ``starts``: how like the photographs they are.
 
     ``ssim``, ``pixel_correlation`` and ``distance``, ‖R(x) - R(target)‖ / ‖R(target)‖; starts have no distance, as it
@@ -106,12 +106,12 @@ def compare_inversions(
             strict=True,
         )
     ]
-    return Comparison(rows, grid)
+    return SideBySide(rows, grid)
 
 
 def compare_saliency(
     models: Models, photographs: Photographs, *, batch_size: int = 25, progress: Progress | None = None
-) -> Comparison:
+) -> SideBySide:
     """Input gradients of the class that each backbone predicts, their ``alignment`` and ``cosine`` with the image."""
     rows, grid = list[Row](), {"image": photographs.pixels}
     for name, model in models.items():
@@ -130,7 +130,7 @@ def compare_saliency(
             {"backbone": name, "image": image, "alignment": length, "cosine": cosine}
             for image, length, cosine in zip(photographs.names, lengths, cosines, strict=True)
         ]
-    return Comparison(rows, grid)
+    return SideBySide(rows, grid)
 
 
 def _batches(model: NormalizedModel, size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -30,7 +30,7 @@ from robust_backbones.runs.cluster import ClusterConfig, log_folder, open_execut
 
 
 @dataclass
-class Arguments:
+class PretrainOptions:
     data: Path
     """Folder that holds train/ and val/."""
     output: Path
@@ -108,9 +108,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: list[str]) -> Arguments:
-    options: Arguments = cli.parse(Arguments, arguments, description=__doc__)
+def parse(arguments: list[str]) -> PretrainOptions:
+    options: PretrainOptions = cli.parse(PretrainOptions, arguments, description=__doc__)
     if options.recipe:  # once more, now with the recipe's values where no option is given
-        defaults = Arguments(options.data, options.output, config=recipe(options.recipe))
-        options = cli.parse(Arguments, arguments, description=__doc__, default=defaults)
+        defaults = PretrainOptions(options.data, options.output, config=recipe(options.recipe))
+        options = cli.parse(PretrainOptions, arguments, description=__doc__, default=defaults)
     return options

@@ -31,8 +31,8 @@ from robust_backbones.analysis.visualization import draw_grid, metrics_of, table
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.comparison import (
-    Comparison,
     Photographs,
+    SideBySide,
     compare_inversions,
     compare_saliency,
     compare_units,
@@ -177,7 +177,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def compare(options: Any, models: dict[str, NormalizedModel], photographs: Photographs | None) -> Comparison:
+def compare(options: Any, models: dict[str, NormalizedModel], photographs: Photographs | None) -> SideBySide:
     steps = 1 if isinstance(options, SaliencyOptions) else options.ascent.steps
     count = len(options.units if photographs is None else photographs.names)
     with tqdm(total=len(models) * count * steps, unit="step", disable=None, leave=False) as bar:

@@ -26,8 +26,8 @@ from robust_backbones.analysis.paper.transfer_results import (
     Point,
     Pretrainings,
     Series,
-    Source,
     Target,
+    TransferSource,
     Trials,
     curves,
     epsilon_text,
@@ -164,7 +164,7 @@ def _paper_of_kind(paper: PaperTransfer | None, kind: str) -> tuple[float, float
 def _table_1(target: Target) -> dict[str, Any] | None:
     """The best of all architectures, and of all of the paper's; None where standard or robust backbones lack."""
     row: dict[str, Any] = {"data set": target.dataset, "setting": target.setting or None}
-    best: list[Source] = []
+    best: list[TransferSource] = []
     for kind, head in BEST.items():
         candidates = [source for arch in target.archs for source in target.of_kind(arch, kind)]
         if not candidates:

@@ -77,7 +77,7 @@ class Trials:
 
 
 @dataclass(frozen=True)
-class Source:
+class TransferSource:
     """A backbone, and its trials on one data set."""
 
     name: str
@@ -110,7 +110,7 @@ class Target:
     """What is different in others of its mode and data set; empty where there is none."""
     record: RunRecord
     """One of the trials."""
-    sources: tuple[Source, ...]
+    sources: tuple[TransferSource, ...]
 
     @property
     def downscale(self) -> int:
@@ -126,7 +126,7 @@ class Target:
         found = {s.threat_model for s in self.sources if s.threat_model and s.kind in ("standard", "robust")}
         return sorted(found, key=lambda model: (model.epsilon > 0, model.norm, model.epsilon))
 
-    def of_kind(self, arch: str, kind: str) -> list[Source]:
+    def of_kind(self, arch: str, kind: str) -> list[TransferSource]:
         """Its backbones of an architecture and a kind, that with the highest mean first."""
         found = [source for source in self.sources if (source.arch, source.kind) == (arch, kind)]
         return sorted(found, key=lambda source: -source.trials.mean)
@@ -213,7 +213,7 @@ def targets(runs: Sequence[RecordedRun], pretrainings: Pretrainings) -> list[Tar
     return found
 
 
-def _source(backbone: BackboneRuns, pretrainings: Pretrainings) -> Source:
+def _source(backbone: BackboneRuns, pretrainings: Pretrainings) -> TransferSource:
     records = [run.record for run in backbone.runs.values()]
     # There may be a pre-training a seed: the source accuracy is then their mean.
     known = [found for record in records if (found := pretrainings.of(record))]
@@ -226,7 +226,7 @@ def _source(backbone: BackboneRuns, pretrainings: Pretrainings) -> Source:
     stem = spec.get("stem", "imagenet")
     arch = str(spec.get("arch", "unknown")) + (f" ({stem} stem)" if stem != "imagenet" else "")
     standard = ThreatModel() if model and model.epsilon == 0 else model  # whatever its norm
-    return Source(backbone.name, arch, standard, pretraining, Trials(tuple(backbone.values(METRIC).values())))
+    return TransferSource(backbone.name, arch, standard, pretraining, Trials(tuple(backbone.values(METRIC).values())))
 
 
 Point = tuple[float, Trials, str]

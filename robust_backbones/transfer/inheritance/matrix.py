@@ -16,7 +16,7 @@ DISTANCES = "distances"
 
 
 @dataclass(frozen=True)
-class Cell:
+class MatrixCell:
     """What one record holds: a backbone before fine-tuning, one after it, or its distances."""
 
     label: str

@@ -26,7 +26,7 @@ from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.distances import distances, load_library
 from robust_backbones.transfer.inheritance.fisher import diagonal_fisher
 from robust_backbones.transfer.inheritance.job import Job, accuracy_on, check_size, for_evaluation
-from robust_backbones.transfer.inheritance.matrix import DISTANCES, Cell
+from robust_backbones.transfer.inheritance.matrix import DISTANCES, MatrixCell
 from robust_backbones.transfer.inheritance.methods import PRETRAINED, find, ordered
 from robust_backbones.transfer.inheritance.related_sets import (
     PRETRAINING,
@@ -110,10 +110,10 @@ def run_protocol(
         run = _Run(config, checkpoints, train_images, found, Path(output), compute, memory, stop)
         for label in checkpoints:
             run.claim(label, Path(pretraining).name)
-        cells = [Cell(label, PRETRAINED) for label in checkpoints]
-        cells += [Cell(label, DISTANCES) for label in checkpoints if config.distance_images]
+        cells = [MatrixCell(label, PRETRAINED) for label in checkpoints]
+        cells += [MatrixCell(label, DISTANCES) for label in checkpoints if config.distance_images]
         cells += [
-            Cell(label, name, target, seed)
+            MatrixCell(label, name, target, seed)
             for label in checkpoints
             for seed in seeds
             for name in names
@@ -134,7 +134,7 @@ class _Run:
     memory: Memory
     stop: StopRequest
 
-    def folder(self, cell: Cell) -> Path:
+    def folder(self, cell: MatrixCell) -> Path:
         return self.output / cell.folder
 
     def claim(self, label: str, pretraining: str) -> None:
@@ -147,12 +147,12 @@ class _Run:
         }
         claim(self.output / label, identity, type(self.config)().to_dict())
 
-    def is_ready(self, cell: Cell) -> bool:
+    def is_ready(self, cell: MatrixCell) -> bool:
         """Whether the cells that it is made from are finished."""
         needs = find(cell.method, self.config).needs if cell.target else ()
         return all(is_finished(self.folder(replace(cell, method=name))) for name in needs)
 
-    def run(self, cell: Cell) -> str:
+    def run(self, cell: MatrixCell) -> str:
         """Write the record of a cell; its result in one line."""
         start, checkpoint, extra = time.perf_counter(), self.checkpoints[cell.label], {}
         for name, related in self.sets.items():
@@ -178,7 +178,7 @@ class _Run:
         ).write(self.folder(cell) / "record.json")
         return f"{cell}: " + ", ".join(f"{name.split('/')[-1]} {value:.1f}" for name, value in metrics.items())
 
-    def _model(self, cell: Cell, checkpoint: Checkpoint) -> NormalizedModel:
+    def _model(self, cell: MatrixCell, checkpoint: Checkpoint) -> NormalizedModel:
         """The network to evaluate; one that was fine-tuned is written too."""
         device = self.compute.device
         if cell.method == PRETRAINED:
