@@ -45,14 +45,22 @@ from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.corruption import mean_corruption_error
 from robust_backbones.transfer.inheritance.detectors import with_own_classifier
 from robust_backbones.transfer.inheritance.distances import sinkhorn, wasserstein
-from robust_backbones.transfer.inheritance.fisher import diagonal_fisher
 from robust_backbones.transfer.inheritance.job import Job, accuracy_on, for_evaluation, rate, train
 from robust_backbones.transfer.inheritance.made_sets import apply
 from robust_backbones.transfer.inheritance.matrix import read_matrices
-from robust_backbones.transfer.inheritance.methods import METHODS, distance_to_start, distillation, find, ordered
+from robust_backbones.transfer.inheritance.methods import (
+    METHODS,
+    diagonal_fisher,
+    distance_to_start,
+    distillation,
+    find,
+    greedy_soup,
+    interpolate,
+    mean,
+    ordered,
+)
 from robust_backbones.transfer.inheritance.related_sets import PRETRAINING, Memory, RelatedSet, open_related_set
 from robust_backbones.transfer.inheritance.run import ProtocolExecution, run_protocol
-from robust_backbones.transfer.inheritance.weights import greedy_soup, interpolate, mean
 from tests.conftest import randomize_batch_norms
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")

@@ -27,15 +27,8 @@ class LowRankConvolution(nn.Module):
     def __init__(self, layer: nn.Conv2d, rank: int, scale: float) -> None:
         super().__init__()
         self.layer, self.scale = layer, scale
-        self.down = nn.Conv2d(
-            layer.in_channels,
-            rank,
-            kernel_size=layer.kernel_size,  # type: ignore[arg-type]
-            stride=layer.stride,  # type: ignore[arg-type]
-            padding=layer.padding,  # type: ignore[arg-type]
-            dilation=layer.dilation,  # type: ignore[arg-type]
-            bias=False,
-        )
+        window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        self.down = nn.Conv2d(layer.in_channels, rank, *window, bias=False)  # type: ignore[arg-type]
         self.up = nn.Conv2d(rank, layer.out_channels, kernel_size=1, bias=False)
         nn.init.zeros_(self.up.weight)
 
@@ -85,14 +78,14 @@ class PromptedModel(_Frozen):
         image_size: height and width of images.
     """
 
+    frame: Tensor
+
     def __init__(self, backbone: nn.Module, spec: BackboneSpec, *, width: int, image_size: int) -> None:
         super().__init__(backbone, spec)
         self.prompt = nn.Parameter(torch.zeros(3, image_size, image_size))
         frame = torch.ones(image_size, image_size)
         frame[width : image_size - width, width : image_size - width] = 0
         self.register_buffer("frame", frame, persistent=False)
-
-    frame: Tensor
 
     def normalize(self, images: Tensor) -> Tensor:
         return super().normalize(images) + self.frame * self.prompt

@@ -97,23 +97,22 @@ def evaluate_corruptions(
     everything = tuple(range(known.num_classes))
     images = RelatedSet(data.name, dataset, everything).limited(config.limit, seed=config.seed).images
     about = {**asdict(config), "data": data.name, "images": len(images)}
-    against = _comparable(reference, about) if reference else {}
+    if reference is not None:
+        _check_comparable(reference, about)
     claim(output, {**about, "checkpoint_sha256": checkpoint.source_sha256}, asdict(CorruptionConfig()))
     network = for_evaluation(checkpoint.in_rgb().model().to(compute.device), compute)
 
-    fields = checkpoint.record_fields()
-
-    def record(run_id: str, metrics: dict[str, float | None], seconds: float, **more: Any) -> RunRecord:
-        return RunRecord(
-            run_id,
-            TASK,
-            **fields,
-            dataset=data.name,
-            metrics=metrics,
-            seed=config.seed,
-            config={**about, **more},
-            seconds=seconds,
-        )
+    def write(folder: Path, run_id: str, metrics: dict[str, float | None], seconds: float, **more: Any) -> RunRecord:
+        fields = checkpoint.record_fields()
+        shared: dict[str, Any] = {
+            "dataset": data.name,
+            "seed": config.seed,
+            "config": {**about, **more},
+            "seconds": seconds,
+        }
+        record = RunRecord(run_id, TASK, metrics=metrics, **fields, **shared)
+        record.write(folder / "record.json")
+        return record
 
     def folder(name: str) -> Path:
         return output / "cells" / name
@@ -123,8 +122,7 @@ def evaluate_corruptions(
         corruption, _, severity = name.rpartition("-")
         shown = CorruptedImages(images, corruption, int(severity), seed=config.seed) if corruption else images
         accuracy = accuracy_on(RelatedSet(name, shown, everything), network, compute, Memory(0, workers))
-        cell = record(f"{output.name}/{name}", {"accuracy": accuracy}, time.perf_counter() - start)
-        cell.write(folder(name) / "record.json")
+        write(folder(name), f"{output.name}/{name}", {"accuracy": accuracy}, time.perf_counter() - start)
         return f"{name}: {accuracy:.1f} %"
 
     names = ["clean", *(f"{corruption}-{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES)]
@@ -132,15 +130,12 @@ def evaluate_corruptions(
         run_cells(names, folder, run, stop)
     cells = {name: RunRecord.read(folder(name) / "record.json") for name in names}
     metrics = {f"accuracy/{name}": cell.metrics["accuracy"] for name, cell in cells.items()}
-    errors = _errors(metrics)
+    errors, about_reference = _errors(metrics), None
     metrics["mean_accuracy"] = 100 - fmean(errors.values())
-    if against:
-        metrics["mCE"] = mean_corruption_error(errors, against)
-    about_reference = {"run_id": reference.run_id, "backbone": reference.backbone} if reference else None
-    seconds = sum(cell.seconds for cell in cells.values())
-    whole = record(output.name, metrics, seconds, reference=about_reference)
-    whole.write(output / "record.json")
-    return whole
+    if reference is not None:
+        metrics["mCE"] = mean_corruption_error(errors, _errors(reference.metrics))
+        about_reference = {"run_id": reference.run_id, "backbone": reference.backbone}
+    return write(output, output.name, metrics, sum(cell.seconds for cell in cells.values()), reference=about_reference)
 
 
 def mean_corruption_error(errors: Mapping[str, float], reference: Mapping[str, float]) -> float:
@@ -152,13 +147,13 @@ def mean_corruption_error(errors: Mapping[str, float], reference: Mapping[str, f
     Raises:
         InputError: the reference makes no error under a corruption.
     """
-
-    def total(of: Mapping[str, float], corruption: str) -> float:
-        return sum(of[f"{corruption}-{severity}"] for severity in SEVERITIES)
-
-    if faultless := [name for name in CORRUPTIONS if total(reference, name) == 0]:
+    total, whole = (
+        {name: sum(of[f"{name}-{severity}"] for severity in SEVERITIES) for name in CORRUPTIONS}
+        for of in (errors, reference)
+    )
+    if faultless := [name for name in CORRUPTIONS if whole[name] == 0]:
         raise InputError(f"the reference makes no error under {faultless[0]}, by which to divide: give another")
-    return 100 * fmean(total(errors, name) / total(reference, name) for name in CORRUPTIONS)
+    return 100 * fmean(total[name] / whole[name] for name in CORRUPTIONS)
 
 
 def _errors(metrics: Mapping[str, float | None]) -> dict[str, float]:
@@ -167,15 +162,10 @@ def _errors(metrics: Mapping[str, float | None]) -> dict[str, float]:
     return {name: 100 - value for name, value in found.items() if value is not None and name != "clean"}
 
 
-def _comparable(reference: RunRecord, about: Mapping[str, Any]) -> dict[str, float]:
-    """The reference's errors.
-
-    Raises:
-        InputError: it is a record of something else, or of other images.
-    """
+def _check_comparable(reference: RunRecord, about: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` where the reference is a record of something else, or of other images."""
     if reference.task != TASK:
         raise InputError(f"the reference is a record of task {reference.task}, not of {TASK}")
     names = ("data", "images", "image_size", "val_resize", "seed")
     if different := [name for name in names if reference.config.get(name) != about[name]]:
         raise InputError(f"the reference was measured on other images (it differs in {', '.join(different)})")
-    return _errors(reference.metrics)

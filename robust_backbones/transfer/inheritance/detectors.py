@@ -14,7 +14,6 @@ from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.classification.compute import available
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.errors import InputError
-from robust_backbones.models import reference_shapes
 from robust_backbones.runs.record import RunRecord
 
 
@@ -38,11 +37,9 @@ def with_own_classifier(detector: Path, pretrained: Checkpoint) -> Checkpoint:
     backbone = read_checkpoint(detector)
     if backbone.spec != replace(pretrained.spec, num_classes=0):
         raise InputError(f"{detector} holds another backbone than {pretrained.source}, or one that is fed otherwise")
-    shapes, classifier = reference_shapes(pretrained.spec.arch, pretrained.spec.stem)
-    body = [name for name in shapes if not name.startswith(f"{classifier}.")]
     return replace(
         pretrained,
-        state_dict={**pretrained.state_dict, **{name: backbone.state_dict[name] for name in body}},
+        state_dict={**pretrained.state_dict, **backbone.state_dict},
         layout=backbone.layout,
         source=backbone.source,
         source_sha256=backbone.source_sha256,
@@ -67,10 +64,9 @@ def compare_with_detector(
         InputError: as ``with_own_classifier`` and ``evaluate_robustness``.
     """
     available(device)
-    if not isinstance(pretrained, Checkpoint):
-        pretrained = read_checkpoint(Path(pretrained))
-    before, after = (
-        evaluate_robustness(config, checkpoint, Path(data), Path(output) / name, device=device, workers=workers)
-        for name, checkpoint in (("before", pretrained), ("after", with_own_classifier(Path(detector), pretrained)))
+    before = pretrained if isinstance(pretrained, Checkpoint) else read_checkpoint(Path(pretrained))
+    after = with_own_classifier(Path(detector), before)
+    return (
+        evaluate_robustness(config, before, data, Path(output) / "before", device=device, workers=workers),
+        evaluate_robustness(config, after, data, Path(output) / "after", device=device, workers=workers),
     )
-    return before, after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -29,8 +28,8 @@ def wasserstein(x: Points, y: Points) -> float:
 
     W_2 = sqrt(min_P Σ_ij P_ij ‖x_i - y_j‖²), by the network simplex algorithm (Bonneel et al. 2011).
     """
-    library = load_library()
-    return math.sqrt(max(0.0, float(library.emd2([], [], _costs(x, y), numItermax=10_000_000))))
+    ot = load_library()
+    return math.sqrt(max(0.0, float(ot.emd2([], [], ot.dist(x, y), numItermax=10_000_000))))
 
 
 def sinkhorn(x: Points, y: Points, *, regularization: float) -> float:
@@ -42,20 +41,15 @@ def sinkhorn(x: Points, y: Points, *, regularization: float) -> float:
     Args:
         regularization: r as a share of the mean cost.
     """
-    library, costs = load_library(), _costs(x, y)
+    ot = load_library()
+    costs = ot.dist(x, y)
     r = regularization * float(costs.mean())
     if r == 0:
         return 0.0
     method = "sinkhorn" if costs.max() / r < _LARGEST_EXPONENT else "sinkhorn_log"
     # Marginals that are wrong by less than 1e-7 of the mass change the distance in its seventh digit.
-    plan = library.sinkhorn([], [], costs, r, method=method, numItermax=10_000, stopThr=1e-7)
+    plan = ot.sinkhorn([], [], costs, r, method=method, numItermax=10_000, stopThr=1e-7)
     return math.sqrt(float((plan * costs).sum()))
-
-
-def _costs(x: Points, y: Points) -> Points:
-    """‖x_i - y_j‖², (N, M)."""
-    costs = (x**2).sum(1)[:, None] + (y**2).sum(1)[None] - 2 * x @ y.T
-    return np.maximum(costs, 0)
 
 
 def distances(
@@ -95,6 +89,7 @@ def distances(
 def load_library() -> Any:
     """The package POT; its import takes a second."""
     try:
-        return importlib.import_module("ot")
+        import ot
     except ImportError:
         raise InputError("distances need POT: pip install POT, or --distance-images 0 to leave them out") from None
+    return ot

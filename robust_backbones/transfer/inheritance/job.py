@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,8 +23,9 @@ from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.inheritance.adapters import PromptedModel
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.related_sets import Memory, RelatedSet
-from robust_backbones.transfer.inheritance.weights import Weights
 
+Weights = Mapping[str, Tensor]
+"""A network's tensors by name."""
 LossTerm = Callable[[Tensor, Tensor], Tensor]
 """Images (N, 3, H, W) in [0, 1] and the logits (N, K) over the set's classes -> what is added to the loss, a scalar."""
 
@@ -109,18 +110,12 @@ def train(
         if job.stop():
             raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
 
+    size, workers = config.batch_size, job.memory.workers_for(images)
     for epoch in range(config.epochs):
-        batches = train_batches(
-            images,
-            batch_size=config.batch_size,
-            micro_batch_size=config.batch_size,
-            epoch=epoch,
-            workers=job.memory.workers_for(images),
-        )
         train_one_epoch(
             learner,
-            batches,
-            steps=steps_per_epoch(images, config.batch_size),
+            train_batches(images, batch_size=size, micro_batch_size=size, epoch=epoch, workers=workers),
+            steps=steps_per_epoch(images, size),
             on_log=on_log,
             stop=job.stop,
             description=f"{job.target.name}, epoch {epoch + 1}/{config.epochs}",

@@ -34,7 +34,7 @@ def sketch(image: Image) -> Image:
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     paper = cv2.GaussianBlur(gray, (0, 0), sigmaX=1 + 0.02 * min(gray.shape))
     drawing = cv2.divide(gray, np.maximum(paper, 1), scale=255)
-    return _rgb(cv2.cvtColor(drawing, cv2.COLOR_GRAY2RGB))
+    return cv2.cvtColor(drawing, cv2.COLOR_GRAY2RGB)
 
 
 def cartoon(image: Image, *, levels: int = 6, passes: int = 3) -> Image:
@@ -42,7 +42,7 @@ def cartoon(image: Image, *, levels: int = 6, passes: int = 3) -> Image:
     side = min(image.shape[:2])
     flat = image
     for _ in range(passes):
-        flat = _rgb(cv2.bilateralFilter(flat, d=7, sigmaColor=40, sigmaSpace=1 + 0.02 * side))
+        flat = cv2.bilateralFilter(flat, d=7, sigmaColor=40, sigmaSpace=1 + 0.02 * side)
     step = 255 / (levels - 1)
     flat = (np.round(flat / step) * step).astype(np.uint8)
     block = 2 * max(1, round(0.03 * side)) + 1
@@ -51,12 +51,11 @@ def cartoon(image: Image, *, levels: int = 6, passes: int = 3) -> Image:
     return np.where(lines[..., None] == 0, np.uint8(0), flat)
 
 
-def photograph(image: Image) -> Image:
-    """The image as it is, for a set of the photographs that the others were not made from."""
-    return image
-
-
-FILTERS: dict[str, Callable[[Image], Image]] = {"sketch": sketch, "cartoon": cartoon, "photograph": photograph}
+FILTERS: dict[str, Callable[[Image], Image]] = {
+    "sketch": sketch,
+    "cartoon": cartoon,
+    "photograph": lambda image: image,  # as it is, for a set of those that the others were not made from
+}
 
 
 def check_kind(kind: str) -> None:
@@ -106,7 +105,15 @@ def make_set(
     check_kind(kind)
     dataset = open_dataset(source, v2.Identity())
     if images_per_class:
-        dataset = dataset.take(_drawn(dataset, images_per_class, seed, skip=skip))
+        positions: list[int] = []
+        for drawn in drawn_by_class(dataset.labels, seed, stream=-3):
+            if skip and len(drawn) < skip + images_per_class:
+                raise InputError(
+                    f"{dataset.classes[dataset.labels[drawn[0]]]} has {len(drawn)} images, too few for {skip} in other "
+                    f"sets and {images_per_class} here"
+                )
+            positions += drawn[skip : skip + images_per_class]
+        dataset = dataset.take(sorted(positions))
     note = {"kind": kind, "source": source.name, "seed": seed, "skip": skip, "images": len(dataset)}
     target, unfinished = output / kind, output / f".{kind}.unfinished"
     if target.exists():
@@ -131,16 +138,6 @@ def make_set(
     return len(dataset)
 
 
-def _drawn(dataset: ClassificationDataset, count: int, seed: int, *, skip: int) -> list[int]:
-    """Positions of ``count`` images of every class, or all of a smaller one, in order."""
-    by_class = drawn_by_class(dataset.labels, seed, stream=-3)
-    for drawn in by_class:
-        if skip and len(drawn) < skip + count:
-            name = dataset.classes[dataset.labels[drawn[0]]]
-            raise InputError(f"{name} has {len(drawn)} images, too few for {skip} in other sets and {count} here")
-    return sorted(position for drawn in by_class for position in drawn[skip : skip + count])
-
-
 class _Maker(Dataset[int]):
     """Items are written, and give their position."""
 
@@ -160,7 +157,3 @@ class _Maker(Dataset[int]):
         assert encoded
         path.write_bytes(data.tobytes())
         return position
-
-
-def _rgb(image: object) -> Image:
-    return np.asarray(image, np.uint8)

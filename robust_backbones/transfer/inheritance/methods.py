@@ -1,9 +1,10 @@
-"""The ways to fine-tune that the protocol compares: each a few lines over one training."""
+"""The ways to fine-tune that ImageNet-RIB compares: each a few lines over one training."""
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.engine import Batch
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import NormalizedModel, reference_shapes
@@ -22,13 +25,13 @@ from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.job import (
     Job,
     LossTerm,
+    Weights,
     accuracy_on,
     check_size,
     for_evaluation,
     rate,
     train,
 )
-from robust_backbones.transfer.inheritance.weights import Weights, greedy_soup, interpolate, mean
 from robust_backbones.transfer.protocol import order_of, split_held_out
 
 PRETRAINED = "pretrained"
@@ -39,18 +42,12 @@ PRETRAINED = "pretrained"
 class Method:
     """One way to fine-tune."""
 
-    paper: str
     run: Callable[[Job], NormalizedModel]
     """Gives the fine-tuned network."""
     needs: tuple[str, ...] = ()
     """Methods whose networks it is made from."""
     whole_network: bool = True
     """Whether the result is a network of the same architecture, so that it can be written and be part of a soup."""
-
-
-def fine_tuning(job: Job) -> NormalizedModel:
-    """Every weight learns."""
-    return train(job, job.model())
 
 
 def linear_probe(job: Job) -> NormalizedModel:
@@ -82,16 +79,6 @@ def linear_probe(job: Job) -> NormalizedModel:
     return model.eval()
 
 
-def lp_ft(job: Job) -> NormalizedModel:
-    """Linear probe, then fine-tuning from there, each by the whole protocol."""
-    return train(job, job.model(job.weights("linear_probe")))
-
-
-def lwf(job: Job) -> NormalizedModel:
-    """Cross-entropy plus ``distillation`` from the pre-trained network."""
-    return train(job, job.model(), distillation(job))
-
-
 def distillation(job: Job) -> LossTerm:
     """Weight x KL(q ‖ p), where q and p are softmax(logits / T) before and now, over the set's classes.
 
@@ -110,7 +97,7 @@ def distillation(job: Job) -> LossTerm:
 
 
 def near_start(job: Job, strength: float, importance: Weights | None = None) -> NormalizedModel:
-    """Cross-entropy + strength x Σ_i F_i (θ_i - θ⁰_i)²."""
+    """Cross-entropy + ``distance_to_start``."""
     model = job.model()
     return train(job, model, distance_to_start(model, strength, importance))
 
@@ -119,16 +106,55 @@ def distance_to_start(model: NormalizedModel, strength: float, importance: Weigh
     """Strength x Σ_i F_i (θ_i - θ⁰_i)², where θ⁰ is what the model's parameters are now; F_i is 1 when not given."""
     parameters = dict(model.backbone.named_parameters())
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    factors = {
-        name: torch.ones_like(own) if importance is None else importance[name].to(own.device)
-        for name, own in start.items()
-    }
+    factors = {name: 1.0 if importance is None else importance[name].to(own.device) for name, own in start.items()}
 
     def term(images: Tensor, logits: Tensor) -> Tensor:
         terms = [(factors[name] * (parameters[name] - start[name]).square()).sum() for name in parameters]
         return strength * torch.stack(terms).sum()
 
     return term
+
+
+def diagonal_fisher(
+    model: NormalizedModel,
+    batches: Iterable[Batch],
+    compute: Compute,
+    *,
+    labels: int = 0,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """F_i = E_x E_{y ~ p(y | x)} (∂ log p(y | x) / ∂θ_i)², the network in eval mode and in float32.
+
+    The labels are the network's own predictions and gradients are squared image by image: with the data's labels, or
+    with gradients of whole batches, it would be another matrix (Kunstner et al. 2019, arXiv 1905.12558).
+
+    Args:
+        batches: uint8 images whose mean is taken; their labels are not looked at.
+        labels: 0 takes the expectation over y exactly, a backward pass for each class; otherwise the mean over so many
+            labels drawn from p(y | x), whose expectation is the same.
+        generator: draws them; on the CPU.
+
+    Returns:
+        For every parameter of ``model.backbone`` by name, a tensor of its shape.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_()
+    parameters = dict(model.backbone.named_parameters())
+    sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    count = 0
+    for pixels, _ in batches:
+        for image in compute.to_unit_range(pixels).split(1):
+            log_p = model(image).log_softmax(1)[0]
+            p = log_p.detach().exp()
+            shares = dict(enumerate(p.tolist()))
+            if labels:
+                drawn = torch.multinomial(p.cpu(), labels, replacement=True, generator=generator)
+                shares = {y: times / labels for y, times in enumerate(drawn.bincount().tolist()) if times}
+            for y, share in shares.items():
+                gradients = torch.autograd.grad(log_p[y], list(parameters.values()), retain_graph=True)
+                for total, gradient in zip(sums.values(), gradients, strict=True):
+                    total.addcmul_(gradient, gradient, value=share)
+            count += 1
+    return {name: total / count for name, total in sums.items()}
 
 
 def lora(job: Job) -> NormalizedModel:
@@ -147,12 +173,51 @@ def visual_prompt(job: Job) -> NormalizedModel:
     return train(job, job.on_device(model), lr=config.prompt_lr)
 
 
+def combine(networks: Sequence[Weights], rule: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
+    """``rule`` of every weight and batch-norm statistic over the networks; batch norms' counters are the last one's."""
+    return {
+        name: rule([network[name] for network in networks]) if tensor.is_floating_point() else tensor
+        for name, tensor in networks[-1].items()
+    }
+
+
+def interpolate(start: Weights, end: Weights, alpha: float) -> dict[str, Tensor]:
+    """WiSE-FT: (1 - alpha) start + alpha end (Wortsman et al. 2022, arXiv 2109.01903, equation 1); the ends exactly."""
+    return combine([start, end], lambda pair: torch.lerp(pair[0], pair[1], alpha))
+
+
+def mean(members: Sequence[Weights]) -> dict[str, Tensor]:
+    """The uniform soup (Wortsman et al. 2022, arXiv 2203.05482, eq. 1), whatever the order (sums are in float64)."""
+    return combine(members, lambda tensors: torch.stack(tensors).double().mean(0).to(tensors[0].dtype))
+
+
+def greedy_soup(
+    members: Mapping[str, Weights], score: Callable[[Weights], float]
+) -> tuple[list[str], dict[str, Tensor]]:
+    """Add members from the best on, each kept if the soup is no worse with it (arXiv 2203.05482, recipe 1).
+
+    Args:
+        members: by name; of equal ones the first comes first.
+        score: accuracy on held-out images.
+
+    Returns:
+        The names of those in the soup, and its weights: its score is never below that of the best member.
+    """
+    scores = {name: score(member) for name, member in members.items()}
+    first, *others = sorted(members, key=lambda name: -scores[name])
+    chosen, soup, best = [first], dict(members[first]), scores[first]
+    for name in others:
+        with_it = mean([members[other] for other in [*chosen, name]])
+        if (found := score(with_it)) >= best:
+            chosen, soup, best = [*chosen, name], with_it, found
+    return chosen, soup
+
+
 def wise_ft(job: Job, alpha: float) -> NormalizedModel:
-    """(1 - alpha) x the pre-trained weights + alpha x the fine-tuned ones."""
     return job.model(interpolate(job.start.state_dict, job.weights("fine_tuning"), alpha))
 
 
-def uniform_soup(job: Job) -> NormalizedModel:
+def uniform(job: Job) -> NormalizedModel:
     """The mean of the weights of ``config.soup``."""
     return job.model(
         mean([job.start.state_dict if name == PRETRAINED else job.weights(name) for name in job.config.soup])
@@ -184,26 +249,24 @@ def greedy(job: Job) -> NormalizedModel:
 
 
 METHODS = {
-    "fine_tuning": Method("", fine_tuning),
-    "linear_probe": Method("", linear_probe),
-    "lp_ft": Method("Kumar et al. 2022, arXiv 2202.10054", lp_ft, needs=("linear_probe",)),
-    "lwf": Method("Li & Hoiem 2016, arXiv 1606.09282", lwf),
-    "ewc": Method(
-        "Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3, with the true diagonal Fisher information",
-        lambda job: near_start(job, job.config.ewc_strength / 2, job.fisher()),
-    ),
-    "l2_init": Method(
-        "Hwang et al. 2024, arXiv 2410.21582: the public code's EWC",
-        lambda job: near_start(job, job.config.l2_init_strength),
-    ),
-    "l2_sp": Method(  # all layers have a starting point here, so that beta has no part
-        "Li et al. 2018, arXiv 1802.01483, equation 3", lambda job: near_start(job, job.config.l2_sp_strength / 2)
-    ),
-    "lora": Method("Hu et al. 2021, arXiv 2106.09685", lora),
-    "visual_prompt": Method("Bahng et al. 2022, arXiv 2203.17274", visual_prompt, whole_network=False),
-    "wise_ft": Method("Wortsman et al. 2022, arXiv 2109.01903", partial(wise_ft, alpha=0.5), needs=("fine_tuning",)),
-    "uniform_soup": Method("Wortsman et al. 2022, arXiv 2203.05482", uniform_soup),
-    "greedy_soup": Method("Wortsman et al. 2022, arXiv 2203.05482, recipe 1", greedy),
+    # Every weight learns.
+    "fine_tuning": Method(lambda job: train(job, job.model())),
+    "linear_probe": Method(linear_probe),
+    # From the linear probe on, each by the whole protocol (Kumar et al. 2022, arXiv 2202.10054).
+    "lp_ft": Method(lambda job: train(job, job.model(job.weights("linear_probe"))), needs=("linear_probe",)),
+    # Li & Hoiem 2016, arXiv 1606.09282.
+    "lwf": Method(lambda job: train(job, job.model(), distillation(job))),
+    # Kirkpatrick et al. 2017, arXiv 1612.00796, equation 3, with the true diagonal Fisher information.
+    "ewc": Method(lambda job: near_start(job, job.config.ewc_strength / 2, job.fisher())),
+    # Hwang et al. 2024, arXiv 2410.21582: the public code's EWC.
+    "l2_init": Method(lambda job: near_start(job, job.config.l2_init_strength)),
+    # Li et al. 2018, arXiv 1802.01483, equation 3; all layers have a starting point here, so that beta has no part.
+    "l2_sp": Method(lambda job: near_start(job, job.config.l2_sp_strength / 2)),
+    "lora": Method(lora),
+    "visual_prompt": Method(visual_prompt, whole_network=False),
+    "wise_ft": Method(partial(wise_ft, alpha=0.5), needs=("fine_tuning",)),
+    "uniform_soup": Method(uniform),
+    "greedy_soup": Method(greedy),
 }
 """By name; ``wise_ft_ALPHA`` is WiSE-FT at another alpha in [0, 1]."""
 

@@ -21,8 +21,6 @@ from robust_backbones.errors import InputError
 PRETRAINING = "pretraining"
 """What the validation set of pre-training is called among the sets."""
 _MOST_PARTS = 2  # folders between a set and its classes, as CORRUPTION/SEVERITY of ImageNet-C
-
-
 KNOWN_SETS = {
     "imagenet-v2": "ImageNet-V2 (Recht et al. 2019; folders are numbered 0 to 999; imagenetv2.org)",
     "imagenet-a": "ImageNet-A (Hendrycks et al. 2021; 200 classes; github.com/hendrycks/natural-adv-examples)",

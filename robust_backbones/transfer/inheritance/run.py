@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,10 +25,9 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.distances import distances, load_library
-from robust_backbones.transfer.inheritance.fisher import diagonal_fisher
-from robust_backbones.transfer.inheritance.job import Job, accuracy_on, check_size, for_evaluation
+from robust_backbones.transfer.inheritance.job import Job, Weights, accuracy_on, check_size, for_evaluation
 from robust_backbones.transfer.inheritance.matrix import DISTANCES, MatrixCell
-from robust_backbones.transfer.inheritance.methods import PRETRAINED, find, ordered
+from robust_backbones.transfer.inheritance.methods import PRETRAINED, diagonal_fisher, find, ordered
 from robust_backbones.transfer.inheritance.related_sets import (
     PRETRAINING,
     Memory,
@@ -35,7 +35,6 @@ from robust_backbones.transfer.inheritance.related_sets import (
     open_pretraining_set,
     open_related_set,
 )
-from robust_backbones.transfer.inheritance.weights import Weights
 from robust_backbones.transfer.protocol import Backbones, read_backbones
 
 TASK = "inheritance"
@@ -98,27 +97,24 @@ def run_protocol(
     transform = val_transform(config.image_size, resize=config.val_resize)
     train_images, validation = open_pretraining_set(Path(pretraining), num_classes, transform)
     classes = validation.images.classes
-    found = {name: open_related_set(Path(path), classes, transform, name=name) for name, path in sets.items()}
-    found = {
-        name: one.limited(config.limit, seed=config.data_seed)
-        for name, one in {**found, PRETRAINING: validation}.items()
-    }
+    opened = [open_related_set(Path(path), classes, transform, name=name) for name, path in sets.items()]
+    found = {one.name: one.limited(config.limit, seed=config.data_seed) for one in (*opened, validation)}
     for name in sets:
         check_size(found[name], config)
+    about = {
+        "pretraining": Path(pretraining).name,
+        "sets": {name: [len(related.images), len(related.classes)] for name, related in found.items()},
+    }
     memory = Memory(execution.memory_gb, execution.workers)
     with stop_on_signals() as stop:
+        for label, checkpoint in checkpoints.items():  # methods and seeds may be added to an output later
+            identity = {**config.to_dict(), "checkpoint_sha256": checkpoint.source_sha256, **about}
+            claim(Path(output) / label, identity, type(config)().to_dict())
         run = _Run(config, checkpoints, train_images, found, Path(output), compute, memory, stop)
-        for label in checkpoints:
-            run.claim(label, Path(pretraining).name)
         cells = [MatrixCell(label, PRETRAINED) for label in checkpoints]
         cells += [MatrixCell(label, DISTANCES) for label in checkpoints if config.distance_images]
-        cells += [
-            MatrixCell(label, name, target, seed)
-            for label in checkpoints
-            for seed in seeds
-            for name in names
-            for target in sets
-        ]
+        every = product(checkpoints, seeds, names, sets)
+        cells += [MatrixCell(label, name, target, seed) for label, seed, name, target in every]
         run_cells(cells, run.folder, run.run, stop, ready=run.is_ready)
         return [RunRecord.read(run.folder(cell) / "record.json") for cell in cells]
 
@@ -136,16 +132,6 @@ class _Run:
 
     def folder(self, cell: MatrixCell) -> Path:
         return self.output / cell.folder
-
-    def claim(self, label: str, pretraining: str) -> None:
-        """Make the folder of a backbone that of this run; methods and seeds may be added to one later."""
-        identity = {
-            **self.config.to_dict(),
-            "checkpoint_sha256": self.checkpoints[label].source_sha256,
-            "pretraining": pretraining,
-            "sets": {name: [len(related.images), len(related.classes)] for name, related in self.sets.items()},
-        }
-        claim(self.output / label, identity, type(self.config)().to_dict())
 
     def is_ready(self, cell: MatrixCell) -> bool:
         """Whether the cells that it is made from are finished."""
