@@ -19,7 +19,9 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.commands.test_cli import Run, assert_refused
 from tests.hub import FakeHub, hub_fixture, robustness_file  # noqa: F401
+from tests.transfer.conftest import narrow_resnet18  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 SMALL = ["--batch-size", "8", "--image-size", "32", "--val-resize", "32", "--device", "cpu", "--workers", "0"]
 PROBE = [*SMALL, "--epochs", "1"]
 FINETUNE = [*SMALL, "--epochs", "1", "--no-tensorboard"]
@@ -27,7 +29,7 @@ HEADS = ["data set", "mode", "backbone", "trained at", "accuracy", "trials", "mi
 
 
 @pytest.fixture(scope="module")
-def backbones(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def backbones(narrow_resnet18: None, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811
     """Two checkpoints of one file name, in folders of their own."""
     root = tmp_path_factory.mktemp("backbones")
     paths = []
