@@ -34,7 +34,7 @@ from robust_backbones.models import NormalizedModel
 from robust_backbones.threat_models import ThreatModel
 
 LIBRARY = "robustness 1.2.1.post2"
-SAME = f"{LIBRARY}, use_best 0 (the paper's loop)"
+SAME = f"{LIBRARY}, use_best 0"
 PLAIN = "plain PyTorch"
 CHANNELS_LAST = "plain PyTorch, channels last"
 PLAIN_CONVOLUTIONS = "ours: folded attack, PyTorch's own convolutions, fp32"
@@ -119,10 +119,10 @@ class TrainingStep(Work):
         return (
             f"{self.arch} at {self.image_size} px, batches of {self.batch_size}, three steps of 2/3 epsilon. The peer "
             "runs its own training loop; its default keeps the best iterate of the attack, one forward pass more than "
-            "the paper's loop, which both sides share in the row that reaches refer to. It calls .cuda() whatever the "
-            "machine: on CPUs that call is neutralised. Its gradient ignores pixels that are black or white; images of "
-            "half the contrast keep that out of the comparison. The rows of ours are cumulative: each adds one switch. "
-            "In theory a PGD-3 step costs 9 passes where a standard one costs 3."
+            "use_best 0, which the row that reaches refer to has. It calls .cuda() whatever the machine: on CPUs that "
+            "call is neutralised. Its gradient ignores pixels that are black or white; images of half the contrast "
+            "keep that out of the comparison. The rows of ours are cumulative: each adds one switch. In theory a PGD-3 "
+            "step costs 9 passes where a standard one costs 3."
         )
 
 
@@ -182,7 +182,8 @@ def plain(*, checkpoint: str, images: str, epsilon: float, device: str, channels
         for _ in range(3):
             delta.requires_grad_()
             (gradient,) = torch.autograd.grad(F.cross_entropy(model(pixels + delta), labels), delta)
-            delta = delta.detach() + 2 / 3 * epsilon * gradient / _norms(gradient)
+            # A gradient of exactly zero, which a trained network has where it is sure, moves nothing.
+            delta = delta.detach() + 2 / 3 * epsilon * gradient / _norms(gradient).clamp(min=1e-10)
             delta = delta * (epsilon / _norms(delta)).clamp(max=1)
             delta = (pixels + delta).clamp(0, 1) - pixels
         model.train()

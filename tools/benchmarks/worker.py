@@ -16,6 +16,8 @@ import torch
 
 from benchmarks.turns import Side
 
+GPU_STEPS = 10
+
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
@@ -47,14 +49,17 @@ def _on_cpu(side: Side) -> tuple[float, float]:
 
 
 def _on_gpu(side: Side) -> tuple[float, float]:
+    """The mean of ten, after one that does not count: it asks for the memory that the turn before gave back."""
+    side.run()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     wall = time.perf_counter()
     begin.record()
-    side.run()
+    for _ in range(GPU_STEPS):
+        side.run()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000, time.perf_counter() - wall
+    return begin.elapsed_time(end) / 1000 / GPU_STEPS, (time.perf_counter() - wall) / GPU_STEPS
 
 
 def _give_memory_back() -> None:
