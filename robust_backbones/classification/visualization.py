@@ -8,11 +8,11 @@ is seen is the network's own prior. Every function leaves the network as it was.
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +28,12 @@ LOGITS = "logits"
 """The layer that is the network's output."""
 PENULTIMATE = "penultimate"
 """The layer that is the classifier's input; the output of a network without a classifier."""
+Models = Mapping[str, NormalizedModel]
+Row = dict[str, Any]
+Progress = Callable[[int], object]
+"""Called at every step with the number of images."""
 
-SSIM_WINDOW = 11
-"""Pixels that each side of an image needs at least."""
-_NOISE_STD = 1 / 20
+_SSIM_WINDOW = 11
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,7 @@ class AscentConfig:
             raise InputError("a ball of radius 0 holds the start alone: leave it out, or choose a greater one")
 
 
-@dataclass(frozen=True)
-class Synthesis:
+class Synthesis(NamedTuple):
     """Images found by gradient ascent, each the best point of its run, and what was optimised, before and after."""
 
     images: Tensor
@@ -73,7 +74,7 @@ def noise(count: int, size: int, *, seed: int) -> Tensor:
         Shape (count, 3, size, size), float32; an image depends on the seed and its own place alone.
     """
     generators = (torch.Generator().manual_seed(mix(seed, 0, index)) for index in range(count))
-    images = [0.5 + _NOISE_STD * torch.randn(3, size, size, generator=generator) for generator in generators]
+    images = [0.5 + torch.randn(3, size, size, generator=generator) / 20 for generator in generators]
     return torch.stack(images).clamp(0, 1)
 
 
@@ -92,46 +93,34 @@ def activations(model: NormalizedModel, images: Tensor, layer: str = PENULTIMATE
         InputError: the network has no such layer.
     """
 
-    def stop_before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        raise _Reached(inputs[0])
-
-    def stop_after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        raise _Reached(output)
+    def stop(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> None:
+        raise _Reached(inputs[0] if output is None else output)
 
     classifier = _classifier(model)
     if layer == LOGITS:
         _check_classifier(model)
     if layer == LOGITS or (layer == PENULTIMATE and classifier is None):
         return model(images)
-    if layer == PENULTIMATE:
-        assert classifier is not None
-        handle = classifier.register_forward_pre_hook(stop_before)
+    if layer == PENULTIMATE and classifier is not None:
+        handle = classifier.register_forward_pre_hook(stop)
     else:
-        handle = _module(model.backbone, layer).register_forward_hook(stop_after)
+        handle = _module(model.backbone, layer).register_forward_hook(stop)
     try:
         model(images)
     except _Reached as reached:
-        return reached.output
+        output: Tensor = reached.args[0]
+        return output
     finally:
         handle.remove()
     raise InputError(f"the network has a module {layer}, but no image goes through it: choose another layer")
 
 
 class _Reached(Exception):  # noqa: N818  # no error: ends the forward pass at the layer
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
+    pass
 
 
 def activation_losses(model: NormalizedModel, units: Tensor, layer: str = LOGITS) -> Losses:
-    """The objective of ``maximize_activation``: of each image its own unit, a channel as its mean over all places.
-
-    Args:
-        units: shape (N,), indices of channels or of a vector's components; one for each image.
-
-    Raises:
-        InputError: when called, a layer that the network does not have, or a unit that the layer does not have.
-    """
+    """The objective of ``maximize_activation``; when called, it refuses a layer or unit that is not there."""
 
     def losses(points: Tensor) -> Tensor:
         output = activations(model, points, layer)
@@ -144,11 +133,7 @@ def activation_losses(model: NormalizedModel, units: Tensor, layer: str = LOGITS
 
 
 def inversion_losses(model: NormalizedModel, targets: Tensor, layer: str = PENULTIMATE) -> Losses:
-    """The objective of ``invert`` with its sign changed: -‖R(x) - R(target)‖ / ‖R(target)‖, R being the layer's output.
-
-    Args:
-        targets: shape (N, 3, H, W), in [0, 1].
-    """
+    """The objective of ``invert`` with its sign changed: -‖R(x) - R(target)‖ / ‖R(target)‖."""
     with torch.no_grad():
         wanted = activations(model, targets, layer).flatten(1)
     lengths = torch.linalg.vector_norm(wanted, dim=1).clamp_min(1e-12)
@@ -166,7 +151,7 @@ def maximize_activation(
     *,
     layer: str = LOGITS,
     ascent: AscentConfig = AscentConfig(),
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Synthesis:
     """Images that maximise a class logit, or a unit of any layer: the source's direct feature visualisation.
 
@@ -176,7 +161,6 @@ def maximize_activation(
         starts: shape (N, 3, H, W), in [0, 1], such as ``noise``.
         units: shape (N,), which unit each image is to maximise; of a feature map, channels, by their mean.
         layer: as for ``activations``.
-        progress: called at every step with the number of images.
 
     Returns:
         The images and the units' activations.
@@ -196,7 +180,7 @@ def invert(
     *,
     layer: str = PENULTIMATE,
     ascent: AscentConfig = AscentConfig(),
-    progress: Callable[[int], object] | None = None,
+    progress: Progress | None = None,
 ) -> Synthesis:
     """Images with the representation of other images, each on its own: the source's representation inversion.
 
@@ -204,7 +188,6 @@ def invert(
         targets: images to be matched, shape (N, 3, H, W), in [0, 1].
         starts: of the same shape: ``noise``, or other images.
         layer: as for ``activations``.
-        progress: called at every step with the number of images.
 
     Returns:
         The images and their normalised distances ‖R(x) - R(target)‖ / ‖R(target)‖, never above those of the starts.
@@ -217,7 +200,7 @@ def invert(
     return Synthesis(best.points, -best.losses, -best.first_losses)
 
 
-def _climb(losses: Losses, starts: Tensor, ascent: AscentConfig, progress: Callable[[int], object] | None) -> Strongest:
+def _climb(losses: Losses, starts: Tensor, ascent: AscentConfig, progress: Progress | None) -> Strongest:
     pixels = starts[0].numel()
     ball = ascent.ball or ThreatModel("L2", math.sqrt(pixels))  # the diameter of [0, 1]^d: it never binds
     length = ascent.step_size * (math.sqrt(pixels) if ball.norm == "L2" else 1)
@@ -249,17 +232,7 @@ def saliency(model: NormalizedModel, images: Tensor, labels: Tensor) -> Tensor:
     return _gradient(model, images, lambda logits: F.cross_entropy(logits, labels, reduction="sum"))
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """How much input gradients look like their images; see ``saliency_alignment``."""
-
-    alpha: Tensor
-    """|<x, g>| / ‖g‖, shape (N,), in units of the images' length ‖x‖."""
-    cosine: Tensor
-    """|<x, g>| / (‖x‖ ‖g‖), shape (N,), in [0, 1]: the same without the images' brightness and size."""
-
-
-def saliency_alignment(model: NormalizedModel, images: Tensor) -> Alignment:
+def saliency_alignment(model: NormalizedModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """The alignment of Etmann et al. (2019, arXiv 1905.04172): alpha(x) = |<x, g>| / ‖g‖.
 
     g is the gradient of the winning logit with respect to the pixels and x the image, both in [0, 1] pixel units. Where
@@ -268,6 +241,10 @@ def saliency_alignment(model: NormalizedModel, images: Tensor) -> Alignment:
 
     Args:
         images: shape (N, 3, H, W), in [0, 1].
+
+    Returns:
+        alpha and cosine, each of shape (N,). alpha is in units of ‖x‖; cosine, |<x, g>| / (‖x‖ ‖g‖) in [0, 1], is the
+        same without the images' brightness and size.
 
     Raises:
         InputError: the network has no classifier.
@@ -278,7 +255,7 @@ def saliency_alignment(model: NormalizedModel, images: Tensor) -> Alignment:
     tiny = torch.finfo(images.dtype).tiny
     unit = gradient / torch.linalg.vector_norm(gradient, dim=1, keepdim=True).clamp_min(tiny)
     alpha = (pixels * unit).sum(1).abs()
-    return Alignment(alpha, alpha / torch.linalg.vector_norm(pixels, dim=1).clamp_min(tiny))
+    return alpha, alpha / torch.linalg.vector_norm(pixels, dim=1).clamp_min(tiny)
 
 
 def _gradient(model: NormalizedModel, images: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
@@ -308,38 +285,27 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     The settings are the paper's: a Gaussian window of 11 pixels and standard deviation 1.5, K1 = 0.01, K2 = 0.03.
 
     Args:
-        a, b: shape (N, C, H, W), in [0, 1], at least SSIM_WINDOW pixels a side.
+        a, b: shape (N, C, H, W), in [0, 1].
 
     Returns:
         Shape (N,), at most 1, float64 on the CPU.
 
     Raises:
-        InputError: scikit-image is not installed.
-    """
-    similarity = ssim_library().structural_similarity
-    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
-    pairs = zip(a.double().cpu().numpy(), b.double().cpu().numpy(), strict=True)
-    return torch.tensor([similarity(x, y, channel_axis=0, **wang) for x, y in pairs], dtype=torch.float64)
-
-
-def ssim_library() -> Any:
-    """scikit-image's metrics.
-
-    Raises:
-        InputError: it is not installed.
+        InputError: scikit-image is not installed; images smaller than the window.
     """
     try:
-        return importlib.import_module("skimage.metrics")
+        from skimage.metrics import structural_similarity
     except ImportError as error:
         raise InputError(f"SSIM cannot be measured ({error}): pip install scikit-image") from None
+    if min(a.shape[-2:]) < _SSIM_WINDOW:
+        raise InputError(f"SSIM needs images of {_SSIM_WINDOW} pixels: give a greater --image-size")
+    wang = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    pairs = zip(a.double().cpu().numpy(), b.double().cpu().numpy(), strict=True)
+    return torch.tensor([structural_similarity(x, y, channel_axis=0, **wang) for x, y in pairs], dtype=torch.float64)
 
 
 def gradients_as_images(gradients: Tensor) -> Tensor:
-    """Gradients to look at: within three standard deviations of 0, moved to [0, 1]; grey is 0 (Tsipras et al. 2019).
-
-    Args:
-        gradients: shape (N, 3, H, W).
-    """
+    """Gradients (N, 3, H, W) to look at: three standard deviations around 0 fill [0, 1] (Tsipras et al. 2019)."""
     deviation = gradients.flatten(1).std(1).clamp_min(torch.finfo(gradients.dtype).tiny)[:, None, None, None]
     return (gradients / (6 * deviation) + 0.5).clamp(0, 1)
 
@@ -364,3 +330,106 @@ def _check_classifier(model: NormalizedModel) -> None:
             "the network has no classifier, as a detector's backbone has none, and so no logits: "
             "choose another layer, or the checkpoint that it was trained from"
         )
+
+
+@dataclass(frozen=True)
+class Photographs:
+    names: Sequence[str]
+    pixels: Tensor
+    """Shape (N, 3, H, W), in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    rows: list[Row]
+    """``image``, ``backbone`` and measures, in their own units."""
+    grid: dict[str, Tensor]
+    """Rows of the picture: name -> images of shape (N, 3, H, W), in [0, 1]."""
+    titles: Sequence[str] = ()
+    """Of the picture's columns; they may have none."""
+
+
+def compare_units(
+    models: Models,
+    units: Sequence[int],
+    image_size: int,
+    *,
+    layer: str,
+    ascent: AscentConfig,
+    batch_size: int = 25,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> SideBySide:
+    """Images of ``image_size`` pixels that maximise units of a layer, from noise; ``activation`` after and before."""
+    find = partial(maximize_activation, layer=layer, ascent=ascent, progress=progress)
+    starts, rows, grid = noise(len(units), image_size, seed=seed), list[Row](), dict[str, Tensor]()
+    for name, model in models.items():
+        grid[name], values, before = _in_batches(find, model, batch_size, starts, torch.tensor(units))
+        rows += _rows([f"unit {unit}" for unit in units], name, activation=values.tolist(), before=before.tolist())
+    return SideBySide(rows, grid, [f"{'class' if layer == LOGITS else 'unit'} {unit}" for unit in units])
+
+
+def compare_inversions(
+    models: Models,
+    photographs: Photographs,
+    starts: Tensor,
+    *,
+    layer: str,
+    ascent: AscentConfig,
+    batch_size: int = 25,
+    progress: Progress | None = None,
+) -> SideBySide:
+    """Images with the representations of photographs, found from ``starts``: how like the photographs they are.
+
+    ``ssim``, ``pixel_correlation`` and ``distance``, ‖R(x) - R(target)‖ / ‖R(target)‖; starts have no distance, as it
+    is another for every backbone.
+    """
+    find = partial(invert, layer=layer, ascent=ascent, progress=progress)
+    targets, rows = photographs.pixels, list[Row]()
+    grid, distances = {"target": targets, "start": starts}, {"start": [None] * len(targets)}
+    for name, model in models.items():
+        grid[name], values, _ = _in_batches(find, model, batch_size, targets, starts)
+        distances[name] = values.tolist()
+    for name, distance in distances.items():
+        likeness, correlation = (measure(grid[name], targets).tolist() for measure in (ssim, pixel_correlation))
+        rows += _rows(photographs.names, name, ssim=likeness, pixel_correlation=correlation, distance=distance)
+    return SideBySide(rows, grid)
+
+
+def compare_saliency(
+    models: Models, photographs: Photographs, *, batch_size: int = 25, progress: Progress | None = None
+) -> SideBySide:
+    """Input gradients of the class that each backbone predicts, their ``alignment`` and ``cosine`` with the image."""
+
+    def see(model: NormalizedModel, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            predicted = model(pixels).argmax(1)
+        maps = gradients_as_images(saliency(model, pixels, predicted))
+        if progress:
+            progress(len(pixels))
+        return maps, *saliency_alignment(model, pixels)
+
+    rows, grid = list[Row](), {"image": photographs.pixels}
+    for name, model in models.items():
+        grid[name], alpha, cosine = _in_batches(see, model, batch_size, photographs.pixels)
+        rows += _rows(photographs.names, name, alignment=alpha.tolist(), cosine=cosine.tolist())
+    return SideBySide(rows, grid)
+
+
+def _in_batches(
+    function: Callable[..., tuple[Tensor, ...]], model: NormalizedModel, size: int, *tensors: Tensor
+) -> list[Tensor]:
+    """What ``function`` returns for the model and the tensors, batch by batch on the model's device, on the CPU."""
+    device = next(model.parameters()).device
+    parts = [
+        function(model, *batch) for batch in zip(*(tensor.to(device).split(size) for tensor in tensors), strict=True)
+    ]
+    return [torch.cat(column).cpu() for column in zip(*parts, strict=True)]
+
+
+def _rows(images: Sequence[str], backbone: str, **columns: Sequence[float | None]) -> list[Row]:
+    values = zip(*columns.values(), strict=True)
+    return [
+        {"image": image, "backbone": backbone, **dict(zip(columns, row, strict=True))}
+        for image, row in zip(images, values, strict=True)
+    ]

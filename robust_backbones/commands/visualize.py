@@ -30,21 +30,18 @@ from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.analysis.visualization import draw_grid, metrics_of, table
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
-from robust_backbones.classification.comparison import (
-    Photographs,
-    SideBySide,
-    compare_inversions,
-    compare_saliency,
-    compare_units,
-)
 from robust_backbones.classification.visualization import (
     LOGITS,
     PENULTIMATE,
-    SSIM_WINDOW,
     AscentConfig,
+    Photographs,
+    SideBySide,
     activation_losses,
+    compare_inversions,
+    compare_saliency,
+    compare_units,
     noise,
-    ssim_library,
+    ssim,
 )
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DEVICE, Device, check_device
@@ -205,9 +202,8 @@ def check(options: Any) -> None:
     if isinstance(options, ActivationOptions) and not options.units:
         raise InputError("--units needs one or more numbers of classes or channels")
     if isinstance(options, InversionOptions):
-        ssim_library()  # it says so when it is missing, before anything is computed
-        if options.image_size < SSIM_WINDOW:
-            raise InputError(f"SSIM needs images of {SSIM_WINDOW} pixels: give a greater --image-size")
+        blank = torch.zeros(1, 3, options.image_size, options.image_size)
+        ssim(blank, blank)  # refuses what it cannot measure, before anything is computed
 
 
 def named_paths(backbones: Sequence[str]) -> dict[str, Path]:
