@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
@@ -25,7 +24,7 @@ from robust_backbones.detection.predictor import TrainedDetector, load_detector
 from robust_backbones.detection.worst_attacks import metrics_of, worst_attacks
 from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.files import atomic_path
-from robust_backbones.runs.locks import HeldError, lock
+from robust_backbones.runs.locks import lock_if_free
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
@@ -75,10 +74,10 @@ class CellJob:
                 check_stop(stop)
                 moved = False
                 for cell in rest:
-                    with contextlib.suppress(HeldError), lock(self.output / "locks" / cell.name):
-                        if not self.is_finished(cell):
+                    with lock_if_free(self.output / "locks" / cell.name) as free:
+                        if free and not self.is_finished(cell):
                             self._evaluate(cell, datasets[cell.dataset], detector, stop, place)
-                        moved = True
+                        moved |= free
                     yield
                 if not moved:
                     time.sleep(1)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from robust_backbones.errors import PreemptedError
-from robust_backbones.runs.locks import HeldError, lock
+from robust_backbones.runs.locks import lock_if_free
 from robust_backbones.runs.signals import StopRequest
 
 C = TypeVar("C")
@@ -48,8 +47,8 @@ def run_cells(
                 raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
             if not ready(cell):
                 continue
-            with suppress(HeldError), lock(folder(cell) / "lock.json"):
-                if not is_finished(folder(cell)):
+            with lock_if_free(folder(cell) / "lock.json") as free:
+                if free and not is_finished(folder(cell)):
                     sentence = run(cell)
                     ran += 1
                     left = len(missing())

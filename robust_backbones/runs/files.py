@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,21 +12,26 @@ from threading import get_ident
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name once the block has finished without error."""
+def atomic_path(path: Path, *, new: bool = False) -> Iterator[Path]:
+    """A temporary path beside ``path``, of its suffix, that takes its name once the block has finished without error.
+
+    Raises:
+        FileExistsError: with ``new``, where there is such a file; of several writers one succeeds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{get_ident()}.tmp{path.suffix}")  # writers go by it
+    writer = f"{socket.gethostname()}-{os.getpid()}-{get_ident()}"
+    temporary = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        (os.link if new else os.replace)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: object) -> None:
-    with atomic_path(path) as temporary:
+def write_json(path: Path, value: object, *, new: bool = False) -> None:
+    with atomic_path(path, new=new) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ def check_same(folder: Path, held: Settings, own: Settings, defaults: Settings |
 def claim(folder: Path, config: Settings, defaults: Settings | None = None) -> bool:
     """Make ``folder`` that of the run with these settings, in its config.json; True when that run has finished there.
 
+    Any number of processes may claim a folder at once; of different runs one gets it.
+
     Args:
         defaults: values of the settings that an older config.json may lack.
 
@@ -113,10 +116,12 @@ def claim(folder: Path, config: Settings, defaults: Settings | None = None) -> b
         InputError: the folder holds something else.
     """
     path = folder / "config.json"
-    if path.exists():
-        check_same(folder, read_settings(path), config, defaults)
-        return (folder / "record.json").exists()
-    if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(f"{folder} is not empty and holds no run of ours: choose another output folder")
-    write_json(path, config)
-    return False
+    empty = not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir())
+    if not path.exists():  # looked for after the rest: what another process has written since comes after its config
+        if not empty:
+            raise InputError(f"{folder} is not empty and holds no run of ours: choose another output folder")
+        with suppress(FileExistsError):
+            write_json(path, config, new=True)
+            return False
+    check_same(folder, read_settings(path), config, defaults)
+    return (folder / "record.json").exists()

@@ -10,11 +10,12 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from robust_backbones.errors import InputError
+from robust_backbones.runs.files import write_json
 
 STALE_SECONDS = 600.0
 """Silence after which an owner on another machine, where nobody can look for its process, counts as dead."""
@@ -68,6 +69,18 @@ def lock(path: Path) -> Iterator[Owner | None]:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """``lock``, but False where another process owns ``path``; a HeldError of the block is the block's own."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock(path))
+            free = True
+        except HeldError:
+            free = False
+        yield free
+
+
 def owner_of(path: Path) -> Owner | None:
     """The living owner of a lock."""
     owner = _read(path)
@@ -76,20 +89,16 @@ def owner_of(path: Path) -> Owner | None:
 
 def _acquire(path: Path, own: Owner) -> Owner | None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(f".{path.name}.{own.host}-{own.pid}.tmp")
     with open(path.with_name(f".{path.name}.guard"), "a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)  # of two that find a dead owner's file, one removes it
         held = _read(path)
         if held is None or not _is_alive(held, path):
             path.unlink(missing_ok=True)
-            written.write_text(json.dumps(asdict(own)) + "\n")
             try:
-                os.link(written, path)  # appears whole, and only where nothing is: also without the guard
+                write_json(path, asdict(own), new=True)  # one succeeds also where a file system has no flock
                 return held
             except FileExistsError:
                 held = _read(path) or own
-            finally:
-                written.unlink()
         raise HeldError(
             f"{path.parent} is in use by {held}, whose last sign of life is {_silence(path):.0f} s old: wait for it, "
             "or end it"

@@ -65,13 +65,15 @@ class RunRecord:
 
 
 def git_commit() -> str | None:
-    """The commit of this source tree, with ``+`` when it has uncommitted changes; None outside a checkout."""
+    """The commit of this source tree, with ``+`` when it has uncommitted changes; None outside a checkout of ours."""
+    own = Path(__file__)
 
     def git(*arguments: str) -> str:
-        root = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=own.parent, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", own.name)  # an installed package may lie in another project's repository
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -3,6 +3,9 @@
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +80,31 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
         claim(folder, config)
 
 
-def test_two_processes_may_claim_a_folder_at_once(tmp_path: Path) -> None:
-    (tmp_path / ".config.1-1.tmp.json").touch()  # the other one is writing it
-    assert not claim(tmp_path, {"lr": 0.1})
+def claim_at(moment: float, folder: Path, lr: float) -> str:
+    """What a process gets that claims at this moment, and then writes as runs do."""
+    time.sleep(max(0.0, moment - time.time()))
+    try:
+        claim(folder, {"lr": lr})
+    except InputError as error:
+        return str(error)
+    (folder / "metrics.jsonl").touch()
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runs", [1, 2, 8])
+def test_of_runs_that_claim_a_folder_at_once_one_gets_it(tmp_path: Path, runs: int) -> None:
+    """Eight processes of ``runs`` different runs: those of one get it, all others the sentence; 100 times."""
+    with ProcessPoolExecutor(8, get_context("spawn")) as pool:
+        list(pool.map(time.sleep, [0.1] * 8))  # all are there
+        for number in range(100):
+            folder, moment = tmp_path / str(number), time.time() + 0.02
+            lrs = [float(process % runs) for process in range(8)]
+            said = list(pool.map(claim_at, [moment] * 8, [folder] * 8, lrs))
+            (winner,) = {lr for lr, sentence in zip(lrs, said, strict=True) if not sentence}
+            assert json.loads((folder / "config.json").read_text()) == {"lr": winner}
+            for lr, sentence in zip(lrs, said, strict=True):
+                assert sentence == "" if lr == winner else f"(lr is {winner} there and {lr} here)" in sentence
 
 
 def test_the_rule_needs_neither_torch_nor_detectron2() -> None:

@@ -1,5 +1,9 @@
 """Files appear whole or not at all; records come back as they went."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,7 @@ import pytest
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path, write_json
 from robust_backbones.runs.record import RunRecord
+from tests.conftest import ROOT
 
 RECORD = RunRecord("r", "pretrain", {"arch": "resnet50"}, "L2:3", "d", {"clean_accuracy": 1.5, "x": None}, 0, {}, 2.0)
 
@@ -35,3 +40,26 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(InputError, match="not a run record"):
         RunRecord.read(path)
+
+
+def test_the_commit_is_that_of_the_package_not_of_a_repository_around_it(tmp_path: Path) -> None:
+    package = tmp_path / "venv/robust_backbones"
+    shutil.copytree(ROOT / "robust_backbones/runs", package / "runs")
+    shutil.copy(ROOT / "robust_backbones/errors.py", package)
+    (package / "__init__.py").touch()
+    identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    environment = {**os.environ, **identity, "PYTHONPATH": str(package.parent)}
+
+    def run(*command: str) -> str:
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout.strip()
+
+    code = "from robust_backbones.runs.record import git_commit; print(git_commit())"
+    run("git", "init")
+    run("git", "commit", "--allow-empty", "-m", "another project")
+    assert run("git", "rev-parse", "HEAD")
+    assert run(sys.executable, "-c", code) == "None"
+    run("git", "add", "venv")
+    run("git", "commit", "-m", "ours")
+    assert run(sys.executable, "-c", code) == run("git", "rev-parse", "HEAD")
+    (package / "errors.py").write_text("class InputError(Exception): pass")
+    assert run(sys.executable, "-c", code) == run("git", "rev-parse", "HEAD") + "+"
