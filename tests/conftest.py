@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import sys
@@ -45,8 +46,26 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[NormalizedModel, Tensor, Tensor]:
-    """A ResNet-18 in eval mode that has learnt the four shapes under attack; 80 held-out images, their labels."""
-    root = tmp_path_factory.mktemp("trained")
+    """A ResNet-18 in eval mode that has learnt the four shapes under attack; 80 held-out images, their labels.
+
+    The first of the test processes trains it, the others read it.
+    """
+    own = tmp_path_factory.getbasetemp()
+    folder = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    path = folder / "trained.pt"
+    with open(folder / "trained.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            torch.save(train_on_shapes(folder / "trained"), path)
+    state, held_out, labels = torch.load(path, weights_only=True)
+    spec = BackboneSpec("resnet18", 4)
+    model = NormalizedModel(build_backbone(spec), spec)
+    model.load_state_dict(state)
+    return model.eval(), held_out, labels
+
+
+def train_on_shapes(root: Path) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The trained network's state; held-out images in [0, 1], shape (80, 3, 32, 32), and their labels."""
     counts = {"train_images_per_class": 100, "val_images_per_class": 20, "train_scenes": 1, "val_scenes": 1}
     write_shapes(root, ShapesConfig(image_size=32, **counts))
     columns = []
@@ -66,7 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[NormalizedModel, 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return model.eval(), held_out, held_out_labels
+    return model.state_dict(), held_out, held_out_labels
 
 
 @pytest.fixture(scope="session")

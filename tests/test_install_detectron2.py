@@ -84,6 +84,7 @@ def test_git_is_tried_only_when_it_can_work(tmp_path: Path, monkeypatch: pytest.
     assert installer.why_not_git(repository.as_uri()) == "no C++ compiler"
 
 
+@pytest.mark.slow
 def test_an_installed_detectron2_is_left_alone() -> None:
     pytest.importorskip("detectron2")
     command = [sys.executable, str(ROOT / "tools/install_detectron2.py")]

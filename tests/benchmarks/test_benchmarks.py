@@ -47,6 +47,7 @@ def test_every_way_gets_its_turns_and_is_compared_once() -> None:
     assert all(value > 0 for t in times.values() for value in t.seconds + t.wall)
 
 
+@pytest.mark.slow
 def test_a_way_that_fails_is_named_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
     broken = [Way("broken", "growth:heads", {"count": 3, "colour": "red"})]
     with pytest.raises(TrainingFailedError, match=r"'broken' ended with status 1: TypeError.*'colour'"):
@@ -68,6 +69,7 @@ class Unequal(Work):
         return [Check("the same", 0.0, 0.0), Check("gap", 2.0, 1.0)]
 
 
+@pytest.mark.slow
 def test_ways_that_differ_leave_no_record(tmp_path: Path) -> None:
     work = Unequal(output=tmp_path, device="cpu")
     with pytest.raises(ProofFailedError, match="gap: 2, and 1 is allowed"):
@@ -89,6 +91,7 @@ def test_ratios_are_those_of_each_turn() -> None:
 # --- what is measured ---
 
 
+@pytest.mark.slow
 def test_loading_compares_pixels_and_times(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
     photographs = shapes / "shapes_classification/val/circle"
     arguments = ["--data", photographs, "--output", tmp_path, "--images", "6", "--rounds", "1", "--image-size", "32"]
@@ -101,6 +104,7 @@ def test_loading_compares_pixels_and_times(run_tool: Run, shapes: Path, tmp_path
     assert summary(record) in out
 
 
+@pytest.mark.slow
 def test_a_training_step_of_ours_is_the_plain_one(
     run_tool: Run, trained: tuple[NormalizedModel, Tensor, Tensor], tmp_path: Path
 ) -> None:
