@@ -16,9 +16,10 @@ its classifier and attacks it. `robust-backbones inheritance run --help` lists t
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -27,7 +28,7 @@ from robust_backbones.analysis import inheritance as analysis
 from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.classification.robustness import RobustnessConfig
 from robust_backbones.commands import cli
-from robust_backbones.commands.options import DeviceOptions, EvaluationOptions, check_device
+from robust_backbones.commands.options import DeviceOptions, EvaluationOptions
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
@@ -157,18 +158,25 @@ Arguments = (
 
 def main(arguments: list[str]) -> int:
     options = cli.parse(Arguments, arguments, description=__doc__)
-    if isinstance(options, InheritanceTableOptions):
-        return table(options)
-    if isinstance(options, MakeSetsOptions):
-        return make_sets(options)
-    check_device(options.execution.device if isinstance(options, InheritanceOptions) else options.device)
-    if isinstance(options, InheritanceOptions):
-        return run(options)
-    return corruptions(options) if isinstance(options, CorruptionsOptions) else detector(options)
+    commands: dict[type, Callable[[Any], int]] = {
+        InheritanceOptions: run,
+        InheritanceTableOptions: table,
+        MakeSetsOptions: make_sets,
+        CorruptionsOptions: corruptions,
+        DetectorInheritanceOptions: detector,
+    }
+    return commands[type(options)](options)
 
 
 def run(options: InheritanceOptions) -> int:
-    sets = {path.name: path for path in (set_folder(name, options.data_root) for name in options.sets)}
+    sets = {}
+    for name in options.sets:
+        folder = Path(name)
+        if name in KNOWN_SETS and not folder.is_dir():
+            if options.data_root is None:
+                raise InputError(f"{name} is a name, so that its folder must be in --data-root: give that")
+            folder = options.data_root / name
+        sets[folder.name] = folder
     if len(sets) < len(options.sets):
         raise InputError("two sets have one name: rename a folder")
     with cpu.fast(options.execution.device):
@@ -185,15 +193,6 @@ def run(options: InheritanceOptions) -> int:
     print(f"\n{analysis.summary_table(read_matrices([options.output])).to_markdown()}\n")
     print(f"{len(records)} records written to {options.output}")
     return 0
-
-
-def set_folder(name: str, data_root: Path | None) -> Path:
-    """The folder of a set that is given by its path, or by its name in ``data_root``."""
-    if name in KNOWN_SETS and not Path(name).is_dir():
-        if data_root is None:
-            raise InputError(f"{name} is a name, so that its folder must be in --data-root: give that")
-        return data_root / name
-    return Path(name)
 
 
 def table(options: InheritanceTableOptions) -> int:
@@ -241,15 +240,8 @@ def make_sets(options: MakeSetsOptions) -> int:
 
 def corruptions(options: CorruptionsOptions) -> int:
     reference = None if options.reference is None else RunRecord.read(options.reference)
-    record = evaluate_corruptions(
-        options.checkpoint,
-        options.data,
-        options.output,
-        options.config,
-        reference=reference,
-        device=options.device,
-        workers=options.workers,
-    )
+    inputs = (options.checkpoint, options.data, options.output, options.config)
+    record = evaluate_corruptions(*inputs, reference=reference, device=options.device, workers=options.workers)
     print(f"clean {record.metrics['accuracy/clean']:.1f} %, mean over 75 {record.metrics['mean_accuracy']:.1f} %")
     if reference is not None:
         print(f"mCE {record.metrics['mCE']:.1f}, relative to {reference.run_id}, which has 100")
@@ -258,24 +250,17 @@ def corruptions(options: CorruptionsOptions) -> int:
 
 
 def detector(options: DetectorInheritanceOptions) -> int:
-    records = compare_with_detector(
-        options.detector,
-        options.checkpoint,
-        options.data,
-        options.output,
-        options.config,
-        device=options.device,
-        workers=options.workers,
-    )
-    heads = ["accuracy (95 % interval)", "before", "after"]
-    metrics = [record.metrics for record in records]
-    names = [name for name in metrics[0] if name.endswith("_accuracy") and metrics[0][name] is not None]
-    rows = [[name.removesuffix("_accuracy"), *(interval(of, name) for of in metrics)] for name in names]
+    inputs = (options.detector, options.checkpoint, options.data, options.output, options.config)
+    records = compare_with_detector(*inputs, device=options.device, workers=options.workers)
+    rows = []
+    for name, value in records[0].metrics.items():
+        if name.endswith("_accuracy") and value is not None:
+            cells = [
+                f"{of[name]:.1f} ({of[f'{name}_low']:.1f} to {of[f'{name}_high']:.1f})"
+                for of in (record.metrics for record in records)
+            ]
+            rows.append([name.removesuffix("_accuracy"), *cells])
     print(f"{records[0].config['images']} images, {records[0].config['threat_model']}")
-    print(Table.of(heads, rows).to_markdown())
+    print(Table.of(["accuracy (95 % interval)", "before", "after"], rows).to_markdown())
     print(f"records written to {options.output}")
     return 0
-
-
-def interval(metrics: dict[str, float | None], name: str) -> str:
-    return f"{metrics[name]:.1f} ({metrics[f'{name}_low']:.1f} to {metrics[f'{name}_high']:.1f})"

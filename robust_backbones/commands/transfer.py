@@ -16,7 +16,6 @@ options of one.
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,7 +28,7 @@ from robust_backbones.analysis.record_tables import classification_table
 from robust_backbones.analysis.tables import write_text
 from robust_backbones.classification.config import Execution
 from robust_backbones.commands import cli
-from robust_backbones.commands.options import DeviceOptions, check_device
+from robust_backbones.commands.options import DeviceOptions
 from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
@@ -113,9 +112,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     if isinstance(options, DatasetsOptions):
         return datasets(options)
-    if isinstance(options, TransferTableOptions):
-        return table(options)
-    return transfer(options)
+    return table(options) if isinstance(options, TransferTableOptions) else transfer(options)
 
 
 def parse(arguments: list[str]) -> DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions:
@@ -140,7 +137,6 @@ def datasets(options: DatasetsOptions) -> int:
 def transfer(options: ProbeOptions | FinetuneOptions) -> int:
     data = open_transfer_data(options.dataset, options.data_root, v2.Identity(), metric=options.metric)
     if isinstance(options, ProbeOptions):
-        check_device(options.device)
         with cpu.fast(options.device):
             records = linear_probe(
                 options.checkpoints,
@@ -162,21 +158,16 @@ def transfer(options: ProbeOptions | FinetuneOptions) -> int:
 
 
 def table(options: TransferTableOptions) -> int:
-    text = classification_table(transfer_records(options.runs)).to_markdown()
+    records: list[RunRecord] = []
+    for folder in options.runs:
+        found = [RunRecord.read(path) for path in sorted(folder.glob("*/seed_*/record.json"))]
+        if not found:
+            raise InputError(f"no finished trial in {folder}: give the --output of `probe` or `finetune`")
+        records += found
+    text = classification_table(records).to_markdown()
     if options.output is None:
         print(text)
         return 0
     write_text(options.output, text + "\n")
     print(f"table written to {options.output}")
     return 0
-
-
-def transfer_records(folders: Sequence[Path]) -> list[RunRecord]:
-    """The records of all trials in these experiments."""
-    records = []
-    for folder in folders:
-        found = [RunRecord.read(path) for path in sorted(folder.glob("*/seed_*/record.json"))]
-        if not found:
-            raise InputError(f"no finished trial in {folder}: give the --output of `probe` or `finetune`")
-        records += found
-    return records

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +14,19 @@ from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.folding import FoldedTwin
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
-from robust_backbones.models import NormalizedModel
 from robust_backbones.transfer.networks import feature_extractor
 
 
-@dataclass
-class FrozenBackbone:
-    """One of the backbones that are probed together."""
-
-    label: str
-    checkpoint: Checkpoint
-    extractor: NormalizedModel
-    """Images in [0, 1] -> features (N, D); its batch norms may be trained."""
-
-
 class Features:
-    """The backbones of a probe, and the features that they give.
+    """The features that several backbones give.
 
     Args:
         trained_statistics: batch norms may be put in train mode: the networks themselves run, in autocast. Otherwise
             their folded twins do, which are the same function in eval mode, and faster.
         normalize: as for ``feature_extractor``.
+
+    Attributes:
+        extractors: by label, images in [0, 1] -> features (N, D); their batch norms may be trained.
     """
 
     def __init__(
@@ -46,17 +38,15 @@ class Features:
         normalize: bool = True,
     ) -> None:
         self.compute = compute
-        self.backbones = [
-            FrozenBackbone(label, checkpoint, feature_extractor(checkpoint, normalize=normalize))
+        self.extractors = {
+            label: feature_extractor(checkpoint, normalize=normalize).to(compute.device)
             for label, checkpoint in checkpoints.items()
+        }
+        self._context = compute.autocast if trained_statistics else nullcontext
+        self._networks: list[nn.Module] = [
+            (one if trained_statistics else FoldedTwin(one, compute.dtype)).to(memory_format=torch.channels_last)
+            for one in self.extractors.values()
         ]
-        self._networks: list[nn.Module] = []
-        for backbone in self.backbones:
-            network: nn.Module = backbone.extractor.to(compute.device)
-            if not trained_statistics:
-                network = FoldedTwin(backbone.extractor, compute.dtype)
-            self._networks.append(network.to(memory_format=torch.channels_last))
-        self._autocast = trained_statistics
 
     @torch.no_grad()
     def of(
@@ -73,16 +63,13 @@ class Features:
         Args:
             train_statistics: normalise by each batch's statistics, and let the running ones follow.
         """
-        parts: list[list[Tensor]] = [[] for _ in self.backbones]
+        parts: list[list[Tensor]] = [[] for _ in self._networks]
         for network in self._networks:
             network.train(train_statistics)
         batches = val_batches(images, batch_size, workers=workers)
         for pixels, _ in tqdm(batches, desc=description, unit="batch", disable=None, leave=False):
             pixels = self.compute.to_unit_range(pixels)
             for part, network in zip(parts, self._networks, strict=True):
-                if self._autocast:
-                    with self.compute.autocast():
-                        part.append(network(pixels).float())
-                else:
-                    part.append(network(pixels))
+                with self._context():
+                    part.append(network(pixels).float())
         return [torch.cat(part) for part in parts]

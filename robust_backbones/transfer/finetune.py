@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from robust_backbones.checkpoint.format import Checkpoint
@@ -13,6 +14,7 @@ from robust_backbones.classification.train import TrainingTask, train
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.errors import DivergedError, InputError
+from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.distributed import Processes, join_processes, local_device
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
@@ -79,10 +81,9 @@ def full_finetune(
     """Choose a setting for every backbone and fine-tune it once a seed; the defaults are the recipe of the paper.
 
     ``output/LABEL/seed_S/record.json`` (task ``transfer``) has the metrics ``clean_accuracy`` and ``robust_accuracy``,
-    0-100, by the data set's metric. Every run of the grid has a folder of its own, ``output/LABEL/runs/``, with the
-    files of ``train.train``: finished runs are kept, an interrupted one resumes. Held-out images select by one run a
-    setting, of the first seed; where test images select, every setting is run with every seed. Under torchrun each
-    process calls this.
+    0-100, by the data set's metric. Every run of the grid has a folder in ``output/LABEL/runs/``, with the files of
+    ``train.train``: finished runs are kept, an interrupted one resumes. Held-out images select by one run a setting, of
+    the first seed; test images by every seed's. Under torchrun each process calls this.
 
     Args:
         backbones: checkpoints or their files, by label (the folder's name) or in a list.
@@ -135,20 +136,11 @@ class _Backbone:
         setting = next(setting for setting in self.grid.settings if str(setting) == selection.selected)
         for seed in self.grid.seeds:
             run = self._run(setting, seed, selecting=False)
-            record = trial_record(
-                self.folder / f"seed_{seed}",
-                mode=MODE,
-                checkpoint=self.checkpoint,
-                data=self.images,
-                metrics=run.metrics,
-                selection=selection,
-                seed=seed,
-                config={**run.config, **self.grid.to_dict(), "run": run.run_id},
-                seconds=run.seconds,
-            )
-            record = replace(record, git_commit=run.git_commit, versions=run.versions)
+            folder, config = self.folder / f"seed_{seed}", {**run.config, **self.grid.to_dict(), "run": run.run_id}
+            kept = {name: getattr(run, name) for name in ("metrics", "seconds", "git_commit", "versions")}
+            record = trial_record(folder, MODE, self.checkpoint, self.images, selection, config, seed=seed, **kept)
             if self.processes.is_main:
-                record.write(self.folder / f"seed_{seed}" / "record.json")
+                record.write(folder / "record.json")
             records.append(record)
         return records
 
@@ -156,20 +148,16 @@ class _Backbone:
         settings, on = self.grid.settings, self.grid.select_on
         if len(settings) == 1:
             return Selection(str(settings[0]), "nothing", {})
-        seeds = self.grid.seeds if on == "test" else self.grid.seeds[:1]
-        scores = {
-            str(setting): [self._score(setting, seed, selecting=on == "held_out") for seed in seeds]
-            for setting in settings
-        }
+        scores: dict[str, list[float | None]] = {str(setting): [] for setting in settings}
+        for setting, seed in product(settings, self.grid.seeds if on == "test" else self.grid.seeds[:1]):
+            try:
+                score = self._run(setting, seed, selecting=on == "held_out").metrics["clean_accuracy"]
+            except DivergedError as error:
+                score = None
+                if self.processes.is_main:
+                    print(f"{setting} is out: {str(error).split(';')[0]}", flush=True)  # the rest is for a single run
+            scores[str(setting)].append(score)
         return Selection(select(scores), on, scores)
-
-    def _score(self, setting: Setting, seed: int, *, selecting: bool) -> float | None:
-        try:
-            return self._run(setting, seed, selecting=selecting).metrics["clean_accuracy"]
-        except DivergedError as error:
-            if self.processes.is_main:
-                print(f"{setting} is out: {str(error).split(';')[0]}", flush=True)  # what follows is for a single run
-            return None
 
     def _run(self, setting: Setting, seed: int, *, selecting: bool) -> RunRecord:
         """One training: on all images and tested, or without those that select and evaluated on these."""
@@ -179,21 +167,24 @@ class _Backbone:
         if selecting:
             training, evaluated = images.train.take(images.kept), images.train.take(images.held_out)
         spec = transferred_spec(checkpoint, images.outputs, normalize=grid.normalize)
+
+        def build() -> NormalizedModel:
+            classifier = new_classifier(checkpoint.spec, images.outputs, seed=seed)
+            return with_classifier(checkpoint, classifier, normalize=grid.normalize, freeze=config.freeze)
+
+        def prepared(part: ClassificationDataset) -> ClassificationDataset:
+            view = part.seen_through(config.val_transform(), seed=seed)
+            view.cache = config.image_cache(self.execution.cache)
+            return view
+
         task = TrainingTask(
             name="finetune",
             dataset=images.name,
-            train=self._prepared(training, seed),
-            val=self._prepared(evaluated, seed),
+            train=prepared(training),
+            val=prepared(evaluated),
             spec=spec,
-            build=lambda: with_classifier(
-                checkpoint,
-                new_classifier(checkpoint.spec, images.outputs, seed=seed),
-                normalize=grid.normalize,
-                freeze=config.freeze,
-            ),
-            parameter_groups=lambda model: layer_wise_rates(
-                model, spec, lr=config.learning_rate, decay=config.layer_decay
-            ),
+            build=build,
+            parameter_groups=partial(layer_wise_rates, spec=spec, lr=config.learning_rate, decay=config.layer_decay),
             identity={"checkpoint": checkpoint.source_sha256, "data": images.name, "images": len(training)},
             **checkpoint.record_fields(),
             metric=images.metric,
@@ -201,8 +192,3 @@ class _Backbone:
         )
         part = "held_out" if selecting else "test"
         return train(config, task, self.folder / "runs" / f"{setting}_{part}_seed{seed}", self.execution)
-
-    def _prepared(self, images: ClassificationDataset, seed: int) -> ClassificationDataset:
-        view = images.seen_through(self.config.val_transform(), seed=seed)
-        view.cache = self.config.image_cache(self.execution.cache)
-        return view

@@ -125,31 +125,10 @@ class HeadBank(Heads):
 
 
 def logistic_regressions(features: Tensor, labels: Tensor, *, outputs: int, penalties: Sequence[Penalty]) -> Heads:
-    """The optimum of every penalty as the heads of one seed: where the search starts makes no difference.
+    """For every penalty the classifier that minimises mean cross-entropy + penalty / 2 * ‖W‖², as heads of one seed.
 
-    Arguments are those of ``logistic_regression``.
-    """
-    fitted: dict[Penalty, nn.Linear] = {}
-    layer = None
-    # From the strongest on, as each optimum is near the one before it.
-    strongest_first = sorted(penalties, key=lambda penalty: -penalty.value)
-    for penalty in tqdm(strongest_first, desc="L-BFGS", unit="penalty", disable=None, leave=False):
-        layer = fitted[penalty] = logistic_regression(
-            features, labels, outputs=outputs, penalty=penalty.value, start=layer
-        )
-    weight, bias = (
-        torch.stack([getattr(fitted[penalty], name).detach() for penalty in penalties])[None].to(features.device)
-        for name in ("weight", "bias")
-    )
-    return Heads(weight, bias, penalties)
-
-
-def logistic_regression(
-    features: Tensor, labels: Tensor, *, outputs: int, penalty: float, start: nn.Linear | None = None
-) -> nn.Linear:
-    """The linear classifier that minimises mean cross-entropy + penalty / 2 * ‖W‖², by L-BFGS in float64.
-
-    The bias is not penalised. The objective is convex (strictly in W): where it starts decides only how long it takes.
+    By L-BFGS in float64. The bias is not penalised. The objective is convex (strictly in W): where the search starts
+    decides only how long it takes.
 
     Args:
         features: (N, D). Each is divided by their common root mean square, which the weights returned take back, so
@@ -160,31 +139,35 @@ def logistic_regression(
     mean = features.double().mean(0)
     scale = features.double().square().mean().sqrt()
     x = (features - mean) / scale
-    weight = torch.zeros(outputs, x.shape[1], dtype=x.dtype, device=x.device)
-    bias = torch.zeros(outputs, dtype=x.dtype, device=x.device)
-    if start is not None:
-        start_weight, start_bias = start.weight.detach().to(mean), start.bias.detach().to(mean)
-        weight.copy_(start_weight * scale)
-        bias.copy_(start_bias + start_weight @ mean)
-    optimizer = torch.optim.LBFGS(
-        [weight.requires_grad_(), bias.requires_grad_()],
-        max_iter=2000,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-12,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-    )
+    weight = x.new_zeros(outputs, x.shape[1]).requires_grad_()
+    bias = x.new_zeros(outputs).requires_grad_()
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + penalty / 2 * weight.square().sum()
-        loss.backward()
-        return loss
+    def fit(penalty: Penalty) -> tuple[Tensor, Tensor]:
+        optimizer = torch.optim.LBFGS(
+            [weight, bias],
+            max_iter=2000,
+            tolerance_grad=1e-6,
+            tolerance_change=1e-12,
+            history_size=20,
+            line_search_fn="strong_wolfe",
+        )
 
-    optimizer.step(closure)
-    with torch.no_grad():
-        weight = weight / scale
-        return linear_layer(weight.float(), (bias - weight @ mean).float())
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(F.linear(x, weight, bias), labels) + penalty.value / 2 * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            return (weight / scale).float(), (bias - weight / scale @ mean).float()
+
+    # From the strongest on, as each optimum is near the one before it.
+    strongest_first = sorted(penalties, key=lambda penalty: -penalty.value)
+    bar = tqdm(strongest_first, desc="L-BFGS", unit="penalty", disable=None, leave=False)
+    fitted = {penalty: fit(penalty) for penalty in bar}
+    weights, biases = (torch.stack([fitted[penalty][part] for penalty in penalties])[None] for part in (0, 1))
+    return Heads(weights, biases, penalties)
 
 
 def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.checkpoint.format import save_tensors, write_checkpoint
+from robust_backbones.checkpoint.format import Checkpoint, save_tensors, write_checkpoint
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute, available
 from robust_backbones.classification.engine import evaluate
@@ -31,7 +31,7 @@ from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 from robust_backbones.transfer.config import Penalty, ProbeConfig
-from robust_backbones.transfer.features import Features, FrozenBackbone
+from robust_backbones.transfer.features import Features
 from robust_backbones.transfer.heads import HeadBank, Heads, logistic_regressions
 from robust_backbones.transfer.networks import classifier_weights, new_classifier, transferred_spec
 from robust_backbones.transfer.protocol import (
@@ -81,12 +81,8 @@ def linear_probe(
         PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
     """
     checkpoints, opened, output = read_backbones(backbones), open_data(data), Path(output)
-    usable = partial(
-        TransferImages,
-        config,
-        settings=len(config.grid),
-        batch_size=config.batch_size if config.solver == "sgd" else 1,
-    )
+    batch_size = config.batch_size if config.solver == "sgd" else 1
+    usable = partial(TransferImages, config, settings=len(config.grid), batch_size=batch_size)
     usable(opened)  # refuses what it cannot use, before anything is written
     compute = Compute(available(device), config.precision)
     with stop_on_signals() as stop:
@@ -94,9 +90,7 @@ def linear_probe(
         claim(output, settings, type(config)().to_dict())
         if skip_unreadable:
             opened = without_unreadable(opened, output, workers=workers)
-        trained = config.batch_norm == "train"
-        features = Features(checkpoints, compute, trained_statistics=trained, normalize=config.normalize)
-        probe = _Probe(config, features, usable(opened), output, workers)
+        probe = _Probe(config, checkpoints, compute, usable(opened), output, workers)
         if records := probe.finished():
             return records
         if config.solver == "sgd":
@@ -108,16 +102,26 @@ def linear_probe(
 
 class _Probe:
     def __init__(
-        self, config: ProbeConfig, features: Features, images: TransferImages, output: Path, workers: int
+        self,
+        config: ProbeConfig,
+        checkpoints: Mapping[str, Checkpoint],
+        compute: Compute,
+        images: TransferImages,
+        output: Path,
+        workers: int,
     ) -> None:
-        self.config, self.features, self.images = config, features, images
+        self.config, self.checkpoints, self.compute, self.images = config, checkpoints, compute, images
         self.output, self.workers, self.state = output, workers, output / "state.pt"
+        self.trains_statistics = config.batch_norm == "train"
+        self.features = Features(
+            checkpoints, compute, trained_statistics=self.trains_statistics, normalize=config.normalize
+        )
         # What heads are trained on: all images, which counts; and all but those that select.
         self.parts = {"all": torch.arange(len(images.train))}
         if images.selects:
             self.parts["selecting"] = torch.tensor(images.kept)
         self.held_out = images.train.take(images.held_out)
-        self.labels = torch.tensor(images.train.labels, device=features.compute.device)
+        self.labels = torch.tensor(images.train.labels, device=compute.device)
         self.heads: dict[str, Sequence[Heads]] = {}
         # The optimum that L-BFGS finds is no matter of luck.
         self.seeds = config.seeds if config.solver == "sgd" else config.seeds[:1]
@@ -125,7 +129,7 @@ class _Probe:
 
     def finished(self) -> list[RunRecord]:
         """The records, if all are there."""
-        paths = [self._folder(one, seed) / "record.json" for one in self.features.backbones for seed in self.seeds]
+        paths = [self._folder(label, seed) / "record.json" for label in self.checkpoints for seed in self.seeds]
         return [RunRecord.read(path) for path in paths] if all(path.exists() for path in paths) else []
 
     @property
@@ -133,8 +137,8 @@ class _Probe:
         """What the probe has taken, with what it took before it was interrupted."""
         return time.monotonic() - self._started
 
-    def _folder(self, backbone: FrozenBackbone, seed: int) -> Path:
-        return self.output / backbone.label / f"seed_{seed}"
+    def _folder(self, label: str, seed: int) -> Path:
+        return self.output / label / f"seed_{seed}"
 
     def _plain(self, images: ClassificationDataset) -> ClassificationDataset:
         """Images as they are evaluated."""
@@ -151,7 +155,7 @@ class _Probe:
             return self._features(self._plain(images), description)
         transform = augmentation(config.augmentation, config.image_size, min_crop_scale=config.min_crop_scale)
         view = images.seen_through(transform, epoch=number, seed=config.data_seed)
-        if config.batch_norm == "eval":
+        if not self.trains_statistics:
             return self._features(view, description)
         order = self._stream(number)
         in_order = self._features(
@@ -162,12 +166,11 @@ class _Probe:
     def _stream(self, epoch: int) -> Tensor:
         """The images that go through batch norms in train mode, batch by batch; an incomplete last batch is dropped."""
         count = len(self.labels)
-        whole = count // self.config.batch_size * self.config.batch_size
-        return order_of(self.config.data_seed, epoch, count)[:whole]
+        return order_of(self.config.data_seed, epoch, count)[: count - count % self.config.batch_size]
 
     def _orders(self, part: Tensor, epoch: int) -> Tensor:
         """The order of the images of ``part`` for every seed, (S, n)."""
-        if self.config.batch_norm == "train":  # heads see the batches whose statistics made their features
+        if self.trains_statistics:  # heads see the batches whose statistics made their features
             stream = self._stream(epoch)
             return stream[torch.isin(stream, part)].expand(len(self.seeds), -1)
         return torch.stack([part[order_of(seed, epoch, len(part))] for seed in self.seeds])
@@ -175,7 +178,7 @@ class _Probe:
     def train(self, stop: StopRequest, checkpoint_minutes: float) -> None:
         """All epochs of all heads."""
         config = self.config
-        banks = {part: [self._bank(backbone) for backbone in self.features.backbones] for part in self.parts}
+        banks = {part: [self._bank(checkpoint) for checkpoint in self.checkpoints.values()] for part in self.parts}
         self.heads = dict(banks)
         first, rows = self._resume(banks)
         numbers = range(config.fixed_views if first < config.epochs else 0)
@@ -200,11 +203,10 @@ class _Probe:
         finally:
             log.close()
 
-    def _bank(self, backbone: FrozenBackbone) -> HeadBank:
-        config, spec = self.config, backbone.checkpoint.spec
-        layers = [new_classifier(spec, self.images.outputs, seed=seed) for seed in config.seeds]
-        device = self.features.compute.device
-        return HeadBank(layers, config.settings, momentum=config.momentum, device=device)
+    def _bank(self, checkpoint: Checkpoint) -> HeadBank:
+        config = self.config
+        layers = [new_classifier(checkpoint.spec, self.images.outputs, seed=seed) for seed in config.seeds]
+        return HeadBank(layers, config.settings, momentum=config.momentum, device=self.compute.device)
 
     def _train_epoch(
         self, banks: Mapping[str, Sequence[HeadBank]], epoch: int, features: Sequence[Tensor]
@@ -214,21 +216,21 @@ class _Probe:
         losses: dict[str, float] = {}
         for part, images in self.parts.items():
             orders = self._orders(images, epoch).to(self.labels.device)
-            for backbone, bank, x in zip(self.features.backbones, banks[part], features, strict=True):
+            for label, bank, x in zip(self.checkpoints, banks[part], features, strict=True):
                 loss = bank.train_epoch(x, self.labels, orders, batch_size=config.batch_size, rate=rate)
                 if part == "all":
-                    names = [f"{backbone.label}/{setting}/loss" for setting in config.settings]
+                    names = [f"{label}/{setting}/loss" for setting in config.settings]
                     losses |= dict(zip(names, loss.mean(0).tolist(), strict=True))
         return losses
 
     def _save(self, banks: Mapping[str, Sequence[HeadBank]], epoch: int, rows: list[dict[str, Any]]) -> None:
-        trained = self.config.batch_norm == "train"
+        extractors = self.features.extractors.values()
         state = {
             "epoch": epoch,
             "rows": rows,
             "seconds": self.seconds,
             "banks": {part: [bank.state_dict() for bank in of_part] for part, of_part in banks.items()},
-            "extractors": [b.extractor.state_dict() if trained else {} for b in self.features.backbones],
+            "extractors": [one.state_dict() if self.trains_statistics else {} for one in extractors],
         }
         save_tensors(self.state, state)
 
@@ -240,9 +242,9 @@ class _Probe:
         for part, of_part in banks.items():
             for bank, saved in zip(of_part, state["banks"][part], strict=True):
                 bank.load_state_dict(saved)
-        for backbone, saved in zip(self.features.backbones, state["extractors"], strict=True):
+        for extractor, saved in zip(self.features.extractors.values(), state["extractors"], strict=True):
             if saved:
-                backbone.extractor.load_state_dict(saved)
+                extractor.load_state_dict(saved)
         self._started -= state["seconds"]
         print(f"resuming from {self.state}: epoch {state['epoch'] + 1}", flush=True)
         return state["epoch"], state["rows"]
@@ -261,86 +263,65 @@ class _Probe:
     def finish(self) -> list[RunRecord]:
         """Measure the trained heads, choose a setting for each backbone, and write the trials of it."""
         # Selection comes first, and test images are read after it: they cannot have a part in it.
-        selections: list[Selection | None] = [None] * len(self.features.backbones)
+        selections: list[Selection | None] = [None] * len(self.checkpoints)
         if len(self.config.grid) == 1:
             selections = [Selection(str(self.config.grid[0]), "nothing", {})] * len(selections)
         elif "selecting" in self.heads:
-            held_out = self._features(self._plain(self.held_out), "held out")
-            scores = [
-                self._scores(heads, x, self.held_out)
-                for heads, x in zip(self.heads["selecting"], held_out, strict=True)
-            ]
-            selections = [Selection(select(found), "held_out", found) for found in scores]
+            features = self._features(self._plain(self.held_out), "held out")
+            for place, pair in enumerate(zip(self.heads["selecting"], features, strict=True)):
+                scores = self._scores(*pair, self.held_out)
+                selections[place] = Selection(select(scores), "held_out", scores)
         test = self._features(self._plain(self.images.test), "test")
         records = []
-        for backbone, heads, features, selection in zip(
-            self.features.backbones, self.heads["all"], test, selections, strict=True
-        ):
-            found = self._scores(heads, features, self.images.test)
+        for label, heads, x, selection in zip(self.checkpoints, self.heads["all"], test, selections, strict=True):
+            found = self._scores(heads, x, self.images.test)
             chosen = selection or Selection(select(found), "test", found)
             setting = next(setting for setting in heads.settings if str(setting) == chosen.selected)
             for place, seed in enumerate(self.seeds):
                 value = found[chosen.selected][place]
                 if value is None:
-                    raise TrainingFailedError(f"{chosen.selected} diverged for {backbone.label}: give lower --lrs")
-                records.append(self._write(backbone, seed, heads.classifier(place, setting), value, chosen))
+                    raise TrainingFailedError(f"{chosen.selected} diverged for {label}: give lower --lrs")
+                records.append(self._write(label, seed, heads.classifier(place, setting), value, chosen))
         self.state.unlink(missing_ok=True)
         return records
 
     def _scores(self, heads: Heads, features: Tensor, dataset: ClassificationDataset) -> dict[str, list[float | None]]:
         """Of each setting the accuracy (0-100) of every trial's head; None where it diverged."""
-        labels, predicted, finite = torch.tensor(dataset.labels), heads.predict(features).cpu(), heads.finite.tolist()
+        labels = torch.tensor(dataset.labels)
+        right, finite = (heads.predict(features).cpu() == labels).double(), heads.finite.tolist()
 
         def score(trial: int, place: int) -> float | None:
             if not finite[trial][place]:
                 return None
-            right = labels.bincount((predicted[trial, place] == labels).double())
-            return accuracy(right, labels.bincount(), self.images.metric)
+            return accuracy(labels.bincount(right[trial, place]), labels.bincount(), self.images.metric)
 
-        trials = range(len(predicted))
+        trials = range(len(right))
         return {str(setting): [score(trial, place) for trial in trials] for place, setting in enumerate(heads.settings)}
 
-    def _write(
-        self, backbone: FrozenBackbone, seed: int, classifier: nn.Linear, value: float, selection: Selection
-    ) -> RunRecord:
+    def _write(self, label: str, seed: int, classifier: nn.Linear, value: float, selection: Selection) -> RunRecord:
         """A trial's network and record."""
-        config, checkpoint, folder = self.config, backbone.checkpoint, self._folder(backbone, seed)
+        config, checkpoint, folder = self.config, self.checkpoints[label], self._folder(label, seed)
         spec = transferred_spec(checkpoint, self.images.outputs, normalize=config.normalize)
-        weights = {**backbone.extractor.backbone.state_dict(), **classifier_weights(spec, classifier)}
+        extractor = self.features.extractors[label].backbone
+        weights = {**extractor.state_dict(), **classifier_weights(spec, classifier)}
         write_checkpoint(folder / "checkpoint.pt", spec=spec, state_dict=weights, threat_model=checkpoint.threat_model)
         metrics: dict[str, float | None] = {"clean_accuracy": value}
         if config.eval_threat_model is not None:
-            model = NormalizedModel(backbone_with(spec, weights), spec)
-            metrics["robust_accuracy"] = self._robust_accuracy(model, seed)
-        record = trial_record(
-            folder,
-            mode=MODE,
-            checkpoint=checkpoint,
-            data=self.images,
-            metrics=metrics,
-            selection=selection,
-            seed=seed,
-            config=config.to_dict(),
-            seconds=self.seconds,
-        )
+            images = self._plain(self.images.test)
+            if config.eval_images:
+                images = images.sample(config.eval_images, seed=config.data_seed)
+            # The adversary sees backbone and head.
+            metrics["robust_accuracy"] = evaluate(
+                NormalizedModel(backbone_with(spec, weights), spec).to(self.compute.device),
+                val_batches(images, _BATCH, workers=self.workers),
+                config.eval_threat_model,
+                config.eval_attack,
+                self.compute,
+                generator=torch.Generator(self.compute.device).manual_seed(seed),
+                metric=self.images.metric,
+                description=f"attack on seed {seed}",
+            )["robust_accuracy"]
+        more = {"metrics": metrics, "seed": seed, "seconds": self.seconds}
+        record = trial_record(folder, MODE, checkpoint, self.images, selection, config.to_dict(), **more)
         record.write(folder / "record.json")
         return record
-
-    def _robust_accuracy(self, model: NormalizedModel, seed: int) -> float:
-        """Of a trial's whole network, 0-100, by the data set's metric: the adversary sees backbone and head."""
-        config, compute = self.config, self.features.compute
-        assert config.eval_threat_model is not None
-        images = self._plain(self.images.test)
-        if config.eval_images:
-            images = images.sample(config.eval_images, seed=config.data_seed)
-        found = evaluate(
-            model.to(compute.device),
-            val_batches(images, _BATCH, workers=self.workers),
-            config.eval_threat_model,
-            config.eval_attack,
-            compute,
-            generator=torch.Generator(compute.device).manual_seed(seed),
-            metric=self.images.metric,
-            description=f"attack on seed {seed}",
-        )
-        return found["robust_accuracy"]

@@ -6,39 +6,34 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, build_backbone, reference_shapes
+
+
+def _numbered(name: str, *ends: int) -> list[tuple[str, ...]]:
+    """The layers ``name.0``, ``name.1``, ... in groups that end before these numbers."""
+    return [tuple(f"{name}.{index}" for index in range(*pair)) for pair in pairwise((0, *ends))]
+
 
 # Modules from the input on, in groups that end where the resolution halves: stem, then four stages, as a ResNet has
 # them (Detectron2's FREEZE_AT counts the same way). What comes between the last group and the classifier belongs to it.
-_RESNET = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-_GROUPS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "densenet161": (
+_RESNET = [("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)]
+_GROUPS: dict[str, list[tuple[str, ...]]] = {
+    "densenet161": [
         ("features.conv0", "features.norm0"),
-        ("features.denseblock1", "features.transition1"),
-        ("features.denseblock2", "features.transition2"),
-        ("features.denseblock3", "features.transition3"),
+        *((f"features.denseblock{block}", f"features.transition{block}") for block in (1, 2, 3)),
         ("features.denseblock4", "features.norm5"),
-    ),
-    "mnasnet1_0": tuple(
-        tuple(f"layers.{index}" for index in range(*ends)) for ends in ((0, 8), (8, 9), (9, 10), (10, 12), (12, 16))
-    ),
-    "mobilenet_v2": tuple(
-        tuple(f"features.{index}" for index in range(*ends)) for ends in ((0, 2), (2, 4), (4, 7), (7, 14), (14, 19))
-    ),
-    "shufflenet_v2_x1_0": (("conv1",), ("stage2",), ("stage3",), ("stage4",), ("conv5",)),
-    "vgg16_bn": (
-        *(
-            tuple(f"features.{index}" for index in range(*ends))
-            for ends in ((0, 7), (7, 14), (14, 24), (24, 34), (34, 44))
-        ),
-    ),
+    ],
+    "mnasnet1_0": _numbered("layers", 8, 9, 10, 12, 16),
+    "mobilenet_v2": _numbered("features", 2, 4, 7, 14, 19),
+    "shufflenet_v2_x1_0": [("conv1",), ("stage2",), ("stage3",), ("stage4",), ("conv5",)],
+    "vgg16_bn": _numbered("features", 7, 14, 24, 34, 44),
 }
 _BEFORE_CLASSIFIER = {"vgg16_bn": ("classifier.0", "classifier.3")}
 DEPTH = 5
@@ -73,15 +68,9 @@ def _drawn_classifier(spec: BackboneSpec, seed: int) -> nn.Linear:
 def with_classifier(
     checkpoint: Checkpoint, classifier: nn.Linear, *, normalize: bool = True, freeze: int = 0
 ) -> FineTunedModel:
-    """The pre-trained network with another classifier; the first ``freeze`` groups of DEPTH are not learnt.
-
-    Raises:
-        InputError: there are not so many groups.
-    """
+    """The pre-trained network with another classifier; the first ``freeze`` groups, 0 to DEPTH, are not learnt."""
     spec = transferred_spec(checkpoint, classifier.out_features, normalize=normalize)
     weights = {**checkpoint.in_rgb().state_dict, **classifier_weights(spec, classifier)}
-    if not 0 <= freeze <= DEPTH:
-        raise InputError(f"freeze is a number of groups from the input on, 0 to {DEPTH}, got {freeze}")
     return FineTunedModel(backbone_with(spec, weights), spec, freeze)
 
 

@@ -26,10 +26,9 @@ Backbones = Mapping[str, Checkpoint | str | Path] | Sequence[str | Path]
 
 
 class TransferImages:
-    """The images of an experiment: those that train, those that select, and those that test.
+    """The images of an experiment: those to train on (``train``), and those that give the result (``test``).
 
     Attributes:
-        train, test: all images to train on, and those that give the result.
         kept, held_out: positions in ``train`` of those that train and of those that evaluate where a setting is chosen
             on held-out images; where none is, all and none.
         outputs: of the new classifier.
@@ -76,11 +75,7 @@ def split_held_out(labels: Sequence[int], share: float, seed: int) -> tuple[list
 
 
 def drawn_by_class(labels: Sequence[int], seed: int, *, stream: int = -2) -> list[list[int]]:
-    """Positions of each class's images in an order that ``seed`` draws; classes do not depend on each other.
-
-    Args:
-        stream: tells apart draws of one seed.
-    """
+    """Positions of each class's images in an order that ``seed`` and ``stream`` draw, each class by itself."""
     by_class: dict[int, list[int]] = {}
     for position, label in enumerate(labels):
         by_class.setdefault(label, []).append(position)
@@ -130,27 +125,22 @@ class Selection:
 
 
 def trial_record(
-    output: Path,
-    *,
+    folder: Path,
     mode: str,
     checkpoint: Checkpoint,
     data: TransferImages,
-    metrics: dict[str, float | None],
     selection: Selection,
-    seed: int,
     config: dict[str, Any],
-    seconds: float,
+    **fields: Any,
 ) -> RunRecord:
-    """The record of one trial, whose place is ``output/record.json``."""
+    """The record of one trial, whose place is ``folder/record.json``; ``fields`` are more of a record's."""
     return RunRecord(
-        run_id=f"{output.parent.name}/{output.name}",
+        run_id=f"{folder.parent.name}/{folder.name}",
         task="transfer",
-        **checkpoint.record_fields(label=output.parent.name),
         dataset=data.name,
-        metrics=metrics,
-        seed=seed,
         config={**config, "mode": mode, "metric": data.metric, "selection": asdict(selection)},
-        seconds=seconds,
+        **checkpoint.record_fields(label=folder.parent.name),
+        **fields,
     )
 
 
@@ -181,11 +171,7 @@ def open_data(data: TransferData | str | Path) -> TransferData:
 
 
 def read_backbones(backbones: Backbones) -> dict[str, Checkpoint]:
-    """The backbones by label, read where files are given.
-
-    Raises:
-        InputError: a file that is no backbone, two of one name, or none at all.
-    """
+    """The backbones by label, read where files are given; raises ``InputError`` for none, or two of one name."""
     if not backbones:
         raise InputError("give one or more backbones")
     if not isinstance(backbones, Mapping):
@@ -198,11 +184,7 @@ def read_backbones(backbones: Backbones) -> dict[str, Checkpoint]:
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """A short name for each checkpoint: that of its file, or of its folder where ours are all called the same.
-
-    Raises:
-        InputError: two have one name.
-    """
+    """A name for each checkpoint: of its file, or its folder where ours are all called the same; none twice."""
     labels = []
     for path in paths:
         stem = str(path).removeprefix("hub:").rsplit("/", 1)[-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ class NarrowResNet(ResNet):
         return super()._make_layer(block, planes // 8, *arguments, **options)
 
 
-@pytest.fixture(scope="module")
-def narrow_resnet18() -> Iterator[None]:
-    """For the tests of a module, ``resnet18`` is a ``NarrowResNet``."""
+@contextmanager
+def narrow() -> Iterator[None]:
+    """Within it, ``resnet18`` is a ``NarrowResNet``."""
     original_build, original_shapes = models._build, models._resnet_shapes
 
     def build(arch: str, num_classes: int, stem: str) -> nn.Module:
@@ -62,9 +63,25 @@ def narrow_resnet18() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(narrow_resnet18: None, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """A network that knows the four shapes."""
-    root = tmp_path_factory.mktemp("checkpoint")
+def narrow_resnet18() -> Iterator[None]:
+    """For the tests of a module, ``resnet18`` is a ``NarrowResNet``."""
+    with narrow():
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow network that knows the four shapes."""
+    with narrow():
+        return train(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(narrow_resnet18: None, trained_file: Path) -> Checkpoint:
+    return read_checkpoint(trained_file)
+
+
+def train(root: Path) -> Path:
     write_shapes(root, ShapesConfig(64, 1, 1, 1, image_size=32))
     dataset = open_dataset(root / "shapes_classification/train", val_transform(32, resize=32))
     images, labels = torch.stack([image for image, _ in dataset]).float() / 255, torch.tensor(dataset.labels)
@@ -79,7 +96,7 @@ def checkpoint(narrow_resnet18: None, tmp_path_factory: pytest.TempPathFactory) 
             optimizer.step()
     path, weights = root / "trained.pt", model.backbone.state_dict()
     write_checkpoint(path, spec=spec, state_dict=weights, threat_model=ThreatModel("L2", 0.25))
-    return read_checkpoint(path)
+    return path
 
 
 @pytest.fixture

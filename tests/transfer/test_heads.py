@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from robust_backbones.transfer.config import Penalty, Setting
-from robust_backbones.transfer.heads import HeadBank, Heads, logistic_regression, logistic_regressions
+from robust_backbones.transfer.heads import HeadBank, Heads, logistic_regressions
 
 CPU = torch.device("cpu")
 
@@ -140,7 +140,7 @@ def test_a_regression_ends_where_the_gradient_is_zero(penalty: float, scale: flo
     """The gradient written out by hand, in units of features of root mean square 1, which the penalty refers to."""
     x, labels = problem(60, 8, 3)
     x = x * scale
-    layer = logistic_regression(x, labels, outputs=3, penalty=penalty)
+    layer = logistic_regressions(x, labels, outputs=3, penalties=[Penalty(penalty)]).classifier(0, Penalty(penalty))
     rms = x.double().square().mean().sqrt()
     weight, bias = layer.weight.detach().double() * rms, layer.bias.detach().double()
     logits = x.double() / rms @ weight.T + bias
@@ -155,5 +155,5 @@ def test_regressions_of_a_grid_are_those_of_each_penalty() -> None:
     penalties = [Penalty(1e-3), Penalty(1.0), Penalty(1e-1)]
     together = logistic_regressions(x, labels, outputs=3, penalties=penalties)
     for penalty in penalties:
-        single = logistic_regression(x, labels, outputs=3, penalty=penalty.value)
-        torch.testing.assert_close(together.classifier(0, penalty).weight, single.weight, rtol=1e-3, atol=1e-4)
+        single = logistic_regressions(x, labels, outputs=3, penalties=[penalty])
+        torch.testing.assert_close(together.classifier(0, penalty).weight, single.weight[0, 0], rtol=1e-3, atol=1e-4)

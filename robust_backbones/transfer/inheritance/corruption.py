@@ -15,7 +15,7 @@ from torch import Tensor
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.compute import Compute, available
-from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed, load_library
+from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, load_library
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
@@ -24,6 +24,7 @@ from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
 from robust_backbones.transfer.inheritance.job import accuracy_on, for_evaluation
+from robust_backbones.transfer.inheritance.made_sets import apply
 from robust_backbones.transfer.inheritance.related_sets import Memory, RelatedSet
 
 TASK = "corruptions"
@@ -47,14 +48,14 @@ class CorruptionConfig:
 class CorruptedImages(ClassificationDataset):
     """A data set whose images, after their transform, have one corruption; the same ones at every access."""
 
-    def __init__(self, dataset: ClassificationDataset, corruption: str, severity: int, *, seed: int) -> None:
+    def __init__(self, dataset: ClassificationDataset, kind: str, *, seed: int) -> None:
         self.__dict__.update(dataset.__dict__)
-        self._corruption, self._severity, self._corruption_seed = corruption, severity, seed
+        self._kind, self._corruption_seed = kind, seed
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         pixels, label = super().__getitem__(position)
-        seed = image_seed(self.names[position], self._corruption, self._severity, self._corruption_seed)
-        image = corrupt(pixels.permute(1, 2, 0).contiguous().numpy(), self._corruption, self._severity, seed=seed)
+        image = pixels.permute(1, 2, 0).contiguous().numpy()
+        image = apply(image, self._kind, name=self.names[position], seed=self._corruption_seed)
         return torch.from_numpy(image.copy()).permute(2, 0, 1), label
 
 
@@ -70,17 +71,16 @@ def evaluate_corruptions(
 ) -> RunRecord:
     """Accuracy on the images of ``data`` as they are and under each corruption; writes records to ``output``.
 
-    ``cells/fog-3/record.json`` and so on hold one accuracy each; finished ones are not measured again, and any number
-    of processes may share them.
+    ``cells/fog-3/record.json`` and so on hold one accuracy each; finished ones are kept, and processes may share them.
 
     Args:
         data: folder with one folder of images a class.
         reference: what this function gave for another network on the same images, to divide by.
 
     Returns:
-        A record of task ``corruptions`` with the metrics ``accuracy/clean``, ``accuracy/fog-3`` (0-100) and so on,
-        ``mean_accuracy`` over the 75, and with a reference ``mCE``, of which 100 is the reference's own. With AlexNet
-        as the reference it is the paper's (Hendrycks & Dietterich 2019); which one it was is in ``config``.
+        A record with the metrics ``accuracy/clean``, ``accuracy/fog-3`` (0-100) and so on, ``mean_accuracy`` over the
+        75, and with a reference ``mCE``, 100 for the reference itself (with AlexNet it is that of Hendrycks &
+        Dietterich 2019).
 
     Raises:
         InputError: data that cannot be used; ``output`` holds another evaluation; a reference on other images.
@@ -119,8 +119,7 @@ def evaluate_corruptions(
 
     def run(name: str) -> str:
         start = time.perf_counter()
-        corruption, _, severity = name.rpartition("-")
-        shown = CorruptedImages(images, corruption, int(severity), seed=config.seed) if corruption else images
+        shown = images if name == "clean" else CorruptedImages(images, name, seed=config.seed)
         accuracy = accuracy_on(RelatedSet(name, shown, everything), network, compute, Memory(0, workers))
         write(folder(name), f"{output.name}/{name}", {"accuracy": accuracy}, time.perf_counter() - start)
         return f"{name}: {accuracy:.1f} %"

@@ -18,11 +18,7 @@ from robust_backbones.runs.record import RunRecord
 
 
 def with_own_classifier(detector: Path, pretrained: Checkpoint) -> Checkpoint:
-    """The backbone of a trained detector under the classifier that it had before.
-
-    Args:
-        detector: Detectron2's checkpoint, such as a run's model_final.pth.
-        pretrained: the backbone that the detector started from.
+    """The backbone of a trained detector (Detectron2's checkpoint) under the classifier that it had before.
 
     Raises:
         InputError: not such a file; it started from another backbone, as it says; ``pretrained`` has no classifier.
@@ -56,9 +52,7 @@ def compare_with_detector(
     device: torch.device | str = "cpu",
     workers: int = 2,
 ) -> tuple[RunRecord, RunRecord]:
-    """Clean and robust accuracy on the same images before and after detection training, by ``evaluate_robustness``.
-
-    Records are in ``output/before`` and ``output/after``; each is resumed where it was interrupted.
+    """``evaluate_robustness`` before and after detection training, in ``output/before`` and ``output/after``.
 
     Raises:
         InputError: as ``with_own_classifier`` and ``evaluate_robustness``.

@@ -35,11 +35,8 @@ def wasserstein(x: Points, y: Points) -> float:
 def sinkhorn(x: Points, y: Points, *, regularization: float) -> float:
     """The same for the transport plan that Sinkhorn's iterations find (Cuturi 2013, arXiv 1306.0895).
 
-    The plan minimises Σ P_ij C_ij - r H(P); what is returned is sqrt(Σ P_ij C_ij), without the entropy. It goes to W_2
-    from above as r goes to 0.
-
-    Args:
-        regularization: r as a share of the mean cost.
+    The plan minimises Σ P_ij C_ij - r H(P), r being ``regularization`` x the mean cost; what is returned is
+    sqrt(Σ P_ij C_ij), without the entropy. It goes to W_2 from above as r goes to 0.
     """
     ot = load_library()
     costs = ot.dist(x, y)

@@ -87,10 +87,9 @@ def make_set(
     seed: int = 0,
     workers: int = 2,
 ) -> int:
-    """Write ``output/KIND`` with the class folders of ``source``, as PNG; the set appears whole or not at all.
+    """Write ``output/KIND`` with the class folders of ``source``, as PNG of the same size, whole or not at all.
 
     Args:
-        source: folder with one folder of images a class; its images are taken at their size.
         images_per_class: only so many of each class, drawn by ``seed``; 0: all.
         skip: leave out the first so many of each class's draw, which other sets hold.
 
@@ -98,8 +97,7 @@ def make_set(
         The number of its images. A set that is there is kept, if it was made in this way.
 
     Raises:
-        InputError: an unknown kind, a source that cannot be used or has too few images a class to skip so many, or
-            another set of that name.
+        InputError: an unknown kind, a source without images or with too few to skip so many, another set of that name.
     """
     source, output = Path(source), Path(output)
     check_kind(kind)

@@ -40,22 +40,18 @@ class MatrixCell:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Accuracies (0-100) of one backbone with one method and seed, before and after fine-tuning on each set.
-
-    Attributes:
-        sets: the related sets, in the order of their names; ``before`` and each row have PRETRAINING beside them.
-        before: accuracy by set of the pre-trained network.
-        after: set fine-tuned on -> accuracy by set; rows of cells that have not run are not there.
-        distances: set -> its 2-Wasserstein distance to pre-training, where that was measured.
-    """
+    """Accuracies (0-100) of one backbone with one method and seed, before and after fine-tuning on each set."""
 
     label: str
     method: str
     seed: int
     sets: tuple[str, ...]
+    """The related sets by name; ``before`` and each row have PRETRAINING too."""
     before: Mapping[str, float]
     after: Mapping[str, Mapping[str, float]]
+    """Set fine-tuned on -> accuracy by set; rows of cells that have not run are not there."""
     distances: Mapping[str, float]
+    """Set -> its 2-Wasserstein distance to pre-training, where that was measured."""
 
     def robustness_improvement(self, target: str) -> float:
         """RI_i = mean over j ≠ i of (accuracy on j after fine-tuning on i - accuracy on j before)."""

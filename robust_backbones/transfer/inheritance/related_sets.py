@@ -33,18 +33,12 @@ KNOWN_SETS = {
     "imagenet-c": "ImageNet-C (Hendrycks & Dietterich 2019; as CORRUPTION/SEVERITY/CLASS, 15 x 5 parts; "
     "github.com/hendrycks/robustness)",
 }
-"""The eight sets of ImageNet-RIB by the names of their folders, with where to get them.
-
-All have the folders of ImageNet's classes, or some of them; the mask of a set (the 200 classes of -A and of -R) follows
-from the folders that are there."""
+"""The eight sets of ImageNet-RIB by the names of their folders, with where to get them; folders there are the mask."""
 
 
 @dataclass(frozen=True)
 class RelatedSet:
-    """Images of some classes of the pre-training set; labels count these classes alone.
-
-    Accuracy on it is top-1 among its classes: a network's logits are masked to them.
-    """
+    """Images of some classes of the pre-training set, to which a network's logits are masked."""
 
     name: str
     images: ClassificationDataset
@@ -62,8 +56,7 @@ class RelatedSet:
 def open_related_set(root: Path, class_names: Sequence[str], transform: v2.Transform, *, name: str = "") -> RelatedSet:
     """The images below ``root``, where folders have the names of pre-training classes, or their numbers.
 
-    Between ``root`` and the class folders there may be folders of parts, as ImageNet-C's corruptions and severities;
-    the set is then all of them together.
+    Folders of parts in between, as ImageNet-C's corruptions and severities, are one set together.
 
     Args:
         class_names: of the pre-training set, in the order of the network's outputs.
@@ -149,15 +142,11 @@ class DecodedImages(ClassificationDataset):
 
 @dataclass
 class Memory:
-    """Decodes each image once and keeps it, as long as there is room; what finds none is decoded at every use.
-
-    Args:
-        gigabytes: room for pixels.
-        workers: processes that decode.
-    """
+    """Decodes each image once and keeps it, as long as there is room; what finds none is decoded at every use."""
 
     gigabytes: float
     workers: int
+    """Processes that decode."""
     used: int = 0
     """Bytes."""
 

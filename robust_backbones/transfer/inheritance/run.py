@@ -66,16 +66,15 @@ def run_protocol(
     """Evaluate every backbone on all sets, and again after fine-tuning on each of them in turn.
 
     ``output/LABEL`` gets ``pretrained/record.json``, ``distances/record.json`` and, for each method, set and seed,
-    ``METHOD/SET/seed_S/record.json`` with the fine-tuned network as ``checkpoint.pt``. Records are of task
-    ``inheritance``; their metrics are ``accuracy/SET`` (0-100) for every set and for PRETRAINING, the validation set of
-    pre-training. Finished cells are not run again, and any number of processes may share an output. The defaults are
-    the recipe of ImageNet-RIB (Hwang et al. 2024, arXiv 2410.21582).
+    ``METHOD/SET/seed_S/record.json`` with the fine-tuned network as ``checkpoint.pt``. Their metrics are
+    ``accuracy/SET`` (0-100) for every set and for PRETRAINING, the validation set of pre-training. Finished cells are
+    kept, and any number of processes may share an output. The defaults are ImageNet-RIB's (Hwang et al. 2024).
 
     Args:
         backbones: checkpoints or their files, by label or in a list, each with the classifier of pre-training.
         pretraining: folder of the pre-training set, with train/ and val/.
         sets: folders of the related sets by name.
-        methods: what a method needs (``Method.needs``) is run too.
+        methods: what a method needs is run too.
 
     Raises:
         InputError: data that cannot be used; ``output`` holds another run.
