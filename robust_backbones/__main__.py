@@ -11,6 +11,7 @@ import robust_backbones
 VERBS = {
     "pretrain": "train a backbone adversarially, or normally at epsilon 0",
     "convert": "convert a checkpoint to Detectron2's format, and prove that its features did not change",
+    "check-data": "find what is wrong with detection data, and repair it",
     "train": "train and evaluate Faster R-CNN or Mask R-CNN from a converted backbone",
     "evaluate": "measure classifiers and detectors under attack and under common corruptions",
     "predict": "find objects in images with a trained detector",
@@ -31,6 +32,8 @@ def command(verb: str) -> Callable[[list[str]], int]:
             from robust_backbones.commands.pretrain import main
         case "convert":
             from robust_backbones.commands.convert import main
+        case "check-data":
+            from robust_backbones.commands.check_data import main
         case "train":
             from robust_backbones.commands.train import main
         case "evaluate":

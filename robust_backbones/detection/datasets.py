@@ -18,6 +18,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 from numpy.typing import NDArray
 
+from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.errors import InputError
 
 
@@ -51,6 +52,26 @@ def categories(dataset: str) -> list[dict[str, Any]]:
     ids = {place: number for number, place in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
     names = enumerate(metadata.get("thing_classes", []))
     return [{"id": ids.get(place, place + 1), "name": name} for place, name in names]
+
+
+def annotated_set(name: str) -> AnnotatedSet | None:
+    """Where the files of a registered set are; None of one without files that we know.
+
+    Raises:
+        InputError: there is no such set.
+    """
+    if name not in DatasetCatalog:
+        raise InputError(
+            f"unknown data set {name!r}: use one of Detectron2's own (coco_2017_train, voc_2007_trainval, ...) "
+            "or register yours with DATASETS.COCO_FORMAT"
+        )
+    metadata = MetadataCatalog.get(name).as_dict()
+    if "json_file" in metadata:
+        return AnnotatedSet(Path(metadata["json_file"]), Path(metadata.get("image_root", "")))
+    if "dirname" in metadata:
+        folder = Path(metadata["dirname"])
+        return AnnotatedSet(folder, folder / "JPEGImages", metadata["split"], tuple(metadata["thing_classes"]))
+    return None
 
 
 def evaluator_kind(dataset: str) -> str:

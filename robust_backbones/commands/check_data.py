@@ -1,0 +1,73 @@
+"""Check detection data: annotations in COCO's or VOC's format, and their images.
+
+Examples:
+    robust-backbones check-data mine/train.json:mine/images mine/val.json:mine/images --masks
+    robust-backbones check-data VOC2007:trainval coco_2017_val
+    robust-backbones check-data mine/train.json:mine/images --fix repaired
+
+A SET is annotations.json:IMAGE_FOLDER, VOC_FOLDER:SPLIT, or a name that Detectron2 knows, in DETECTRON2_DATASETS. Every
+fault is one line: file, image id, annotation id, what is wrong, and how to mend it. `robust-backbones train` checks the
+same before it starts. Headers of images are remembered until a file changes. Exit status: 0 no error (warnings do not
+count), 1 errors, 2 bad input.
+"""
+
+import argparse
+import os
+from collections import Counter
+from pathlib import Path
+
+from robust_backbones.checkpoint.zoo import cache_folder
+from robust_backbones.commands import cli
+from robust_backbones.data.annotations import Use
+from robust_backbones.data.annotations_sets import AnnotatedSet, repair
+from robust_backbones.errors import InputError
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    use = Use(masks=options.masks)
+    errors = 0
+    for name in options.sets:
+        dataset = find_set(name)
+        try:
+            faults, content = dataset.check(use, workers=options.workers, cache=cache_folder() / "headers")
+        except OSError as error:
+            raise InputError(f"{name} lacks {error.filename}: check the path") from None
+        counts = Counter(fault.severity for fault in faults)
+        for fault in faults[: options.most]:
+            print(f"{fault.severity}: {fault}")
+        if len(faults) > options.most:
+            print(f"... and {len(faults) - options.most} more: give --most {len(faults)} to see them")
+        size = f"{len(content.get('images', [])):,} images, {len(content.get('annotations', [])):,} objects"
+        print(f"{name}: {size}, {counts['error']} errors, {counts['warning']} warnings")
+        errors += counts["error"]
+        if options.fix:
+            folder = options.fix if len(options.sets) == 1 else options.fix / dataset.annotations.stem
+            done = repair(dataset, use, folder)
+            (folder / "changes.txt").write_text("".join(f"{line}\n" for line in done))
+            print(f"repaired copy in {folder}: " + ("; ".join(done) or "nothing had to be changed"))
+    return 1 if errors else 0
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    add = parser.add_argument
+    add("sets", nargs="+", metavar="SET", help="see above")
+    add("--masks", action="store_true", help="check masks too, for Mask R-CNN")
+    add("--fix", type=Path, metavar="OUT", help="write a repaired copy of COCO annotations, and changes.txt, to OUT")
+    add("--most", type=int, default=50, help="faults of a set to list (default 50); all are counted")
+    add("--workers", type=int, default=8, help="images to read at once (default 8)")
+    return parser.parse_args(arguments)
+
+
+def find_set(text: str) -> AnnotatedSet:
+    """The set of a path or of a name that Detectron2 knows."""
+    if ":" in text:
+        return AnnotatedSet.parse(text)
+    if os.path.exists(text):
+        raise InputError(f"{text} alone is no data set: give annotations.json:IMAGE_FOLDER, or VOC_FOLDER:SPLIT")
+    from robust_backbones.detection.datasets import annotated_set
+
+    if (found := annotated_set(text)) is None:
+        raise InputError(f"{text} has no annotation files: give a set in COCO's or VOC's format")
+    return found

@@ -1,0 +1,447 @@
+"""Annotations of detection data, in COCO's and VOC's formats: read, and every fault in them named with its place."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+Row = dict[str, Any]
+Content = dict[str, Any]
+"""COCO's annotation file: lists of ``images``, ``annotations`` and ``categories``."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a data set; its text is one sentence that says where, what, and how to mend it."""
+
+    severity: Literal["error", "warning"]
+    file: str
+    what: str
+    mend: str
+    image: int | str | None = None
+    annotation: int | str | None = None
+    place: tuple[str, int] | None = field(default=None, repr=False)
+    """The list of the annotation file, and the row in it."""
+
+    def __str__(self) -> str:
+        ids = {"image": self.image, "annotation": self.annotation}
+        where = ", ".join([self.file, *(f"{name} {value}" for name, value in ids.items() if value is not None)])
+        return f"{where}: {self.what}: {self.mend}"
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a set is for; some faults matter to one use alone."""
+
+    training: bool = True
+    evaluation: bool = True
+    masks: bool = False
+
+
+# Values of rows
+
+
+def _is_number(value: Any, most: float = 1e7) -> bool:
+    # NaN compares false; a 400-digit integer compares without becoming a float.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -most < value < most
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and _is_number(value, 2**53)
+
+
+def _is_id(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, str) and bool(value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_side(value: Any) -> bool:
+    return _is_whole(value) and 0 < value < 1_000_000
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)) and min(value[2:]) >= 0
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, int | float) and value in (0, 1)
+
+
+_Test = Callable[[Any], bool]
+_KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
+    "categories": {"id": (_is_whole, "a whole number"), "name": (_is_text, "a name")},
+    "images": {
+        "id": (_is_id, "a whole number or a text"),
+        "file_name": (_is_text, "a file's name"),
+        "width": (_is_side, "a whole number of pixels"),
+        "height": (_is_side, "a whole number of pixels"),
+    },
+    "annotations": {
+        "id": (_is_id, "a whole number or a text"),
+        "image_id": (_is_id, "a whole number or a text"),
+        "category_id": (_is_whole, "a whole number"),
+        "bbox": (_is_box, "four finite numbers (x, y, width, height), with sides of at least 0"),
+        "area": (lambda value: _is_number(value, 1e14) and value >= 0, "a finite number of at least 0"),
+        "iscrowd": (_is_flag, "0 or 1"),
+        "ignore": (lambda value: value == 0, 'left out or 0 (use "iscrowd": 1 for regions that do not count)'),
+    },
+}
+"""List -> key -> the test of its value, and what the value has to be."""
+_OPTIONAL = ("iscrowd", "ignore")
+
+
+def read_json(file: str | Path) -> tuple[Content, list[Fault]]:
+    """A COCO annotation file, ``{}`` where it is none, and what keeps it from being one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        content = json.loads(Path(file).read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        told = " ".join(str(error).split())[:200]
+        return {}, [Fault("error", str(file), f"cannot be read ({type(error).__name__}: {told})", _WRITE_COCO)]
+    if not isinstance(content, dict):
+        return {}, [Fault("error", str(file), f"is a {type(content).__name__}, no object", _WRITE_COCO)]
+    faults = [
+        Fault("error", str(file), f"has no list {name!r}", _WRITE_COCO)
+        for name in _KEYS
+        if not isinstance(content.get(name), list)
+    ]
+    return ({} if faults else content), faults
+
+
+_WRITE_COCO = "write it in COCO's format, with lists of images, annotations and categories"
+
+
+def check_coco(file: str | Path, content: Content, use: Use | None = None) -> list[Fault]:
+    """All faults of a COCO annotation file's content, errors first."""
+    use = use or Use()
+    faults: list[Fault] = []
+    sound: dict[str, list[tuple[int, Row]]] = {}
+    for name, keys in _KEYS.items():
+        sound[name] = []
+        for place, row in enumerate(content[name]):
+            found = [*_faults_of_row(str(file), name, place, row, keys, use)]
+            faults += found
+            if not any(fault.severity == "error" for fault in found):
+                sound[name].append((place, row))
+    faults += _faults_of_sets(str(file), content, sound)
+    faults += _faults_of_objects(str(file), sound, use)
+    return sorted(faults, key=lambda fault: fault.severity)
+
+
+def _fault(severity: Literal["error", "warning"], file: str, name: str, place: int, what: str, mend: str) -> Any:
+    """A maker of the fault for a row, whose ids it takes."""
+
+    def make(row: Any) -> Fault:
+        row = row if isinstance(row, dict) else {}
+        image = row.get("image_id") if name == "annotations" else row.get("id") if name == "images" else None
+        annotation = row.get("id") if name == "annotations" else None
+        ids = [value if _is_id(value) else None for value in (image, annotation)]
+        where = f"{file}, row {place} of {name}" if ids == [None, None] else file
+        return Fault(severity, where, what, mend, ids[0], ids[1], (name, place))
+
+    return make
+
+
+def _faults_of_row(
+    file: str, name: str, place: int, row: Any, keys: dict[str, tuple[_Test, str]], use: Use
+) -> Iterator[Fault]:
+    if not isinstance(row, dict):
+        yield _fault("error", file, name, place, f"is {_short(row)}", "write an object with its keys")(row)
+        return
+    for key, (test, wanted) in keys.items():
+        if (key in _OPTIONAL and key not in row) or (key in row and test(row[key])):
+            continue
+        # COCO's AP needs areas, training does not.
+        severity: Literal["error", "warning"] = "warning" if key == "area" and not use.evaluation else "error"
+        what = f"{key} is {_short(row[key])}" if key in row else f"{key} is missing"
+        yield _fault(severity, file, name, place, what, f"it has to be {wanted}")(row)
+
+
+def _short(value: Any) -> str:
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError, TypeError):  # an integer of more than 4,300 digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int, Row]]]) -> Iterator[Fault]:
+    """What no row shows alone: values that have to be unique, and rows that name others."""
+    for name, key, severity in (
+        ("categories", "id", "error"),
+        ("categories", "name", "error"),
+        ("images", "id", "error"),
+        ("images", "file_name", "warning"),
+        ("annotations", "id", "error"),
+    ):
+        seen: set[Any] = set()
+        for place, row in sound[name]:
+            if row[key] in seen:
+                what = f"{key} {_short(row[key])} is that of another row of {name} too"
+                yield _fault(severity, file, name, place, what, "leave or rename one of them")(row)  # type: ignore[arg-type]
+            seen.add(row[key])
+    if len({type(row["id"]) for _, row in sound["images"]}) > 1:
+        yield Fault("error", file, "some ids of images are numbers and others texts", "use one kind")
+    known = {
+        "image_id": {row.get("id") for row in content["images"] if isinstance(row, dict) and _is_id(row.get("id"))},
+        "category_id": {row["id"] for _, row in sound["categories"]},
+    }
+    kept = []
+    for place, row in sound["annotations"]:
+        missing = [key for key in known if row[key] not in known[key]]
+        for key in missing:
+            what = f"{key} {_short(row[key])} does not exist in the file"
+            yield _fault("error", file, "annotations", place, what, "remove the annotation, or add what it names")(row)
+        if not missing:
+            kept.append((place, row))
+    sound["annotations"][:] = kept
+
+
+def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: Use) -> Iterator[Fault]:
+    """Boxes and masks against their images."""
+    sizes = {row["id"]: (row["width"], row["height"]) for _, row in sound["images"]}
+    rows = [(place, row) for place, row in sound["annotations"] if row["image_id"] in sizes]
+    if not any(not row.get("iscrowd") for _, row in rows):
+        yield Fault("error", file, "holds no annotated object that is not a crowd", "annotate objects, or leave it out")
+        return
+    boxes = np.array([row["bbox"] for _, row in rows], np.float64)
+    sides = np.array([sizes[row["image_id"]] for _, row in rows], np.float64)
+    if guess := _guess_of_boxes(boxes, sides):
+        yield Fault("error", file, *guess)
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    empty = (boxes[:, 2:] == 0).any(1)
+    away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
+    leaves = ~away & ((low < -1).any(1) | (high > sides + 1).any(1))  # a pixel is the rounding of annotations
+    for found, severity, what, mend in (
+        (empty, "warning", "its box has no area", "training drops it; remove it, or mend its box"),
+        (away, "error", "its box lies outside its image", "remove it, or mend its box"),
+        (leaves, "warning", "its box leaves its image by more than a pixel", "training clips it; mend it"),
+    ):
+        for index in np.flatnonzero(found):
+            place, row = rows[index]
+            yield _fault(severity, file, "annotations", place, what, mend)(row)  # type: ignore[arg-type]
+    if empty.all():
+        yield Fault("error", file, "no box has any area", "mend the annotations")
+    if not use.masks:
+        return
+    if not any(usable_mask(row.get("segmentation")) for _, row in rows):
+        yield Fault("error", file, f"none of its {len(rows)} objects has a usable mask", "give MODEL.MASK_ON False")
+        return
+    for place, row in rows:
+        problem = mask_problem(row.get("segmentation"), *sizes[row["image_id"]])
+        if problem is not None:
+            severity, what = problem
+            mend = "remove or mend it, or give MODEL.MASK_ON False, or let check-data --fix fill its box"
+            if severity == "warning" and use.training and not row.get("iscrowd"):
+                severity = "error"
+            yield _fault(severity, file, "annotations", place, what, mend)(row)
+
+
+def _guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:
+    """What the boxes look like that are not (x, y, width, height) in pixels."""
+    leaving = (boxes[:, :2] + boxes[:, 2:] > sides + 1).any(1)
+    as_corners = (boxes[:, :2] <= boxes[:, 2:]).all() and (boxes[:, 2:] <= sides + 1).all()
+    if leaving.mean() > 0.1 and as_corners:
+        what = f"{int(leaving.sum())} of {len(boxes)} boxes leave their image, and none does as (x1, y1, x2, y2)"
+        return what, "write bbox as (x, y, width, height)"
+    if (boxes <= 1).all() and (boxes >= 0).all() and (sides > 8).all():
+        return "every box lies within one pixel, as fractions of an image do", "write bbox in pixels"
+    return None
+
+
+# Masks
+
+
+def usable_mask(segmentation: Any) -> Any:
+    """The mask of an object as Detectron2 and pycocotools take it, or None where there is none.
+
+    Polygons of fewer than three points are left out: pycocotools would take those of two for boxes.
+    """
+    if isinstance(segmentation, dict):
+        return segmentation or None
+    if not isinstance(segmentation, list):
+        return None
+    polygons = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
+    return (segmentation if len(polygons) == len(segmentation) else polygons) or None
+
+
+def box_polygon(box: Iterable[float]) -> list[list[float]]:
+    """``(x, y, width, height)`` as COCO's polygon that fills it."""
+    x, y, width, height = box
+    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+def mask_problem(segmentation: Any, width: int, height: int) -> tuple[Literal["error", "warning"], str] | None:
+    """What is wrong with an object's mask: an error, or as a warning that it has none."""
+    if segmentation is not None and not isinstance(segmentation, list | dict):
+        return "error", f"segmentation is {_short(segmentation)}"
+    if isinstance(segmentation, dict) and segmentation:
+        problem = _rle_problem(segmentation, width, height)
+    else:
+        problem = _polygons_problem(segmentation or [], width, height)
+    if problem:
+        return "error", problem
+    return None if usable_mask(segmentation) else ("warning", "it has no usable mask")
+
+
+def _polygons_problem(polygons: list[Any], width: int, height: int) -> str:
+    most = 10 * max(width, height)
+    if polygons and all(_is_number(value) for value in polygons):  # four numbers, as boxes; or one polygon, not nested
+        return "" if len(polygons) <= 4 else "segmentation is one list of numbers, not a list of polygons"
+    for number, polygon in enumerate(polygons):
+        try:
+            total, low, high = sum(map(abs, polygon)), min(polygon, default=0), max(polygon, default=0)
+        except (TypeError, OverflowError):
+            return f"polygon {number} of its segmentation is {_short(polygon)}"
+        if not total < math.inf or not (-most <= low and high <= most):
+            return f"polygon {number} of its segmentation has numbers that are not finite or far outside its image"
+        if len(polygon) % 2:
+            return f"polygon {number} of its segmentation has {len(polygon)} numbers, no pairs"
+        if len(polygon) >= 6:
+            x, y = polygon[::2], polygon[1::2]
+            if min(x) >= width or min(y) >= height or max(x) <= 0 or max(y) <= 0:
+                return f"polygon {number} of its segmentation lies outside its image"
+    return ""
+
+
+def _rle_problem(rle: Row, width: int, height: int) -> str:
+    size, counts = rle.get("size"), rle.get("counts")
+    if size != [height, width]:
+        return f"its run-length mask has size {_short(size)}, its image [{height}, {width}]"
+    if isinstance(counts, str):
+        runs = _runs_of(counts)
+    elif isinstance(counts, list) and all(map(_is_whole, counts)):
+        runs = counts
+    else:
+        return f"its run-length mask has counts {_short(counts)}"
+    if runs is None or min(runs, default=-1) < 0 or sum(runs) != width * height:
+        return f"its run-length mask does not cover the {width} x {height} pixels of its image"
+    return ""
+
+
+def _runs_of(text: str) -> list[int] | None:
+    """COCO's compressed counts (maskApi.c, rleFrString) as run lengths; None where they are none."""
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > 30:
+            return None
+        value |= (code & 31) << shift
+        shift += 5
+        if not code & 32:
+            if code & 16:
+                value -= 1 << shift
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return None if shift else runs
+
+
+# VOC
+
+
+def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:
+    """A VOC set's images and objects as COCO's content, and what is wrong with its lists and XML files.
+
+    Images have their names as ids, objects ``IMAGE/NUMBER``; boxes count pixels from 0, as Detectron2 reads them.
+
+    Args:
+        folder: Holds Annotations, ImageSets/Main and JPEGImages.
+        split: The list in ImageSets/Main.
+        classes: The names that objects may have; all where it is None.
+
+    Raises:
+        FileNotFoundError: the list, or the annotation of an image in it, is not there.
+    """
+    folder = Path(folder)
+    listed = folder / f"ImageSets/Main/{split}.txt"
+    lines = [line.split() for line in listed.read_text().splitlines() if line.strip()]
+    faults: list[Fault] = []
+    names: dict[str, None] = {}
+    for line in lines:
+        if len(line) > 1:
+            faults.append(Fault("error", str(listed), "has more than one column", "list one image a line", line[0]))
+        if line[0] in names:
+            faults.append(Fault("error", str(listed), "is listed twice", "leave one of the lines", line[0]))
+        names[line[0]] = None
+    if not names:
+        faults.append(Fault("error", str(listed), "lists no image", "list one image a line"))
+    content: Content = {"images": [], "annotations": [], "categories": []}
+    numbers = {name: number for number, name in enumerate(classes or (), 1)}
+    for name in names:
+        file = folder / f"Annotations/{name}.xml"
+        try:
+            root = ElementTree.fromstring(file.read_bytes())
+        except (ElementTree.ParseError, ValueError, RecursionError) as error:
+            faults.append(Fault("error", str(file), f"is no XML ({error})", "write it anew", name))
+            continue
+        width, height = (_number(root.findtext(f"size/{side}"), whole=True) for side in ("width", "height"))
+        image = {"id": name, "file_name": f"{name}.jpg", "width": width, "height": height}
+        content["images"].append(image)
+        for key in ("width", "height"):
+            if not _is_side(image[key]):
+                text = root.findtext(f"size/{key}")
+                faults.append(Fault("error", str(file), f"size/{key} is {_short(text)}", "write the image's", name))
+        for number, thing in enumerate(root.findall("object")):
+            row, problems = _voc_object(thing, numbers, open_list=classes is None)
+            faults += [Fault("error", str(file), what, mend, name, number) for what, mend in problems]
+            if not problems:
+                content["annotations"].append({"id": f"{name}/{number}", "image_id": name, **row})
+    content["categories"] = [{"id": number, "name": name} for name, number in numbers.items()]
+    return content, faults
+
+
+def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tuple[Row, list[tuple[str, str]]]:
+    problems = []
+    name = thing.findtext("name") or ""
+    if open_list and name.strip():
+        numbers.setdefault(name, len(numbers) + 1)
+    if name not in numbers:
+        known = ", ".join(numbers) or "none"
+        problems.append((f"name is {_short(name)}", f"it has to be one of the classes, {known}"))
+    difficult = thing.findtext("difficult", "0")
+    if difficult not in ("0", "1"):
+        problems.append((f"difficult is {_short(difficult)}", "it has to be 0 or 1"))
+    texts = {side: thing.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")}
+    x1, y1, x2, y2 = (_number(text) for text in texts.values())
+    if len(thing.findall("bndbox")) != 1 or any(not _is_number(value) for value in (x1, y1, x2, y2)):
+        problems.append((f"bndbox is {_short(list(texts.values()))}", "it has to hold xmin, ymin, xmax and ymax"))
+    elif x2 < x1 or y2 < y1:
+        problems.append((f"bndbox is {_short(list(texts.values()))}", "xmax and ymax have to be the larger ones"))
+    if problems:
+        return {}, problems
+    box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+    return {"category_id": numbers[name], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}, []
+
+
+def _number(text: str | None, *, whole: bool = False) -> Any:
+    try:
+        return int(text or "") if whole else float(text or "")
+    except ValueError:
+        return math.nan
+
+
+def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use: Use | None = None) -> list[Fault]:
+    """``faults`` of ``read_voc``, and those of its ``content`` that COCO's format knows too, errors first."""
+    found = [*faults]
+    named = {fault.image for fault in found}
+    for fault in check_coco(Path(folder) / "Annotations", content, use):
+        if fault.image not in named or fault.image is None:
+            found.append(fault)
+    return sorted(found, key=lambda fault: fault.severity)

@@ -1,0 +1,132 @@
+"""Images of detection data: their headers read in parallel, remembered, and compared with the annotations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from tqdm import tqdm
+
+from robust_backbones.data.annotations import Fault
+from robust_backbones.data.decoding import ImageInputError
+from robust_backbones.runs.files import atomic_path
+
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+_ORIENTATION = 0x0112
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+class Header(NamedTuple):
+    """What an image file says of itself."""
+
+    width: int
+    """As shown, after the orientation tag of EXIF."""
+    height: int
+    turned: bool
+    """Whether that tag exchanges width and height."""
+    problem: str
+    """Why its pixels cannot be had; "" where they can."""
+
+
+def read_header(path: str | Path) -> Header:
+    """The header of an image file; files that end too soon are decoded whole."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            problem = ""
+            if image.mode in _DEEP:
+                problem = f"has pixels of more than 8 bits (Pillow's mode {image.mode}), whose white nothing names"
+            elif not _is_whole(path, _ENDS.get(image.format or "")):
+                image.load()
+            return Header(*((height, width) if turned else (width, height)), turned, problem)
+    except Exception as error:  # on damaged bytes Pillow raises nearly every type there is
+        return Header(0, 0, False, f"cannot be read ({ImageInputError.of('', error).reason})")
+
+
+def _is_whole(path: str | Path, end: bytes | None) -> bool:
+    if end is None:
+        return False
+    with open(path, "rb") as file:
+        file.seek(max(os.path.getsize(path) - 32, 0))
+        return end in file.read()
+
+
+def check_image(path: str | Path) -> None:
+    """Refuse an image file whose pixels Pillow would not give whole and right.
+
+    Raises:
+        ImageInputError: naming the file.
+    """
+    if problem := read_header(path).problem:
+        raise ImageInputError(f"the image {path} {problem}: convert or replace it", problem)
+
+
+def read_headers(paths: Iterable[str], *, workers: int = 8, cache: Path | None = None) -> dict[str, Header]:
+    """The headers of image files that exist; ``cache`` keeps them by file, size and time of change."""
+    paths, stamps = set(paths), dict[str, list[int]]()
+    for folder in {os.path.dirname(path) for path in paths}:
+        if os.path.isdir(folder or "."):
+            with os.scandir(folder or ".") as entries:
+                for entry in entries:
+                    if (path := os.path.join(folder, entry.name)) in paths:
+                        status = entry.stat()
+                        stamps[path] = [status.st_size, status.st_mtime_ns]
+    digest = hashlib.sha256("\n".join(sorted({os.path.abspath(os.path.dirname(path)) for path in stamps})).encode())
+    store = cache / f"headers-{digest.hexdigest()[:16]}.json" if cache else None
+    known = _stored(store)
+    keys = {path: os.path.abspath(path) for path in stamps}
+    headers = {
+        path: Header(*known[keys[path]][1])
+        for path, stamp in stamps.items()
+        if keys[path] in known and known[keys[path]][0] == stamp
+    }
+    unread = sorted(stamps.keys() - headers.keys())
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(read_header, unread, chunksize=64), "images", len(unread), unit="img", disable=None)
+        headers |= dict(zip(unread, found, strict=True))
+    if store and unread:
+        store.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(store) as temporary:
+            temporary.write_text(json.dumps({keys[path]: [stamps[path], header] for path, header in headers.items()}))
+    return headers
+
+
+def _stored(store: Path | None) -> dict[str, Any]:
+    try:
+        content = json.loads(store.read_bytes()) if store else {}
+        return {path: row for path, row in content.items() if len(row) == 2 and len(row[1]) == len(Header._fields)}
+    except (OSError, ValueError, TypeError, AttributeError):  # not there yet, or damaged
+        return {}
+
+
+def check_images(
+    images: Iterable[tuple[int | str, str, int, int]], *, workers: int = 8, cache: Path | None = None
+) -> list[Fault]:
+    """Faults of image files.
+
+    Args:
+        images: (image id, path, width, height), the sizes as the annotations have them.
+    """
+    faults = []
+    images = list(images)
+    headers = read_headers([path for _, path, *_ in images], workers=workers, cache=cache)
+    for number, (image, path, width, height) in enumerate(images):
+        place = ("images", number)
+        if (header := headers.get(path)) is None:
+            faults.append(Fault("error", path, "is not there", "add the image, or remove it from the set", image))
+        elif header.problem:
+            mend = "convert or replace it, or remove it from the set"
+            faults.append(Fault("error", path, header.problem, mend, image, place=place))
+        elif (header.width, header.height) != (width, height):
+            what = f"is {header.width} x {header.height}, and {width} x {height} in the annotations"
+            if header.turned:
+                what += "; its EXIF tag turns it"
+            faults.append(Fault("error", path, what, "correct width and height, and look at the boxes", image))
+    return faults

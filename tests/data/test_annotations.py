@@ -1,0 +1,347 @@
+"""Detection data as people have it: every fault is found, and named with its file, image and annotation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as mask_tools
+
+from robust_backbones.data.annotations import Fault, Use, _runs_of, check_coco, read_voc
+from robust_backbones.data.annotations_images import check_images, read_header
+from robust_backbones.data.annotations_sets import AnnotatedSet
+
+Content = dict[str, Any]
+Run = Callable[..., tuple[int, str, str]]
+MASKS = Use(training=False, masks=True)
+
+
+def sound() -> Content:
+    """Two classes; three images of 60 x 40 with three objects each, one of them a crowd."""
+    crowd = mask_tools.encode(np.asfortranarray(np.eye(40, 60, dtype=np.uint8)))
+    return {
+        "categories": [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}],
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 60, "height": 40} for i in (1, 2, 3)],
+        "annotations": [
+            {
+                "id": 10 * image + number,
+                "image_id": image,
+                "category_id": (3, 8)[number % 2],
+                "bbox": [4 + 9 * number, 5, 12, 20],
+                "area": 240,
+                "iscrowd": int(number == 2),
+                "segmentation": {"size": [40, 60], "counts": crowd["counts"].decode()}
+                if number == 2
+                else [[4 + 9 * number, 5, 16 + 9 * number, 5, 16 + 9 * number, 25, 4 + 9 * number, 25]],
+            }
+            for image in (1, 2, 3)
+            for number in range(3)
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for number in (1, 2, 3):
+        Image.new("RGB", (60, 40), (number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+def coco_set(folder: Path, images: Path, content: Content) -> AnnotatedSet:
+    (folder / "truth.json").write_text(json.dumps(content))
+    return AnnotatedSet(folder / "truth.json", images)
+
+
+def errors(faults: list[Fault]) -> list[Fault]:
+    return [fault for fault in faults if fault.severity == "error"]
+
+
+def test_a_sound_set_has_no_fault(tmp_path: Path, images: Path) -> None:
+    for use in (Use(), MASKS, Use(masks=True)):
+        assert coco_set(tmp_path, images, sound()).check(use)[0] == []
+
+
+@pytest.mark.real_data
+def test_real_sets_have_no_error(real_data: Path) -> None:
+    root = real_data / "detectron2"
+    coco = AnnotatedSet(root / "coco/annotations/instances_val2017.json", root / "coco/val2017")
+    assert errors(coco.check(Use(masks=True))[0]) == []
+    assert errors(AnnotatedSet.parse(f"{root / 'VOC2007'}:test").check()[0]) == []
+
+
+HOSTILE: list[Any] = [
+    None, "x", "", [], {}, math.nan, math.inf, 1e308, 10**400, -1, -0.5, [1, 2, 3, 4, 5], [math.nan] * 4, ["1"] * 4,
+    [1, 2, -3, 4], [[1, 2]], {"size": [40, 60], "counts": "x"}, {"size": [60, 40], "counts": [2400]},
+]  # fmt: skip
+"""Values that no key of a sound set can have."""
+KEYS = {
+    "categories": ("id", "name"),
+    "images": ("id", "file_name", "width", "height"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
+}
+
+
+def spoil(content: Content, name: str, place: int, key: str, value: Any) -> None:
+    if value == "missing":
+        del content[name][place][key]
+    else:
+        content[name][place][key] = value
+
+
+def check_mutation(images: Path, folder: Path, name: str, place: int, key: str, value: Any) -> None:
+    """An error names the place, or what was meant is still what is there."""
+    content = sound()
+    number = content[name][place]["id"]
+    spoil(content, name, place, key, value)
+    faults = errors(coco_set(folder, images, content).check(Use(masks=True))[0])
+    legal = (name, key, value) in (
+        ("annotations", "iscrowd", "missing"),
+        ("annotations", "id", "x"),
+        ("annotations", "id", -1),
+        ("categories", "name", "x"),  # a name like others: classes are matched by it
+    )
+    if legal:
+        assert faults == []
+        return
+    assert faults, (name, key, value)
+    ids = {"images": "image", "annotations": "annotation"}
+    if (name == "annotations" and key != "id") or (name == "images" and key not in ("id",)):
+        assert number in {getattr(fault, ids[name]) for fault in faults}, faults
+    assert all("\n" not in str(fault) and len(str(fault)) < 600 for fault in faults)
+
+
+mutations = st.sampled_from([(name, key) for name, keys in KEYS.items() for key in keys])
+
+
+@given(where=mutations, place=st.integers(0, 8), value=st.sampled_from([*HOSTILE, "missing"]))
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_broken_value_is_named_with_its_place(
+    images: Path, tmp_path: Path, where: tuple[str, str], place: int, value: Any
+) -> None:
+    name, key = where
+    check_mutation(images, tmp_path, name, place % len(sound()[name]), key, value)
+
+
+@pytest.mark.slow
+def test_every_broken_value_at_every_place(images: Path, tmp_path: Path) -> None:
+    for name, keys in KEYS.items():
+        for key in keys:
+            for place in range(len(sound()[name])):
+                for value in [*HOSTILE, "missing"]:
+                    check_mutation(images, tmp_path, name, place, key, value)
+
+
+POLYGON = [5, 5, 20, 5, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        *[(value, "no usable mask") for value in (None, [], {}, [4, 5, 12, 20], [[4, 5, 12, 20]], [[1, 2]])],
+        ([[*POLYGON, 5]], "7 numbers, no pairs"),
+        ([POLYGON, [*POLYGON[:5], math.nan]], "polygon 1 of its segmentation has numbers that are not finite"),
+        ([[*POLYGON[:5], 1e308]], "not finite or far outside"),
+        ([[*POLYGON[:5], 10**400]], "not finite or far outside"),
+        ([[*POLYGON[:5], "5"]], "polygon 0 of its segmentation is"),
+        ([[[1, 2], [3, 4], [5, 6]]], "polygon 0 of its segmentation is"),
+        (POLYGON, "one list of numbers"),
+        ([[x + 100 for x in POLYGON]], "lies outside its image"),
+        ("mask", 'segmentation is "mask"'),
+        ({"size": [60, 40], "counts": [2400]}, "size [60, 40]"),
+        ({"size": [40, 60], "counts": [2399]}, "does not cover"),
+        ({"size": [40, 60], "counts": [2500, -100]}, "does not cover"),
+        ({"size": [40, 60], "counts": "zzz"}, "does not cover"),
+        ({"size": [40, 60]}, "counts null"),
+    ],
+)
+def test_masks_without_meaning(value: Any, words: str) -> None:
+    content = sound()
+    content["annotations"][4]["segmentation"] = value
+    for use in (MASKS, Use(masks=True)):
+        (fault,) = check_coco("a.json", content, use)
+        assert words in fault.what
+        assert (fault.image, fault.annotation) == (2, 21)
+        assert fault.severity == ("warning" if "usable" in words and not use.training else "error")
+    assert check_coco("a.json", content, Use()) == []  # boxes alone
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_compressed_runs_are_read_as_pycocotools_writes_them(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    mask = (rng.random((rng.integers(1, 50), rng.integers(1, 50))) < rng.random()).astype(np.uint8)
+    text = mask_tools.encode(np.asfortranarray(mask))["counts"].decode()
+    changes = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=0))
+    assert _runs_of(text) == np.diff([0, *changes, mask.size]).tolist()
+
+
+def change_all(key: str, change: Callable[[Any], Any]) -> Content:
+    content = sound()
+    for row in content["annotations"]:
+        row[key] = change(row[key])
+    return content
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (change_all("bbox", lambda b: [b[0], b[1], b[0] + 38, b[1] + 35]), "none does as (x1, y1, x2, y2)"),
+        (change_all("bbox", lambda b: [b[0] / 60, b[1] / 40, b[2] / 60, b[3] / 40]), "fractions"),
+        (change_all("iscrowd", lambda _: 1), "not a crowd"),
+        (sound() | {"annotations": []}, "not a crowd"),
+        (sound() | {"images": sound()["images"] + sound()["images"][:1]}, "id 1 is that of another row"),
+        (sound() | {"categories": [{"id": 3, "name": "cat"}, {"id": 8, "name": "cat"}]}, 'name "cat" is that of'),
+        (sound() | {"annotations": [7]}, "is 7"),
+    ],
+)
+def test_what_no_row_shows_alone(content: Content, words: str) -> None:
+    assert any(words in str(fault) for fault in errors(check_coco("a.json", content)))
+
+
+@pytest.mark.parametrize(
+    "text", ['{"images": [', "[1, 2]", "{}", "[" * 100_000, '{"images": 1' + "0" * 5000 + "}", "\x00", '{"images": {}}']
+)
+def test_files_that_are_no_coco_files(tmp_path: Path, images: Path, text: str) -> None:
+    (tmp_path / "truth.json").write_text(text)
+    faults, content = AnnotatedSet(tmp_path / "truth.json", images).check()
+    assert errors(faults)
+    assert content == {}
+
+
+def test_images(tmp_path: Path) -> None:
+    """Right pixels, or the file's name: as headers tell."""
+    rng = np.random.default_rng(0)
+    plain = Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8))
+    for mode in ("RGB", "L", "LA", "P", "RGBA", "1"):
+        plain.convert(mode).save(tmp_path / f"{mode}.png")
+    plain.convert("CMYK").save(tmp_path / "CMYK.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain.save(tmp_path / "turned.jpg", exif=exif)
+    sound_names = sorted(path.name for path in tmp_path.iterdir())
+    Image.fromarray(rng.integers(0, 60000, (40, 60), np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(rng.random((40, 60), np.float32)).save(tmp_path / "float.tiff")
+    whole = (tmp_path / "CMYK.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.jpg").write_text("no image")
+    rows = [(name, str(tmp_path / name), 60, 40) for name in [*sound_names, "deep.png", "float.tiff", "cut.jpg"]]
+    rows += [("text.jpg", str(tmp_path / "text.jpg"), 60, 40), ("gone.jpg", str(tmp_path / "gone.jpg"), 60, 40)]
+    found = {fault.image: str(fault) for fault in check_images(rows, cache=tmp_path / "cache")}
+    assert set(found) == {"turned.jpg", "deep.png", "float.tiff", "cut.jpg", "text.jpg", "gone.jpg"}
+    assert "is 40 x 60, and 60 x 40 in the annotations; its EXIF tag turns it" in found["turned.jpg"]
+    assert "more than 8 bits" in found["deep.png"]
+    assert "more than 8 bits" in found["float.tiff"]
+    assert "cannot be read" in found["cut.jpg"]
+    # What is remembered is of the file as it was.
+    plain.save(tmp_path / "text.jpg")
+    again = {fault.image for fault in check_images(rows, cache=tmp_path / "cache")}
+    assert again == set(found) - {"text.jpg"}
+    for store in (tmp_path / "cache").iterdir():
+        store.write_text("damaged")
+    assert {fault.image for fault in check_images(rows, cache=tmp_path / "cache")} == again
+    assert read_header(tmp_path / "turned.jpg")[:2] == (40, 60)
+
+
+def voc(folder: Path) -> None:
+    for part in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (folder / part).mkdir(parents=True)
+    (folder / "ImageSets/Main/test.txt").write_text("a\nb\n")
+    for name in "ab":
+        Image.new("RGB", (100, 80)).save(folder / f"JPEGImages/{name}.jpg")
+        (folder / f"Annotations/{name}.xml").write_text(
+            "<annotation><size><width>100</width><height>80</height></size><object><name>cat</name>"
+            "<difficult>0</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>100</xmax><ymax>80</ymax></bndbox>"
+            "</object></annotation>"
+        )
+
+
+def test_a_sound_voc_set(tmp_path: Path) -> None:
+    voc(tmp_path / "VOC")
+    faults, content = AnnotatedSet.parse(f"{tmp_path / 'VOC'}:test").check()
+    assert faults == []
+    assert content["categories"] == [{"id": 1, "name": "cat"}]
+    assert [row["bbox"] for row in content["annotations"]] == [[0, 0, 100, 80]] * 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("<difficult>0", "<difficult>", "difficult is"),
+        ("<difficult>0", "<difficult>Unspecified", "difficult is"),
+        ("<name>cat", "<name>dog", 'name is "dog"'),
+        ("<name>cat</name>", "", "name is"),
+        ("<xmin>1</xmin>", "", "bndbox is"),
+        ("<xmin>1", "<xmin>nan", "bndbox is"),
+        ("<xmin>1", "<xmin>1e308", "bndbox is"),
+        ("<xmin>1<", "<xmin>101<", "bndbox is"),
+        ("<xmax>100", "<xmax>160", "leaves its image"),
+        ("<width>100", "<width>", "size/width is"),
+        ("<width>100", "<width>80", "is 100 x 80, and 80 x 80"),
+        ("</annotation>", "", "is no XML"),
+        ("<size>", "<size>" + "<a>" * 100_000, "is no XML"),
+    ],
+)
+def test_faults_of_voc_sets(tmp_path: Path, old: str, new: str, words: str) -> None:
+    voc(tmp_path)
+    file = tmp_path / "Annotations/b.xml"
+    file.write_text(file.read_text().replace(old, new))
+    faults, _ = AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test", ("cat",)).check()
+    assert any(words in fault.what and fault.image == "b" for fault in faults), faults
+
+
+@pytest.mark.parametrize(("lines", "words"), [("a\nb\na\n", "twice"), ("a 1\nb -1\n", "column"), ("", "no image")])
+def test_faults_of_voc_lists(tmp_path: Path, lines: str, words: str) -> None:
+    voc(tmp_path)
+    (tmp_path / "ImageSets/Main/test.txt").write_text(lines)
+    assert any(words in str(fault) for fault in read_voc(tmp_path, "test")[1])
+
+
+# The command
+
+
+def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_tool: Run) -> None:
+    content = sound()
+    coco_set(tmp_path, images, content)
+    where = f"{tmp_path / 'truth.json'}:{images}"
+    status, out, _ = run_tool("check-data", where, "--masks")
+    assert status == 0
+    assert "3 images, 9 objects, 0 errors, 0 warnings" in out
+    rows = content["annotations"]
+    rows[0]["bbox"] = [1, 2, 3, 4, 5]
+    rows[1]["segmentation"] = []
+    rows[3]["bbox"] = [4, 5, 90, 20]
+    del rows[4]["area"]
+    content["images"][2]["width"] = 61
+    rows.append({**rows[6], "id": 99, "image_id": 7})
+    coco_set(tmp_path, images, content)
+    status, out, _ = run_tool("check-data", where, "--masks", "--fix", tmp_path / "fixed")
+    assert status == 1
+    for words in ("image 1, annotation 10: bbox is [1, 2, 3, 4, 5]", "annotation 99: image_id 7 does not exist"):
+        assert words in out
+    status, out, _ = run_tool("check-data", f"{tmp_path / 'fixed/truth.json'}:{images}", "--masks")
+    assert status == 0
+    mended = json.loads((tmp_path / "fixed/truth.json").read_text())
+    expected = sound()
+    kept = {row["id"]: row for row in expected["annotations"] if row["id"] != 10}
+    kept[20] |= {"bbox": [4, 5, 56, 20]}
+    assert {row["id"]: row for row in mended["annotations"]} == kept
+    assert mended["images"] == expected["images"]
+    assert "1 masks filled in from boxes" in (tmp_path / "fixed/changes.txt").read_text()
+    assert run_tool("check-data", where, "--fix", tmp_path / "fixed")[0] == 2
+
+
+@pytest.mark.parametrize("text", ["nowhere.json:images", "folder:split", "nothing", ":", "x:"])
+def test_sets_that_are_not_there(text: str, run_tool: Run) -> None:
+    status, _, err = run_tool("check-data", text)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
