@@ -1,6 +1,6 @@
 """The exceptions that speak to the user, and checks of a config's values that raise them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 
 class InputError(Exception):
@@ -44,9 +44,9 @@ class PreemptedError(InputError):
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Raise ``InputError`` unless these attributes of ``config`` are > 0."""
+    """Raise ``InputError`` unless these attributes of ``config`` are > 0 or None."""
     for name in names:
-        if not getattr(config, name) > 0:
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise InputError(f"{name} must be > 0, got {getattr(config, name)}")
 
 
@@ -57,7 +57,7 @@ def check_not_negative(config: object, *names: str) -> None:
             raise InputError(f"{name} must be >= 0, got {getattr(config, name)}")
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ``InputError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice
 from robust_backbones.threat_models import ThreatModel
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -81,14 +81,11 @@ class BackboneSpec:
     stem: str = "imagenet"
 
     def __post_init__(self) -> None:
-        if self.arch not in ARCHITECTURES:
-            raise InputError(f"unknown architecture {self.arch!r}: choose one of {', '.join(ARCHITECTURES)}")
+        check_choice("architecture", self.arch, ARCHITECTURES)
+        check_choice("channel order", self.channel_order, ("RGB", "BGR"))
+        check_choice("stem", self.stem, STEMS)
         if self.num_classes < (0 if isinstance(ARCHITECTURES[self.arch], ResNetShape) else 1):
             raise InputError(f"a backbone needs at least one class, got {self.num_classes}")
-        if self.channel_order not in ("RGB", "BGR"):
-            raise InputError(f"unknown channel order {self.channel_order!r}: choose RGB or BGR")
-        if self.stem not in STEMS:
-            raise InputError(f"unknown stem {self.stem!r}: choose one of {', '.join(STEMS)}")
         if self.stem != "imagenet" and not isinstance(ARCHITECTURES[self.arch], ResNetShape):
             raise InputError(
                 f"only a ResNet can have the {self.stem} stem, {self.arch} has its own: leave the stem out"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice
 
 NORMS = ("L2", "Linf")
 
@@ -30,8 +30,7 @@ class ThreatModel:
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise InputError(f"unknown norm {self.norm!r}: choose one of {', '.join(NORMS)}")
+        check_choice("norm", self.norm, NORMS)
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
             raise InputError(f"epsilon must be a finite number >= 0, got {self.epsilon:g}")
         if self.norm == "Linf" and self.epsilon > 1:

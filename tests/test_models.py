@@ -255,7 +255,7 @@ def test_a_spec_goes_through_a_file_and_old_ones_are_read() -> None:
         ({"arch": "resnet5"}, r"unknown architecture 'resnet5'.*resnet50.*vgg16_bn"),
         ({"num_classes": -1}, "at least one class"),
         ({"arch": "vgg16_bn", "num_classes": 0}, "at least one class"),
-        ({"channel_order": "GRB"}, "unknown channel order 'GRB': choose RGB or BGR"),
+        ({"channel_order": "GRB"}, "unknown channel order 'GRB': choose one of RGB, BGR"),
         ({"arch": "resnet18", "stride_in_1x1": True}, "resnet18 has no bottlenecks"),
         ({"stem": "tinyimagenet"}, "unknown stem 'tinyimagenet': choose one of imagenet, cifar"),
         ({"arch": "vgg16_bn", "stem": "cifar"}, "only a ResNet can have the cifar stem, vgg16_bn has its own"),

@@ -10,18 +10,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_MODES = {"default": "default", "cuda-graphs": "reduce-overhead"}
 
 
 def available(device: torch.device | str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        InputError: a GPU is asked for, and there is none.
-    """
+    """The device of this name; ``InputError`` if it is a GPU, and there is none."""
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
@@ -41,10 +37,10 @@ class Compute:
     """torch.compile, for GPUs: default or cuda-graphs; empty is off."""
 
     def __post_init__(self) -> None:
-        check_precision(self.precision)
-        check_precision(self.attack_precision or self.precision)
-        if self.compile_mode and self.compile_mode not in COMPILE_MODES:
-            raise InputError(f"unknown compile mode {self.compile_mode!r}: choose one of {', '.join(COMPILE_MODES)}")
+        for precision in (self.precision, self.attack_precision or self.precision):
+            check_choice("precision", precision, PRECISIONS)
+        if self.compile_mode:
+            check_choice("compile mode", self.compile_mode, COMPILE_MODES)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,17 +66,8 @@ class Compute:
         return images.contiguous(memory_format=torch.channels_last)
 
 
-def check_precision(name: str) -> None:
-    """Raise ``InputError`` unless it is one of PRECISIONS."""
-    if name not in PRECISIONS:
-        raise InputError(f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}")
-
-
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:
-    """The type of one of PRECISIONS; float32 for bf16 on CPUs that compute it in software, which is far slower.
-
-    That is said once, on stderr: stdout may be a document.
-    """
+    """The type of one of PRECISIONS; float32 for bf16 on CPUs that compute it in software, which is far slower."""
     if precision == "bf16" and device.type == "cpu" and not computes_bfloat16():
         _say_once_float32()
         return torch.float32
@@ -94,5 +81,6 @@ def computes_bfloat16() -> bool:
 
 @cache
 def _say_once_float32() -> None:
+    """On stderr: stdout may be a document."""
     said = "this processor has no instructions for bfloat16: computing in float32, which is faster on it"
     print(said, file=sys.stderr, flush=True)

@@ -10,15 +10,13 @@ import torch
 from torchvision.transforms import v2
 
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.classification.compute import Compute, check_precision
+from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.data.decoding import ResizedCache
 from robust_backbones.data.transforms import AUGMENTATIONS, val_transform
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
 from robust_backbones.threat_models import ThreatModel
 
-SCHEDULES = ("step", "one_cycle")
-LR_SCALINGS = ("none", "linear")
 PAPER_BATCH_SIZE = 512
 
 
@@ -78,18 +76,14 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "lr_step", "image_size", "eval_period"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} must be > 0, got {getattr(self, name)}")
-        at_least_zero = ("epsilon_warmup_epochs", "progressive_size", "progressive_epochs", "cache_short_side")
-        for name in (*at_least_zero, "eval_images"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be >= 0, got {getattr(self, name)}")
-        for name, choices in (("schedule", SCHEDULES), ("augmentation", AUGMENTATIONS), ("lr_scaling", LR_SCALINGS)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        check_precision(self.precision)
-        check_precision(self.attack_precision or self.precision)
+        check_positive(self, "epochs", "batch_size", "lr", "lr_step", "image_size", "eval_period")
+        check_not_negative(
+            self, "epsilon_warmup_epochs", "progressive_size", "progressive_epochs", "cache_short_side", "eval_images"
+        )
+        check_choice("schedule", self.schedule, ("step", "one_cycle"))
+        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
+        check_choice("lr_scaling", self.lr_scaling, ("none", "linear"))
+        self.compute(torch.device("cpu"))  # refuses a precision that it does not know
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay must be in [0, 1), got {self.ema_decay:g}")
         if not 0 < self.min_crop_scale <= 1:
@@ -105,11 +99,7 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; threat models as text."""
-        return {
-            **asdict(self),
-            "threat_model": str(self.threat_model),
-            "eval_threat_model": str(self.evaluated_at),
-        }
+        return {**asdict(self), "threat_model": str(self.threat_model), "eval_threat_model": str(self.evaluated_at)}
 
     @property
     def evaluated_at(self) -> ThreatModel:
@@ -124,11 +114,7 @@ class TrainingConfig:
         return val_transform(self.image_size, resize=self.val_resize)
 
     def image_cache(self, folder: Path | None) -> ResizedCache | None:
-        """The cache of reduced images in ``folder`` that a run reads through, if the config asks for one.
-
-        Raises:
-            InputError: it does, and there is no folder.
-        """
+        """The cache of reduced images in ``folder`` that a run reads through, if the config asks for one."""
         if not self.cache_short_side:
             return None
         if folder is None:
@@ -175,8 +161,6 @@ class Execution:
     """Weights & Biases project to log to; empty is none."""
 
     def __post_init__(self) -> None:
-        for name in ("keep_checkpoints", "log_period"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_positive(self, "keep_checkpoints", "log_period")
         if self.compile and self.device != "cuda":
             raise InputError("--compile pays on GPUs only (on CPUs eager mode is faster): leave it out")

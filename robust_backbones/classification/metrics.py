@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import check_choice
 
 METRICS = ("top1", "mean_per_class")
 """Share of images; mean over classes of each one's share, so that small classes count as much as large ones."""
@@ -17,12 +17,8 @@ def accuracy(right: Tensor, images: Tensor, metric: str) -> float:
         right, images: shape (classes,), right answers and all images of each class; a class without images does not
             count.
         metric: one of METRICS.
-
-    Raises:
-        InputError: no such metric.
     """
-    if metric not in METRICS:
-        raise InputError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
+    check_choice("metric", metric, METRICS)
     right, images = right.double(), images.double()
     if metric == "top1":
         return float(100 * right.sum() / images.sum())

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, ascend, frozen_eval, pgd
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice, check_positive
 from robust_backbones.threat_models import ThreatModel
 
 
@@ -57,10 +57,8 @@ class ObjectiveConfig:
     """Share of the target that is spread over all classes (Szegedy et al. 2016)."""
 
     def __post_init__(self) -> None:
-        if self.kind not in OBJECTIVES:
-            raise InputError(f"unknown objective {self.kind!r}: choose one of {', '.join(OBJECTIVES)}")
-        if self.replays < 1:
-            raise InputError(f"free training needs at least one replay, got {self.replays}")
+        check_choice("objective", self.kind, OBJECTIVES)
+        check_positive(self, "replays")
         if not (math.isfinite(self.trades_beta) and self.trades_beta >= 0):
             raise InputError(f"trades_beta must be >= 0, got {self.trades_beta:g}")
         if not 0 <= self.label_smoothing < 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from robust_backbones.classification.compute import Compute
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import mix, open_dataset
 from robust_backbones.data.transforms import val_transform
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice, check_positive
 from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
@@ -68,11 +68,9 @@ class RobustnessConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("apgd_steps", "square_queries", "limit", "batch_size", "image_size"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise InputError(f"{name} must be > 0, got {getattr(self, name)}")
-        if self.precision not in ("fp32", "bf16"):  # float16 loses small gradients: a network would look robust
-            raise InputError(f"unknown precision {self.precision!r} for attacks: choose one of fp32, bf16")
+        check_positive(self, "apgd_steps", "square_queries", "limit", "batch_size", "image_size")
+        # float16 loses small gradients: a network would look robust
+        check_choice("precision for attacks", self.precision, ("fp32", "bf16"))
         if self.val_resize < self.image_size:
             raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
         self.threat_model.check_radius((3, self.image_size, self.image_size))
@@ -116,7 +114,11 @@ def evaluate_robustness(
     data, output, spec = Path(data), Path(output), checkpoint.spec
     compute = Compute(torch.device(device), config.precision)
     if config.autoattack:
-        _attack_library()  # raises if it is missing, before anything is written
+        try:
+            import pyautoattack.autopgd_base  # noqa: F401
+        except ImportError:
+            message = "AutoAttack needs its authors' package: pip install pyautoattack, or --no-autoattack"
+            raise InputError(message) from None
     images = open_dataset(data, val_transform(config.image_size, resize=config.val_resize))
     images = images.sample(config.limit or len(images), seed=config.seed)
     if len(images.classes) != spec.num_classes:
@@ -158,12 +160,10 @@ def evaluate_robustness(
                 compute,
                 seed=mix(config.seed, 0, len(rows) // config.batch_size),
             )
-            columns = {
-                stage: [None] * len(labels) if right is None else right.tolist() for stage, right in outcomes.items()
-            }
+            lists = {stage: None if right is None else right.tolist() for stage, right in outcomes.items()}
             seconds = round((time.perf_counter() - start) / len(labels), 6)
             batch = [
-                {**place, **{stage: column[row] for stage, column in columns.items()}, "seconds": seconds}
+                {**place, **{stage: right and right[row] for stage, right in lists.items()}, "seconds": seconds}
                 for row, place in enumerate(places[len(rows) : len(rows) + len(labels)])
             ]
             with open(path, "a") as file:
@@ -189,11 +189,7 @@ def evaluate_robustness(
 
 
 def _resume(path: Path, places: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
-    """The rows of the whole batches that an earlier run wrote; what follows them, such as a torn line, is cut off.
-
-    Raises:
-        InputError: the rows are of other images than ``places``.
-    """
+    """The rows of the whole batches that an earlier run wrote; what follows them, such as a torn line, is cut off."""
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
@@ -217,26 +213,18 @@ def _resume(path: Path, places: Sequence[dict[str, Any]], batch_size: int) -> li
 def attack_batch(
     model: nn.Module, images: Tensor, labels: Tensor, config: RobustnessConfig, compute: Compute, *, seed: int
 ) -> dict[str, Tensor | None]:
-    """Which images of a batch each stage leaves right; the global random generator is left as it was.
+    """Which images of a batch each of STAGES leaves right, bool of shape (N,); None if it was skipped.
 
     An image that is wrong when clean is attacked by none. PGD stands alone; the attacks of the ensemble work on what
-    the ones before them left right, so that their accuracies never rise.
-
-    Args:
-        model: maps images in [0, 1] of shape (N, 3, H, W) to logits of shape (N, classes).
-        images: shape (N, 3, H, W), float32 in [0, 1].
-        labels: shape (N,), class indices.
-        seed: decides every random number of this batch.
-
-    Returns:
-        For each of STAGES a bool tensor of shape (N,); None if it was skipped.
+    the ones before them left right, so that their accuracies never rise. ``seed`` decides every random number; the
+    global generator is left as it was.
 
     Raises:
         RuntimeError: an attack returned an image outside the threat model or outside [0, 1].
     """
     images = images.contiguous()  # the attacks of the library fail on channels_last images
     generator = torch.Generator(images.device).manual_seed(seed)
-    single_run = replace(config.attack, restarts=1)
+    pgd_once = partial(pgd, model, threat_model=config.threat_model, attack=replace(config.attack, restarts=1))
 
     def logits(points: Tensor) -> Tensor:
         return model(points).float()
@@ -257,10 +245,7 @@ def attack_batch(
         outcomes["clean"] = right = clean_logits.argmax(1) == labels
         standing = right
         for _ in range(config.attack.restarts):
-            standing = survivors(
-                lambda x, y: pgd(model, x, y, config.threat_model, single_run, generator=generator, check=False),
-                standing,
-            )
+            standing = survivors(partial(pgd_once, generator=generator, check=False), standing)
         outcomes["pgd"] = standing
         num_classes = clean_logits.shape[1]
         for stage in ENSEMBLE:
@@ -296,22 +281,23 @@ def _library_attack(
     stage: str, logits: Callable[[Tensor], Tensor], num_classes: int, config: RobustnessConfig, seed: int
 ) -> Attack:
     """One attack of the ensemble with AutoAttack's standard settings, by its authors' code."""
-    apgd, square = _attack_library()
+    # AutoAttack's own class would also trace, log and read the clock as a seed.
+    from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+    from pyautoattack.square import SquareAttack
+
     norm, epsilon = config.threat_model.norm, config.threat_model.epsilon
     shared = {"norm": norm, "eps": epsilon, "seed": seed, "n_restarts": 1}
 
     def run(images: Tensor, labels: Tensor) -> Tensor:
         on_device = {**shared, "device": images.device}
         if stage == "apgd-ce":
-            attack = apgd.APGDAttack(logits, n_iter=config.apgd_steps, loss="ce", **on_device)
+            attack = APGDAttack(logits, n_iter=config.apgd_steps, loss="ce", **on_device)
         elif stage == "apgd-t":
             targets = min(MAX_TARGETS, num_classes - 1)  # one more would be an index out of range
-            attack = apgd.APGDAttack_targeted(logits, n_iter=config.apgd_steps, n_target_classes=targets, **on_device)
+            attack = APGDAttack_targeted(logits, n_iter=config.apgd_steps, n_target_classes=targets, **on_device)
         else:
             # AutoAttack keeps the schedule of 10000 queries; the class by itself would rescale it.
-            attack = square.SquareAttack(
-                logits, n_queries=config.square_queries, p_init=0.8, resc_schedule=False, **on_device
-            )
+            attack = SquareAttack(logits, n_queries=config.square_queries, p_init=0.8, resc_schedule=False, **on_device)
         # The library seeds the global generators. Its warnings of zero gradients come once a batch and target; what
         # they would mean shows in the result, as Square, which needs no gradient, then lowers the accuracy.
         cuda = [images.device] if images.device.type == "cuda" else []
@@ -320,16 +306,3 @@ def _library_attack(
             return attack.perturb(images, labels)
 
     return run
-
-
-def _attack_library() -> tuple[Any, Any]:
-    """The modules of APGD and of Square. AutoAttack's own class would also trace, log and read the clock as a seed."""
-    try:
-        return (
-            importlib.import_module("pyautoattack.autopgd_base"),
-            importlib.import_module("pyautoattack.square"),
-        )
-    except ImportError:
-        raise InputError(
-            "AutoAttack needs its authors' package: pip install pyautoattack, or --no-autoattack"
-        ) from None

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from robust_backbones.checkpoint.format import write_checkpoint
 from robust_backbones.classification.checkpoints import CheckpointFolder
+from robust_backbones.classification.compute import available
 from robust_backbones.classification.config import PAPER_BATCH_SIZE, Execution, TrainingConfig
 from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
@@ -79,8 +80,7 @@ def train(
         TrainingFailedError: a file could not be written.
         PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
     """
-    if execution.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but no CUDA device was found: give --device cpu")
+    available(execution.device)
     device = local_device(execution.device)
     with (
         join_processes(device) as processes,
