@@ -85,26 +85,19 @@ def pgd(
     def losses(points: Tensor) -> Tensor:
         return F.cross_entropy(model(points).float(), labels, reduction="none", label_smoothing=label_smoothing)
 
-    def run() -> Tensor:
-        start = random_point(images, threat_model, generator) if attack.random_start else images
-        return ascend(losses, images, threat_model, attack, start=start)
-
+    best = Strongest()
     with frozen_eval(model):
-        if attack.restarts == 1:
-            return run()
-        best = Strongest()
         for _ in range(attack.restarts):
-            points = run()
+            start = random_point(images, threat_model, generator) if attack.random_start else images
+            points = ascend(losses, images, threat_model, attack, start=start)
+            if attack.restarts == 1:
+                return points
             best.show(points, loss_values(losses, points))
-        return best.points
+    return best.points
 
 
 def check_images(images: Tensor, threat_model: ThreatModel) -> None:
-    """Refuse images that are not in [0, 1] and radii that cannot be meant, with what was likely meant.
-
-    Raises:
-        InputError: they are not of shape (N, C, H, W) in [0, 1], or the ball holds every such image.
-    """
+    """Refuse images that are not in [0, 1] and radii that cannot be meant, with what was likely meant."""
     if images.ndim != 4 or not images.is_floating_point() or not images.numel():
         raise InputError(f"images must be floats in [0, 1] of shape (N, C, H, W), got {images.dtype} of {images.shape}")
     low, high = torch.stack(images.aminmax()).tolist()
@@ -298,12 +291,9 @@ def loss_values(losses: Callable[[Images], Tensor], points: Images) -> Tensor:
 
 
 def check_points(adversarial: Tensor, images: Tensor, threat_model: ThreatModel) -> None:
-    """Trust no attack: every point must lie in the ball and in [0, 1].
+    """Trust no attack: raise ``RuntimeError`` unless every point lies in the ball and in [0, 1].
 
     The tolerance is 1e-5 of epsilon, for sums over many pixels, and a float32's rounding near 1 in every value.
-
-    Raises:
-        RuntimeError: one does not.
     """
     rounding = threat_model.size(torch.full_like(images, torch.finfo(torch.float32).eps))
     inside = threat_model.size(adversarial - images) <= threat_model.epsilon * (1 + 1e-5) + rounding

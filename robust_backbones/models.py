@@ -84,22 +84,23 @@ class BackboneSpec:
         check_choice("architecture", self.arch, ARCHITECTURES)
         check_choice("channel order", self.channel_order, ("RGB", "BGR"))
         check_choice("stem", self.stem, STEMS)
-        if self.num_classes < (0 if isinstance(ARCHITECTURES[self.arch], ResNetShape) else 1):
+        shape = self.resnet_shape
+        if self.num_classes < (0 if shape else 1):
             raise InputError(f"a backbone needs at least one class, got {self.num_classes}")
-        if self.stem != "imagenet" and not isinstance(ARCHITECTURES[self.arch], ResNetShape):
+        if self.stem != "imagenet" and not shape:
             raise InputError(
                 f"only a ResNet can have the {self.stem} stem, {self.arch} has its own: leave the stem out"
             )
-        if self.stride_in_1x1 and not self._has_bottlenecks:
+        if self.stride_in_1x1 and not (shape and shape.has_bottlenecks):
             raise InputError(f"{self.arch} has no bottlenecks, whose 1x1 convolution could stride: leave that out")
         # Lists come back from files; tuples keep the spec hashable and comparable.
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
 
     @property
-    def _has_bottlenecks(self) -> bool:
-        shape = ARCHITECTURES[self.arch]
-        return isinstance(shape, ResNetShape) and shape.has_bottlenecks
+    def resnet_shape(self) -> ResNetShape | None:
+        """None of what is no ResNet."""
+        return ARCHITECTURES[self.arch]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the same before and after a trip through JSON; ``BackboneSpec(**...)`` reads them."""
@@ -111,9 +112,9 @@ class BackboneSpec:
         Raises:
             InputError: Detectron2's ResNet cannot be this backbone.
         """
-        shape = ARCHITECTURES[self.arch]
-        if not isinstance(shape, ResNetShape):
-            resnets = ", ".join(arch for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape))
+        shape = self.resnet_shape
+        if shape is None:
+            resnets = ", ".join(arch for arch, shape in ARCHITECTURES.items() if shape)
             raise InputError(f"Detectron2's ResNet has no such architecture: {self.arch}; it can be {resnets}")
         if self.stem != "imagenet":
             raise InputError(f"Detectron2's ResNet has no {self.stem} stem: train the backbone with the imagenet stem")
@@ -126,7 +127,7 @@ class BackboneSpec:
             "MODEL.RESNETS.WIDTH_PER_GROUP": shape.width_per_group,
             "MODEL.RESNETS.NUM_GROUPS": shape.num_groups,
             # A basic block does not expand its channels by 4 as a bottleneck does.
-            "MODEL.RESNETS.RES2_OUT_CHANNELS": 256 if self._has_bottlenecks else 64,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": 256 if shape.has_bottlenecks else 64,
         }
 
 
@@ -177,7 +178,7 @@ def _build(arch: str, num_classes: int, stem: str) -> nn.Module:
         net.fc = nn.Identity()
     if stem == "cifar":
         net.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as the layers behind it
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as the layers after it
         net.maxpool = nn.Identity()
     return net
 
@@ -198,7 +199,7 @@ def _mnasnet1_0(num_classes: int) -> nn.Module:
 
 
 def identify(state_dict: dict[str, Tensor]) -> BackboneSpec:
-    """The architecture, stem and number of classes of a torchvision-named network, told by its tensors' shapes.
+    """The architecture, stem and number of classes of a torchvision-named network, recognised by its tensors' shapes.
 
     What no tensor tells (``mean``, ``std``, ``channel_order``, ``stride_in_1x1``) is torchvision's in the spec.
 
@@ -215,7 +216,7 @@ def identify(state_dict: dict[str, Tensor]) -> BackboneSpec:
         num_classes, *_ = shapes.get(weight) or (0,)
         if num_classes and shapes == body | {weight: (num_classes, reference[weight][1]), bias: (num_classes,)}:
             return BackboneSpec(arch, num_classes, stem=stem)
-        if shapes == body and isinstance(ARCHITECTURES[arch], ResNetShape):
+        if shapes == body and ARCHITECTURES[arch]:
             return BackboneSpec(arch, 0, stem=stem)
         equal = sum(shapes.get(name) == shape for name, shape in body.items()) / len(body)
         nearest = max(nearest, (equal, f"it comes nearest to {arch}, but {_difference(shapes, body, (weight, bias))}"))
@@ -241,11 +242,11 @@ def _difference(shapes: dict[str, tuple[int, ...]], body: dict[str, tuple[int, .
 def _candidates(names: Collection[str]) -> list[str]:
     """Architectures that may have these tensors."""
     if not any(name.startswith("layer1.") for name in names):
-        return [arch for arch, shape in ARCHITECTURES.items() if not isinstance(shape, ResNetShape)]
+        return [arch for arch, shape in ARCHITECTURES.items() if shape is None]
     blocks = [
         sum(name.startswith(f"layer{i}.") and name.endswith(".conv1.weight") for name in names) for i in range(1, 5)
     ]
-    resnets = {arch: _STAGES[shape.depth] for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)}
+    resnets = {arch: _STAGES[shape.depth] for arch, shape in ARCHITECTURES.items() if shape}
     return [arch for arch in resnets if resnets[arch] == blocks] or list(resnets)
 
 

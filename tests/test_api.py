@@ -29,10 +29,12 @@ def test_importing_the_package_imports_nothing_else() -> None:
 
 def test_every_name_is_there_and_no_other() -> None:
     assert robust_backbones.__all__ == api.__all__
+    assert {*api.__all__} <= {*dir(robust_backbones)}
     assert all(getattr(robust_backbones, name) is getattr(api, name) for name in api.__all__)
     assert all(getattr(api, name).__doc__ for name in api.__all__)
-    with pytest.raises(AttributeError, match="load_backbon'"):
-        _ = robust_backbones.load_backbon
+    for name in ("load_backbon", "Path"):
+        with pytest.raises(AttributeError, match=f"'{name}'"):
+            getattr(robust_backbones, name)
 
 
 @pytest.fixture(scope="module")

@@ -31,11 +31,7 @@ class CheckpointFolder:
         return self.folder / f"step_{step:09d}.pt"
 
     def write(self, step: int, content: dict[str, Any]) -> None:
-        """Write a checkpoint, then remove the oldest ones.
-
-        Raises:
-            TrainingFailedError: it cannot be written.
-        """
+        """Write a checkpoint, then remove the oldest ones."""
         path = self.path(step)
         with self.guard(path), atomic_path(path) as temporary:
             torch.save({"format": TRAINING_FORMAT, **content}, temporary)
@@ -64,11 +60,7 @@ class CheckpointFolder:
 
     @contextmanager
     def guard(self, path: Path) -> Iterator[None]:
-        """Turn a failed write of a run's file into one sentence that names the checkpoint to resume from.
-
-        Raises:
-            TrainingFailedError: the block failed to write ``path``.
-        """
+        """Turn a failed write of ``path`` into a ``TrainingFailedError`` that names the checkpoint to resume from."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

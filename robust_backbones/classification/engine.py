@@ -99,14 +99,7 @@ class Learner:
         self.model.train()
         threat_model = self.threat_model
         self.rate, self.epsilon = float(self.scheduler.get_last_lr()[0]), threat_model.epsilon
-        on_device = [
-            (self.compute.to_unit_range(images), labels.to(self.compute.device, non_blocking=True))
-            for images, labels in batch
-        ]
-        if self._stylize:
-            on_device = [
-                (stylize(images, self._stylize, generator=self._generator), labels) for images, labels in on_device
-            ]
+        on_device = [self._on_device(*part) for part in batch]
         for _ in range(self.objective.replays):
             self.optimizer.zero_grad()
             for part, (images, labels) in enumerate(on_device):
@@ -124,6 +117,10 @@ class Learner:
                 self.averaged.update_parameters(self.model)
         self.scheduler.step()
         self.step_count += 1
+
+    def _on_device(self, images: Tensor, labels: Tensor) -> Batch:
+        images, labels = self.compute.to_unit_range(images), labels.to(self.compute.device, non_blocking=True)
+        return (stylize(images, self._stylize, generator=self._generator) if self._stylize else images), labels
 
     def _forward(self, images: Tensor) -> Tensor:
         with self.compute.autocast():
@@ -172,7 +169,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on exactly where ``state_dict`` was taken; with another number of processes, with fresh random draws."""
+        """Continue exactly where ``state_dict`` was taken; another number of processes draws afresh."""
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
@@ -194,29 +191,27 @@ class Learner:
 class Meter:
     """Loss and accuracy since the last reading, summed on the device: reading every step would make a GPU wait."""
 
-    def __init__(self, device: torch.device, processes: Processes) -> None:
-        self._device, self._processes = device, processes
-        self._clear()
+    _NEVER = torch.iinfo(torch.int64).max
 
-    def _clear(self) -> None:
-        # loss sum, right answers, images
-        self._sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        self._first_bad_step = torch.tensor(torch.iinfo(torch.int64).max, device=self._device)
+    def __init__(self, device: torch.device, processes: Processes) -> None:
+        self._processes = processes
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # of the loss, of right answers, of images
+        self._first_bad_step = torch.tensor(self._NEVER, device=device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
         """Count one micro-batch of ``step``; remembers the first step whose loss is not finite."""
         right, images = (logits.argmax(1) == labels).sum(), torch.full_like(loss, len(labels))
         self._sums += torch.stack([loss * images, right, images])
-        here = torch.full_like(self._first_bad_step, step)
-        self._first_bad_step = torch.where(loss.isfinite(), self._first_bad_step, here.minimum(self._first_bad_step))
+        self._first_bad_step.clamp_(max=torch.where(loss.isfinite(), self._NEVER, step))
 
     def read(self) -> tuple[Totals, int | None]:
         """The totals over all processes since the last reading, and the first step with a loss that is not finite."""
         loss, right, images = self._processes.sum(self._sums).tolist()
         first_bad_step = int(self._processes.min(self._first_bad_step).item())
-        self._clear()
-        return Totals(loss, right, images), None if first_bad_step == torch.iinfo(torch.int64).max else first_bad_step
+        self._sums.zero_()
+        self._first_bad_step.fill_(self._NEVER)
+        return Totals(loss, right, images), None if first_bad_step == self._NEVER else first_bad_step
 
 
 @dataclass

@@ -40,12 +40,10 @@ class FoldedTwin(nn.Module):
             convolution = cast(nn.Conv2d, self.network.get_submodule(convolution_name))
             if convolution.bias is None:
                 convolution.bias = nn.Parameter(torch.zeros_like(convolution.weight[:, 0, 0, 0]), requires_grad=False)
-            parent, _, name = batch_norm_name.rpartition(".")
-            setattr(self.network.get_submodule(parent), name, nn.Identity().eval())
+            self.network.set_submodule(batch_norm_name, nn.Identity().eval())
         for name, module in [*self.network.named_modules()]:
             if type(module) is nn.MaxPool2d and not module.return_indices:
-                parent, _, own_name = name.rpartition(".")
-                setattr(self.network.get_submodule(parent), own_name, _MaxPool(module).eval())
+                self.network.set_submodule(name, _MaxPool(module).eval())
         for module in self.network.modules():
             if not isinstance(module, _BatchNorm):  # those left over keep their statistics in float32
                 for parameter in module.parameters(recurse=False):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
@@ -122,9 +122,8 @@ class _Run:
         self.processes, self.stop = processes, stop
         self.compute = config.compute(device, execution.compile)
         self.checkpoints = CheckpointFolder(output / "checkpoints", execution.keep_checkpoints)
-        self.train_data = copy.copy(task.train)  # its transform changes with the epoch
+        self.train_data, self.val_data = copy.copy(task.train), task.val  # the first one's transform changes
         self.steps = self._count_steps()  # of an epoch
-        self.val_data = task.val
         self.micro_batch_size = execution.micro_batch_size or max(1, config.batch_size // processes.size)
         self.accumulate = config.batch_size // (self.micro_batch_size * processes.size)
         self.progress = _Progress()
@@ -208,11 +207,7 @@ class _Run:
         )
 
     def _resume(self) -> dict[str, list[dict[str, Any]]]:
-        """Continue from the newest checkpoint that can be read, if any; returns the rows logged up to it.
-
-        Raises:
-            InputError: there are checkpoints, and none can be read.
-        """
+        """Continue from the newest checkpoint that can be read, if any; returns the rows logged up to it."""
         # All processes take the main one's list: another may see the folder later.
         found = self.checkpoints.newest(self.processes.agree(self.checkpoints.paths()))
         if found is None:
@@ -224,8 +219,7 @@ class _Run:
         progress = content["progress"]
         self.progress = _Progress(**progress | {"totals": Totals(**progress["totals"])})
         self._print(f"resuming from {path}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
-        rows: dict[str, list[dict[str, Any]]] = content["rows"]
-        return rows
+        return cast(dict[str, list[dict[str, Any]]], content["rows"])
 
     def _plan(self) -> str:
         config, size = self.config, self.processes.size
@@ -289,9 +283,8 @@ class _Run:
                 "give a lower learning rate and another --output"
             ) from None
         row = {"epoch": epoch + 1, "step": self.learner.step_count, **progress.totals.metrics()}
-        if progress.seconds > seconds_before:
-            speed = (progress.totals.images - images_before) / (progress.seconds - seconds_before)
-            row["images_per_second"] = speed
+        if seconds := progress.seconds - seconds_before:
+            row["images_per_second"] = (progress.totals.images - images_before) / seconds
         if epoch + 1 == config.epochs or (epoch + 1) % config.eval_period == 0:
             row |= self._evaluate(f"{label} evaluate")
         self._write_row("metrics", row)
@@ -325,15 +318,10 @@ class _Run:
     def _evaluate(self, description: str) -> dict[str, float]:
         config, processes = self.config, self.processes
         images = self.val_data.sample(config.eval_images, seed=config.seed) if config.eval_images else self.val_data
+        rank, size, workers = processes.rank, processes.size, self.execution.workers
         return evaluate(
             self.learner.evaluated,
-            val_batches(
-                images,
-                self.micro_batch_size,
-                rank=processes.rank,
-                world_size=processes.size,
-                workers=self.execution.workers,
-            ),
+            val_batches(images, self.micro_batch_size, rank=rank, world_size=size, workers=workers),
             config.evaluated_at,
             config.eval_attack,
             # In float16 small gradients vanish, and a network would look more robust than it is.
@@ -352,8 +340,7 @@ class _Run:
         return f"{hours} h {minutes:02d} min to go"
 
     def _save(self) -> Path:
-        """Write a checkpoint to resume from; all processes take part."""
-        step, learner = self.learner.step_count, self.learner.state_dict()
+        step, learner = self.learner.step_count, self.learner.state_dict()  # all processes take part
         if self.processes.is_main:
             content = {"learner": learner, "progress": asdict(self.progress), "rows": self.log.rows}
             self.checkpoints.write(step, content)

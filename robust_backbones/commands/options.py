@@ -12,12 +12,8 @@ import tyro
 from robust_backbones.classification.compute import available
 
 Device = Literal["cpu", "cuda"]
+check_device = available
 DEVICE: Device = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(device: str) -> None:
-    """Raise ``InputError`` where a GPU is asked for and there is none."""
-    available(device)
 
 
 @dataclass(kw_only=True)

@@ -191,9 +191,9 @@ def compare(options: Any, models: dict[str, NormalizedModel], photographs: Photo
 
 
 def check(options: Any) -> None:
-    names = ("image_size", "batch_size", "images", "pictures")
-    for name in (name for name in names if getattr(options, name, 1) < 1):
-        raise InputError(f"--{name.replace('_', '-')} must be > 0, got {getattr(options, name)}")
+    for name in ("image_size", "batch_size", "images", "pictures"):
+        if getattr(options, name, 1) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be > 0, got {getattr(options, name)}")
     check_device(options.device)
     if isinstance(options, PhotographOptions) and options.val_resize < options.image_size:
         raise InputError(

@@ -21,6 +21,7 @@ LEFT_OVER = {
     "shufflenet_v2_x1_0": 0,
     "vgg16_bn": 0,
 }
+LARGE = ("resnext50_32x4d", "densenet161", "vgg16_bn")
 
 
 def network(arch: str = "resnet18", stem: str = "imagenet") -> NormalizedModel:
@@ -43,7 +44,9 @@ def cosine(first: Tensor, second: Tensor) -> Tensor:
     return (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
 
 
-@pytest.mark.parametrize("arch", LEFT_OVER)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.slow) if arch in LARGE else arch for arch in LEFT_OVER]
+)
 def test_it_is_the_network_in_eval_mode(arch: str, images: Tensor, labels: Tensor) -> None:
     """Logits and input gradients in float32, up to rounding; every batch norm after a convolution is gone."""
     model = network(arch).eval()
@@ -104,7 +107,7 @@ def test_a_convolution_with_two_readers_is_left_alone(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("arch", ["resnet18", "densenet161"])
+@pytest.mark.parametrize("arch", ["resnet18", pytest.param("densenet161", marks=pytest.mark.slow)])
 def test_low_precision_changes_digits_not_answers(
     arch: str, dtype: torch.dtype, images: Tensor, labels: Tensor
 ) -> None:
