@@ -27,7 +27,7 @@ DETECTOR_KEYS: dict[str, Any] = {
     "MODEL.BACKBONE.FROM_SCRATCH": False,
     # A backbone file that does not fill every tensor is refused, unless parts of the backbone are to be random.
     "MODEL.BACKBONE.ALLOW_PARTIAL": False,
-    # A norm (as RESNETS.NORM) behind res5 in the ROI heads of C4 detectors, as in MoCo's detection protocol; "": none.
+    # A norm (as RESNETS.NORM) after res5 in the ROI heads of C4 detectors, as in MoCo's detection protocol; "": none.
     "MODEL.ROI_HEADS.RES5_NORM": "",
     # On CPUs: a ROIAlign that is faster than torchvision's (benchmark mask-rcnn) and equal to it up to rounding.
     "MODEL.FAST_ROI_ALIGN": True,

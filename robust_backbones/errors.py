@@ -38,7 +38,7 @@ class DivergedError(TrainingFailedError):
 
 
 class PreemptedError(InputError):
-    """A run was asked to stop, wrote its state and stopped; the same command goes on (sysexits' EX_TEMPFAIL)."""
+    """A run was asked to stop, wrote its state and stopped; the same command resumes it (sysexits' EX_TEMPFAIL)."""
 
     exit_status = 75
 
@@ -46,8 +46,9 @@ class PreemptedError(InputError):
 def check_positive(config: object, *names: str) -> None:
     """Raise ``InputError`` unless these attributes of ``config`` are > 0 or None."""
     for name in names:
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
-            raise InputError(f"{name} must be > 0, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise InputError(f"{name} must be > 0, got {value}")
 
 
 def check_not_negative(config: object, *names: str) -> None:

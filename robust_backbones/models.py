@@ -252,10 +252,7 @@ def _candidates(names: Collection[str]) -> list[str]:
 
 @cache
 def reference_shapes(arch: str, stem: str) -> tuple[dict[str, tuple[int, ...]], str]:
-    """The shapes of an architecture's tensors with one class, by name, and the name of its classifier layer.
-
-    Batch norm's counters are left out, as old files do.
-    """
+    """The shapes of an architecture's tensors with one class, without counters, and its classifier layer's name."""
     shape = ARCHITECTURES[arch]
     if shape is not None:
         return _resnet_shapes(shape, stem), "fc"

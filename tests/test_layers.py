@@ -1,4 +1,4 @@
-"""The house's rules: imports go downward, Detectron2 stays in its room, nothing heavy happens at import."""
+"""The package's rules: imports go downward, Detectron2 stays in its module, nothing heavy happens at import."""
 
 import ast
 import subprocess

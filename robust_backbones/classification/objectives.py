@@ -103,7 +103,7 @@ class Objective:
         return math.log(classes)
 
     def state_dict(self) -> dict[str, Any]:
-        """What carries over from one batch to the next, in this process."""
+        """What the next batch needs of the last one, in this process."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -70,8 +70,7 @@ class Synthesis(NamedTuple):
 def noise(count: int, size: int, *, seed: int) -> Tensor:
     """Starts: grey with Gaussian noise of standard deviation 1/20, clipped to [0, 1], as in the public code.
 
-    Returns:
-        Shape (count, 3, size, size), float32; an image depends on the seed and its own place alone.
+    Shape (count, 3, size, size), float32; an image depends on the seed and its own place alone.
     """
     generators = (torch.Generator().manual_seed(mix(seed, 0, index)) for index in range(count))
     images = [0.5 + torch.randn(3, size, size, generator=generator) / 20 for generator in generators]
@@ -160,13 +159,10 @@ def maximize_activation(
     Args:
         starts: shape (N, 3, H, W), in [0, 1], such as ``noise``.
         units: shape (N,), which unit each image is to maximise; of a feature map, channels, by their mean.
-        layer: as for ``activations``.
+        layer: as for ``activations``; refused if the network has no such layer or unit.
 
     Returns:
         The images and the units' activations.
-
-    Raises:
-        InputError: the network has no such layer or unit.
     """
     with frozen_eval(model):
         best = _climb(activation_losses(model, units, layer), starts, ascent, progress)
@@ -191,9 +187,6 @@ def invert(
 
     Returns:
         The images and their normalised distances ‖R(x) - R(target)‖ / ‖R(target)‖, never above those of the starts.
-
-    Raises:
-        InputError: the network has no such layer.
     """
     with frozen_eval(model):
         best = _climb(inversion_losses(model, targets, layer), starts, ascent, progress)
@@ -219,11 +212,8 @@ def saliency(model: NormalizedModel, images: Tensor, labels: Tensor) -> Tensor:
     """The gradient of the cross-entropy with respect to the pixels (Tsipras et al. 2019, Figure 2).
 
     Args:
-        images: shape (N, 3, H, W), in [0, 1].
+        images: shape (N, 3, H, W), in [0, 1]; so is the gradient's.
         labels: shape (N,), class indices.
-
-    Returns:
-        Of the shape of ``images``.
 
     Raises:
         InputError: the network has no classifier.
@@ -268,11 +258,7 @@ def _gradient(model: NormalizedModel, images: Tensor, total: Callable[[Tensor], 
 def pixel_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's correlation of the pixels of each two images, over all places and channels; 0 where one is constant.
 
-    Args:
-        a, b: shape (N, C, H, W).
-
-    Returns:
-        Shape (N,), in [-1, 1], float64.
+    Shape (N, C, H, W) -> (N,), in [-1, 1], float64.
     """
     # In float64, in which the rounding of a constant image's mean is nothing.
     a, b = (images.flatten(1).double() for images in (a, b))

@@ -43,7 +43,7 @@ class ClassifierOptions(EvaluationOptions):
     Example, at epsilon 3:
         robust-backbones evaluate classifier checkpoint.pt --data imagenet/val --threat-model L2:3 --output runs/eval
 
-    OUTPUT gets outcomes.jsonl (a row an image) and record.json; an evaluation that was cut off goes on when the same
+    OUTPUT gets outcomes.jsonl (a row an image) and record.json; an evaluation that was cut off resumes when the same
     command is given again.
     """
 
@@ -64,7 +64,7 @@ class DetectorOptions(DeviceOptions):
 
     DETECTRON2_DATASETS names the folder with the data sets. OUTPUT gets cells/NAME/record.json and detections.json for
     every evaluation (clean, fog-3, ...), record.json over all, and errors.svg, .png and .csv: the AP50 that each type
-    of error costs. Cells that are there are not run again, so that an evaluation that was cut off goes on, and one of
+    of error costs. Cells that are there are not run again, so that an evaluation that was cut off resumes, and one of
     few cells grows. Attacks are held against random noise and larger balls on 8 images; signs that gradients are masked
     are printed. Exit status: 0 done, 1 failed, 2 bad input, 75 stopped by a signal.
     """

@@ -9,7 +9,7 @@ Examples:
 
 DATA/train and DATA/val hold one folder of images a class, or shards (*.tar). A recipe is that of a published backbone
 (--list-recipes shows them); without one, the options' defaults are the paper's ResNet-50. OUTPUT gets checkpoint.pt,
-best.pt, metrics.jsonl (a row an epoch), steps.jsonl, tensorboard/ and record.json; a run that was cut off goes on when
+best.pt, metrics.jsonl (a row an epoch), steps.jsonl, tensorboard/ and record.json; a run that was cut off resumes when
 the same command is given again. Exit status: 0 done, 1 the training failed, 2 bad input, 75 preempted (give the
 command again). --debug shows tracebacks.
 """
@@ -63,7 +63,7 @@ class PretrainJob:
             return pretrain(self.config, self.data, self.output, self.execution).metrics
 
     def checkpoint(self) -> Any:
-        """What to submit when the scheduler takes the machine away: the same job, which goes on where it was."""
+        """What to submit when the scheduler takes the machine away: the same job, which resumes."""
         import submitit
 
         return submitit.helpers.DelayedSubmission(self)

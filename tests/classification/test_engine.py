@@ -25,7 +25,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(count: int = 3, size: int = 8) -> list[Batch]:
-    """uint8 batches whose class is told by the brightest channel."""
+    """uint8 batches whose class is that of the brightest channel."""
     generator = torch.Generator().manual_seed(0)
     out = []
     for _ in range(count):

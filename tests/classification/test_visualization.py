@@ -48,7 +48,7 @@ def smooth_model(size: int = 6) -> NormalizedModel:
 
 
 def linear_model(size: int = 4) -> NormalizedModel:
-    """Logits that are linear in the pixels behind an orthogonal map, which loses nothing; in float64."""
+    """Logits that are linear in the pixels after an orthogonal map, which loses nothing; in float64."""
     pixels = 3 * size * size
     model = seeded({"flat": nn.Flatten(), "mix": nn.Linear(pixels, pixels), "fc": nn.Linear(pixels, 5)})
     nn.init.orthogonal_(model.backbone.mix.weight, generator=torch.Generator().manual_seed(0))
@@ -89,7 +89,7 @@ def test_layers_are_what_the_network_computes(trained_like: NormalizedModel, ima
         stages = model.stages(images)
         expected = {
             **stages,
-            "bn1": net.bn1(net.conv1(normalized)),  # the ReLU behind it works in place
+            "bn1": net.bn1(net.conv1(normalized)),  # the ReLU after it works in place
             "layer1.0.relu": net.layer1[0].relu(
                 net.layer1[0].bn1(net.layer1[0].conv1(net.maxpool(net.relu(net.bn1(net.conv1(normalized))))))
             ),

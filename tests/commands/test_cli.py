@@ -86,7 +86,7 @@ def test_an_unreadable_image_stops_with_its_name(run_tool: Run, tmp_path: Path) 
             (tmp_path / "data" / part / "a" / f"{index}.jpg").write_bytes(b"\xff\xd8 not a picture")
     output = tmp_path / "run"
     assert_refused(run_tool("pretrain", "--data", tmp_path / "data", "--output", output, *FAST), "cannot read", ".jpg")
-    assert [path.name for path in output.iterdir()] == ["config.json"]  # a claim, so that the mended data goes on
+    assert [path.name for path in output.iterdir()] == ["config.json"]  # a claim, so that the mended data resumes
 
 
 def test_recipes_are_listed_and_overridden(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
