@@ -18,7 +18,7 @@ from robust_backbones.analysis.figures import COLORS, MARKERS, Picture, save
 from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
 from robust_backbones.transfer.inheritance.matrix import Matrix
-from robust_backbones.transfer.inheritance.related_sets import PRETRAINING
+from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
 MOST_EXACT = 8
 

@@ -32,16 +32,18 @@ from robust_backbones.commands.options import DeviceOptions, EvaluationOptions
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
-from robust_backbones.transfer.inheritance.corruption import CorruptionConfig, evaluate_corruptions
-from robust_backbones.transfer.inheritance.detectors import compare_with_detector
-from robust_backbones.transfer.inheritance.made_sets import check_kind, make_set
+from robust_backbones.transfer.inheritance.evaluations import (
+    CorruptionConfig,
+    compare_with_detector,
+    evaluate_corruptions,
+)
 from robust_backbones.transfer.inheritance.matrix import read_matrices
-from robust_backbones.transfer.inheritance.related_sets import KNOWN_SETS
-from robust_backbones.transfer.inheritance.run import DEFAULT_METHODS, ProtocolExecution, run_protocol
+from robust_backbones.transfer.inheritance.run import DEFAULT_METHODS, run_protocol
+from robust_backbones.transfer.inheritance.sets import KNOWN_SETS, check_kind, make_set
 
 
-@dataclass
-class InheritanceOptions:
+@dataclass(kw_only=True)
+class InheritanceOptions(DeviceOptions):
     """Evaluate on every set, fine-tune on one, evaluate on every set again, for each set, method and seed.
 
     Example:
@@ -61,7 +63,8 @@ class InheritanceOptions:
     output: Path
     """Folder for the results: LABEL/METHOD/SET/seed_S/record.json."""
     config: Annotated[InheritanceConfig, tyro.conf.arg(name="")] = field(default_factory=InheritanceConfig)
-    execution: Annotated[ProtocolExecution, tyro.conf.arg(name="")] = field(default_factory=ProtocolExecution)
+    memory_gb: float = 8.0
+    """Room for decoded images; sets that find none are decoded at every use."""
     methods: tuple[str, ...] = DEFAULT_METHODS
     """fine_tuning linear_probe lp_ft lwf ewc l2_init l2_sp lora visual_prompt wise_ft uniform_soup greedy_soup, and
     wise_ft_0.3 for WiSE-FT at another alpha than 0.5."""
@@ -179,7 +182,7 @@ def run(options: InheritanceOptions) -> int:
         sets[folder.name] = folder
     if len(sets) < len(options.sets):
         raise InputError("two sets have one name: rename a folder")
-    with cpu.fast(options.execution.device):
+    with cpu.fast(options.device):
         records = run_protocol(
             options.checkpoints,
             options.pretraining,
@@ -188,7 +191,9 @@ def run(options: InheritanceOptions) -> int:
             options.config,
             methods=options.methods,
             seeds=options.seeds,
-            execution=options.execution,
+            device=options.device,
+            workers=options.workers,
+            memory_gb=options.memory_gb,
         )
     print(f"\n{analysis.summary_table(read_matrices([options.output])).to_markdown()}\n")
     print(f"{len(records)} records written to {options.output}")

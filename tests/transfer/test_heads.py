@@ -48,7 +48,7 @@ def alone(
     return means
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     images=st.integers(20, 70),
     features=st.integers(1, 40),

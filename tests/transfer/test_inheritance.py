@@ -39,14 +39,12 @@ from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbon
 from robust_backbones.runs.locks import lock
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.transfer.inheritance import corruption
+from robust_backbones.transfer.inheritance import evaluations
 from robust_backbones.transfer.inheritance.adapters import LowRankModel, PromptedModel
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
-from robust_backbones.transfer.inheritance.corruption import mean_corruption_error
-from robust_backbones.transfer.inheritance.detectors import with_own_classifier
 from robust_backbones.transfer.inheritance.distances import sinkhorn, wasserstein
+from robust_backbones.transfer.inheritance.evaluations import mean_corruption_error, with_own_classifier
 from robust_backbones.transfer.inheritance.job import Job, accuracy_on, for_evaluation, rate, train
-from robust_backbones.transfer.inheritance.made_sets import apply
 from robust_backbones.transfer.inheritance.matrix import read_matrices
 from robust_backbones.transfer.inheritance.methods import (
     METHODS,
@@ -59,8 +57,8 @@ from robust_backbones.transfer.inheritance.methods import (
     mean,
     ordered,
 )
-from robust_backbones.transfer.inheritance.related_sets import PRETRAINING, Memory, RelatedSet, open_related_set
-from robust_backbones.transfer.inheritance.run import ProtocolExecution, run_protocol
+from robust_backbones.transfer.inheritance.run import run_protocol
+from robust_backbones.transfer.inheritance.sets import PRETRAINING, Memory, RelatedSet, apply, open_related_set
 from tests.conftest import randomize_batch_norms
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
@@ -451,7 +449,7 @@ vectors = st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3)
 
 
 @given(members=st.lists(vectors, min_size=1, max_size=5), goal=vectors)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_a_greedy_soup_is_never_below_its_best_member(members: list[list[float]], goal: list[float]) -> None:
     named = {str(place): {"w": torch.tensor(member)} for place, member in enumerate(members)}
 
@@ -595,7 +593,7 @@ def protocol(world: Path, start: Checkpoint, output: Path, methods: list[str], *
         output,
         replace(SMALL, epochs=1, **change),
         methods=methods,
-        execution=ProtocolExecution("cpu", workers=0),
+        workers=0,
     )
 
 
@@ -880,8 +878,8 @@ def test_the_tool_measures_corruptions_and_detectors(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(corruption, "CORRUPTIONS", ("brightness", "contrast"))
-    monkeypatch.setattr(corruption, "SEVERITIES", (1, 5))
+    monkeypatch.setattr(evaluations, "CORRUPTIONS", ("brightness", "contrast"))
+    monkeypatch.setattr(evaluations, "SEVERITIES", (1, 5))
     first, second = tmp_path / "first.pt", tmp_path / "second.pt"
     for path, weights in ((first, start.state_dict), (second, fine_tuned)):
         write_checkpoint(path, spec=SPEC, state_dict=weights, threat_model=start.threat_model)
@@ -928,7 +926,7 @@ def test_correlation_by_hand() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=4, max_size=5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_p_of_few_pairs_is_exact(points: list[tuple[int, int]]) -> None:
     x, y = zip(*points, strict=True)
     assume(len(set(x)) > 1 and len(set(y)) > 1)

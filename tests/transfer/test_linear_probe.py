@@ -71,6 +71,7 @@ def sequential(
     setting: Setting,
     seed: int,
     *,
+    config: ProbeConfig = CONFIG,
     train_statistics: bool = False,
 ) -> nn.Module:
     """One run for one head, as one writes it first: all epochs through the whole network, by torch's own SGD."""
@@ -78,9 +79,9 @@ def sequential(
     net.requires_grad_(False)
     net.fc.requires_grad_(True)
     optimizer = torch.optim.SGD(net.fc.parameters(), lr=setting.lr, momentum=0.9, weight_decay=setting.weight_decay)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, CONFIG.lr_step)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_step)
     order = images.seen_through(train_transform(32, min_crop_scale=0.5), seed=CONFIG.data_seed)
-    for epoch in range(CONFIG.epochs):
+    for epoch in range(config.epochs):
         net.train(train_statistics)
         # The order is the seed's, the augmentation the probe's.
         drawn = train_batches(
@@ -115,6 +116,7 @@ def test_one_pass_gives_what_a_run_for_each_head_gives(
     checkpoint: Checkpoint, data: TransferData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights within 1e-6, and with them every accuracy; for heads on all images and on those that are not held out."""
+    config = replace(CONFIG, epochs=2, lr_step=1)
     banks: dict[str, list[HeadBank]] = {}
     original = module._Probe.train
 
@@ -123,13 +125,13 @@ def test_one_pass_gives_what_a_run_for_each_head_gives(
         banks.update(self.heads)
 
     monkeypatch.setattr(module._Probe, "train", train)
-    records = probe(CONFIG, checkpoint, data, tmp_path / "out")
+    records = probe(config, checkpoint, data, tmp_path / "out")
     kept, held_out = split_held_out(data.train.labels, CONFIG.held_out, CONFIG.data_seed)
     scores: dict[str, list[float]] = {}
     for setting, seed in itertools.product(CONFIG.settings, CONFIG.seeds):
         for part, images in (("all", data.train), ("selecting", data.train.take(kept))):
             # The held-out images keep their place in the draws of augmentation, and others' order is by their number.
-            net = sequential(checkpoint, images, setting, seed)
+            net = sequential(checkpoint, images, setting, seed, config=config)
             ours = banks[part][0].classifier(CONFIG.seeds.index(seed), setting)
             torch.testing.assert_close(ours.weight, net.fc.weight, rtol=0, atol=1e-6)
             torch.testing.assert_close(ours.bias, net.fc.bias, rtol=0, atol=1e-6)
@@ -142,7 +144,7 @@ def test_one_pass_gives_what_a_run_for_each_head_gives(
     assert selection["selected"] == best
     chosen = next(setting for setting in CONFIG.settings if str(setting) == best)
     for record in records:
-        net = sequential(checkpoint, data.train, chosen, record.seed)
+        net = sequential(checkpoint, data.train, chosen, record.seed, config=config)
         assert record.metrics["clean_accuracy"] == pytest.approx(mean_accuracy(net, data.test))
         torch.testing.assert_close(head(tmp_path / "out", record.seed), net.fc.weight, rtol=0, atol=1e-6)
 

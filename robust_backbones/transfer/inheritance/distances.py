@@ -15,7 +15,7 @@ from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.errors import InputError
 from robust_backbones.transfer.features import Features
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
-from robust_backbones.transfer.inheritance.related_sets import Memory, RelatedSet
+from robust_backbones.transfer.inheritance.sets import Memory, RelatedSet
 
 Points = NDArray[np.float64]
 """Shape (N, D)."""

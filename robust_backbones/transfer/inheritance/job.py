@@ -22,7 +22,7 @@ from robust_backbones.models import NormalizedModel
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.inheritance.adapters import PromptedModel
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
-from robust_backbones.transfer.inheritance.related_sets import Memory, RelatedSet
+from robust_backbones.transfer.inheritance.sets import Memory, RelatedSet
 
 Weights = Mapping[str, Tensor]
 """A network's tensors by name."""

@@ -10,7 +10,7 @@ from statistics import fmean
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.methods import PRETRAINED
-from robust_backbones.transfer.inheritance.related_sets import PRETRAINING
+from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
 DISTANCES = "distances"
 

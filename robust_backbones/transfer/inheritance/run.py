@@ -28,7 +28,7 @@ from robust_backbones.transfer.inheritance.distances import distances, load_libr
 from robust_backbones.transfer.inheritance.job import Job, Weights, accuracy_on, check_size, for_evaluation
 from robust_backbones.transfer.inheritance.matrix import DISTANCES, MatrixCell
 from robust_backbones.transfer.inheritance.methods import PRETRAINED, diagonal_fisher, find, ordered
-from robust_backbones.transfer.inheritance.related_sets import (
+from robust_backbones.transfer.inheritance.sets import (
     PRETRAINING,
     Memory,
     RelatedSet,
@@ -41,17 +41,6 @@ TASK = "inheritance"
 DEFAULT_METHODS = ("fine_tuning", "linear_probe", "lp_ft", "lwf", "l2_init", "wise_ft", "uniform_soup")
 
 
-@dataclass(frozen=True)
-class ProtocolExecution:
-    """Where and how the protocol is computed; results do not depend on it."""
-
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    workers: int = 2
-    """Processes that decode images, each of which is decoded once."""
-    memory_gb: float = 8.0
-    """Room for decoded images; sets that find none are decoded at every use."""
-
-
 def run_protocol(
     backbones: Backbones,
     pretraining: str | Path,
@@ -61,7 +50,9 @@ def run_protocol(
     *,
     methods: Sequence[str] = DEFAULT_METHODS,
     seeds: Sequence[int] = (0,),
-    execution: ProtocolExecution = ProtocolExecution(),
+    device: torch.device | str = "cpu",
+    workers: int = 2,
+    memory_gb: float = 8.0,
 ) -> list[RunRecord]:
     """Evaluate every backbone on all sets, and again after fine-tuning on each of them in turn.
 
@@ -75,6 +66,7 @@ def run_protocol(
         pretraining: folder of the pre-training set, with train/ and val/.
         sets: folders of the related sets by name.
         methods: what a method needs is run too.
+        memory_gb: room for decoded images; sets that find none are decoded at every use.
 
     Raises:
         InputError: data that cannot be used; ``output`` holds another run.
@@ -92,7 +84,7 @@ def run_protocol(
     (num_classes, *others) = {checkpoint.spec.num_classes for checkpoint in checkpoints.values()}
     if others or not num_classes:
         raise InputError("the backbones must have the classifier of the pre-training set, all with the same classes")
-    compute = Compute(available(execution.device), config.precision)
+    compute = Compute(available(device), config.precision)
     transform = val_transform(config.image_size, resize=config.val_resize)
     train_images, validation = open_pretraining_set(Path(pretraining), num_classes, transform)
     classes = validation.images.classes
@@ -104,7 +96,7 @@ def run_protocol(
         "pretraining": Path(pretraining).name,
         "sets": {name: [len(related.images), len(related.classes)] for name, related in found.items()},
     }
-    memory = Memory(execution.memory_gb, execution.workers)
+    memory = Memory(memory_gb, workers)
     with stop_on_signals() as stop:
         for label, checkpoint in checkpoints.items():  # methods and seeds may be added to an output later
             identity = {**config.to_dict(), "checkpoint_sha256": checkpoint.source_sha256, **about}
