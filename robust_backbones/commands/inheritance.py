@@ -28,7 +28,7 @@ from robust_backbones.analysis import inheritance as analysis
 from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.classification.robustness import RobustnessConfig
 from robust_backbones.commands import cli
-from robust_backbones.commands.options import DeviceOptions, EvaluationOptions
+from robust_backbones.commands.options import DEVICE, DeviceOptions, EvaluationOptions
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
@@ -42,8 +42,8 @@ from robust_backbones.transfer.inheritance.run import DEFAULT_METHODS, run_proto
 from robust_backbones.transfer.inheritance.sets import KNOWN_SETS, check_kind, make_set
 
 
-@dataclass(kw_only=True)
-class InheritanceOptions(DeviceOptions):
+@dataclass
+class InheritanceOptions:
     """Evaluate on every set, fine-tune on one, evaluate on every set again, for each set, method and seed.
 
     Example:
@@ -63,6 +63,9 @@ class InheritanceOptions(DeviceOptions):
     output: Path
     """Folder for the results: LABEL/METHOD/SET/seed_S/record.json."""
     config: Annotated[InheritanceConfig, tyro.conf.arg(name="")] = field(default_factory=InheritanceConfig)
+    device: str = DEVICE
+    workers: int = 2
+    """Processes that decode images, each of which is decoded once."""
     memory_gb: float = 8.0
     """Room for decoded images; sets that find none are decoded at every use."""
     methods: tuple[str, ...] = DEFAULT_METHODS

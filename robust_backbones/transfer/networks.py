@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -84,7 +83,7 @@ class FineTunedModel(NormalizedModel):
 
     def __init__(self, backbone: nn.Module, spec: BackboneSpec, freeze: int) -> None:
         super().__init__(backbone, spec)
-        self._spec, self._freeze = spec, freeze
+        self._freeze = freeze
         for module in self._frozen():
             module.requires_grad_(False)
 
@@ -96,7 +95,7 @@ class FineTunedModel(NormalizedModel):
 
     def _frozen(self) -> list[nn.Module]:
         # Looked up anew each time: synchronised batch norms take the places of the first ones.
-        return [module for group in depth_groups(self.backbone, self._spec)[: self._freeze] for module in group]
+        return [module for group in depth_groups(self.backbone, self.spec)[: self._freeze] for module in group]
 
 
 def depth_groups(backbone: nn.Module, spec: BackboneSpec) -> list[list[nn.Module]]:
@@ -112,17 +111,9 @@ def layer_wise_rates(model: NormalizedModel, spec: BackboneSpec, *, lr: float, d
 
     Frozen parameters are in none (Clark et al. 2020, section 3.1, with a group as a layer).
     """
-
-    def group(modules: list[nn.Module], rate: float) -> Iterator[dict[str, Any]]:
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        if parameters:
-            yield {"params": parameters, "lr": rate}
-
-    classifier = model.backbone.get_submodule(_classifier(spec))
-    rows = list(group([classifier], lr))
-    for depth, modules in enumerate(reversed(depth_groups(model.backbone, spec)), start=1):
-        rows += group(modules, lr * decay**depth)
-    return rows
+    groups = [[model.backbone.get_submodule(_classifier(spec))], *reversed(depth_groups(model.backbone, spec))]
+    learnt = [[p for module in group for p in module.parameters() if p.requires_grad] for group in groups]
+    return [{"params": found, "lr": lr * decay**depth} for depth, found in enumerate(learnt) if found]
 
 
 def transferred_spec(checkpoint: Checkpoint, num_outputs: int, *, normalize: bool = True) -> BackboneSpec:
