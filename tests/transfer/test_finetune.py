@@ -336,7 +336,7 @@ def test_a_grid_cut_off_in_the_second_run_ends_the_same(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bit for bit; of the first run nothing is done again, of the second the steps behind its first epoch."""
+    """Bit for bit; of the first run nothing is done again, of the second the steps after its first epoch."""
     taken = []
     original = Learner.step
 
@@ -429,7 +429,7 @@ def test_a_single_setting_needs_no_selection(
 def test_test_images_have_no_part_in_what_is_chosen_and_learnt(
     grid_run: tuple[Path, list[RunRecord]], checkpoint: Checkpoint, folder: Path, tmp_path: Path
 ) -> None:
-    """With noise in their place, selection and weights are the same to the bit, and the result is another."""
+    """With noise in their place, selection and weights are bit-identical, and the result is another."""
     noisy = tmp_path / folder.name
     shutil.copytree(folder, noisy)
     rng = np.random.default_rng(0)

@@ -95,7 +95,7 @@ def test_heads_train_on_the_images_named_alone() -> None:
     assert torch.equal(banks[0].weight, banks[1].weight)
 
 
-def test_a_bank_goes_on_from_its_state() -> None:
+def test_a_bank_resumes_from_its_state() -> None:
     x, labels = problem(40, 6, 3)
     grid, order = [Setting(0.01, 5e-4), Setting(0.1, 0.0)], torch.arange(40).expand(2, -1)
 

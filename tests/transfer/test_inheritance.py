@@ -359,7 +359,7 @@ def test_linear_probe_is_sgd_on_the_classifier_of_a_frozen_network(world: Path, 
     assert (found["fc.weight"] - start.state_dict["fc.weight"]).abs().max() > 1e-2
 
 
-def test_lp_ft_goes_on_from_the_probe(world: Path, start: Checkpoint, fine_tuned: dict[str, Tensor]) -> None:
+def test_lp_ft_starts_from_the_probe(world: Path, start: Checkpoint, fine_tuned: dict[str, Tensor]) -> None:
     probe = {**start.state_dict, "fc.bias": start.state_dict["fc.bias"] + torch.tensor([0.0, 1.0, 0.0, -1.0])}
     asked: list[str] = []
 
@@ -541,7 +541,7 @@ def test_a_prompt_is_a_frame_around_the_image(world: Path, start: Checkpoint) ->
     assert accuracy_on(job.target, for_evaluation(model, CPU), CPU, job.memory) == pytest.approx(100 * float(right))
 
 
-def test_methods_come_behind_what_they_need_and_unknown_ones_are_refused() -> None:
+def test_methods_come_after_what_they_need_and_unknown_ones_are_refused() -> None:
     assert ordered(["wise_ft", "lp_ft", "wise_ft_0.3"], SMALL) == [
         *("fine_tuning", "wise_ft", "linear_probe", "lp_ft", "wise_ft_0.3")
     ]
@@ -642,7 +642,7 @@ def test_the_protocol_measures_what_its_networks_do(world: Path, start: Checkpoi
     assert one["fine_tuning"].distances["negative"] == record.metrics["wasserstein/negative"]
 
 
-def test_a_run_that_was_stopped_goes_on_and_ends_the_same(
+def test_a_stopped_run_resumes_and_ends_the_same(
     world: Path, start: Checkpoint, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, steps = Learner.step, 0

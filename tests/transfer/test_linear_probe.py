@@ -243,7 +243,7 @@ def test_a_finished_probe_is_not_run_again(
         probe(replace(CONFIG, epochs=5), checkpoint, data, tmp_path / "out")
 
 
-def test_a_probe_asked_to_stop_says_so_and_goes_on(
+def test_a_probe_asked_to_stop_says_so_and_resumes(
     checkpoint: Checkpoint, data: TransferData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = probe(CONFIG, checkpoint, data, tmp_path / "whole")

@@ -211,7 +211,7 @@ def step(model: NormalizedModel, images: Tensor, groups: list[dict[str, Any]]) -
         pytest.param("densenet161", 3, marks=pytest.mark.slow),
     ],
 )
-def test_frozen_groups_do_not_move_to_the_bit_and_the_others_do(arch: str, freeze: int, pixels: Tensor) -> None:
+def test_frozen_groups_do_not_move_and_the_others_do(arch: str, freeze: int, pixels: Tensor) -> None:
     checkpoint = checkpoint_of(BackboneSpec(arch, CLASSES))
     classifier = new_classifier(checkpoint.spec, CLASSES, seed=0)
     model = with_classifier(checkpoint, classifier, freeze=freeze).eval().train()
