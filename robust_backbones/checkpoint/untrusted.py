@@ -136,10 +136,7 @@ def _read_archive(content: mmap.mmap, file: BinaryIO) -> Any:
 
 
 def _read_pickles(stream: _Stream, data: memoryview, *, nested: bool = False) -> Any:
-    """One pickle, or torch.save before 1.6: five pickles, then the storages, each after its number of elements.
-
-    ``data`` is all that the stream is of; ``nested`` pickles hold no files.
-    """
+    """One pickle, or torch.save before 1.6: five pickles, then the storages, each after its number of elements."""
     first = _Unpickler(stream, nested=nested).load()
     if not isinstance(first, int) or first != _LEGACY_MAGIC:
         return first

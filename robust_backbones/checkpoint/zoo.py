@@ -44,17 +44,17 @@ class PublishedBackbone:
 def published() -> dict[str, PublishedBackbone]:
     """All 67 published backbones by name."""
     with open(_TABLE, newline="") as file:
-        return {Path(row["file"]).stem: _read(row) for row in csv.DictReader(file)}
-
-
-def _read(row: dict[str, str]) -> PublishedBackbone:
-    return PublishedBackbone(
-        name=Path(row["file"]).stem,
-        arch=row["arch"],
-        threat_model=ThreatModel.parse(f"{row['norm']}:{row['eps']}"),
-        imagenet_accuracy=float(row["imagenet_top1"]),
-        file=row["file"],
-    )
+        rows = [
+            PublishedBackbone(
+                name=Path(row["file"]).stem,
+                arch=row["arch"],
+                threat_model=ThreatModel.parse(f"{row['norm']}:{row['eps']}"),
+                imagenet_accuracy=float(row["imagenet_top1"]),
+                file=row["file"],
+            )
+            for row in csv.DictReader(file)
+        ]
+    return {row.name: row for row in rows}
 
 
 def find(name: str) -> PublishedBackbone:
@@ -140,11 +140,8 @@ def _download(path: Path) -> None:
 def table() -> str:
     """Name, architecture, threat model and ImageNet accuracy (clean top-1, in %) of every one, in aligned columns."""
     lines = [("name", "architecture", "threat model", "ImageNet accuracy")]
-    for backbone in published().values():
-        accuracy = f"{backbone.imagenet_accuracy:.2f}"
-        lines.append((backbone.name, backbone.arch, str(backbone.threat_model), accuracy))
+    lines += [
+        (one.name, one.arch, str(one.threat_model), f"{one.imagenet_accuracy:.2f}") for one in published().values()
+    ]
     first, second, third, last = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return "\n".join(
-        f"{name:{first}}  {arch:{second}}  {threat_model:{third}}  {accuracy:>{last}}"
-        for name, arch, threat_model, accuracy in lines
-    )
+    return "\n".join(f"{a:{first}}  {b:{second}}  {c:{third}}  {d:>{last}}" for a, b, c, d in lines)

@@ -124,11 +124,11 @@ def datasets(options: DatasetsOptions) -> int:
         raise InputError(f"no folder {options.data_root}: give the one that holds the data sets")
     present = 0
     for row in TRANSFER_DATASETS.values():
-        found = check(row, options.data_root)
-        present += found.state == "present"
+        state, detail = check(row, options.data_root)
+        present += state == "present"
         print(
-            f"{row.name:<10} {found.state:<8} {row.title}: {row.num_classes} classes, {row.train_images:,} training "
-            f"and {row.test_images:,} test images ({row.split}), {row.metric}\n{'':<20}{found.detail}"
+            f"{row.name:<10} {state:<8} {row.title}: {row.num_classes} classes, {row.train_images:,} training "
+            f"and {row.test_images:,} test images ({row.split}), {row.metric}\n{'':<20}{detail}"
         )
     print(f"{present} of {len(TRANSFER_DATASETS)} data sets are in {options.data_root}")
     return 0

@@ -46,7 +46,7 @@ from robust_backbones.classification.visualization import (
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DEVICE, Device, check_device
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
-from robust_backbones.data.folders import FolderImages
+from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
 from robust_backbones.models import NormalizedModel
@@ -242,7 +242,7 @@ def open_photographs(options: PhotographOptions) -> Photographs:
         names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
         if not names:
             raise InputError(f"no image in {folder}: give a folder of images, or of a folder of images a class")
-        dataset = ClassificationDataset(FolderImages(folder, ["any"], [0] * len(names), names), transform)
+        dataset = ClassificationDataset(ImageFiles(folder, ["any"], [0] * len(names), names), transform)
     else:
         dataset = open_dataset(folder, transform)
     dataset = dataset.sample(options.images, seed=options.seed)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -68,8 +65,12 @@ def corrupt(image: NDArray[np.uint8], name: str, severity: int, *, seed: int) ->
     padded = np.pad(image, padding, mode="symmetric")
     seed %= 2**32
     options = {"seed": seed} if name in _SEEDED_BY_ARGUMENT else {}
-    with _numpy_seeded(seed):
+    state = np.random.get_state(legacy=False)
+    np.random.seed(seed)
+    try:
         corrupted: NDArray[np.uint8] = library.corrupt(padded, severity=severity, corruption_name=name, **options)
+    finally:
+        np.random.set_state(state)
     return corrupted[:height, :width]
 
 
@@ -92,19 +93,9 @@ def check_corruption(name: str, severity: int) -> None:
 def load_library() -> Any:
     """The package ``imagecorruptions``; its import takes a second, and numba."""
     try:
-        return importlib.import_module("imagecorruptions")
+        import imagecorruptions
     except ImportError as error:
         raise InputError(
             f"corruptions cannot be drawn ({error}): pip install 'robust-backbones[corruptions]'"
         ) from None
-
-
-@contextmanager
-def _numpy_seeded(seed: int) -> Iterator[None]:
-    """Seed NumPy's global generator for the block, and put it back."""
-    state = np.random.get_state(legacy=False)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
+    return imagecorruptions

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import cv2
 import torch
@@ -15,29 +15,10 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode
-from robust_backbones.data.folders import FolderImages
+from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.shards import ShardImages
 from robust_backbones.errors import InputError
 from robust_backbones.runs.signals import stop_for_parent_only
-
-
-class ImageSource(Protocol):
-    """Where the images of a data set are: labels and names have one entry an image."""
-
-    @property
-    def root(self) -> Path: ...
-    @property
-    def classes(self) -> list[str]: ...
-    @property
-    def labels(self) -> list[int]: ...
-    @property
-    def names(self) -> list[str]: ...
-
-    def read(self, index: int) -> bytes:
-        """The image file's bytes."""
-
-    def stamp(self, index: int) -> tuple[int, ...]:
-        """Numbers that change when the image does."""
 
 
 class ClassificationDataset(Dataset[tuple[Tensor, int]]):
@@ -51,7 +32,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
     """
 
     def __init__(
-        self, source: ImageSource, transform: v2.Transform, *, seed: int = 0, cache: ResizedCache | None = None
+        self, source: ImageFiles, transform: v2.Transform, *, seed: int = 0, cache: ResizedCache | None = None
     ) -> None:
         self.classes = source.classes
         self.labels = source.labels
@@ -157,45 +138,37 @@ def open_dataset(
     if shards == folders:
         found = "both class folders and shards" if shards else "neither class folders nor shards"
         raise InputError(f"{root} holds {found} (*.tar, not compressed): expected one of the two")
-    source: ImageSource = ShardImages.scan(root) if shards else FolderImages.scan(root)
+    source: ImageFiles = ShardImages.scan(root) if shards else ImageFiles.scan(root)
     return ClassificationDataset(source, transform, seed=seed, cache=cache)
 
 
 def find_unreadable(dataset: ClassificationDataset, *, workers: int) -> dict[str, str]:
     """Decode every image once: name -> reason of those that cannot be. With a cache, this fills it."""
-    loader = DataLoader(
-        _Readability(dataset),
+    loader: DataLoader[int] = DataLoader(
+        range(len(dataset)),  # type: ignore[arg-type]  # positions; the workers read the images as they collate them
         batch_size=16,
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=partial(_unreadable, dataset),
         worker_init_fn=init_worker,
         generator=torch.Generator(),
     )
-    found = {}
+    found: dict[str, str] = {}
     with tqdm(total=len(dataset), desc="checking images", unit="img", disable=None) as progress:
-        for reasons in loader:
-            for name, reason in reasons:
-                if reason is not None:
-                    found[name] = reason
-            progress.update(len(reasons))
+        for read, reasons in loader:
+            found |= reasons
+            progress.update(read)
     return found
 
 
-class _Readability(Dataset[tuple[str, str | None]]):
-    """Items are (name, reason why the image cannot be read or None)."""
-
-    def __init__(self, dataset: ClassificationDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, position: int) -> tuple[str, str | None]:
+def _unreadable(dataset: ClassificationDataset, positions: Sequence[int]) -> tuple[int, dict[str, str]]:
+    """How many images were tried, and those that failed."""
+    reasons = {}
+    for position in positions:
         try:
-            self.dataset.load(position)
+            dataset.load(position)
         except ImageInputError as error:
-            return self.dataset.names[position], error.reason
-        return self.dataset.names[position], None
+            reasons[dataset.names[position]] = error.reason
+    return len(positions), reasons
 
 
 def init_worker(worker: int) -> None:

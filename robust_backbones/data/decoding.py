@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from robust_backbones.errors import InputError
+from robust_backbones.runs.files import atomic_path
 
 
 class ImageInputError(InputError):
@@ -122,7 +121,8 @@ class ResizedCache:
             pass  # not there yet, or damaged
         data = self._reduce(read(), name)
         try:
-            _replace(path, data)
+            with atomic_path(path, durable=False) as temporary:  # a million waits for the disk take hours
+                temporary.write_bytes(data)
         except OSError as error:
             raise InputError(
                 f"cannot write the image cache {self.folder} ({error.strerror}): free some space, or choose another"
@@ -140,16 +140,3 @@ class ResizedCache:
         reduced: NDArray[np.uint8] = v2.functional.resize(image, [self.short_side], antialias=True).numpy()
         _, encoded = cv2.imencode(".jpg", reduced[::-1].transpose(1, 2, 0), [cv2.IMWRITE_JPEG_QUALITY, 95])
         return encoded.tobytes()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write the file whole or not at all; unlike ``atomic_path`` without waiting for the disk a million times."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise

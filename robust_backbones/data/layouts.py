@@ -16,26 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torchvision import datasets
 
-from robust_backbones.data.datasets import ImageSource
-from robust_backbones.data.folders import FolderImages
+from robust_backbones.data.images import ImageFiles
 from robust_backbones.errors import InputError
 
 SPLIT_SEED = 0
 """Draws the training images of the Caltech sets, which have no official split: every run shares one split."""
 
-Sources = tuple[ImageSource, ImageSource]
+Sources = tuple[ImageFiles, ImageFiles]
 Opener = Callable[[Path], Sources]
 
 
 @dataclass(frozen=True)
-class ArrayImages:
+class ArrayImages(ImageFiles):
     """Images that a data set keeps as one array; each is read as a BMP file, which loses nothing."""
 
-    root: Path
-    classes: list[str]
-    labels: list[int]
-    names: list[str]
-    """As paths relative to ``root``, though there are no such files."""
     pixels: NDArray[np.uint8]
     """Shape (N, H, W, 3), RGB."""
 
@@ -65,14 +59,9 @@ def _listed(
     train: Sequence[str],
     items: Callable[[Any], Iterable[tuple[str | Path, int]]] = _files_and_labels,
 ) -> Opener:
-    """Opener of a set of which torchvision lists the files of each split.
+    """Opener of a set of which torchvision lists the files of each split: those of ``train`` together, and "test"."""
 
-    Args:
-        train: splits that together are the training part; the other part is the split "test".
-        items: path and label of each image, from torchvision's data set.
-    """
-
-    def source(root: Path, splits: Sequence[str]) -> FolderImages:
+    def source(root: Path, splits: Sequence[str]) -> ImageFiles:
         parts = [dataset(root, split=split) for split in splits]
         pairs = [pair for part in parts for pair in items(part)]
         labels = [int(label) for _, label in pairs]
@@ -80,17 +69,13 @@ def _listed(
         classes = getattr(parts[0], "classes", None) or [str(label) for label in range(max(labels, default=-1) + 1)]
         if any(getattr(part, "classes", classes) != classes for part in parts):
             raise ValueError(f"the lists {' and '.join(splits)} have different classes")
-        return FolderImages(root, list(classes), labels, [os.path.relpath(path, root) for path, _ in pairs])
+        return ImageFiles(root, list(classes), labels, [os.path.relpath(path, root) for path, _ in pairs])
 
     return lambda root: (source(root, train), source(root, ["test"]))
 
 
 def _drawn(dataset: type[Any], file: str, train_images: int) -> Opener:
-    """Opener of a Caltech set: ``train_images`` of each class, drawn by SPLIT_SEED, and the rest.
-
-    Args:
-        file: an image's path under the data root, from the class's name and number and the image's index.
-    """
+    """Opener of a Caltech set, whose images are each a ``file``: some of each class, by SPLIT_SEED, and the rest."""
 
     def sources(root: Path) -> Sources:
         data = dataset(root)
@@ -99,7 +84,7 @@ def _drawn(dataset: type[Any], file: str, train_images: int) -> Opener:
         for label, index in zip(data.y, data.index, strict=True):
             indices[label].append(index)
         generator = torch.Generator().manual_seed(SPLIT_SEED)
-        train, test = parts = FolderImages(root, classes, [], []), FolderImages(root, classes, [], [])
+        train, test = parts = ImageFiles(root, classes, [], []), ImageFiles(root, classes, [], [])
         for label, name in enumerate(classes):
             total = len(indices[label])
             if total <= train_images:
@@ -127,9 +112,9 @@ def _sun397(root: Path) -> Sources:
     classes = [line[3:] for line in lines("ClassName.txt")]  # /a/abbey
     numbers = {name: number for number, name in enumerate(classes)}
 
-    def source(file: str) -> FolderImages:
+    def source(file: str) -> ImageFiles:
         names = lines(file)  # /a/abbey/sun_aaa.jpg, /a/apse/indoor/sun_bbb.jpg
-        return FolderImages(
+        return ImageFiles(
             root, classes, [numbers[name[3:].rpartition("/")[0]] for name in names], [f"SUN397{name}" for name in names]
         )
 

@@ -15,13 +15,14 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from robust_backbones.data.images import ImageFiles
 from robust_backbones.errors import InputError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 
 
 @dataclass(frozen=True)
-class ShardImages:
+class ShardImages(ImageFiles):
     """Samples of all ``*.tar`` files of a folder, shard by shard in sorted order.
 
     A sample is what neighbouring members with one key are, the key being the path up to the basename's first dot:
@@ -33,22 +34,15 @@ class ShardImages:
     all three come for free. The price is that shards must lie on a file system, not behind a URL.
     """
 
-    root: Path
-    classes: list[str]
-    labels: list[int]
-    names: list[str]
-    """``SHARD.tar:MEMBER``."""
     paths: list[Path]
-    shards: NDArray[np.int32]
-    """Of each image: index into ``paths``."""
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
+    places: NDArray[np.int64]
+    """Shape (images, 3): index into ``paths``, offset and size in bytes."""
     stamps: list[tuple[int, int]]
     """Of each shard: size in bytes and time of change in ns."""
 
     @classmethod
     def scan(cls, root: Path) -> ShardImages:
-        """Index the shards; of images only the headers are read.
+        """Index the shards; of images only the headers are read. An image's name is ``SHARD.tar:MEMBER``.
 
         Raises:
             InputError: a shard is damaged or compressed; a sample lacks its image or label; a label is no class; a
@@ -61,28 +55,19 @@ class ShardImages:
                 labels.append(label)
                 names.append(f"{path.name}:{member}")
                 places.append((shard, offset, size))
-        shards, offsets, sizes = np.array(places, np.int64).reshape(-1, 3).T
-        status = [path.stat() for path in paths]
-        return cls(
-            root,
-            _classes(root, labels, names),
-            labels,
-            names,
-            paths,
-            shards.astype(np.int32),
-            offsets.copy(),
-            sizes.copy(),
-            [(file.st_size, file.st_mtime_ns) for file in status],
-        )
+        stamps = [(file.st_size, file.st_mtime_ns) for file in (path.stat() for path in paths)]
+        return cls(root, _classes(root, labels, names), labels, names, paths, np.array(places), stamps)
 
     def read(self, index: int) -> bytes:
         # A shard is opened for each image, as the file of a folder is: a thousand kept open exceed the usual limit of
         # a process, and descriptors do not travel to workers that are spawned.
-        with open(self.paths[self.shards[index]], "rb", buffering=0) as file:
-            return os.pread(file.fileno(), int(self.sizes[index]), int(self.offsets[index]))
+        shard, offset, size = self.places[index].tolist()
+        with open(self.paths[shard], "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
 
     def stamp(self, index: int) -> tuple[int, ...]:
-        return *self.stamps[self.shards[index]], int(self.offsets[index])
+        shard, offset, _ = self.places[index].tolist()
+        return *self.stamps[shard], offset
 
 
 def _classes(root: Path, labels: list[int], names: list[str]) -> list[str]:
@@ -106,11 +91,7 @@ def _classes(root: Path, labels: list[int], names: list[str]) -> list[str]:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
-    """(name of the image member, label, offset and size of the image in bytes) of each sample.
-
-    Raises:
-        InputError: see ``ShardImages.scan``.
-    """
+    """(name of the image member, label, offset and size of the image in bytes) of each sample."""
     with open(path, "rb") as file:
         keyed = ((_key(member[0]), member) for member in _members(file, path))
         for key, group in groupby((pair for pair in keyed if pair[0]), key=itemgetter(0)):

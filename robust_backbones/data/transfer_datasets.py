@@ -10,7 +10,7 @@ from typing import Any
 from torchvision.transforms import v2
 
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
-from robust_backbones.data.layouts import LAYOUTS, Opener, Sources
+from robust_backbones.data.layouts import LAYOUTS, Sources
 from robust_backbones.errors import InputError
 
 
@@ -31,9 +31,7 @@ class TransferDataset:
     source: str
     """Where to get it."""
     layout: tuple[str, ...]
-    """Paths under the data root without which torchvision's layout is not there."""
-    open: Opener | None
-    """Train and test part of torchvision's layout under a data root; None where torchvision has no such set."""
+    """Paths under the data root without which torchvision's layout is not there; none where it has no such set."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,6 @@ class TransferData:
     metric: str
     train: ClassificationDataset
     test: ClassificationDataset
-
-
-@dataclass(frozen=True)
-class Presence:
-    """Whether a data set of the table is there."""
-
-    dataset: TransferDataset
-    state: str
-    """One of "present", "missing", "differs" (its counts are not the table's) and "unusable"."""
-    detail: str
-    """The folder of a data set that is present, else what is wrong and how to fix it."""
 
 
 class MissingDataError(InputError):
@@ -111,14 +98,19 @@ def open_transfer_data(
     return TransferData(root.resolve().name, metric or "top1", train, test)
 
 
-def check(row: TransferDataset, data_root: Path) -> Presence:
-    """Whether a data set of the table is there as the table has it; no image is decoded."""
+def check(row: TransferDataset, data_root: Path) -> tuple[str, str]:
+    """Whether a data set of the table is there as the table has it; no image is decoded.
+
+    Returns:
+        "present" and its folder; else "missing", "differs" (its counts are not the table's) or "unusable", and what is
+        wrong and how to mend it.
+    """
     try:
         _open_row(row, data_root, v2.Identity(), seed=0)
     except InputError as error:
         states: dict[type, str] = {MissingDataError: "missing", DifferentDataError: "differs"}
-        return Presence(row, states.get(type(error), "unusable"), str(error))
-    return Presence(row, "present", str(_place(row, data_root)))
+        return states.get(type(error), "unusable"), str(error)
+    return "present", str(_place(row, data_root))
 
 
 def _place(row: TransferDataset, data_root: Path) -> Path:
@@ -163,7 +155,7 @@ def _open_folders(
 
 def _open_official(row: TransferDataset, data_root: Path) -> Sources:
     absent = [path for path in row.layout if not (data_root / path).exists()]
-    if row.open is None or absent:
+    if absent or not row.layout:
         own = f"one folder of images a class in {row.name}/train and {row.name}/test"
         wanted = f"{', '.join(row.layout)} (or else {own})" if row.layout else own
         which = f" ({absent[0]} is missing)" if absent else ""
@@ -171,7 +163,7 @@ def _open_official(row: TransferDataset, data_root: Path) -> Sources:
             f"{row.title} is not in {data_root}{which}: get it from {row.source} and put it there as {wanted}"
         )
     try:
-        train, test = row.open(data_root)
+        train, test = LAYOUTS[row.name](data_root)
         if shared := set(train.names) & set(test.names):
             raise ValueError(f"{min(shared)} is in both train and test")
     except InputError:
@@ -194,8 +186,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_classes(place: Path, train: ClassificationDataset, test: ClassificationDataset) -> None:
-    parts = (("train", train), ("test", test))
-    for part, data in parts:
+    for part, data in (("train", train), ("test", test)):
         labels = set(data.labels)
         filled = {name for label, name in enumerate(data.classes) if label in labels}
         for name in (*train.classes, *test.classes):
@@ -210,7 +201,7 @@ def _read_table() -> dict[str, TransferDataset]:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     for row in rows:
         row |= {name: int(row[name]) for name in ("num_classes", "train_images", "test_images")}
-        row |= {"layout": tuple(row["layout"].split()), "open": LAYOUTS.get(row["name"])}
+        row["layout"] = tuple(row["layout"].split())
     return {row["name"]: TransferDataset(**row) for row in rows}
 
 

@@ -20,9 +20,10 @@ def augmentation(name: str, size: int, *, min_crop_scale: float) -> v2.Transform
     """
     if name not in AUGMENTATIONS:
         raise InputError(f"unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}")
-    return (
-        padded_crop_transform(size) if name == "padded_crop" else train_transform(size, min_crop_scale=min_crop_scale)
-    )
+    if name == "resized_crop":
+        return train_transform(size, min_crop_scale=min_crop_scale)
+    # As CIFAR has it: the image with a black border, and flip; one whose shorter side is not ``size`` is resized first.
+    return v2.Compose([v2.Resize(size, antialias=True), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()])
 
 
 def train_transform(size: int, *, min_crop_scale: float) -> v2.Transform:
@@ -43,16 +44,6 @@ class _RandomCropAndFlip(v2.RandomResizedCrop):
         if [height, width] != list(self.size):
             patch = F.interpolate(patch, self.size, mode="bilinear", antialias=True)
         return (patch.flip(-1) if torch.rand(1) < 0.5 else patch)[0]
-
-
-def padded_crop_transform(size: int, *, padding: int = 4) -> v2.Transform:
-    """Random ``size`` x ``size`` pixels of the image with a black border ``padding`` wide, and flip, as CIFAR has it.
-
-    An image whose shorter side is not ``size`` is resized to it first.
-    """
-    return v2.Compose(
-        [v2.Resize(size, antialias=True), v2.RandomCrop(size, padding=padding), v2.RandomHorizontalFlip()]
-    )
 
 
 def val_transform(size: int, *, resize: int) -> v2.Transform:

@@ -12,8 +12,10 @@ from threading import get_ident
 
 
 @contextmanager
-def atomic_path(path: Path, *, new: bool = False) -> Iterator[Path]:
+def atomic_path(path: Path, *, new: bool = False, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path``, of its suffix, that takes its name once the block has finished without error.
+
+    ``durable`` waits for the disk, so that the file outlives a power cut as well.
 
     Raises:
         FileExistsError: with ``new``, where there is such a file; of several writers one succeeds.
@@ -23,8 +25,9 @@ def atomic_path(path: Path, *, new: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         (os.link if new else os.replace)(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -184,11 +184,7 @@ class _Expansion:
 
 
 def _parsed(parse: Callable[[list[str]], Any], argv: Sequence[str], where: str) -> Any:
-    """The options of a verb, as its own command line reads them.
-
-    Raises:
-        InputError: it does not take them.
-    """
+    """The options of a verb, as its own command line reads them; InputError where it does not take them."""
     verb, *words = argv
     printed = io.StringIO()
     try:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
-from robust_backbones.data.folders import FolderImages
+from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.transforms import train_transform, val_transform
 from robust_backbones.errors import InputError
 
@@ -23,7 +23,7 @@ TRANSFORM = val_transform(32, resize=32)
 def listing(images: int, seed: int = 0) -> ClassificationDataset:
     """A data set of which only the length matters: nothing is read."""
     names = [f"a/{index}.jpg" for index in range(images)]
-    return ClassificationDataset(FolderImages(Path("none"), ["a"], [0] * images, names), TRANSFORM, seed=seed)
+    return ClassificationDataset(ImageFiles(Path("none"), ["a"], [0] * images, names), TRANSFORM, seed=seed)
 
 
 def indices(loader: DataLoader) -> list[list[int]]:

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from robust_backbones.data.datasets import ClassificationDataset, find_unreadable, mix, open_dataset
 from robust_backbones.data.decoding import ImageInputError, ResizedCache
 from robust_backbones.data.synthetic import CLASSES, write_shapes
-from robust_backbones.data.transforms import padded_crop_transform, train_transform, val_transform
+from robust_backbones.data.transforms import augmentation, train_transform, val_transform
 from robust_backbones.errors import InputError
 from tests.conftest import TINY_SHAPES
 
@@ -216,17 +216,18 @@ def test_downscaling_leaves_smaller_images_and_parts_of_the_data_as_they_are(pic
 
 def test_padded_crops_are_windows_of_the_image_in_a_black_border() -> None:
     image = torch.randint(1, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    bordered = np.zeros((3, 12, 12), np.uint8)
-    bordered[:, 2:10, 2:10] = image
-    windows = [bordered[:, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
+    bordered = np.zeros((3, 16, 16), np.uint8)
+    bordered[:, 4:12, 4:12] = image
+    windows = [bordered[:, y : y + 8, x : x + 8] for y in range(9) for x in range(9)]
     allowed = {window.tobytes() for window in windows} | {window[:, :, ::-1].tobytes() for window in windows}
-    assert len(allowed) == 50
-    transform = padded_crop_transform(8, padding=2)
+    assert len(allowed) == 162
+    transform = augmentation("padded_crop", 8, min_crop_scale=1)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        seen = {transform(image).numpy().tobytes() for _ in range(600)}
+        seen = {transform(image).numpy().tobytes() for _ in range(2000)}
     assert seen == allowed
-    assert padded_crop_transform(32)(torch.zeros(3, 50, 70, dtype=torch.uint8)).shape == (3, 32, 32)
+    transform = augmentation("padded_crop", 32, min_crop_scale=1)
+    assert transform(torch.zeros(3, 50, 70, dtype=torch.uint8)).shape == (3, 32, 32)
 
 
 def test_a_sample_is_of_the_same_items_and_a_greater_one_adds_to_it(shapes: Path) -> None:

@@ -270,7 +270,7 @@ def test_the_table_has_the_sizes_and_metrics_of_the_paper() -> None:
         assert row.name == name
         assert row.metric in METRICS
         assert all(hasattr(datasets, word) for word in re.findall(r"torchvision\.datasets\.(\w+)", row.source))
-    assert {name for name, row in TRANSFER_DATASETS.items() if row.open} == set(SMALL) == set(THEIRS) | set(WHOLE)
+    assert {name for name, row in TRANSFER_DATASETS.items() if row.layout} == set(SMALL) == set(THEIRS) | set(WHOLE)
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -325,8 +325,7 @@ def test_every_data_set_may_lie_in_folders_of_its_name(
     assert ours(data.test) == theirs(datasets.ImageFolder(tmp_path / name / "val"))
     assert not {item[1] for item in ours(data.train)} & {item[1] for item in ours(data.test)}
     assert (data.metric, data.train.seed, data.test.seed) == (row.metric, 3, 3)
-    assert check(row, tmp_path).state == "present"
-    assert check(row, tmp_path).detail == str(tmp_path / name)
+    assert check(row, tmp_path) == ("present", str(tmp_path / name))
 
 
 def test_folders_of_the_name_come_before_the_layout_of_torchvision(small: Callable[[str], Path]) -> None:
@@ -422,8 +421,7 @@ def test_what_is_missing_is_said_with_its_source_and_place(tmp_path: Path, name:
     for text in (row.title, str(tmp_path), row.source, "https://", f"{name}/train and {name}/test", *row.layout):
         assert text in str(info.value)
     assert "download=True" not in str(info.value)
-    found = check(row, tmp_path)
-    assert (found.dataset, found.state, found.detail) == (row, "missing", str(info.value))
+    assert check(row, tmp_path) == ("missing", str(info.value))
     assert list(tmp_path.iterdir()) == []  # torchvision would leave a folder
 
 
@@ -478,9 +476,9 @@ def test_other_counts_than_the_table_has_are_refused_with_both_numbers(
     monkeypatch.setitem(TRANSFER_DATASETS, name, row)
     with pytest.raises(DifferentDataError, match=rf", it has {found} {what} instead of 12,345: .* by its path"):
         open_pixels(name, root)
-    presence = check(row, root)
-    assert presence.state == "differs"
-    assert f"{found} {what} instead of 12,345" in presence.detail
+    state, detail = check(row, root)
+    assert state == "differs"
+    assert f"{found} {what} instead of 12,345" in detail
 
 
 def test_every_count_that_differs_is_said(tmp_path: Path) -> None:
@@ -505,7 +503,7 @@ def test_a_class_too_small_to_split_is_refused(
         InputError, match=rf"^class {class_name} of \S*/{name} has {least} images, {least} to train and one"
     ):
         open_pixels(name, root)
-    assert check(TRANSFER_DATASETS[name], root).state == "unusable"
+    assert check(TRANSFER_DATASETS[name], root)[0] == "unusable"
     shutil.rmtree(folder)
     folder.mkdir()
     with pytest.raises(InputError, match=f"class {class_name} of .*{name} has 0 images"):
@@ -536,7 +534,7 @@ def test_damaged_files_are_refused_in_one_sentence(
     with pytest.raises(InputError, match=text) as info:
         open_pixels("cifar100", root)
     assert "download=True" not in str(info.value)
-    assert check(TRANSFER_DATASETS["cifar100"], root).state == "unusable"
+    assert check(TRANSFER_DATASETS["cifar100"], root)[0] == "unusable"
 
 
 def lose_a_list(root: Path) -> None:
@@ -707,4 +705,4 @@ def test_the_whole_of_a_real_data_set_passes_for_it_and_a_part_does_not(real_dat
     assert data.train[49_999][0].shape == (3, 32, 32)
     assert ours(data.test.take([0])) == ours(open_dataset(tmp_path / "cifar10/test", PIXELS).take([0]))
     (tmp_path / "cifar10/train/truck/0000.jpg").unlink()
-    assert check(TRANSFER_DATASETS["cifar10"], tmp_path).detail.count("49,999 training images instead of 50,000") == 1
+    assert check(TRANSFER_DATASETS["cifar10"], tmp_path)[1].count("49,999 training images instead of 50,000") == 1

@@ -33,7 +33,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None
 
     def ready(cell: str) -> bool:
         seen.append(cell)
-        if len(seen) > 2:
+        if len(seen) > 1:
             stop.signal = 15
         return True
 

@@ -84,17 +84,21 @@ def test_who_was_believed_dead_stops(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_of_many_that_want_a_dead_owners_lock_one_gets_it(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from robust_backbones.runs.locks import HeldError, lock\n"
-        "while not Path(sys.argv[2]).exists(): time.sleep(0.001)\n"
-        "try:\n    with lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(3)\n"
-        "except HeldError: print('held', flush=True)\n"
+        "path, gun, end = map(Path, sys.argv[1:])\n"
+        "print('ready', flush=True)\n"
+        "while not gun.exists(): time.sleep(0.001)\n"
+        "try:\n    with lock(path):\n        print('mine')\n        while not end.exists(): time.sleep(0.01)\n"
+        "except HeldError: print('held')\n"
     )
-    path, gun = tmp_path / "lock.json", tmp_path / "gun"
+    path, gun, end = tmp_path / "lock.json", tmp_path / "gun", tmp_path / "end"
     other_owner(path, host=socket.gethostname(), born="5", pid=os.getpid())
-    command = [sys.executable, "-c", code, str(path), str(gun)]
+    command = [sys.executable, "-c", code, str(path), str(gun), str(end)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     many = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(8)]
-    time.sleep(1)
+    assert [process.stdout and process.stdout.readline() for process in many] == ["ready\n"] * 8
     gun.touch()
+    wait_until(lambda: sum(process.poll() is not None for process in many) == 7)
+    end.touch()
     said = sorted(process.communicate(timeout=600)[0].strip() for process in many)
     assert said == ["held"] * 7 + ["mine"]
 

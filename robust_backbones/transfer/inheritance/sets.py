@@ -24,7 +24,7 @@ from robust_backbones.data.batches import val_batches
 from robust_backbones.data.corruptions import check_corruption, corrupt, image_seed
 from robust_backbones.data.corruptions import load_library as load_corruptions
 from robust_backbones.data.datasets import ClassificationDataset, init_worker, open_dataset
-from robust_backbones.data.folders import FolderImages
+from robust_backbones.data.images import ImageFiles
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
 from robust_backbones.transfer.protocol import drawn_by_class
@@ -90,7 +90,7 @@ def open_related_set(root: Path, class_names: Sequence[str], transform: v2.Trans
             raise InputError(f"the class folder {folder} holds no image, and would widen the mask: remove it")
         names += [str(path.relative_to(root)) for path in files]
         labels += [position[index]] * len(files)
-    source = FolderImages(root, [class_names[index] for index in classes], labels, names)
+    source = ImageFiles(root, [class_names[index] for index in classes], labels, names)
     return RelatedSet(name or root.name, ClassificationDataset(source, transform), classes)
 
 

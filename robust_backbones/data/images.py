@@ -1,4 +1,4 @@
-"""Images in files of their own, as in ImageNet's layout: one folder a class, which has the folder's name."""
+"""Where the images of a data set are: in files of their own, as in ImageNet's layout, or as subclasses say."""
 
 from __future__ import annotations
 
@@ -12,21 +12,18 @@ from robust_backbones.errors import InputError
 
 
 @dataclass(frozen=True)
-class FolderImages:
-    """Files of images and their classes.
-
-    ``scan`` takes the folders in sorted order as classes, images follow class by class; the order is torchvision's.
-    """
+class ImageFiles:
+    """Images and their classes; ``labels`` and ``names`` have one entry an image."""
 
     root: Path
     classes: list[str]
     labels: list[int]
     names: list[str]
-    """Paths relative to ``root``."""
+    """Paths relative to ``root``; of images in no file of their own, what stands for it."""
 
     @classmethod
-    def scan(cls, root: Path) -> FolderImages:
-        """List the images without opening them.
+    def scan(cls, root: Path) -> ImageFiles:
+        """List the images in one folder a class without opening them, in torchvision's order.
 
         Raises:
             InputError: a class folder holds no image.
@@ -36,12 +33,13 @@ class FolderImages:
         except FileNotFoundError as error:  # torchvision says which classes are empty, in several lines
             raise InputError(f"cannot use {root}: {str(error).splitlines()[0].rstrip('. ')}; add or remove") from None
         names = [os.path.relpath(path, root) for path, _ in listing.samples]
-        return cls(root, listing.classes, listing.targets, names)
+        return ImageFiles(root, listing.classes, listing.targets, names)
 
     def read(self, index: int) -> bytes:
+        """The image file's bytes."""
         return (self.root / self.names[index]).read_bytes()
 
     def stamp(self, index: int) -> tuple[int, ...]:
-        """Size in bytes and time of change in ns."""
+        """Numbers that change when the image does: size in bytes and time of change in ns."""
         status = (self.root / self.names[index]).stat()
         return status.st_size, status.st_mtime_ns
