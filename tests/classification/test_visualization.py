@@ -30,6 +30,9 @@ from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
+from tests.transfer.conftest import narrow_resnet18  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 
 SPEC = BackboneSpec("resnet18", 5)
 FEW = AscentConfig(steps=4, step_size=0.02)

@@ -30,8 +30,10 @@ from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbon
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
+from tests.transfer.conftest import narrow_resnet18  # noqa: F401
 
 pytest.importorskip("skimage")
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 
 Run = Callable[..., tuple[int, str, str]]
 SIZE = ["--image-size", "32", "--val-resize", "32", "--device", "cpu"]
@@ -179,7 +181,7 @@ def test_saliency(run_tool: Run, backbones: list[str], photographs: Path, tmp_pa
 
 def test_activation_of_a_layer(run_tool: Run, backbones: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
-    options = ["--layer", "layer3.0.conv2", "--units", "7", "200", "--output", output, "--image-size", "32"]
+    options = ["--layer", "layer3.0.conv2", "--units", "7", "20", "--output", output, "--image-size", "32"]
     status, out, _ = run_tool("visualize", "activation", *backbones, *options, "--device", "cpu", *FEW)
     assert status == 0
     assert "means over 2 units" in out
@@ -187,11 +189,11 @@ def test_activation_of_a_layer(run_tool: Run, backbones: list[str], tmp_path: Pa
     expected = maximize_activation(
         model_of(backbones[1]),
         noise(2, 32, seed=0),
-        torch.tensor([7, 200]),
+        torch.tensor([7, 20]),
         layer="layer3.0.conv2",
         ascent=AscentConfig(steps=3, step_size=0.02),
     )
-    assert [row["image"] for row in rows_of(output, "robust")] == ["unit 7", "unit 200"]
+    assert [row["image"] for row in rows_of(output, "robust")] == ["unit 7", "unit 20"]
     assert column(output, "robust", "activation") == pytest.approx(expected.values.tolist(), rel=1e-3)
     assert column(output, "robust", "before") == pytest.approx(expected.start_values.tolist(), rel=1e-3)
 
