@@ -23,7 +23,9 @@ from robust_backbones.attacks import (
 from robust_backbones.errors import InputError
 from robust_backbones.models import NormalizedModel
 from robust_backbones.threat_models import ThreatModel
+from tests.transfer.conftest import narrow_resnet18  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 THREAT_MODELS = [ThreatModel("L2", 0.5), ThreatModel("Linf", 8 / 255)]
 Losses = Callable[[Tensor], Tensor]
 
