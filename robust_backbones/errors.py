@@ -1,6 +1,7 @@
 """The exceptions that speak to the user, and checks of a config's values that raise them."""
 
 from collections.abc import Collection
+from typing import Any
 
 
 class InputError(Exception):
@@ -56,6 +57,12 @@ def check_not_negative(config: object, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= 0:
             raise InputError(f"{name} must be >= 0, got {getattr(config, name)}")
+
+
+def check_crop(config: Any) -> None:
+    """Raise ``InputError`` unless the central crop lies in the resized image."""
+    if config.val_resize < config.image_size:
+        raise InputError(f"val_resize {config.val_resize} is smaller than the crop, image_size {config.image_size}")
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

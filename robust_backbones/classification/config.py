@@ -14,7 +14,7 @@ from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.data.decoding import ResizedCache
 from robust_backbones.data.transforms import AUGMENTATIONS, val_transform
-from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
+from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
 from robust_backbones.threat_models import ThreatModel
 
 PAPER_BATCH_SIZE = 512
@@ -88,8 +88,7 @@ class TrainingConfig:
             raise InputError(f"ema_decay must be in [0, 1), got {self.ema_decay:g}")
         if not 0 < self.min_crop_scale <= 1:
             raise InputError(f"min_crop_scale is a share of the area, in (0, 1], got {self.min_crop_scale:g}")
-        if self.val_resize < self.image_size:
-            raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
+        check_crop(self)
         for threat_model in (self.threat_model, self.eval_threat_model or self.threat_model):
             threat_model.check_radius((3, self.image_size, self.image_size))
         if self.progressive_size > self.image_size:

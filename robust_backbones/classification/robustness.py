@@ -23,7 +23,7 @@ from robust_backbones.classification.compute import Compute
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import mix, open_dataset
 from robust_backbones.data.transforms import val_transform
-from robust_backbones.errors import InputError, check_choice, check_positive
+from robust_backbones.errors import InputError, check_choice, check_crop, check_positive
 from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
@@ -71,8 +71,7 @@ class RobustnessConfig:
         check_positive(self, "apgd_steps", "square_queries", "limit", "batch_size", "image_size")
         # float16 loses small gradients: a network would look robust
         check_choice("precision for attacks", self.precision, ("fp32", "bf16"))
-        if self.val_resize < self.image_size:
-            raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
+        check_crop(self)
         self.threat_model.check_radius((3, self.image_size, self.image_size))
 
     def to_dict(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from robust_backbones.commands.options import DEVICE, Device, check_device
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.transforms import val_transform
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_crop
 from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
@@ -195,10 +195,8 @@ def check(options: Any) -> None:
         if getattr(options, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be > 0, got {getattr(options, name)}")
     check_device(options.device)
-    if isinstance(options, PhotographOptions) and options.val_resize < options.image_size:
-        raise InputError(
-            f"--val-resize {options.val_resize} is smaller than the crop, --image-size {options.image_size}"
-        )
+    if isinstance(options, PhotographOptions):
+        check_crop(options)
     if isinstance(options, ActivationOptions) and not options.units:
         raise InputError("--units needs one or more numbers of classes or channels")
     if isinstance(options, InversionOptions):

@@ -10,7 +10,7 @@ from typing import Any
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.data.transforms import AUGMENTATIONS
-from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
+from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
 from robust_backbones.threat_models import ThreatModel
 
 
@@ -139,8 +139,7 @@ class ProbeConfig(TransferConfig):
         object.__setattr__(self, "penalties", tuple(self.penalties))
         if not self.penalties or not all(math.isfinite(value) and value > 0 for value in self.penalties):
             raise InputError(f"penalties must be one or more numbers > 0, got {self.penalties}")
-        if self.val_resize < self.image_size:
-            raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
+        check_crop(self)
         if not 0 < self.min_crop_scale <= 1:
             raise InputError(f"min_crop_scale is a share of the area, in (0, 1], got {self.min_crop_scale:g}")
         if self.batch_norm == "train" and (self.views or self.augmentation == "none" or self.solver == "lbfgs"):

@@ -225,7 +225,7 @@ def test_a_detectors_backbone_is_inverted_and_has_no_logits(
         ("inversion", ["--layer", "layer5"], ["standard: no layer 'layer5'"]),
         ("inversion", ["--images", "0"], ["--images must be > 0"]),
         ("inversion", ["--images", "1", "--start", "image"], ["--start image needs two"]),
-        ("inversion", ["--image-size", "64"], ["--val-resize 32 is smaller"]),
+        ("inversion", ["--image-size", "64"], ["val_resize 32 is smaller"]),
         ("inversion", ["--image-size", "8"], ["SSIM needs images of 11 pixels"]),
         ("inversion", ["--data", "nowhere"], ["no folder nowhere"]),
         ("saliency", ["--batch-size", "0"], ["--batch-size must be > 0"]),

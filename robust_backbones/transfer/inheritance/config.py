@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
+from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class InheritanceConfig:
         check_not_negative(self, "fisher_labels", "l2_init_strength", "l2_sp_strength", "prompt_width", "prompt_lr")
         check_not_negative(self, "distance_images")
         check_choice("precision", self.precision, ("fp32", "bf16"))
-        if self.val_resize < self.image_size:
-            raise InputError(f"val_resize {self.val_resize} is smaller than the crop, image_size {self.image_size}")
+        check_crop(self)
         if 2 * self.frame >= self.image_size:
             raise InputError(f"a prompt of {self.frame} pixels covers the whole image of {self.image_size}")
         if not 0 < self.held_out < 1:
