@@ -5,7 +5,7 @@ torchvision is imported where a network is built: that takes seconds, which what
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
@@ -209,7 +209,8 @@ def identify(state_dict: dict[str, Tensor]) -> BackboneSpec:
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if not _is_counter(name)}
     stem = "cifar" if shapes.get("conv1.weight") == (64, 3, 3, 3) else "imagenet"
     nearest: tuple[float, str] = (0.9, "")  # a share of equal tensors, and what differs
-    for arch in _candidates(shapes):
+    is_resnet = any(name.startswith("layer1.") for name in shapes)
+    for arch in (arch for arch, shape in ARCHITECTURES.items() if bool(shape) == is_resnet):
         reference, classifier = reference_shapes(arch, stem)
         weight, bias = f"{classifier}.weight", f"{classifier}.bias"
         body = {name: shape for name, shape in reference.items() if name not in (weight, bias)}
@@ -237,17 +238,6 @@ def _difference(shapes: dict[str, tuple[int, ...]], body: dict[str, tuple[int, .
     }
     parts = [f"{what} {', '.join(names[:3])}" + " ..." * (len(names) > 3) for what, names in found.items() if names]
     return " and ".join(parts) or f"its classifier {head[0].removesuffix('.weight')} is not one linear layer"
-
-
-def _candidates(names: Collection[str]) -> list[str]:
-    """Architectures that may have these tensors."""
-    if not any(name.startswith("layer1.") for name in names):
-        return [arch for arch, shape in ARCHITECTURES.items() if shape is None]
-    blocks = [
-        sum(name.startswith(f"layer{i}.") and name.endswith(".conv1.weight") for name in names) for i in range(1, 5)
-    ]
-    resnets = {arch: _STAGES[shape.depth] for arch, shape in ARCHITECTURES.items() if shape}
-    return [arch for arch in resnets if resnets[arch] == blocks] or list(resnets)
 
 
 @cache
