@@ -29,8 +29,8 @@ class NarrowResNet(ResNet):
     """A block a stage of an eighth of ResNet-18's channels: the same modules, a hundredth of the weights."""
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
-        self.fc = nn.Linear(self.inplanes, num_classes)
+        super().__init__(BasicBlock, [1, 1, 1, 1])
+        self.fc = nn.Linear(self.inplanes, num_classes) if num_classes else nn.Identity()
 
     def _make_layer(self, block: Any, planes: int, *arguments: Any, **options: Any) -> nn.Sequential:
         return super()._make_layer(block, planes // 8, *arguments, **options)
