@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
     # Set before Detectron2 is imported, here and in the commands: it looks for data sets there.
     os.environ["DETECTRON2_DATASETS"] = str((output / "data").resolve())
-    from robust_backbones.detection.side_by_side import draw_side_by_side
+    from robust_backbones.detection.visualize import draw_side_by_side
 
     start = time.perf_counter()
     print(f"writing synthetic shapes to {output / 'data'}")

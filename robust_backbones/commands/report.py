@@ -69,7 +69,7 @@ def draw(experiment: Experiment, folder: Path, images: int) -> Picture | None:
     best = max(robust, key=lambda backbone: fmean(backbone.values(metric).values()))
     chosen = {b.trained_at: b.runs[min(b.runs)] for b in (standard, best)}
 
-    from robust_backbones.detection.side_by_side import draw_side_by_side
+    from robust_backbones.detection.visualize import draw_side_by_side
 
     file = folder / f"{experiment.slug}_detections.jpg"
     draw_side_by_side({name: run.folder for name, run in chosen.items()}, file, images=images)

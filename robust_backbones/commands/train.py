@@ -30,7 +30,7 @@ def main(arguments: list[str], run: Callable[[CfgNode, argparse.Namespace], None
 
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
     from robust_backbones.detection.launch import is_first_process, launch
-    from robust_backbones.detection.record import check_expected
+    from robust_backbones.detection.run_folder import check_expected
 
     cfg, finished = setup(options)
     if not finished:

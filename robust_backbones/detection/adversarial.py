@@ -1,7 +1,6 @@
-"""Adversarial training of detectors: what changes the images of a batch before the weights learn from them.
+"""Adversarial training of detectors: the images of a batch climb the detector's own training loss.
 
-The adversary climbs the detector's own training loss, the sum of all its terms, and acts on the images as the detector
-gets them: augmented, resized and not yet normalised. Each image of a batch, whatever its size, has a ball of its own.
+They are augmented, resized and not yet normalised; each, whatever its size, has a ball of its own.
 """
 
 from __future__ import annotations
@@ -34,13 +33,12 @@ def replays(cfg: CfgNode) -> int:
 class FreeStream:
     """The batches of ``stream``, each ADVERSARIAL.REPLAYS times, for free training (Shafahi et al. 2019, algorithm 1).
 
-    Whoever iterates runs ``backward`` once on each for the gradients of the weights. That pass leaves those of the
-    images here, too, and the next replay comes with every image one step of size epsilon further up: an iteration costs
-    what it costs in standard training, and the backward pass through frozen stages.
+    Training runs ``backward`` once on each. That pass gives the gradients of the images too, and the next replay comes
+    with every image one step of size epsilon further up: an iteration costs what it costs in standard training, and the
+    backward pass through frozen stages.
 
     In Shafahi et al. a batch starts with the perturbation of the one before. Images of a detector differ in size, so it
-    starts anew here: at 0, which makes the first replay one of clean images, or, with ADVERSARIAL.RANDOM_START, at a
-    random point of the ball.
+    starts anew here: at 0 (the first replay is clean) or, with ADVERSARIAL.RANDOM_START, at a random point of the ball.
     """
 
     def __init__(self, stream: Iterable[Batch], cfg: CfgNode) -> None:

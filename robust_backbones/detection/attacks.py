@@ -1,10 +1,10 @@
-"""White-box attacks on Detectron2's R-CNNs through their own training losses."""
+"""White-box attacks on Detectron2's R-CNNs through their own training losses, and signs that they fail."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from robust_backbones.attacks import (
     check_points,
     frozen_eval,
     loss_values,
+    random_point,
     strongest_points,
 )
 from robust_backbones.errors import InputError
@@ -33,8 +34,17 @@ LOSSES = {
     "total": ("loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"),
 }
 """What an attack can raise, as sums of Detectron2's training losses; ``total`` is what training minimises."""
+LARGER_BALLS = (2, 4)
+"""The multiples of epsilon at which ``sanity_check`` attacks again."""
+TOLERATED_SHARE = 0.25
+"""Of images that may fail a sanity check without a warning: an attack of few steps can overshoot in a larger ball,
+where its steps are longer. Where gradients are masked, most images fail."""
+_SIGNS = {
+    "random_is_stronger": "random noise is stronger than the white-box attack",
+    "larger_is_not_stronger": "a larger epsilon is not stronger",
+}
 
-# Whose ``training`` flag chooses between losses and detections; layers within keep the flags of evaluation.
+# Their ``training`` flag chooses between losses and detections; layers within keep the flags of evaluation.
 _LOSS_MODULES = (GeneralizedRCNN, RPN, ROIHeads, BaseMaskRCNNHead, BaseKeypointRCNNHead)
 
 
@@ -44,9 +54,6 @@ class DetectorAttack(AttackConfig):
 
     The ball is around the image as the detector sees it: after resizing, before normalisation, in [0, 1] pixel units.
     Of all points that an attack comes across the strongest counts, the image itself included.
-
-    Raises:
-        InputError: a value is out of its range, or does not go with another.
     """
 
     threat_model: ThreatModel
@@ -80,21 +87,13 @@ class DetectorAttack(AttackConfig):
             raise InputError(f"a target needs the classification loss, got {self.loss}: give loss classification")
 
     def check(self, model: GeneralizedRCNN) -> None:
-        """Whether a detector can be attacked so.
-
-        Raises:
-            InputError: it has no masks for the mask loss, or no such class as the target.
-        """
+        """Raise InputError where a detector has no masks for the mask loss, or no such class as the target."""
         if self.loss == "mask" and not model.roi_heads.mask_on:
             raise InputError("the mask loss needs a detector with masks: choose another loss, or a Mask R-CNN")
         self.target_classes(model.roi_heads.num_classes)
 
     def target_classes(self, num_classes: int) -> Tensor | None:
-        """The target of each class, shape (num_classes,); None without a target.
-
-        Raises:
-            InputError: there is no such class, or only one to draw from.
-        """
+        """The target of each class, shape (num_classes,); InputError if there is no such class or only one."""
         if self.target is None:
             return None
         if isinstance(self.target, int):
@@ -125,17 +124,14 @@ def attack_image(
 ) -> AttackedImage:
     """The image near that of ``sample`` which maximises the detector's own training loss.
 
-    The attack acts on the model's input, after resizing and before normalisation; the ground truth has to be resized
-    likewise. On an image without objects, classification and objectness losses are those of the background, so that
-    the attack makes the detector see things; localisation and mask losses are zero there, whatever the image. With a
-    target, there is nothing to attack: the image stays as it is.
-
-    The model is given back as it was, and so are the global random generators.
+    On an image without objects, the attack raises the background's classification and objectness losses;
+    localisation and mask losses are zero there, and with a target the image stays as it is. The model and the global
+    random generators are given back as they were.
 
     Args:
         model: a Faster or Mask R-CNN, FPN or C4, on any device.
-        sample: Detectron2's input dict: ``image``, shape (C, H, W), uint8 or float in 0-255, channels in
-            INPUT.FORMAT; ``instances``, its ground truth at this size (``gt_boxes``, ``gt_classes``, and ``gt_masks``
+        sample: Detectron2's input dict: ``image``, shape (C, H, W), uint8 or float in 0-255, resized and not
+            normalised; ``instances``, its ground truth at this size (``gt_boxes``, ``gt_classes``, and ``gt_masks``
             for a Mask R-CNN). Anything else is passed on.
         seed: of the random starts and of the sampling of anchors and proposals.
 
@@ -166,10 +162,9 @@ def attack_image(
 
 @contextmanager
 def frozen_losses(model: GeneralizedRCNN) -> Iterator[None]:
-    """Have a detector give its training losses while nothing in it moves.
+    """Have ``model(samples)`` return Detectron2's training losses, all layers in eval mode and without gradients.
 
-    All layers, norms and dropout among them, are in eval mode and no parameter takes a gradient; ``model(samples)``
-    still returns Detectron2's losses. Every module is given back in its own mode, exceptions included.
+    Every module is given back in its own mode, exceptions included.
     """
     with frozen_eval(model):
         for module in model.modules():
@@ -183,8 +178,8 @@ def loss_function(
 ) -> Losses:
     """What the attack raises, as a function of the image alone: images in [0, 1], shape (1, C, H, W), -> shape (1,).
 
-    The function is for use within ``frozen_losses``. Anchors and proposals are sampled with the same random numbers at
-    each call, and the global generators are left as they were.
+    For use within ``frozen_losses``. Each call samples anchors and proposals with the same random numbers, and leaves
+    the global generators as they were.
 
     Raises:
         InputError: the ground truth is of another size than the image.
@@ -220,3 +215,70 @@ def _same_draws(seed: int, device: torch.device) -> Iterator[None]:
         if cuda:
             torch.cuda.default_generators[device.index].manual_seed(seed)
         yield
+
+
+def sanity_check(
+    model: GeneralizedRCNN, samples: Sequence[Mapping[str, Any]], attack: DetectorAttack, *, seed: int = 0
+) -> dict[str, float]:
+    """Hold an attack against random noise, and against itself in larger balls: two signs of gradient masking.
+
+    Both are of Athalye et al. 2018, "Obfuscated gradients give a false sense of security", section 3.1.
+
+    Takes about 3.5 times as long as the attack. Images without objects are left out: some losses are constant there.
+
+    Args:
+        samples: as ``attack_image`` takes them.
+
+    Returns:
+        Metrics of a record: how many ``sanity/images`` were attacked; of how many of them one of as many random points
+        of the ball as the attack has steps has a higher loss, ``sanity/random_is_stronger``; for how many no attack in
+        a larger ball reaches a higher loss, ``sanity/larger_is_not_stronger``; and the mean of what the attack raises,
+        as ``sanity/loss/NAME``: ``clean``, ``random``, ``attack``, ``attack x2`` and ``attack x4`` epsilon.
+
+    Raises:
+        InputError: there is no image with objects, epsilon is 0, or as ``attack_image``.
+    """
+    samples = [sample for sample in samples if len(sample["instances"]) > 0]
+    threat_model = attack.threat_model
+    if not samples or threat_model.epsilon == 0:
+        raise InputError("a sanity check needs images with objects and epsilon > 0: there is nothing to attack")
+    largest = 1.0 if threat_model.norm == "Linf" else float("inf")  # linf's ball of radius 1 holds every image
+    larger = {
+        f"attack x{factor}": replace(threat_model, epsilon=min(factor * threat_model.epsilon, largest))
+        for factor in LARGER_BALLS
+    }
+    rows = []
+    for sample in samples:
+        attacked = attack_image(model, sample, attack, seed=seed)
+        row = {"clean": attacked.clean_loss, "attack": attacked.loss}
+        row["random"] = _strongest_noise(model, sample, attack, seed=seed)
+        for name, ball in larger.items():
+            row[name] = attack_image(model, sample, replace(attack, threat_model=ball), seed=seed).loss
+        rows.append(row)
+    return {
+        "sanity/images": float(len(rows)),
+        "sanity/random_is_stronger": float(sum(row["random"] > row["attack"] for row in rows)),
+        "sanity/larger_is_not_stronger": float(sum(max(row[n] for n in larger) <= row["attack"] for row in rows)),
+        **{f"sanity/loss/{name}": sum(row[name] for row in rows) / len(rows) for name in rows[0]},
+    }
+
+
+def sanity_warnings(metrics: Mapping[str, float | None]) -> list[str]:
+    """A sentence for every sign that more than TOLERATED_SHARE of the images show; ``metrics`` are a record's."""
+    images = metrics.get("sanity/images") or 0
+    counts = {sentence: metrics.get(f"sanity/{name}") or 0 for name, sentence in _SIGNS.items()}
+    return [
+        f"{sentence} on {count:g} of {images:g} images: a sign of masked gradients, attacked AP says nothing"
+        for sentence, count in counts.items()
+        if count > TOLERATED_SHARE * images
+    ]
+
+
+def _strongest_noise(model: GeneralizedRCNN, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int) -> float:
+    """The highest loss of as many random points of the ball as the attack has steps."""
+    images = sample["image"].to(model.device, torch.float32)[None] / 255
+    generator = torch.Generator(images.device).manual_seed(seed + 1)  # not the attack's own starts
+    with frozen_losses(model):
+        losses = loss_function(model, sample, attack, seed=seed)
+        noise = (random_point(images, attack.threat_model, generator) for _ in range(attack.steps * attack.restarts))
+        return max(loss_values(losses, points).item() for points in noise)

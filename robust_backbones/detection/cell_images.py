@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +79,8 @@ def take_images(dataset: str, choice: ImageChoice, folder: Path) -> str:
 def find_domains(folder: Path) -> list[tuple[str, str, str]]:
     """Rows of (``domain-NAME``, annotation file, image folder) for each folder NAME, sorted.
 
-    As in COCO-O, ``NAME/annotations/instances_val2017.json`` and ``NAME/val2017/``: the annotation file is the one
-    JSON file in NAME/annotations or NAME, the image folder is NAME or that one in it that holds the first image.
-
-    Raises:
-        InputError: there is no such folder, no domain in it, or a domain without one annotation file or its images.
+    The annotation file is the one JSON file in NAME/annotations (as in COCO-O) or NAME, the image folder is NAME or the
+    folder in it that holds the first image. InputError where these are not there.
     """
     if not folder.is_dir():
         raise InputError(f"no folder of domains at {folder}: check --domains")
@@ -106,19 +102,3 @@ def find_domains(folder: Path) -> list[tuple[str, str, str]]:
     if not rows:
         raise InputError(f"no domain in {folder}: give a folder with a folder a domain, as COCO-O has them")
     return rows
-
-
-def check_same_classes(first: str, others: Sequence[str]) -> None:
-    """Refuse registered sets with other classes than the ``first``.
-
-    Raises:
-        InputError: naming a class that differs.
-    """
-    wanted = list(MetadataCatalog.get(first).thing_classes)
-    for other in others:
-        for found, name in zip(MetadataCatalog.get(other).thing_classes, wanted, strict=True):
-            if found != name:
-                raise InputError(
-                    f"{other} has other classes than {first} ({found!r} instead of {name!r}): "
-                    "give domains with the categories of the data set that the detector was made for"
-                )

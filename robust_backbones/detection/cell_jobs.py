@@ -1,32 +1,44 @@
-"""Cells evaluated one after the other or in several processes; a kill loses no finished cell."""
+"""Cells evaluated by one process or by several that share them; a kill loses no finished cell."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 import torch.multiprocessing
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, build_detection_test_loader
+from detectron2.evaluation import inference_context
+from detectron2.structures import Boxes, Instances
+from pycocotools.coco import COCO
 from torch.multiprocessing.spawn import ProcessException
+from tqdm import tqdm
 
+from robust_backbones.data.corruptions import image_seed
 from robust_backbones.detection.cell_images import ImageChoice, take_images
-from robust_backbones.detection.cells import Cell, Row, check_stop, measure
-from robust_backbones.detection.datasets import register_datasets
-from robust_backbones.detection.evaluators import ground_truth
+from robust_backbones.detection.cells import Cell, CellMapper, Row, Sample
+from robust_backbones.detection.datasets import evaluator_kind, register_datasets
+from robust_backbones.detection.evaluators import VocEvaluator, build_evaluator, coco_metrics, ground_truth
+from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import TrainedDetector, load_detector
-from robust_backbones.detection.worst_attacks import metrics_of, worst_attacks
-from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
+from robust_backbones.runs.cells import run_cells
 from robust_backbones.runs.files import atomic_path
-from robust_backbones.runs.locks import lock_if_free
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
+
+CHECKED_IMAGES = 8
+"""``Cell.check_change`` gets so many images, the first ones that show objects."""
 
 
 @dataclass(frozen=True)
@@ -39,74 +51,106 @@ class CellJob:
     cells: Sequence[Cell]
     images: ImageChoice
     workers: int
-    """Processes that decode and corrupt images."""
+    """Processes that decode and corrupt images; no result depends on it."""
     identity: Mapping[str, Any]
     """What all cells in ``output`` share; part of every record."""
 
     def folder(self, cell: Cell) -> Path:
         return self.output / "cells" / cell.name
 
-    def is_finished(self, cell: Cell) -> bool:
-        """Whether it has its record.
-
-        Raises:
-            InputError: the record is of other settings.
-        """
-        path = self.folder(cell) / "record.json"
-        if not path.exists():
-            return False
-        if RunRecord.read(path).config["settings"] != cell.settings:
-            raise InputError(f"{path.parent} was measured with other settings: choose another --output")
-        return True
+    def check_settings(self) -> None:
+        """Raise InputError where a cell's record is of other settings."""
+        for cell in self.cells:
+            path = self.folder(cell) / "record.json"
+            if path.exists() and RunRecord.read(path).config["settings"] != cell.settings:
+                raise InputError(f"{path.parent} was measured with other settings: choose another --output")
 
     def dataset(self, cell: Cell) -> str:
         """The registered set that a cell is evaluated on."""
         return take_images(cell.dataset or self.cfg.DATASETS.TEST[0], self.images, self.output / "images")
 
-    def run(self, detector: TrainedDetector, stop: StopRequest, *, place: int = 1) -> Iterator[None]:
-        """Evaluate every cell that no other process does, and yield after each, until all are finished."""
+    def run(self, detector: TrainedDetector, stop: StopRequest, *, place: int = 0) -> None:
+        """Evaluate every cell that no other process does; return when all are finished.
+
+        Args:
+            place: The line of the progress bar.
+
+        Raises:
+            PreemptedError: ``stop`` was asked for, or the process that started this one has ended.
+        """
         datasets = {cell.dataset: self.dataset(cell) for cell in self.cells}
-        threads = cv2.getNumThreads()
+        threads, parent = cv2.getNumThreads(), torch.multiprocessing.parent_process()
         cv2.setNumThreads(1)  # OpenCV's threads do not survive the fork of the data workers
+
+        def run(cell: Cell) -> str:
+            if parent is not None and not parent.is_alive():
+                raise PreemptedError("the process that started this job has ended: finished cells are kept")
+            start = time.perf_counter()
+            metrics, rows = self._measure(cell, datasets[cell.dataset], detector.model, stop, place)
+            self._write(cell, metrics, rows, detector, start)
+            return f"{cell.name} in {time.perf_counter() - start:.0f} s"
+
         try:
-            rest = list(self.cells)
-            while rest := [cell for cell in rest if not self.is_finished(cell)]:
-                check_stop(stop)
-                moved = False
-                for cell in rest:
-                    with lock_if_free(self.output / "locks" / cell.name) as free:
-                        if free and not self.is_finished(cell):
-                            self._evaluate(cell, datasets[cell.dataset], detector, stop, place)
-                        moved |= free
-                    yield
-                if not moved:
-                    time.sleep(1)
+            run_cells(self.cells, self.folder, run, stop)
         finally:
             cv2.setNumThreads(threads)
 
-    def _evaluate(self, cell: Cell, dataset: str, detector: TrainedDetector, stop: StopRequest, place: int) -> None:
-        start = time.perf_counter()
+    def run_in_processes(self, count: int, stop: StopRequest) -> None:
+        """``run`` in ``count`` processes, one a GPU where there are several."""
+        errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        context = torch.multiprocessing.start_processes(
+            _run_in_process, args=(self, errors), nprocs=count, join=False, start_method="spawn"
+        )
+        try:
+            while not context.join(timeout=0.5):
+                if stop:
+                    for process in context.processes:
+                        process.terminate()
+        except ProcessException as error:
+            if not errors.empty():
+                raise errors.get() from None
+            _check_stop(stop)
+            raise TrainingFailedError(f"a job failed: {error}") from None
+
+    def _measure(
+        self, cell: Cell, dataset: str, model: torch.nn.Module, stop: StopRequest, place: int
+    ) -> tuple[dict[str, float | None], list[Row]]:
+        """A cell's metrics, and its detections."""
+        seed = self.images.seed
         cfg = self.cfg.clone()
         cfg.OUTPUT_DIR = ""  # the detections go into the cell's own file
-        metrics, rows = measure(
-            cell,
-            cfg,
-            dataset,
-            detector.model,
-            seed=self.images.seed,
-            workers=self.workers,
-            stop=stop,
-            place=place,
+        evaluator, items, mapper = (
+            build_evaluator(cfg, dataset),
+            DatasetCatalog.get(dataset),
+            CellMapper(cfg, cell, seed),
         )
-        self._write(cell, metrics, rows, detector.backbone, detector.threat_model, start)
+        loader = build_detection_test_loader(items, mapper=mapper, num_workers=self.workers, batch_size=1)
+        if self.workers:  # what a corruption compiles is compiled once here instead of in every worker
+            cell.change_file(np.zeros((64, 64, 3), np.uint8), "", 0)
+        numbers = defaultdict[str, list[float]](list)
+        checked: list[Sample] = []
+        with inference_context(model), torch.no_grad():
+            for (sample,) in tqdm(loader, cell.name, len(items), unit="img", position=place, leave=False, disable=None):
+                _check_stop(stop)
+                if cell.changes_inputs:
+                    if len(checked) < CHECKED_IMAGES and len(sample["instances"]) > 0:
+                        checked.append(sample)
+                    image = image_seed(Path(sample["file_name"]).name, cell.name, 0, seed)
+                    sample, found = cell.change(model, sample, image)
+                    for name, value in found.items():
+                        numbers[name].append(value)
+                evaluator.process([sample], model([sample]))
+            further = cell.check_change(model, checked) if checked else {}
+        metrics = flat_metrics(evaluator.evaluate())
+        metrics |= {**further, **{name: math.fsum(values) / len(values) for name, values in numbers.items()}}
+        return metrics, evaluator.results
 
     def _write(
         self,
         cell: Cell,
         metrics: dict[str, float | None],
         rows: Sequence[Row],
-        backbone: dict[str, Any],
-        threat_model: str | None,
+        origin: TrainedDetector | RunRecord,
         start: float,
     ) -> None:
         with atomic_path(self.folder(cell) / "detections.json") as temporary:
@@ -114,8 +158,8 @@ class CellJob:
         RunRecord(
             run_id=f"{self.output.name}/{cell.name}",
             task="detector_robustness",
-            backbone=backbone,
-            threat_model=threat_model,
+            backbone=origin.backbone,
+            threat_model=origin.threat_model,
             dataset=cell.dataset or self.cfg.DATASETS.TEST[0],
             metrics=metrics,
             seed=self.images.seed,
@@ -134,31 +178,15 @@ class CellJob:
         metrics = metrics_of(rows, dataset, masks=self.cfg.MODEL.MASK_ON)
         metrics |= {f"images/{name}": float(list(chosen.values()).count(name)) for name in detections}
         held = RunRecord.read(self.folder(attacks[0]) / "record.json")
-        cell = Cell("attack-worst", settings={"attacks": list(detections)})
-        self._write(cell, metrics, rows, held.backbone, held.threat_model, start)
+        self._write(Cell("attack-worst", settings={"attacks": list(detections)}), metrics, rows, held, start)
 
-    def run_in_processes(self, count: int, stop: StopRequest) -> Iterator[None]:
-        """``run`` in ``count`` processes, one a GPU where there are several."""
-        errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        context = torch.multiprocessing.start_processes(
-            _run_in_process, args=(self, errors), nprocs=count, join=False, start_method="spawn"
-        )
-        try:
-            while not context.join(timeout=0.5):
-                yield
-                if stop:
-                    for process in context.processes:
-                        process.terminate()
-        except ProcessException as error:
-            if not errors.empty():
-                raise errors.get() from None
-            check_stop(stop)
-            raise TrainingFailedError(f"a job failed: {error}") from None
+
+def _check_stop(stop: StopRequest) -> None:
+    if stop:
+        raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
 
 
 def _run_in_process(rank: int, job: CellJob, errors: Any) -> None:
-    parent = torch.multiprocessing.parent_process()
-    assert parent is not None
     cfg = job.cfg
     if cfg.MODEL.DEVICE.startswith("cuda"):
         device = rank % torch.cuda.device_count()
@@ -167,9 +195,58 @@ def _run_in_process(rank: int, job: CellJob, errors: Any) -> None:
     try:
         register_datasets(cfg)
         with stop_on_signals() as stop:
-            for _ in job.run(load_detector(cfg, job.weights), stop, place=1 + rank):
-                if not parent.is_alive():
-                    return
+            job.run(load_detector(cfg, job.weights), stop, place=rank)
     except InputError as error:
-        errors.put(error)
+        if not isinstance(error, PreemptedError):  # of which the main process knows
+            errors.put(error)
         sys.exit(error.exit_status)
+
+
+def worst_attacks(truth: COCO, detections: Mapping[str, Sequence[Row]]) -> dict[Any, str]:
+    """For every image the attack under which its AP is the lowest; the first of those that tie.
+
+    AP is COCO's box AP on this image alone: the mean over 10 IoU thresholds and the classes that it shows.
+
+    Args:
+        truth: Annotations of all images.
+        detections: By attack; classes and images as in ``truth``.
+    """
+    grouped = {name: _by_image(rows) for name, rows in detections.items()}
+    chosen = {}
+    for image_id in truth.imgs:
+        annotations = truth.imgToAnns[image_id]
+        shown = {annotation["category_id"] for annotation in annotations}
+        alone = COCO()
+        alone.imgs = {image_id: truth.imgs[image_id]}
+        alone.dataset = {"categories": [truth.cats[category] for category in shown], "annotations": annotations}
+        aps = {}
+        for name, rows in grouped.items():
+            seen = [row for row in rows[image_id] if row["category_id"] in shown]
+            ap = coco_metrics(alone, seen, "bbox")["AP"] if annotations else 0.0
+            aps[name] = 0.0 if math.isnan(ap) else ap
+        chosen[image_id] = min(aps, key=aps.__getitem__)
+    return chosen
+
+
+def metrics_of(rows: Sequence[Row], dataset: str, *, masks: bool) -> dict[str, float | None]:
+    """The metrics of detections as a cell's detections.json holds them, by the set's own evaluator."""
+    if evaluator_kind(dataset) == "coco":
+        truth = ground_truth(dataset)
+        tasks = ("bbox", "segm") if masks else ("bbox",)
+        return flat_metrics({task: coco_metrics(truth, rows, task) for task in tasks})
+    evaluator = VocEvaluator(dataset)
+    for image_id, group in _by_image(rows).items():
+        boxes = torch.tensor([row["bbox"] for row in group], dtype=torch.float64)
+        found = Instances((1, 1))  # VOC's evaluator does not ask for the image's size
+        found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+        found.scores = torch.tensor([row["score"] for row in group])
+        found.pred_classes = torch.tensor([row["category_id"] - 1 for row in group])
+        evaluator.process([{"image_id": image_id}], [{"instances": found}])
+    return flat_metrics(evaluator.evaluate())
+
+
+def _by_image(rows: Sequence[Row]) -> dict[Any, list[Row]]:
+    grouped = defaultdict[Any, list[Row]](list)
+    for row in rows:
+        grouped[row["image_id"]].append(row)
+    return grouped

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,26 +9,16 @@ from typing import Any
 
 import detectron2.data.transforms as T
 import numpy as np
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_test_loader
+from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.evaluation import inference_context
 from detectron2.modeling import GeneralizedRCNN
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from robust_backbones.data.corruptions import CORRUPTIONS, check_corruption, corrupt, image_seed
-from robust_backbones.detection.attacks import DetectorAttack, attack_image
+from robust_backbones.detection.attacks import DetectorAttack, attack_image, sanity_check
 from robust_backbones.detection.data_stream import WorkerMapper
-from robust_backbones.detection.evaluators import build_evaluator
-from robust_backbones.detection.hooks import flat_metrics
-from robust_backbones.detection.sanity import sanity_check
-from robust_backbones.errors import InputError, PreemptedError
-from robust_backbones.runs.signals import StopRequest
-
-CHECKED_IMAGES = 8
-"""``Cell.check_change`` gets so many images, the first ones that show objects."""
+from robust_backbones.errors import InputError
 
 Sample = dict[str, Any]
 """Detectron2's input dictionary of one image."""
@@ -83,14 +71,9 @@ class CorruptionCell(Cell):
 
 
 def corruption_cells(names: Iterable[str], severities: Iterable[int]) -> list[Cell]:
-    """A cell for each corruption and severity.
+    """A cell for each corruption (``all`` alone: the 15 of Hendrycks & Dietterich 2019; or ``none``) and severity.
 
-    Args:
-        names: Of corruptions; ``all`` alone: the 15 of Hendrycks & Dietterich 2019; ``none`` alone.
-        severities: 1 to 5, or 0 for images as they are.
-
-    Raises:
-        InputError: there is no such corruption or severity.
+    InputError where there is no such corruption or severity.
     """
     chosen, severities = tuple(dict.fromkeys(names)), sorted(set(severities))
     if chosen in (("all",), ("none",)):
@@ -107,10 +90,7 @@ def corruption_cells(names: Iterable[str], severities: Iterable[int]) -> list[Ce
 
 @dataclass(frozen=True, kw_only=True)
 class AttackCell(Cell):
-    """``attack-LOSS`` or ``attack-target-TARGET``; its metrics hold the mean of the attacked loss before and after.
-
-    And, for epsilon above 0, what ``sanity_check`` finds.
-    """
+    """Its metrics hold the mean of the attacked loss before and after and, for epsilon above 0, ``sanity_check``'s."""
 
     attack: DetectorAttack
 
@@ -130,58 +110,6 @@ class AttackCell(Cell):
 def attack_cell(attack: DetectorAttack) -> Cell:
     name = f"attack-{attack.loss}" if attack.target is None else f"attack-target-{attack.target}"
     return AttackCell(name, settings=asdict(attack), attack=attack)
-
-
-def measure(
-    cell: Cell,
-    cfg: CfgNode,
-    dataset: str,
-    model: GeneralizedRCNN,
-    *,
-    seed: int,
-    workers: int,
-    stop: StopRequest,
-    place: int = 0,
-) -> tuple[dict[str, float | None], list[Row]]:
-    """A cell's metrics, and its detections.
-
-    Args:
-        dataset: A registered set.
-        seed: Decides the random numbers of corruptions and attacks.
-        workers: Processes that decode and corrupt images; no result depends on it.
-        stop: Looked at after each image.
-        place: The line of the progress bar.
-
-    Raises:
-        PreemptedError: ``stop`` was asked for.
-    """
-    evaluator = build_evaluator(cfg, dataset)
-    items = DatasetCatalog.get(dataset)
-    loader = build_detection_test_loader(items, mapper=CellMapper(cfg, cell, seed), num_workers=workers, batch_size=1)
-    if workers:  # what a corruption compiles is compiled once here instead of in every worker
-        cell.change_file(np.zeros((64, 64, 3), np.uint8), "", 0)
-    numbers = defaultdict[str, list[float]](list)
-    checked: list[Sample] = []
-    with inference_context(model), torch.no_grad():
-        for (sample,) in tqdm(loader, cell.name, len(items), unit="img", position=place, leave=False, disable=None):
-            check_stop(stop)
-            if cell.changes_inputs:
-                if len(checked) < CHECKED_IMAGES and len(sample["instances"]) > 0:
-                    checked.append(sample)
-                image = image_seed(Path(sample["file_name"]).name, cell.name, 0, seed)
-                sample, found = cell.change(model, sample, image)
-                for name, value in found.items():
-                    numbers[name].append(value)
-            evaluator.process([sample], model([sample]))
-        further = cell.check_change(model, checked) if checked else {}
-    metrics = flat_metrics(evaluator.evaluate())
-    metrics |= {**further, **{name: math.fsum(values) / len(values) for name, values in numbers.items()}}
-    return metrics, evaluator.results
-
-
-def check_stop(stop: StopRequest) -> None:
-    if stop:
-        raise PreemptedError("asked to stop: finished cells are kept, and the same command continues with the others")
 
 
 class CellMapper(WorkerMapper):

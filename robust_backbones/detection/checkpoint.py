@@ -1,7 +1,6 @@
 """The checkpoint guard: no detector starts from a backbone that is not, tensor by tensor, the one it was given.
 
-Detectron2 itself loads 0 of 265 backbone tensors, or a backbone with the wrong stride, channel order or pixel
-scale, without an error.
+Detectron2 loads 0 of 265 tensors, or a backbone with another stride, channel order or pixel scale, without an error.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from robust_backbones.checkpoint.zoo import PREFIX
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
 from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.identity import flat
 
 _METADATA = "backbone_metadata"
 _UNFILLED = "unfilled_backbone_tensors"
@@ -33,7 +33,7 @@ _HOW_TO_CONVERT = "convert it with `robust-backbones convert SRC DST.pkl --verif
 class BackboneCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer that accepts a file only if it fills the whole backbone and fits the configuration.
 
-    Files are read without running code that they may hold. Checkpoints that it saves keep the backbone's metadata.
+    Reading runs no code of a file; what it saves keeps the backbone's metadata.
     """
 
     def __init__(
@@ -73,12 +73,11 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def save(self, name: str, *, model: nn.Module | None = None, resumable: bool = True, **content: Any) -> None:
-        """Write ``name``.pth whole or not at all; fvcore's own ``save`` can leave half a file after a kill.
+        """Write ``name``.pth whole or not at all, with further entries ``content``.
 
         Args:
             model: whose weights to write instead of the trained one's, such as their average.
             resumable: write the optimiser's and the trainer's state too, and make it the last checkpoint.
-            content: further entries of the file.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -133,8 +132,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             check_config(self.cfg, self.metadata.spec, self._path)
         in_file = dict(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
-        names = backbone_tensors(self.model)
-        state = self.model.state_dict()
+        names, state = backbone_tensors(self.model), self.model.state_dict()
         unfilled = []
         for name, short_name in names.items():
             stored = in_file.get(name, in_file.get(short_name))
@@ -167,23 +165,15 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
 
 def check_config(cfg: CfgNode, spec: BackboneSpec, path: Path) -> None:
-    """Refuse a configuration that would feed or build the backbone otherwise than it was trained.
-
-    Raises:
-        InputError: naming each key that differs, and the overrides that mend it.
-    """
-    differing: dict[str, tuple[object, object]] = {}
-    for key, wanted in {**spec.detectron2_overrides(), "MODEL.RESNETS.STEM_OUT_CHANNELS": 64}.items():
-        held = cfg
-        for part in key.split("."):
-            held = held[part]
-        if not _agree(held, wanted):
-            differing[key] = (held, wanted)
+    """Raise InputError, with the overrides that mend it, where ``cfg`` feeds or builds the backbone another way."""
+    held = flat(cfg)
+    wanted = {**spec.detectron2_overrides(), "MODEL.RESNETS.STEM_OUT_CHANNELS": 64}
+    differing = {key: value for key, value in wanted.items() if not _agree(held[key], value)}
     if cfg.MODEL.RESNETS.NORM not in _BATCH_NORMS:
-        differing["MODEL.RESNETS.NORM"] = (cfg.MODEL.RESNETS.NORM, "FrozenBN")
+        differing["MODEL.RESNETS.NORM"] = "FrozenBN"
     if differing:
-        found = ", ".join(f"{key} is {held}" for key, (held, _) in differing.items())
-        mend = " ".join(f'{key} "{wanted}"' for key, (_, wanted) in differing.items())
+        found = ", ".join(f"{key} is {held[key]}" for key in differing)
+        mend = " ".join(f'{key} "{value}"' for key, value in differing.items())
         raise InputError(f"the configuration does not fit the backbone in {path} ({found}): add the overrides {mend}")
 
 
@@ -199,17 +189,16 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def backbone_tensors(model: nn.Module) -> dict[str, str]:
     """Each tensor that a backbone file must fill: its name in the detector -> its name in the file.
 
-    These are the ResNet's (under whatever prefix the detector gives it) and, in C4 detectors, res5 in the ROI heads.
-    Batch norm's counters are not part of a backbone.
+    The ResNet's and, in C4 detectors, those of res5 in the ROI heads; not batch norm's counters.
     """
     prefixes = {f"{name}." if name else "": "" for name, module in model.named_modules() if isinstance(module, ResNet)}
     prefixes |= {f"{name}.": "res5." for name, _ in model.named_modules() if name.endswith("roi_heads.res5")}
-    names = {}
-    for name in model.state_dict():
-        for prefix, short_prefix in prefixes.items():
-            if name.startswith(prefix) and not name.endswith("num_batches_tracked"):
-                names[name] = short_prefix + name.removeprefix(prefix)
-    return names
+    return {
+        name: short_prefix + name.removeprefix(prefix)
+        for name in model.state_dict()
+        for prefix, short_prefix in prefixes.items()
+        if name.startswith(prefix) and not name.endswith("num_batches_tracked")
+    }
 
 
 def _agree(held: Any, wanted: Any) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -17,9 +18,23 @@ from robust_backbones.attacks import AttackConfig
 from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS, find_file
 from robust_backbones.detection.roi_heads import BackboneRes5ROIHeads
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec
 from robust_backbones.runs.identity import flat
 from robust_backbones.threat_models import ThreatModel
+
+_VALID: dict[str, tuple[Callable[[Any], object], str]] = {
+    "SOLVER.AMP.DTYPE": (("float16", "bfloat16").__contains__, "is not one of float16, bfloat16"),
+    "SOLVER.EMA_DECAY": (lambda decay: 0 <= decay < 1, "is not in [0, 1): give 0.0 for none"),
+    "SOLVER.OPTIMIZER": (("SGD", "AdamW").__contains__, "is not one of SGD, AdamW"),
+    "SOLVER.BACKBONE_MULTIPLIER": (
+        lambda factor: 0 <= factor < math.inf,
+        "is no factor of a learning rate: give 1.0 for the same as the rest's",
+    ),
+    "ADVERSARIAL.KIND": (("", "free", "pgd").__contains__, 'is not one of free, pgd: give "" for none'),
+    "ADVERSARIAL.REPLAYS": (lambda count: count >= 1, "is no number of updates a batch: give 1 or more"),
+    "TEST.VISUALIZE": (lambda count: count >= 0, "is no number of images: give 0 for none"),
+    "TEST.BEST_METRIC": (re.compile(r"(\w+/\S+)?").fullmatch, "is no metric: give one like bbox/AP50"),
+}
+"""Of our keys: what is valid, and what to say of the rest."""
 
 
 def add_config(cfg: CfgNode) -> None:
@@ -29,13 +44,6 @@ def add_config(cfg: CfgNode) -> None:
         for part in path:
             node = node.setdefault(part, CfgNode())
         node[name] = value
-
-
-def base_config() -> CfgNode:
-    """Detectron2's defaults and our keys."""
-    cfg = get_cfg()
-    add_config(cfg)
-    return cfg
 
 
 def load_config(config_files: str | Path | Sequence[str | Path], overrides: Sequence[object] = ()) -> CfgNode:
@@ -53,7 +61,8 @@ def load_config(config_files: str | Path | Sequence[str | Path], overrides: Sequ
     files = [find_file(file, CONFIG_DIR) for file in given]
     if not files:
         raise InputError(f"no configuration file: give one of those in {CONFIG_DIR.name}/")
-    cfg = base_config()
+    cfg = get_cfg()
+    add_config(cfg)
     for file in files:
         if not file.is_file():
             raise InputError(f"no configuration file {file}: see {CONFIG_DIR.name}/ for those that exist")
@@ -77,36 +86,27 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
     except (KeyError, ValueError, AssertionError, AttributeError, TypeError, OSError, yaml.YAMLError) as error:
         message = str(error.args[0]) if error.args else ""
         if message.startswith("Non-existent"):
-            raise InputError(_unknown_key(cfg, message)) from None
+            key = message.rsplit(" ", 1)[-1]  # yacs says "Non-existent [config] key: A.B"
+            near = difflib.get_close_matches(key, list(flat(cfg)), n=1, cutoff=0.5)
+            mend = f"did you mean {near[0]}?" if near else "check its spelling"
+            raise InputError(f"unknown configuration key {key}: {mend}") from None
         raise InputError(f"cannot use {source}: {' '.join(str(error).split())}") from None
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Refuse values out of range of the keys that ``add_config`` adds, and norms that the detector would leave out.
-
-    Raises:
-        InputError: naming the key.
-    """
-    if missing := DETECTOR_KEYS.keys() - flat(cfg).keys():
+    """Raise InputError for a value out of range of our keys, or a norm that the detector would leave out."""
+    values = flat(cfg)
+    if missing := DETECTOR_KEYS.keys() - values.keys():
         raise InputError(
             f"the configuration lacks {min(missing)}: call robust_backbones.detection.add_config(cfg) first"
         )
-    if cfg.SOLVER.AMP.DTYPE not in ("float16", "bfloat16"):
-        raise InputError(f"SOLVER.AMP.DTYPE {cfg.SOLVER.AMP.DTYPE!r} is not one of float16, bfloat16")
-    if not 0 <= cfg.SOLVER.EMA_DECAY < 1:
-        raise InputError(f"SOLVER.EMA_DECAY {cfg.SOLVER.EMA_DECAY} is not in [0, 1): give 0.0 for none")
-    if cfg.SOLVER.OPTIMIZER not in ("SGD", "AdamW"):
-        raise InputError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r} is not one of SGD, AdamW")
-    if not 0 <= cfg.SOLVER.BACKBONE_MULTIPLIER < math.inf:
-        raise InputError(
-            f"SOLVER.BACKBONE_MULTIPLIER {cfg.SOLVER.BACKBONE_MULTIPLIER} is no factor of a learning rate: "
-            "give 1.0 for the same as the rest's"
-        )
-    _check_adversary(cfg)
-    if cfg.TEST.VISUALIZE < 0:
-        raise InputError(f"TEST.VISUALIZE {cfg.TEST.VISUALIZE} is no number of images: give 0 for none")
-    if not re.fullmatch(r"(\w+/\S+)?", cfg.TEST.BEST_METRIC):
-        raise InputError(f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC!r} is no metric: give one like bbox/AP50")
+    for key, (is_valid, mend) in _VALID.items():
+        if not is_valid(values[key]):
+            raise InputError(f"{key} {values[key]!r} {mend}")
+    ThreatModel.parse(cfg.ADVERSARIAL.THREAT_MODEL)
+    AttackConfig(cfg.ADVERSARIAL.STEPS, cfg.ADVERSARIAL.RELATIVE_STEP_SIZE)
+    if cfg.ADVERSARIAL.KIND and cfg.VIS_PERIOD > 0:
+        raise InputError("VIS_PERIOD draws training images, which adversarial training cannot: give VIS_PERIOD 0")
     if cfg.MODEL.FPN.NORM and cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
         raise InputError("MODEL.FPN.NORM is set, but the detector has no FPN: for C4 give protocols/syncbn_C4.yaml")
     heads = cfg.MODEL.ROI_HEADS.NAME
@@ -115,27 +115,3 @@ def check_config(cfg: CfgNode) -> None:
             f"MODEL.ROI_HEADS.RES5_NORM is set, but {heads} has no such norm, {BackboneRes5ROIHeads.__name__} has: "
             "for FPN give protocols/syncbn.yaml"
         )
-
-
-def _check_adversary(cfg: CfgNode) -> None:
-    node = cfg.ADVERSARIAL
-    if node.KIND not in ("", "free", "pgd"):
-        raise InputError(f'ADVERSARIAL.KIND {node.KIND!r} is not one of free, pgd: give "" for none')
-    ThreatModel.parse(node.THREAT_MODEL)
-    if node.REPLAYS < 1:
-        raise InputError(f"ADVERSARIAL.REPLAYS {node.REPLAYS} is no number of updates a batch: give 1 or more")
-    AttackConfig(node.STEPS, node.RELATIVE_STEP_SIZE)
-    if node.KIND and cfg.VIS_PERIOD > 0:
-        raise InputError("VIS_PERIOD draws training images, which adversarial training cannot: give VIS_PERIOD 0")
-
-
-def flat_overrides(spec: BackboneSpec) -> list[object]:
-    """What a backbone needs of the configuration, as the KEY VALUE list that ``load_config`` takes."""
-    return [item for pair in spec.detectron2_overrides().items() for item in pair]
-
-
-def _unknown_key(cfg: CfgNode, message: str) -> str:
-    """yacs says ``Non-existent [config] key: A.B``; add the nearest key that exists."""
-    key = message.rsplit(" ", 1)[-1]
-    near = difflib.get_close_matches(key, list(flat(cfg)), n=1, cutoff=0.5)
-    return f"unknown configuration key {key}" + (f": did you mean {near[0]}?" if near else ": check its spelling")

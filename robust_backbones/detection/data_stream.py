@@ -16,6 +16,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data.transforms import CropTransform, HFlipTransform, NoOpTransform, ResizeTransform, VFlipTransform
+from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from robust_backbones.runs.signals import stop_for_parent_only
@@ -53,13 +54,13 @@ class TrainingStream:
         self._mapper.seen = 0
         for bucket in getattr(self._loader, "_buckets", ()):
             bucket.clear()
-        if self._mapper.skipped_batches:
+        if skipped := self._mapper.skipped_batches:
             set_random_state(self.random_state_at_start)
         else:
             self.random_state_at_start = random_state()
         batches = iter(self._loader)
-        if self._mapper.skipped_batches:
-            for _ in range(self._mapper.skipped_batches):
+        if skipped:
+            for _ in range(skipped):
                 next(batches)
             set_random_state(self._random_state_now)
         for batch in batches:
@@ -92,10 +93,8 @@ class _SkippingMapper(WorkerMapper):
 
     def __init__(self, mapper: DatasetMapper, *, batch_size: int, grouped: bool) -> None:
         super().__init__(mapper)
-        self.batch_size = batch_size
-        self.grouped = grouped
-        self.skipped_batches = 0
-        self.seen = 0
+        self.batch_size, self.grouped = batch_size, grouped
+        self.skipped_batches = self.seen = 0
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         skipped = self._batch() < self.skipped_batches
@@ -129,18 +128,19 @@ class _ShapeOnly:
     """Stands in for Detectron2's AugInput: augmentations draw from an image's shape and change it, at no cost."""
 
     def __init__(self, height: int, width: int) -> None:
-        self._reshape(height, width)
-
-    def _reshape(self, height: int, width: int) -> None:
-        self.image = np.broadcast_to(np.uint8(0), (height, width, 3))
+        self.image = _blank(height, width)
 
     def transform(self, transform: Any) -> None:
         if isinstance(transform, ResizeTransform):
-            self._reshape(transform.new_h, transform.new_w)
+            self.image = _blank(transform.new_h, transform.new_w)
         elif isinstance(transform, CropTransform):
-            self._reshape(transform.h, transform.w)
+            self.image = _blank(transform.h, transform.w)
         elif not isinstance(transform, (HFlipTransform, VFlipTransform, NoOpTransform)):
             self.image = transform.apply_image(np.ascontiguousarray(self.image))
+
+
+def _blank(height: int, width: int) -> NDArray[np.uint8]:
+    return np.broadcast_to(np.uint8(0), (height, width, 3))
 
 
 def random_state() -> dict[str, Any]:

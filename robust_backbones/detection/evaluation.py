@@ -12,7 +12,7 @@ from robust_backbones.detection.config import check_config
 from robust_backbones.detection.datasets import check_datasets, register_datasets
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import load_detector, read_run
-from robust_backbones.detection.record import write_record
+from robust_backbones.detection.run_folder import write_record
 from robust_backbones.detection.trainer import Trainer
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import detectron2.utils.comm as comm
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.engine.train_loop import HookBase
@@ -17,6 +18,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from robust_backbones.detection.adversarial import replays
 from robust_backbones.detection.data_stream import TrainingStream, undisturbed
 from robust_backbones.detection.visualize import ground_truth_beside_detections
 from robust_backbones.errors import InputError
@@ -49,6 +51,16 @@ class WeightAverage(HookBase):
 class PreciseBN(hooks.PreciseBN):
     """Detectron2's, on images that the iteration alone decides: a resumed run takes those of the unbroken one."""
 
+    @classmethod
+    def build(cls, cfg: CfgNode, model: nn.Module) -> PreciseBN | None:
+        """None where ``cfg`` asks for none or ``model`` has no batch norm that learns."""
+        if not (cfg.TEST.PRECISE_BN.ENABLED and hooks.get_bn_modules(model)):
+            return None
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # its few images are not worth processes of their own
+        return cls(cfg.TEST.EVAL_PERIOD, model, TrainingStream(cfg), cfg.TEST.PRECISE_BN.NUM_ITER)
+
     def update_stats(self) -> None:
         self._data_iter = None
         with undisturbed():
@@ -57,44 +69,28 @@ class PreciseBN(hooks.PreciseBN):
 
 
 class Checkpoints(HookBase):
-    """Saves every ``period`` iterations, and the final detector; every process has to call it.
+    """Saves every SOLVER.CHECKPOINT_PERIOD iterations, and the final detector; every process has to call it.
 
-    Where each batch is replayed, it is after the last of its ``replays``: a perturbation is part of no checkpoint.
+    Where each batch is replayed, it is after the last of its replays: a perturbation is part of no checkpoint.
     """
 
-    def __init__(self, period: int, replays: int = 1) -> None:
-        self._period = period
-        self._replays = replays
-
     def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        due = done % self._replays == 0 and done // self._period > (done - self._replays) // self._period
-        if done < self.trainer.max_iter and due:
-            self.trainer.save()
-        elif done == self.trainer.max_iter:
+        cfg, done = self.trainer.cfg, self.trainer.iter + 1
+        period, each = cfg.SOLVER.CHECKPOINT_PERIOD, replays(cfg)
+        if done == self.trainer.max_iter:
             self.trainer.save(final=True)
+        elif done % each == 0 and done // period > (done - each) // period:
+            self.trainer.save()
 
 
 class Evaluation(HookBase):
-    """Evaluates every ``period`` iterations (0: never) and after the last; keeps the best detector and draws.
+    """Evaluates every TEST.EVAL_PERIOD iterations (0: never) and after the last; keeps the best detector and draws.
 
     It runs after ``Checkpoints``, so that an evaluation that fails loses no training; one that was cut off is repeated
     when the run resumes.
-
-    Args:
-        evaluate: gives Detectron2's nested dictionary of results, an empty one in all but the main process.
-        metric: the name by which to keep the best, such as ``bbox/AP``.
-        images: how many of the first test set's images to draw.
     """
 
-    def __init__(
-        self, period: int, evaluate: Callable[[], Mapping[str, Any]], *, metric: str, dataset: str, images: int
-    ) -> None:
-        self._period = period
-        self._evaluate = evaluate
-        self._metric = metric
-        self._dataset = dataset
-        self._images = images
+    def __init__(self) -> None:
         self.results: dict[str, float | None] = {}
         """The last evaluation's metrics."""
         self.best: dict[str, Any] | None = None
@@ -120,26 +116,26 @@ class Evaluation(HookBase):
             self._run(self.trainer.iter)
 
     def _is_due(self, iteration: int) -> bool:
-        return self._period > 0 and 0 < iteration < self.trainer.max_iter and iteration % self._period == 0
+        period = self.trainer.cfg.TEST.EVAL_PERIOD
+        return period > 0 and 0 < iteration < self.trainer.max_iter and iteration % period == 0
 
     def _run(self, iteration: int) -> None:
         with undisturbed():
-            self.results = flat_metrics(self._evaluate())
+            self.results = flat_metrics(self.trainer.test(self.trainer.cfg, self.trainer.evaluated_model))
             if comm.is_main_process():
                 self._draw()
-        if comm.is_main_process():
-            numbers = {name: value for name, value in self.results.items() if value is not None}
-            self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
-            self._keep_the_best(iteration)
+                numbers = {name: value for name, value in self.results.items() if value is not None}
+                self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
+                self._keep_the_best(iteration)
         self._evaluated_at = iteration
         comm.synchronize()
 
     def _keep_the_best(self, iteration: int) -> None:
-        names = [name for name in self.results if f"/{name}".endswith(f"/{self._metric}")]
+        cfg = self.trainer.cfg
+        metric = cfg.TEST.BEST_METRIC or ("segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP")
+        names = [name for name in self.results if f"/{name}".endswith(f"/{metric}")]
         if not names:
-            raise InputError(
-                f"TEST.BEST_METRIC {self._metric!r} is not measured: choose one of {', '.join(self.results)}"
-            )
+            raise InputError(f"TEST.BEST_METRIC {metric!r} is not measured: choose one of {', '.join(self.results)}")
         value = self.results[names[0]]
         if value is not None and (self.best is None or value > self.best["value"]):
             self.best = {"metric": names[0], "value": value, "iteration": iteration}
@@ -148,25 +144,14 @@ class Evaluation(HookBase):
 
     def _draw(self) -> None:
         """Ground truth beside detections, for TensorBoard."""
-        items = DatasetCatalog.get(self._dataset)[: self._images]
-        if not items:
-            return
-        model, mapper = self.trainer.evaluated_model, DatasetMapper(self.trainer.cfg, False)
+        cfg, model = self.trainer.cfg, self.trainer.evaluated_model
+        dataset, mapper = cfg.DATASETS.TEST[0], DatasetMapper(cfg, False)
+        items = DatasetCatalog.get(dataset)[: cfg.TEST.VISUALIZE]
         with inference_context(model), torch.no_grad():
             found = [model([mapper(item)])[0]["instances"].to("cpu") for item in items]
-        pictures = ground_truth_beside_detections(items, found, MetadataCatalog.get(self._dataset))
+        pictures = ground_truth_beside_detections(items, found, MetadataCatalog.get(dataset))
         for item, picture in zip(items, pictures, strict=True):
-            self.trainer.storage.put_image(f"{self._dataset}/{item['image_id']}", picture.transpose(2, 0, 1))
-
-
-def build_precise_bn(cfg: Any, model: nn.Module) -> PreciseBN | None:
-    """The hook that ``cfg`` asks for; None where it asks for none or ``model`` has no batch norm that learns."""
-    if not (cfg.TEST.PRECISE_BN.ENABLED and hooks.get_bn_modules(model)):
-        return None
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.DATALOADER.NUM_WORKERS = 0  # its few images are not worth processes of their own
-    return PreciseBN(cfg.TEST.EVAL_PERIOD, model, TrainingStream(cfg), cfg.TEST.PRECISE_BN.NUM_ITER)
+            self.trainer.storage.put_image(f"{dataset}/{item['image_id']}", picture.transpose(2, 0, 1))
 
 
 def flat_metrics(results: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:

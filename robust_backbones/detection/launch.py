@@ -32,9 +32,6 @@ def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> Cfg
     """``cfg`` for the processes that will run it: scaled where SOLVER.REFERENCE_WORLD_SIZE says what it was made for.
 
     Detectron2 then keeps the images per process: batch and learning rate grow with the processes, iterations shrink.
-
-    Raises:
-        InputError: more processes than GPUs, or a batch that cannot be divided among them.
     """
     processes = _torchrun_size() or num_gpus * num_machines
     if processes < 1:
@@ -55,7 +52,7 @@ def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> Cfg
 
 
 def _torchrun_size() -> int:
-    """How many processes torchrun (or whoever sets its variables) has started; 0 when it was not used."""
+    """How many processes torchrun has started; 0 when it was not used."""
     return int(os.environ.get("WORLD_SIZE", "0"))
 
 
@@ -77,9 +74,7 @@ def launch(
 
     Without CUDA they are CPU processes. Under torchrun its processes are joined and the numbers are not looked at.
 
-    Raises:
-        InputError: several machines without an address; or what ``function`` raised, which a started process prints
-            itself, and this one exits with its status.
+    What ``function`` raises in a started process is printed there, and this one exits with its status.
     """
     if _torchrun_size() > 1:
         _join(function, arguments)

@@ -18,7 +18,7 @@ from torch import nn
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import categories
-from robust_backbones.detection.roi_align import use_float32_boxes
+from robust_backbones.detection.roi_heads import use_float32_boxes
 from robust_backbones.errors import InputError
 
 
@@ -44,24 +44,14 @@ class TrainedDetector:
 
 
 def load_detector(cfg: CfgNode, weights: str | Path) -> TrainedDetector:
-    """The detector in a .pth file of a training run; nothing that the file may hold is run.
-
-    Raises:
-        InputError: there is no such file, or it does not hold every tensor of a detector of this configuration.
-    """
+    """The detector in a .pth file of a training run; InputError if that lacks a tensor of this configuration's."""
     checkpointer = BackboneCheckpointer(build_detector(cfg).eval(), cfg=cfg, whole_detector=True)
     content = checkpointer.load(str(weights))
     return TrainedDetector(checkpointer.model, categories_of(content, cfg, weights), *checkpointer.provenance())
 
 
 def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
-    """Load the run's weights into a detector that is thrown away: a wrong file stops it before anything is written.
-
-    Takes seconds, and in the first process alone: no worker of a multi-GPU launch has to fail for it.
-
-    Raises:
-        InputError: the weights do not fill the backbone, or do not fit the configuration.
-    """
+    """Load the run's weights into a detector that is thrown away: a wrong file is refused before a file is written."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
@@ -72,12 +62,7 @@ def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
 def read_run(run: str | Path, *, device: str | None = None) -> tuple[CfgNode, Path]:
     """The configuration of a training run, with OUTPUT_DIR where it is now and for ``device``, and its weights.
 
-    Args:
-        run: OUTPUT_DIR, for its model_final.pth, or another .pth file in one.
-        device: as MODEL.DEVICE; by default the run's, or the CPU where there is no GPU.
-
-    Raises:
-        InputError: there is no configuration or no weights.
+    ``run`` and ``device`` as in ``Predictor``; InputError if there is no configuration or no weights.
     """
     run = Path(run)
     if not run.exists():
@@ -128,30 +113,25 @@ class Predictor:
 def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: str | Path) -> list[dict[str, Any]]:
     """A detector's classes in the order of its outputs, in COCO's format: ``[{"id": 1, "name": "person"}, ...]``.
 
-    They are what its file says; if it does not, what Detectron2 knows of the data set that it was evaluated on; else
-    they have no names and count from 1.
-
-    Args:
-        content: of the file, without its weights.
-        path: the file, for error messages.
+    They are what ``content``, the file at ``path`` without its weights, says; if it does not, what Detectron2 knows of
+    the data set that it was evaluated on; else they have no names and count from 1.
 
     Raises:
         InputError: the file's categories are no categories, or of another number than the detector's.
     """
     count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if "categories" in content:
-        rows = content["categories"]
-        if not (isinstance(rows, list) and all(_is_category(row) for row in rows)):
+        try:
+            rows = [{"id": row["id"], "name": row["name"]} for row in content["categories"]]
+        except (TypeError, LookupError):
+            rows = [{}]
+        if not all(isinstance(row.get("id"), int) and isinstance(row.get("name"), str) for row in rows):
             raise InputError(f'{path} holds "categories" that are not COCO\'s: give a .pth file of a training run')
         if len(rows) != count or len({row["id"] for row in rows}) != count:
             raise InputError(
                 f"{path} names {len(rows)} categories, but its detector tells {count} classes apart: "
                 "give a .pth file of the same run as its config.yaml"
             )
-        return [{"id": row["id"], "name": row["name"]} for row in rows]
+        return rows
     known = categories(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else []
     return known if len(known) == count else [{"id": i + 1, "name": f"class {i}"} for i in range(count)]
-
-
-def _is_category(row: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("id"), int) and isinstance(row.get("name"), str)

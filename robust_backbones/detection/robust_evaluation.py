@@ -13,18 +13,17 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from tqdm import tqdm
 
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, load_library
-from robust_backbones.detection.cell_images import ImageChoice, check_same_classes, find_domains
+from robust_backbones.detection.attacks import sanity_warnings
+from robust_backbones.detection.cell_images import ImageChoice, find_domains
 from robust_backbones.detection.cell_jobs import CellJob
 from robust_backbones.detection.cells import AttackCell, Cell, CorruptionCell
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import check_datasets, evaluator_kind, register_datasets
 from robust_backbones.detection.predictor import TrainedDetector, load_detector
-from robust_backbones.detection.sanity import sanity_warnings
 from robust_backbones.errors import InputError
 from robust_backbones.runs.identity import claim, identity
 from robust_backbones.runs.record import RunRecord
@@ -57,8 +56,8 @@ def evaluate_detector(
         config_file: the detector's, as its run's config.yaml; its one DATASETS.TEST is the set to evaluate on.
         weights: the detector, as model_final.pth.
         cells: of ``corruption_cells`` and ``attack_cell``. Of two or more attacks the worst for each image makes
-            ``attack-worst``. The signs of gradient masking that ``sanity_check`` sees on a few images are in an
-            attack's metrics, and as sentences in ``warnings`` of the record's configuration.
+            ``attack-worst``. What ``sanity_check`` sees on a few images is in an attack's metrics, and as sentences
+            in ``warnings`` of the record's configuration.
         images: all by default.
         domains: a folder with a folder a domain, as ``find_domains`` reads it; a cell each.
         device: ``cpu`` or ``cuda``, where the jobs are spread over all GPUs.
@@ -86,7 +85,6 @@ def evaluate_detector(
     register_datasets(cfg)
     for sentence in check_datasets(cfg, eval_only=True):
         print(f"warning: {sentence}", file=sys.stderr)
-    check_same_classes(dataset, names)
     domain_cells = [Cell(name, name, {"images_sha256": images.fingerprint(name)}) for name in names]
     cells = [Cell(CLEAN), *cells, *domain_cells]
     if not weights.is_file():
@@ -95,19 +93,16 @@ def evaluate_detector(
     on_cpu = cfg.clone()
     on_cpu.MODEL.DEVICE = "cpu"
     detector = load_detector(on_cpu if jobs > 1 else cfg, weights)  # before anything is written
-    _check_categories(detector, dataset)
+    _check_classes(detector, cfg.DATASETS.TEST)
     for cell in cells:
         cell.check(detector.model)
     claim(output, job.identity, DETECTOR_KEYS)
-
-    done = sum(job.is_finished(cell) for cell in cells)
-    with (
-        stop_on_signals() as stop,
-        tqdm(total=len(cells), initial=done, desc="cells", unit="cell", disable=None, leave=False) as bar,
-    ):
-        for _ in job.run(detector, stop) if jobs == 1 else job.run_in_processes(jobs, stop):
-            bar.n = sum(job.is_finished(cell) for cell in cells)
-            bar.refresh()
+    job.check_settings()
+    with stop_on_signals() as stop:
+        if jobs == 1:
+            job.run(detector, stop)
+        else:
+            job.run_in_processes(jobs, stop)
     if len(attacks := [cell for cell in cells if isinstance(cell, AttackCell)]) > 1:
         job.evaluate_worst(attacks)
     return _write_summary(job)
@@ -159,21 +154,20 @@ def _identity(cfg: CfgNode, weights: Path, dataset: str, images: ImageChoice) ->
     }
 
 
-def _check_categories(detector: TrainedDetector, dataset: str) -> None:
-    names = [category["name"] for category in detector.categories]
-    classes = list(MetadataCatalog.get(dataset).thing_classes)
-    if names != classes:
-        raise InputError(
-            f"the detector knows {', '.join(names[:3])}, ... and {dataset} has {', '.join(classes[:3])}, ...: "
-            "give a configuration with the data set that the detector was made for"
-        )
+def _check_classes(detector: TrainedDetector, datasets: Sequence[str]) -> None:
+    for dataset in datasets:
+        for found, known in zip(MetadataCatalog.get(dataset).thing_classes, detector.categories, strict=True):
+            if found != known["name"]:
+                raise InputError(
+                    f"{dataset} has other classes than the detector ({found!r} instead of {known['name']!r}): "
+                    "give data with the categories that it was made for"
+                )
 
 
 def _write_summary(job: CellJob) -> RunRecord:
-    cfg = job.cfg
     records = [RunRecord.read(path) for path in sorted((job.output / "cells").glob("*/record.json"))]
     cells = {record.config["cell"]: record for record in records}
-    clean = cells[CLEAN]
+    clean, cfg = cells[CLEAN], job.cfg
     metrics = summarize({name: record.metrics for name, record in cells.items()})
     for name, record in cells.items():
         metrics |= {f"{name}/{key}": record.metrics[key] for key in ("clean_loss", "loss") if key in record.metrics}

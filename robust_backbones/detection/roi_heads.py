@@ -1,15 +1,19 @@
-"""C4's ROI heads with the backbone's own res5: of any depth, frozen with it, and with a norm after it on demand."""
+"""Regions of interest: ROIAlign with boxes in float32, and C4's heads with the backbone's own res5."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import ShapeSpec, get_norm
+from detectron2.layers import ROIAlign, ShapeSpec, get_norm
 from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 from detectron2.structures import Boxes
 from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from robust_backbones.cpu.roi_align import roi_align_by_rows
 
 BASIC_BLOCK_DEPTHS = (18, 34)
 
@@ -53,3 +57,34 @@ class BackboneRes5ROIHeads(Res5ROIHeads):
     def _shared_roi_transform(self, features: list[Tensor], boxes: list[Boxes]) -> Tensor:
         """R regions of the feature maps -> their features, shape (R, channels of res5, H, W)."""
         return self.res5_norm(super()._shared_roi_transform(features, boxes))
+
+
+def use_float32_boxes(detector: nn.Module, *, fast: bool) -> None:
+    """Put ``Float32BoxesROIAlign`` in place of each ROIAlign; ``fast``: by ``roi_align_by_rows`` on CPUs."""
+    for parent in [*detector.modules()]:
+        for name, child in parent.named_children():
+            if type(child) is ROIAlign:
+                setattr(parent, name, Float32BoxesROIAlign(child, fast=fast))
+
+
+class Float32BoxesROIAlign(ROIAlign):
+    """Detectron2's ROIAlign rounds boxes to the features' type: in bfloat16, to 4 pixels beyond pixel 512; not this."""
+
+    def __init__(self, like: ROIAlign, *, fast: bool) -> None:
+        super().__init__(like.output_size, like.spatial_scale, like.sampling_ratio, like.aligned)
+        self.fast = fast
+
+    def forward(self, input: Tensor, rois: Tensor) -> Tensor:  # Detectron2's names
+        """(N, C, H, W) and R boxes (image, left, top, right, bottom) in the image's pixels -> (R, C, *output_size)."""
+        features = input.to(torch.promote_types(input.dtype, torch.float32))
+        by_rows = self.fast and input.device.type == "cpu" and len(rois) > 0
+        function = roi_align_by_rows if by_rows else roi_align
+        pooled = function(
+            features,
+            rois.to(features.dtype),
+            self.output_size,
+            spatial_scale=self.spatial_scale,
+            sampling_ratio=self.sampling_ratio,
+            aligned=self.aligned,
+        )
+        return pooled.to(input.dtype)

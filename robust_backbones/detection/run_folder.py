@@ -1,21 +1,26 @@
-"""The folder of a detector's training: whose run it holds, and the configuration that started it."""
+"""The folder of a detector's run: whose it is, the configuration that started it, and the record that ends it."""
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import detectron2.utils.comm as comm
 import torch
+import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from robust_backbones.classification.compute import arithmetic
 from robust_backbones.configs import DETECTOR_KEYS
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.identity import check_same, read_settings
+from robust_backbones.runs.record import RunRecord
 
 
 def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
@@ -47,10 +52,10 @@ def write_config(cfg: CfgNode) -> None:
 
 
 def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
-    """Log to OUTPUT_DIR, make it the folder of a training run, and seed the random generators.
+    """Log to OUTPUT_DIR, make it the folder of a training run, and seed each process with SEED and its rank.
 
-    Every process calls it. The configuration that it returns is frozen, and has the seed that was drawn where none was
-    set; each process is seeded with that and its rank, as Detectron2 does.
+    Every process calls it. The configuration that it returns is frozen, with the seed that was drawn where none was
+    set.
     """
     folder, rank, size = Path(cfg.OUTPUT_DIR), comm.get_rank(), comm.get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,3 +80,47 @@ def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
     logger.info("Environment info:\n" + collect_env_info())
     logger.info("Running with full config:\n" + cfg.dump())
     return cfg
+
+
+def runs_in_bfloat16(cfg: CfgNode) -> bool:
+    """Whether it is asked for, and this device multiplies in bfloat16 no slower than in float32."""
+    wanted = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
+    return wanted and arithmetic("bf16", torch.device(cfg.MODEL.DEVICE)) == torch.bfloat16
+
+
+def write_record(
+    name: str,
+    cfg: CfgNode,
+    metrics: Mapping[str, float | None],
+    *,
+    backbone: dict[str, Any],
+    threat_model: str | None,
+    seconds: float,
+) -> None:
+    """Write the file ``name`` in OUTPUT_DIR; ``backbone`` and ``threat_model`` as in records."""
+    config = yaml.safe_load(cfg.dump())
+    if cfg.SOLVER.AMP.DTYPE == "bfloat16" and not runs_in_bfloat16(cfg):
+        config["SOLVER"]["AMP"]["ENABLED"] = False  # what ran, which is not what was asked for on every CPU
+    record = RunRecord(
+        run_id=Path(cfg.OUTPUT_DIR).name,
+        task="segmentation" if cfg.MODEL.MASK_ON else "detection",
+        backbone=backbone,
+        threat_model=threat_model,
+        dataset=", ".join(cfg.DATASETS.TEST),
+        metrics=dict(metrics),
+        seed=cfg.SEED,
+        config=config,
+        seconds=seconds,
+    )
+    record.write(Path(cfg.OUTPUT_DIR) / name)
+
+
+def check_expected(cfg: CfgNode, metrics: Mapping[str, float | None]) -> None:
+    """Raise TrainingFailedError where a metric is not as in TEST.EXPECTED_RESULTS (task, metric, value, tolerance)."""
+    for task, name, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
+        value = metrics.get(f"{task}/{name}")
+        if value is None or abs(value - expected) > tolerance:
+            raise TrainingFailedError(
+                f"{task}/{name} is {value if value is None else format(value, '.2f')}, and TEST.EXPECTED_RESULTS says "
+                f"{expected} ± {tolerance}: weights, data or configuration are not those that it was measured with"
+            )

@@ -14,24 +14,22 @@ import detectron2.utils.comm as comm
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, TrainerBase, hooks
-from detectron2.engine.train_loop import HookBase
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from robust_backbones.detection.adversarial import replays
-from robust_backbones.detection.checkpoint import BackboneCheckpointer
+from robust_backbones.detection.adversarial import AttackedDetector, FreeStream, replays
+from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.config import check_config
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state
 from robust_backbones.detection.datasets import categories, check_datasets, register_datasets
 from robust_backbones.detection.evaluators import build_evaluator
-from robust_backbones.detection.hooks import Checkpoints, Evaluation, WeightAverage, build_precise_bn
+from robust_backbones.detection.hooks import Checkpoints, Evaluation, PreciseBN, WeightAverage
 from robust_backbones.detection.predictor import build_detector
-from robust_backbones.detection.record import write_record
-from robust_backbones.detection.run_folder import check_folder, write_config
-from robust_backbones.detection.step import build_optimizer, build_step, runs_in_bfloat16
+from robust_backbones.detection.run_folder import check_folder, runs_in_bfloat16, write_config, write_record
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.runs.distributed import synchronize_on_cpu
 from robust_backbones.runs.files import write_jsonl
@@ -81,7 +79,13 @@ class Trainer(DefaultTrainer):
             devices = [comm.get_local_rank()] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
         self._replays = replays(cfg)
-        self._trainer = build_step(cfg, model, self.stream, optimizer)
+        batches = FreeStream(self.stream, cfg) if cfg.ADVERSARIAL.KIND == "free" else self.stream
+        trained = AttackedDetector(model, cfg) if cfg.ADVERSARIAL.KIND == "pgd" else model
+        if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16":
+            scaler = torch.amp.GradScaler(device.type)
+            self._trainer = AMPTrainer(trained, batches, optimizer, grad_scaler=scaler)
+        else:
+            self._trainer = SimpleTrainer(trained, batches, optimizer)
         # Only convolutions and matrix products run in bfloat16: losses, sums of gradients and the update do not.
         self._bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=runs_in_bfloat16(cfg))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -97,24 +101,33 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        return build_optimizer(cfg, model)
+        """Detectron2's, with SOLVER.OPTIMIZER and SOLVER.BACKBONE_MULTIPLIER."""
+        solver, backbone = cfg.SOLVER, backbone_tensors(model)
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+            lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if name in backbone else 1.0,
+        )
+        shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "foreach": True}
+        if solver.OPTIMIZER == "AdamW":
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **shared)
+        else:
+            optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **shared)
+        return maybe_add_gradient_clipping(cfg, optimizer)
 
     def build_hooks(self) -> list[HookBase | None]:
         cfg, model = self.cfg, self.checkpointer.model
         self.average = WeightAverage(model, cfg.SOLVER.EMA_DECAY) if cfg.SOLVER.EMA_DECAY > 0 else None
-        self.evaluation = Evaluation(
-            cfg.TEST.EVAL_PERIOD,
-            lambda: self.test(cfg, self.evaluated_model),
-            metric=cfg.TEST.BEST_METRIC or ("segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"),
-            dataset=cfg.DATASETS.TEST[0],
-            images=cfg.TEST.VISUALIZE,
-        )
+        self.evaluation = Evaluation()
         return [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self.average,
-            build_precise_bn(cfg, model),
-            Checkpoints(cfg.SOLVER.CHECKPOINT_PERIOD, self._replays),
+            PreciseBN.build(cfg, model),
+            Checkpoints(),
             self.evaluation,
         ]
 
@@ -131,8 +144,7 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Load MODEL.WEIGHTS, or with ``resume`` the newest checkpoint in OUTPUT_DIR if there is one.
 
-        Raises:
-            InputError: the weights do not fill the backbone, or do not fit the configuration.
+        Raises InputError where they do not fill the backbone or do not fit the configuration.
         """
         super().resume_or_load(resume)
         self._loaded = True

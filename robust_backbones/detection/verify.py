@@ -1,24 +1,33 @@
-"""The proof of a conversion: Detectron2's res2-res5 equal the source's layer1-layer4, each fed in its own way."""
+"""The proof of a conversion: Detectron2's res2-res5 equal the source's layer1-layer4, each fed in its own way.
+
+And ``MODEL.WEIGHTS robust://NAME``: a published backbone, downloaded, converted and proven at the first use.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import PathHandler
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 
-from robust_backbones.checkpoint.convert import read_backbone
-from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint import zoo
+from robust_backbones.checkpoint.convert import convert_file, read_backbone
+from robust_backbones.checkpoint.format import Checkpoint, sha256
+from robust_backbones.checkpoint.sources import read_published
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
-from robust_backbones.detection.config import CONFIG_DIR, flat_overrides, load_config
+from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import NormalizedModel
+from robust_backbones.runs.files import atomic_path
 
 TOLERANCE = 1e-4
 """Largest relative error that float32 rounding explains; a wrong stride, order or scale gives 0.01 and more."""
@@ -46,12 +55,7 @@ class StageError:
 
 
 def prove(checkpoint: Checkpoint, converted: str | Path, *, image: str | Path | None = None) -> list[StageError]:
-    """``feature_errors``, all below ``TOLERANCE``.
-
-    Raises:
-        ProofFailedError: one is not.
-        InputError: as ``feature_errors``.
-    """
+    """``feature_errors``; ProofFailedError where one is not below ``TOLERANCE``."""
     errors = feature_errors(checkpoint, converted, image=image)
     if wrong := [error for error in errors if not error.relative < TOLERANCE]:
         stages = ", ".join(f"{error.stage} by {error.relative:.1e}" for error in wrong)
@@ -78,7 +82,8 @@ def feature_errors(
     errors = []
     for mode, norm in _NORMS.items():
         overrides = ["MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.DEVICE", "cpu", *_SMALL_HEADS]
-        cfg = load_config(CONFIG_DIR / "Base-RCNN-FPN.yaml", [*flat_overrides(metadata.spec), *overrides])
+        own = [item for pair in metadata.spec.detectron2_overrides().items() for item in pair]
+        cfg = load_config(CONFIG_DIR / "Base-RCNN-FPN.yaml", [*own, *overrides])
         detector = build_model(cfg).train(mode == "train")
         BackboneCheckpointer(detector, cfg=cfg).load(str(converted))
         reference = NormalizedModel(checkpoint.build(), checkpoint.spec).train(mode == "train")
@@ -86,10 +91,13 @@ def feature_errors(
             # The statistics of a few pixels, taken layer by layer, multiply float32's rounding a thousandfold, that of
             # mean and std as well.
             detector, reference, spec = detector.double(), reference.double(), checkpoint.spec
-            _set(detector.pixel_mean, cfg.MODEL.PIXEL_MEAN)
-            _set(detector.pixel_std, cfg.MODEL.PIXEL_STD)
-            _set(reference.mean, spec.mean)
-            _set(reference.std, spec.std)
+            for buffer, values in (
+                (detector.pixel_mean, cfg.MODEL.PIXEL_MEAN),
+                (detector.pixel_std, cfg.MODEL.PIXEL_STD),
+                (reference.mean, spec.mean),
+                (reference.std, spec.std),
+            ):
+                buffer.copy_(torch.tensor(values, dtype=buffer.dtype)[:, None, None])
         for name, for_detector, for_reference in _inputs(cfg.INPUT.FORMAT, checkpoint.spec.channel_order, image, size):
             features = detector.backbone.bottom_up(detector.preprocess_image([{"image": for_detector}]).tensor)
             expected = reference.stages(for_reference[None].to(reference.mean.dtype) / 255)
@@ -99,10 +107,6 @@ def feature_errors(
                 # A NaN is no proof, and neither are features that are zero throughout.
                 errors.append(StageError(name, mode, stage, largest, largest / scale if scale else float("nan")))
     return errors
-
-
-def _set(buffer: Tensor, values: Sequence[float]) -> None:
-    buffer.copy_(torch.tensor(values, dtype=buffer.dtype)[:, None, None])
 
 
 def _inputs(in_format: str, source_order: str, image: Path | None, size: int) -> Iterable[tuple[str, Tensor, Tensor]]:
@@ -141,3 +145,37 @@ def table(errors: Sequence[StageError]) -> str:
     rows += [(e.image, e.batch_norm, e.stage, f"{e.largest:.1e}", f"{e.relative:.1e}") for e in errors]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def converted_backbone(name: str) -> Path:
+    """The published backbone ``name`` in Detectron2's format, in the cache; made and proven at the first use."""
+    source = zoo.fetch(name)
+    path = zoo.cache_folder() / "detectron2" / f"{name}.pkl"
+    note = path.with_name(f"{path.name}.sha256")
+    if _is_made_of(path, note, sha256(source)):
+        return path
+    convert_file(read_published(name), path, prove=prove).check()
+    with atomic_path(note) as temporary:
+        temporary.write_text(sha256(path) + "\n")
+    return path
+
+
+def _is_made_of(path: Path, note: Path, source_sha256: str) -> bool:
+    """Whether ``path`` is as it was written, from that source, by this version of the format."""
+    try:
+        return note.read_text().strip() == sha256(path) and read_backbone(path)[1].source_sha256 == source_sha256
+    except (OSError, InputError):
+        return False
+
+
+class RobustPathHandler(PathHandler):
+    """Makes ``robust://NAME`` a path for all of Detectron2."""
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [zoo.PREFIX]
+
+    def _get_local_path(self, path: str, force: bool = False, **_: Any) -> str:
+        return str(converted_backbone(path.removeprefix(zoo.PREFIX)))
+
+
+PathManager.register_handler(RobustPathHandler(), allow_override=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BoxMode, Instances
@@ -15,26 +16,39 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from numpy.typing import NDArray
 
+from robust_backbones.detection.datasets import check_datasets, register_datasets
+from robust_backbones.detection.predictor import Predictor
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
 TITLE_HEIGHT = 28
 """Height in pixels of the white strip above a panel."""
+PANEL_WIDTH = 400
 
 
-def draw_rows(
-    rows: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], output: Path, metadata: Any, *, width: int = 400
+def draw_side_by_side(
+    runs: Mapping[str, Path], output: Path, *, images: int, min_score: float = 0.5, device: str = "cpu"
 ) -> None:
-    """Write a picture with a row an image and a panel ``width`` pixels wide a column.
+    """Write a picture with a row an image of the first run's test set: ground truth, then each detector's objects.
 
     Args:
-        rows: image file -> title -> objects; see ``draw_objects`` for them and ``metadata``.
+        runs: detector's name -> OUTPUT_DIR of its training, with model_final.pth.
         output: a ``.png`` or ``.jpg`` file.
+        images: the first so many annotated ones.
+        min_score: detections below it are left out.
     """
-    pictures = [_panels(file, columns, metadata, width=width) for file, columns in rows.items()]
-    widest = max(picture.shape[1] for picture in pictures)
-    padded = [np.pad(picture, ((0, 0), (0, widest - picture.shape[1]), (0, 0))) for picture in pictures]
-    write_picture(output, np.vstack(padded))
+    predictors = {name: Predictor(folder, device=device) for name, folder in runs.items()}
+    cfg = next(iter(predictors.values())).cfg
+    register_datasets(cfg)
+    check_datasets(cfg, eval_only=True)
+    dataset = cfg.DATASETS.TEST[0]
+    rows = []
+    for item in [item for item in DatasetCatalog.get(dataset) if item["annotations"]][:images]:
+        file = item["file_name"]
+        found = {name: objects_in(predict(file), min_score=min_score) for name, predict in predictors.items()}
+        rows.append(_panels(file, {"ground truth": item["annotations"], **found}, MetadataCatalog.get(dataset)))
+    widest = max(row.shape[1] for row in rows)
+    write_picture(output, np.vstack([np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0))) for row in rows]))
 
 
 def ground_truth_beside_detections(
@@ -50,9 +64,6 @@ def ground_truth_beside_detections(
 
     Returns:
         (H, W, 3) uint8 RGB each, of two panels about 400 pixels wide under their titles.
-
-    Raises:
-        InputError: an image cannot be read.
     """
     return [
         _panels(
@@ -109,11 +120,7 @@ def draw_objects(
 
 
 def read_rgb(file_name: str | Path) -> NDArray[np.uint8]:
-    """An image file as (H, W, 3) uint8 RGB, the way up that its EXIF data say, as Detectron2 reads it.
-
-    Raises:
-        InputError: it is missing, damaged or no image.
-    """
+    """An image file as (H, W, 3) uint8 RGB, as its EXIF data turn it; InputError if it cannot be read."""
     try:
         return read_image(str(file_name), "RGB")
     except Exception as error:  # Pillow's decoders fail on damaged files in many ways
@@ -126,14 +133,12 @@ def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
         temporary.write_bytes(cv2.imencode(path.suffix, image[:, :, ::-1])[1].tobytes())
 
 
-def _panels(
-    file_name: str, columns: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Any, *, width: int = 400
-) -> NDArray[np.uint8]:
+def _panels(file_name: str, columns: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Any) -> NDArray[np.uint8]:
     """One image beside itself, each time with the objects of a column under its title; RGB."""
     image = read_rgb(file_name)
     panels = []
     for title, objects in columns.items():
-        drawn = draw_objects(image, objects, metadata, scale=width / image.shape[1])
+        drawn = draw_objects(image, objects, metadata, scale=PANEL_WIDTH / image.shape[1])
         strip = np.full((TITLE_HEIGHT, drawn.shape[1], 3), 255, np.uint8)
         cv2.putText(strip, title, (8, 20), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
         panels.append(np.vstack([strip, drawn]))
