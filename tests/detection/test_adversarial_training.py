@@ -31,7 +31,7 @@ from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
-from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]
 PROTOCOLS = {kind: CONFIG_DIR / f"protocols/adversarial_{kind}.yaml" for kind in ("free", "pgd")}
@@ -48,8 +48,6 @@ def cfg(small_cfg: CfgNode, shapes: Path, converted: Maker, tmp_path: Path, monk
     small_cfg.merge_from_list(["SOLVER.AMP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2])
     small_cfg.merge_from_list(["SOLVER.MAX_ITER", 4, "SOLVER.STEPS", (3,), "DATALOADER.NUM_WORKERS", 0])
     small_cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (64, 96), "TEST.VISUALIZE", 0])
-    small_cfg.merge_from_list(["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 64])
-    small_cfg.merge_from_list(["MODEL.ROI_MASK_HEAD.CONV_DIM", 32, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1])
     return small_cfg
 
 
@@ -420,7 +418,7 @@ def _train_by_both(output: Path) -> None:
     torch.set_num_threads(1)
     for kind in PROTOCOLS:
         cfg = load_config(
-            SHAPES_CONFIG, [*RESNET18, *PLAIN, "MODEL.BACKBONE.FROM_SCRATCH", True, "OUTPUT_DIR", output / kind]
+            SHAPES_CONFIG, [*SMALL, *PLAIN, "MODEL.BACKBONE.FROM_SCRATCH", True, "OUTPUT_DIR", output / kind]
         )
         cfg.merge_from_list(["ADVERSARIAL.KIND", kind, "ADVERSARIAL.REPLAYS", 2])
         register_datasets(cfg)
@@ -486,7 +484,7 @@ def test_the_default_optimizer_is_detectron2s(small_cfg: CfgNode, overrides: lis
 def test_adamw_trains_the_backbone_at_a_tenth(family: str) -> None:
     """Its res5 in C4's heads, too, but not the FPN; norms decay as WEIGHT_DECAY_NORM says."""
     task = CONFIG_DIR / f"quick/mask_rcnn_R_50_{family}_shapes_instant.yaml"
-    overrides = [*RESNET18, "MODEL.RESNETS.NORM", "BN", "MODEL.DEVICE", "cpu"]
+    overrides = [*SMALL, "MODEL.RESNETS.NORM", "BN", "MODEL.DEVICE", "cpu"]
     cfg = load_config([task, PROTOCOLS["free"]], overrides)
     model = build_model(cfg)
     optimizer = Trainer.build_optimizer(cfg, model)

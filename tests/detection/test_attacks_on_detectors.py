@@ -28,17 +28,16 @@ from robust_backbones.detection.attacks import (
     attack_image,
     frozen_losses,
     loss_function,
+    sanity_check,
+    sanity_warnings,
 )
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
-from robust_backbones.detection.sanity import sanity_check, sanity_warnings
 from robust_backbones.errors import InputError
 from robust_backbones.threat_models import NORMS, ThreatModel
-from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 C4_CONFIG = CONFIG_DIR / "quick/mask_rcnn_R_50_C4_shapes_instant.yaml"
-SMALL_HEADS = ["MODEL.ROI_BOX_HEAD.FC_DIM", 64, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32, "MODEL.ROI_MASK_HEAD.NUM_CONV", 1]
-SMALL_HEADS += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 40]
 LINF = ThreatModel("Linf", 4 / 255)
 PARTS = {
     "classification": ["loss_cls"],
@@ -53,9 +52,8 @@ Sample = dict[str, Any]
 def config(*overrides: object, c4: bool = False, protocol: str = "") -> CfgNode:
     files = [C4_CONFIG if c4 else SHAPES_CONFIG]
     files += [CONFIG_DIR / f"protocols/{protocol}.yaml"] if protocol else []
-    fpn = [] if c4 else ["MODEL.FPN.OUT_CHANNELS", 32]
     own = ["MODEL.ROI_HEADS.NAME", "BackboneRes5ROIHeads"] if c4 else []
-    return load_config(files, [*RESNET18, "MODEL.DEVICE", "cpu", *SMALL_HEADS, *fpn, *own, *overrides])
+    return load_config(files, [*SMALL, "MODEL.DEVICE", "cpu", *own, *overrides])
 
 
 def read(cfg: CfgNode, shapes: Path, part: str) -> list[Sample]:

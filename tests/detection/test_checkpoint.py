@@ -16,10 +16,10 @@ from robust_backbones.checkpoint.convert import BackboneMetadata, convert, read_
 from robust_backbones.checkpoint.format import write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors, newest_checkpoint
-from robust_backbones.detection.config import base_config
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, build_backbone
 from robust_backbones.threat_models import ThreatModel
+from tests.detection.conftest import base_config
 
 Maker = Callable[[str], Path]
 

@@ -52,8 +52,13 @@ def start(cfg: CfgNode) -> TrainingStream:
     return TrainingStream(cfg)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("grouped", [True, False])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("grouped", "workers"),
+    [(True, 0), (False, 0), (True, 2), *(pytest.param(*x, marks=SLOW) for x in [(True, 1), (False, 1), (False, 2)])],
+)
 def test_a_resumed_stream_is_the_unbroken_one(cfg: CfgNode, workers: int, grouped: bool) -> None:
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", workers, "DATALOADER.ASPECT_RATIO_GROUPING", grouped])
     unbroken = start(cfg)
@@ -88,7 +93,7 @@ def test_from_its_start_it_is_detectron2s_loader(cfg: CfgNode, workers: int) -> 
     assert content(ours) == content(theirs)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=SLOW)])
 def test_every_pass_begins_anew(cfg: CfgNode, workers: int) -> None:
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", workers])
     stream = start(cfg)

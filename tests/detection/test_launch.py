@@ -23,7 +23,7 @@ from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
-from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]
 
@@ -43,7 +43,7 @@ PROTOCOLS = {"d2": [], "syncbn": [CONFIG_DIR / "protocols/syncbn.yaml"]}
 
 
 def configuration(protocol: str, weights: Path, output: Path) -> CfgNode:
-    overrides = [*RESNET18, *PLAIN, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output]
+    overrides = [*SMALL, *PLAIN, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output]
     if protocol == "syncbn":
         overrides += ["TEST.PRECISE_BN.ENABLED", False]  # it draws other images with another number of processes
     return load_config([SHAPES_CONFIG, *PROTOCOLS[protocol]], overrides)
@@ -92,6 +92,7 @@ def differences(folders: list[Path], protocol: str, start: dict[str, Tensor]) ->
 
 
 # In float32, so up to the order of summation; batch statistics magnify that from step to step.
+@pytest.mark.slow
 @pytest.mark.parametrize(("protocol", "tolerance"), [("d2", 1e-5), ("syncbn", 1e-3)])
 def test_two_processes_of_two_images_are_one_of_four(
     outcomes: list[Path], converted: Maker, tmp_path: Path, protocol: str, tolerance: float
@@ -106,6 +107,7 @@ def test_two_processes_of_two_images_are_one_of_four(
     assert difference < tolerance * change
 
 
+@pytest.mark.slow
 def test_evaluations_merge_exactly(outcomes: list[Path]) -> None:
     """Of what is found, and so of every metric; test_evaluators has these."""
     found = [folder / "syncbn/inference/coco_instances_results.json" for folder in outcomes]
@@ -142,9 +144,10 @@ def test_machines_have_to_know_each_other(rank: int, url: str) -> None:
         launch(fail, (), num_gpus=1, num_machines=2, machine_rank=rank, dist_url=url)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it_too(shapes: Path, converted: Maker, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["tools/train_net.py", "--config-file", SHAPES_CONFIG, *RESNET18, *PLAIN]
+    command += ["tools/train_net.py", "--config-file", SHAPES_CONFIG, *SMALL, *PLAIN]
     command += [
         "MODEL.WEIGHTS",
         converted("resnet18"),
@@ -167,6 +170,7 @@ def fail() -> None:
     raise InputError(f"process {comm.get_rank()} does not like it")
 
 
+@pytest.mark.slow
 def test_an_error_in_a_process_is_one_sentence_and_its_status(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as status:
         launch(fail, (), num_gpus=2, num_machines=1, machine_rank=0, dist_url="auto")

@@ -18,7 +18,7 @@ from robust_backbones.detection import Predictor, Trainer, add_config, evaluate,
 from robust_backbones.errors import InputError
 from robust_backbones.runs.identity import flat
 from robust_backbones.runs.record import RunRecord
-from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]
 NAME = "shapes_by_hand"
@@ -45,7 +45,7 @@ def cfg(converted: Maker, tmp_path: Path) -> CfgNode:
     cfg = get_cfg()
     add_config(cfg)
     cfg.merge_from_file(str(SHAPES_CONFIG))
-    cfg.merge_from_list([*RESNET18, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(converted("resnet18"))])
+    cfg.merge_from_list([*SMALL, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(converted("resnet18"))])
     cfg.merge_from_list(["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,), "TEST.EXPECTED_RESULTS", []])
     cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "SOLVER.IMS_PER_BATCH", 2, "SEED", 1])
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "TEST.VISUALIZE", 0, "OUTPUT_DIR", str(tmp_path / "run")])

@@ -26,7 +26,7 @@ from robust_backbones.detection.config import load_config
 from robust_backbones.detection.predictor import Predictor, categories_of
 from robust_backbones.detection.visualize import read_rgb
 from robust_backbones.errors import InputError
-from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 RunTool = Callable[..., tuple[int, str, str]]
 # Ids with a gap, as COCO's have: they are no class numbers.
@@ -37,7 +37,7 @@ CATEGORIES = [{"id": number, "name": f"shape {number}"} for number in (1, 2, 4, 
 def run(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run whose detector was never trained: it finds many things, of every score and class."""
     folder = tmp_path_factory.mktemp("run")
-    cfg = load_config(SHAPES_CONFIG, [*RESNET18, "MODEL.DEVICE", "cpu", "DATASETS.TEST", "('of_nowhere',)"])
+    cfg = load_config(SHAPES_CONFIG, [*SMALL, "MODEL.DEVICE", "cpu", "DATASETS.TEST", "('of_nowhere',)"])
     torch.manual_seed(0)
     checkpointer = BackboneCheckpointer(build_model(cfg), str(folder), cfg=cfg)
     checkpointer.load(str(converted("resnet18")))

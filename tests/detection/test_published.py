@@ -16,13 +16,13 @@ from robust_backbones.checkpoint.convert import read_backbone, torchvision_name
 from robust_backbones.checkpoint.sources import read_published
 from robust_backbones.checkpoint.zoo import cache_folder
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
-from robust_backbones.detection.published import converted_backbone
+from robust_backbones.detection.verify import converted_backbone
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import BackboneSpec, build_backbone
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
-from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+from tests.detection.conftest import SHAPES_CONFIG, SMALL
 from tests.detection.test_train_net import TINY, train_net
 from tests.hub import FakeHub, hub_fixture, robustness_file  # noqa: F401
 
@@ -189,7 +189,7 @@ def test_what_is_not_proven_is_not_kept(hub: FakeHub, value: float, error: type[
 
 def test_train_net_from_a_published_backbone(hub: FakeHub, shapes: Path, tmp_path: Path) -> None:
     hub.files[FILE] = resnet18_file()
-    overrides = [*RESNET18, *TINY, "MODEL.WEIGHTS", f"robust://{NAME}", "SOLVER.MAX_ITER", 2]
+    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", f"robust://{NAME}", "SOLVER.MAX_ITER", 2]
     out, _ = train_net(shapes, *overrides, "OUTPUT_DIR", tmp_path / "run")
     assert "backbone: 100 of 100 tensors filled" in out
     assert hub.downloads == [FILE]
@@ -216,7 +216,7 @@ def test_train_net_says_what_it_cannot_have(
     words: list[str],
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
-    overrides = [*RESNET18, "MODEL.WEIGHTS", f"robust://{name}", "OUTPUT_DIR", tmp_path / "run"]
+    overrides = [*SMALL, "MODEL.WEIGHTS", f"robust://{name}", "OUTPUT_DIR", tmp_path / "run"]
     status, _, errors = run_tool("train", "--config-file", SHAPES_CONFIG, *overrides)
     assert status == 2
     assert errors.startswith("error: ")

@@ -9,7 +9,7 @@ from detectron2.layers import ROIAlign
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from robust_backbones.detection.roi_align import Float32BoxesROIAlign
+from robust_backbones.detection.roi_heads import Float32BoxesROIAlign
 from robust_backbones.detection.trainer import Trainer
 
 

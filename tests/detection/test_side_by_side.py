@@ -13,11 +13,10 @@ from detectron2.modeling import build_model
 
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.side_by_side import draw_side_by_side
-from robust_backbones.detection.visualize import TITLE_HEIGHT, read_rgb
+from robust_backbones.detection.visualize import TITLE_HEIGHT, draw_side_by_side, read_rgb
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
-from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def study(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     """Finished runs of two detectors that were never trained: the robust one finds many things, the standard none."""
     root = tmp_path_factory.mktemp("study")
     for name, threat_model, scale in (("standard", "L2:0", 0.0), ("robust", "L2:3", 6.0), ("worse", "L2:5", 6.0)):
-        cfg = load_config(SHAPES_CONFIG, [*RESNET18, "MODEL.DEVICE", "cpu", "SEED", 0])
+        cfg = load_config(SHAPES_CONFIG, [*SMALL, "MODEL.DEVICE", "cpu", "SEED", 0])
         torch.manual_seed(0)
         checkpointer = BackboneCheckpointer(build_model(cfg), str(root / name), cfg=cfg)
         checkpointer.load(str(converted("resnet18")))

@@ -15,8 +15,9 @@ from torch import Tensor
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
-from robust_backbones.detection.config import CONFIG_DIR, flat_overrides, load_config
+from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.models import BackboneSpec
+from tests.detection.conftest import flat_overrides
 
 Maker = Callable[[str], Path]
 MSRA = {"mean": (103.53 / 255, 116.28 / 255, 123.675 / 255), "channel_order": "BGR"}

@@ -15,7 +15,7 @@ import torch
 from robust_backbones.detection.checkpoint import newest_checkpoint
 from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
-from tests.detection.conftest import RESNET18, SHAPES_CONFIG
+from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]
 TINY = ["SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 1, "SOLVER.WARMUP_ITERS", 1, "SOLVER.CHECKPOINT_PERIOD", 2]
@@ -39,26 +39,58 @@ def train_net(data: Path, *arguments: object, status: int = 0, stop: Path | None
     return out, err
 
 
-def test_train_stop_resume_evaluate(shapes: Path, converted: Maker, tmp_path: Path) -> None:
-    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    overrides = [*RESNET18, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 30]
-    out, _ = train_net(shapes, *overrides, "OUTPUT_DIR", unbroken)
-    assert "backbone: 100 of 100 tensors filled" in out
-    assert "batch 2 (processes: 1, images each: 2), learning rate 0.01, 30 iterations, seed 0" in out
-    assert str(unbroken) in out.splitlines()[-1]
-    record = RunRecord.read(unbroken / "record.json")
-    assert record.task == "segmentation"
-    assert record.backbone["arch"] == "resnet18"
-    assert record.dataset == "shapes_val"
-    assert {"bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50"} <= record.metrics.keys()
+@pytest.fixture
+def run(
+    run_tool: Callable[..., tuple[int, str, str]], shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[str, str]]:
+    """The same command in this process."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
 
+    def train(*arguments: object, status: int = 0) -> tuple[str, str]:
+        found, out, err = run_tool("train", "--config-file", SHAPES_CONFIG, *arguments)
+        assert found == status, err
+        return out, err
+
+    return train
+
+
+def test_train_and_evaluate(run: Callable[..., tuple[str, str]], converted: Maker, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()"]
+    overrides += ["OUTPUT_DIR", folder]
+    out, _ = run(*overrides)
+    log = (folder / "log.txt").read_text()
+    assert "backbone: 100 of 100 tensors filled" in log
+    assert "batch 2 (processes: 1, images each: 2), learning rate 0.01, 2 iterations, seed 0" in log
+    assert str(folder) in out.splitlines()[-1]
+    record = RunRecord.read(folder / "record.json")
+    assert (record.task, record.backbone["arch"], record.dataset) == ("segmentation", "resnet18", "shapes_val")
+    assert {"bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50"} <= record.metrics.keys()
+    # Neither this run nor another starts over it.
+    assert_refused(run(*overrides, status=2)[1], "--resume")
+    assert_refused(
+        run("--resume", *overrides, "SOLVER.BASE_LR", 0.5, status=2)[1], "SOLVER.BASE_LR is 0.01 there and 0.5 here"
+    )
+    assert "finished before" in run("--resume", *overrides)[0].splitlines()[-1]
+
+    # The final file, evaluated alone and by COCO's own code, gives what the end of training gave.
+    evaluation = [*overrides, "MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path / "evaluation"]
+    expected = ["TEST.EXPECTED_RESULTS", '[["bbox", "AP", 99.0, 0.5]]']
+    _, err = run("--eval-only", "--reference-eval", *evaluation, *expected, status=1)
+    assert_refused(err, "TEST.EXPECTED_RESULTS says 99.0 ± 0.5")
+    assert "computed by pycocotools" in (tmp_path / "evaluation/log.txt").read_text()
+    metrics = RunRecord.read(tmp_path / "evaluation/eval_record.json").metrics
+    assert metrics == pytest.approx(record.metrics, abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_resumes_as_the_unbroken_one(shapes: Path, converted: Maker, tmp_path: Path) -> None:
+    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 30]
+    train_net(shapes, *overrides, "OUTPUT_DIR", unbroken)
     _, err = train_net(shapes, *overrides, "OUTPUT_DIR", run, stop=run / "model_0000003.pth", status=75)
     assert_refused(err, "asked to stop after iteration", "--resume")
     assert not (run / "record.json").exists()
-    # Neither this run nor another starts over it; --resume continues it.
-    assert_refused(train_net(shapes, *overrides, "OUTPUT_DIR", run, status=2)[1], "--resume")
-    other = [*overrides, "OUTPUT_DIR", run, "SOLVER.BASE_LR", 0.5]
-    assert_refused(train_net(shapes, "--resume", *other, status=2)[1], "SOLVER.BASE_LR is 0.01 there and 0.5 here")
     (run / "last_checkpoint").unlink()  # the newest file is found without it
     newest = newest_checkpoint(run)
     assert newest is not None
@@ -66,28 +98,17 @@ def test_train_stop_resume_evaluate(shapes: Path, converted: Maker, tmp_path: Pa
     content["trainer"]["seconds"] += 1000
     torch.save(content, newest)
     train_net(shapes, "--resume", *overrides, "OUTPUT_DIR", run)
-    assert RunRecord.read(run / "record.json").seconds > 1000  # those before the stop count
+    record, held = (RunRecord.read(folder / "record.json") for folder in (run, unbroken))
+    assert record.seconds > 1000  # those before the stop count
     ours, theirs = (torch.load(folder / "model_final.pth", weights_only=True)["model"] for folder in (run, unbroken))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    assert RunRecord.read(run / "record.json").metrics == record.metrics
-    out, _ = train_net(shapes, "--resume", *overrides, "OUTPUT_DIR", run)
-    assert "finished before" in out.splitlines()[-1]
-
-    # The final file, evaluated alone and by COCO's own code, gives what the end of training gave.
-    evaluation = [*overrides, "MODEL.WEIGHTS", run / "model_final.pth", "OUTPUT_DIR", tmp_path / "evaluation"]
-    out, _ = train_net(shapes, "--eval-only", "--reference-eval", *evaluation)
-    assert "computed by pycocotools" in out
-    metrics = RunRecord.read(tmp_path / "evaluation/eval_record.json").metrics
-    assert metrics == pytest.approx(record.metrics, abs=1e-9, nan_ok=True)
-    _, err = train_net(
-        shapes, "--eval-only", *evaluation, "TEST.EXPECTED_RESULTS", '[["bbox", "AP", 99.0, 0.5]]', status=1
-    )
-    assert_refused(err, "TEST.EXPECTED_RESULTS says 99.0 ± 0.5")
+    assert record.metrics == held.metrics
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together(shapes: Path, converted: Maker, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    overrides = [*RESNET18, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 60, "OUTPUT_DIR", run]
+    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 60, "OUTPUT_DIR", run]
     _, err = train_net(shapes, "--num-gpus", 2, *overrides, stop=run / "model_0000003.pth", status=75)
     assert_refused(err, "asked to stop after iteration")
     newest = newest_checkpoint(run)
@@ -105,17 +126,22 @@ def assert_refused(stderr: str, *words: str) -> None:
         assert word in errors[0]
 
 
-def test_a_raw_torchvision_file_is_refused(shapes: Path, torchvision_file: Maker, tmp_path: Path) -> None:
-    overrides = [*RESNET18, *TINY, "MODEL.WEIGHTS", torchvision_file("resnet18"), "OUTPUT_DIR", tmp_path / "run"]
-    assert_refused(train_net(shapes, *overrides, status=2)[1], "robust-backbones convert")
+def test_a_raw_torchvision_file_is_refused(
+    run: Callable[..., tuple[str, str]], torchvision_file: Maker, tmp_path: Path
+) -> None:
+    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", torchvision_file("resnet18"), "OUTPUT_DIR", tmp_path / "run"]
+    assert_refused(run(*overrides, status=2)[1], "robust-backbones convert")
     assert not (tmp_path / "run").exists()
 
 
-def test_an_annotation_without_its_image_is_refused(shapes: Path, converted: Maker, tmp_path: Path) -> None:
+def test_an_annotation_without_its_image_is_refused(
+    run: Callable[..., tuple[str, str]], shapes: Path, converted: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(shapes / "shapes", tmp_path / "shapes")
     (tmp_path / "shapes/val/000002.jpg").unlink()
-    overrides = [*RESNET18, "MODEL.WEIGHTS", converted("resnet18"), "OUTPUT_DIR", tmp_path / "run"]
-    assert_refused(train_net(tmp_path, *overrides, status=2)[1], "000002.jpg")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    overrides = [*SMALL, "MODEL.WEIGHTS", converted("resnet18"), "OUTPUT_DIR", tmp_path / "run"]
+    assert_refused(run(*overrides, status=2)[1], "000002.jpg")
     assert not (tmp_path / "run").exists()
 
 
@@ -139,6 +165,6 @@ def test_what_the_configuration_gets_wrong_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_number_of_classes_is_held_against_the_data(shapes: Path, tmp_path: Path) -> None:
+def test_the_number_of_classes_is_held_against_the_data(run: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     overrides = ["MODEL.ROI_HEADS.NUM_CLASSES", 80, "OUTPUT_DIR", tmp_path / "run"]
-    assert_refused(train_net(shapes, *overrides, status=2)[1], "has 4 classes", "MODEL.ROI_HEADS.NUM_CLASSES 4")
+    assert_refused(run(*overrides, status=2)[1], "has 4 classes", "MODEL.ROI_HEADS.NUM_CLASSES 4")

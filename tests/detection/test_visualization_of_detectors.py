@@ -14,7 +14,7 @@ from robust_backbones.classification.visualization import AscentConfig, activati
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.models import NormalizedModel
-from tests.detection.conftest import RESNET18
+from tests.detection.conftest import SMALL
 
 Maker = Callable[[str], Path]
 LAYERS = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
@@ -66,7 +66,7 @@ def test_features_are_those_of_the_detectors_bottom_up(
 
 def test_features_of_a_c4_detector_whose_res5_is_in_its_heads(converted: Maker, tmp_path: Path) -> None:
     config = CONFIG_DIR / "quick/mask_rcnn_R_50_C4_shapes_instant.yaml"
-    cfg = load_config(config, [*RESNET18, "MODEL.DEVICE", "cpu", "TEST.EXPECTED_RESULTS", []])
+    cfg = load_config(config, [*SMALL, "MODEL.DEVICE", "cpu", "TEST.EXPECTED_RESULTS", []])
     detector, model = fine_tuned(cfg, converted("resnet18"), tmp_path)
     for_detector, images = pixels()
     with torch.no_grad():
