@@ -7,8 +7,9 @@ Every objective is a function of the images, the labels and the ball around each
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,8 @@ from robust_backbones.attacks import AttackConfig, ascend, frozen_eval, pgd
 from robust_backbones.errors import InputError, check_choice, check_positive
 from robust_backbones.threat_models import ThreatModel
 
-
-class Network(Protocol):
-    """Images in [0, 1] of shape (N, 3, H, W) -> float32 logits (N, classes)."""
-
-    def __call__(self, images: Tensor) -> Tensor: ...
+Network = Callable[[Tensor], Tensor]
+"""Images in [0, 1] of shape (N, 3, H, W) -> float32 logits (N, classes)."""
 
 
 @dataclass(frozen=True)

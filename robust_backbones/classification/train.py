@@ -387,11 +387,10 @@ class _Run:
 
 def _scheduler(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
     """The learning rate, stepped once a batch."""
-    if config.schedule == "one_cycle":
-        rates = [group["lr"] for group in optimizer.param_groups]
-        steps = config.epochs * steps_per_epoch
-        return OneCycleLR(optimizer, rates, total_steps=steps + 1, cycle_momentum=False)
-    return StepLR(optimizer, config.lr_step * steps_per_epoch)
+    if config.schedule == "step":
+        return StepLR(optimizer, config.lr_step * steps_per_epoch)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, rates, total_steps=config.epochs * steps_per_epoch + 1, cycle_momentum=False)
 
 
 def _summary(row: dict[str, Any], config: TrainingConfig) -> str:
