@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from robust_backbones.analysis.detection_errors import ERRORS, ORACLES, DetectionErrors
-from robust_backbones.analysis.figures import COLORS, HATCHES, MOST_CURVES, Picture, save
+from robust_backbones.analysis.figures import COLORS, MOST_CURVES, Picture, grouped_bars, save
 from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
 
@@ -46,22 +46,13 @@ def error_figure(errors: Mapping[str, DetectionErrors], title: str, path: Path) 
     axes = figure.subplots()
     # The last two are no types of error but sums of a kind, and stand apart.
     centers = [place + 0.5 * (name not in ERRORS) for place, name in enumerate(ORACLES)]
-    width = 0.84 / len(errors)
-    for index, (condition, one) in enumerate(errors.items()):
-        axes.bar(
-            [center + (index - (len(errors) - 1) / 2) * width for center in centers],
-            [one.delta_ap[name] for name in ORACLES],
-            0.86 * width,
-            label=f"{condition}, AP50 {one.ap50:.1f}",
-            facecolor="white" if HATCHES[index] else COLORS[index],
-            edgecolor=COLORS[index],
-            hatch=HATCHES[index],
-        )
+    bars = {
+        f"{name}, AP50 {one.ap50:.1f}": [one.delta_ap[oracle] for oracle in ORACLES] for name, one in errors.items()
+    }
+    grouped_bars(axes, centers, bars)
     axes.axvline(len(ERRORS) - 0.25, color=COLORS[0], linewidth=1, linestyle=":")
     axes.set_xticks(centers, [name.replace(" ", "\n") for name in ORACLES], fontsize="small")
     axes.set_ylabel("AP50 points that its repair gives")
-    axes.grid(alpha=0.3, axis="y")
-    axes.set_axisbelow(True)
     figure.legend(loc="outside upper center", ncols=3, fontsize="small")
     caption = (
         f"{title}: what AP50 loses to each type of error (TIDE). Bars: the points that repairing this type alone would "

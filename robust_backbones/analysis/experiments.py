@@ -78,7 +78,19 @@ class BackboneRuns:
 
     @property
     def is_standard(self) -> bool:
-        return self.threat_model is not None and self.threat_model.epsilon == 0
+        is_clean = self.threat_model is not None and self.threat_model.epsilon == 0
+        return is_clean and not is_stylized(self.name)
+
+    @property
+    def family(self) -> tuple[Any, ...]:
+        """Architecture and pre-training: what it shares with the standard backbone that it is compared with."""
+        backbone = next(iter(self.runs.values())).record.backbone
+        return tuple(backbone.get(key) for key in ("arch", "num_classes", "stem"))
+
+    @property
+    def label(self) -> str:
+        """Name and threat model, each said once."""
+        return self.name if self.name == self.trained_at else f"{self.name} {self.trained_at}"
 
     @property
     def is_from_scratch(self) -> bool:
@@ -96,9 +108,9 @@ class BackboneRuns:
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
     def summary(self, metric: str) -> Summary | None:
-        """Over the seeds; None where no seed has a result."""
+        """Over the seeds, within the metric's bounds; None where no seed has a result."""
         values = list(self.values(metric).values())
-        return summarize(values) if values else None
+        return summarize(values, bounds=bounds(metric)) if values else None
 
 
 @dataclass(frozen=True)
@@ -127,16 +139,27 @@ class Experiment:
     def runs(self) -> list[RecordedRun]:
         return [run for backbone in self.backbones for run in backbone.runs.values()]
 
-    @property
-    def standard(self) -> BackboneRuns | None:
-        """The backbone to compare with; None where there is none, or more than one."""
-        standards = [backbone for backbone in self.backbones if backbone.is_standard]
+    def standards(self, backbone: BackboneRuns) -> list[BackboneRuns]:
+        """The standard backbones of its architecture and pre-training, as far as both are known: one to compare with.
+
+        A backbone that began from scratch is compared with the only standard one.
+        """
+        return [
+            one
+            for one in self.backbones
+            if one.is_standard
+            and all(None in pair or len({*pair}) == 1 for pair in zip(one.family, backbone.family, strict=True))
+        ]
+
+    def reference(self, backbone: BackboneRuns) -> BackboneRuns | None:
+        """What a backbone is compared with; None for standard ones, and where there is none or more than one."""
+        standards = [] if backbone.is_standard else self.standards(backbone)
         return standards[0] if len(standards) == 1 else None
 
     @property
     def robust(self) -> list[BackboneRuns]:
-        """Those to compare with the standard one, of known or unknown training."""
-        return [b for b in self.backbones if b is not self.standard and not b.is_from_scratch]
+        """Those to compare with a standard one, of known or unknown training."""
+        return [b for b in self.backbones if not b.is_standard and not b.is_from_scratch]
 
     @property
     def metrics(self) -> list[str]:
@@ -237,6 +260,16 @@ def is_reported(metric: str) -> bool:
     return metric in ("clean_accuracy", "robust_accuracy") or (bool(is_average) and not is_corruption)
 
 
+def bounds(metric: str) -> tuple[float, float]:
+    """Between which a metric can lie: AP and accuracies in [0, 100]; rPC is a ratio."""
+    return (0.0, math.inf if metric.startswith("rPC/") else 100.0)
+
+
+def is_stylized(name: str) -> bool:
+    """Whether a backbone or data set of this name is of images in other styles."""
+    return re.search(r"styli[sz]e", name.lower()) is not None
+
+
 def metric_name(metric: str) -> str:
     """``segm/AP50`` -> ``mask AP50``, with the test set in front where a run has several."""
     *dataset, kind, name = ["", *metric.split("/")][-3:]
@@ -311,6 +344,20 @@ _ABSENT = object()
 
 
 def _key_and_value(key: str, setting: Mapping[str, Any]) -> str:
+    if attack := re.fullmatch(r"attacks\.attack-(\w+)\.(.+)", key):
+        if key not in setting:
+            return f"without the {attack[1]} attack"
+        what, value = attack[2].removeprefix("threat_model."), setting[key]
+        return f"with a {attack[1]} attack" if what == "loss" else f"{attack[1]} attack's {what} {_fraction(value)}"
+    if key == "adversarial_training":
+        return f"fine-tuned adversarially, {setting[key]}" if setting.get(key) else "fine-tuned as usual"
     if key not in setting:
         return f"without {key}"
     return str(setting[key]).replace("_", " ") if key == "mode" else f"{key} {setting[key]}"
+
+
+def _fraction(value: Any) -> str:
+    """An epsilon in 1/255 where it is one."""
+    if isinstance(value, float) and abs(value * 255 - round(value * 255)) < 1e-6 and 0 < value < 0.25:
+        return f"{round(value * 255)}/255"
+    return str(value)

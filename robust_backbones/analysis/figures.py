@@ -24,6 +24,23 @@ STYLES = tuple(zip(COLORS, MARKERS, LINES, strict=True))
 """(Colour, marker, line) of a curve, by its place."""
 MOST_CURVES = len(STYLES)
 NORMS = {"L2": "ℓ2", "Linf": "ℓ∞"}
+NAMES = {
+    "resnet18": "ResNet-18",
+    "resnet34": "ResNet-34",
+    "resnet50": "ResNet-50",
+    "resnet101": "ResNet-101",
+    "resnet152": "ResNet-152",
+    "wide_resnet50_2": "WRN-50-2",
+    "wide_resnet50_4": "WRN-50-4",
+    "resnext50_32x4d": "ResNeXt-50",
+    "resnext101_32x8d": "ResNeXt-101",
+    "densenet161": "DenseNet-161",
+    "mnasnet1_0": "MNASNet",
+    "mobilenet_v2": "MobileNet-v2",
+    "shufflenet_v2_x1_0": "ShuffleNet",
+    "vgg16_bn": "VGG16-BN",
+}
+"""Architecture -> its name in figures."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,15 @@ class Picture:
     file: Path
     caption: str
     alt: str
+
+
+@dataclass(frozen=True)
+class Page:
+    """One section of a report."""
+
+    title: str
+    pictures: Sequence[Picture]
+    tables: Sequence[Table] = ()
 
 
 def save(figure: Figure, path: Path, rows: Sequence[Mapping[str, Any]], caption: str, alt: str) -> Picture:
@@ -51,6 +77,35 @@ def save(figure: Figure, path: Path, rows: Sequence[Mapping[str, Any]], caption:
                 figure.savefig(temporary, format=suffix[1:], **options)
     write_text(path.with_name(path.name + ".csv"), Table("", rows, {}).to_csv())
     return Picture(path.with_name(path.name + ".svg"), caption, alt)
+
+
+def grouped_bars(
+    axes: Axes,
+    centers: Sequence[float],
+    groups: Mapping[str, Sequence[float]],
+    reach: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> None:
+    """Bars beside each other at each centre, a colour and hatch a group.
+
+    Args:
+        groups: label -> a value a centre; at most MOST_CURVES.
+        reach: label -> how far the interval of each value goes down and up.
+    """
+    width = 0.84 / len(groups)
+    for index, (label, values) in enumerate(groups.items()):
+        axes.bar(
+            [center + (index - (len(groups) - 1) / 2) * width for center in centers],
+            values,
+            0.86 * width,
+            yerr=[*zip(*reach[label], strict=True)] if reach else None,
+            capsize=3,
+            label=label,
+            facecolor="white" if HATCHES[index] else COLORS[index],
+            edgecolor=COLORS[index],
+            hatch=HATCHES[index],
+        )
+    axes.grid(alpha=0.3, axis="y")
+    axes.set_axisbelow(True)
 
 
 def epsilon_places(epsilons: Sequence[float]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,10 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy import stats
 
-from robust_backbones.analysis.figures import COLORS, MARKERS, Picture, save
+from robust_backbones.analysis.figures import COLORS, MARKERS, Page, Picture, save
+from robust_backbones.analysis.results import Answer, conclude
+from robust_backbones.analysis.statistics import Comparison, compare_pairs
 from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
-from robust_backbones.transfer.inheritance.matrix import Matrix
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.inheritance.matrix import Matrix, matrices_of
 from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
 MOST_EXACT = 8
@@ -210,9 +214,12 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
             raise InputError(f"{label} has no distances: run it without --distance-images 0")
         one, index = correlate(list(points.values())), list(groups).index((label, method))
         color = COLORS[(index + index // len(COLORS)) % len(COLORS)]  # another pair each, also beyond seven methods
+        face = "none" if index >= len(MARKERS) else color
         fit = "" if one.r_squared is None else f", R² = {one.r_squared:.2f}"
         x, y = zip(*points.values(), strict=True)
-        axes.plot(x, y, MARKERS[index % len(MARKERS)], color=color, markersize=5, label=f"{method}{fit}")
+        axes.plot(
+            x, y, MARKERS[index % len(MARKERS)], color=color, markersize=5, mfc=face, label=f"{label}, {method}{fit}"
+        )
         cells += [
             {"backbone": label, "method": method, "set": name, "wasserstein": distance, "accuracy_lost": loss}
             for name, (distance, loss) in points.items()
@@ -231,6 +238,58 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
         f"to those of pre-training, {_seeds(matrices)}. R² of {len(named)} points a method says little."
     )
     return save(figure, path, cells, caption, f"{len(cells)} points: loss over distance.")
+
+
+def inheritance_pages(records: Sequence[RunRecord], folder: Path) -> list[tuple[Answer, Page]]:
+    """Answer and section of each group of sets that records of ``inheritance`` are over; figures go to ``folder``."""
+    by_label: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if record.task == "inheritance":
+            by_label.setdefault(str(record.backbone.get("label")), []).append(record)
+    models = {label: ThreatModel.parse(own[0].threat_model or "L2:0") for label, own in by_label.items()}
+    matrices = [one for label, own in by_label.items() for one in matrices_of(label, own)]
+    pages = []
+    for place, sets in enumerate(dict.fromkeys(one.sets for one in matrices)):
+        own = [one for one in matrices if one.sets == sets]
+        stem = f"inheritance{f'_{place}' if place else ''}"
+        pictures = []
+        for label in dict.fromkeys(one.label for one in own):
+            of_label = [one for one in own if one.label == label]
+            picture = change_figure(of_label, folder / f"{stem}_{label}_changes")
+            pictures.append(replace(picture, caption=f"{label}: {picture.caption}", alt=f"{label}: {picture.alt}"))
+        if all(one.distances for one in own):
+            pictures.append(distance_figure(own, folder / f"{stem}_distances"))
+        tables = [summary_table(own)]
+        if found := correlations(own):
+            tables.append(correlation_table(found))
+        title = f"Inheritance of robustness ({', '.join(sets)})"
+        pages.append((_answer(own, models), Page(title, pictures, tables)))
+    return pages
+
+
+def _answer(matrices: Sequence[Matrix], models: Mapping[str, ThreatModel]) -> Answer:
+    """Robust backbones against the only standard one, method by method."""
+    seeds: dict[str, dict[str, dict[int, float]]] = {}
+    for one in matrices:
+        if (value := one.mean_robustness_improvement) is not None:
+            seeds.setdefault(one.method, {}).setdefault(one.label, {})[one.seed] = value
+    standard = [label for label, model in models.items() if not model.epsilon]
+    pairs = {
+        (method, label): (of_method[standard[0]], values)
+        for method, of_method in seeds.items()
+        for label, values in of_method.items()
+        if models[label].epsilon and len(standard) == 1 and standard[0] in of_method
+    }
+    compared: dict[str, list[Comparison | None]] = {}
+    for (method, _), comparison in compare_pairs(pairs, bounds=(-200, 200)).items():
+        compared.setdefault(f"mRI of {method}", []).append(comparison)
+    details = [
+        f"{label}, {method}: mRI {fmean(values.values()):+.2f} (n = {len(values)})"
+        for method, of_method in seeds.items()
+        for label, values in of_method.items()
+    ]
+    question = "Do robust backbones gain more robustness on other sets when they are fine-tuned on one?"
+    return Answer(question, *conclude(compared), details)
 
 
 def _frame(place: int) -> Rectangle:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from robust_backbones.analysis.experiments import TASKS, Experiment, experiments, metric_name
-from robust_backbones.analysis.figures import Picture
-from robust_backbones.analysis.paper.transfer_figures import Page, transfer_pages
+from robust_backbones.analysis.figures import Page, Picture
+from robust_backbones.analysis.inheritance import inheritance_pages
+from robust_backbones.analysis.paper.transfer_figures import transfer_pages
 from robust_backbones.analysis.record_tables import provenance_table, record_tables
 from robust_backbones.analysis.records import RECORDS, RecordedRun, write_records
-from robust_backbones.analysis.results import METHOD, Result, results, summary
+from robust_backbones.analysis.results import METHOD, Answer, Result, answers, results
 from robust_backbones.analysis.study_figures import study_figures
 from robust_backbones.analysis.tables import write_text
 
@@ -56,21 +58,29 @@ def write_report(
         found += own
     pages = transfer_pages(runs, output / "figures")
     pages += [Page(table.title, [], [table]) for table in record_tables(records)]
+    answered = answers(found)
+    for answer, page in inheritance_pages(records, output / "figures"):
+        answered.append(answer)
+        pages.append(page)
     for page in pages:
         for table in page.tables:
             name = table.title.lower().replace(",", "").replace(" ", "_").replace("ε", "epsilon")
             table.write(output / "tables" / name)
         sections[page.title] = [*_figures(page.pictures), *(table.to_html() for table in page.tables)]
     write_records(runs, output / RECORDS)
-    sections["How to read the numbers"] = [
-        f"<p>{escape(METHOD)}</p><p>AP and accuracies are 0 to 100; “-” is a value that does not exist.</p>"
-    ]
-    sections["Runs"] = [provenance_table(records).to_html()]
-    lines = summary(found) or ["No record is of a task whose backbones are compared: " + ", ".join(TASKS) + "."]
+    if not answered:
+        missing = f"Missing for an answer: no record is of a task whose backbones are compared: {', '.join(TASKS)}."
+        answered = [Answer(title, "Not compared", missing)]
+    summary = [line for answer in answered for line in _answer(answer)]
+    runs_table = ["<details><summary>All records</summary>", provenance_table(records).to_html(), "</details>"]
+    said = " ".join(line for lines in ([title], summary, *sections.values(), runs_table) for line in lines)
+    said = " ".join((said, *sections))
+    sections["How to read the numbers"] = [f"<p>{escape(METHOD)}</p>", *_glossary(said)]
+    sections["Runs"] = runs_table
     counts = Counter(record.task for record in records)
     introduction = f"Every number below comes from {len(runs)} records of runs: "
     introduction += ", ".join(f"{count} of {task}" for task, count in sorted(counts.items())) + "."
-    html = _page(title, introduction, {"Summary": [_list(lines)], **sections})
+    html = _page(title, introduction, {"Answers": summary, **sections})
     write_text(output / "report.html", "\n".join(html) + "\n")
     return output / "report.html"
 
@@ -82,12 +92,68 @@ def _page(title: str, introduction: str, sections: Sections) -> Iterator[str]:
     yield '<a class="skip" href="#main">Skip to the results</a>'
     yield f"<header>\n<h1>{escape(title)}</h1>\n<p>{escape(introduction)}</p>\n</header>"
     links = "".join(f'<li><a href="#s{i}">{escape(name)}</a></li>' for i, name in enumerate(sections))
-    yield f'<nav aria-label="Contents">\n<ul>{links}</ul>\n</nav>\n<main id="main" tabindex="-1">'
+    contents = f"<details><summary>Contents</summary><ul>{links}</ul></details>"
+    yield f'<nav aria-label="Contents">\n{contents}\n</nav>\n<main id="main" tabindex="-1">'
     for number, (name, content) in enumerate(sections.items()):
         yield f'<section aria-labelledby="s{number}">\n<h2 id="s{number}">{escape(name)}</h2>'
         yield from content
         yield "</section>"
     yield "</main>\n<footer><p>Made by robust-backbones report.</p></footer>\n</body>\n</html>"
+
+
+def _answer(answer: Answer) -> Iterator[str]:
+    yield f'<div class="answer"><h3>{escape(answer.question)}</h3>'
+    yield f"<p><strong>{escape(answer.verdict)}.</strong> {escape(answer.sentence)}</p>"
+    if answer.details:
+        yield f"<details><summary>Result by result</summary>{_list(answer.details)}</details>"
+    yield "</div>"
+
+
+GLOSSARY = {
+    r"standard": "Standard: pre-trained without an adversary (ε = 0). Robust: pre-trained against one (ε > 0).",
+    r"ε": "ε: radius of the ball of perturbations that a backbone was trained against, of pixels in [0, 1].",
+    r"L2:": "L2:3: perturbations of ℓ2 norm up to ε = 3; L2:0 is standard training.",
+    r"Linf:": "Linf:4/255: perturbations of each pixel value by up to ε = 4/255.",
+    r"\bAP\b": "AP: average precision (0-100), averaged over classes and IoU thresholds 0.50 to 0.95, as COCO has it.",
+    r"AP(50|75)": "AP50, AP75: AP at the single IoU threshold 0.50 or 0.75.",
+    r"\bbbox\b|\bbox\b": "box, bbox: of bounding boxes.",
+    r"\bsegm\b|\bmask\b": "mask, segm: of instance masks.",
+    r"accuracy|acc\b": "Accuracy: share of images classified rightly (0-100); robust accuracy is that under attack.",
+    r"\bP\b|mPC|rPC": "P: AP on clean images. mPC: mean AP over corruptions and severities. rPC: mPC / P, in percent.",
+    r"PGD": "PGD-10: projected gradient descent, an attack of 10 steps.",
+    r"APGD": "APGD: PGD whose step size adapts itself.",
+    r"AutoAttack": "AutoAttack: an ensemble of attacks without parameters (Croce & Hein 2020).",
+    r"worst": "Worst (of 2): for each image, of two attacks the one that leaves it the lower AP.",
+    r"free Linf|free L2": "free: fine-tuned adversarially, with the gradients of training used for the attack, too.",
+    r"d_z": "d_z: mean of the paired differences over their standard deviation.",
+    r"Holm": "p (Holm): p value after Holm's correction for the number of tests in the table.",
+    r"±": "±: sample standard deviation over seeds.",
+    r"R²": "R²: share of variance that a line explains.",
+    r"\bm?RI\b": "RI: mean change of accuracy on the other sets by fine-tuning on one; mRI: its mean over all sets.",
+    r"Spearman": "Spearman: correlation of ranks.",
+    r"Wasserstein": "2-Wasserstein: distance between two sets' features as distributions.",
+    r"wise_ft": "wise_ft: mean of the weights before and after fine-tuning (Wortsman et al. 2022).",
+    r"\blwf\b": "lwf: learning without forgetting (Li & Hoiem 2016).",
+    r"WRN": "WRN-50-2: Wide ResNet-50, twice as wide.",
+    r"[Ff]ixed-feature|linear.probe": "Fixed-feature transfer, linear probe: only a new last layer is trained.",
+    r"[Ff]ull.network": "Full-network transfer: all layers are fine-tuned.",
+    r"held_out": "held_out: the setting was chosen on images held out of the training set.",
+    r"downscale": "downscale: images are reduced to so many pixels and enlarged again; 0 is not at all.",
+    r"FREEZE_AT": "MODEL.BACKBONE.FREEZE_AT: how many first stages of the backbone are not fine-tuned.",
+    r"AMP": "SOLVER.AMP.ENABLED: whether training is in mixed precision.",
+    r"[Ss]ync(BN|bn)": "SyncBN: batch norm whose statistics are over all GPUs.",
+    r"†": "†: a run with another version of some library than most runs have.",
+    r"\bn\b": "n: number of seeds, or of points of a line.",
+    r">-<": "-: a value that does not exist.",
+}
+"""Pattern of a term -> what it means; a page explains those that it has."""
+
+
+def _glossary(text: str) -> Iterator[str]:
+    """The terms of a page, explained."""
+    plain = re.sub(r"data:[^\"]*", "", text)
+    terms = [meaning.split(": ", 1) for pattern, meaning in GLOSSARY.items() if re.search(pattern, plain)]
+    yield "<dl>" + "".join(f"<dt>{escape(term)}</dt> <dd>{escape(told)}</dd>" for term, told in terms) + "</dl>"
 
 
 def _experiment(experiment: Experiment, found: Sequence[Result], pictures: Sequence[Picture]) -> Iterator[str]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from robust_backbones.analysis.experiments import BackboneRuns, Experiment, metric_name
+from robust_backbones.analysis.experiments import BackboneRuns, Experiment, bounds, metric_name
 from robust_backbones.analysis.paper.values import PaperResult, differences_to_paper, paper_result
-from robust_backbones.analysis.statistics import Comparison, Summary, compare
+from robust_backbones.analysis.statistics import Comparison, Summary, compare_pairs
 from robust_backbones.analysis.tables import Table
 
 METHOD = (
-    "Means, sample standard deviations (n - 1) and 95 % t intervals are over seeds. Tests are two-sided paired t tests "
-    "by seed against the standard backbone; p is after Holm's correction over the tests of one table, and below 0.05 a "
-    "backbone is called better or worse. Intervals of differences are of one comparison each, not corrected. d_z is "
-    "the mean of the paired differences over their standard deviation (Cohen 1988). The seeds needed give 80 % power "
-    "at the observed effect and the strictest corrected level; from few seeds that effect is itself uncertain, and so "
-    "is their number."
+    "Means, sample standard deviations (n - 1) and 95 % t intervals are over seeds; intervals end where no value can "
+    "be. Tests are two-sided paired t tests by seed against the standard backbone of the same architecture and "
+    "pre-training; p is after Holm's correction over the tests of one table, and below 0.05 a backbone is called "
+    "better or worse. Intervals of differences are of one comparison each, not corrected. d_z is the mean of the "
+    "paired differences over their standard deviation (Cohen 1988). The seeds needed give 80 % power at the observed "
+    "effect and the strictest corrected level; from few seeds that effect is itself uncertain, and so is their number."
 )
 COLUMNS = {
     "backbone": "{_name}",
@@ -125,30 +126,94 @@ def results(experiment: Experiment) -> list[Result]:
 
 
 def _result(experiment: Experiment, metric: str) -> Result:
-    standard = experiment.standard
-    comparisons: dict[int, Comparison] = {}
-    if standard is not None:
-        others = {i: b.values(metric) for i, b in enumerate(experiment.backbones) if b is not standard}
-        comparisons = compare(standard.values(metric), others)
-    several = any(backbone.is_standard for backbone in experiment.backbones)
+    references = {i: one for i, b in enumerate(experiment.backbones) if (one := experiment.reference(b))}
+    pairs = {i: (one.values(metric), experiment.backbones[i].values(metric)) for i, one in references.items()}
+    comparisons = compare_pairs(pairs, bounds=(-bounds(metric)[1], bounds(metric)[1]))
     rows = []
     for index, backbone in enumerate(experiment.backbones):
         comparison = comparisons.get(index)
         if comparison is not None:
             sentence = comparison.sentence
-        elif backbone is standard:
-            sentence = "The standard backbone, with which the others are compared."
+        elif backbone.is_standard:
+            sentence = "The standard backbone, with which the others of its architecture are compared."
         else:
-            sentence = f"Not compared: there is {'more than one' if several else 'no'} standard backbone."
+            several = "more than one" if experiment.standards(backbone) else "no"
+            sentence = f"Not compared: there is {several} standard backbone of its architecture and pre-training."
         rows.append(Row(backbone, backbone.summary(metric), comparison, sentence))
     record = experiment.runs[0].record
     paper = paper_result(record, metric)
     return Result(experiment, metric, tuple(rows), paper, tuple(differences_to_paper(record, paper) if paper else ()))
 
 
-def summary(results: Sequence[Result]) -> list[str]:
-    """What the comparisons of headline metrics say, an entry a metric of an experiment."""
-    return [_conclusion(result) for result in results if result.metric in result.experiment.headlines]
+@dataclass(frozen=True)
+class Answer:
+    """What the records say to the question of one task."""
+
+    question: str
+    verdict: str
+    """In a few words: ``Better in 3 of 8``, ``Not distinguishable``, ``Not tested``, ``Not compared``."""
+    sentence: str
+    """Differences by what they are of; what is missing where the question has no answer."""
+    details: Sequence[str] = ()
+
+
+def answers(found: Sequence[Result]) -> list[Answer]:
+    """One a task, from the robust backbones' comparisons in headline metrics."""
+    answered = []
+    for task, question in QUESTIONS.items():
+        own = [r for r in found if r.experiment.task == task and r.metric in r.experiment.headlines]
+        compared: dict[str, list[Comparison | None]] = {}
+        for result in own:
+            if what := _measured(result):
+                rows = [row for row in result.rows if row.backbone in result.experiment.robust]
+                compared.setdefault(what, []).extend(row.comparison for row in rows)
+        if own:
+            answered.append(Answer(question, *conclude(compared), [_conclusion(result) for result in own]))
+    return answered
+
+
+def _measured(result: Result) -> str:
+    """What a metric is of, in words; empty for what another metric of its experiment says already."""
+    cell, *rest = result.metric.split("/")
+    if result.experiment.task != "detector_robustness" or len(rest) < 2:
+        return metric_name("/".join(result.metric.split("/")[-2:]))
+    if cell == "rPC" or (cell == "corrupted" and f"mPC/{'/'.join(rest)}" in result.experiment.metrics):
+        return ""
+    cells = {"P": "on clean images", "mPC": "on corrupted images", "corrupted": "on corrupted images"}
+    where = "under attack" if cell.startswith("attack") else cells.get(cell, "on other images")
+    return f"{metric_name('/'.join(rest))} {where}"
+
+
+def conclude(compared: Mapping[str, Sequence[Comparison | None]]) -> tuple[str, str]:
+    """Verdict and sentence of comparisons with standard backbones.
+
+    Args:
+        compared: what was measured -> a comparison a robust backbone, None where it has no standard one.
+    """
+    seen = [one for ones in compared.values() for one in ones if one and one.difference is not None]
+    if not seen:
+        which = "no robust backbone" if not any(compared.values()) else "no standard backbone of the same architecture"
+        return "Not compared", (
+            f"Missing for an answer: there is {which}, evaluated in the same setting and with the same seeds as the "
+            f"{'standard' if not any(compared.values()) else 'robust'} one."
+        )
+    counts = Counter(one.verdict for one in seen)
+    told = [f"{name} in {counts[name]}" for name in ("better", "worse") if counts[name]]
+    verdict = f"{', '.join(told)} of {len(seen)}" if told else ALIKE if counts[ALIKE] else "not tested"
+    parts = []
+    for what, ones in compared.items():
+        differences = [one.difference for one in ones if one and one.difference is not None]
+        if differences:
+            low, high = (f"{reduce(differences):+.1f}" for reduce in (min, max))
+            own = Counter(one.verdict if one else "without a standard backbone" for one in ones)
+            counted = ", ".join(f"{count} {name}" for name, count in own.items())
+            parts.append(f"{what} {low if low == high else f'{low} to {high}'} ({counted})")
+    sentence = f"Robust minus standard, in points: {'; '.join(parts)}."
+    if not told and counts[ALIKE]:
+        sentence += " Nothing stands after correction; with few seeds that does not mean that there is no difference."
+    if reasons := {one.reason for one in seen if one.reason}:
+        sentence += f" Missing for a test: {'; '.join(sorted(reasons))}."
+    return verdict[0].upper() + verdict[1:], sentence
 
 
 def _conclusion(result: Result) -> str:
@@ -157,17 +222,24 @@ def _conclusion(result: Result) -> str:
         why = "there is nothing to compare" if len(result.rows) < 2 else "there is no single standard backbone"
         return f"{result.title}: not compared, because {why}."
     parts = []
-    for verdict, words in (("better", "better than"), ("worse", "worse than"), (ALIKE, f"{ALIKE} from")):
-        named = [f"{b.trained_at} ({c.difference:+.2f})" for b, c in compared if c.verdict == verdict]
+    for verdict in ("better", "worse", ALIKE, "not tested"):
+        named = [
+            f"{b.label} ({c.difference:+.2f}" + (f", {c.low:+.2f} to {c.high:+.2f})" if c.low is not None else ")")
+            for b, c in compared
+            if c.verdict == verdict and c.difference is not None
+        ]
         if named:
-            parts.append(f"{words} standard: {', '.join(named)}")
+            parts.append(f"{verdict}: {', '.join(named)}")
     untested = dict.fromkeys(c.reason for _, c in compared if c.reason)
-    if untested:
-        parts.append(f"not tested, because {'; '.join(untested)}")
-    text = f"{result.title}: {'; '.join(parts)}."
-    if all(c.verdict == ALIKE for _, c in compared):
-        text += " Nothing stands after correction; with few seeds that does not mean that there is no difference."
-    return text
+    return f"{result.title}, against standard: {'; '.join(parts or ['not tested'])}" + (
+        f" because {'; '.join(untested)}." if untested else "."
+    )
 
 
 ALIKE = "not distinguishable"
+QUESTIONS = {
+    "detection": "Do robust backbones give better detectors?",
+    "segmentation": "Do robust backbones give better instance segmentation?",
+    "transfer": "Do robust backbones classify better after transfer?",
+    "detector_robustness": "Are detectors on robust backbones more robust?",
+}

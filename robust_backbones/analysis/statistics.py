@@ -90,20 +90,29 @@ class Comparison:
         return f"{found}; telling would take {needed} seeds."
 
 
-def summarize(values: Sequence[float]) -> Summary:
-    """Mean, spread and interval of one or more values."""
-    low, high = _interval(values)
+def summarize(values: Sequence[float], *, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Summary:
+    """Mean, spread and interval of one or more values; the interval is cut off at what the values are bounded by."""
+    low, high = _interval(values, bounds)
     return Summary(len(values), fmean(values), stdev(values) if len(values) > 1 else None, low, high)
 
 
 def compare(standard: Mapping[int, float], others: Mapping[K, Mapping[int, float]]) -> dict[K, Comparison]:
-    """Each backbone with the standard one, by paired t tests that are one family for Holm's correction.
+    """Each backbone with one standard one: ``compare_pairs`` of results (seed -> result)."""
+    return compare_pairs({key: (standard, results) for key, results in others.items()})
+
+
+def compare_pairs(
+    pairs: Mapping[K, tuple[Mapping[int, float], Mapping[int, float]]],
+    *,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> dict[K, Comparison]:
+    """Each backbone with its standard one, by paired t tests that are one family for Holm's correction.
 
     Args:
-        standard: seed -> result.
-        others: backbone -> seed -> result; the seeds need not be the same.
+        pairs: backbone -> (the standard one's, its own) results, each seed -> result; the seeds need not be the same.
+        bounds: of a difference; intervals are cut off there.
     """
-    single = {key: _compare_one(standard, results) for key, results in others.items()}
+    single = {key: _compare_one(standard, own, bounds) for key, (standard, own) in pairs.items()}
     tested = {key: comparison.p for key, comparison in single.items() if comparison.p is not None}
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {
@@ -118,7 +127,7 @@ def compare(standard: Mapping[int, float], others: Mapping[K, Mapping[int, float
     }
 
 
-def _compare_one(standard: Mapping[int, float], other: Mapping[int, float]) -> Comparison:
+def _compare_one(standard: Mapping[int, float], other: Mapping[int, float], bounds: tuple[float, float]) -> Comparison:
     seeds = tuple(sorted(standard.keys() & other.keys()))
     differences = [other[seed] - standard[seed] for seed in seeds]
     unpaired = tuple(sorted(standard.keys() ^ other.keys()))
@@ -136,7 +145,7 @@ def _compare_one(standard: Mapping[int, float], other: Mapping[int, float]) -> C
         # t is infinite: the formula's p of 0 would be a claim about a spread that was not seen.
         same = f"the difference is {differences[0]:+.2f} in each of the {len(seeds)} seeds"
         return replace(untested, reason=f"{same}, and a t test needs differences that vary")
-    low, high = _interval(differences)
+    low, high = _interval(differences, bounds)
     return replace(
         untested,
         low=low,
@@ -207,11 +216,11 @@ def p_value(p: float) -> str:
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
-def _interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+def _interval(values: Sequence[float], bounds: tuple[float, float]) -> tuple[float | None, float | None]:
     if len(values) < 2:
         return None, None
     half = float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
+    return max(bounds[0], fmean(values) - half), min(bounds[1], fmean(values) + half)
 
 
 def _numbers(seeds: Sequence[int]) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -14,10 +16,12 @@ from robust_backbones.analysis.figures import (
     COLORS,
     MARKERS,
     MOST_CURVES,
+    NAMES,
     STYLES,
     Picture,
     epsilon_axis,
     epsilon_places,
+    grouped_bars,
     save,
 )
 from robust_backbones.analysis.statistics import Summary, summarize
@@ -26,12 +30,17 @@ from robust_backbones.errors import InputError
 MOST_CLASSES = 30
 """A figure shows no more: of more classes, those with the lowest and the highest differences."""
 MOST_PANELS = 3
+_CELLS = {"P": "clean", "mPC": "corrupted\n(mPC)", "corrupted": "corrupted"}
 
 
 def study_figures(experiment: Experiment, folder: Path) -> list[Picture]:
     """The figures of an experiment that its records can fill, written to ``folder``."""
     drawn: list[Picture | None] = []
-    for metric in experiment.headlines:
+    is_robustness = experiment.task == "detector_robustness"
+    if is_robustness:
+        for kind in dict.fromkeys("/".join(metric.split("/")[-2:]) for metric in experiment.headlines):
+            drawn.append(condition_figure(experiment, kind, folder / f"{experiment.slug}_{kind.replace('/', '_')}"))
+    for metric in () if is_robustness else experiment.headlines:
         stem = f"{experiment.slug}_{metric.replace('/', '_')}"
         drawn.append(epsilon_figure(experiment, metric, folder / f"{stem}_epsilon"))
         drawn.append(training_figure(experiment, metric, folder / f"{stem}_training"))
@@ -42,45 +51,101 @@ def study_figures(experiment: Experiment, folder: Path) -> list[Picture]:
     return [picture for picture in drawn if picture is not None]
 
 
+def condition_figure(experiment: Experiment, kind: str, path: Path) -> Picture | None:
+    """A detector's result (``bbox/AP``) on clean and corrupted images and under each attack, a bar a backbone.
+
+    Of more than MOST_CURVES backbones, the first; the CSV has all.
+    """
+    metrics = [m for m in experiment.headlines if m.endswith(f"/{kind}") and not m.startswith("rPC/")]
+    if f"mPC/{kind}" in metrics:
+        metrics = [metric for metric in metrics if metric != f"corrupted/{kind}"]
+    heads = {
+        metric: _CELLS.get(cell := metric.split("/")[0], cell.replace("attack-", "attack:\n")) for metric in metrics
+    }
+    rows: list[dict[str, Any]] = []
+    groups: dict[str, list[float]] = {}
+    reach: dict[str, list[tuple[float, float]]] = {}
+    for backbone in experiment.backbones:
+        found = [backbone.summary(metric) for metric in metrics]
+        shown = [one for one in found if one is not None]
+        names = {"backbone": backbone.name, "trained_at": backbone.trained_at}
+        rows += [{"condition": m, **names, **asdict(one)} for m, one in zip(metrics, found, strict=True) if one]
+        if shown and len(groups) < MOST_CURVES:
+            label = f"{backbone.label}, n = {max(one.n for one in shown)}"
+            groups[label] = [one.mean if one else math.nan for one in found]
+            reach[label] = [_reach(one) if one else (math.nan, math.nan) for one in found]
+    if not rows:
+        return None
+    figure = Figure(figsize=(max(5, 2 + 1.3 * len(metrics)), 3.8), layout="constrained")
+    axes = figure.subplots()
+    grouped_bars(axes, range(len(metrics)), groups, reach)
+    axes.set_xticks(range(len(metrics)), heads.values(), fontsize="small")
+    axes.set_ylabel(f"{metric_name(kind)} (0-100)")
+    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
+    caption = (
+        f"{experiment.title}: {metric_name(kind)} on clean and on changed images. Bars: mean over the seeds (n) of "
+        "training, with its 95 % t interval where there are two or more."
+    )
+    points = "; ".join(f"{label}: {', '.join(f'{value:.1f}' for value in values)}" for label, values in groups.items())
+    return save(figure, path, rows, caption, f"{metric_name(kind)} by condition ({', '.join(metrics)}): {points}.")
+
+
 def epsilon_figure(experiment: Experiment, metric: str, path: Path) -> Picture | None:
     """A metric against the epsilon of pre-training, with 95 % intervals and every seed; a panel a norm.
 
-    None where fewer than two backbones have a known epsilon and a value.
+    An architecture is a colour, marker and line. None where fewer than two backbones have a known epsilon and a value.
     """
     shown = [
         (backbone, backbone.threat_model, summary)
         for backbone in experiment.backbones
         if backbone.threat_model and (summary := backbone.summary(metric))
+        if backbone.is_standard or backbone.threat_model.epsilon  # texture-trained ones have no place on this axis
     ]
     if len(shown) < 2:
         return None
     norms = sorted({model.norm for _, model, _ in shown if model.epsilon}) or ["L2"]
+    families = list(dict.fromkeys(backbone.family for backbone, *_ in shown))
     figure = Figure(figsize=(0.8 + 4.2 * len(norms), 3.8), layout="constrained")
     rows = []
     panels = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
     for panel, norm in zip(panels, norms, strict=True):
         own = [one for one in shown if one[0].is_standard or one[1].norm == norm]
         epsilons = [model.epsilon for _, model, _ in own]
-        places = epsilon_places(epsilons)
-        epsilon_axis(panel, norm, dict(sorted(zip(epsilons, places, strict=True))))
-        aside = 0.03 * (max(places) - min(places) or 1)
-        for place, (backbone, model, summary) in zip(places, own, strict=True):
-            color = COLORS[0] if backbone.is_standard else COLORS[1]
-            half = 0.0 if summary.high is None else summary.high - summary.mean
-            panel.errorbar(place, summary.mean, half, fmt=MARKERS[1], color=color, capsize=4, markersize=6)
-            seeds = list(backbone.values(metric).values())
-            panel.plot([place + aside] * len(seeds), seeds, "o", color=color, markerfacecolor="none", markersize=4)
-            if backbone.is_standard:
-                panel.axhline(summary.mean, color=color, linewidth=1, linestyle="--")
-            names = {"norm": norm, "backbone": backbone.name, "trained_at": backbone.trained_at}
-            rows.append({**names, "epsilon": model.epsilon, **asdict(summary)})
+        places = dict(sorted(zip(epsilons, epsilon_places(epsilons), strict=True)))
+        epsilon_axis(panel, norm, places)
+        aside = 0.03 * (max(places.values()) - min(places.values()) or 1)
+        for index, family in enumerate(families):
+            members = [one for one in own if one[0].family == family]
+            if not members:
+                continue
+            color, marker, line = STYLES[(index + 1) % MOST_CURVES]
+            xs = [places[model.epsilon] + aside * (index - (len(families) - 1) / 2) for _, model, _ in members]
+            reach = [*zip(*(_reach(summary) for *_, summary in members), strict=True)]
+            options: dict[str, Any] = {"color": color, "marker": marker, "linestyle": line, "capsize": 4}
+            label = NAMES.get(str(family[0]), str(family[0]))
+            means = [summary.mean for *_, summary in members]
+            panel.errorbar(xs, means, reach, markersize=6, linewidth=1, label=label, **options)
+            for x, (backbone, model, summary) in zip(xs, members, strict=True):
+                seeds = list(backbone.values(metric).values())
+                panel.plot(
+                    [x + aside / len(families)] * len(seeds),
+                    seeds,
+                    "o",
+                    color=color,
+                    markerfacecolor="none",
+                    markersize=4,
+                )
+                names = {"norm": norm, "backbone": backbone.name, "trained_at": backbone.trained_at}
+                rows.append({**names, "epsilon": model.epsilon, **asdict(summary)})
+    if len(families) > 1:
+        panels[-1].legend(fontsize="small")
     low, high = min(summary.n for *_, summary in shown), max(summary.n for *_, summary in shown)
     n = f"n = {low} seed{'s' * (low > 1)}" if low == high else f"n = {low} to {high} seeds"
     panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {n}")
     caption = (
-        f"{experiment.title}: {metric_name(metric)} against the ε of pre-training. Squares and bars: mean and 95 % t "
-        "interval over seeds; circles beside them: the seeds; dashed line: mean of the standard backbone (ε = 0). The "
-        "axis of ε is logarithmic, with 0 put beside it."
+        f"{experiment.title}: {metric_name(metric)} against the ε of pre-training. Filled markers and bars: mean and "
+        "95 % t interval over seeds; circles beside them: the seeds. At ε = 0 stands the standard backbone; the axis "
+        "of ε is logarithmic, with 0 put beside it."
     )
     points = "; ".join(f"{backbone.name} at {backbone.trained_at} {_in_words(s)}" for backbone, _, s in shown)
     return save(figure, path, rows, caption, f"{metric_name(metric)} against epsilon: {points}.")
@@ -140,18 +205,16 @@ def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | Non
     Args:
         task: ``bbox`` or ``segm``, after the test set's name where a run has several.
     """
-    standard = experiment.standard
-    if standard is None:
-        return None
     prefix, metric = f"{task}/AP-", metric_name(f"{task}/AP")
     names = sorted({n for run in experiment.runs for n in run.record.metrics if n.startswith(prefix)})
     found: list[tuple[BackboneRuns, dict[str, Summary]]] = []
     for backbone in experiment.robust:
         of_class = {}
-        for name in names:
-            own, base = backbone.values(name), standard.values(name)
+        standard = experiment.reference(backbone)
+        for name in names if standard else ():
+            own, base = backbone.values(name), standard.values(name) if standard else {}
             if differences := [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]:
-                of_class[name.removeprefix(prefix)] = summarize(differences)
+                of_class[name.removeprefix(prefix)] = summarize(differences, bounds=(-100, 100))
         if of_class:
             found.append((backbone, of_class))
     if not found or len(names) < 2:
@@ -216,6 +279,13 @@ def read_curve(folder: Path, metric: str) -> dict[int, float]:
 
 def _mean(backbone: BackboneRuns, metric: str) -> float:
     return fmean(backbone.values(metric).values() or [0.0])
+
+
+def _reach(summary: Summary) -> tuple[float, float]:
+    """How far its interval goes down and up from the mean."""
+    if summary.low is None or summary.high is None:
+        return math.nan, math.nan
+    return summary.mean - summary.low, summary.high - summary.mean
 
 
 def _in_words(summary: Summary) -> str:

@@ -73,7 +73,9 @@ class Table:
         def line(cells: Sequence[str], tag: str) -> str:
             words = [' class="words"' if head == "in words" else "" for head in self.columns]
             scope = ' scope="col"' if tag == "th" else ""
-            return "".join(f"<{tag}{scope}{w}>{escape(c)}</{tag}>" for c, w in zip(cells, words, strict=True))
+            heads = [f' data-head="{escape(head)}"' if tag == "td" else "" for head in self.columns]
+            parts = zip(cells, words, heads, strict=True)
+            return "".join(f"<{tag}{scope}{word}{head}>{escape(cell)}</{tag}>" for cell, word, head in parts)
 
         marks = [' class="paper"' if row[0].startswith("paper: ") else "" for row in self.cells]
         body = "\n".join(f"<tr{mark}>{line(row, 'td')}</tr>" for row, mark in zip(self.cells, marks, strict=True))

@@ -59,14 +59,15 @@ def main(arguments: list[str]) -> int:
 
 def draw(experiment: Experiment, folder: Path, images: int) -> Picture | None:
     """Detections of the standard and the best robust backbone, of one seed; None where there are no two detectors."""
-    standard = experiment.standard
-    if experiment.task not in ("detection", "segmentation") or standard is None or not experiment.headlines:
+    if experiment.task not in ("detection", "segmentation") or not experiment.headlines:
         return None
     metric = experiment.headlines[-1]  # of masks where there are some
-    robust = [backbone for backbone in experiment.robust if backbone.values(metric)]
+    robust = [one for one in experiment.robust if one.values(metric) and experiment.reference(one)]
     if not robust:
         return None
     best = max(robust, key=lambda backbone: fmean(backbone.values(metric).values()))
+    standard = experiment.reference(best)
+    assert standard is not None
     chosen = {b.trained_at: b.runs[min(b.runs)] for b in (standard, best)}
 
     from robust_backbones.detection.visualize import draw_side_by_side

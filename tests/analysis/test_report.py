@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -16,13 +17,18 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
-from robust_backbones.analysis.experiments import experiments, metric_name, setting_names
-from robust_backbones.analysis.figures import COLORS, LINES, MARKERS
+from robust_backbones.analysis import inheritance, study_figures
+from robust_backbones.analysis.experiments import bounds, experiments, metric_name, setting_names
+from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, MOST_CURVES, Picture, grouped_bars
 from robust_backbones.analysis.paper.values import PAPER, differences_to_paper, paper_result
 from robust_backbones.analysis.records import find_runs
 from robust_backbones.analysis.report import STYLE, write_report
-from robust_backbones.analysis.results import results, summary
+from robust_backbones.analysis.results import ALIKE, QUESTIONS, answers, conclude, results
+from robust_backbones.analysis.statistics import Comparison
 from robust_backbones.analysis.study_figures import class_figure, training_figure
 from robust_backbones.commands import report as report_command
 from robust_backbones.errors import InputError
@@ -265,11 +271,10 @@ def test_the_page_says_what_the_records_say(page: Page) -> None:
     text = " ".join(page.text.split())
     assert "A <study> & its report" in text
     assert "13 records of runs: 1 of pretrain, 1 of robustness, 9 of segmentation, 2 of transfer" in text
-    assert (
-        "Instance segmentation on coco_2017_val: box AP: better than standard: L2:3 (+1.01); not distinguishable from "
-        "standard: Linf:4/255 (+0.03)." in text
-    )
-    assert "Classification transfer on pets: clean accuracy: not compared, because there is nothing to compare." in text
+    # Boxes and masks differ by a constant, and so do their comparisons.
+    assert "Better in 2 of 4. Robust minus standard, in points: box AP +0.0 to +1.0 (1 better, 1 not" in text
+    assert "box AP, against standard: better: resnet50 L2:3 (+1.01, +0.92 to +1.10)" in text
+    assert all(text.count(QUESTIONS[task]) == 1 for task in ("segmentation", "transfer"))
     for cell in ("40.03 ± 0.15", "full_network", "61.5", "31.0", "L2:3, PGD-20", "0123456789"):
         assert cell in text
     assert "paper: best robust" in text
@@ -325,10 +330,9 @@ def test_one_seed_has_a_reason_and_no_test(tmp_path: Path) -> None:
     cells = result.table.cells[1]
     assert cells[2:8] == ["1", "41.00", "-", "+1.00", "-", "-"]
     assert cells[8] == "Not tested: one seed says nothing about how results vary over seeds."
-    assert summary([result]) == [
-        "Instance segmentation on coco_2017_val: box AP: not tested, because one seed says nothing about how results "
-        "vary over seeds."
-    ]
+    (answer,) = answers([result])
+    assert (answer.verdict, "+1.0 (1 not tested)" in answer.sentence) == ("Not tested", True)
+    assert "Missing for a test: one seed says nothing about how results vary over seeds." in answer.sentence
 
 
 def test_without_one_standard_backbone_nothing_is_compared(tmp_path: Path) -> None:
@@ -341,7 +345,9 @@ def test_without_one_standard_backbone_nothing_is_compared(tmp_path: Path) -> No
     result = one_result(tmp_path / "two", record("L2:0", 0), other, *robust)
     assert len([row for row in result.rows if row.backbone.is_standard]) == 2
     assert "there is more than one standard backbone" in result.rows[-1].sentence
-    assert "no single standard backbone" in summary([result])[0]
+    (answer,) = answers([result])
+    assert answer.verdict == "Not compared"
+    assert answer.sentence.startswith("Missing for an answer: ")
 
 
 def test_a_pretraining_a_seed_is_one_backbone(tmp_path: Path) -> None:
@@ -624,3 +630,137 @@ def test_robust_accuracy_is_reported_where_there_is_an_adversary(tmp_path: Path)
 
     assert metrics("a", eval_threat_model="L2:0.5") == ["clean_accuracy", "robust_accuracy"]
     assert metrics("b", eval_threat_model="L2:0") == metrics("c") == ["clean_accuracy"]
+
+
+def transferred(
+    arch: str, threat_model: str, values: tuple[float, ...], label: str = "", **config: Any
+) -> list[RunRecord]:
+    """Trials of one backbone on one data set."""
+    backbone = {"arch": arch, "num_classes": 1000, "label": label or f"{arch} {threat_model}", "source_sha256": label}
+    return [
+        record(
+            threat_model,
+            seed,
+            task="transfer",
+            dataset="pets",
+            backbone=backbone,
+            metrics={"clean_accuracy": value},
+            config={"mode": "linear_probe", "eval_threat_model": "L2:0", **config},
+        )
+        for seed, value in enumerate(values)
+    ]
+
+
+ARCHS = ("resnet18", "resnet50", "mobilenet_v2", "vgg16_bn", "densenet161", "wide_resnet50_2", "shufflenet_v2_x1_0")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An experiment of seven architectures, a standard and a robust backbone of each."""
+    records = []
+    for place, arch in enumerate(ARCHS):
+        records += transferred(arch, "L2:0", (10.0 * place + 1.0, 10.0 * place + 2.0, 10.0 * place + 2.5))
+        records += transferred(arch, "L2:1", (10.0 * place, 10.0 * place + 3.0, 13.0 * place))
+    records += transferred("resnet18", "L2:0", (50.0, 51.0, 52.0), label="resnet18_stylized")
+    (experiment,) = experiments(find_runs([write(tmp_path_factory.mktemp("several"), *records)]))
+    return experiment
+
+
+def test_each_backbone_is_compared_with_the_standard_one_of_its_architecture(several: Any) -> None:
+    result: Any
+    (result,) = results(several)
+    by_name = {row.backbone.name: row for row in result.rows}
+    for arch in ARCHS:
+        own, base = (
+            list(by_name[f"{arch} {model}"].backbone.values("clean_accuracy").values()) for model in ("L2:1", "L2:0")
+        )
+        assert by_name[f"{arch} L2:0"].comparison is None
+        assert by_name[f"{arch} L2:1"].comparison.difference == pytest.approx(fmean(own) - fmean(base))
+    assert by_name["resnet18_stylized"].comparison.difference == pytest.approx(51.0 - 5.5 / 3)  # it is no reference
+    # Of one architecture there are two standard backbones: there alone nothing is compared.
+    twins = [several.backbones[0], replace(several.backbones[0], name="twin")]
+    doubled = replace(several, backbones=(*several.backbones, twins[1]))
+    family = twins[0].family
+    lacking = {
+        row.backbone.family for row in results(doubled)[0].rows if not row.comparison and not row.backbone.is_standard
+    }
+    assert lacking == {family}
+
+
+def test_intervals_stay_within_the_bounds_of_what_they_are_of(several: Any) -> None:
+    result: Any
+    (result,) = results(several)
+    for row in result.rows:
+        assert row.summary.low >= 0
+        assert row.summary.high <= 100
+        assert row.comparison is None or -100 <= row.comparison.low <= row.comparison.high <= 100
+    assert any(row.summary.low == 0 for row in result.rows)
+    assert [bounds(f"{cell}/bbox/AP") for cell in ("P", "rPC")] == [(0, 100), (0, float("inf"))]
+
+
+def test_architectures_are_distinguishable_without_colour(several: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Each has another colour, another marker and another line, and the legend has them all."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(study_figures, "save", lambda figure, *_: figures.append(figure))
+    study_figures.epsilon_figure(several, "clean_accuracy", tmp_path / "x")
+    panel: Any
+    (panel,) = figures[0].axes
+    labels = [text.get_text() for text in panel.get_legend().get_texts()]
+    handles = [container.lines[0] for container in panel.containers]
+    assert len({*labels}) == len(handles) == len(ARCHS)
+    for look in (lambda h: h.get_color(), lambda h: h.get_marker(), lambda h: str(h._dash_pattern)):
+        assert len({look(handle) for handle in handles}) == len(ARCHS)
+    bars: Any = Figure().subplots()
+    grouped_bars(bars, [0, 1], {str(i): [1.0, 2.0] for i in range(MOST_CURVES)})
+    assert len({container[0].get_hatch() for container in bars.containers}) == MOST_CURVES
+
+
+@pytest.mark.parametrize("folder", ["detector_robustness", "inheritance", "small_study", "transfer_figures"])
+def test_every_task_of_the_documentations_records_has_an_answer(folder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """Its question, and what was seen in numbers or what is missing."""
+    runs = find_runs([Path(__file__).parents[2] / "docs" / folder])
+    found = answers([result for experiment in experiments(runs) for result in results(experiment)])
+    tasks = {run.record.task for run in runs}
+    assert {answer.question for answer in found} == {QUESTIONS[task] for task in tasks & QUESTIONS.keys()}
+    if folder == "inheritance":
+        monkeypatch.setattr(inheritance, "save", lambda figure, path, rows, caption, alt: Picture(path, caption, alt))
+        found += [answer for answer, _ in inheritance.inheritance_pages([run.record for run in runs], tmp_path)]
+    assert found
+    for answer in found:
+        assert re.match("Better in|Worse in|Not distinguishable|Not tested|Not compared", answer.verdict)
+        assert re.search(r"[-+][0-9]|Missing for an answer", answer.sentence)
+        assert answer.details
+
+
+@given(st.lists(st.sampled_from(["better", "worse", ALIKE, "not tested", None]), min_size=1, max_size=9))
+def test_a_verdict_counts_what_was_compared(verdicts: list[str | None]) -> None:
+    p_holm = {"better": 0.01, "worse": 0.01, ALIKE: 0.5}
+    made = [
+        Comparison((0, 1), (), -1.0 if v == "worse" else 1.0, p_holm=p_holm.get(v), reason="" if v in p_holm else "r")
+        if v
+        else None
+        for v in verdicts
+    ]
+    verdict, sentence = conclude({"AP": made})
+    counts = Counter(v for v in verdicts if v)
+    for name in ("better", "worse"):
+        assert (f"{name} in {counts[name]}" in verdict.lower()) == bool(counts[name])
+    if not counts["better"] and not counts["worse"]:
+        assert verdict.lower() == (ALIKE if counts[ALIKE] else "not tested" if counts else "not compared")
+    assert ("Missing" in sentence) == (not counts or counts["not tested"] > 0)
+
+
+def test_every_term_on_the_page_is_explained(page: Page) -> None:
+    """Heads of tables, names of metrics and of threat models."""
+    explained = page.text[page.text.rindex("How to read the numbers") :]
+    assert len(page.all("dl")) == 1
+    said = page.text[: page.text.rindex("How to read the numbers")]
+    for pattern in (r"AP50", r"AP75", r"L2:", r"Linf:", r"PGD", r"d_z", r"Holm", r"ε", r"\bAP\b", r"±"):
+        assert bool(re.search(pattern, said)) <= bool(re.search(pattern, explained)), pattern
+
+
+def test_on_narrow_screens_tables_are_cards(report: Path) -> None:
+    """Each cell says what it is, so that a row can be read from top to bottom, its verdict first."""
+    page = Page((report / "report.html").read_text())
+    assert all(cell.get("data-head") for cell in page.all("td"))
+    assert re.search(r"max-width: 40rem.*td[.]words [{] order: -1", STYLE, re.DOTALL)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,16 @@ from robust_backbones.analysis.figures import (
     COLORS,
     MARKERS,
     MOST_CURVES,
+    NAMES,
     NORMS,
     STYLES,
+    Page,
     Picture,
     epsilon_axis,
     epsilon_places,
 )
 from robust_backbones.analysis.paper.drawing import MODES, Drawing, draw, with_papers
 from robust_backbones.analysis.paper.transfer_results import (
-    NAMES,
     Curve,
     Point,
     Pretrainings,
@@ -53,15 +53,6 @@ TEXTURE = {**BEST, "stylized": "texture-trained"}
 """Kind of a backbone -> its name in legends, in the order of colours and markers."""
 _RANGE = "mean of the trials and their range from the lowest to the highest"
 _IMAGES = "images as they are"
-
-
-@dataclass(frozen=True)
-class Page:
-    """One section of a report."""
-
-    title: str
-    pictures: Sequence[Picture]
-    tables: Sequence[Table] = ()
 
 
 def transfer_pages(runs: Sequence[RecordedRun], folder: Path) -> list[Page]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from robust_backbones.analysis.experiments import BackboneRuns, experiments, setting
+from robust_backbones.analysis.experiments import BackboneRuns, experiments, is_stylized, setting
+from robust_backbones.analysis.figures import NAMES, NORMS
 from robust_backbones.analysis.paper.values import PaperTransfer, paper_transfer
 from robust_backbones.analysis.records import RecordedRun
 from robust_backbones.analysis.statistics import LinearFit, linear_fit
@@ -19,23 +19,6 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
 METRIC = "clean_accuracy"
-NAMES = {
-    "resnet18": "ResNet-18",
-    "resnet34": "ResNet-34",
-    "resnet50": "ResNet-50",
-    "resnet101": "ResNet-101",
-    "resnet152": "ResNet-152",
-    "wide_resnet50_2": "WRN-50-2",
-    "wide_resnet50_4": "WRN-50-4",
-    "resnext50_32x4d": "ResNeXt-50",
-    "resnext101_32x8d": "ResNeXt-101",
-    "densenet161": "DenseNet-161",
-    "mnasnet1_0": "MNASNet",
-    "mobilenet_v2": "MobileNet-v2",
-    "shufflenet_v2_x1_0": "ShuffleNet",
-    "vgg16_bn": "VGG16-BN",
-}
-NORMS = {"L2": "ℓ2", "Linf": "ℓ∞"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +76,7 @@ class TransferSource:
         Stylized is what was trained on images in other styles, as its pre-training says or, where that is not known,
         its name.
         """
-        if self.pretraining.stylized if self.pretraining else _is_stylized(self.name):
+        if self.pretraining.stylized if self.pretraining else is_stylized(self.name):
             return "stylized"
         if self.threat_model is None:
             return "unknown"
@@ -193,12 +176,8 @@ def _pretraining(record: RunRecord, prefix: str) -> Pretraining | None:
     accuracy = record.metrics.get(f"{prefix}{METRIC}")
     if accuracy is None:
         return None
-    stylized = record.config.get("stylize", 0) > 0 or _is_stylized(record.dataset)
+    stylized = record.config.get("stylize", 0) > 0 or is_stylized(record.dataset)
     return Pretraining(accuracy, record.dataset, stylized)
-
-
-def _is_stylized(name: str) -> bool:
-    return re.search(r"styli[sz]e", name.lower()) is not None
 
 
 def targets(runs: Sequence[RecordedRun], pretrainings: Pretrainings) -> list[Target]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -81,27 +81,32 @@ def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
         if not found:
             raise InputError(f"no finished cells in {folder}: give the --output of `run`")
         for path in found:
-            matrices += _matrices_of(path.parents[1])
+            label = path.parents[1]
+            paths = [path, label / DISTANCES / "record.json", *sorted(label.glob("*/*/seed_*/record.json"))]
+            matrices += matrices_of(label.name, [RunRecord.read(path) for path in paths if path.exists()])
     return matrices
 
 
-def _matrices_of(folder: Path) -> Iterator[Matrix]:
-    before = _values(folder / PRETRAINED, "accuracy")
+def matrices_of(label: str, records: Iterable[RunRecord]) -> list[Matrix]:
+    """Those of one backbone's records of task ``inheritance``, by method and seed; none before its ``pretrained``."""
+    cells = {(record.config["method"], record.config["target"], record.seed): record for record in records}
+    single = {method: record for (method, target, _), record in cells.items() if not target}
+    if PRETRAINED not in single:
+        return []
+    before = _values(single[PRETRAINED], "accuracy")
     sets = tuple(sorted(before.keys() - {PRETRAINING}))
-    distances = _values(folder / DISTANCES, "wasserstein") if (folder / DISTANCES / "record.json").exists() else {}
+    distances = _values(single[DISTANCES], "wasserstein") if DISTANCES in single else {}
     rows: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
-    for path in sorted(folder.glob("*/*/seed_*/record.json")):
-        record = RunRecord.read(path)
-        rows.setdefault((record.config["method"], record.seed), {})[record.dataset] = _values(path.parent, "accuracy")
-    for (method, seed), after in sorted(rows.items()):
-        yield Matrix(folder.name, method, seed, sets, before, after, distances)
+    for (method, target, seed), record in sorted(cells.items()):
+        if target:
+            rows.setdefault((method, seed), {})[target] = _values(record, "accuracy")
+    return [Matrix(label, method, seed, sets, before, after, distances) for (method, seed), after in rows.items()]
 
 
-def _values(folder: Path, kind: str) -> dict[str, float]:
+def _values(record: RunRecord, kind: str) -> dict[str, float]:
     """The metrics ``kind/SET`` of a cell's record, by set."""
-    metrics = RunRecord.read(folder / "record.json").metrics
     return {
         name.removeprefix(f"{kind}/"): value
-        for name, value in metrics.items()
+        for name, value in record.metrics.items()
         if name.startswith(f"{kind}/") and value is not None
     }
