@@ -185,19 +185,10 @@ def run(options: InheritanceOptions) -> int:
         sets[folder.name] = folder
     if len(sets) < len(options.sets):
         raise InputError("two sets have one name: rename a folder")
+    inputs = (options.checkpoints, options.pretraining, sets, options.output, options.config)
+    names = ("methods", "seeds", "device", "workers", "memory_gb")
     with cpu.fast(options.device):
-        records = run_protocol(
-            options.checkpoints,
-            options.pretraining,
-            sets,
-            options.output,
-            options.config,
-            methods=options.methods,
-            seeds=options.seeds,
-            device=options.device,
-            workers=options.workers,
-            memory_gb=options.memory_gb,
-        )
+        records = run_protocol(*inputs, **{name: getattr(options, name) for name in names})
     print(f"\n{analysis.summary_table(read_matrices([options.output])).to_markdown()}\n")
     print(f"{len(records)} records written to {options.output}")
     return 0

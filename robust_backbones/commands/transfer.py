@@ -137,22 +137,14 @@ def datasets(options: DatasetsOptions) -> int:
 def transfer(options: ProbeOptions | FinetuneOptions) -> int:
     data = open_transfer_data(options.dataset, options.data_root, v2.Identity(), metric=options.metric)
     if isinstance(options, ProbeOptions):
+        names = ("device", "workers", "checkpoint_minutes", "skip_unreadable")
+        execution = {name: getattr(options, name) for name in names}
         with cpu.fast(options.device):
-            records = linear_probe(
-                options.checkpoints,
-                data,
-                options.output,
-                options.config,
-                device=options.device,
-                workers=options.workers,
-                checkpoint_minutes=options.checkpoint_minutes,
-                skip_unreadable=options.skip_unreadable,
-            )
+            records = linear_probe(options.checkpoints, data, options.output, options.config, **execution)
     else:
+        recipe = (options.grid, options.config, options.execution)
         with cpu.fast(options.execution.device):
-            records = full_finetune(
-                options.checkpoints, data, options.output, options.grid, options.config, options.execution
-            )
+            records = full_finetune(options.checkpoints, data, options.output, *recipe)
     print(f"\n{classification_table(records).to_markdown()}\n\nrecords and networks written to {options.output}")
     return 0
 

@@ -25,7 +25,7 @@ from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.data.transforms import augmentation, val_transform
 from robust_backbones.errors import PreemptedError, TrainingFailedError
-from robust_backbones.models import NormalizedModel, backbone_with
+from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
@@ -178,7 +178,7 @@ class _Probe:
     def train(self, stop: StopRequest, checkpoint_minutes: float) -> None:
         """All epochs of all heads."""
         config = self.config
-        banks = {part: [self._bank(checkpoint) for checkpoint in self.checkpoints.values()] for part in self.parts}
+        banks = {part: [self._bank(one.spec) for one in self.checkpoints.values()] for part in self.parts}
         self.heads = dict(banks)
         first, rows = self._resume(banks)
         numbers = range(config.fixed_views if first < config.epochs else 0)
@@ -203,10 +203,9 @@ class _Probe:
         finally:
             log.close()
 
-    def _bank(self, checkpoint: Checkpoint) -> HeadBank:
-        config = self.config
-        layers = [new_classifier(checkpoint.spec, self.images.outputs, seed=seed) for seed in config.seeds]
-        return HeadBank(layers, config.settings, momentum=config.momentum, device=self.compute.device)
+    def _bank(self, spec: BackboneSpec) -> HeadBank:
+        layers = [new_classifier(spec, self.images.outputs, seed=seed) for seed in self.seeds]
+        return HeadBank(layers, self.config.settings, momentum=self.config.momentum, device=self.compute.device)
 
     def _train_epoch(
         self, banks: Mapping[str, Sequence[HeadBank]], epoch: int, features: Sequence[Tensor]

@@ -104,15 +104,10 @@ def evaluate_corruptions(
     claim(output, {**about, "checkpoint_sha256": checkpoint.source_sha256}, asdict(CorruptionConfig()))
     network = for_evaluation(checkpoint.in_rgb().model().to(compute.device), compute)
 
+    fields = {**checkpoint.record_fields(), "dataset": data.name, "seed": config.seed}
+
     def write(folder: Path, run_id: str, metrics: dict[str, float | None], seconds: float, **more: Any) -> RunRecord:
-        fields = checkpoint.record_fields()
-        shared: dict[str, Any] = {
-            "dataset": data.name,
-            "seed": config.seed,
-            "config": {**about, **more},
-            "seconds": seconds,
-        }
-        record = RunRecord(run_id, TASK, metrics=metrics, **fields, **shared)
+        record = RunRecord(run_id, TASK, metrics=metrics, config={**about, **more}, seconds=seconds, **fields)
         record.write(folder / "record.json")
         return record
 

@@ -143,16 +143,15 @@ class _Run:
                 f"accuracy/{name}": accuracy_on(related, network, self.compute, self.memory)
                 for name, related in self.sets.items()
             }
-        RunRecord(
-            run_id=str(cell.folder),
-            task=TASK,
+        fields = {
             **checkpoint.record_fields(label=cell.label),
-            dataset=cell.target or PRETRAINING,
-            metrics=dict(metrics),
-            seed=cell.seed,
-            config={**self.config.to_dict(), "method": cell.method, "target": cell.target, **extra},
-            seconds=time.perf_counter() - start,
-        ).write(self.folder(cell) / "record.json")
+            "dataset": cell.target or PRETRAINING,
+            "seed": cell.seed,
+        }
+        config = {**self.config.to_dict(), "method": cell.method, "target": cell.target, **extra}
+        seconds = time.perf_counter() - start
+        record = RunRecord(str(cell.folder), TASK, metrics=dict(metrics), config=config, seconds=seconds, **fields)
+        record.write(self.folder(cell) / "record.json")
         return f"{cell}: " + ", ".join(f"{name.split('/')[-1]} {value:.1f}" for name, value in metrics.items())
 
     def _model(self, cell: MatrixCell, checkpoint: Checkpoint) -> NormalizedModel:

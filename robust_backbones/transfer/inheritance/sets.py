@@ -44,7 +44,7 @@ KNOWN_SETS = {
     "imagenet-c": "ImageNet-C (Hendrycks & Dietterich 2019; as CORRUPTION/SEVERITY/CLASS, 15 x 5 parts; "
     "github.com/hendrycks/robustness)",
 }
-"""The eight sets of ImageNet-RIB by the names of their folders, with where to get them; folders there are the mask."""
+"""The eight sets of ImageNet-RIB by the names of their folders, with where to get them."""
 
 
 @dataclass(frozen=True)
