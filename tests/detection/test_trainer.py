@@ -17,25 +17,50 @@ from torch import Tensor, nn
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import register_datasets
 from robust_backbones.detection.evaluation import evaluate
 from robust_backbones.detection.run_folder import check_expected
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import DivergedError, PreemptedError, TrainingFailedError
 from robust_backbones.runs.record import RunRecord
+from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]
 
 
-@pytest.fixture
-def cfg(small_cfg: CfgNode, shapes: Path, converted: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CfgNode:
+def configuration(weights: Path, output: Path) -> CfgNode:
+    cfg = load_config(SHAPES_CONFIG, [*SMALL, "MODEL.DEVICE", "cpu", "TEST.EXPECTED_RESULTS", []])
+    register_datasets(cfg)
+    cfg.merge_from_list(["MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(output)])
+    cfg.merge_from_list(["SOLVER.AMP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 5, "SOLVER.STEPS", (4,), "SOLVER.CHECKPOINT_PERIOD", 2])
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "INPUT.MIN_SIZE_TRAIN", (64, 96), "TEST.VISUALIZE", 0])
+    return cfg
+
+
+@pytest.fixture(autouse=True)
+def data(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
-    register_datasets(small_cfg)
-    small_cfg.merge_from_list(["MODEL.WEIGHTS", str(converted("resnet18")), "OUTPUT_DIR", str(tmp_path / "run")])
-    small_cfg.merge_from_list(["SOLVER.AMP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2])
-    small_cfg.merge_from_list(["SOLVER.MAX_ITER", 5, "SOLVER.STEPS", (4,), "SOLVER.CHECKPOINT_PERIOD", 2])
-    small_cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "INPUT.MIN_SIZE_TRAIN", (64, 96), "TEST.VISUALIZE", 0])
-    return small_cfg
+
+
+@pytest.fixture
+def cfg(data: None, converted: Maker, tmp_path: Path) -> CfgNode:
+    return configuration(converted("resnet18"), tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    shapes: Path, converted: Maker, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Trainer, dict[int, dict[str, float]]]:
+    """A run of ``cfg`` that is evaluated, and drawn, every other iteration; its losses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(shapes))
+        cfg = configuration(converted("resnet18"), tmp_path_factory.mktemp("unbroken"))
+        cfg.merge_from_list(["TEST.EVAL_PERIOD", 2, "TEST.VISUALIZE", 2])
+        trainer, losses = run(cfg)
+    assert isinstance(trainer, Trainer)
+    return trainer, losses.rows
 
 
 class Losses(HookBase):
@@ -103,6 +128,10 @@ def test_losses_and_detections_are_detectron2s(cfg: CfgNode, mask_on: bool) -> N
         assert not mask_on or torch.equal(found[0].pred_masks, found[1].pred_masks)
 
 
+def logged(path: Path) -> list[int]:
+    return [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
+
+
 TRAINED_NORMS = ["MODEL.RESNETS.NORM", "BN", "MODEL.FPN.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 0]
 PRECISE_BN = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
 
@@ -125,7 +154,14 @@ def test_a_killed_run_resumes_as_the_unbroken_one(cfg: CfgNode, overrides: list[
     assert isinstance(unbroken, Trainer)
     cfg.OUTPUT_DIR += "_killed"
     run(cfg, last=2)  # after the checkpoint of iteration 2
+    log = Path(cfg.OUTPUT_DIR) / "metrics.json"
+    assert logged(log)[-1] == 2
+    with open(log, "a") as file:
+        file.write('{"iteration": 3, "total_l')  # the kill came while it was written
     resumed, again = run(cfg, resume=True)
+    iterations = logged(log)
+    assert iterations == sorted({*iterations} - {2})  # none twice, nor those after the checkpoint
+    assert iterations[-2:] == [4, 5]
     assert isinstance(resumed, Trainer)
     assert sorted(again.rows) == [2, 3, 4]
     assert again.rows == {iteration: losses.rows[iteration] for iteration in again.rows}
@@ -136,10 +172,10 @@ def test_a_killed_run_resumes_as_the_unbroken_one(cfg: CfgNode, overrides: list[
     assert (resumed.average is not None) == (cfg.SOLVER.EMA_DECAY > 0)
 
 
-def test_a_cut_off_evaluation_is_repeated(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cut_off_evaluation_is_repeated(
+    cfg: CfgNode, unbroken: tuple[Trainer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg.TEST.EVAL_PERIOD = 2
-    unbroken, _ = run(cfg)
-    cfg.OUTPUT_DIR += "_killed"
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -156,39 +192,21 @@ def test_a_cut_off_evaluation_is_repeated(cfg: CfgNode, monkeypatch: pytest.Monk
     monkeypatch.setattr(Trainer, "test", lambda self, *arguments: evaluated.append(self.iter) or test(*arguments))
     resumed, _ = run(cfg, resume=True)
     assert evaluated == [2, 3, 5]  # before iteration 2, after iteration 3 (both after a multiple of 2), at the end
-    assert isinstance(unbroken, Trainer)
     assert isinstance(resumed, Trainer)
-    assert resumed.evaluation.best == unbroken.evaluation.best
+    assert resumed.evaluation.best == unbroken[0].evaluation.best
 
 
-def test_evaluation_does_not_disturb_training(cfg: CfgNode) -> None:
-    cfg.TEST.VISUALIZE = 2
-    _, without = run(cfg)
-    cfg.merge_from_list(["TEST.EVAL_PERIOD", 2, "OUTPUT_DIR", f"{cfg.OUTPUT_DIR}_evaluated"])
-    _, evaluated = run(cfg)
-    assert without.rows == evaluated.rows
-    events = list(Path(cfg.OUTPUT_DIR).glob("events.out.tfevents.*"))
-    assert any(b"shapes_val/" in path.read_bytes() and b"PNG" in path.read_bytes() for path in events)
-
-
-def test_the_last_iterations_of_a_log_are_not_there_twice(cfg: CfgNode) -> None:
-    run(cfg, last=2)
-    path = Path(cfg.OUTPUT_DIR) / "metrics.json"
-    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [2]
-    with open(path, "a") as file:
-        file.write('{"iteration": 3, "total_l')  # the kill came while it was written
-    run(cfg, resume=True)
-    assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [4, 5]
-
-
-def test_a_signal_writes_the_state_and_stops(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, losses = run(cfg)
-    cfg.OUTPUT_DIR += "_stopped"
+def test_neither_evaluation_nor_a_signal_disturbs_training(
+    cfg: CfgNode, unbroken: tuple[Trainer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch, pytest.raises(PreemptedError, match="after iteration 2 of 5"):
         patch.setattr(Trainer, "_asked_to_stop", lambda self, stop: self.iter == 1)
         run(cfg)
     _, again = run(cfg, resume=True)
-    assert again.rows == {iteration: row for iteration, row in losses.rows.items() if iteration > 1}
+    trainer, losses = unbroken
+    assert again.rows == {iteration: row for iteration, row in losses.items() if iteration > 1}
+    events = list(Path(trainer.cfg.OUTPUT_DIR).glob("events.out.tfevents.*"))
+    assert any(b"shapes_val/" in path.read_bytes() and b"PNG" in path.read_bytes() for path in events)
 
 
 def test_the_best_and_the_average_are_kept(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,10 +245,8 @@ def test_the_best_and_the_average_are_kept(cfg: CfgNode, monkeypatch: pytest.Mon
     assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_final.pth"
 
 
-def test_a_record_says_what_was_measured(cfg: CfgNode) -> None:
-    cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "TEST.EVAL_PERIOD", 1])
-    Path(cfg.OUTPUT_DIR).mkdir()
-    run(cfg)
+def test_a_record_says_what_was_measured(unbroken: tuple[Trainer, Any]) -> None:
+    cfg = unbroken[0].cfg.clone()
     record = RunRecord.read(Path(cfg.OUTPUT_DIR) / "record.json")
     assert (record.task, record.dataset, record.backbone["arch"]) == ("segmentation", "shapes_val", "resnet18")
     assert {"bbox/AP", "segm/AP50", "bbox/AP-circle", "best/segm/AP", "best/iteration"} <= record.metrics.keys()
