@@ -16,7 +16,7 @@ from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.convert import metadata_in, torchvision_name
 from robust_backbones.checkpoint.format import FORMAT, TRAINING_FORMAT, Checkpoint, sha256
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify
 from robust_backbones.threat_models import ThreatModel
 
@@ -119,8 +119,8 @@ def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement 
         if source or statement not in (None, Statement()):
             raise InputError("a published backbone says all there is to know: leave out what describes it")
         return read_published(str(path).removeprefix(HUB))
-    if source and source not in SOURCES:
-        raise InputError(f"unknown source {source!r}: choose one of {', '.join(SOURCES)}")
+    if source:
+        check_choice("source", source, SOURCES)
     path, content = Path(path), load_tensors(path)
     try:
         return _read(content, path, source or _recognize(content, path), statement or Statement())

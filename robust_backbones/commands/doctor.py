@@ -91,8 +91,10 @@ def examine() -> Iterator[Finding]:
     yield opencv(problems["cv2"])
     if problems["torch"]:
         return
+    from robust_backbones.classification.compute import computes_bfloat16
+
     yield gpu()
-    yield bfloat16()
+    yield Finding("bfloat16 on the CPU", "fast" if computes_bfloat16() else "not supported: float32 is used")
     state = install_detectron2.installed_state()
     install = "" if state else "robust-backbones doctor --install-detectron2"
     yield Finding("Detectron2", state or "cannot be imported", install, needed=True)
@@ -162,12 +164,6 @@ def gpu() -> Finding:
         mend = "pip install --force-reinstall torch torchvision --index-url of the driver's CUDA, see pytorch.org"
         return Finding("GPU", f"not usable with driver {driver}; {built_for}", mend)
     return Finding("GPU", f"none, everything runs on the CPU; {built_for}")
-
-
-def bfloat16() -> Finding:
-    from robust_backbones.classification.compute import computes_bfloat16
-
-    return Finding("bfloat16 on the CPU", "fast" if computes_bfloat16() else "not supported: float32 is used")
 
 
 def data_folders() -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.layouts import LAYOUTS, Sources
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,11 @@ def open_transfer_data(
             f"no data set or folder {dataset}: choose one of {', '.join(TRANSFER_DATASETS)}, or give the path of a "
             "folder that holds train/ and test/"
         )
-    known = sorted({row.metric for row in TRANSFER_DATASETS.values()})
-    if metric not in ("", *known):
-        raise InputError(f"unknown metric {metric!r}: choose one of {', '.join(known)}")
+    metric = metric or "top1"
+    check_choice("metric", metric, sorted({row.metric for row in TRANSFER_DATASETS.values()}))
     train, test = _open_folders(root, transform, seed)
     _check_classes(root, train, test)
-    return TransferData(root.resolve().name, metric or "top1", train, test)
+    return TransferData(root.resolve().name, metric, train, test)
 
 
 def check(row: TransferDataset, data_root: Path) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import check_choice
 
 AUGMENTATIONS = ("resized_crop", "padded_crop")
 
@@ -18,8 +18,7 @@ def augmentation(name: str, size: int, *, min_crop_scale: float) -> v2.Transform
     Raises:
         InputError: there is none of this name.
     """
-    if name not in AUGMENTATIONS:
-        raise InputError(f"unknown augmentation {name!r}: choose one of {', '.join(AUGMENTATIONS)}")
+    check_choice("augmentation", name, AUGMENTATIONS)
     if name == "resized_crop":
         return train_transform(size, min_crop_scale=min_crop_scale)
     # As CIFAR has it: the image with a black border, and flip; one whose shorter side is not ``size`` is resized first.

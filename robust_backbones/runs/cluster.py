@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice
 
 EXECUTORS = ("slurm", "local", "debug")
 
@@ -29,8 +29,8 @@ class ClusterConfig:
     """How often a run may hit its time limit; preemptions do not count."""
 
     def __post_init__(self) -> None:
-        if self.executor and self.executor not in EXECUTORS:
-            raise InputError(f"unknown executor {self.executor!r}: choose one of {', '.join(EXECUTORS)}")
+        if self.executor:
+            check_choice("executor", self.executor, EXECUTORS)
         if self.nodes < 1 or self.processes < 1 or self.hours <= 0 or self.restarts < 0:
             raise InputError("a submission needs nodes and processes >= 1, hours > 0 and restarts >= 0")
 
