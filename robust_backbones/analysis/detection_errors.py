@@ -103,19 +103,6 @@ def detection_errors(ground_truth: Any, detections: Iterable[Mapping[str, Any]],
     )
 
 
-def error_rows(errors: Mapping[str, DetectionErrors]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of a table: a row a condition, its AP50 and the points that each oracle would give.
-
-    Args:
-        errors: condition (``clean``, ``fog 3``, ``PGD-10``) -> its errors.
-    """
-    rows = [
-        [condition, *(f"{value:.1f}" for value in (one.ap50, *(one.delta_ap[name] for name in ORACLES)))]
-        for condition, one in errors.items()
-    ]
-    return ["condition", "AP50", *ORACLES], rows
-
-
 def average_precision(right: Bools, objects: int) -> float:
     """COCO's AP of one class at one IoU threshold: the envelope of precision at 101 recalls, 0 to 1.
 

@@ -23,6 +23,8 @@ LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8,
 STYLES = tuple(zip(COLORS, MARKERS, LINES, strict=True))
 """(Colour, marker, line) of a curve, by its place."""
 MOST_CURVES = len(STYLES)
+DPI = 150
+"""Of PNGs."""
 NORMS = {"L2": "ℓ2", "Linf": "ℓ∞"}
 NAMES = {
     "resnet18": "ResNet-18",
@@ -70,9 +72,10 @@ def save(figure: Figure, path: Path, rows: Sequence[Mapping[str, Any]], caption:
     """
     # A fixed salt and no date: the same numbers give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "robust-backbones"}):
-        figure.draw_without_rendering()  # lays it out, once for both
-        figure.set_layout_engine("none")
-        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": 150})):
+        if engine := figure.get_layout_engine():  # once for both
+            engine.execute(figure)
+            figure.set_layout_engine("none")
+        for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": DPI})):
             with atomic_path(path.with_name(path.name + suffix)) as temporary:
                 figure.savefig(temporary, format=suffix[1:], **options)
     write_text(path.with_name(path.name + ".csv"), Table("", rows, {}).to_csv())

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from robust_backbones.analysis.statistics import summarize
+from robust_backbones.analysis.tables import Table
 from robust_backbones.runs.files import atomic_path
 
 Row = Mapping[str, Any]
@@ -44,7 +45,7 @@ def table(metrics: Mapping[str, float | None]) -> list[str]:
     """A line a backbone, and one a difference with its 95 % interval."""
     split = [key.rsplit("/", 1) for key in metrics if not key.endswith(("_low", "_high"))]
     names, measures = (list(dict.fromkeys(column)) for column in zip(*split, strict=True))
-    rows = [["", *measures]]
+    rows = []
     for name in names:
         cells = [name]
         for key in (f"{name}/{measure}" for measure in measures):
@@ -53,8 +54,7 @@ def table(metrics: Mapping[str, float | None]) -> list[str]:
             if low is not None:
                 cells[-1] = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
         rows.append(cells)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return Table.of(["", *measures], rows).to_text().splitlines()
 
 
 def draw_grid(path: Path, rows: Mapping[str, Tensor], titles: Sequence[str]) -> None:

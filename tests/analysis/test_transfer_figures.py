@@ -15,6 +15,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from scipy import stats
 
+from robust_backbones.analysis import figures
 from robust_backbones.analysis.figures import MARKERS, Picture, save
 from robust_backbones.analysis.paper import drawing
 from robust_backbones.analysis.paper.transfer_figures import transfer_pages
@@ -148,6 +149,7 @@ def made(study: list[RecordedRun], tmp_path_factory: pytest.TempPathFactory) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawing, "save", keep)
+        patch.setattr(figures, "DPI", 30)
         write_report(study, output, title="Transfer")
     return output, found
 
