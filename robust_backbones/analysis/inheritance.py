@@ -262,6 +262,8 @@ def inheritance_pages(records: Sequence[RunRecord], folder: Path) -> list[tuple[
         tables = [summary_table(own)]
         if found := correlations(own):
             tables.append(correlation_table(found))
+        if place:  # another file for each
+            tables = [replace(table, title=f"{table.title} {place + 1}") for table in tables]
         title = f"Inheritance of robustness ({', '.join(sets)})"
         pages.append((_answer(own, models), Page(title, pictures, tables)))
     return pages

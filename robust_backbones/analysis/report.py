@@ -56,25 +56,21 @@ def write_report(
         drawn = [*study_figures(experiment, output / "figures"), *(pictures or {}).get(experiment.slug, ())]
         sections[experiment.title] = [*_experiment(experiment, own, drawn)]
         found += own
-    pages = transfer_pages(runs, output / "figures")
+    inherited = inheritance_pages(records, output / "figures")
+    pages = [*transfer_pages(runs, output / "figures"), *(page for _, page in inherited)]
     pages += [Page(table.title, [], [table]) for table in record_tables(records)]
-    answered = answers(found)
-    for answer, page in inheritance_pages(records, output / "figures"):
-        answered.append(answer)
-        pages.append(page)
     for page in pages:
         for table in page.tables:
             name = table.title.lower().replace(",", "").replace(" ", "_").replace("ε", "epsilon")
             table.write(output / "tables" / name)
         sections[page.title] = [*_figures(page.pictures), *(table.to_html() for table in page.tables)]
     write_records(runs, output / RECORDS)
-    if not answered:
-        missing = f"Missing for an answer: no record is of a task whose backbones are compared: {', '.join(TASKS)}."
-        answered = [Answer(title, "Not compared", missing)]
+    missing = f"Missing for an answer: no record is of a task whose backbones are compared: {', '.join(TASKS)}."
+    nothing = [Answer(title, "Not compared", missing)]
+    answered = [*answers(found), *(answer for answer, _ in inherited)] or nothing
     summary = [line for answer in answered for line in _answer(answer)]
     runs_table = ["<details><summary>All records</summary>", provenance_table(records).to_html(), "</details>"]
-    said = " ".join(line for lines in ([title], summary, *sections.values(), runs_table) for line in lines)
-    said = " ".join((said, *sections))
+    said = " ".join(line for lines in (sections, summary, *sections.values(), runs_table) for line in lines)
     sections["How to read the numbers"] = [f"<p>{escape(METHOD)}</p>", *_glossary(said)]
     sections["Runs"] = runs_table
     counts = Counter(record.task for record in records)
