@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 from robust_backbones.analysis.experiments import experiments, metric_name
 from robust_backbones.analysis.inheritance import summary_table
-from robust_backbones.analysis.paper.transfer_figures import transfer_pages
+from robust_backbones.analysis.paper.transfer_figures import best_table
+from robust_backbones.analysis.paper.transfer_results import Pretrainings, targets
 from robust_backbones.analysis.record_tables import classifier_table, detector_robustness_table
 from robust_backbones.analysis.records import RecordedRun, find_runs
 from robust_backbones.analysis.results import results
@@ -27,7 +27,7 @@ from robust_backbones.analysis.tables import Table
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
-from robust_backbones.transfer.inheritance.matrix import read_matrices
+from robust_backbones.transfer.inheritance.matrix import matrices_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -97,19 +97,18 @@ def robustness() -> Table:
 
 
 def inheritance() -> Table:
-    with tempfile.TemporaryDirectory() as folder:
-        for line in (DOCS / "inheritance/records.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            path = Path(folder, record.pop("folder"), "record.json")
-            path.parent.mkdir(parents=True)
-            path.write_text(json.dumps(record))
-        return summary_table(read_matrices([Path(folder) / "records"]))
+    records = [run.record for run in _runs("inheritance", "inheritance")]
+    labels = dict.fromkeys(record.backbone["label"] for record in records)
+    return summary_table(
+        [m for label in labels for m in matrices_of(label, [r for r in records if r.backbone["label"] == label])]
+    )
 
 
 def transfer_best() -> Table:
-    with tempfile.TemporaryDirectory() as folder:
-        pages = transfer_pages(find_runs([DOCS / "transfer_figures"]), Path(folder))
-    return next(table for page in pages for table in page.tables if "best architectures" in table.title)
+    pretrainings = Pretrainings(_runs("transfer_figures", "pretrain"))
+    trials = [run for run in _runs("transfer_figures", "transfer") if run.record.config["mode"] == "linear_probe"]
+    found = targets([run for run in trials if not run.record.config.get("downscale")], pretrainings)
+    return best_table("linear_probe", found)
 
 
 def visualization() -> Table:

@@ -85,12 +85,17 @@ def best_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
     if picture is None:
         return None
     number = list(MODES).index(mode) + 2
+    title = f"{MODES[mode]}: best robust against standard (Table 1, Figure {number})"
+    return Page(title, [picture], [best_table(mode, found)])
+
+
+def best_table(mode: str, found: Sequence[Target]) -> Table:
+    """Table 1: the best standard and the best robust backbone of each data set, and the paper's."""
     ours = {head: f"{{{head}:.1f}} ({{{head} min:.1f}} to {{{head} max:.1f}}) {{{head} of}}" for head in BEST.values()}
     papers = {f"paper: {head}": f"{{paper {head}:.1f}} {{paper {head} of}}" for head in [*BEST.values(), "best trial"]}
     columns = {"data set": ":", "setting": ":", **ours, "difference": ":+.1f", "trials": ":", **papers}
     rows = [row for target in found if (row := _table_1(target))]
-    table = Table(f"{MODES[mode]} of the best architectures", rows, columns)
-    return Page(f"{MODES[mode]}: best robust against standard (Table 1, Figure {number})", [picture], [table])
+    return Table(f"{MODES[mode]} of the best architectures", rows, columns)
 
 
 def texture_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
