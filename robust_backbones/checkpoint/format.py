@@ -83,9 +83,13 @@ def write_checkpoint(
 
 
 def save_tensors(path: str | Path, content: dict[str, Any]) -> None:
-    """Write what ``load_tensors`` reads: tensors and plain values; the file appears whole or not at all."""
-    with atomic_path(Path(path)) as temporary:
-        torch.save(content, temporary)
+    """Write what ``load_tensors`` reads: tensors and plain values; the file appears whole or not at all.
+
+    The same content gives the same bytes.
+    """
+    # To a file, not a path: torch.save writes the path's name, here a temporary one, into the archive.
+    with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
+        torch.save(content, file)
 
 
 def sha256(path: str | Path) -> str:

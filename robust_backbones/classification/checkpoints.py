@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from robust_backbones.checkpoint.format import TRAINING_FORMAT
+from robust_backbones.checkpoint.format import TRAINING_FORMAT, save_tensors
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.errors import InputError, TrainingFailedError
-from robust_backbones.runs.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,8 @@ class CheckpointFolder:
     def write(self, step: int, content: dict[str, Any]) -> None:
         """Write a checkpoint, then remove the oldest ones."""
         path = self.path(step)
-        with self.guard(path), atomic_path(path) as temporary:
-            torch.save({"format": TRAINING_FORMAT, **content}, temporary)
+        with self.guard(path):
+            save_tensors(path, {"format": TRAINING_FORMAT, **content})
         for old in self.paths()[: -self.keep]:
             old.unlink()
 

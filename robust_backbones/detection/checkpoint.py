@@ -16,6 +16,7 @@ from detectron2.modeling.backbone.resnet import ResNet
 from torch import nn
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, metadata_in
+from robust_backbones.checkpoint.format import save_tensors
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.zoo import PREFIX
 from robust_backbones.errors import InputError
@@ -88,8 +89,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             content[_UNFILLED] = self.unfilled
         if resumable:
             content |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
-        with atomic_path(Path(self.save_dir) / f"{name}.pth") as temporary:
-            torch.save(content, temporary)
+        save_tensors(Path(self.save_dir) / f"{name}.pth", content)
         if resumable:
             self.tag_last_checkpoint(f"{name}.pth")
 

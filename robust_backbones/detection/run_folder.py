@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 from robust_backbones.classification.compute import arithmetic
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.errors import InputError, TrainingFailedError
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import atomic_path, remove_leftovers
 from robust_backbones.runs.identity import check_same, read_settings
 from robust_backbones.runs.record import RunRecord
 
@@ -41,6 +41,7 @@ def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
     check_same(folder, held, cfg, DETECTOR_KEYS)
     if not resume:
         raise InputError(f"{folder} holds this run already: give --resume to continue it, or another OUTPUT_DIR")
+    remove_leftovers(folder.rglob("*.tmp*"))
     return (folder / "record.json").exists()
 
 

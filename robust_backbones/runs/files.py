@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import socket
@@ -15,22 +16,51 @@ from threading import get_ident
 def atomic_path(path: Path, *, new: bool = False, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path``, of its suffix, that takes its name once the block has finished without error.
 
-    ``durable`` waits for the disk, so that the file outlives a power cut as well.
+    What a killed process left of the same file is removed. ``durable`` waits for the disk, so that the file and its
+    name outlive a power cut as well.
 
     Raises:
         FileExistsError: with ``new``, where there is such a file; of several writers one succeeds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = f"{socket.gethostname()}-{os.getpid()}-{get_ident()}"
-    temporary = path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{socket.gethostname()}~{os.getpid()}~{get_ident()}.tmp{path.suffix}")
+    if durable:
+        remove_leftovers(path.parent.glob(f".{glob.escape(path.stem)}.*~*~*.tmp*"))
     try:
         yield temporary
         if durable:
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            _sync(temporary)
         (os.link if new else os.replace)(temporary, path)
+        if durable:
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove those of ``paths`` that processes of this machine were writing, by ``atomic_path``, when they died."""
+    for path in paths:
+        name, *writer = path.name.rsplit("~", 2)
+        if len(writer) == 2 and name.endswith(f".{socket.gethostname()}") and not _lives(int(writer[0])):
+            path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_json(path: Path, value: object, *, new: bool = False) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import write_json
+from robust_backbones.runs.files import remove_leftovers, write_json
 
 FREE = frozenset(
     {
@@ -124,4 +124,5 @@ def claim(folder: Path, config: Settings, defaults: Settings | None = None) -> b
             write_json(path, config, new=True)
             return False
     check_same(folder, read_settings(path), config, defaults)
+    remove_leftovers(folder.rglob("*.tmp*"))
     return (folder / "record.json").exists()

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from robust_backbones.checkpoint.format import save_tensors
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path, write_json
+from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
 
@@ -30,6 +33,41 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert path.read_text() == '{\n  "old": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from robust_backbones.runs.files import atomic_path
+with atomic_path(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half a f")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    config, step = tmp_path / "run/config.json", tmp_path / "run/checkpoints/step_1.pt"
+
+    def kill_while_writing(path: Path) -> None:
+        assert subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False).returncode == -9
+        assert [left.suffix for left in path.parent.glob(".*")] == [path.suffix]
+
+    kill_while_writing(config)
+    assert not claim(tmp_path / "run", {"epochs": 1})  # writes the same file
+    assert list(config.parent.iterdir()) == [config]
+    kill_while_writing(step)
+    with atomic_path(step.with_name("step_2.pt")) as living:
+        living.write_text("whole")
+        assert not claim(tmp_path / "run", {"epochs": 1})
+        assert list(step.parent.iterdir()) == [living]
+    assert list(step.parent.iterdir()) == [step.with_name("step_2.pt")]
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
+    content = {"weights": torch.arange(6.0).reshape(2, 3), "epochs": 1}
+    for name in ("one.pt", "two.pt"):
+        save_tensors(tmp_path / name, content)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"run_id": 1'])
