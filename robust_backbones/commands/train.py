@@ -76,16 +76,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     """The configuration, after every check, and whether its run has finished before; nothing has been written yet."""
     from robust_backbones.detection.config import load_config
-    from robust_backbones.detection.datasets import check_datasets, register_datasets
+    from robust_backbones.detection.datasets import check_datasets, derive_classes, register_datasets
     from robust_backbones.detection.launch import is_first_process, scale_to_processes
     from robust_backbones.detection.predictor import check_weights
     from robust_backbones.detection.run_folder import check_folder
 
-    cfg = load_config(options.config_file, options.opts)
+    cfg = load_config(options.config_file, options.opts, classes=0)
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone
     cfg.TEST.REFERENCE_EVAL |= options.reference_eval
     cfg = scale_to_processes(cfg, num_gpus=options.num_gpus, num_machines=options.num_machines)
     register_datasets(cfg)
+    derive_classes(cfg, eval_only=options.eval_only)
     finished = not options.eval_only and check_folder(cfg, resume=options.resume)
     if is_first_process() and not finished:
         for sentence in check_datasets(cfg, eval_only=options.eval_only):

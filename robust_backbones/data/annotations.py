@@ -228,14 +228,14 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
     empty = (boxes[:, 2:] == 0).any(1)
     away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
     leaves = ~away & ((low < -1).any(1) | (high > sides + 1).any(1))  # a pixel is the rounding of annotations
-    for found, severity, what, mend in (
+    for found, level, what, mend in (
         (empty, "warning", "its box has no area", "training drops it; remove it, or mend its box"),
         (away, "error", "its box lies outside its image", "remove it, or mend its box"),
         (leaves, "warning", "its box leaves its image by more than a pixel", "training clips it; mend it"),
     ):
         for index in np.flatnonzero(found):
             place, row = rows[index]
-            yield _fault(severity, file, "annotations", place, what, mend)(row)  # type: ignore[arg-type]
+            yield _fault(level, file, "annotations", place, what, mend)(row)  # type: ignore[arg-type]
     if empty.all():
         yield Fault("error", file, "no box has any area", "mend the annotations")
     if not use.masks:

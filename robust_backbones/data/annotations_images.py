@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from robust_backbones.runs.files import atomic_path
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _ORIENTATION = 0x0112
+MISSING = "is not there"
+"""What is wrong with an image file that does not exist."""
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -92,8 +95,7 @@ def read_headers(paths: Iterable[str], *, workers: int = 8, cache: Path | None =
         found = tqdm(pool.map(read_header, unread, chunksize=64), "images", len(unread), unit="img", disable=None)
         headers |= dict(zip(unread, found, strict=True))
     if store and unread:
-        store.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(store) as temporary:
+        with suppress(OSError), atomic_path(store) as temporary:  # a cache that cannot be written costs time alone
             temporary.write_text(json.dumps({keys[path]: [stamps[path], header] for path, header in headers.items()}))
     return headers
 
@@ -120,7 +122,7 @@ def check_images(
     for number, (image, path, width, height) in enumerate(images):
         place = ("images", number)
         if (header := headers.get(path)) is None:
-            faults.append(Fault("error", path, "is not there", "add the image, or remove it from the set", image))
+            faults.append(Fault("error", path, MISSING, "add the image, or remove it from the set", image))
         elif header.problem:
             mend = "convert or replace it, or remove it from the set"
             faults.append(Fault("error", path, header.problem, mend, image, place=place))

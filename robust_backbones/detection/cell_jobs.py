@@ -195,7 +195,9 @@ def _run_in_process(rank: int, job: CellJob, errors: Any) -> None:
     try:
         register_datasets(cfg)
         with stop_on_signals() as stop:
-            job.run(load_detector(cfg, job.weights), stop, place=rank)
+            detector = load_detector(cfg, job.weights)
+            detector.match_classes(cfg.DATASETS.TEST)
+            job.run(detector, stop, place=rank)
     except InputError as error:
         if not isinstance(error, PreemptedError):  # of which the main process knows
             errors.put(error)

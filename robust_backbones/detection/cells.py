@@ -11,7 +11,6 @@ import detectron2.data.transforms as T
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.modeling import GeneralizedRCNN
 from numpy.typing import NDArray
 
@@ -134,7 +133,4 @@ class CellMapper(WorkerMapper):
 
         if self._changes_files:
             self.mapper.augmentations = T.AugmentationList([T.ColorTransform(change), *self._resize])
-        try:
-            return super().__call__(item)
-        except (OSError, SizeMismatchError) as error:
-            raise InputError(f"cannot read {item['file_name']}: {' '.join(str(error).split())}") from None
+        return super().__call__(item)

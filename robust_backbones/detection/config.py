@@ -46,12 +46,17 @@ def add_config(cfg: CfgNode) -> None:
         node[name] = value
 
 
-def load_config(config_files: str | Path | Sequence[str | Path], overrides: Sequence[object] = ()) -> CfgNode:
+def load_config(
+    config_files: str | Path | Sequence[str | Path], overrides: Sequence[object] = (), *, classes: int = 80
+) -> CfgNode:
     """A configuration from YAML files and ``KEY VALUE`` pairs; without a CUDA device it runs on the CPU.
 
     Files that do not exist are looked for among the package's, as ``quick/mask_rcnn_R_50_FPN_coco_instant.yaml``.
     Several files merge from left to right, the last word being the overrides': first the task, then the overlays
     that change it (``protocols/``, ``architectures/``).
+
+    Args:
+        classes: NUM_CLASSES where neither files nor overrides give it; 0 for ``datasets.derive_classes``.
 
     Raises:
         InputError: no file, or one that is missing or no YAML; a key does not exist, or a value is of the wrong type
@@ -63,6 +68,7 @@ def load_config(config_files: str | Path | Sequence[str | Path], overrides: Sequ
         raise InputError(f"no configuration file: give one of those in {CONFIG_DIR.name}/")
     cfg = get_cfg()
     add_config(cfg)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = classes
     for file in files:
         if not file.is_file():
             raise InputError(f"no configuration file {file}: see {CONFIG_DIR.name}/ for those that exist")

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.transforms import CropTransform, HFlipTransform, NoOpTransform, ResizeTransform, VFlipTransform
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
+from robust_backbones.errors import InputError
 from robust_backbones.runs.signals import stop_for_parent_only
 
 
@@ -30,7 +32,7 @@ class TrainingStream:
 
     def __init__(self, cfg: CfgNode) -> None:
         self._mapper = _SkippingMapper(
-            DatasetMapper(cfg, True),
+            _MaskMapper(cfg, True),
             batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
             grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         )
@@ -67,6 +69,17 @@ class TrainingStream:
             yield [self._mapper.read(sample) if isinstance(sample, _Skipped) else sample for sample in batch]
 
 
+class _MaskMapper(DatasetMapper):
+    """Detectron2's, which takes images whose masks are run lengths, too, whatever INPUT.MASK_FORMAT is."""
+
+    def _transform_annotations(self, dataset_dict: dict[str, Any], transforms: Any, image_shape: Any) -> None:
+        kept = self.instance_mask_format  # type: ignore[has-type]
+        if any(isinstance(thing.get("segmentation"), dict) for thing in dataset_dict["annotations"]):
+            self.instance_mask_format = "bitmask"
+        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        self.instance_mask_format = kept
+
+
 class WorkerMapper:
     """A mapper whose processes leave the signals that end a run to the main process."""
 
@@ -76,7 +89,10 @@ class WorkerMapper:
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         if get_worker_info() is not None:
             stop_for_parent_only()
-        return self.mapper(item)
+        try:
+            return self.mapper(item)
+        except (OSError, SyntaxError, SizeMismatchError) as error:
+            raise InputError(f"cannot read {item['file_name']}: {' '.join(str(error).split())}") from None
 
 
 class _Skipped(dict[str, Any]):

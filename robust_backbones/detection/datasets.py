@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
@@ -13,11 +15,14 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.data.datasets import register_coco_instances
 from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
 from numpy.typing import NDArray
+from pycocotools import mask as mask_tools
 
+from robust_backbones.checkpoint.zoo import cache_folder
+from robust_backbones.data.annotations import Use, check_coco, read_json, usable_mask
+from robust_backbones.data.annotations_images import MISSING
 from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.errors import InputError
 
@@ -38,9 +43,121 @@ def register_datasets(cfg: CfgNode) -> None:
             MetadataCatalog.remove(name)
         # One colour a class in pictures; without it every object gets a random one.
         colors = [tuple(color) for color in colormap(rgb=True, maximum=255).astype(int).tolist()]
-        register_coco_instances(
-            name, {"thing_colors": colors}, str(datasets_root() / annotations), str(datasets_root() / images)
+        file, folder = str(datasets_root() / annotations), str(datasets_root() / images)
+        DatasetCatalog.register(name, partial(_load_coco, file, folder, name))
+        MetadataCatalog.get(name).set(json_file=file, image_root=folder, evaluator_type="coco", thing_colors=colors)
+
+
+def _load_coco(file: str, folder: str, name: str) -> list[dict[str, Any]]:
+    """As Detectron2's ``load_coco_json``, which leaves out or dies of objects without a usable polygon."""
+    content = json.loads(Path(file).read_bytes())
+    rows = sorted(content["categories"], key=lambda row: row["id"])
+    numbers = {row["id"]: number for number, row in enumerate(rows)}
+    MetadataCatalog.get(name).set(
+        thing_classes=[row["name"] for row in rows], thing_dataset_id_to_contiguous_id=numbers
+    )
+    items = {
+        row["id"]: {
+            "file_name": os.path.join(folder, row["file_name"]),
+            "height": row["height"],
+            "width": row["width"],
+            "image_id": row["id"],
+            "annotations": [],
+        }
+        for row in sorted(content["images"], key=lambda row: row["id"])
+    }
+    for row in content.get("annotations", []):
+        thing = {key: row[key] for key in ("iscrowd", "bbox") if key in row}
+        thing |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": numbers[row["category_id"]]}
+        if (mask := usable_mask(row.get("segmentation"))) is not None:
+            if isinstance(mask, dict) and isinstance(mask["counts"], list):
+                mask = mask_tools.frPyObjects(mask, *mask["size"])
+            thing["segmentation"] = mask
+        if points := row.get("keypoints"):  # pixel indices, but for the visibility
+            thing["keypoints"] = [value + 0.5 if place % 3 != 2 else value for place, value in enumerate(points)]
+        items[row["image_id"]]["annotations"].append(thing)
+    return list(items.values())
+
+
+def class_names(name: str) -> list[str]:
+    """A registered set's classes, in its order.
+
+    Raises:
+        InputError: its annotation file is missing or damaged.
+    """
+    dataset = annotated_set(name)
+    if dataset is not None and not dataset.split and "thing_classes" not in MetadataCatalog.get(name).as_dict():
+        try:
+            content, faults = read_json(dataset.annotations)
+        except FileNotFoundError as error:
+            raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
+        if content:
+            alone = {**content, "images": [], "annotations": []}
+            faults += [fault for fault in check_coco(dataset.annotations, alone) if fault.place]
+        if faults:
+            raise InputError(f"the annotations or images of {name} are damaged: {faults[0]}")
+        return [row["name"] for row in sorted(content["categories"], key=lambda row: row["id"])]
+    return list(MetadataCatalog.get(name).get("thing_classes", []))
+
+
+def classes_key(cfg: CfgNode) -> str:
+    """The key that holds the detector's number of classes."""
+    part = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    return f"MODEL.{part}.NUM_CLASSES"
+
+
+def number_of_classes(cfg: CfgNode) -> int:
+    """How many classes the detector tells apart."""
+    return int(cfg.MODEL[classes_key(cfg).split(".")[1]].NUM_CLASSES)
+
+
+def derive_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """Set NUM_CLASSES, where it is 0 because nobody gave it, to that of the first data set."""
+    names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
+    for part in ("ROI_HEADS", "RETINANET"):
+        node = cfg.MODEL[part]
+        if node.NUM_CLASSES == 0:
+            used = f"MODEL.{part}.NUM_CLASSES" == classes_key(cfg) and names
+            node.NUM_CLASSES = len(class_names(names[0])) if used else 80
+
+
+def match_classes(names: Sequence[str], wanted: Sequence[str]) -> None:
+    """Register sets again with their classes in the order of ``wanted``, where it differs; ids play no part.
+
+    Raises:
+        InputError: a set has other classes.
+    """
+    for name in names:
+        found = class_names(name)
+        check_same_names(name, found, wanted)
+        if found == list(wanted):
+            continue
+        items: list[dict[str, Any]] = copy.deepcopy(DatasetCatalog.get(name))
+        metadata = MetadataCatalog.get(name).as_dict()
+        places = [list(wanted).index(title) for title in found]
+        for item in items:
+            for thing in item["annotations"]:
+                thing["category_id"] = places[thing["category_id"]]
+        if numbers := metadata.get("thing_dataset_id_to_contiguous_id"):
+            metadata["thing_dataset_id_to_contiguous_id"] = {key: places[place] for key, place in numbers.items()}
+        metadata |= {"thing_classes": list(wanted), "name": name}
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+        DatasetCatalog.register(name, partial(list, items))
+        MetadataCatalog.get(name).set(**metadata)
+
+
+def check_same_names(name: str, found: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuse a set whose classes cannot be matched by name."""
+    if sorted(found) != sorted(wanted) or len(set(found)) != len(found):
+        raise InputError(
+            f"{name} has the classes {_listed(found)}, but {_listed(wanted)} are wanted: give them the same names "
+            "(ids and order do not matter)"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
 
 
 def categories(dataset: str) -> list[dict[str, Any]]:
@@ -101,15 +218,44 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
         raise InputError("the configuration names no data set: set DATASETS.TRAIN and DATASETS.TEST")
     if not cfg.DATASETS.TEST:
         raise InputError("the configuration names no data set to evaluate on: set DATASETS.TEST")
-    return [sentence for name in dict.fromkeys(names) for sentence in _check(name, cfg)]
+    names = list(dict.fromkeys(names))
+    sentences = [sentence for name in names for sentence in _check(name, cfg, eval_only=eval_only)]
+    for name in names[1:]:
+        check_same_names(name, class_names(name), class_names(names[0]))
+    count = len(class_names(names[0]))
+    if count != number_of_classes(cfg):
+        mend = f"give {classes_key(cfg)} {count}, or leave it out"
+        if not count:
+            mend = f"name them in MetadataCatalog.get({names[0]!r}).thing_classes"
+        raise InputError(f"{names[0]} has {count} classes but {classes_key(cfg)} is {number_of_classes(cfg)}: {mend}")
+    return sentences
 
 
-def _check(name: str, cfg: CfgNode) -> Iterator[str]:
-    if name not in DatasetCatalog:
+def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[str]:
+    """The checks of ``robust-backbones check-data``; yields warnings that loading does not count itself."""
+    try:
+        faults, content = dataset.check(use, cache=cache_folder() / "headers")
+    except FileNotFoundError as error:
+        raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
+    missing = sorted(fault.file for fault in faults if fault.what == MISSING)
+    if missing:
         raise InputError(
-            f"unknown data set {name!r}: use one of Detectron2's own (coco_2017_train, voc_2007_trainval, ...) "
-            "or register yours with DATASETS.COCO_FORMAT"
+            f"{name} lacks {len(missing)} of its {len(content['images'])} images, {missing[0]} the first: "
+            f"{_layout(name)}, and every image that the annotations name"
         )
+    if errors := [fault for fault in faults if fault.severity == "error"]:
+        more = f" ({len(errors) - 1} more: `robust-backbones check-data` lists them)" if len(errors) > 1 else ""
+        raise InputError(f"the annotations or images of {name} are damaged: {errors[0]}{more}")
+    for text in ("no usable mask", "is that of another row"):
+        if found := [fault for fault in faults if text in fault.what]:
+            yield f"{name}: {len(found)} warnings, the first: {found[0]}"
+
+
+def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[str]:
+    dataset = annotated_set(name)
+    if dataset is not None:
+        training = name in cfg.DATASETS.TRAIN and not eval_only
+        yield from _check_files(name, dataset, Use(training, name in cfg.DATASETS.TEST, cfg.MODEL.MASK_ON))
     try:
         items: list[dict[str, Any]] = DatasetCatalog.get(name)
         boxes = [
@@ -120,7 +266,6 @@ def _check(name: str, cfg: CfgNode) -> Iterator[str]:
         numbers = {a["category_id"] for item in items for a in item["annotations"]}
         if name in cfg.DATASETS.TEST:
             evaluator_kind(name)
-            _check_areas(name)
             for item in items:
                 item["image_id"]
     except FileNotFoundError as error:
@@ -135,28 +280,12 @@ def _check(name: str, cfg: CfgNode) -> Iterator[str]:
         )
     if not numbers:
         raise InputError(f"{name} holds no annotated object: nothing can be learnt from or measured on it")
-    classes = len(categories(name))
-    if classes != cfg.MODEL.ROI_HEADS.NUM_CLASSES:
-        raise InputError(
-            f"{name} has {classes} classes but MODEL.ROI_HEADS.NUM_CLASSES is {cfg.MODEL.ROI_HEADS.NUM_CLASSES}: "
-            + (
-                f"give MODEL.ROI_HEADS.NUM_CLASSES {classes}"
-                if classes
-                else f"name them in MetadataCatalog.get({name!r}).thing_classes"
-            )
-        )
-    if wrong := numbers - set(range(classes)):
+    classes = len(class_names(name))
+    if wrong := numbers - set(range(classes)) if classes else set():
         raise InputError(f"{name} has objects of class {min(wrong)}: its {classes} classes are 0 to {classes - 1}")
     if cfg.MODEL.MASK_ON and not any("segmentation" in a for item in items for a in item["annotations"]):
         raise InputError(f"{name} has boxes but no masks: give MODEL.MASK_ON False")
     yield from _check_boxes(name, np.array(boxes, np.float64))
-
-
-def _check_areas(name: str) -> None:
-    """COCO's AP needs them, at the end of the run; Detectron2 does not load them."""
-    if (json_file := MetadataCatalog.get(name).get("json_file")) is not None:
-        for annotation in json.loads(Path(json_file).read_text()).get("annotations", []):
-            annotation["area"]
 
 
 def _layout(name: str) -> str:

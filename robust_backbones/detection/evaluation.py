@@ -42,6 +42,7 @@ def evaluate(
     if not checked:
         check_datasets(cfg, eval_only=True)
     trained = load_detector(cfg, weights or found)
+    trained.match_classes(cfg.DATASETS.TEST)
     metrics = flat_metrics(Trainer.test(cfg, trained.model))
     if comm.is_main_process():
         write_record(

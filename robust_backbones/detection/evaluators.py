@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from robust_backbones.data.annotations import box_polygon, usable_mask
 from robust_backbones.detection.datasets import categories, evaluator_kind
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
@@ -111,6 +112,10 @@ class CocoEvaluator(DatasetEvaluator):
             numbers = coco_metrics(self._ground_truth, self.results, task, reference=self._reference)
             table = create_small_table({name: number for name, number in numbers.items() if "-" not in name})
             _logger.info(f"{task} AP of {self._dataset_name}, computed by {package} {version(package)}:\n{table}")
+            objects = [a for a in self._ground_truth.dataset["annotations"] if not a.get("iscrowd")]
+            masks = sum(usable_mask(a.get("segmentation")) is not None for a in objects)
+            if task == "segm" and masks < len(objects):
+                _logger.info(f"segm over {masks:,} of {len(objects):,} objects: the others have no usable mask")
             metrics[task] = numbers
         return metrics
 
@@ -149,7 +154,8 @@ def coco_metrics(
     Args:
         ground_truth: Ids of images and annotations may be anything, 0 included; not changed.
         results: Detections in COCO's result format, with the class ids of ``ground_truth``; not changed.
-        task: ``bbox``, or ``segm``, for which an object's size is its mask's area.
+        task: ``bbox``, or ``segm``, for which an object's size is its mask's area; it ignores objects without a usable
+            mask, as COCO does crowds, here of the size of their boxes.
         reference: Compute with pycocotools instead of faster-coco-eval.
 
     Raises:
@@ -158,6 +164,8 @@ def coco_metrics(
     # COCO's code takes annotation 0 for "no match", and faster-coco-eval reads image ids as integers: number afresh.
     image_ids = {theirs: ours for ours, theirs in enumerate(sorted(ground_truth.imgs))}
     annotations = [a for a in ground_truth.dataset["annotations"] if a["image_id"] in image_ids]
+    if task == "segm":
+        annotations = [_with_mask(a) for a in annotations]
     for annotation in annotations:
         if "area" not in annotation:
             raise InputError(f"annotation {annotation['id']} has no area: add it, COCO's AP is not defined without")
@@ -165,7 +173,12 @@ def coco_metrics(
         "images": [{**ground_truth.imgs[theirs], "id": ours} for theirs, ours in image_ids.items()],
         "categories": sorted(ground_truth.dataset["categories"], key=lambda category: category["id"]),
         "annotations": [
-            {"iscrowd": 0, **annotation, "id": number, "image_id": image_ids[annotation["image_id"]]}
+            {
+                **annotation,
+                "iscrowd": int(annotation.get("iscrowd", 0)),  # JSON may say false
+                "id": number,
+                "image_id": image_ids[annotation["image_id"]],
+            }
             for number, annotation in enumerate(annotations, 1)
         ],
     }
@@ -192,6 +205,13 @@ def coco_metrics(
     metrics |= {f"AR{size}": recall[..., row, 2] for row, size in enumerate("sml", 1)}
     metrics |= {f"AP-{c['name']}": precision[:, :, row, 0, 2] for row, c in enumerate(dataset["categories"])}
     return {name: _percent(values) for name, values in metrics.items()}
+
+
+def _with_mask(annotation: Result) -> Result:
+    """Itself with a mask; without one it is a crowd that fills its box: neither found nor missed."""
+    if (mask := usable_mask(annotation.get("segmentation"))) is not None:
+        return annotation if mask is annotation["segmentation"] else {**annotation, "segmentation": mask}
+    return {**annotation, "iscrowd": 1, "segmentation": box_polygon(annotation["bbox"])}
 
 
 def _indexed(api: Any, dataset: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
+from robust_backbones.data.annotations_images import check_image
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.datasets import categories
+from robust_backbones.detection.datasets import categories, match_classes, number_of_classes
 from robust_backbones.detection.roi_heads import use_float32_boxes
 from robust_backbones.errors import InputError
 
@@ -41,6 +42,12 @@ class TrainedDetector:
     """As in records."""
     threat_model: str | None
     """The backbone's; None where its source did not say."""
+
+    def match_classes(self, datasets: Sequence[str]) -> None:
+        """As ``datasets.match_classes``, to the names of its own classes, if its file has any."""
+        names = [category["name"] for category in self.categories]
+        if names != [f"class {number}" for number in range(len(names))]:
+            match_classes(datasets, names)
 
 
 def load_detector(cfg: CfgNode, weights: str | Path) -> TrainedDetector:
@@ -106,6 +113,7 @@ class Predictor:
         ``pred_classes`` (from 0, as ``categories``) and, from a Mask R-CNN, ``pred_masks`` (N, H, W).
         """
         # One image a call: in a batch, the padding to a common size would change the results.
+        check_image(image)
         (output,) = self.model([self._mapper({"file_name": str(image)})])
         return output["instances"].to("cpu")
 
@@ -119,7 +127,7 @@ def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: str | Path) ->
     Raises:
         InputError: the file's categories are no categories, or of another number than the detector's.
     """
-    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    count = number_of_classes(cfg)
     if "categories" in content:
         try:
             rows = [{"id": row["id"], "name": row["name"]} for row in content["categories"]]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.configs import DETECTOR_KEYS
@@ -23,7 +22,7 @@ from robust_backbones.detection.cell_jobs import CellJob
 from robust_backbones.detection.cells import AttackCell, Cell, CorruptionCell
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import check_datasets, evaluator_kind, register_datasets
-from robust_backbones.detection.predictor import TrainedDetector, load_detector
+from robust_backbones.detection.predictor import load_detector
 from robust_backbones.errors import InputError
 from robust_backbones.runs.identity import claim, identity
 from robust_backbones.runs.record import RunRecord
@@ -85,15 +84,15 @@ def evaluate_detector(
     register_datasets(cfg)
     for sentence in check_datasets(cfg, eval_only=True):
         print(f"warning: {sentence}", file=sys.stderr)
-    domain_cells = [Cell(name, name, {"images_sha256": images.fingerprint(name)}) for name in names]
-    cells = [Cell(CLEAN), *cells, *domain_cells]
     if not weights.is_file():
         raise InputError(f"no weights at {weights}: give a detector's .pth file, as OUTPUT_DIR/model_final.pth")
-    job = CellJob(cfg, weights, output, cells, images, workers, _identity(cfg, weights, dataset, images))
     on_cpu = cfg.clone()
     on_cpu.MODEL.DEVICE = "cpu"
     detector = load_detector(on_cpu if jobs > 1 else cfg, weights)  # before anything is written
-    _check_classes(detector, cfg.DATASETS.TEST)
+    detector.match_classes(cfg.DATASETS.TEST)
+    domain_cells = [Cell(name, name, {"images_sha256": images.fingerprint(name)}) for name in names]
+    cells = [Cell(CLEAN), *cells, *domain_cells]
+    job = CellJob(cfg, weights, output, cells, images, workers, _identity(cfg, weights, dataset, images))
     for cell in cells:
         cell.check(detector.model)
     claim(output, job.identity, DETECTOR_KEYS)
@@ -152,16 +151,6 @@ def _identity(cfg: CfgNode, weights: Path, dataset: str, images: ImageChoice) ->
         "limit": images.limit,
         "seed": images.seed,
     }
-
-
-def _check_classes(detector: TrainedDetector, datasets: Sequence[str]) -> None:
-    for dataset in datasets:
-        for found, known in zip(MetadataCatalog.get(dataset).thing_classes, detector.categories, strict=True):
-            if found != known["name"]:
-                raise InputError(
-                    f"{dataset} has other classes than the detector ({found!r} instead of {known['name']!r}): "
-                    "give data with the categories that it was made for"
-                )
 
 
 def _write_summary(job: CellJob) -> RunRecord:

@@ -25,7 +25,13 @@ from robust_backbones.detection.adversarial import AttackedDetector, FreeStream,
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.config import check_config
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state
-from robust_backbones.detection.datasets import categories, check_datasets, register_datasets
+from robust_backbones.detection.datasets import (
+    categories,
+    check_datasets,
+    class_names,
+    match_classes,
+    register_datasets,
+)
 from robust_backbones.detection.evaluators import build_evaluator
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, PreciseBN, WeightAverage
 from robust_backbones.detection.predictor import build_detector
@@ -64,6 +70,7 @@ class Trainer(DefaultTrainer):
             check_folder(thawed, resume=True)
             for sentence in check_datasets(cfg) if comm.is_main_process() else ():
                 _logger.warning(sentence)
+        match_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], class_names(cfg.DATASETS.TRAIN[0]))
         TrainerBase.__init__(self)
         self._clock, self._seconds_before = time.perf_counter(), 0.0
         self.cfg = cfg

@@ -6,12 +6,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
+from PIL import Image
+from pycocotools import mask as mask_tools
 
-from robust_backbones.detection.datasets import check_datasets, register_datasets
+from robust_backbones.configs import CONFIG_DIR
+from robust_backbones.detection.config import load_config
+from robust_backbones.detection.data_stream import _MaskMapper
+from robust_backbones.detection.datasets import (
+    categories,
+    check_datasets,
+    derive_classes,
+    match_classes,
+    number_of_classes,
+    register_datasets,
+)
 from robust_backbones.errors import InputError
 
 Change = Callable[[dict[str, Any]], None]
@@ -69,7 +83,7 @@ def test_a_missing_or_damaged_annotation_file_is_named(cfg: CfgNode, tmp_path: P
     ):
         whole = path.read_text()
         spoil()
-        assert "the annotations of shapes_val are damaged" in refusal(cfg)
+        assert "shapes_val are damaged" in refusal(cfg)
         path.write_text(whole)
     path.unlink()
     assert f"shapes_val lacks {path}" in refusal(cfg)
@@ -91,7 +105,11 @@ def test_boxes_without_area_or_outside_are_counted(cfg: CfgNode, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("box", "words"),
-    [([float("nan"), 1, 5, 5], "no numbers"), ([200, 10, 5, 5], "none of the"), ([5, 5, 0, 9], "none of the")],
+    [
+        ([float("nan"), 1, 5, 5], "finite"),
+        ([200, 10, 5, 5], "outside its image"),
+        ([5, 5, 0, 9], "no box has any area"),
+    ],
 )
 def test_boxes_that_teach_nothing_are_refused(cfg: CfgNode, tmp_path: Path, box: list[float], words: str) -> None:
     change(tmp_path, lambda content: [row.update(bbox=box) for row in content["annotations"]])
@@ -100,6 +118,8 @@ def test_boxes_that_teach_nothing_are_refused(cfg: CfgNode, tmp_path: Path, box:
 
 def test_a_set_without_objects_is_refused(cfg: CfgNode, tmp_path: Path) -> None:
     change(tmp_path, lambda content: content.update(annotations=[]))
+    assert "holds no annotated object" in refusal(cfg)
+    change(tmp_path, lambda content: content.update(images=[]))
     assert "holds no annotated object" in refusal(cfg)
 
 
@@ -112,7 +132,7 @@ def voc(cfg: CfgNode, tmp_path: Path) -> Iterator[Path]:
     names = ["000001", "000002", "000003"]
     (root / "ImageSets/Main/trainval.txt").write_text("\n".join(names))
     for name in names:
-        (root / f"JPEGImages/{name}.jpg").touch()
+        Image.new("RGB", (100, 80)).save(root / f"JPEGImages/{name}.jpg")
         (root / f"Annotations/{name}.xml").write_text(
             "<annotation><size><width>100</width><height>80</height></size><object><name>cat</name><bndbox>"
             "<xmin>1</xmin><ymin>1</ymin><xmax>100</xmax><ymax>80</ymax></bndbox></object></annotation>"
@@ -132,7 +152,9 @@ def test_voc_folders_are_checked_alike(voc: Path, cfg: CfgNode) -> None:
     whole = annotation.read_text()
     for text in (whole[:-20], whole.replace("cat", "dog"), whole.replace("<xmin>1</xmin>", "")):
         annotation.write_text(text)
-        assert "the annotations of voc_of_cats are damaged" in refusal(cfg)
+        told = refusal(cfg)
+        assert "images of voc_of_cats are damaged" in told
+        assert f"{annotation}, image 000002" in told
     annotation.unlink()
     told = refusal(cfg)
     assert str(annotation) in told
@@ -140,3 +162,114 @@ def test_voc_folders_are_checked_alike(voc: Path, cfg: CfgNode) -> None:
     annotation.write_text(whole)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 20
     assert "give MODEL.ROI_HEADS.NUM_CLASSES 1" in refusal(cfg)
+
+
+# Classes are matched by name
+
+
+def rotated(content: dict[str, Any]) -> None:
+    """The same classes under other ids, in another order; every object stays of its class."""
+    ids = {row["id"]: 90 - 7 * row["id"] for row in content["categories"]}
+    for row in content["categories"]:
+        row["id"] = ids[row["id"]]
+    for row in content["annotations"]:
+        row["category_id"] = ids[row["category_id"]]
+
+
+def named_objects(name: str) -> list[list[tuple[str, Any]]]:
+    items = DatasetCatalog.get(name)  # which tells the classes
+    classes = MetadataCatalog.get(name).thing_classes
+    return [[(classes[row["category_id"]], row["bbox"]) for row in item["annotations"]] for item in items]
+
+
+def test_ids_and_order_of_classes_do_not_matter(cfg: CfgNode, tmp_path: Path) -> None:
+    before, classes = named_objects("shapes_val"), MetadataCatalog.get("shapes_val").thing_classes
+    named_objects("shapes_train")
+    change(tmp_path, rotated, "val")
+    register_datasets(cfg)
+    assert check_datasets(cfg) == []
+    match_classes(["shapes_train", "shapes_val"], classes)
+    assert MetadataCatalog.get("shapes_val").thing_classes == classes
+    assert named_objects("shapes_val") == before
+    content = json.loads((tmp_path / "shapes/annotations/instances_val.json").read_text())
+    assert {row["id"]: row["name"] for row in categories("shapes_val")} == {
+        row["id"]: row["name"] for row in content["categories"]
+    }
+
+
+def test_what_cannot_be_matched_is_refused_with_both_lists(cfg: CfgNode, tmp_path: Path) -> None:
+    change(tmp_path, lambda content: content["categories"][1].update(name="unicorn"), "val")
+    told = refusal(cfg)
+    names = [
+        row["name"]
+        for row in json.loads((tmp_path / "shapes/annotations/instances_train.json").read_text())["categories"]
+    ]
+    assert "'unicorn'" in told
+    assert all(repr(name) in told for name in names)
+
+
+@pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet"])
+def test_the_number_of_classes_is_that_of_the_data(cfg: CfgNode, architecture: str) -> None:
+    overrides = ["MODEL.META_ARCHITECTURE", architecture, "DATASETS.COCO_FORMAT", cfg.DATASETS.COCO_FORMAT]
+    overrides += ["DATASETS.TRAIN", cfg.DATASETS.TRAIN, "DATASETS.TEST", cfg.DATASETS.TEST, "MODEL.MASK_ON", False]
+    base = CONFIG_DIR / "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    derived = load_config(base, overrides, classes=0)
+    derive_classes(derived)
+    assert number_of_classes(derived) == 4
+    assert {derived.MODEL.ROI_HEADS.NUM_CLASSES, derived.MODEL.RETINANET.NUM_CLASSES} == {4, 80}
+    assert check_datasets(derived) == []
+    for number in (3, 80):
+        key = "MODEL.RETINANET.NUM_CLASSES" if architecture == "RetinaNet" else "MODEL.ROI_HEADS.NUM_CLASSES"
+        given = load_config(base, [*overrides, key, number], classes=0)
+        derive_classes(given)
+        assert f"{key} is {number}: give {key} 4" in refusal(given)
+
+
+# Objects and masks
+
+
+@pytest.mark.real_data
+def test_coco_files_are_read_as_detectron2_reads_them(cfg: CfgNode, real_data: Path) -> None:
+    root = real_data / "detectron2/coco"
+    file, folder = root / "annotations/instances_val2017.json", root / "val2017"
+    cfg.DATASETS.COCO_FORMAT = (("loaded_by_us", str(file), str(folder)),)
+    register_datasets(cfg)
+    ours = DatasetCatalog.get("loaded_by_us")
+    theirs = load_coco_json(str(file), str(folder), "loaded_by_detectron2")
+    assert ours == theirs
+    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+        assert getattr(MetadataCatalog.get("loaded_by_us"), key) == getattr(
+            MetadataCatalog.get("loaded_by_detectron2"), key
+        )
+
+
+@pytest.mark.parametrize("value", [None, [], [3, 4, 5, 6], [[3, 4, 5, 6]]])
+def test_an_object_without_a_mask_is_kept_for_boxes_and_refused_for_masks(
+    cfg: CfgNode, tmp_path: Path, value: Any
+) -> None:
+    count = sum(map(len, named_objects("shapes_train")))
+    change(tmp_path, lambda content: content["annotations"][2].update(segmentation=value))
+    number = json.loads((tmp_path / "shapes/annotations/instances_train.json").read_text())["annotations"][2]["id"]
+    told = refusal(cfg)
+    assert f"annotation {number}: it has no usable mask" in told
+    cfg.MODEL.MASK_ON = False
+    assert check_datasets(cfg) == []
+    assert sum(map(len, named_objects("shapes_train"))) == count
+
+
+def test_masks_of_run_lengths_train_without_an_override(cfg: CfgNode) -> None:
+    """The same image with the one mask in both forms."""
+    item = next(item for item in DatasetCatalog.get("shapes_train") if item["annotations"])
+    item["annotations"] = item["annotations"][:1]
+    (thing,) = item["annotations"]
+    size = item["height"], item["width"]
+    code = mask_tools.merge(mask_tools.frPyObjects(thing["segmentation"], *size))
+    masks = []
+    for segmentation in (thing["segmentation"], code):
+        np.random.seed(0)
+        thing["segmentation"] = segmentation
+        sample = _MaskMapper(cfg, True)(item)
+        boxes = sample["instances"].gt_boxes.tensor
+        masks.append(sample["instances"].gt_masks.crop_and_resize(boxes, 28).float())
+    assert masks[0].mean() > 0.2
+    assert (masks[0] != masks[1]).float().mean() < 0.1

@@ -158,6 +158,28 @@ def test_faster_coco_eval_computes_what_pycocotools_computes(seed: int, task: st
     assert (truth.dataset, results) == before
 
 
+@given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.3, 1.0]), reference=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_objects_without_a_mask_are_crowds_that_fill_their_boxes(seed: int, share: float, reference: bool) -> None:
+    """For masks alone, and equal to pycocotools on data that say so; boxes count them as ever."""
+    rng = default_rng(seed)
+    truth = random_truth(rng)
+    results = perturbed(truth, rng)
+    lacking, meant = copy.deepcopy(truth.dataset), copy.deepcopy(truth.dataset)
+    for row, crowd in zip(lacking["annotations"], meant["annotations"], strict=True):
+        if rng.random() < share:
+            x, y, width, height = row["bbox"]
+            forms: list[Any] = [None, [], [row["bbox"]], row["bbox"], [[x, y]]]
+            row["segmentation"] = forms[rng.integers(5)]
+            corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+            crowd |= {"iscrowd": 1, "segmentation": [corners]}
+    without = indexed(lacking["images"], lacking["annotations"], [row["id"] for row in lacking["categories"]])
+    crowds = indexed(meant["images"], meant["annotations"], [row["id"] for row in meant["categories"]])
+    found = coco_metrics(without, results, "segm", reference=reference)
+    assert found == same(coco_metrics(crowds, results, "segm", reference=True))
+    assert coco_metrics(without, results, "bbox") == same(coco_metrics(truth, results, "bbox"))
+
+
 @pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.parametrize("task", ["bbox", "segm"])

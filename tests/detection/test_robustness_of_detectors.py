@@ -539,7 +539,9 @@ def test_domains(few: Path, run: Path, domains: Path, tmp_path: Path) -> None:
     assert record.metrics["domain-rain/bbox/AP"] == metrics(output, "domain-rain")["bbox/AP"]
     # Other pictures under the same name are another cell.
     content = json.loads((domains / "rain/objects.json").read_text())
-    (domains / "rain/objects.json").write_text(json.dumps({**content, "images": content["images"][1:]}))
+    images = content["images"][1:]
+    rows = [row for row in content["annotations"] if row["image_id"] in {image["id"] for image in images}]
+    (domains / "rain/objects.json").write_text(json.dumps({**content, "images": images, "annotations": rows}))
     with pytest.raises(InputError, match="domain-rain was measured with other settings"):
         evaluate(run, output, domains=domains)
 
@@ -560,7 +562,7 @@ def spoil(path: Path, **changes: Any) -> None:
         (lambda folder: (folder / "rain/000002.jpg").unlink(), "domain-rain lacks 1 of its 12 images"),
         (
             lambda folder: spoil(folder / "rain/objects.json", categories=[{"id": 1, "name": "x"}, *CATEGORIES[1:]]),
-            "'x' instead of",
+            "'x'",
         ),
     ],
 )
@@ -664,7 +666,9 @@ def test_refuses_what_does_not_fit(few: Path, run: Path, tmp_path: Path) -> None
     config, weights, output = run / "config.yaml", run / "model_final.pth", tmp_path / "out"
     assert "no weights at" in refusal(config, tmp_path / "none.pth", output, FEW)
     assert "no configuration file" in refusal(tmp_path / "none.yaml", weights, output, FEW)
-    assert "instead of 'no " in refusal(config, run / "model_other.pth", output, FEW)
+    told = refusal(config, run / "model_other.pth", output, FEW)
+    assert "shapes_val has the classes" in told
+    assert "'no " in told
     cfg = load_config(config)
     for sets, words in ((["shapes_val", "shapes_train"], "has 2 sets"), (["nothing"], "unknown data set 'nothing'")):
         cfg.DATASETS.TEST = sets
@@ -694,12 +698,15 @@ def test_a_folder_is_of_one_detector_configuration_and_choice_of_images(few: Pat
 def test_an_unreadable_image_is_named(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int
 ) -> None:
-    """From a data worker, in one sentence."""
+    """Before anything is measured, and where it is read, in one sentence."""
     shutil.copytree(data / "shapes", tmp_path / "shapes")
-    (tmp_path / "shapes/val/000004.jpg").write_bytes(b"\xff\xd8 not a picture")
+    path = tmp_path / "shapes/val/000004.jpg"
+    path.write_bytes(b"\xff\xd8 not a picture")
+    with pytest.raises(InputError, match=r"^cannot read \S*000004.jpg: [^\n]*$"):
+        CellMapper(load_config(run / "config.yaml"), Cell("clean"), 0)({"file_name": str(path)})
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     with pytest.raises(InputError) as error:
         evaluate(run, tmp_path / "out", jobs=jobs, workers=1)
-    assert "cannot read" in str(error.value)
+    assert "cannot be read" in str(error.value)
     assert "000004.jpg" in str(error.value)
     assert "\n" not in str(error.value)
