@@ -19,9 +19,8 @@ from robust_backbones.configs import CONFIG_DIR, STUDY_DIR
 from robust_backbones.data.synthetic import ShapesConfig, write_shapes
 from robust_backbones.runs.record import RunRecord
 
-CONFIG = CONFIG_DIR / "quick/mask_rcnn_R_50_FPN_shapes_instant.yaml"
+CONFIG = CONFIG_DIR / "quick/mask_rcnn_R_18_FPN_shapes_instant.yaml"
 SHORT = ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "(1,)", "SOLVER.IMS_PER_BATCH", 2, "TEST.EXPECTED_RESULTS", "[]"]
-RESNET18 = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
 
 
 def command(verb: str, *arguments: object) -> str:
@@ -59,7 +58,7 @@ def main() -> None:
     counts = {"train_images_per_class": 1, "val_images_per_class": 1, "train_scenes": 4, "val_scenes": 2}
     write_shapes(Path("data"), ShapesConfig(scene_size=96, **counts))
     os.environ["DETECTRON2_DATASETS"] = str(Path("data").resolve())
-    command("train", "--config-file", CONFIG, *RESNET18, *SHORT, "MODEL.WEIGHTS", "backbone.pkl", "OUTPUT_DIR", "run")
+    command("train", "--config-file", CONFIG, *SHORT, "MODEL.WEIGHTS", "backbone.pkl", "OUTPUT_DIR", "run")
     record = RunRecord.read(Path("run/record.json"))
     assert (record.threat_model, record.backbone["arch"]) == ("L2:3", "resnet18")
     command("sweep", "setup", STUDY_DIR / "small.yaml", "--output", "study")
