@@ -53,6 +53,9 @@ DETECTOR_KEYS: dict[str, Any] = {
     # Data sets in COCO's format to register: (name, annotation file, image folder), the paths within the folder
     # that the environment variable DETECTRON2_DATASETS names.
     "DATASETS.COCO_FORMAT": (),
+    # The same in VOC's format: (name, folder, list in ImageSets/Main) or (..., classes), a tuple of names; without it
+    # the classes are those of all XML files in the folder.
+    "DATASETS.VOC_FORMAT": (),
     # COCO's own (slow) pycocotools instead of faster-coco-eval, which gives the same numbers.
     "TEST.REFERENCE_EVAL": False,
     # How many test images are drawn with their detections to TensorBoard at each evaluation.

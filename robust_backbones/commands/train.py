@@ -4,6 +4,11 @@ Example, on 8 GPUs:
     robust-backbones train --config-file detectron_configs/PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml \\
         --num-gpus 8 MODEL.WEIGHTS robust.pkl OUTPUT_DIR runs/voc_robust
 
+On your own data, in COCO's or VOC's format:
+    robust-backbones train --config-file COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml \\
+        --train mine=/data/train.json:/data/images --test mine_val=/data/val.json:/data/images \\
+        MODEL.WEIGHTS robust.pkl OUTPUT_DIR runs/mine
+
 More --config-file options change the first: those in detectron_configs/protocols and detectron_configs/architectures.
 The run stops before training unless MODEL.WEIGHTS fills every tensor of the backbone and fits the configuration.
 DETECTRON2_DATASETS names the folder with the data sets. Without a GPU it runs on the CPU. OUTPUT_DIR gets
@@ -16,6 +21,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
@@ -56,6 +62,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     add = parser.add_argument
     add("--config-file", type=Path, action="append", default=[], help="may be given several times")
+    what = (
+        "NAME=annotations.json:IMAGES, NAME=VOC_FOLDER:LIST, or a set that Detectron2 knows; may be given several times"
+    )
+    add("--train", action="append", default=[], metavar="SET", help=what)
+    add("--test", action="append", default=[], metavar="SET", help="the same, to evaluate on")
+    add("--classes", metavar="NAME,NAME,...", help="of sets in VOC's format; default: all names in the XML files")
     add("--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any")
     add("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
     add("--allow-partial-backbone", action="store_true", help="leave tensors that MODEL.WEIGHTS lacks random")
@@ -81,7 +93,7 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     from robust_backbones.detection.predictor import check_weights
     from robust_backbones.detection.run_folder import check_folder
 
-    cfg = load_config(options.config_file, options.opts, classes=0)
+    cfg = load_config(options.config_file, [*own_sets(options), *options.opts], classes=0)
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone
     cfg.TEST.REFERENCE_EVAL |= options.reference_eval
     cfg = scale_to_processes(cfg, num_gpus=options.num_gpus, num_machines=options.num_machines)
@@ -93,6 +105,35 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
             print(f"warning: {sentence}", file=sys.stderr)
         check_weights(cfg, resume=options.resume, whole_detector=options.eval_only)
     return cfg, finished
+
+
+def own_sets(options: argparse.Namespace) -> list[Any]:
+    """Overrides that register the sets of --train and --test, and choose them.
+
+    Raises:
+        InputError: one is not written as the help says.
+    """
+    coco, voc, overrides = [], [], []
+    classes = tuple(name.strip() for name in (options.classes or "").split(",") if name.strip())
+    for key, texts in (("DATASETS.TRAIN", options.train), ("DATASETS.TEST", options.test)):
+        names = []
+        for text in texts:
+            name, equals, place = text.partition("=")
+            names.append(name)
+            if not equals and ":" not in text:
+                continue
+            first, colon, second = place.rpartition(":")
+            if not (name and colon and first and second):
+                raise InputError(f"{text!r} names no set: give NAME=annotations.json:IMAGES or NAME=VOC_FOLDER:LIST")
+            if first.endswith(".json"):
+                coco.append((name, first, second))
+            else:
+                voc.append((name, first, second, *([classes] if classes else [])))
+        if names:
+            overrides += [key, tuple(names)]
+    if coco:
+        overrides += ["DATASETS.COCO_FORMAT", tuple(coco)]
+    return [*overrides, *(["DATASETS.VOC_FORMAT", tuple(voc)] if voc else [])]
 
 
 def train_and_evaluate(cfg: CfgNode, options: argparse.Namespace) -> None:

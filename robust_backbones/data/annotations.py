@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -359,7 +361,8 @@ def _runs_of(text: str) -> list[int] | None:
 def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:
     """A VOC set's images and objects as COCO's content, and what is wrong with its lists and XML files.
 
-    Images have their names as ids, objects ``IMAGE/NUMBER``; boxes count pixels from 0, as Detectron2 reads them.
+    Images have their names as ids, objects ``IMAGE/NUMBER``; boxes count pixels from 0, as Detectron2 reads them. Of a
+    list with a second column of -1, 0 and 1, as VOC has one for each class, the images of -1 are left out.
 
     Args:
         folder: Holds Annotations, ImageSets/Main and JPEGImages.
@@ -371,17 +374,15 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
     """
     folder = Path(folder)
     listed = folder / f"ImageSets/Main/{split}.txt"
-    lines = [line.split() for line in listed.read_text().splitlines() if line.strip()]
     faults: list[Fault] = []
     names: dict[str, None] = {}
-    for line in lines:
-        if len(line) > 1:
-            faults.append(Fault("error", str(listed), "has more than one column", "list one image a line", line[0]))
-        if line[0] in names:
-            faults.append(Fault("error", str(listed), "is listed twice", "leave one of the lines", line[0]))
-        names[line[0]] = None
+    for name in voc_names(listed, folder / "Annotations"):
+        if name in names:
+            faults.append(Fault("error", str(listed), "is listed twice", "leave one of the lines", name))
+        names[name] = None
     if not names:
         faults.append(Fault("error", str(listed), "lists no image", "list one image a line"))
+    files = _voc_images(folder / "JPEGImages")
     content: Content = {"images": [], "annotations": [], "categories": []}
     numbers = {name: number for number, name in enumerate(classes or (), 1)}
     for name in names:
@@ -392,7 +393,7 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
             faults.append(Fault("error", str(file), f"is no XML ({error})", "write it anew", name))
             continue
         width, height = (_number(root.findtext(f"size/{side}"), whole=True) for side in ("width", "height"))
-        image = {"id": name, "file_name": f"{name}.jpg", "width": width, "height": height}
+        image = {"id": name, "file_name": files.get(name, f"{name}.jpg"), "width": width, "height": height}
         content["images"].append(image)
         for key in ("width", "height"):
             if not _is_side(image[key]):
@@ -405,6 +406,36 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
                 content["annotations"].append({"id": f"{name}/{number}", "image_id": name, **row})
     content["categories"] = [{"id": number, "name": name} for name, number in numbers.items()]
     return content, faults
+
+
+def voc_names(listed: Path, annotations: Path) -> list[str]:
+    """The images that a list names, which may have spaces in their names."""
+    known = set(os.listdir(annotations)) if annotations.is_dir() else set()
+    names = []
+    for line in filter(None, map(str.strip, listed.read_text().splitlines())):
+        name, _, flag = line.rpartition(" ")
+        if f"{line}.xml" in known or flag not in ("-1", "0", "1"):
+            names.append(line)
+        elif flag != "-1":
+            names.append(name.strip())
+    return names
+
+
+def _voc_images(folder: Path) -> dict[str, str]:
+    """File names by image name; where there are several, the JPEG."""
+    files = os.listdir(folder) if folder.is_dir() else []
+    return {os.path.splitext(file)[0]: file for file in sorted(files, key=lambda file: file.endswith(".jpg"))}
+
+
+def voc_classes(folder: str | Path) -> list[str]:
+    """The names of the objects in all XML files of a VOC folder, sorted; files that are no XML are left out."""
+    names: set[str] = set()
+    for file in (Path(folder) / "Annotations").glob("*.xml"):
+        with suppress(ElementTree.ParseError, ValueError, RecursionError):
+            names |= {
+                thing.findtext("name", "") for thing in ElementTree.fromstring(file.read_bytes()).findall("object")
+            }
+    return sorted(names - {""})
 
 
 def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tuple[Row, list[tuple[str, str]]]:

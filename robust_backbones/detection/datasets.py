@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,13 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
 from robust_backbones.checkpoint.zoo import cache_folder
-from robust_backbones.data.annotations import Use, check_coco, read_json, usable_mask
+from robust_backbones.data.annotations import Use, check_coco, read_json, read_voc, usable_mask, voc_classes
 from robust_backbones.data.annotations_images import MISSING
 from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.errors import InputError
+
+Items = list[dict[str, Any]]
+"""Images and their objects, in Detectron2's standard format."""
 
 
 def datasets_root() -> Path:
@@ -33,22 +36,61 @@ def datasets_root() -> Path:
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register what DATASETS.COCO_FORMAT lists; registering a name again replaces it."""
+    """Register what DATASETS.COCO_FORMAT and VOC_FORMAT list; registering a name again replaces it.
+
+    Raises:
+        InputError: a row is none, or a VOC folder without classes.
+    """
     for row in cfg.DATASETS.COCO_FORMAT:
         if len(row) != 3:
             raise InputError(f"DATASETS.COCO_FORMAT wants rows of (name, annotation file, image folder), got {row}")
         name, annotations, images = row
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        # One colour a class in pictures; without it every object gets a random one.
-        colors = [tuple(color) for color in colormap(rgb=True, maximum=255).astype(int).tolist()]
         file, folder = str(datasets_root() / annotations), str(datasets_root() / images)
-        DatasetCatalog.register(name, partial(_load_coco, file, folder, name))
-        MetadataCatalog.get(name).set(json_file=file, image_root=folder, evaluator_type="coco", thing_colors=colors)
+        _register(name, partial(_load_coco, file, folder, name), json_file=file, image_root=folder)
+    for row in cfg.DATASETS.VOC_FORMAT:
+        if len(row) not in (3, 4):
+            raise InputError(f"DATASETS.VOC_FORMAT wants rows of (name, folder, list) or (..., classes), got {row}")
+        name, folder, split, *given = row
+        folder = str(datasets_root() / folder)
+        if not (classes := list(*given) or voc_classes(folder)):
+            raise InputError(f"{name} has no classes: there is no object in {folder}/Annotations/*.xml")
+        load = partial(_load_voc, folder, split, classes)
+        # By area under the curve, as VOC since 2010.
+        about = {"dirname": folder, "split": split, "year": 2012, "thing_classes": classes}
+        _register(name, load, evaluator_type="pascal_voc", **about)
 
 
-def _load_coco(file: str, folder: str, name: str) -> list[dict[str, Any]]:
+def _register(name: str, load: Callable[[], Items], *, evaluator_type: str = "coco", **metadata: Any) -> None:
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, load)
+    # One colour a class in pictures; without it every object gets a random one.
+    colors = [tuple(color) for color in colormap(rgb=True, maximum=255).astype(int).tolist()]
+    MetadataCatalog.get(name).set(evaluator_type=evaluator_type, thing_colors=colors, **metadata)
+
+
+def _load_voc(folder: str, split: str, classes: Sequence[str]) -> Items:
+    """As Detectron2's ``load_voc_instances``, with images of any format and names with spaces."""
+    content, _ = read_voc(folder, split, classes)
+    items: dict[str, dict[str, Any]] = {
+        row["id"]: {
+            "file_name": os.path.join(folder, "JPEGImages", row["file_name"]),
+            "height": row["height"],
+            "width": row["width"],
+            "image_id": row["id"],
+            "annotations": [],
+        }
+        for row in content["images"]
+    }
+    for row in content["annotations"]:
+        x, y, width, height = row["bbox"]
+        box = {"bbox": [x, y, x + width, y + height], "bbox_mode": BoxMode.XYXY_ABS}
+        items[row["image_id"]]["annotations"].append({**box, "category_id": row["category_id"] - 1})
+    return list(items.values())
+
+
+def _load_coco(file: str, folder: str, name: str) -> Items:
     """As Detectron2's ``load_coco_json``, which leaves out or dies of objects without a usable polygon."""
     content = json.loads(Path(file).read_bytes())
     rows = sorted(content["categories"], key=lambda row: row["id"])
@@ -132,7 +174,7 @@ def match_classes(names: Sequence[str], wanted: Sequence[str]) -> None:
         check_same_names(name, found, wanted)
         if found == list(wanted):
             continue
-        items: list[dict[str, Any]] = copy.deepcopy(DatasetCatalog.get(name))
+        items: Items = copy.deepcopy(DatasetCatalog.get(name))
         metadata = MetadataCatalog.get(name).as_dict()
         places = [list(wanted).index(title) for title in found]
         for item in items:
@@ -180,7 +222,7 @@ def annotated_set(name: str) -> AnnotatedSet | None:
     if name not in DatasetCatalog:
         raise InputError(
             f"unknown data set {name!r}: use one of Detectron2's own (coco_2017_train, voc_2007_trainval, ...) "
-            "or register yours with DATASETS.COCO_FORMAT"
+            "or give yours as --train NAME=annotations.json:IMAGES (or DATASETS.COCO_FORMAT)"
         )
     metadata = MetadataCatalog.get(name).as_dict()
     if "json_file" in metadata:
@@ -257,7 +299,7 @@ def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[str]:
         training = name in cfg.DATASETS.TRAIN and not eval_only
         yield from _check_files(name, dataset, Use(training, name in cfg.DATASETS.TEST, cfg.MODEL.MASK_ON))
     try:
-        items: list[dict[str, Any]] = DatasetCatalog.get(name)
+        items: Items = DatasetCatalog.get(name)
         boxes = [
             (*BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), item["width"], item["height"])
             for item in items

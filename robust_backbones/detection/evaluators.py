@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from robust_backbones.data.annotations import box_polygon, usable_mask
+from robust_backbones.data.annotations import box_polygon, usable_mask, voc_names
 from robust_backbones.detection.datasets import categories, evaluator_kind
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
@@ -255,12 +255,13 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
         gathered = comm.gather(dict(self._predictions), dst=0)
         if not comm.is_main_process():
             return {}
-        with PathManager.open(self._image_set_path) as file:
-            order = {image: place for place, image in enumerate(file.read().split())}
+        names = voc_names(Path(self._image_set_path), Path(self._anno_file_template).parent)
+        order = {image: place for place, image in enumerate(names)}
         objects = {image: self._objects(image) for image in order}
         aps = []
         for number, name in enumerate(self._class_names):
-            lines = [line.split(" ") for predictions in gathered for line in predictions.get(number, ())]
+            # An image's name may have spaces.
+            lines = [line.rsplit(" ", 5) for predictions in gathered for line in predictions.get(number, ())]
             # Which of two equal scores counts first depends on the order of the lines.
             lines.sort(key=lambda words: order[words[0]])
             aps.append(_class_aps(lines, {image: rows[name] for image, rows in objects.items() if name in rows}))

@@ -298,11 +298,25 @@ def test_faults_of_voc_sets(tmp_path: Path, old: str, new: str, words: str) -> N
     assert any(words in fault.what and fault.image == "b" for fault in faults), faults
 
 
-@pytest.mark.parametrize(("lines", "words"), [("a\nb\na\n", "twice"), ("a 1\nb -1\n", "column"), ("", "no image")])
+@pytest.mark.parametrize(("lines", "words"), [("a\nb\na\n", "twice"), ("a -1\nb -1\n", "no image"), ("", "no image")])
 def test_faults_of_voc_lists(tmp_path: Path, lines: str, words: str) -> None:
     voc(tmp_path)
     (tmp_path / "ImageSets/Main/test.txt").write_text(lines)
     assert any(words in str(fault) for fault in read_voc(tmp_path, "test")[1])
+
+
+def test_voc_lists_of_one_class_names_with_spaces_and_any_format_of_image(tmp_path: Path) -> None:
+    voc(tmp_path)
+    whole, _ = read_voc(tmp_path, "test")
+    (tmp_path / "Annotations/b.xml").rename(tmp_path / "Annotations/b 1 -1.xml")
+    Image.open(tmp_path / "JPEGImages/b.jpg").save(tmp_path / "JPEGImages/b 1 -1.png")
+    (tmp_path / "ImageSets/Main/cat_test.txt").write_text("a  1\nb 1 -1\nc -1\n\n")
+    content, faults = read_voc(tmp_path, "cat_test")
+    assert not faults
+    assert [row["file_name"] for row in content["images"]] == ["a.jpg", "b 1 -1.png"]
+    assert [row["bbox"] for row in content["annotations"]] == [
+        row["bbox"] for row in whole["annotations"] if row["image_id"] in ("a", "b")
+    ]
 
 
 # The command

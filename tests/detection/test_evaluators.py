@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -500,6 +501,22 @@ def test_voc_is_detectron2s_where_there_is_nothing(tmp_path: Path, found: list[F
     """Nothing found; found, of a class that is there, and of one that is not."""
     write_voc(tmp_path, {"1": [("cat", (1, 1, 50, 50), 0)], "2": []})
     same_as_detectron2(tmp_path, found, classes=("cat", "ghost"))
+
+
+def test_names_of_images_may_have_spaces(tmp_path: Path) -> None:
+    found = random_voc(tmp_path / "plain", default_rng(7))
+    shutil.copytree(tmp_path / "plain", tmp_path / "spaced")
+    for path in (tmp_path / "spaced/Annotations").iterdir():
+        path.rename(path.with_stem(f"my {path.stem} 1"))
+    listed = tmp_path / "spaced/ImageSets/Main/test.txt"
+    names = listed.read_text().split()
+    listed.write_text("".join(f"my {name} 1\n" for name in names))
+    spaced = [(f"my {image} 1", *rest) for image, *rest in found]
+    options = {"classes": ("bird", "cat", "dog")}
+    np.testing.assert_equal(
+        evaluate_voc(VocEvaluator, tmp_path / "spaced", 2012, spaced, images=[f"my {n} 1" for n in names], **options),
+        evaluate_voc(VocEvaluator, tmp_path / "plain", 2012, found, **options),
+    )
 
 
 def test_voc_by_hand(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """train_net from end to end on tiny shapes, in its own process as a user runs it, and what it refuses."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,8 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
+from detectron2.structures import BoxMode
+from PIL import Image
 
 from robust_backbones.detection.checkpoint import newest_checkpoint
 from robust_backbones.runs.record import RunRecord
@@ -81,6 +86,60 @@ def test_train_and_evaluate(run: Callable[..., tuple[str, str]], converted: Make
     assert "computed by pycocotools" in (tmp_path / "evaluation/log.txt").read_text()
     metrics = RunRecord.read(tmp_path / "evaluation/eval_record.json").metrics
     assert metrics == pytest.approx(record.metrics, abs=1e-9, nan_ok=True)
+
+
+def write_voc(shapes: Path, folder: Path, part: str) -> None:
+    """The shapes in VOC's layout: names with spaces, PNG images, a list of two columns."""
+    content = json.loads((shapes / f"annotations/instances_{part}.json").read_text())
+    names = {row["id"]: row["name"] for row in content["categories"]}
+    for place in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for image in content["images"]:
+        name = f"{part} photo {image['id']}"
+        lines.append(f"{name} 1\n")
+        Image.open(shapes / part / image["file_name"]).save(folder / f"JPEGImages/{name}.png")
+        objects = ""
+        for row in content["annotations"]:
+            if row["image_id"] == image["id"]:
+                x, y, width, height = row["bbox"]
+                corners = zip(("xmin", "ymin", "xmax", "ymax"), (x + 1, y + 1, x + width, y + height), strict=True)
+                box = "".join(f"<{side}>{value!r}</{side}>" for side, value in corners)
+                objects += f"<object><name>{names[row['category_id']]}</name><bndbox>{box}</bndbox></object>"
+        size = f"<size><width>{image['width']}</width><height>{image['height']}</height></size>"
+        (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    (folder / f"ImageSets/Main/{part}.txt").write_text("".join(lines))
+
+
+def test_own_data_in_one_line(
+    run: Callable[..., tuple[str, str]], shapes: Path, converted: Maker, tmp_path: Path
+) -> None:
+    """COCO's format and VOC's, absolute and relative to DETECTRON2_DATASETS: the same images and boxes train alike."""
+    for part in ("train", "val"):
+        write_voc(shapes / "shapes", tmp_path / "voc", part)
+    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()"]
+    overrides += ["MODEL.MASK_ON", False]
+    coco = ["--train", "mine=shapes/annotations/instances_train.json:shapes/train"]
+    coco += ["--test", f"v={shapes}/shapes/annotations/instances_val.json:{shapes}/shapes/val"]
+    voc = ["--train", f"mine={tmp_path}/voc:train", "--test", f"v={tmp_path}/voc:val"]
+    weights, boxes = [], []
+    for kind, sets in (("coco", coco), ("voc", voc)):
+        run(*sets, *overrides, "OUTPUT_DIR", tmp_path / kind)
+        record = RunRecord.read(tmp_path / kind / "record.json")
+        assert record.dataset == "v"
+        weights.append(torch.load(tmp_path / kind / "model_final.pth", weights_only=True)["model"])
+        items = sorted(DatasetCatalog.get("mine"), key=lambda item: int(str(item["image_id"]).split()[-1]))
+        things = [thing for item in items for thing in item["annotations"]]
+        corners = [BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYXY_ABS) for thing in things]
+        boxes.append(np.c_[np.array([thing["category_id"] for thing in things]), np.array(corners)])
+    np.testing.assert_allclose(boxes[0], boxes[1], rtol=1e-6)  # Detectron2 adds width and height in float32
+    assert record.metrics.keys() >= {"bbox/AP", "bbox/AP50", "bbox/AP-circle"}
+    # JPEG and PNG hold the same pixels, and the images come in the same order.
+    assert all(torch.allclose(tensor, weights[1][name], rtol=1e-3, atol=1e-5) for name, tensor in weights[0].items())
+    for wrong in ("mine=train.json", "=train.json:images", "mine=:images"):
+        assert_refused(run("--train", wrong, *overrides, "OUTPUT_DIR", tmp_path / "no", status=2)[1], "NAME=")
+    _, err = run("--train", f"mine={tmp_path}/voc:train", "--classes", "circle,cross", *overrides, status=2)
+    assert_refused(err, "it has to be one of the classes, circle, cross")
 
 
 @pytest.mark.slow
