@@ -1,14 +1,15 @@
-"""White-box attacks on Detectron2's R-CNNs through their own training losses, and signs that they fail."""
+"""White-box attacks on R-CNNs and RetinaNets through their own training losses, and signs that they fail."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from detectron2.modeling import GeneralizedRCNN, ROIHeads
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
 from detectron2.utils.events import EventStorage
@@ -45,7 +46,8 @@ _SIGNS = {
 }
 
 # Their ``training`` flag chooses between losses and detections; layers within keep the flags of evaluation.
-_LOSS_MODULES = (GeneralizedRCNN, RPN, ROIHeads, BaseMaskRCNNHead, BaseKeypointRCNNHead)
+_LOSS_MODULES = (GeneralizedRCNN, DenseDetector, RPN, ROIHeads, BaseMaskRCNNHead, BaseKeypointRCNNHead)
+Detector: TypeAlias = GeneralizedRCNN | DenseDetector
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +88,14 @@ class DetectorAttack(AttackConfig):
         if self.target is not None and self.loss != "classification":
             raise InputError(f"a target needs the classification loss, got {self.loss}: give loss classification")
 
-    def check(self, model: GeneralizedRCNN) -> None:
-        """Raise InputError where a detector has no masks for the mask loss, or no such class as the target."""
-        if self.loss == "mask" and not model.roi_heads.mask_on:
+    def check(self, model: Detector) -> None:
+        """Raise InputError where a detector has no such loss, or no such class as the target."""
+        one_stage = isinstance(model, DenseDetector)
+        if self.loss == "mask" and (one_stage or not model.roi_heads.mask_on):
             raise InputError("the mask loss needs a detector with masks: choose another loss, or a Mask R-CNN")
-        self.target_classes(model.roi_heads.num_classes)
+        if self.loss == "objectness" and one_stage:
+            raise InputError("a detector of one stage has no objectness loss: choose classification or localization")
+        self.target_classes(_number_of_classes(model))
 
     def target_classes(self, num_classes: int) -> Tensor | None:
         """The target of each class, shape (num_classes,); InputError if there is no such class or only one."""
@@ -119,9 +124,7 @@ class AttackedImage:
     """The same of the attacked image; not below ``clean_loss``."""
 
 
-def attack_image(
-    model: GeneralizedRCNN, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int = 0
-) -> AttackedImage:
+def attack_image(model: Detector, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int = 0) -> AttackedImage:
     """The image near that of ``sample`` which maximises the detector's own training loss.
 
     On an image without objects, the attack raises the background's classification and objectness losses;
@@ -129,7 +132,7 @@ def attack_image(
     random generators are given back as they were.
 
     Args:
-        model: a Faster or Mask R-CNN, FPN or C4, on any device.
+        model: a Faster, Mask or Cascade R-CNN, or a RetinaNet, on any device.
         sample: Detectron2's input dict: ``image``, shape (C, H, W), uint8 or float in 0-255, resized and not
             normalised; ``instances``, its ground truth at this size (``gt_boxes``, ``gt_classes``, and ``gt_masks``
             for a Mask R-CNN). Anything else is passed on.
@@ -161,7 +164,7 @@ def attack_image(
 
 
 @contextmanager
-def frozen_losses(model: GeneralizedRCNN) -> Iterator[None]:
+def frozen_losses(model: Detector) -> Iterator[None]:
     """Have ``model(samples)`` return Detectron2's training losses, all layers in eval mode and without gradients.
 
     Every module is given back in its own mode, exceptions included.
@@ -173,9 +176,7 @@ def frozen_losses(model: GeneralizedRCNN) -> Iterator[None]:
         yield
 
 
-def loss_function(
-    model: GeneralizedRCNN, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int = 0
-) -> Losses:
+def loss_function(model: Detector, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int = 0) -> Losses:
     """What the attack raises, as a function of the image alone: images in [0, 1], shape (1, C, H, W), -> shape (1,).
 
     For use within ``frozen_losses``. Each call samples anchors and proposals with the same random numbers, and leaves
@@ -191,19 +192,37 @@ def loss_function(
             f"an image of {height}x{width} pixels has ground truth for {instances.image_size[0]}x"
             f"{instances.image_size[1]}: resize both alike, as Detectron2's DatasetMapper does"
         )
-    targets = attack.target_classes(model.roi_heads.num_classes)
+    targets = attack.target_classes(_number_of_classes(model))
     if targets is not None:
         instances.gt_classes = targets.to(model.device)[instances.gt_classes]
     sign = 1 if targets is None else -1
 
     def losses(points: Tensor) -> Tensor:
         # A storage of its own: training's must not log an attack. Its iteration is not 0, at which VIS_PERIOD draws.
-        with _same_draws(seed, model.device), EventStorage(1):
+        with _same_draws(seed, model.device), _same_normalizer(model), EventStorage(1):
             values = model([{**sample, "image": 255 * points[0], "instances": instances}])
-        loss = sum(value for name, value in values.items() if name in LOSSES[attack.loss])
+        # Cascade R-CNN has a loss for each stage: loss_cls_stage0, ...
+        loss = sum(value for name, value in values.items() if name.partition("_stage")[0] in LOSSES[attack.loss])
         return sign * loss[None]
 
     return losses
+
+
+def _number_of_classes(model: Detector) -> int:
+    return int(model.num_classes if isinstance(model, DenseDetector) else model.roi_heads.num_classes)
+
+
+@contextmanager
+def _same_normalizer(model: Detector) -> Iterator[None]:
+    """Give back the running number of positive anchors by which a RetinaNet divides its losses: each call moves it."""
+    before = model.__dict__.get("loss_normalizer")
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.loss_normalizer = before
+        elif "loss_normalizer" in model.__dict__:
+            del model.loss_normalizer
 
 
 @contextmanager
@@ -218,7 +237,7 @@ def _same_draws(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def sanity_check(
-    model: GeneralizedRCNN, samples: Sequence[Mapping[str, Any]], attack: DetectorAttack, *, seed: int = 0
+    model: Detector, samples: Sequence[Mapping[str, Any]], attack: DetectorAttack, *, seed: int = 0
 ) -> dict[str, float]:
     """Hold an attack against random noise, and against itself in larger balls: two signs of gradient masking.
 
@@ -274,7 +293,7 @@ def sanity_warnings(metrics: Mapping[str, float | None]) -> list[str]:
     ]
 
 
-def _strongest_noise(model: GeneralizedRCNN, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int) -> float:
+def _strongest_noise(model: Detector, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int) -> float:
     """The highest loss of as many random points of the ball as the attack has steps."""
     images = sample["image"].to(model.device, torch.float32)[None] / 255
     generator = torch.Generator(images.device).manual_seed(seed + 1)  # not the attack's own starts

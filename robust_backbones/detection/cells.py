@@ -11,11 +11,10 @@ import detectron2.data.transforms as T
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
-from detectron2.modeling import GeneralizedRCNN
 from numpy.typing import NDArray
 
 from robust_backbones.data.corruptions import CORRUPTIONS, check_corruption, corrupt, image_seed
-from robust_backbones.detection.attacks import DetectorAttack, attack_image, sanity_check
+from robust_backbones.detection.attacks import Detector, DetectorAttack, attack_image, sanity_check
 from robust_backbones.detection.data_stream import WorkerMapper
 from robust_backbones.errors import InputError
 
@@ -38,21 +37,21 @@ class Cell:
     changes_inputs = False
     """Whether ``change`` does anything; then inputs come with their ground truth."""
 
-    def check(self, model: GeneralizedRCNN) -> None:
+    def check(self, model: Detector) -> None:
         """Raise InputError where this cannot be measured of the detector."""
 
     def change_file(self, image: NDArray[np.uint8], file_name: str, seed: int) -> NDArray[np.uint8]:
         """The image file as it is read, (H, W, 3) RGB, before it is resized -> the same, changed."""
         return image
 
-    def change(self, model: GeneralizedRCNN, sample: Sample, seed: int) -> tuple[Sample, dict[str, float]]:
+    def change(self, model: Detector, sample: Sample, seed: int) -> tuple[Sample, dict[str, float]]:
         """The input after it is resized -> the input to detect on, and numbers whose mean over the images is a metric.
 
         ``model`` is in eval mode; ``sample["instances"]`` is the ground truth at the size of the input.
         """
         return sample, {}
 
-    def check_change(self, model: GeneralizedRCNN, samples: Sequence[Sample]) -> dict[str, float]:
+    def check_change(self, model: Detector, samples: Sequence[Sample]) -> dict[str, float]:
         """Further metrics that show whether ``change`` does what it should, on a few inputs as ``change`` gets them."""
         return {}
 
@@ -95,14 +94,14 @@ class AttackCell(Cell):
 
     changes_inputs = True
 
-    def check(self, model: GeneralizedRCNN) -> None:
+    def check(self, model: Detector) -> None:
         self.attack.check(model)
 
-    def change(self, model: GeneralizedRCNN, sample: Sample, seed: int) -> tuple[Sample, dict[str, float]]:
+    def change(self, model: Detector, sample: Sample, seed: int) -> tuple[Sample, dict[str, float]]:
         found = attack_image(model, sample, self.attack, seed=seed)
         return found.sample, {"clean_loss": found.clean_loss, "loss": found.loss}
 
-    def check_change(self, model: GeneralizedRCNN, samples: Sequence[Sample]) -> dict[str, float]:
+    def check_change(self, model: Detector, samples: Sequence[Sample]) -> dict[str, float]:
         return sanity_check(model, samples, self.attack) if self.attack.threat_model.epsilon > 0 else {}
 
 

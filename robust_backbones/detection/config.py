@@ -114,7 +114,10 @@ def check_config(cfg: CfgNode) -> None:
     if cfg.ADVERSARIAL.KIND and cfg.VIS_PERIOD > 0:
         raise InputError("VIS_PERIOD draws training images, which adversarial training cannot: give VIS_PERIOD 0")
     if cfg.MODEL.FPN.NORM and cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
-        raise InputError("MODEL.FPN.NORM is set, but the detector has no FPN: for C4 give protocols/syncbn_C4.yaml")
+        mend = 'for C4 give protocols/syncbn_C4.yaml, for DC5 add MODEL.FPN.NORM ""'
+        raise InputError(f"MODEL.FPN.NORM is set, but the detector has no FPN: {mend}")
+    if cfg.MODEL.RESNETS.RES5_DILATION != 1 and cfg.MODEL.RESNETS.DEPTH in (18, 34):
+        raise InputError("Detectron2 dilates no ResNet-18 or ResNet-34: give a deeper one, or FPN or C4 instead of DC5")
     heads = cfg.MODEL.ROI_HEADS.NAME
     if cfg.MODEL.ROI_HEADS.RES5_NORM and heads != BackboneRes5ROIHeads.__name__:
         raise InputError(

@@ -227,7 +227,10 @@ class Trainer(DefaultTrainer):
 
     def save(self, *, final: bool = False) -> None:
         """Write a checkpoint to resume from, or the final detector; every process has to call it."""
-        self._random_states = comm.all_gather({"start": self.stream.random_state_at_start, "now": random_state()})
+        own = {"start": self.stream.random_state_at_start, "now": random_state()}
+        if (count := self.checkpointer.model.__dict__.get("loss_normalizer")) is not None:
+            own["loss_normalizer"] = count  # of a RetinaNet, which keeps it outside its state
+        self._random_states = comm.all_gather(own)
         name = "model_final" if final else f"model_{self.iter:07d}"
         # Nothing is trained from the final file: it holds the weights that the evaluation will see.
         self.checkpointer.save(name, model=self.evaluated_model if final else None, categories=self.categories)
@@ -253,6 +256,8 @@ class Trainer(DefaultTrainer):
         if len(states) == comm.get_world_size():
             own = states[comm.get_rank()]
             self.stream.resume_from((self.iter + 1) // self._replays, at_start=own["start"], now=own["now"])
+            if "loss_normalizer" in own:
+                self.checkpointer.model.loss_normalizer = own["loss_normalizer"]
         else:
             _logger.warning(
                 f"the run was started by {len(states)} processes and is resumed by {comm.get_world_size()}: from here "

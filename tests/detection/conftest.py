@@ -73,3 +73,12 @@ def base_config() -> CfgNode:
 def flat_overrides(spec: BackboneSpec) -> list[object]:
     """What a backbone needs of the configuration, as KEY VALUE pairs."""
     return [item for pair in spec.detectron2_overrides().items() for item in pair]
+
+
+RETINANET: list[object] = [
+    *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+    *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"], "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
+    *("MODEL.RETINANET.NUM_CLASSES", 4, "MODEL.RETINANET.NUM_CONVS", 1, "MODEL.MASK_ON", False),
+]
+CASCADE: list[object] = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+"""After SMALL: a RetinaNet, and a Cascade R-CNN."""

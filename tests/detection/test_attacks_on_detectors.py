@@ -35,7 +35,7 @@ from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.errors import InputError
 from robust_backbones.threat_models import NORMS, ThreatModel
-from tests.detection.conftest import SHAPES_CONFIG, SMALL
+from tests.detection.conftest import CASCADE, RETINANET, SHAPES_CONFIG, SMALL
 
 C4_CONFIG = CONFIG_DIR / "quick/mask_rcnn_R_50_C4_shapes_instant.yaml"
 LINF = ThreatModel("Linf", 4 / 255)
@@ -284,6 +284,52 @@ def test_an_attack_raises_its_loss(detector: GeneralizedRCNN, samples: list[Samp
     assert attacked.loss > attacked.clean_loss
     assert attacked.clean_loss == loss_of(detector, samples[0], loss, seed=5)
     assert attacked.loss == pytest.approx(loss_of(detector, attacked.sample, loss, seed=5), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "names"),
+    [
+        (RETINANET, {"classification": ["loss_cls"], "localization": ["loss_box_reg"]}),
+        (
+            CASCADE,
+            {
+                "classification": [f"loss_cls_stage{stage}" for stage in range(3)],
+                "localization": [*(f"loss_box_reg_stage{stage}" for stage in range(3)), "loss_rpn_loc"],
+                "mask": ["loss_mask"],
+            },
+        ),
+    ],
+    ids=["retinanet", "cascade"],
+)
+def test_other_detectors_are_attacked_through_their_own_losses(
+    samples: list[Sample], overrides: list[object], names: dict[str, list[str]]
+) -> None:
+    """By Detectron2's values in training mode; a RetinaNet's running number of anchors stays what it was."""
+    model = untrained(config(*overrides)).eval()
+    if overrides is RETINANET:
+        model.loss_normalizer = 7.5
+    for loss, parts in names.items():
+        attack = DetectorAttack(threat_model=LINF, loss=loss, steps=3)
+        with frozen_losses(model):
+            losses = loss_function(model, samples[0], attack)
+            values = [float(losses(unit(samples[0]))) for _ in range(2)]
+        assert values[0] == values[1] > 0
+        model.train()
+        torch.manual_seed(0)
+        with EventStorage(1), torch.no_grad():
+            theirs = model([samples[0]])
+        assert values[0] == pytest.approx(sum(float(theirs[name]) for name in parts), rel=1e-5)
+        if overrides is RETINANET:
+            model.loss_normalizer = 7.5
+        model.eval()
+        attacked = attack_image(model, samples[0], attack)
+        assert attacked.loss > attacked.clean_loss
+        assert attacked.clean_loss == pytest.approx(values[0], rel=1e-5)
+    assert getattr(model, "loss_normalizer", 7.5) == 7.5
+    if overrides is RETINANET:
+        for loss in ("mask", "objectness"):
+            with pytest.raises(InputError, match=loss):
+                attack_image(model, samples[0], DetectorAttack(threat_model=LINF, loss=loss))
 
 
 @pytest.mark.parametrize("target", [2, "derangement"])
