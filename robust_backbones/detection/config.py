@@ -17,6 +17,7 @@ from detectron2.config import CfgNode, get_cfg
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS, find_file
 from robust_backbones.detection.roi_heads import BackboneRes5ROIHeads
+from robust_backbones.detection.yaml_files import read_yaml
 from robust_backbones.errors import InputError
 from robust_backbones.runs.identity import flat
 from robust_backbones.threat_models import ThreatModel
@@ -73,7 +74,7 @@ def load_config(
         if not file.is_file():
             raise InputError(f"no configuration file {file}: see {CONFIG_DIR.name}/ for those that exist")
         with _one_sentence(cfg, f"the configuration {file}"):
-            cfg.merge_from_file(str(file), allow_unsafe=False)
+            _merge_file(cfg, file)
     with _one_sentence(cfg, "the overrides"):
         cfg.merge_from_list([str(item) if isinstance(item, Path) else item for item in overrides])
     check_config(cfg)
@@ -84,12 +85,22 @@ def load_config(
     return cfg
 
 
+def _merge_file(cfg: CfgNode, file: Path) -> None:
+    """Detectron2's ``merge_from_file`` for files of its present version."""
+    loaded = CfgNode(read_yaml(file))
+    if (version := loaded.get("VERSION", cfg.VERSION)) != cfg.VERSION:
+        raise ValueError(f"its VERSION is {version}, and {cfg.VERSION} is what Detectron2 has had since 2019")
+    cfg.merge_from_other_cfg(loaded)
+
+
 @contextmanager
 def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
     """yacs' and PyYAML's many errors as one sentence that names their source, or the key nearest to a wrong one."""
     try:
         yield
-    except (KeyError, ValueError, AssertionError, AttributeError, TypeError, OSError, yaml.YAMLError) as error:
+    except (
+        KeyError, ValueError, AssertionError, AttributeError, TypeError, OSError, RecursionError, yaml.YAMLError,
+    ) as error:  # fmt: skip
         message = str(error.args[0]) if error.args else ""
         if message.startswith("Non-existent"):
             key = message.rsplit(" ", 1)[-1]  # yacs says "Non-existent [config] key: A.B"

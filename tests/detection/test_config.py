@@ -447,6 +447,47 @@ def test_the_wrong_file_of_several_is_named(tmp_path: Path) -> None:
         load_config([BASE, tmp_path / "none.yaml"])
 
 
+def test_detectron2s_own_files_load_as_they_are() -> None:
+    """All of its model zoo, anchors written as a Python expression included; the reference is its reader with eval."""
+    files = sorted(DETECTRON2_CONFIGS.rglob("*.yaml"))
+    assert len(files) > 70
+    for file in files:
+        theirs = base_config()
+        theirs.merge_from_file(str(file), allow_unsafe=True)
+        if theirs.SOLVER.AMP.ENABLED or (theirs.MODEL.FPN.NORM and "FPN" not in file.stem):
+            continue
+        assert leaves(load_config(file, ["MODEL.DEVICE", theirs.MODEL.DEVICE])) | {"MODEL.DEVICE": ""} == (
+            leaves(theirs) | {"MODEL.DEVICE": ""}
+        ), file
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("_BASE_: config.yaml", "circle"),
+        ("_BASE_: other.yaml", "circle"),
+        ("_BASE_: http://localhost/a.yaml", "give a file"),
+        ("_BASE_: [3]", "give a file"),
+        ("_BASE_: none.yaml", "there is no"),
+        ("SEED: " + "[" * 5000, "cannot use"),
+        ("VERSION: 1", "VERSION is 1"),
+        *(
+            (f'OUTPUT_DIR: !!python/object/apply:eval ["{code}"]', "arithmetic")
+            for code in (
+                "__import__('os').getcwd()", "[[1] * 10**9]", "9**9**9**9", "[[y for y in [x]] for x in [1]]", "x",
+                "1 +",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_leads_nowhere_else(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "other.yaml").write_text("_BASE_: config.yaml\n")
+    (tmp_path / "config.yaml").write_text(f"{text}\n")
+    with pytest.raises(InputError, match=words) as error:
+        load_config(tmp_path / "config.yaml")
+    assert "\n" not in str(error.value)
+
+
 def test_a_yaml_file_cannot_run_code(tmp_path: Path) -> None:
     marker, path = tmp_path / "was-run", tmp_path / "config.yaml"
     path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{marker}']\n")
