@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -53,8 +54,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def run(main: Callable[[list[str]], int]) -> None:
     """Call ``main`` with the arguments and exit with its status: 0 done, 1 failed, 2 bad input, 75 preempted."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    # Of PyTorch to Detectron2's anchor generator: nothing that a user could mend.
+    # Of PyTorch to Detectron2's code: nothing that a user could mend.
     warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     try:
         status = main(arguments)
     except InputError as error:

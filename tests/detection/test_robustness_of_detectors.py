@@ -615,7 +615,7 @@ def test_a_kill_loses_no_finished_cell(
     assert 2 <= len(finished) < len(CELLS)
     assert not (output / "record.json").exists()
     if number == signal.SIGTERM:
-        assert err.startswith("error: asked to stop")
+        assert err.splitlines()[-1].startswith("error: asked to stop")
     status, out, _ = run_tool("evaluate", *command(run, output, *CHOICE, "--workers", 0)[2:])
     assert status == 0
     assert str(output / "record.json") in out.splitlines()[-1]
