@@ -66,7 +66,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "NAME=annotations.json:IMAGES, NAME=VOC_FOLDER:LIST, or a set that Detectron2 knows; may be given several times"
     )
     add("--train", action="append", default=[], metavar="SET", help=what)
-    add("--test", action="append", default=[], metavar="SET", help="the same, to evaluate on")
+    add("--test", action="append", default=[], metavar="SET", help="the same, to evaluate on; none with --train alone")
     add("--classes", metavar="NAME,NAME,...", help="of sets in VOC's format; default: all names in the XML files")
     add("--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any")
     add("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
@@ -129,7 +129,7 @@ def own_sets(options: argparse.Namespace) -> list[Any]:
                 coco.append((name, first, second))
             else:
                 voc.append((name, first, second, *([classes] if classes else [])))
-        if names:
+        if names or options.train:  # --train alone: nothing to evaluate on
             overrides += [key, tuple(names)]
     if coco:
         overrides += ["DATASETS.COCO_FORMAT", tuple(coco)]

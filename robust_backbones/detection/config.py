@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.solver import build_lr_scheduler
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS, find_file
@@ -120,6 +121,14 @@ def check_config(cfg: CfgNode) -> None:
     for key, (is_valid, mend) in _VALID.items():
         if not is_valid(values[key]):
             raise InputError(f"{key} {values[key]!r} {mend}")
+    solver = cfg.SOLVER
+    try:
+        build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))
+    except (ValueError, AssertionError, ArithmeticError) as error:
+        raise InputError(
+            f"no schedule of {solver.MAX_ITER} iterations has SOLVER.STEPS {solver.STEPS} ({error}): give rising steps "
+            "below SOLVER.MAX_ITER, or () for none"
+        ) from None
     ThreatModel.parse(cfg.ADVERSARIAL.THREAT_MODEL)
     AttackConfig(cfg.ADVERSARIAL.STEPS, cfg.ADVERSARIAL.RELATIVE_STEP_SIZE)
     if cfg.ADVERSARIAL.KIND and cfg.VIS_PERIOD > 0:

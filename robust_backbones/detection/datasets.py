@@ -257,9 +257,7 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
     """
     names = list(cfg.DATASETS.TEST) if eval_only else [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     if not names:
-        raise InputError("the configuration names no data set: set DATASETS.TRAIN and DATASETS.TEST")
-    if not cfg.DATASETS.TEST:
-        raise InputError("the configuration names no data set to evaluate on: set DATASETS.TEST")
+        raise InputError(f"the configuration names no data set: set DATASETS.{'TEST' if eval_only else 'TRAIN'}")
     names = list(dict.fromkeys(names))
     sentences = [sentence for name in names for sentence in _check(name, cfg, eval_only=eval_only)]
     for name in names[1:]:

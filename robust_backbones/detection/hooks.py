@@ -86,6 +86,8 @@ class Checkpoints(HookBase):
 class Evaluation(HookBase):
     """Evaluates every TEST.EVAL_PERIOD iterations (0: never) and after the last; keeps the best detector and draws.
 
+    Without DATASETS.TEST it does nothing.
+
     It runs after ``Checkpoints``, so that an evaluation that fails loses no training; one that was cut off is repeated
     when the run resumes.
     """
@@ -112,11 +114,11 @@ class Evaluation(HookBase):
             self._run(self.trainer.iter + 1)
 
     def after_train(self) -> None:
-        if self.trainer.iter == self.trainer.max_iter:  # not after a failure
+        if self.trainer.iter == self.trainer.max_iter and self.trainer.cfg.DATASETS.TEST:  # not after a failure
             self._run(self.trainer.iter)
 
     def _is_due(self, iteration: int) -> bool:
-        period = self.trainer.cfg.TEST.EVAL_PERIOD
+        period = self.trainer.cfg.TEST.EVAL_PERIOD if self.trainer.cfg.DATASETS.TEST else 0
         return period > 0 and 0 < iteration < self.trainer.max_iter and iteration % period == 0
 
     def _run(self, iteration: int) -> None:

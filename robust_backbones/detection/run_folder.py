@@ -107,7 +107,7 @@ def write_record(
         task="segmentation" if cfg.MODEL.MASK_ON else "detection",
         backbone=backbone,
         threat_model=threat_model,
-        dataset=", ".join(cfg.DATASETS.TEST),
+        dataset=", ".join(cfg.DATASETS.TEST or cfg.DATASETS.TRAIN),
         metrics=dict(metrics),
         seed=cfg.SEED,
         config=config,

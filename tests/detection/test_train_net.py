@@ -136,6 +136,11 @@ def test_own_data_in_one_line(
     assert record.metrics.keys() >= {"bbox/AP", "bbox/AP50", "bbox/AP-circle"}
     # JPEG and PNG hold the same pixels, and the images come in the same order.
     assert all(torch.allclose(tensor, weights[1][name], rtol=1e-3, atol=1e-5) for name, tensor in weights[0].items())
+    run("--train", f"mine={tmp_path}/voc:train", *overrides, "TEST.EVAL_PERIOD", 1, "OUTPUT_DIR", tmp_path / "untested")
+    record = RunRecord.read(tmp_path / "untested/record.json")
+    assert (record.dataset, record.metrics) == ("mine", {})
+    untested = torch.load(tmp_path / "untested/model_final.pth", weights_only=True)["model"]
+    assert all(torch.equal(tensor, untested[name]) for name, tensor in weights[1].items())
     for wrong in ("mine=train.json", "=train.json:images", "mine=:images"):
         assert_refused(run("--train", wrong, *overrides, "OUTPUT_DIR", tmp_path / "no", status=2)[1], "NAME=")
     _, err = run("--train", f"mine={tmp_path}/voc:train", "--classes", "circle,cross", *overrides, status=2)
