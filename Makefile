@@ -39,7 +39,7 @@ trials: setup
 	$(BIN)/python tests/trials/fuzz_untrusted.py --files 20000
 
 bench: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py all --data $${ROBUST_BACKBONES_DATA:?names the folder of real images, see README}
+	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py all --data $${ROBUST_BACKBONES_DATA:?names the folder of real images, see CONTRIBUTING.md}
 	$(BIN)/python tools/benchmark.py page --add runs/benchmarks
 
 tables: setup

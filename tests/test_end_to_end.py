@@ -57,7 +57,7 @@ def kill_once_written(path: Path, *command: object, data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_real_images_from_pixels_to_average_precision(real_data: Path, tmp_path: Path) -> None:
-    """Thirty images of ten classes of Tiny-ImageNet, then the VOC2007 and COCO subsets: the commands of the README, shortened."""
+    """Thirty images of ten classes of Tiny-ImageNet, then the VOC2007 and COCO subsets, by the project's commands."""
     with tarfile.open(real_data / "tiny_imagenet_100.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     full, data = tmp_path / "tiny-imagenet-100", tmp_path / "tiny-imagenet-10"

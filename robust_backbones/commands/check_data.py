@@ -5,10 +5,10 @@ Examples:
     robust-backbones check-data VOC2007:trainval coco_2017_val
     robust-backbones check-data mine/train.json:mine/images --fix repaired
 
-A SET is annotations.json:IMAGE_FOLDER, VOC_FOLDER:SPLIT, or a name that Detectron2 knows, in DETECTRON2_DATASETS. Every
-fault is one line: file, image id, annotation id, what is wrong, and how to mend it. `robust-backbones train` checks the
-same before it starts. Headers of images are remembered until a file changes. Exit status: 0 no error (warnings do not
-count), 1 errors, 2 bad input.
+A SET is annotations.json:IMAGE_FOLDER, VOC_FOLDER:LIST, or a name that Detectron2 knows. Relative paths are looked for
+in the folder that DETECTRON2_DATASETS names, then in the working folder. Every fault is one line: file, image id,
+annotation id, what is wrong, and how to mend it. `robust-backbones train` checks the same before it starts. Headers of
+images are remembered until a file changes. Exit status: 0 no error (warnings do not count), 1 errors, 2 bad input.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def find_set(text: str) -> AnnotatedSet:
     if ":" in text:
         return AnnotatedSet.parse(text)
     if os.path.exists(text):
-        raise InputError(f"{text} alone is no data set: give annotations.json:IMAGE_FOLDER, or VOC_FOLDER:SPLIT")
+        raise InputError(f"{text} alone is no data set: give annotations.json:IMAGE_FOLDER, or VOC_FOLDER:LIST")
     from robust_backbones.detection.datasets import annotated_set
 
     if (found := annotated_set(text)) is None:

@@ -4,7 +4,7 @@ Example:
     robust-backbones demo --output demo_output
 
 Runs the project's own commands and prints each: PGD pre-training of a ResNet-18 (standard, and robust at L2 0.5),
-conversion with proof, Mask R-CNN fine-tuning and evaluation. 10 to 20 minutes on two CPU cores; steps that are done
+conversion with proof, Mask R-CNN fine-tuning and evaluation. 6 to 20 minutes on two CPU cores; steps that are done
 are not run again. Exit status: 0 done, 1 a step failed or a detector did not learn as it should, 2 bad input.
 """
 

@@ -11,10 +11,10 @@ On your own data, in COCO's or VOC's format:
 
 More --config-file options change the first: those in detectron_configs/protocols and detectron_configs/architectures.
 The run stops before training unless MODEL.WEIGHTS fills every tensor of the backbone and fits the configuration.
-DETECTRON2_DATASETS names the folder with the data sets. Without a GPU it runs on the CPU. OUTPUT_DIR gets
-model_final.pth, metrics.json and record.json (box / mask AP). After SIGTERM or SIGUSR1 the state is written, and the
-same command with --resume continues exactly. Exit status: 0 done, 1 training diverged or its result is
-not the expected one, 2 bad input, 75 stopped by a signal.
+Relative paths of data are looked for in the folder that DETECTRON2_DATASETS names, then in the working folder. Without
+a GPU it runs on the CPU. OUTPUT_DIR gets model_final.pth, metrics.json and record.json (box, mask AP). After SIGTERM or
+SIGUSR1 the state is written, and the same command with --resume continues exactly. Exit status: 0 done, 1 training
+diverged or its result is not the expected one, 2 bad input, 75 stopped by a signal.
 """
 
 import argparse
@@ -66,7 +66,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "NAME=annotations.json:IMAGES, NAME=VOC_FOLDER:LIST, or a set that Detectron2 knows; may be given several times"
     )
     add("--train", action="append", default=[], metavar="SET", help=what)
-    add("--test", action="append", default=[], metavar="SET", help="the same, to evaluate on; none with --train alone")
+    add(
+        "--test",
+        action="append",
+        default=[],
+        metavar="SET",
+        help="set to evaluate on; with --train and no --test, none",
+    )
     add("--classes", metavar="NAME,NAME,...", help="of sets in VOC's format; default: all names in the XML files")
     add("--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any")
     add("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
@@ -113,7 +119,9 @@ def own_sets(options: argparse.Namespace) -> list[Any]:
     Raises:
         InputError: one is not written as the help says.
     """
-    coco, voc, overrides = [], [], []
+    coco, voc = [], []
+    # A configuration's number is that of its own data: nobody gave one for these.
+    overrides: list[Any] = ["MODEL.ROI_HEADS.NUM_CLASSES", 0, "MODEL.RETINANET.NUM_CLASSES", 0] if options.train else []
     classes = tuple(name.strip() for name in (options.classes or "").split(",") if name.strip())
     for key, texts in (("DATASETS.TRAIN", options.train), ("DATASETS.TEST", options.test)):
         names = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,18 @@ from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
 
 
+def datasets_root() -> Path:
+    """The folder that Detectron2's built-in data sets are looked for in."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def locate(path: str | Path) -> Path:
+    """Where a data set's file or folder is: in ``datasets_root``, else in the working folder; the first if nowhere."""
+    path = Path(path).expanduser()
+    places = [datasets_root() / path, path.absolute()]
+    return next((place for place in places if place.exists()), places[0])
+
+
 @dataclass(frozen=True)
 class AnnotatedSet:
     """Where a set's annotations and images are."""
@@ -40,17 +53,16 @@ class AnnotatedSet:
 
     @classmethod
     def parse(cls, text: str) -> AnnotatedSet:
-        """``annotations.json:IMAGES`` of COCO's format, ``FOLDER:SPLIT`` of VOC's.
+        """``annotations.json:IMAGES`` of COCO's format, ``FOLDER:LIST`` of VOC's; paths as ``locate`` finds them.
 
         Raises:
             InputError: it is neither.
         """
         first, colon, second = text.rpartition(":")
         if not (colon and first and second):
-            raise InputError(f"{text!r} names no data set: give annotations.json:IMAGE_FOLDER, or VOC_FOLDER:SPLIT")
-        if first.endswith(".json"):
-            return cls(Path(first), Path(second))
-        return cls(Path(first), Path(first) / "JPEGImages", second)
+            raise InputError(f"{text!r} names no data set: give annotations.json:IMAGE_FOLDER, or VOC_FOLDER:LIST")
+        place = locate(first)
+        return cls(place, locate(second)) if first.endswith(".json") else cls(place, place / "JPEGImages", second)
 
     def check(
         self, use: Use | None = None, *, workers: int = 8, cache: Path | None = None

@@ -23,16 +23,11 @@ from pycocotools import mask as mask_tools
 from robust_backbones.checkpoint.zoo import cache_folder
 from robust_backbones.data.annotations import Use, check_coco, read_json, read_voc, usable_mask, voc_classes
 from robust_backbones.data.annotations_images import MISSING
-from robust_backbones.data.annotations_sets import AnnotatedSet
+from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
 from robust_backbones.errors import InputError
 
 Items = list[dict[str, Any]]
 """Images and their objects, in Detectron2's standard format."""
-
-
-def datasets_root() -> Path:
-    """The folder that Detectron2's built-in data sets are looked for in."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -45,13 +40,13 @@ def register_datasets(cfg: CfgNode) -> None:
         if len(row) != 3:
             raise InputError(f"DATASETS.COCO_FORMAT wants rows of (name, annotation file, image folder), got {row}")
         name, annotations, images = row
-        file, folder = str(datasets_root() / annotations), str(datasets_root() / images)
+        file, folder = str(locate(annotations)), str(locate(images))
         _register(name, partial(_load_coco, file, folder, name), json_file=file, image_root=folder)
     for row in cfg.DATASETS.VOC_FORMAT:
         if len(row) not in (3, 4):
             raise InputError(f"DATASETS.VOC_FORMAT wants rows of (name, folder, list) or (..., classes), got {row}")
         name, folder, split, *given = row
-        folder = str(datasets_root() / folder)
+        folder = str(locate(folder))
         if not (classes := list(*given) or voc_classes(folder)):
             raise InputError(f"{name} has no classes: there is no object in {folder}/Annotations/*.xml")
         load = partial(_load_voc, folder, split, classes)

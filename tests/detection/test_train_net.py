@@ -112,7 +112,7 @@ def write_voc(shapes: Path, folder: Path, part: str) -> None:
 
 
 def test_own_data_in_one_line(
-    run: Callable[..., tuple[str, str]], shapes: Path, converted: Maker, tmp_path: Path
+    run: Callable[..., tuple[str, str]], shapes: Path, converted: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """COCO's format and VOC's, absolute and relative to DETECTRON2_DATASETS: the same images and boxes train alike."""
     for part in ("train", "val"):
@@ -141,6 +141,11 @@ def test_own_data_in_one_line(
     assert (record.dataset, record.metrics) == ("mine", {})
     untested = torch.load(tmp_path / "untested/model_final.pth", weights_only=True)["model"]
     assert all(torch.equal(tensor, untested[name]) for name, tensor in weights[1].items())
+    # Relative paths start in the working folder too, and the number of classes in a configuration is not the data's.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "seven.yaml").write_text("MODEL:\n  ROI_HEADS:\n    NUM_CLASSES: 7\nVERSION: 2\n")
+    run("--config-file", "seven.yaml", "--train", "mine=voc:train", *overrides, "OUTPUT_DIR", "elsewhere")
+    assert RunRecord.read(Path("elsewhere/record.json")).config["MODEL"]["ROI_HEADS"]["NUM_CLASSES"] == 4
     for wrong in ("mine=train.json", "=train.json:images", "mine=:images"):
         assert_refused(run("--train", wrong, *overrides, "OUTPUT_DIR", tmp_path / "no", status=2)[1], "NAME=")
     _, err = run("--train", f"mine={tmp_path}/voc:train", "--classes", "circle,cross", *overrides, status=2)
