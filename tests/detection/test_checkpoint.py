@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -207,8 +208,8 @@ def test_a_save_that_is_cut_off_leaves_the_last_one(
     saver.save("model", iteration=7)
     whole = (tmp_path / "model.pth").read_bytes()
 
-    def cut_off(content: object, path: Path) -> None:
-        path.write_bytes(whole[:1000])
+    def cut_off(content: object, file: BinaryIO) -> None:
+        file.write(whole[:1000])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", cut_off)
