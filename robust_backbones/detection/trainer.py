@@ -214,7 +214,9 @@ class Trainer(DefaultTrainer):
         return metrics
 
     def run_step(self) -> None:
-        with self._bfloat16:
+        # RetinaNet's focal loss is TorchScript, which computes its first calls in a process in another way than the
+        # later ones: a resumed run would not be the unbroken one.
+        with self._bfloat16, torch.jit.optimized_execution(False):
             super().run_step()
 
     def _asked_to_stop(self, stop: StopRequest) -> bool:

@@ -23,7 +23,7 @@ from tests.detection.conftest import SHAPES_CONFIG, SMALL
 def study(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished runs of two detectors that were never trained: the robust one finds many things, the standard none."""
     root = tmp_path_factory.mktemp("study")
-    for name, threat_model, scale in (("standard", "L2:0", 0.0), ("robust", "L2:3", 6.0), ("worse", "L2:5", 6.0)):
+    for name, threat_model, scale in (("standard", "L2:0", 0.0), ("robust", "L2:3", 60.0), ("worse", "L2:5", 60.0)):
         cfg = load_config(SHAPES_CONFIG, [*SMALL, "MODEL.DEVICE", "cpu", "SEED", 0])
         torch.manual_seed(0)
         checkpointer = BackboneCheckpointer(build_model(cfg), str(root / name), cfg=cfg)
