@@ -505,6 +505,7 @@ def test_what_does_not_go_with_the_detector_is_refused(samples: list[Sample]) ->
 # --- what attacks cost ---
 
 
+@pytest.mark.slow
 def test_the_cost_of_attacks_is_measured_in_turns(
     run_tool: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
