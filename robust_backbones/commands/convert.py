@@ -1,8 +1,8 @@
 """Convert a backbone to Detectron2's format, and prove that its features did not change.
 
 Examples:
-    robust-backbones convert runs/robust/checkpoint.pt robust.pkl --verify
-    robust-backbones convert hub:resnet50_l2_eps3 resnet50_l2_eps3.pkl --verify --image photo.jpg
+    robust-backbones convert runs/robust/checkpoint.pt robust.pkl
+    robust-backbones convert hub:resnet50_l2_eps3 resnet50_l2_eps3.pkl --image photo.jpg
     robust-backbones convert robust.pkl robust.pth --to torchvision
 
 SRC is a checkpoint of `pretrain`, of MadryLab's robustness library, RobustBench, torchvision, timm, MoCo,
@@ -18,6 +18,7 @@ import os
 import sys
 from dataclasses import asdict
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import SOURCES, Statement, read_checkpoint
 from robust_backbones.commands import cli
 from robust_backbones.configs import CONFIG_DIR
-from robust_backbones.errors import InputError, ProofFailedError
+from robust_backbones.errors import InputError, MissingPackageError, ProofFailedError
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 
@@ -39,8 +40,6 @@ BASE_CONFIG = CONFIG_DIR / "Base-RCNN-FPN.yaml"
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     say = partial(print, file=sys.stderr) if options.json else print
-    if options.verify and options.to == "detectron2":  # before anything is written: it says when Detectron2 is missing
-        from robust_backbones.detection import verify
     checkpoint = read(options)
     spec, threat_model = checkpoint.spec, checkpoint.threat_model or "unknown"
     described = SOURCES[checkpoint.layout].description
@@ -57,6 +56,13 @@ def main(arguments: list[str]) -> int:
     else:
 
         def prove(checkpoint: Checkpoint, unproven: Path) -> None:
+            if find_spec("detectron2") is None:
+                raise MissingPackageError(
+                    "Detectron2 is not installed, and the proof needs it: run "
+                    "`robust-backbones doctor --install-detectron2`, or give --no-verify"
+                )
+            from robust_backbones.detection import verify
+
             errors = verify.prove(checkpoint, unproven, image=options.image)
             result["errors"] = [asdict(error) for error in errors]
             say(verify.table(errors))
@@ -88,8 +94,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--channel-order", choices=("RGB", "BGR"))
     parser.add_argument("--stride-in-1x1", choices=("true", "false"), help="where bottlenecks of SRC stride")
     parser.add_argument("--threat-model", metavar="NORM:EPSILON", help="what SRC was trained against, as L2:3")
-    parser.add_argument("--verify", action="store_true", help="compare res2-res5 with the source's layer1-layer4")
-    parser.add_argument("--image", type=Path, help="verify on this photograph too")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="prove that nothing changed, by Detectron2's own features or, of torchvision's names, by every tensor",
+    )
+    parser.add_argument("--image", type=Path, help="prove it on this photograph too")
     parser.add_argument(
         "--write-config", type=Path, metavar="YAML", help="write a configuration with DST and its needs"
     )
@@ -99,8 +110,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     suffixes = SUFFIXES if options.to == "detectron2" else SUFFIXES[1:]
     if options.dst.suffix not in suffixes:
         raise InputError(f"DST must end in {' or '.join(suffixes)}, got {options.dst}")
-    if options.image and not options.verify:
-        raise InputError("--image is for the proof: give --verify too")
+    if options.image and not (options.verify and options.to == "detectron2"):
+        raise InputError("--image is for the proof of features: leave out --no-verify and --to torchvision, or --image")
     if options.write_config and options.to != "detectron2":
         raise InputError("--write-config is for Detectron2: leave out --to torchvision")
     if not options.base_config.is_file():

@@ -64,7 +64,7 @@ def prepare_and_train(folder: Path, data: Path, threat_model: str) -> tuple[RunR
     if not (classifier / "record.json").exists():
         run("pretrain", "--data", data, "--output", classifier, "--threat-model", threat_model, *RECIPE.split())
     if not backbone.exists():
-        run("convert", classifier / "checkpoint.pt", backbone, "--verify")
+        run("convert", classifier / "checkpoint.pt", backbone)
     if not (detector / "record.json").exists():
         resume = ["--resume"] if (detector / "metrics.json").exists() else []
         overrides = ["MODEL.WEIGHTS", backbone, "OUTPUT_DIR", detector]

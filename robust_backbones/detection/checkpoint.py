@@ -28,7 +28,7 @@ _METADATA = "backbone_metadata"
 _UNFILLED = "unfilled_backbone_tensors"
 # These use the file's four tensors as they are; with GN or LN the shapes fit too, and the features are others.
 _BATCH_NORMS = ("FrozenBN", "SyncBN", "BN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
-_HOW_TO_CONVERT = "convert it with `robust-backbones convert SRC DST.pkl --verify` and give the .pkl"
+_HOW_TO_CONVERT = "convert it with `robust-backbones convert SRC DST.pkl` and give the .pkl"
 
 
 class BackboneCheckpointer(DetectionCheckpointer):

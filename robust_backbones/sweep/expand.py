@@ -118,7 +118,7 @@ class _Expansion:
         return run, BackboneSpec(config.arch, stem=config.stem)
 
     def _convert(self, name: str, source: _Source) -> Run:
-        argv = ("convert", source.path, "{folder}/backbone.pkl", "--verify", *source.options)
+        argv = ("convert", source.path, "{folder}/backbone.pkl", *source.options)
         results = ("backbone.pkl",)  # it gets its name once it is proven
         settings = {"weights": source.weights}
         rest = {"group": "convert", "needs": source.needs, "results": results}

@@ -343,7 +343,8 @@ def test_the_tool_names_the_source(
     assert status == 2
     assert "give --mean --std" in err
     status, out, _ = run_tool(
-        "convert", path, tmp_path / "out.pkl", "--mean", *MEAN, "--std", *STD, "--threat-model", "L2:3"
+        *("convert", path, tmp_path / "out.pkl", "--no-verify"),
+        *("--mean", *MEAN, "--std", *STD, "--threat-model", "L2:3"),
     )
     assert status == 0
     assert f"{path}: a training checkpoint, resnet18, threat model L2:3" in out

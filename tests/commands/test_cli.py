@@ -44,7 +44,7 @@ def test_pretrain_then_convert(run_tool: Run, shapes: Path, tmp_path: Path) -> N
     assert status == 0
     assert "% (Linf:4/255)" in out.splitlines()[-2]  # measured against the training adversary when no other is given
     assert str(output) in out.splitlines()[-1]
-    status, out, _ = run_tool("convert", output / "checkpoint.pt", converted)
+    status, out, _ = run_tool("convert", output / "checkpoint.pt", converted, "--no-verify")
     assert status == 0
     assert "Linf:4/255" in out
     assert str(converted) in out.splitlines()[-1]
@@ -184,7 +184,7 @@ def test_a_failed_proof_leaves_no_file(
 
     wrong = [verify.StageError("random", "eval", "res5", 0.3, 0.3)]
     monkeypatch.setattr(verify, "feature_errors", lambda *_, **__: wrong)
-    status, _, err = run_tool("convert", torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify")
+    status, _, err = run_tool("convert", torchvision_file("resnet18"), tmp_path / "out.pkl")
     assert status == 1
     assert "the features of resnet18.pth and of what was made from it differ (res5 by 3.0e-01)" in err
     assert not list(tmp_path.iterdir())
@@ -204,7 +204,7 @@ def test_without_detectron2_it_says_how_to_install_it(
     monkeypatch.setenv("DETECTRON2_DATASETS", "")  # the demo sets it: to be put back afterwards
     arguments = {
         "train": ["--config-file", "x.yaml"],
-        "convert": [torchvision_file("resnet18"), tmp_path / "out.pkl", "--verify"],
+        "convert": [torchvision_file("resnet18"), tmp_path / "out.pkl"],
         "demo": ["--output", tmp_path / "demo"],
         "evaluate": ["detector", "config.yaml", "model_final.pth", "--output", tmp_path / "robustness"],
         "predict": [ROOT / "README.md", "--weights", tmp_path, "--output", tmp_path / "predictions"],

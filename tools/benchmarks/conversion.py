@@ -31,14 +31,14 @@ class Conversion(Work):
 
     @property
     def remark(self) -> str:
-        return "`tools/convert_backbone.py` as a process of its own, start and imports included, without `--verify`."
+        return "`tools/convert_backbone.py` as a process of its own, start and imports included, with `--no-verify`."
 
     def measure(self) -> dict[str, Any]:
         self.output.mkdir(parents=True, exist_ok=True)
         source, target = self.output / "resnet50.pth", self.output / "resnet50.pkl"
         torch.save(build_backbone(BackboneSpec("resnet50", 1000)).state_dict(), source)
         empty = [sys.executable, "-c", "import torch, torchvision"]
-        convert = [sys.executable, str(TOOLS / "convert_backbone.py"), str(source), str(target)]
+        convert = [sys.executable, str(TOOLS / "convert_backbone.py"), str(source), str(target), "--no-verify"]
         commands = {"importing torch and torchvision alone": empty, "conversion": convert}
         rows: dict[str, dict[str, Any]] = {
             name: {"way": name, "wall": [], "seconds": [], "megabytes": []} for name in commands
