@@ -96,6 +96,8 @@ class DetectorOptions(DeviceOptions):
     """Only so many annotated images; a greater limit takes the same ones and more."""
     seed: int = 0
     """Of the corruptions and of what --limit takes."""
+    allow_unverified_detector: bool = False
+    """Take a detector of plain Detectron2, fed as the configuration says; the records mark it."""
     jobs: int = 1
     """Processes that each evaluate a cell, one a GPU where there are several; results do not depend on it."""
 
@@ -186,6 +188,7 @@ def detector(options: DetectorOptions) -> int:
         device=options.device,
         jobs=options.jobs,
         workers=options.workers,
+        allow_unverified=options.allow_unverified_detector,
     )
     names = record.config["cells"]
     print(f"{record.dataset}, {record.config['images']} images, {len(names)} cells in {record.seconds:.0f} s")

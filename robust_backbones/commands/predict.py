@@ -3,7 +3,8 @@
 Example, the detector of `robust-backbones demo` on the images it was evaluated on:
     robust-backbones predict demo_output/data/shapes/val --weights demo_output/robust/detector --output predictions
 
-RUN is the OUTPUT_DIR of `robust-backbones train`, with config.yaml and model_final.pth, or another .pth file in it.
+RUN is the OUTPUT_DIR of `robust-backbones train`, with config.yaml and model_final.pth, or another .pth file in it;
+with --allow-unverified-detector also one of plain Detectron2, or --config-file and a file of its model zoo.
 OUTPUT gets NAME.jpg for each image, with the boxes, masks and class names of what scores at least --min-score, and
 coco_results.json with all that was found, in pixels of the image, for pycocotools' COCO.loadRes. There image_id is
 the number that an image's name is, as COCO's are; if some name is no number, images count from 1 as they are given.
@@ -33,7 +34,12 @@ def main(arguments: list[str]) -> int:
     from robust_backbones.detection.predictor import Predictor
     from robust_backbones.detection.visualize import draw_objects, objects_in, read_rgb, write_picture
 
-    predictor = Predictor(options.weights, device=options.device)
+    predictor = Predictor(
+        options.weights,
+        config_file=options.config_file,
+        device=options.device,
+        allow_unverified=options.allow_unverified_detector,
+    )
     hidden = None if len(images) > 1 else True  # tqdm shows itself in a terminal when None
     for image in tqdm(images, "checking images", unit="img", disable=hidden, leave=False):
         read_rgb(image)  # a broken one is found before the first is written
@@ -57,6 +63,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of .jpg and .png")
     parser.add_argument("--weights", type=Path, required=True, metavar="RUN", help="the detector, see above")
+    parser.add_argument("--config-file", type=Path, help="the detector's (default: config.yaml beside its weights)")
+    parser.add_argument("--allow-unverified-detector", action="store_true", help="take a detector of plain Detectron2")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")
     parser.add_argument("--min-score", type=float, default=0.5, help="of what is drawn, in [0, 1] (default 0.5)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=DEVICE)

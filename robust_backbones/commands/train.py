@@ -77,6 +77,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any")
     add("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
     add("--allow-partial-backbone", action="store_true", help="leave tensors that MODEL.WEIGHTS lacks random")
+    add("--allow-unverified-detector", action="store_true", help="take a detector of plain Detectron2 as MODEL.WEIGHTS")
     add("--reference-eval", action="store_true", help="COCO AP by pycocotools: slower, the same numbers")
     add("--num-gpus", type=int, default=1, help="processes on this machine, one a GPU (or on CPUs)")
     add("--num-machines", type=int, default=1)
@@ -101,6 +102,7 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
 
     cfg = load_config(options.config_file, [*own_sets(options), *options.opts], classes=0)
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone
+    cfg.MODEL.ALLOW_UNVERIFIED |= options.allow_unverified_detector
     cfg.TEST.REFERENCE_EVAL |= options.reference_eval
     cfg = scale_to_processes(cfg, num_gpus=options.num_gpus, num_machines=options.num_machines)
     register_datasets(cfg)

@@ -13,10 +13,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import ResNet
-from torch import nn
+from torch import Tensor, nn
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, metadata_in
-from robust_backbones.checkpoint.format import save_tensors
+from robust_backbones.checkpoint.format import save_tensors, sha256
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.zoo import PREFIX
 from robust_backbones.errors import InputError
@@ -26,6 +26,7 @@ from robust_backbones.runs.identity import flat
 
 _METADATA = "backbone_metadata"
 _UNFILLED = "unfilled_backbone_tensors"
+_UNVERIFIED = "unverified_detector"
 # These use the file's four tensors as they are; with GN or LN the shapes fit too, and the features are others.
 _BATCH_NORMS = ("FrozenBN", "SyncBN", "BN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 _HOW_TO_CONVERT = "convert it with `robust-backbones convert SRC DST.pkl` and give the .pkl"
@@ -53,6 +54,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
         self.metadata: BackboneMetadata | None = None
         self.unfilled: list[str] = []
         """Backbone tensors that no file filled, which MODEL.BACKBONE.ALLOW_PARTIAL let through; they are random."""
+        self.unverified: dict[str, str] | None = None
+        """Which plain detector MODEL.ALLOW_UNVERIFIED let through: its ``source`` and ``source_sha256``."""
         self._path = Path()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -61,8 +64,9 @@ class BackboneCheckpointer(DetectionCheckpointer):
             path = self.path_manager.get_local_path(path) if path.startswith(PREFIX) else path
             self._path = Path(path)
             if not self._path.is_file():
+                mend = "check MODEL.WEIGHTS, or make them with `robust-backbones convert`"
                 raise InputError(
-                    f"no weights at {path}: check MODEL.WEIGHTS, or make them with `robust-backbones convert`"
+                    f"no weights at {path}: {'download the file and give its path' if '://' in path else mend}"
                 )
         elif self.whole_detector:
             raise InputError("a trained detector is needed here: give MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
@@ -87,6 +91,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
             content[_METADATA] = self.metadata.to_dict()
         if self.unfilled:
             content[_UNFILLED] = self.unfilled
+        if self.unverified is not None:
+            content[_UNVERIFIED] = self.unverified
         if resumable:
             content |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
         save_tensors(Path(self.save_dir) / f"{name}.pth", content)
@@ -96,6 +102,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
     def provenance(self) -> tuple[dict[str, Any], str | None]:
         """What records say of the backbone, and its threat model; None where its source did not say."""
         backbone: dict[str, Any] = {"unfilled_tensors": self.unfilled} if self.unfilled else {}
+        backbone |= {_UNVERIFIED: self.unverified} if self.unverified else {}
         if self.metadata is None:
             return backbone, None
         origin = {"source": self.metadata.source, "source_sha256": self.metadata.source_sha256}
@@ -120,12 +127,29 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if filename.endswith(".safetensors") and self.metadata is not None:
             tensors = {name: tensor for name, tensor in content.items() if name != METADATA}
             content = {"model": tensors, "matching_heuristics": True}
+        if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
+            content = {"model": content}  # a state_dict() alone
         if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
             raise InputError(f"{self._path} holds no Detectron2 weights: {_HOW_TO_CONVERT}")
         self.unfilled = list(content.pop(_UNFILLED, []))
+        self.unverified = content.pop(_UNVERIFIED, None)
         if self.metadata is None and not self.cfg.MODEL.BACKBONE.FROM_SCRATCH:
-            raise InputError(f"{self._path} does not say what backbone it holds: {_HOW_TO_CONVERT}")
+            self._check_unverified(content["model"])
         return content
+
+    def _check_unverified(self, tensors: dict[str, Any]) -> None:
+        """Note a detector of plain Detectron2; InputError unless it is one and is allowed."""
+        rest = [name for name in tensors if not name.startswith(("backbone.", "pixel_"))]
+        if not rest or len(rest) == len(tensors):
+            raise InputError(f"{self._path} does not say what backbone it holds: {_HOW_TO_CONVERT}")
+        feeding = "the configuration's PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT"
+        if not self.cfg.MODEL.ALLOW_UNVERIFIED:
+            raise InputError(
+                f"{self._path} is a detector that does not name its backbone: give --allow-unverified-detector "
+                f"(MODEL.ALLOW_UNVERIFIED True) if {feeding} are those that it was trained with"
+            )
+        self.unverified = self.unverified or {"source": self._path.name, "source_sha256": sha256(self._path)}
+        self.logger.warning(f"{self._path} is an unverified detector: nothing shows that {feeding} are its own")
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         if self.metadata is not None:

@@ -66,23 +66,33 @@ def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume and not whole_detector)
 
 
-def read_run(run: str | Path, *, device: str | None = None) -> tuple[CfgNode, Path]:
+def read_run(
+    run: str | Path,
+    *,
+    config_file: str | Path | None = None,
+    device: str | None = None,
+    allow_unverified: bool = False,
+) -> tuple[CfgNode, Path]:
     """The configuration of a training run, with OUTPUT_DIR where it is now and for ``device``, and its weights.
 
-    ``run`` and ``device`` as in ``Predictor``; InputError if there is no configuration or no weights.
+    All as in ``Predictor``; InputError if there is no configuration or no weights.
     """
     run = Path(run)
     if not run.exists():
         raise InputError(f"no run at {run}: give the OUTPUT_DIR of a training run, or a .pth file in it")
     folder, weights = (run, run / "model_final.pth") if run.is_dir() else (run.parent, run)
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"no config.yaml in {folder}: give the OUTPUT_DIR of a training run, or a .pth file in it")
+    if not (config_file or (folder / "config.yaml").is_file()):
+        raise InputError(
+            f"no config.yaml in {folder}: give the OUTPUT_DIR of a training run, or a .pth file in it, or the "
+            "detector's configuration (--config-file)"
+        )
     if not weights.is_file():
         raise InputError(f"no model_final.pth in {folder}: finish its training, or give another .pth file in it")
     # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
     overrides = ["OUTPUT_DIR", folder, "SOLVER.AMP.ENABLED", False]
     overrides += ["MODEL.DEVICE", device] if device else []
-    return load_config(folder / "config.yaml", overrides), weights
+    overrides += ["MODEL.ALLOW_UNVERIFIED", True] if allow_unverified else []
+    return load_config(config_file or folder / "config.yaml", overrides), weights
 
 
 class Predictor:
@@ -91,15 +101,24 @@ class Predictor:
     ``categories`` are its classes in COCO's format, ``metadata`` the same for ``visualize.draw_objects``.
 
     Args:
-        run: The OUTPUT_DIR of a training run, for its model_final.pth, or another .pth file in one.
+        run: The OUTPUT_DIR of a training run, for its model_final.pth, or another .pth or .pkl file.
+        config_file: The detector's configuration; by default config.yaml in the folder of its file.
         device: ``cpu`` or ``cuda``; by default the run's, or the CPU where there is no GPU.
+        allow_unverified: Take a detector of plain Detectron2, which does not say what its backbone is.
 
     Raises:
         InputError: there is no configuration or no weights, or they do not fit each other.
     """
 
-    def __init__(self, run: str | Path, *, device: str | None = None) -> None:
-        self.cfg, weights = read_run(run, device=device)
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        config_file: str | Path | None = None,
+        device: str | None = None,
+        allow_unverified: bool = False,
+    ) -> None:
+        self.cfg, weights = read_run(run, config_file=config_file, device=device, allow_unverified=allow_unverified)
         detector = load_detector(self.cfg, weights)
         self.model, self.categories = detector.model, detector.categories
         self.metadata = Metadata(thing_classes=[category["name"] for category in self.categories])

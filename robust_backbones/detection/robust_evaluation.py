@@ -44,6 +44,7 @@ def evaluate_detector(
     device: str = "cpu",
     jobs: int = 1,
     workers: int = 2,
+    allow_unverified: bool = False,
 ) -> RunRecord:
     """Measure a detector on the clean images and in every cell; cells that ``output`` holds already are not run again.
 
@@ -62,6 +63,7 @@ def evaluate_detector(
         device: ``cpu`` or ``cuda``, where the jobs are spread over all GPUs.
         jobs: processes that each evaluate a cell; a CPU's cores are theirs to share (OMP_NUM_THREADS).
         workers: processes of each job that decode and corrupt images; neither changes any result.
+        allow_unverified: take a detector of plain Detectron2, which does not say what its backbone is; the records do.
 
     Raises:
         InputError: what is given does not fit together, or ``output`` holds something else.
@@ -72,6 +74,7 @@ def evaluate_detector(
         raise InputError(f"{jobs} jobs with {workers} workers cannot work: give at least one job and no fewer workers")
     # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
     cfg = load_config(config_file, ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", False])
+    cfg.MODEL.ALLOW_UNVERIFIED |= allow_unverified
     if len(cfg.DATASETS.TEST) != 1:
         raise InputError(f"{config_file} has {len(cfg.DATASETS.TEST)} sets in DATASETS.TEST: leave it the one to use")
     if any(isinstance(cell, CorruptionCell) and cell.severity for cell in cells):
