@@ -48,14 +48,19 @@ class RecordedRun:
 def find_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
     """Every record.json in these folders, however deep, and every record in a report's records.jsonl, each once.
 
+    Such a file may also be given itself.
+
     Raises:
         InputError: a folder is missing or holds no record; a file is no record.
     """
     found: dict[Path, RecordedRun] = {}
     for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise InputError(f"no folder {folder}: give folders of runs")
-        paths, collected = sorted(folder.rglob("record.json")), sorted(folder.rglob(RECORDS))
+        if folder.is_file() and folder.name in ("record.json", RECORDS):
+            paths, collected = ([], [folder]) if folder.name == RECORDS else ([folder], [])
+        elif folder.is_dir():
+            paths, collected = sorted(folder.rglob("record.json")), sorted(folder.rglob(RECORDS))
+        else:
+            raise InputError(f"no folder {folder}: give folders of runs, or their record.json or {RECORDS}")
         if not paths and not collected:
             raise InputError(f"no record.json in {folder}: give folders of finished runs")
         for path in paths:

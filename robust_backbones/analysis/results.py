@@ -204,7 +204,7 @@ def conclude(compared: Mapping[str, Sequence[Comparison | None]]) -> tuple[str, 
     for what, ones in compared.items():
         differences = [one.difference for one in ones if one and one.difference is not None]
         if differences:
-            low, high = (f"{reduce(differences):+.1f}" for reduce in (min, max))
+            low, high = (f"{reduce(differences):+z.2f}" for reduce in (min, max))
             own = Counter(one.verdict if one else "without a standard backbone" for one in ones)
             counted = ", ".join(f"{count} {name}" for name, count in own.items())
             parts.append(f"{what} {low if low == high else f'{low} to {high}'} ({counted})")

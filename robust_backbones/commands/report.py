@@ -4,9 +4,9 @@ Examples:
     robust-backbones report runs/study --output report
     robust-backbones report runs/voc_standard runs/voc_robust --output report --pictures 4
 
-Every record.json in the folders, however deep, is read. Runs that differ in backbone and seed alone are compared:
-mean, spread and interval over seeds, paired tests against the standard backbone with Holm's correction, effect size,
-and a sentence each. OUTPUT gets report.html, tables/*.{md,csv,tex} and figures/*.{svg,png,csv}.
+Every record.json and records.jsonl in the folders, however deep, is read. Runs that differ in backbone and seed alone
+are compared: mean, spread and interval over seeds, paired tests against the standard backbone with Holm's correction,
+effect size, and a sentence each. OUTPUT gets report.html, tables/*.{md,csv,tex} and figures/*.{svg,png,csv}.
 --pictures N also draws what the standard and the best robust detector find in the first N test images; this needs
 Detectron2, the runs' weights, and DETECTRON2_DATASETS as in training.
 Exit status: 0 done, 2 bad input. --debug shows tracebacks.
@@ -29,7 +29,7 @@ from robust_backbones.errors import InputError
 @dataclass
 class Arguments:
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs."""
+    """Folders of runs; a record.json or a report's records.jsonl."""
     output: Path
     """Folder for the report."""
     title: str = "Do robust backbones transfer better?"
