@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Checkpoint:
     """What the file puts before the names of ``state_dict``."""
     left_out: tuple[str, ...] = ()
     """Tensors of the file that are not the network's, by the file's names."""
+    path: Path | None = field(default=None, compare=False)
+    """The file, where the proof finds what its makers' own code needs."""
 
     def build(self) -> nn.Module:
         """The network with these weights, in eval mode."""

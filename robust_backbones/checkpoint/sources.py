@@ -229,6 +229,7 @@ def _read(content: dict[str, Any], path: Path, layout: str, statement: Statement
         normalization=who,
         prefix=prefix,
         left_out=tuple(name for name in tensors if name not in names),
+        path=path,
     )
 
 
