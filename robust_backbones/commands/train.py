@@ -95,9 +95,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     """The configuration, after every check, and whether its run has finished before; nothing has been written yet."""
     from robust_backbones.detection.config import load_config
-    from robust_backbones.detection.datasets import check_datasets, derive_classes, register_datasets
+    from robust_backbones.detection.datasets import check_datasets, derive_classes, number_of_classes, register_datasets
     from robust_backbones.detection.launch import is_first_process, scale_to_processes
-    from robust_backbones.detection.predictor import check_weights
+    from robust_backbones.detection.predictor import check_weights, classes_in
     from robust_backbones.detection.run_folder import check_folder
 
     cfg = load_config(options.config_file, [*own_sets(options), *options.opts], classes=0)
@@ -106,7 +106,8 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     cfg.TEST.REFERENCE_EVAL |= options.reference_eval
     cfg = scale_to_processes(cfg, num_gpus=options.num_gpus, num_machines=options.num_machines)
     register_datasets(cfg)
-    derive_classes(cfg, eval_only=options.eval_only)
+    known = classes_in(cfg.MODEL.WEIGHTS) if options.eval_only and not number_of_classes(cfg) else 0
+    derive_classes(cfg, eval_only=options.eval_only, known=known)
     finished = not options.eval_only and check_folder(cfg, resume=options.resume)
     if is_first_process() and not finished:
         for sentence in check_datasets(cfg, eval_only=options.eval_only):

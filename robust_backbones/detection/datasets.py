@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,8 @@ from robust_backbones.errors import InputError
 
 Items = list[dict[str, Any]]
 """Images and their objects, in Detectron2's standard format."""
+SHOWN_CLASSES = "ap_over_shown_classes"
+"""Metadata of a set in VOC's format: whether its AP leaves out classes that it does not show, as COCO's does."""
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -52,7 +56,7 @@ def register_datasets(cfg: CfgNode) -> None:
         load = partial(_load_voc, folder, split, classes)
         # By area under the curve, as VOC since 2010.
         about = {"dirname": folder, "split": split, "year": 2012, "thing_classes": classes}
-        _register(name, load, evaluator_type="pascal_voc", **about)
+        _register(name, load, evaluator_type="pascal_voc", **about, **{SHOWN_CLASSES: True})
 
 
 def _register(name: str, load: Callable[[], Items], *, evaluator_type: str = "coco", **metadata: Any) -> None:
@@ -148,25 +152,27 @@ def number_of_classes(cfg: CfgNode) -> int:
     return int(cfg.MODEL[classes_key(cfg).split(".")[1]].NUM_CLASSES)
 
 
-def derive_classes(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Set NUM_CLASSES, where it is 0 because nobody gave it, to that of the first data set."""
+def derive_classes(cfg: CfgNode, *, eval_only: bool = False, known: int = 0) -> None:
+    """Set NUM_CLASSES, where it is 0 because nobody gave it, to ``known`` or that of the first data set."""
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     for part in ("ROI_HEADS", "RETINANET"):
         node = cfg.MODEL[part]
         if node.NUM_CLASSES == 0:
             used = f"MODEL.{part}.NUM_CLASSES" == classes_key(cfg) and names
-            node.NUM_CLASSES = len(class_names(names[0])) if used else 80
+            node.NUM_CLASSES = (known or len(class_names(names[0]))) if used else 80
 
 
 def match_classes(names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Register sets again with their classes in the order of ``wanted``, where it differs; ids play no part.
+    """Register sets again with the classes ``wanted``, in this order, where theirs differ; ids play no part.
+
+    A class that a set lacks has no object in it, and its AP is not defined.
 
     Raises:
         InputError: a set has other classes.
     """
     for name in names:
         found = class_names(name)
-        check_same_names(name, found, wanted)
+        check_names(name, found, wanted, all_of_them=False)
         if found == list(wanted):
             continue
         items: Items = copy.deepcopy(DatasetCatalog.get(name))
@@ -178,19 +184,24 @@ def match_classes(names: Sequence[str], wanted: Sequence[str]) -> None:
         if numbers := metadata.get("thing_dataset_id_to_contiguous_id"):
             metadata["thing_dataset_id_to_contiguous_id"] = {key: places[place] for key, place in numbers.items()}
         metadata |= {"thing_classes": list(wanted), "name": name}
+        metadata[SHOWN_CLASSES] = metadata.get(SHOWN_CLASSES, False) or len(found) < len(wanted)
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
         DatasetCatalog.register(name, partial(list, items))
         MetadataCatalog.get(name).set(**metadata)
 
 
-def check_same_names(name: str, found: Sequence[str], wanted: Sequence[str]) -> None:
-    """Refuse a set whose classes cannot be matched by name."""
-    if sorted(found) != sorted(wanted) or len(set(found)) != len(found):
-        raise InputError(
-            f"{name} has the classes {_listed(found)}, but {_listed(wanted)} are wanted: give them the same names "
-            "(ids and order do not matter)"
-        )
+def check_names(name: str, found: Sequence[str], wanted: Sequence[str], *, all_of_them: bool) -> None:
+    """Refuse a set whose classes are not ``wanted``, or not among them, whatever their order."""
+    if twice := [title for title, count in Counter(found).items() if count > 1]:
+        raise InputError(f"{name} has two classes called {twice[0]!r}: rename one of them")
+    if unknown := [title for title in found if title not in wanted]:
+        mend = f"{_listed(unknown)} cannot be matched; rename or remove what differs (ids and order do not matter)"
+    elif missing := [title for title in wanted if all_of_them and title not in found]:
+        mend = f"its objects of {_listed(missing)} would be background in training; annotate them, or leave it out"
+    else:
+        return
+    raise InputError(f"{name} has the classes {_listed(found)}, but {_listed(wanted)} are wanted: {mend}")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -200,12 +211,13 @@ def _listed(names: Sequence[str]) -> str:
 def categories(dataset: str) -> list[dict[str, Any]]:
     """COCO's categories of a registered set, in the order of a detector's classes: ``[{"id": 1, "name": "cat"}, ...]``.
 
-    A set without category ids of its own counts from 1; one that is not registered has none.
+    A class without an id of its own gets one that no other has, from 1; a set that is not registered has no classes.
     """
     metadata = MetadataCatalog.get(dataset) if dataset in DatasetCatalog else Metadata()
     ids = {place: number for number, place in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
+    unused = itertools.count(max(ids.values(), default=0) + 1)
     names = enumerate(metadata.get("thing_classes", []))
-    return [{"id": ids.get(place, place + 1), "name": name} for place, name in names]
+    return [{"id": ids[place] if place in ids else next(unused), "name": name} for place, name in names]
 
 
 def annotated_set(name: str) -> AnnotatedSet | None:
@@ -255,14 +267,18 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
         raise InputError(f"the configuration names no data set: set DATASETS.{'TEST' if eval_only else 'TRAIN'}")
     names = list(dict.fromkeys(names))
     sentences = [sentence for name in names for sentence in _check(name, cfg, eval_only=eval_only)]
-    for name in names[1:]:
-        check_same_names(name, class_names(name), class_names(names[0]))
-    count = len(class_names(names[0]))
-    if count != number_of_classes(cfg):
-        mend = f"give {classes_key(cfg)} {count}, or leave it out"
-        if not count:
-            mend = f"name them in MetadataCatalog.get({names[0]!r}).thing_classes"
-        raise InputError(f"{names[0]} has {count} classes but {classes_key(cfg)} is {number_of_classes(cfg)}: {mend}")
+    wanted = class_names(names[0])
+    for name in names:
+        found = class_names(name)
+        if not found:
+            raise InputError(f"{name} has no classes: name them in MetadataCatalog.get({name!r}).thing_classes")
+        # A detector that is only evaluated has classes of its own, with which TrainedDetector compares.
+        check_names(name, found, found if eval_only else wanted, all_of_them=name in cfg.DATASETS.TRAIN)
+    if not eval_only and len(wanted) != number_of_classes(cfg):
+        key, count = classes_key(cfg), len(wanted)
+        raise InputError(
+            f"{names[0]} has {count} classes but {key} is {number_of_classes(cfg)}: give {key} {count}, or leave it out"
+        )
     return sentences
 
 

@@ -31,7 +31,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from robust_backbones.data.annotations import box_polygon, usable_mask, voc_names
-from robust_backbones.detection.datasets import categories, evaluator_kind
+from robust_backbones.detection.datasets import SHOWN_CLASSES, categories, evaluator_kind
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
@@ -135,7 +135,12 @@ def ground_truth(dataset_name: str) -> COCO:
     metadata = MetadataCatalog.get(dataset_name)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         if "json_file" in metadata.as_dict():
-            return COCO(PathManager.get_local_path(metadata.json_file))
+            coco = COCO(PathManager.get_local_path(metadata.json_file))
+            # Those that ``match_classes`` added have no ground truth.
+            added = [row for row in categories(dataset_name) if row["id"] not in coco.cats]
+            coco.dataset["categories"] = [*coco.dataset.get("categories", []), *added]
+            coco.cats |= {row["id"]: row for row in added}
+            return coco
         dataset = convert_to_coco_dict(dataset_name)
         if "thing_dataset_id_to_contiguous_id" not in metadata.as_dict():  # then Detectron2 counts from 0
             for row in dataset.get("annotations", []):
@@ -234,6 +239,7 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
 
     def __init__(self, dataset_name: str) -> None:
         super().__init__(dataset_name)
+        self._leaves_out = MetadataCatalog.get(dataset_name).get(SHOWN_CLASSES, False)
         self.reset()
 
     def reset(self) -> None:
@@ -250,7 +256,8 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
 
         ``bbox`` is by 11 points for VOC 2007, with ``bbox-area`` as the other, and by area for later years, with
         ``bbox-11point``. ``AP-<class name>`` is the mean over the ten IoU thresholds; all are 0 to 100. For a class
-        without ground truth Detectron2 has 0 by 11 points, and by area NaN, or 0 where nothing is found either.
+        without ground truth Detectron2 has 0 by 11 points, and by area NaN, or 0 where nothing is found either. Means
+        of sets with ``SHOWN_CLASSES`` leave such a class out, and its AP is NaN.
         """
         gathered = comm.gather(dict(self._predictions), dst=0)
         if not comm.is_main_process():
@@ -264,7 +271,10 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
             lines = [line.rsplit(" ", 5) for predictions in gathered for line in predictions.get(number, ())]
             # Which of two equal scores counts first depends on the order of the lines.
             lines.sort(key=lambda words: order[words[0]])
-            aps.append(_class_aps(lines, {image: rows[name] for image, rows in objects.items() if name in rows}))
+            shown = {image: rows[name] for image, rows in objects.items() if name in rows}
+            aps.append(_class_aps(lines, shown))
+            if self._leaves_out and not any((rows[:, 4] == 0).any() for rows in shown.values()):
+                aps[-1] = [(math.nan, math.nan)] * len(aps[-1])
 
         metrics = {}
         for column, (metric, title) in enumerate(_VOC_METRICS.items()):
@@ -286,7 +296,8 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
 
     def _summary(self, aps: Array) -> dict[str, float]:
         """``aps``: (classes, IoU thresholds), 0 to 100."""
-        means = [np.mean(column) for column in aps.T]
+        counted = aps[~np.isnan(aps).all(1)] if self._leaves_out else aps
+        means = [np.mean(column) for column in counted.T]
         metrics = {"AP": np.mean(means), "AP50": means[0], "AP75": means[5]}
         metrics |= {f"AP-{name}": np.mean(row) for name, row in zip(self._class_names, aps, strict=True)}
         return {name: float(value) for name, value in metrics.items()}

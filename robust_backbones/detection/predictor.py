@@ -15,10 +15,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
+from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.data.annotations_images import check_image
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.datasets import categories, match_classes, number_of_classes
+from robust_backbones.detection.datasets import categories, class_names, match_classes, number_of_classes
 from robust_backbones.detection.roi_heads import use_float32_boxes
 from robust_backbones.errors import InputError
 
@@ -44,10 +45,21 @@ class TrainedDetector:
     """The backbone's; None where its source did not say."""
 
     def match_classes(self, datasets: Sequence[str]) -> None:
-        """As ``datasets.match_classes``, to the names of its own classes, if its file has any."""
+        """As ``datasets.match_classes``, to the names of its own classes; if its file has none, their number counts."""
         names = [category["name"] for category in self.categories]
-        if names != [f"class {number}" for number in range(len(names))]:
+        if names != _nameless(len(names)):
             match_classes(datasets, names)
+            return
+        for dataset in datasets:
+            if (count := len(class_names(dataset))) != len(names):
+                raise InputError(
+                    f"{dataset} has {count} classes but the detector {len(names)}, whose names its file does not say: "
+                    "evaluate it on a set of its own classes"
+                )
+
+
+def _nameless(count: int) -> list[str]:
+    return [f"class {number}" for number in range(count)]
 
 
 def load_detector(cfg: CfgNode, weights: str | Path) -> TrainedDetector:
@@ -63,7 +75,19 @@ def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
     checkpointer = BackboneCheckpointer(build_model(cfg), cfg.OUTPUT_DIR, cfg=cfg, whole_detector=whole_detector)
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume and not whole_detector)
+    content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume and not whole_detector)
+    if whole_detector:
+        known = categories_of(content, cfg, cfg.MODEL.WEIGHTS)
+        TrainedDetector(checkpointer.model, known, {}, None).match_classes(cfg.DATASETS.TEST)
+
+
+def classes_in(weights: str) -> int:
+    """How many classes a detector's file names; 0 where it says nothing or is none, which loading it will tell."""
+    try:
+        named = read_file(Path(weights)).get("categories")
+    except InputError:
+        return 0
+    return len(named) if isinstance(named, list) else 0
 
 
 def read_run(
@@ -121,7 +145,8 @@ class Predictor:
         self.cfg, weights = read_run(run, config_file=config_file, device=device, allow_unverified=allow_unverified)
         detector = load_detector(self.cfg, weights)
         self.model, self.categories = detector.model, detector.categories
-        self.metadata = Metadata(thing_classes=[category["name"] for category in self.categories])
+        self.class_names = [category["name"] for category in self.categories]
+        self.metadata = Metadata(thing_classes=self.class_names)
         self._mapper = DatasetMapper(self.cfg, is_train=False)
 
     @torch.no_grad()
@@ -141,7 +166,7 @@ def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: str | Path) ->
     """A detector's classes in the order of its outputs, in COCO's format: ``[{"id": 1, "name": "person"}, ...]``.
 
     They are what ``content``, the file at ``path`` without its weights, says; if it does not, what Detectron2 knows of
-    the data set that it was evaluated on; else they have no names and count from 1.
+    the data sets that it was trained or evaluated on; else they have no names and count from 1.
 
     Raises:
         InputError: the file's categories are no categories, or of another number than the detector's.
@@ -160,5 +185,7 @@ def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: str | Path) ->
                 "give a .pth file of the same run as its config.yaml"
             )
         return rows
-    known = categories(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else []
-    return known if len(known) == count else [{"id": i + 1, "name": f"class {i}"} for i in range(count)]
+    for dataset in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        if len(known := categories(dataset)) == count:
+            return known
+    return [{"id": number, "name": name} for number, name in enumerate(_nameless(count), 1)]

@@ -16,7 +16,7 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from numpy.typing import NDArray
 
-from robust_backbones.detection.datasets import check_datasets, register_datasets
+from robust_backbones.detection.datasets import check_datasets, class_names, match_classes, register_datasets
 from robust_backbones.detection.predictor import Predictor
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
@@ -42,13 +42,26 @@ def draw_side_by_side(
     register_datasets(cfg)
     check_datasets(cfg, eval_only=True)
     dataset = cfg.DATASETS.TEST[0]
+    if {*class_names(dataset)} < {*(names := predictors[next(iter(runs))].class_names)}:
+        match_classes([dataset], names)
+    classes = class_names(dataset)
     rows = []
     for item in [item for item in DatasetCatalog.get(dataset) if item["annotations"]][:images]:
         file = item["file_name"]
-        found = {name: objects_in(predict(file), min_score=min_score) for name, predict in predictors.items()}
+        found = {
+            name: _in_order_of(classes, predict.class_names, objects_in(predict(file), min_score=min_score))
+            for name, predict in predictors.items()
+        }
         rows.append(_panels(file, {"ground truth": item["annotations"], **found}, MetadataCatalog.get(dataset)))
     widest = max(row.shape[1] for row in rows)
     write_picture(output, np.vstack([np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0))) for row in rows]))
+
+
+def _in_order_of(classes: list[str], names: list[str], objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Objects of a detector of the classes ``names``, numbered as ``classes`` where these are the same ones."""
+    if sorted(names) != sorted(classes):
+        return objects
+    return [{**item, "category_id": classes.index(names[item["category_id"]])} for item in objects]
 
 
 def ground_truth_beside_detections(

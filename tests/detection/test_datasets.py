@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
+from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_tools
+from pycocotools.coco import COCO
 
 from robust_backbones.configs import CONFIG_DIR
 from robust_backbones.detection.config import load_config
@@ -21,11 +24,13 @@ from robust_backbones.detection.data_stream import _MaskMapper
 from robust_backbones.detection.datasets import (
     categories,
     check_datasets,
+    class_names,
     derive_classes,
     match_classes,
     number_of_classes,
     register_datasets,
 )
+from robust_backbones.detection.evaluators import CocoEvaluator, coco_metrics
 from robust_backbones.errors import InputError
 
 Change = Callable[[dict[str, Any]], None]
@@ -206,6 +211,79 @@ def test_what_cannot_be_matched_is_refused_with_both_lists(cfg: CfgNode, tmp_pat
     ]
     assert "'unicorn'" in told
     assert all(repr(name) in told for name in names)
+
+
+def without(name: str) -> Change:
+    def edit(content: dict[str, Any]) -> None:
+        (gone,) = (row["id"] for row in content["categories"] if row["name"] == name)
+        content["categories"] = [row for row in content["categories"] if row["id"] != gone]
+        content["annotations"] = [row for row in content["annotations"] if row["category_id"] != gone]
+
+    return edit
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_class_that_the_test_set_lacks_has_no_ground_truth(cfg: CfgNode, tmp_path: Path, place: int) -> None:
+    """AP over the other classes, equal to pycocotools on a file that lists the class without an object."""
+    named_objects("shapes_train")
+    classes = MetadataCatalog.get("shapes_train").thing_classes
+    change(tmp_path, rotated, "val")
+    change(tmp_path, without(classes[place]), "val")
+    register_datasets(cfg)
+    assert check_datasets(cfg) == []
+    match_classes(["shapes_train", "shapes_val"], classes)
+    assert [row["name"] for row in categories("shapes_val")] == classes
+    evaluator = CocoEvaluator("shapes_val", ["bbox"])
+    truth = json.loads((tmp_path / "shapes/annotations/instances_val.json").read_text())
+    truth["categories"].append({"id": 999, "name": classes[place]})
+    ids = {row["name"]: row["id"] for row in truth["categories"]}
+    results, rng = [], np.random.default_rng(0)
+    for image in truth["images"]:
+        rows = [row for row in truth["annotations"] if row["image_id"] == image["id"]]
+        boxes = np.array([row["bbox"] for row in rows]).reshape(-1, 4) + rng.normal(0, 2, (len(rows), 4))
+        numbers = rng.integers(0, 4, len(rows))
+        found = Instances((image["height"], image["width"]))
+        found.pred_boxes = Boxes(torch.tensor(np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])).float())
+        found.scores, found.pred_classes = torch.tensor(rng.random(len(rows))), torch.tensor(numbers)
+        evaluator.process([{"image_id": image["id"]}], [{"instances": found}])
+        results += [
+            {"image_id": image["id"], "category_id": ids[classes[number]], "bbox": box.tolist(), "score": float(score)}
+            for number, box, score in zip(numbers, boxes, found.scores, strict=True)
+        ]
+    meant = COCO()
+    meant.dataset = truth
+    meant.createIndex()
+    metrics = evaluator.evaluate()["bbox"]
+    expected = coco_metrics(meant, results, "bbox", reference=True)
+    assert 0 < expected["AP50"] < 100
+    assert metrics == pytest.approx(expected, abs=1e-4, nan_ok=True)  # boxes are float32
+    assert np.isnan(metrics[f"AP-{classes[place]}"])
+
+
+def test_a_class_that_training_lacks_is_refused_with_both_lists(cfg: CfgNode, tmp_path: Path) -> None:
+    whole = (tmp_path / "shapes/annotations/instances_train.json").read_text()
+    name = json.loads(whole)["categories"][1]["name"]
+    change(tmp_path, without(name))
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    told = refusal(cfg)
+    assert f"shapes_val has the classes {', '.join(map(repr, class_names('shapes_val')))}, but" in told
+    assert f"{name!r} cannot be matched" in told
+    (tmp_path / "shapes/annotations/instances_more.json").write_text(whole)
+    row = ("shapes_more", "shapes/annotations/instances_more.json", "shapes/train")
+    cfg.DATASETS.COCO_FORMAT = (*cfg.DATASETS.COCO_FORMAT, row)
+    cfg.DATASETS.TRAIN = ("shapes_more", "shapes_train")
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    register_datasets(cfg)
+    assert f"objects of {name!r} would be background" in refusal(cfg)
+
+
+def test_two_classes_of_one_name_are_refused_by_name(cfg: CfgNode, tmp_path: Path) -> None:
+    change(tmp_path, lambda content: content["categories"][1].update(name=content["categories"][0]["name"]), "val")
+    register_datasets(cfg)
+    name = class_names("shapes_train")[0]
+    for eval_only in (True, False):
+        with pytest.raises(InputError, match=f'instances_val.json.*name "{name}" is that of another row'):
+            check_datasets(cfg, eval_only=eval_only)
 
 
 @pytest.mark.parametrize("architecture", ["GeneralizedRCNN", "RetinaNet"])

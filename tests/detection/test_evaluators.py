@@ -25,6 +25,7 @@ from numpy.random import Generator, default_rng
 from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 
+from robust_backbones.detection.datasets import SHOWN_CLASSES
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator, coco_metrics
 from robust_backbones.errors import InputError
 from robust_backbones.runs.distributed import join_processes
@@ -429,19 +430,25 @@ def evaluate_voc(
 ) -> dict[str, dict[str, float]]:
     with registered(register_pascal_voc, str(folder), "test", year, classes) as name:
         evaluator = kind(name)
-        evaluator.reset()
-        for image in images or (folder / "ImageSets/Main/test.txt").read_text().split():
-            rows = [row for row in found if row[0] == image]
-            boxes = torch.tensor([row[3] for row in rows], dtype=torch.float32).reshape(-1, 4)
-            boxes[:, :2] -= 1
-            instances = Instances(
-                (300, 300),
-                pred_boxes=Boxes(boxes),
-                scores=torch.tensor([row[2] for row in rows]),
-                pred_classes=torch.tensor([row[1] for row in rows], dtype=torch.long),
-            )
-            evaluator.process([{"image_id": image}], [{"instances": instances}])
+        feed_voc(evaluator, folder, found, images)
         return evaluator.evaluate()
+
+
+def feed_voc(
+    evaluator: PascalVOCDetectionEvaluator, folder: Path, found: list[Found], images: Sequence[str] | None = None
+) -> None:
+    evaluator.reset()
+    for image in images or (folder / "ImageSets/Main/test.txt").read_text().split():
+        rows = [row for row in found if row[0] == image]
+        boxes = torch.tensor([row[3] for row in rows], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, :2] -= 1
+        instances = Instances(
+            (300, 300),
+            pred_boxes=Boxes(boxes),
+            scores=torch.tensor([row[2] for row in rows]),
+            pred_classes=torch.tensor([row[1] for row in rows], dtype=torch.long),
+        )
+        evaluator.process([{"image_id": image}], [{"instances": instances}])
 
 
 def random_voc(folder: Path, rng: Generator) -> list[Found]:
@@ -454,6 +461,24 @@ def random_voc(folder: Path, rng: Generator) -> list[Found]:
         objects[f"{number:06}"] = rows
     write_voc(folder, objects)
     return found_in_voc(folder, rng, ("bird", "cat", "dog"))
+
+
+@pytest.mark.parametrize("year", [2007, 2012])
+@pytest.mark.parametrize("seed", range(3))
+def test_voc_sets_of_ones_own_leave_out_what_they_do_not_show(tmp_path: Path, year: int, seed: int) -> None:
+    found = random_voc(tmp_path, default_rng(seed))
+    found += [(image, 3, score, box) for image, _, score, box in found[::2]]
+    shown = ["bird", "cat", "dog"]
+    expected = evaluate_voc(
+        PascalVOCDetectionEvaluator, tmp_path, year, [row for row in found if row[1] < 3], classes=shown
+    )
+    with registered(register_pascal_voc, str(tmp_path), "test", year, [*shown, "unicorn"]) as name:
+        MetadataCatalog.get(name).set(**{SHOWN_CLASSES: True})
+        evaluator = VocEvaluator(name)
+        feed_voc(evaluator, tmp_path, found)
+        metrics = evaluator.evaluate()["bbox"]
+    assert {key: metrics[key] for key in ("AP", "AP50", "AP75")} == same(dict(expected["bbox"]))
+    assert math.isnan(metrics["AP-unicorn"])
 
 
 def found_in_voc(folder: Path, rng: Generator, classes: Sequence[str]) -> list[Found]:
