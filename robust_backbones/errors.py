@@ -67,5 +67,5 @@ def check_crop(config: Any) -> None:
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Raise ``InputError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise InputError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

@@ -47,7 +47,9 @@ ARCHITECTURES: dict[str, ResNetShape | None] = {
     "resnet152": ResNetShape(152),
     "wide_resnet50_2": ResNetShape(50, width_per_group=128),
     "wide_resnet50_4": ResNetShape(50, width_per_group=256),
+    "wide_resnet101_2": ResNetShape(101, width_per_group=128),
     "resnext50_32x4d": ResNetShape(50, width_per_group=4, num_groups=32),
+    "resnext101_64x4d": ResNetShape(101, width_per_group=4, num_groups=64),
     "resnext101_32x8d": ResNetShape(101, width_per_group=8, num_groups=32),
     "densenet161": None,
     "mnasnet1_0": None,
@@ -68,8 +70,9 @@ class BackboneSpec:
     convolution of stride 1 for images of 32 pixels (He et al. 2016, section 4.2).
 
     Raises:
-        InputError: unknown architecture, stem or channel order; a classifier of no class, the cifar stem or the stride
-            in the 1x1 convolution on what cannot have it.
+        InputError: unknown architecture, stem or channel order; a mean or std that pixels in [0, 1] cannot have; a
+            classifier of no class, the cifar stem or the stride in the 1x1 convolution on what cannot have it; a value
+            of another type.
     """
 
     arch: str = "resnet50"
@@ -84,6 +87,12 @@ class BackboneSpec:
         check_choice("architecture", self.arch, ARCHITECTURES)
         check_choice("channel order", self.channel_order, ("RGB", "BGR"))
         check_choice("stem", self.stem, STEMS)
+        check_normalization(self.mean, self.std)
+        if type(self.num_classes) is not int or type(self.stride_in_1x1) is not bool:
+            raise InputError(
+                "a backbone has a whole number of classes and a stride in the 1x1 convolution that is true or false, "
+                f"got {self.num_classes!r} and {self.stride_in_1x1!r}"
+            )
         shape = self.resnet_shape
         if self.num_classes < (0 if shape else 1):
             raise InputError(f"a backbone needs at least one class, got {self.num_classes}")
@@ -129,6 +138,38 @@ class BackboneSpec:
             # A basic block does not expand its channels by 4 as a bottleneck does.
             "MODEL.RESNETS.RES2_OUT_CHANNELS": 256 if shape.has_bottlenecks else 64,
         }
+
+
+def check_normalization(mean: Any, std: Any) -> None:
+    """Raise ``InputError``, with the values that were likely meant, unless pixels in [0, 1] can have them."""
+    for name, values in (("mean", mean), ("std", std)):
+        if not (isinstance(values, (tuple, list)) and len(values) == 3 and all(map(is_number, values))):
+            raise InputError(f"the {name} of the input is three numbers, one a channel, got {values!r}")
+    in_range = all(0 <= value <= 1 for value in mean), all(0 < value <= 1 for value in std)
+    if all(in_range):
+        return
+    found = f"mean {_numbers(mean)} and std {_numbers(std)} are not those of pixels in [0, 1]"
+    raise InputError(f"{found}: {_mend(tuple(mean), tuple(std), *in_range)}")
+
+
+def _mend(mean: tuple[float, ...], std: tuple[float, ...], mean_fits: bool, std_fits: bool) -> str:
+    # With a mean in 0-255 units, a std of 1 is in these units as well: Caffe's way.
+    if not mean_fits and all(value == 1 for value in std):
+        std_fits = False
+    new_mean = mean if mean_fits else tuple(value / 255 for value in mean)
+    new_std = std if std_fits else tuple(value / 255 for value in std)
+    if all(0 <= value <= 1 for value in new_mean) and all(1e-3 < value <= 1 for value in new_std):
+        return f"divided by 255, from units of 0-255, they are --mean {_numbers(new_mean)} --std {_numbers(new_std)}"
+    return "a mean lies from 0 to 1, a std above 0 and up to 1"
+
+
+def _numbers(values: Any) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
+
+
+def is_number(value: Any) -> bool:
+    """An int or a float; True, a string or a tensor is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from robust_backbones.errors import InputError
 from robust_backbones.models import (
     ARCHITECTURES,
+    IMAGENET_MEAN,
     STEMS,
     BackboneSpec,
     NormalizedModel,
@@ -31,6 +32,8 @@ PARAMETERS = {
     "resnet152": 60_192_808,
     "wide_resnet50_2": 68_883_240,
     "resnext50_32x4d": 25_028_904,
+    "wide_resnet101_2": 126_886_696,
+    "resnext101_64x4d": 83_455_272,
     "resnext101_32x8d": 88_791_336,
     "densenet161": 28_681_000,
     "mnasnet1_0": 4_383_312,
@@ -263,8 +266,40 @@ def test_a_spec_goes_through_a_file_and_old_ones_are_read() -> None:
         ({"arch": "resnet18", "stride_in_1x1": True}, "resnet18 has no bottlenecks"),
         ({"stem": "tinyimagenet"}, "unknown stem 'tinyimagenet': choose one of imagenet, cifar"),
         ({"arch": "vgg16_bn", "stem": "cifar"}, "only a ResNet can have the cifar stem, vgg16_bn has its own"),
+        ({"arch": ["resnet50"]}, "unknown architecture"),
+        ({"num_classes": True}, "whole number of classes"),
+        ({"num_classes": "10"}, "whole number of classes"),
+        ({"stride_in_1x1": 0}, "true or false"),
+        ({"mean": ("0.4", 0.4, 0.4)}, "the mean of the input is three numbers"),
+        ({"mean": (True, 0.4, 0.4)}, "the mean of the input is three numbers"),
+        ({"std": (0.2, 0.2)}, "the std of the input is three numbers"),
+        ({"std": (0.2, 0.2, torch.tensor(0.2))}, "the std of the input is three numbers"),
+        ({"std": (0, 0.2, 0.2)}, "a std above 0"),
+        ({"std": (-1, 0.2, 0.2)}, "a std above 0"),
+        ({"std": (float("nan"), 0.2, 0.2)}, "a std above 0"),
+        ({"mean": (300, 300, 300)}, "a mean lies from 0 to 1"),
     ],
 )
 def test_what_is_no_backbone_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         BackboneSpec(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "mend"),
+    [
+        ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), "--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"),
+        (IMAGENET_MEAN, (58.395, 57.12, 57.375), "--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"),
+        ((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), "--std 0.00392157 0.00392157 0.00392157"),
+    ],
+)
+def test_values_in_units_of_0_255_are_refused_with_those_in_units_of_1(
+    mean: tuple[float, ...], std: tuple[float, ...], mend: str
+) -> None:
+    with pytest.raises(InputError, match=mend) as refused:
+        BackboneSpec(mean=mean, std=std)
+    mean_words, std_words = str(refused.value).split("--mean ")[1].split(" --std ")
+    mended = BackboneSpec(mean=tuple(map(float, mean_words.split())), std=tuple(map(float, std_words.split())))
+    assert mended.detectron2_overrides()["MODEL.PIXEL_STD"] == pytest.approx(
+        [255 * s if max(std) < 1 else s for s in std], abs=1e-3
+    )

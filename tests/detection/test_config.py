@@ -166,6 +166,7 @@ def test_every_task_fits_a_torchvision_resnet50(path: Path) -> None:
 TENSORS = {
     "resnet18": 100, "resnet34": 180, "resnet101": 520, "resnet152": 775, "wide_resnet50_2": 265,
     "wide_resnet50_4": 265, "resnext50_32x4d": 265, "resnext101_32x8d": 520,
+    "wide_resnet101_2": 520, "resnext101_64x4d": 520,
 }  # fmt: skip
 
 
