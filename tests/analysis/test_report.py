@@ -331,7 +331,7 @@ def test_one_seed_has_a_reason_and_no_test(tmp_path: Path) -> None:
     assert cells[2:8] == ["1", "41.00", "-", "+1.00", "-", "-"]
     assert cells[8] == "Not tested: one seed says nothing about how results vary over seeds."
     (answer,) = answers([result])
-    assert (answer.verdict, "+1.0 (1 not tested)" in answer.sentence) == ("Not tested", True)
+    assert (answer.verdict, "+1.00 (1 not tested)" in answer.sentence) == ("Not tested", True)
     assert "Missing for a test: one seed says nothing about how results vary over seeds." in answer.sentence
 
 
