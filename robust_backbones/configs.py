@@ -41,6 +41,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "SOLVER.OPTIMIZER": "SGD",
     # The learning rate of the backbone (without FPN) as a multiple of the rest's.
     "SOLVER.BACKBONE_MULTIPLIER": 1.0,
+    # Set by --extend: rows of (iteration, MAX_ITER, STEPS), the schedules that were left at these iterations.
+    "SOLVER.EXTENDED": (),
     # The adversary of adversarial training: "free" or "pgd", as detection/adversarial.py has them; "": none.
     "ADVERSARIAL.KIND": "",
     # In pixels of [0, 1], before they are normalised.

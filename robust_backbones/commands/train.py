@@ -75,6 +75,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add("--classes", metavar="NAME,NAME,...", help="of sets in VOC's format; default: all names in the XML files")
     add("--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any")
+    add(
+        "--extend", action="store_true", help="with --resume: up to a larger SOLVER.MAX_ITER, by the schedule given now"
+    )
     add("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
     add("--allow-partial-backbone", action="store_true", help="leave tensors that MODEL.WEIGHTS lacks random")
     add("--allow-unverified-detector", action="store_true", help="take a detector of plain Detectron2 as MODEL.WEIGHTS")
@@ -87,6 +90,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not options.config_file:
         raise InputError("give --config-file, one of detectron_configs/*/*.yaml")
+    if options.extend and (options.eval_only or not options.resume):
+        raise InputError("--extend continues training: give --resume with it")
     if len(options.opts) % 2:
         raise InputError(f"configuration overrides come as KEY VALUE pairs, got: {' '.join(options.opts)}")
     return options
@@ -108,7 +113,7 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     register_datasets(cfg)
     known = classes_in(cfg.MODEL.WEIGHTS) if options.eval_only and not number_of_classes(cfg) else 0
     derive_classes(cfg, eval_only=options.eval_only, known=known)
-    finished = not options.eval_only and check_folder(cfg, resume=options.resume)
+    finished = not options.eval_only and check_folder(cfg, resume=options.resume, extend=options.extend)
     if is_first_process() and not finished:
         for sentence in check_datasets(cfg, eval_only=options.eval_only):
             print(f"warning: {sentence}", file=sys.stderr)

@@ -15,16 +15,22 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.classification.compute import arithmetic
 from robust_backbones.configs import DETECTOR_KEYS
+from robust_backbones.detection.checkpoint import newest_checkpoint
 from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.files import atomic_path, remove_leftovers
-from robust_backbones.runs.identity import check_same, read_settings
+from robust_backbones.runs.identity import check_same, differences, read_settings
 from robust_backbones.runs.record import RunRecord
 
 
-def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
+def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
     """Whether the run of ``cfg`` has already finished in its OUTPUT_DIR; an unset SEED becomes that of the run there.
+
+    Args:
+        extend: SOLVER.MAX_ITER may be larger than that of the run there, and SOLVER.STEPS others: ``cfg`` then notes
+            in SOLVER.EXTENDED which schedule is left, and when.
 
     Raises:
         InputError: the folder holds another run, or this one while ``resume`` was not asked for.
@@ -34,21 +40,53 @@ def check_folder(cfg: CfgNode, *, resume: bool) -> bool:
     if not path.exists():
         if folder.exists() and any(folder.glob("model_*.pth")):
             raise InputError(f"{folder} holds checkpoints of no run of ours: give another OUTPUT_DIR")
+        if extend:
+            raise InputError(f"{folder} holds no run to extend: check OUTPUT_DIR, or leave out --extend")
         return False
     held = read_settings(path)
+    cfg.SOLVER.EXTENDED = held.get("SOLVER.EXTENDED", ())
     if cfg.SEED < 0:
         cfg.SEED = held.get("SEED", cfg.SEED)
-    check_same(folder, held, cfg, DETECTOR_KEYS)
+    changed = {*differences(held, cfg, DETECTOR_KEYS)}
+    longer = held["SOLVER.MAX_ITER"] < cfg.SOLVER.MAX_ITER and changed <= {"SOLVER.MAX_ITER", "SOLVER.STEPS"}
+    if longer and not extend:
+        raise InputError(
+            f"{folder} holds this run, planned for {held['SOLVER.MAX_ITER']} iterations: train {cfg.SOLVER.MAX_ITER} "
+            "by their own schedule in another OUTPUT_DIR, which alone compares with other runs, or give --resume "
+            "--extend to continue this one with that schedule, which the record then says"
+        )
+    if longer:
+        _extend(cfg, held)
+    else:
+        check_same(folder, held, cfg, DETECTOR_KEYS)
     if not resume:
         raise InputError(f"{folder} holds this run already: give --resume to continue it, or another OUTPUT_DIR")
     remove_leftovers(folder.rglob("*.tmp*"))
-    return (folder / "record.json").exists()
+    return not longer and (folder / "record.json").exists()
+
+
+def _extend(cfg: CfgNode, held: Mapping[str, Any]) -> None:
+    """Note in ``cfg`` the schedule of ``held``, the settings in its folder, and the iteration at which it is left."""
+    newest = newest_checkpoint(Path(cfg.OUTPUT_DIR))
+    if cfg.SOLVER.EMA_DECAY > 0 and newest and newest.name == "model_final.pth":
+        raise InputError(f"{newest} holds averaged weights alone, from which no training continues: train anew")
+    done = read_file(newest)["trainer"]["iteration"] + 1 if newest else 0
+    row = (done, held["SOLVER.MAX_ITER"], held["SOLVER.STEPS"])
+    cfg.SOLVER.EXTENDED = (*cfg.SOLVER.EXTENDED, row)
 
 
 def write_config(cfg: CfgNode) -> None:
-    """Make OUTPUT_DIR the folder of this run; the first process does."""
+    """Make OUTPUT_DIR the folder of this run; the first process does.
+
+    The record of a shorter run, which this one extends, becomes ``record_MAX_ITER.json``.
+    """
     if comm.is_main_process():
-        with atomic_path(Path(cfg.OUTPUT_DIR) / "config.yaml") as temporary:
+        path = Path(cfg.OUTPUT_DIR) / "record.json"
+        if cfg.SOLVER.EXTENDED and path.exists():
+            before = RunRecord.read(path).config["SOLVER"]["MAX_ITER"]
+            if before < cfg.SOLVER.MAX_ITER:
+                path.rename(path.with_stem(f"record_{before}"))
+        with atomic_path(path.with_name("config.yaml")) as temporary:
             temporary.write_text(cfg.dump())
 
 
@@ -78,6 +116,8 @@ def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
             f"batch {batch} (processes: {size}, images each: {batch // size}), learning rate {cfg.SOLVER.BASE_LR:g}, "
             f"{cfg.SOLVER.MAX_ITER} iterations, seed {cfg.SEED}"
         )
+        for done, iterations, steps in cfg.SOLVER.EXTENDED:
+            logger.info(f"the run was extended at iteration {done} of {iterations}; SOLVER.STEPS until then: {steps}")
     logger.info("Environment info:\n" + collect_env_info())
     logger.info("Running with full config:\n" + cfg.dump())
     return cfg

@@ -68,6 +68,8 @@ class Trainer(DefaultTrainer):
             thawed = cfg.clone()
             thawed.defrost()
             check_folder(thawed, resume=True)
+            cfg = thawed  # with the seed and the history of the run there
+            cfg.freeze()
             for sentence in check_datasets(cfg) if comm.is_main_process() else ():
                 _logger.warning(sentence)
         match_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], class_names(cfg.DATASETS.TRAIN[0]))
@@ -155,6 +157,10 @@ class Trainer(DefaultTrainer):
         """
         super().resume_or_load(resume)
         self._loaded = True
+        if self.start_iter:
+            # The optimiser's own rates are those of the schedule that the checkpoint was written with.
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
         if self.start_iter and comm.is_main_process():
             # What was logged after the checkpoint will be logged again.
             path = Path(self.cfg.OUTPUT_DIR) / "metrics.json"
@@ -234,8 +240,10 @@ class Trainer(DefaultTrainer):
             own["loss_normalizer"] = count  # of a RetinaNet, which keeps it outside its state
         self._random_states = comm.all_gather(own)
         name = "model_final" if final else f"model_{self.iter:07d}"
-        # Nothing is trained from the final file: it holds the weights that the evaluation will see.
-        self.checkpointer.save(name, model=self.evaluated_model if final else None, categories=self.categories)
+        if final and self.average:  # evaluated is the average, from which a longer run could not continue
+            self.checkpointer.save(name, model=self.average.model, resumable=False, categories=self.categories)
+            name = f"model_{self.iter:07d}"
+        self.checkpointer.save(name, categories=self.categories)
         comm.synchronize()
 
     def save_best(self, best: Mapping[str, Any]) -> None:
