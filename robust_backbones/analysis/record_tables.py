@@ -190,9 +190,17 @@ def provenance_table(records: Sequence[RunRecord]) -> Table:
             "minutes": record.seconds / 60,
             "commit": record.git_commit and record.git_commit[:10] + "+" * record.git_commit.endswith("+"),
             "torch": record.versions.get("torch"),
+            "data": _oddities(record),
         }
         for record in records
     ]
     columns = {**dict.fromkeys(("run", "task", "data set", "trained at", "seed"), ":"), "minutes": ":.1f"}
     title = "The records, and the source that made them"
-    return Table(title, rows, {**columns, "commit": ":", "torch": ":"})
+    columns |= {"commit": ":", "torch": ":", **({"data": ":"} if any(row["data"] for row in rows) else {})}
+    return Table(title, rows, columns)
+
+
+def _oddities(record: RunRecord) -> str | None:
+    """What the check of the data warned of."""
+    sets = record.data_warnings.items()
+    return "; ".join(f"{name}: {count} {kind}" for name, kinds in sets for kind, count in kinds.items()) or None

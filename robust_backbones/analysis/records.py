@@ -93,7 +93,7 @@ def _read_records(path: Path) -> list[RecordedRun]:
 def _checked(record: RunRecord, path: Path) -> RunRecord:
     """JSON can hold anything under a record's names."""
     kinds = {"run_id": str, "task": str, "dataset": str, "seed": int}
-    kinds |= dict.fromkeys(("backbone", "metrics", "config", "versions"), dict)
+    kinds |= dict.fromkeys(("backbone", "metrics", "config", "versions", "data_warnings"), dict)
     wrong = [name for name, kind in kinds.items() if not isinstance(getattr(record, name), kind)]
     if not wrong and not all(value is None or isinstance(value, int | float) for value in record.metrics.values()):
         wrong = ["metrics"]

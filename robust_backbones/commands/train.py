@@ -88,6 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dist-url", default="auto", help="tcp://FIRST_MACHINE:PORT, needed with several machines")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration")
     options = parser.parse_args(arguments)
+    options.data_warnings = {}  # of the check of the data, once it was made
     if not options.config_file:
         raise InputError("give --config-file, one of detectron_configs/*/*.yaml")
     if options.extend and (options.eval_only or not options.resume):
@@ -100,7 +101,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     """The configuration, after every check, and whether its run has finished before; nothing has been written yet."""
     from robust_backbones.detection.config import load_config
-    from robust_backbones.detection.datasets import check_datasets, derive_classes, number_of_classes, register_datasets
+    from robust_backbones.detection.datasets import (
+        check_datasets,
+        counted,
+        derive_classes,
+        number_of_classes,
+        register_datasets,
+    )
     from robust_backbones.detection.launch import is_first_process, scale_to_processes
     from robust_backbones.detection.predictor import check_weights, classes_in
     from robust_backbones.detection.run_folder import check_folder
@@ -115,8 +122,10 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     derive_classes(cfg, eval_only=options.eval_only, known=known)
     finished = not options.eval_only and check_folder(cfg, resume=options.resume, extend=options.extend)
     if is_first_process() and not finished:
-        for sentence in check_datasets(cfg, eval_only=options.eval_only):
-            print(f"warning: {sentence}", file=sys.stderr)
+        warnings = check_datasets(cfg, eval_only=options.eval_only)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        options.data_warnings = counted(warnings)
         check_weights(cfg, resume=options.resume, whole_detector=options.eval_only)
     return cfg, finished
 
@@ -159,8 +168,8 @@ def train_and_evaluate(cfg: CfgNode, options: argparse.Namespace) -> None:
 
     cfg = set_up(cfg, training=not options.eval_only)
     if options.eval_only:
-        evaluate(cfg, checked=True)
+        evaluate(cfg, checked=True, data_warnings=options.data_warnings)
     else:
-        trainer = Trainer(cfg, checked=True)
+        trainer = Trainer(cfg, checked=True, data_warnings=options.data_warnings)
         trainer.resume_or_load(resume=options.resume)
         trainer.train()

@@ -32,6 +32,8 @@ class Fault:
     annotation: int | str | None = None
     place: tuple[str, int] | None = field(default=None, repr=False)
     """The list of the annotation file, and the row in it."""
+    kind: str = field(default="", repr=False)
+    """Of a warning: what it is counted as."""
 
     def __str__(self) -> str:
         ids = {"image": self.image, "annotation": self.annotation}
@@ -101,6 +103,8 @@ _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
 }
 """List -> key -> the test of its value, and what the value has to be."""
 _OPTIONAL = ("iscrowd", "ignore")
+NO_AREA, LEAVES = "boxes without area", "boxes that leave their image"
+"""Kinds of warnings."""
 
 
 def read_json(file: str | Path) -> tuple[Content, list[Fault]]:
@@ -146,7 +150,9 @@ def check_coco(file: str | Path, content: Content, use: Use | None = None) -> li
     return sorted(faults, key=lambda fault: fault.severity)
 
 
-def _fault(severity: Literal["error", "warning"], file: str, name: str, place: int, what: str, mend: str) -> Any:
+def _fault(
+    severity: Literal["error", "warning"], file: str, name: str, place: int, what: str, mend: str, kind: str = ""
+) -> Any:
     """A maker of the fault for a row, whose ids it takes."""
 
     def make(row: Any) -> Fault:
@@ -155,7 +161,7 @@ def _fault(severity: Literal["error", "warning"], file: str, name: str, place: i
         annotation = row.get("id") if name == "annotations" else None
         ids = [value if _is_id(value) else None for value in (image, annotation)]
         where = f"{file}, row {place} of {name}" if ids == [None, None] else file
-        return Fault(severity, where, what, mend, ids[0], ids[1], (name, place))
+        return Fault(severity, where, what, mend, ids[0], ids[1], (name, place), kind)
 
     return make
 
@@ -172,7 +178,7 @@ def _faults_of_row(
         # COCO's AP needs areas, training does not.
         severity: Literal["error", "warning"] = "warning" if key == "area" and not use.evaluation else "error"
         what = f"{key} is {_short(row[key])}" if key in row else f"{key} is missing"
-        yield _fault(severity, file, name, place, what, f"it has to be {wanted}")(row)
+        yield _fault(severity, file, name, place, what, f"it has to be {wanted}", f"objects without {key}")(row)
 
 
 def _short(value: Any) -> str:
@@ -196,7 +202,8 @@ def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int
         for place, row in sound[name]:
             if row[key] in seen:
                 what = f"{key} {_short(row[key])} is that of another row of {name} too"
-                yield _fault(severity, file, name, place, what, "leave or rename one of them")(row)  # type: ignore[arg-type]
+                kind, mend = "images of the same file", "leave or rename one of them"
+                yield _fault(severity, file, name, place, what, mend, kind)(row)  # type: ignore[arg-type]
             seen.add(row[key])
     if len({type(row["id"]) for _, row in sound["images"]}) > 1:
         yield Fault("error", file, "some ids of images are numbers and others texts", "use one kind")
@@ -230,14 +237,14 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
     empty = (boxes[:, 2:] == 0).any(1)
     away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
     leaves = ~away & ((low < -1).any(1) | (high > sides + 1).any(1))  # a pixel is the rounding of annotations
-    for found, level, what, mend in (
-        (empty, "warning", "its box has no area", "training drops it; remove it, or mend its box"),
-        (away, "error", "its box lies outside its image", "remove it, or mend its box"),
-        (leaves, "warning", "its box leaves its image by more than a pixel", "training clips it; mend it"),
+    for found, kind, what, mend in (
+        (empty, NO_AREA, "its box has no area", "training drops it; remove it, or mend its box"),
+        (away, "", "its box lies outside its image", "remove it, or mend its box"),
+        (leaves, LEAVES, "its box leaves its image by more than a pixel", "training clips it; mend it"),
     ):
         for index in np.flatnonzero(found):
             place, row = rows[index]
-            yield _fault(level, file, "annotations", place, what, mend)(row)  # type: ignore[arg-type]
+            yield _fault("warning" if kind else "error", file, "annotations", place, what, mend, kind)(row)
     if empty.all():
         yield Fault("error", file, "no box has any area", "mend the annotations")
     if not use.masks:
@@ -252,7 +259,7 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
             mend = "remove or mend it, or give MODEL.MASK_ON False, or let check-data --fix fill its box"
             if severity == "warning" and use.training and not row.get("iscrowd"):
                 severity = "error"
-            yield _fault(severity, file, "annotations", place, what, mend)(row)
+            yield _fault(severity, file, "annotations", place, what, mend, "objects without a usable mask")(row)
 
 
 def _guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:

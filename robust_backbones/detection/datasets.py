@@ -7,7 +7,8 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,16 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
 from robust_backbones.checkpoint.zoo import cache_folder
-from robust_backbones.data.annotations import Use, check_coco, read_json, read_voc, usable_mask, voc_classes
+from robust_backbones.data.annotations import (
+    LEAVES,
+    NO_AREA,
+    Use,
+    check_coco,
+    read_json,
+    read_voc,
+    usable_mask,
+    voc_classes,
+)
 from robust_backbones.data.annotations_images import MISSING
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
 from robust_backbones.errors import InputError
@@ -252,11 +262,34 @@ def evaluator_kind(dataset: str) -> str:
     return str(kind)
 
 
-def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
+@dataclass(frozen=True)
+class DataWarning:
+    """What is odd in a data set and stops nothing; its text is a sentence."""
+
+    dataset: str
+    kind: str
+    """As ``boxes without area``."""
+    count: int
+    first: str
+    """The first one's place, what is wrong there, and how to mend it."""
+
+    def __str__(self) -> str:
+        return f"{self.dataset}: {self.count} {self.kind}, the first: {self.first}"
+
+
+def counted(warnings: Iterable[DataWarning]) -> dict[str, dict[str, int]]:
+    """Data set -> kind -> how often, as records have it."""
+    counts: dict[str, dict[str, int]] = {}
+    for warning in warnings:
+        counts.setdefault(warning.dataset, {})[warning.kind] = warning.count
+    return counts
+
+
+def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning]:
     """Load every annotation and look for every image that the run will read.
 
     Returns:
-        A sentence for each set with boxes that have no area or leave their image; training clips or drops these.
+        What is odd and stops nothing, such as boxes that have no area or leave their image.
 
     Raises:
         InputError: an unknown or missing set, a missing image, a set without objects or with boxes that are no numbers,
@@ -266,7 +299,7 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
     if not names:
         raise InputError(f"the configuration names no data set: set DATASETS.{'TEST' if eval_only else 'TRAIN'}")
     names = list(dict.fromkeys(names))
-    sentences = [sentence for name in names for sentence in _check(name, cfg, eval_only=eval_only)]
+    warnings = [warning for name in names for warning in _check(name, cfg, eval_only=eval_only)]
     wanted = class_names(names[0])
     for name in names:
         found = class_names(name)
@@ -279,11 +312,11 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
         raise InputError(
             f"{names[0]} has {count} classes but {key} is {number_of_classes(cfg)}: give {key} {count}, or leave it out"
         )
-    return sentences
+    return warnings
 
 
-def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[str]:
-    """The checks of ``robust-backbones check-data``; yields warnings that loading does not count itself."""
+def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[DataWarning]:
+    """The checks of ``robust-backbones check-data``."""
     try:
         faults, content = dataset.check(use, cache=cache_folder() / "headers")
     except FileNotFoundError as error:
@@ -297,12 +330,11 @@ def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[str]:
     if errors := [fault for fault in faults if fault.severity == "error"]:
         more = f" ({len(errors) - 1} more: `robust-backbones check-data` lists them)" if len(errors) > 1 else ""
         raise InputError(f"the annotations or images of {name} are damaged: {errors[0]}{more}")
-    for text in ("no usable mask", "is that of another row"):
-        if found := [fault for fault in faults if text in fault.what]:
-            yield f"{name}: {len(found)} warnings, the first: {found[0]}"
+    for kind, count in Counter(fault.kind for fault in faults).items():
+        yield DataWarning(name, kind, count, str(next(fault for fault in faults if fault.kind == kind)))
 
 
-def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[str]:
+def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[DataWarning]:
     dataset = annotated_set(name)
     if dataset is not None:
         training = name in cfg.DATASETS.TRAIN and not eval_only
@@ -336,7 +368,8 @@ def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[str]:
         raise InputError(f"{name} has objects of class {min(wrong)}: its {classes} classes are 0 to {classes - 1}")
     if cfg.MODEL.MASK_ON and not any("segmentation" in a for item in items for a in item["annotations"]):
         raise InputError(f"{name} has boxes but no masks: give MODEL.MASK_ON False")
-    yield from _check_boxes(name, np.array(boxes, np.float64))
+    if dataset is None:
+        yield from _check_boxes(name, np.array(boxes, np.float64))
 
 
 def _layout(name: str) -> str:
@@ -366,7 +399,7 @@ def _missing_images(items: list[dict[str, Any]]) -> list[str]:
     return missing
 
 
-def _check_boxes(name: str, boxes: NDArray[np.float64]) -> Iterator[str]:
+def _check_boxes(name: str, boxes: NDArray[np.float64]) -> Iterator[DataWarning]:
     """``boxes``: rows of (x1, y1, x2, y2, width of the image, height of the image)."""
     left, top, right, bottom, width, height = boxes.T
     if broken := int((~np.isfinite(left + top + right + bottom)).sum()):
@@ -378,8 +411,6 @@ def _check_boxes(name: str, boxes: NDArray[np.float64]) -> Iterator[str]:
         raise InputError(
             f"none of the {len(boxes)} boxes of {name} has any area within its image: mend the annotations"
         )
-    if empty.any() or outside.any():
-        yield (
-            f"{name}: {empty.sum()} of {len(boxes)} boxes have no area and {outside.sum()} leave their image by more "
-            "than a pixel; training drops the former and clips the latter"
-        )
+    for kind, found, done in ((NO_AREA, empty, "drops"), (LEAVES, outside & ~empty, "clips")):
+        if found.any():
+            yield DataWarning(name, kind, int(found.sum()), f"{boxes[found.argmax(), :4].tolist()}; training {done} it")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
 
 from robust_backbones.detection.config import check_config
-from robust_backbones.detection.datasets import check_datasets, register_datasets
+from robust_backbones.detection.datasets import check_datasets, counted, register_datasets
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import load_detector, read_run
 from robust_backbones.detection.run_folder import write_record
@@ -17,7 +18,11 @@ from robust_backbones.detection.trainer import Trainer
 
 
 def evaluate(
-    detector: CfgNode | str | Path, weights: str | Path | None = None, *, checked: bool = False
+    detector: CfgNode | str | Path,
+    weights: str | Path | None = None,
+    *,
+    checked: bool = False,
+    data_warnings: Mapping[str, dict[str, int]] | None = None,
 ) -> dict[str, float | None]:
     """Evaluate a trained detector on DATASETS.TEST, and write eval_record.json and the detections to OUTPUT_DIR.
 
@@ -25,6 +30,7 @@ def evaluate(
         detector: The OUTPUT_DIR of a training run, a .pth file in one, or a configuration.
         weights: The .pth file; by default the run's model_final.pth, or MODEL.WEIGHTS of a configuration.
         checked: The caller has checked the data sets.
+        data_warnings: What the caller's check has ``counted``, for the record.
 
     Returns:
         Metrics as ``bbox/AP``, 0 to 100, None where not defined; none in all processes but the first.
@@ -40,7 +46,7 @@ def evaluate(
     check_config(cfg)
     register_datasets(cfg)
     if not checked:
-        check_datasets(cfg, eval_only=True)
+        data_warnings = counted(check_datasets(cfg, eval_only=True))
     trained = load_detector(cfg, weights or found)
     trained.match_classes(cfg.DATASETS.TEST)
     metrics = flat_metrics(Trainer.test(cfg, trained.model))
@@ -52,5 +58,6 @@ def evaluate(
             backbone=trained.backbone,
             threat_model=trained.threat_model,
             seconds=time.perf_counter() - start,
+            data_warnings=data_warnings or {},
         )
     return metrics

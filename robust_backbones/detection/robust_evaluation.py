@@ -21,7 +21,7 @@ from robust_backbones.detection.cell_images import ImageChoice, find_domains
 from robust_backbones.detection.cell_jobs import CellJob
 from robust_backbones.detection.cells import AttackCell, Cell, CorruptionCell
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.datasets import check_datasets, evaluator_kind, register_datasets
+from robust_backbones.detection.datasets import check_datasets, counted, evaluator_kind, register_datasets
 from robust_backbones.detection.predictor import load_detector
 from robust_backbones.errors import InputError
 from robust_backbones.runs.identity import claim, identity
@@ -85,8 +85,9 @@ def evaluate_detector(
     cfg.DATASETS.COCO_FORMAT = (*cfg.DATASETS.COCO_FORMAT, *rows)
     cfg.DATASETS.TEST = (dataset, *names)
     register_datasets(cfg)
-    for sentence in check_datasets(cfg, eval_only=True):
-        print(f"warning: {sentence}", file=sys.stderr)
+    warnings = check_datasets(cfg, eval_only=True)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if not weights.is_file():
         raise InputError(f"no weights at {weights}: give a detector's .pth file, as OUTPUT_DIR/model_final.pth")
     on_cpu = cfg.clone()
@@ -107,7 +108,7 @@ def evaluate_detector(
             job.run_in_processes(jobs, stop)
     if len(attacks := [cell for cell in cells if isinstance(cell, AttackCell)]) > 1:
         job.evaluate_worst(attacks)
-    return _write_summary(job)
+    return _write_summary(job, counted(warnings))
 
 
 def summarize(cells: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
@@ -156,7 +157,7 @@ def _identity(cfg: CfgNode, weights: Path, dataset: str, images: ImageChoice) ->
     }
 
 
-def _write_summary(job: CellJob) -> RunRecord:
+def _write_summary(job: CellJob, data_warnings: dict[str, dict[str, int]]) -> RunRecord:
     records = [RunRecord.read(path) for path in sorted((job.output / "cells").glob("*/record.json"))]
     cells = {record.config["cell"]: record for record in records}
     clean, cfg = cells[CLEAN], job.cfg
@@ -182,6 +183,7 @@ def _write_summary(job: CellJob) -> RunRecord:
             "warnings": {name: sentences for name, sentences in warnings.items() if sentences},
         },
         seconds=sum(record.seconds for record in records),
+        data_warnings=data_warnings,
     )
     summary.write(job.output / "record.json")
     return summary

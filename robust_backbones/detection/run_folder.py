@@ -137,6 +137,7 @@ def write_record(
     backbone: dict[str, Any],
     threat_model: str | None,
     seconds: float,
+    data_warnings: Mapping[str, dict[str, int]],
 ) -> None:
     """Write the file ``name`` in OUTPUT_DIR; ``backbone`` and ``threat_model`` as in records."""
     config = yaml.safe_load(cfg.dump())
@@ -152,6 +153,7 @@ def write_record(
         seed=cfg.SEED,
         config=config,
         seconds=seconds,
+        data_warnings=dict(data_warnings),
     )
     record.write(Path(cfg.OUTPUT_DIR) / name)
 

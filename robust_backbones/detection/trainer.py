@@ -29,6 +29,7 @@ from robust_backbones.detection.datasets import (
     categories,
     check_datasets,
     class_names,
+    counted,
     match_classes,
     register_datasets,
 )
@@ -53,6 +54,7 @@ class Trainer(DefaultTrainer):
     Args:
         cfg: As ``load_config`` gives it, or Detectron2's ``get_cfg()`` after ``add_config``.
         checked: The caller has checked the data sets and knows whose folder OUTPUT_DIR is.
+        data_warnings: What the caller's check has ``counted``, for the record.
 
     Raises:
         InputError: a value is out of its range; the data sets are not there, are damaged or do not fit; OUTPUT_DIR
@@ -61,7 +63,9 @@ class Trainer(DefaultTrainer):
 
     checkpointer: BackboneCheckpointer
 
-    def __init__(self, cfg: CfgNode, *, checked: bool = False) -> None:
+    def __init__(
+        self, cfg: CfgNode, *, checked: bool = False, data_warnings: Mapping[str, dict[str, int]] | None = None
+    ) -> None:
         check_config(cfg)
         register_datasets(cfg)
         if not checked:
@@ -70,12 +74,15 @@ class Trainer(DefaultTrainer):
             check_folder(thawed, resume=True)
             cfg = thawed  # with the seed and the history of the run there
             cfg.freeze()
-            for sentence in check_datasets(cfg) if comm.is_main_process() else ():
-                _logger.warning(sentence)
+            warnings = check_datasets(cfg) if comm.is_main_process() else []
+            for warning in warnings:
+                _logger.warning(warning)
+            data_warnings = counted(warnings)
         match_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], class_names(cfg.DATASETS.TRAIN[0]))
         TrainerBase.__init__(self)
         self._clock, self._seconds_before = time.perf_counter(), 0.0
         self.cfg = cfg
+        self._data_warnings = data_warnings or {}
         # In Detectron2's order: each of these draws random numbers.
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -216,7 +223,15 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.EVAL_PERIOD > 0 and (best := self.evaluation.best):
             metrics |= {f"best/{best['metric']}": best["value"], "best/iteration": best["iteration"]}
         backbone, threat_model = self.checkpointer.provenance()
-        write_record("record.json", cfg, metrics, backbone=backbone, threat_model=threat_model, seconds=self.seconds)
+        write_record(
+            "record.json",
+            cfg,
+            metrics,
+            backbone=backbone,
+            threat_model=threat_model,
+            seconds=self.seconds,
+            data_warnings=self._data_warnings,
+        )
         return metrics
 
     def run_step(self) -> None:

@@ -50,6 +50,8 @@ class RunRecord:
     seconds: float
     git_commit: str | None = field(default_factory=lambda: git_commit())
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    data_warnings: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Of detection: data set -> what is odd in its annotations -> how often. Empty in records before version 0.2."""
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))

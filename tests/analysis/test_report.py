@@ -426,6 +426,17 @@ def test_a_report_is_made_again_from_its_own_records(study: Path, report: Path, 
         find_runs([alone])
 
 
+def test_warnings_of_the_data_are_told(tmp_path: Path) -> None:
+    """Records of before that do not have them are read alike."""
+    write(tmp_path / "runs", record("L2:0", 0, data_warnings={"mine": {"boxes without area": 7}}), record("L2:3", 0))
+    (old,) = (path for path in (tmp_path / "runs").rglob("record.json") if "boxes" not in path.read_text())
+    content = json.loads(old.read_text())
+    assert content.pop("data_warnings") == {}
+    old.write_text(json.dumps(content))
+    html = write_report(find_runs([tmp_path / "runs"]), tmp_path / "report", title="t").read_text()
+    assert html.count("mine: 7 boxes without area") == 1
+
+
 def test_mixed_versions_are_flagged(tmp_path: Path) -> None:
     runs = [record(threat_model, seed) for threat_model in BACKBONES[:2] for seed in range(2)]
     assert not one_result(tmp_path / "same", *runs).experiment.mixed_versions

@@ -25,6 +25,7 @@ from robust_backbones.detection.datasets import (
     categories,
     check_datasets,
     class_names,
+    counted,
     derive_classes,
     match_classes,
     number_of_classes,
@@ -103,9 +104,11 @@ def test_boxes_without_area_or_outside_are_counted(cfg: CfgNode, tmp_path: Path)
         rows[3]["bbox"] = [-0.5, 10, 30, 20]  # the rounding of annotations
 
     change(tmp_path, spoil)
-    (told,) = check_datasets(cfg)
-    count = len(json.loads((tmp_path / "shapes/annotations/instances_train.json").read_text())["annotations"])
-    assert f"shapes_train: 2 of {count} boxes have no area and 1 leave their image" in told
+    warnings = check_datasets(cfg)
+    assert counted(warnings) == {"shapes_train": {"boxes without area": 2, "boxes that leave their image": 1}}
+    number = json.loads((tmp_path / "shapes/annotations/instances_train.json").read_text())["annotations"][0]["id"]
+    assert "shapes_train: 2 boxes without area, the first: " in str(warnings[0])
+    assert f"annotation {number}" in str(warnings[0])
 
 
 @pytest.mark.parametrize(
