@@ -14,7 +14,7 @@ EXTRAS = {
     "slurm": ["submitit>=1.5"],
 }
 EVERYTHING = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-DEV = ["dill", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "webdataset>=1"]
+DEV = ["dill", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "timm>=1", "webdataset>=1"]
 # Links of the README are relative to the repository; a package index needs whole ones.
 HOME = "https://github.com/robust-backbones/robust-backbones"
 README = re.sub(r"(!?)\]\((?!https?:)([^)]+)\)", rf"\1]({HOME}/blob/main/\2)", (ROOT / "README.md").read_text())

@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
             errors = verify.prove(checkpoint, unproven, image=options.image)
             result["errors"] = [asdict(error) for error in errors]
             say(verify.table(errors))
-            say(f"features are equal (all < {verify.TOLERANCE:.0e})")
+            say(f"features are equal (all < {verify.TOLERANCE:.0e}) against {errors[0].against}")
 
         report = convert_file(checkpoint, options.dst, prove=prove if options.verify else None)
         report.check()

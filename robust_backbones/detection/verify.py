@@ -25,14 +25,14 @@ from robust_backbones.checkpoint.format import Checkpoint, sha256
 from robust_backbones.checkpoint.sources import read_published
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
+from robust_backbones.detection.source_networks import source_network
 from robust_backbones.errors import InputError, ProofFailedError
-from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.files import atomic_path
 
 TOLERANCE = 1e-4
 """Largest relative error that float32 rounding explains; a wrong stride, order or scale gives 0.01 and more."""
 
-_STAGES = {"res2": "layer1", "res3": "layer2", "res4": "layer3", "res5": "layer4"}
+_STAGES = ("res2", "res3", "res4", "res5")
 _NORMS = {"eval": "FrozenBN", "train": "BN"}
 # What comes after the backbone takes no part: as small as it can be.
 _SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]
@@ -52,6 +52,9 @@ class StageError:
     """max|difference|, in units of the features."""
     relative: float
     """max|difference| / max|source|."""
+    against: str = ""
+    """Whose network the source's features are of, as in ``timm's own network``; ``our reading of the file`` where its
+    makers' code is not installed, or the file does not say which network it is."""
 
 
 def prove(checkpoint: Checkpoint, converted: str | Path, *, image: str | Path | None = None) -> list[StageError]:
@@ -59,7 +62,10 @@ def prove(checkpoint: Checkpoint, converted: str | Path, *, image: str | Path | 
     errors = feature_errors(checkpoint, converted, image=image)
     if wrong := [error for error in errors if not error.relative < TOLERANCE]:
         stages = ", ".join(f"{error.stage} by {error.relative:.1e}" for error in wrong)
-        raise ProofFailedError(f"the features of {checkpoint.source} and of what was made from it differ ({stages})")
+        raise ProofFailedError(
+            f"the features of {checkpoint.source}, by {errors[0].against}, and of what was made from it differ "
+            f"({stages})"
+        )
     return errors
 
 
@@ -70,9 +76,11 @@ def feature_errors(
     """Compare all stages, on random pixels and on the image file if one is given, in both modes of batch norm.
 
     The converted file goes the way that training goes: configuration, model, checkpoint guard, image reader and the
-    detector's own preprocessing of uint8 pixels. The reference is torchvision's network on the same pixels in [0, 1].
+    detector's own preprocessing of uint8 pixels. The reference is the source's network, of ``source_networks``, on the
+    same pixels in [0, 1].
 
     Raises:
+        ProofFailedError: the network that the source names has other tensors.
         InputError: the file does not fill the whole backbone or does not fit; the image cannot be read.
     """
     if image is not None:
@@ -80,13 +88,14 @@ def feature_errors(
         _pixels_of(image)
     _, metadata = read_backbone(converted)
     errors = []
+    source = source_network(checkpoint)
     for mode, norm in _NORMS.items():
         overrides = ["MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.DEVICE", "cpu", *_SMALL_HEADS]
         own = [item for pair in metadata.spec.detectron2_overrides().items() for item in pair]
         cfg = load_config(CONFIG_DIR / "Base-RCNN-FPN.yaml", [*own, *overrides])
         detector = build_model(cfg).train(mode == "train")
         BackboneCheckpointer(detector, cfg=cfg).load(str(converted))
-        reference = NormalizedModel(checkpoint.build(), checkpoint.spec).train(mode == "train")
+        reference = source.model.train(mode == "train")
         if mode == "train":
             # The statistics of a few pixels, taken layer by layer, multiply float32's rounding a thousandfold, that of
             # mean and std as well.
@@ -100,12 +109,18 @@ def feature_errors(
                 buffer.copy_(torch.tensor(values, dtype=buffer.dtype)[:, None, None])
         for name, for_detector, for_reference in _inputs(cfg.INPUT.FORMAT, checkpoint.spec.channel_order, image, size):
             features = detector.backbone.bottom_up(detector.preprocess_image([{"image": for_detector}]).tensor)
-            expected = reference.stages(for_reference[None].to(reference.mean.dtype) / 255)
-            for stage, layer in _STAGES.items():
-                largest = (features[stage] - expected[layer]).abs().max().item()
-                scale = expected[layer].abs().max().item()
+            for stage, expected in zip(
+                _STAGES, source.stages(for_reference[None].to(reference.mean.dtype) / 255), strict=True
+            ):
+                if expected.shape != features[stage].shape:
+                    raise ProofFailedError(
+                        f"{stage} of {checkpoint.source} and of what was made from it differ in size"
+                    )
+                largest = (features[stage] - expected).abs().max().item()
+                scale = expected.abs().max().item()
                 # A NaN is no proof, and neither are features that are zero throughout.
-                errors.append(StageError(name, mode, stage, largest, largest / scale if scale else float("nan")))
+                relative = largest / scale if scale else float("nan")
+                errors.append(StageError(name, mode, stage, largest, relative, source.whose))
     return errors
 
 

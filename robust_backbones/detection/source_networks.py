@@ -1,0 +1,184 @@
+"""The network of a source by its makers' own code, which the proof compares with; our reading where that is not there.
+
+A reading that leaves out what no tensor shows (anti-aliasing, another activation or stride) makes the same mistake on
+both sides of a comparison with itself. The makers' code is not ours to mistake.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
+from robust_backbones.errors import ProofFailedError
+from robust_backbones.models import NormalizedModel
+
+
+@dataclass(frozen=True)
+class SourceNetwork:
+    """A network that normalises inside, and whose code it is."""
+
+    model: NormalizedModel
+    layers: tuple[str, ...]
+    """Its modules whose outputs are the stages res2 to res5."""
+    whose: str
+    """As in ``timm's own network``."""
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Images in [0, 1], shape (N, 3, H, W) -> the outputs of ``layers``, at strides 4, 8, 16 and 32."""
+        outputs: list[Tensor] = []
+        modules = [self.model.backbone.get_submodule(layer) for layer in self.layers]
+        hooks = [module.register_forward_hook(lambda *call: outputs.append(call[2])) for module in modules]
+        try:
+            self.model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return outputs
+
+
+@dataclass(frozen=True)
+class _Own:
+    """The makers' network for a checkpoint, and the tensors that are its own."""
+
+    network: nn.Module
+    state_dict: Mapping[str, Tensor]
+    backbone: str = ""
+    """The module in it that normalised images enter."""
+    layers: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
+
+
+class _NotKnownError(Exception):
+    """Why the makers' network cannot be built."""
+
+
+def source_network(checkpoint: Checkpoint) -> SourceNetwork:
+    """By its makers' code where that is installed and the file says which network it is; else as we read the file.
+
+    Raises:
+        ProofFailedError: the makers' network has other tensors than the file.
+    """
+    title, build = _MAKERS.get(checkpoint.layout, ("", _nobody))
+    try:
+        own = build(checkpoint)
+    except _NotKnownError as reason:
+        explained = f" ({reason})" if str(reason) else ""
+        return _with(checkpoint, _Own(checkpoint.build(), {}), f"our reading of the file{explained}")
+    except ImportError:
+        return _with(checkpoint, _Own(checkpoint.build(), {}), f"our reading of the file ({title} cannot be imported)")
+    wanted, found = _shapes(own.network.state_dict()), _shapes(own.state_dict)
+    if other := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
+        raise ProofFailedError(f"{title}'s own network and {checkpoint.source} differ in {', '.join(other[:3])}")
+    own.network.load_state_dict(own.state_dict, strict=False)  # batch norm's counters may be absent
+    return _with(checkpoint, own, f"{title}'s own network")
+
+
+def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
+    model = NormalizedModel(own.network.get_submodule(own.backbone), checkpoint.spec)
+    return SourceNetwork(model.eval(), own.layers, whose)
+
+
+def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in state_dict.items() if not name.endswith("num_batches_tracked")}
+
+
+def _nobody(checkpoint: Checkpoint) -> _Own:
+    raise _NotKnownError
+
+
+def _torchvision(checkpoint: Checkpoint) -> _Own:
+    from torchvision.models import get_model
+
+    spec = checkpoint.spec
+    if spec.stride_in_1x1 or not spec.num_classes:
+        raise _NotKnownError("torchvision has no such network")
+    try:
+        network = get_model(spec.arch, weights=None, num_classes=spec.num_classes)
+    except ValueError:
+        raise _NotKnownError(f"torchvision has no {spec.arch}") from None
+    return _Own(network, checkpoint.state_dict)
+
+
+def _timm(checkpoint: Checkpoint) -> _Own:
+    import timm
+
+    content = _content(checkpoint)
+    # On the hub config.json says it, in a training run's checkpoint "arch".
+    said = (
+        _config_beside(checkpoint).get("architecture"),
+        content.get("arch"),
+        _pretrained_cfg(content).get("architecture"),
+    )
+    arch = next((name for name in said if isinstance(name, str)), "")
+    if not timm.is_model(arch):
+        raise _NotKnownError(f"timm has no {arch}" if arch else "it does not say its architecture")
+    return _Own(timm.create_model(arch, num_classes=checkpoint.spec.num_classes), checkpoint.state_dict)
+
+
+def _transformers(checkpoint: Checkpoint) -> _Own:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = _config_beside(checkpoint)
+    if config.get("model_type") != "resnet":
+        raise _NotKnownError("no config.json beside it")
+    tensors = {name: tensor for name, tensor in _content(checkpoint).items() if isinstance(tensor, Tensor)}
+    network = ResNetForImageClassification(ResNetConfig.from_dict(config))
+    if not any(name.startswith("resnet.") for name in tensors):  # saved without its classifier
+        network = network.resnet
+    prefix = "resnet." if hasattr(network, "resnet") else ""
+    return _Own(network, tensors, layers=tuple(f"{prefix}encoder.stages.{stage}" for stage in range(4)))
+
+
+def _robustness(checkpoint: Checkpoint) -> _Own:
+    from robustness import imagenet_models
+
+    try:
+        network = getattr(imagenet_models, checkpoint.spec.arch)(num_classes=checkpoint.spec.num_classes)
+    except (AttributeError, TypeError):
+        raise _NotKnownError(f"robustness has no {checkpoint.spec.arch}") from None
+    return _Own(network, checkpoint.state_dict)
+
+
+_MAKERS: dict[str, tuple[str, Callable[[Checkpoint], _Own]]] = {
+    "robust_backbones": ("pretrain", lambda checkpoint: _Own(checkpoint.build(), checkpoint.state_dict)),
+    "torchvision": ("torchvision", _torchvision),
+    "moco": ("torchvision", _torchvision),  # which is what MoCo trains
+    "timm": ("timm", _timm),
+    "transformers": ("transformers", _transformers),
+    "robustness": ("robustness", _robustness),
+}
+"""Layout -> whose code it is, and what builds it."""
+
+
+def _content(checkpoint: Checkpoint) -> dict[Any, Any]:
+    if checkpoint.path is None or not checkpoint.path.is_file():
+        raise _NotKnownError("its file is gone")
+    return load_tensors(checkpoint.path)
+
+
+def _config_beside(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What config.json says of a file that is named as on the hub."""
+    path = checkpoint.path
+    if path is None or path.stem not in ("model", "pytorch_model"):
+        return {}
+    return _dictionary(path.with_name("config.json").read_text() if path.with_name("config.json").is_file() else "")
+
+
+def _pretrained_cfg(content: dict[Any, Any]) -> dict[str, Any]:
+    """timm's, in the file or in the strings of a safetensors file."""
+    if isinstance(content.get("pretrained_cfg"), dict):
+        return content["pretrained_cfg"]
+    return _dictionary(content.get(METADATA, {}).get("pretrained_cfg", ""))
+
+
+def _dictionary(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

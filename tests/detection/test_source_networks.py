@@ -1,0 +1,98 @@
+"""The proof against the makers' own code: it passes where we read a file as they do, and fails where we do not."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.detection.source_networks import source_network
+from robust_backbones.detection.verify import prove
+from robust_backbones.errors import ProofFailedError
+from robust_backbones.models import BackboneSpec, build_backbone
+from tests.conftest import randomize_batch_norms
+
+Maker = Callable[[str], Path]
+
+
+def timm_file(folder: Path, arch: str) -> Path:
+    """A network of timm as it lies on the hub: its tensors, and config.json, which says what it is."""
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(arch, num_classes=10)
+    randomize_batch_norms(network)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    cfg = {"mean": network.pretrained_cfg["mean"], "std": network.pretrained_cfg["std"]}
+    (folder / "config.json").write_text(json.dumps({"architecture": arch, "pretrained_cfg": cfg}))
+    return folder / "model.safetensors"
+
+
+def converted(checkpoint: Checkpoint, folder: Path) -> Path:
+    write_backbone(folder / "backbone.pkl", convert(checkpoint)[0], BackboneMetadata.of(checkpoint))
+    return folder / "backbone.pkl"
+
+
+def test_timm_s_own_network_has_the_features(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(timm_file(tmp_path, "resnet18"))
+    errors = prove(checkpoint, converted(checkpoint, tmp_path))
+    assert {error.against for error in errors} == {"timm's own network"}
+    # Their code is another than torchvision's.
+    assert type(source_network(checkpoint).model.backbone).__module__ == "timm.models.resnet"
+
+
+@pytest.mark.parametrize("arch", ["resnetblur18", "resnet26"])
+def test_a_reading_as_another_network_than_timm_s_fails(tmp_path: Path, torchvision_file: Maker, arch: str) -> None:
+    """A ResNet-18's tensors that are an anti-aliased one's, which no tensor shows, and that are not those of a name."""
+    timm_file(tmp_path, "resnet18")
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace("resnet18", arch))
+    with pytest.raises(ProofFailedError, match=r"by timm's own network.* differ|network .* differ in fc"):
+        prove(checkpoint, converted(checkpoint, tmp_path))
+
+
+def test_torchvision_s_own_network_is_the_reference_of_its_files(torchvision_file: Maker, tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(torchvision_file("resnet18"))
+    (against,) = {error.against for error in prove(checkpoint, converted(checkpoint, tmp_path))}
+    assert against == "torchvision's own network"
+    other = replace(checkpoint, spec=replace(checkpoint.spec, arch="resnet34"))
+    with pytest.raises(ProofFailedError, match=r"torchvision's own network and resnet18\.pth differ in layer1"):
+        source_network(other)
+
+
+@pytest.mark.parametrize(
+    ("layout", "module", "reason"),
+    [
+        ("training", "", "our reading of the file"),
+        ("timm", "timm", "our reading of the file (timm cannot be imported)"),
+        ("robustness", "robustness", "our reading of the file (robustness cannot be imported)"),
+    ],
+)
+def test_where_the_makers_code_is_not_there_it_says_so(
+    torchvision_file: Maker, monkeypatch: pytest.MonkeyPatch, layout: str, module: str, reason: str
+) -> None:
+    if module:
+        monkeypatch.setitem(sys.modules, module, None)
+    checkpoint = replace(read_checkpoint(torchvision_file("resnet18")), layout=layout)
+    assert source_network(checkpoint).whose == reason
+
+
+def test_the_stages_are_those_of_the_network(small_model: nn.Module, tmp_path: Path) -> None:
+    """Against the network cut by hand, in the file's own mean and std."""
+    spec = BackboneSpec("resnet18", 4, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    network = build_backbone(spec)
+    checkpoint = Checkpoint(spec, network.state_dict(), None, "torchvision", "x.pth", "")
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    network.eval()
+    x = (images - torch.tensor(spec.mean)[:, None, None]) / torch.tensor(spec.std)[:, None, None]
+    x = network.maxpool(network.relu(network.bn1(network.conv1(x))))
+    for layer, found in zip(range(1, 5), source_network(checkpoint).stages(images), strict=True):
+        x = getattr(network, f"layer{layer}")(x)
+        torch.testing.assert_close(found, x)
