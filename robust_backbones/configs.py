@@ -62,6 +62,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "DATASETS.VOC_FORMAT": (),
     # COCO's own (slow) pycocotools instead of faster-coco-eval, which gives the same numbers.
     "TEST.REFERENCE_EVAL": False,
+    # COCO's maxDets: of a class in an image so many detections count, the best; AP by the last, AR by each.
+    "TEST.MAX_DETS": (1, 10, 100),
     # How many test images are drawn with their detections to TensorBoard at each evaluation.
     "TEST.VISUALIZE": 4,
     # The metric, as "bbox/AP50", by which model_best.pth is chosen; "": segm/AP with masks, bbox/AP without.

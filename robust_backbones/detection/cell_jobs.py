@@ -28,7 +28,7 @@ from robust_backbones.data.corruptions import image_seed
 from robust_backbones.detection.cell_images import ImageChoice, take_images
 from robust_backbones.detection.cells import Cell, CellMapper, Row, Sample
 from robust_backbones.detection.datasets import evaluator_kind, register_datasets
-from robust_backbones.detection.evaluators import VocEvaluator, build_evaluator, coco_metrics, ground_truth
+from robust_backbones.detection.evaluators import MAX_DETS, VocEvaluator, build_evaluator, coco_metrics, ground_truth
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import TrainedDetector, load_detector
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
@@ -173,9 +173,9 @@ class CellJob:
         dataset = self.dataset(attacks[0])
         files = {attack.name: self.folder(attack) / "detections.json" for attack in attacks}
         detections = {name: json.loads(file.read_text()) for name, file in files.items()}
-        chosen = worst_attacks(ground_truth(dataset), detections)
+        chosen = worst_attacks(ground_truth(dataset), detections, max_dets=self.cfg.TEST.MAX_DETS)
         rows = [row for name, rows in detections.items() for row in rows if chosen[row["image_id"]] == name]
-        metrics = metrics_of(rows, dataset, masks=self.cfg.MODEL.MASK_ON)
+        metrics = metrics_of(rows, dataset, masks=self.cfg.MODEL.MASK_ON, max_dets=self.cfg.TEST.MAX_DETS)
         metrics |= {f"images/{name}": float(list(chosen.values()).count(name)) for name in detections}
         held = RunRecord.read(self.folder(attacks[0]) / "record.json")
         self._write(Cell("attack-worst", settings={"attacks": list(detections)}), metrics, rows, held, start)
@@ -204,7 +204,9 @@ def _run_in_process(rank: int, job: CellJob, errors: Any) -> None:
         sys.exit(error.exit_status)
 
 
-def worst_attacks(truth: COCO, detections: Mapping[str, Sequence[Row]]) -> dict[Any, str]:
+def worst_attacks(
+    truth: COCO, detections: Mapping[str, Sequence[Row]], *, max_dets: Sequence[int] = MAX_DETS
+) -> dict[Any, str]:
     """For every image the attack under which its AP is the lowest; the first of those that tie.
 
     AP is COCO's box AP on this image alone: the mean over 10 IoU thresholds and the classes that it shows.
@@ -224,18 +226,20 @@ def worst_attacks(truth: COCO, detections: Mapping[str, Sequence[Row]]) -> dict[
         aps = {}
         for name, rows in grouped.items():
             seen = [row for row in rows[image_id] if row["category_id"] in shown]
-            ap = coco_metrics(alone, seen, "bbox")["AP"] if annotations else 0.0
+            ap = coco_metrics(alone, seen, "bbox", max_dets=max_dets)["AP"] if annotations else 0.0
             aps[name] = 0.0 if math.isnan(ap) else ap
         chosen[image_id] = min(aps, key=aps.__getitem__)
     return chosen
 
 
-def metrics_of(rows: Sequence[Row], dataset: str, *, masks: bool) -> dict[str, float | None]:
+def metrics_of(
+    rows: Sequence[Row], dataset: str, *, masks: bool, max_dets: Sequence[int] = MAX_DETS
+) -> dict[str, float | None]:
     """The metrics of detections as a cell's detections.json holds them, by the set's own evaluator."""
     if evaluator_kind(dataset) == "coco":
         truth = ground_truth(dataset)
         tasks = ("bbox", "segm") if masks else ("bbox",)
-        return flat_metrics({task: coco_metrics(truth, rows, task) for task in tasks})
+        return flat_metrics({task: coco_metrics(truth, rows, task, max_dets=max_dets) for task in tasks})
     evaluator = VocEvaluator(dataset)
     for image_id, group in _by_image(rows).items():
         boxes = torch.tensor([row["bbox"] for row in group], dtype=torch.float64)

@@ -34,6 +34,10 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     "ADVERSARIAL.KIND": (("", "free", "pgd").__contains__, 'is not one of free, pgd: give "" for none'),
     "ADVERSARIAL.REPLAYS": (lambda count: count >= 1, "is no number of updates a batch: give 1 or more"),
     "TEST.VISUALIZE": (lambda count: count >= 0, "is no number of images: give 0 for none"),
+    "TEST.MAX_DETS": (
+        lambda counts: counts and all(isinstance(n, int) and n > 0 for n in counts) and [*counts] == sorted({*counts}),
+        "are no rising numbers of detections: give (1, 10, 100)",
+    ),
     "TEST.BEST_METRIC": (re.compile(r"(\w+/\S+)?").fullmatch, "is no metric: give one like bbox/AP50"),
 }
 """Of our keys: what is valid, and what to say of the rest."""

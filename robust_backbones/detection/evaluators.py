@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -30,11 +31,13 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.annotations import box_polygon, usable_mask, voc_names
 from robust_backbones.detection.datasets import SHOWN_CLASSES, categories, evaluator_kind
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
+MAX_DETS: tuple[int, ...] = DETECTOR_KEYS["TEST.MAX_DETS"]
 _logger = logging.getLogger(__name__)
 _REGIONS = {"bbox": "bbox", "segm": "segmentation"}
 _VOC_METRICS = {"11point": "11-point AP (VOC 2007)", "area": "area under the curve"}
@@ -50,7 +53,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> CocoEvaluator | VocEvalu
         return VocEvaluator(dataset_name)
     folder = Path(cfg.OUTPUT_DIR) / "inference" if cfg.OUTPUT_DIR else None
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-    return CocoEvaluator(dataset_name, tasks, output_dir=folder, reference=cfg.TEST.REFERENCE_EVAL)
+    return CocoEvaluator(
+        dataset_name, tasks, output_dir=folder, reference=cfg.TEST.REFERENCE_EVAL, max_dets=cfg.TEST.MAX_DETS
+    )
 
 
 class CocoEvaluator(DatasetEvaluator):
@@ -61,6 +66,7 @@ class CocoEvaluator(DatasetEvaluator):
         tasks: ``bbox``, ``segm`` or both.
         output_dir: The folder to write ``coco_instances_results.json`` to.
         reference: Compute with pycocotools instead of faster-coco-eval.
+        max_dets: As ``coco_metrics`` takes it.
     """
 
     results: list[Result]
@@ -73,7 +79,9 @@ class CocoEvaluator(DatasetEvaluator):
         *,
         output_dir: str | Path | None = None,
         reference: bool = False,
+        max_dets: Sequence[int] = MAX_DETS,
     ) -> None:
+        self._max_dets = max_dets
         self._dataset_name = dataset_name
         self._tasks = tasks
         self._output_dir = output_dir
@@ -106,10 +114,18 @@ class CocoEvaluator(DatasetEvaluator):
         if self._output_dir is not None:
             with atomic_path(Path(self._output_dir) / "coco_instances_results.json") as temporary:
                 temporary.write_text(json.dumps(self.results))
+        most = Counter((row["image_id"], row["category_id"]) for row in self.results)
+        if most and max(most.values()) > self._max_dets[-1]:
+            _logger.warning(
+                f"up to {max(most.values())} objects of a class were found in an image, of which the best "
+                f"{self._max_dets[-1]} count: TEST.MAX_DETS (1, 10, {max(most.values())}) counts all"
+            )
         metrics = {}
         package = "pycocotools" if self._reference else "faster-coco-eval"
         for task in self._tasks if "annotations" in self._ground_truth.dataset else ():
-            numbers = coco_metrics(self._ground_truth, self.results, task, reference=self._reference)
+            numbers = coco_metrics(
+                self._ground_truth, self.results, task, reference=self._reference, max_dets=self._max_dets
+            )
             table = create_small_table({name: number for name, number in numbers.items() if "-" not in name})
             _logger.info(f"{task} AP of {self._dataset_name}, computed by {package} {version(package)}:\n{table}")
             objects = [a for a in self._ground_truth.dataset["annotations"] if not a.get("iscrowd")]
@@ -150,7 +166,12 @@ def ground_truth(dataset_name: str) -> COCO:
 
 
 def coco_metrics(
-    ground_truth: COCO, results: Iterable[Mapping[str, Any]], task: str, *, reference: bool = False
+    ground_truth: COCO,
+    results: Iterable[Mapping[str, Any]],
+    task: str,
+    *,
+    reference: bool = False,
+    max_dets: Sequence[int] = MAX_DETS,
 ) -> dict[str, float]:
     """COCO's AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl and ``AP-<class name>``, each 0 to 100.
 
@@ -162,6 +183,8 @@ def coco_metrics(
         task: ``bbox``, or ``segm``, for which an object's size is its mask's area; it ignores objects without a usable
             mask, as COCO does crowds, here of the size of their boxes.
         reference: Compute with pycocotools instead of faster-coco-eval.
+        max_dets: How many detections of a class in an image count, the best; rising. AP is by the last, and each has
+            its AR: ``AR300`` for 300.
 
     Raises:
         InputError: an annotation has no area, which faster-coco-eval would take for area 0.
@@ -199,16 +222,17 @@ def coco_metrics(
         # pycocotools cannot load an empty list.
         detections = truth.loadRes(rows) if rows else _indexed(api, {**dataset, "annotations": []})
         evaluator = evaluation(truth, detections, task)
+        evaluator.params.maxDets = list(max_dets)
         evaluator.evaluate()
         evaluator.accumulate()
 
     # precision: (IoU thresholds, recall thresholds, classes, sizes, most detections); recall: without the second.
     precision, recall = evaluator.eval["precision"], evaluator.eval["recall"]
-    metrics = {"AP": precision[..., 0, 2], "AP50": precision[0, ..., 0, 2], "AP75": precision[5, ..., 0, 2]}
-    metrics |= {f"AP{size}": precision[..., row, 2] for row, size in enumerate("sml", 1)}
-    metrics |= {f"AR{most}": recall[..., 0, column] for column, most in enumerate((1, 10, 100))}
-    metrics |= {f"AR{size}": recall[..., row, 2] for row, size in enumerate("sml", 1)}
-    metrics |= {f"AP-{c['name']}": precision[:, :, row, 0, 2] for row, c in enumerate(dataset["categories"])}
+    metrics = {"AP": precision[..., 0, -1], "AP50": precision[0, ..., 0, -1], "AP75": precision[5, ..., 0, -1]}
+    metrics |= {f"AP{size}": precision[..., row, -1] for row, size in enumerate("sml", 1)}
+    metrics |= {f"AR{most}": recall[..., 0, column] for column, most in enumerate(max_dets)}
+    metrics |= {f"AR{size}": recall[..., row, -1] for row, size in enumerate("sml", 1)}
+    metrics |= {f"AP-{c['name']}": precision[:, :, row, 0, -1] for row, c in enumerate(dataset["categories"])}
     return {name: _percent(values) for name, values in metrics.items()}
 
 

@@ -144,7 +144,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 def _identity(cfg: CfgNode, weights: Path, dataset: str, images: ImageChoice) -> dict[str, Any]:
     """What all cells of one folder share."""
-    kept = ("MODEL.", "INPUT.", "TEST.DETECTIONS")
+    kept = ("MODEL.", "INPUT.", "TEST.DETECTIONS", "TEST.MAX_DETS")
     keys = {name: value for name, value in identity(cfg).items() if name.startswith(kept) and name != "MODEL.WEIGHTS"}
     return {
         **keys,

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from numpy.random import Generator, default_rng
 from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from robust_backbones.detection.datasets import SHOWN_CLASSES
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator, coco_metrics
@@ -158,6 +159,50 @@ def test_faster_coco_eval_computes_what_pycocotools_computes(seed: int, task: st
     assert metrics == same(coco_metrics(truth, results, task, reference=True))
     assert list(metrics) == [*TWELVE, *(f"AP-class{number}" for number in sorted(truth.getCatIds()))]
     assert (truth.dataset, results) == before
+
+
+@given(seed=st.integers(0, 2**32 - 1), task=st.sampled_from(["bbox", "segm"]), most=st.sampled_from([(1, 3), (300,)]))
+@settings(max_examples=20, deadline=None)
+def test_other_numbers_of_detections_count_as_by_pycocotools(seed: int, task: str, most: tuple[int, ...]) -> None:
+    """By COCO's own loop over the same annotations; some images hold 130 detections of a class."""
+    rng = default_rng(seed)
+    truth = random_truth(rng)
+    results = perturbed(truth, rng)
+    metrics = coco_metrics(truth, results, task, max_dets=most)
+    assert metrics == same(coco_metrics(truth, results, task, max_dets=most, reference=True))
+    assert [name for name in metrics if name.startswith("AR") and name[2:].isdigit()] == [f"AR{n}" for n in most]
+
+
+def test_detections_beyond_the_hundredth_count_where_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """150 objects, all found: COCO's own 100 hold AP near two thirds; pycocotools by hand for 150."""
+    image = {"id": 1, "height": 200, "width": 200, "file_name": "1.jpg"}
+    boxes = [[float(12 * (n % 15)), float(12 * (n // 15)), 9.0, 9.0] for n in range(150)]
+    things = [
+        {"id": n, "image_id": 1, "category_id": 1, "bbox": box, "area": 81.0, "iscrowd": 0}
+        for n, box in enumerate(boxes, 1)
+    ]
+    results: list[Result] = [
+        {"image_id": 1, "category_id": 1, "bbox": box, "score": 1 - n / 200, "segmentation": rle(box_mask(image, box))}
+        for n, box in enumerate(boxes)
+    ]
+    truth = indexed([image], things)
+    for most in ((1, 10, 100), (1, 10, 150)):
+        by_hand = COCOeval(truth, truth.loadRes([dict(row) for row in results]), "bbox")
+        by_hand.params.maxDets = list(most)
+        by_hand.evaluate()
+        by_hand.accumulate()
+        found = coco_metrics(truth, results, "bbox", max_dets=most)
+        assert found["AP"] == same(100 * by_hand.eval["precision"][..., 0, 2].mean())
+        assert found[f"AR{most[2]}"] == same(100 * most[2] / 150)
+        with coco_set(tmp_path, truth) as name:
+            evaluator = CocoEvaluator(name, ["bbox"], max_dets=most)
+            feed_coco(evaluator, truth, results, [1])
+            with caplog.at_level(logging.WARNING):
+                caplog.clear()
+                assert evaluator.evaluate()["bbox"]["AP"] == found["AP"]
+            assert ("TEST.MAX_DETS (1, 10, 150) counts all" in caplog.text) == (most[2] == 100)
 
 
 @given(seed=st.integers(0, 2**32 - 1), share=st.sampled_from([0.3, 1.0]), reference=st.booleans())
