@@ -16,6 +16,7 @@ from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.convert import metadata_in, torchvision_name
 from robust_backbones.checkpoint.format import FORMAT, TRAINING_FORMAT, Checkpoint, sha256
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
+from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify
 from robust_backbones.threat_models import ThreatModel
@@ -108,7 +109,8 @@ def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement 
     """Read a backbone of any layout of ``SOURCES``, without running any code that its file may hold.
 
     Args:
-        path: a file, or ``hub:NAME`` of a published backbone (``zoo``), which is downloaded at the first use.
+        path: a file, ``hub:NAME`` of a published backbone (``zoo``), or a URL as Detectron2's ``MODEL.WEIGHTS`` names
+            one; what is downloaded is kept.
         source: its layout, one of ``SOURCES``, where the file's keys do not tell it.
         statement: what the file does not say about itself.
 
@@ -119,6 +121,8 @@ def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement 
         if source or statement not in (None, Statement()):
             raise InputError("a published backbone says all there is to know: leave out what describes it")
         return read_published(str(path).removeprefix(HUB))
+    if is_url(path):
+        path = fetch_url(str(path))
     if source:
         check_choice("source", source, SOURCES)
     path, content = Path(path), load_tensors(path)

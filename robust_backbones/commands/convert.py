@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("src", metavar="SRC", help="checkpoint to convert, or hub:NAME")
+    parser.add_argument("src", metavar="SRC", help="checkpoint to convert, its URL, or hub:NAME")
     parser.add_argument("dst", type=Path, metavar="DST", help="file to write: .pkl, .pth or .safetensors")
     parser.add_argument("--to", choices=("detectron2", "torchvision"), default="detectron2", help="tensor names of DST")
     parser.add_argument("--source", choices=SOURCES, default="", help="layout of SRC, instead of what its keys tell")
@@ -127,7 +127,7 @@ def read(options: argparse.Namespace) -> Checkpoint:
         stride_in_1x1=options.stride_in_1x1 and options.stride_in_1x1 == "true",
         threat_model=options.threat_model and ThreatModel.parse(options.threat_model),
     )
-    return read_checkpoint(Path(options.src), source=options.source, statement=statement)
+    return read_checkpoint(options.src, source=options.source, statement=statement)
 
 
 def check_equal(checkpoint: Checkpoint, written: Path) -> None:

@@ -15,9 +15,11 @@ from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 
-from robust_backbones.checkpoint.convert import BackboneMetadata, metadata_in
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, metadata_in
 from robust_backbones.checkpoint.format import save_tensors, sha256
+from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
+from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.checkpoint.zoo import PREFIX
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
@@ -29,6 +31,7 @@ _UNFILLED = "unfilled_backbone_tensors"
 _UNVERIFIED = "unverified_detector"
 # These use the file's four tensors as they are; with GN or LN the shapes fit too, and the features are others.
 _BATCH_NORMS = ("FrozenBN", "SyncBN", "BN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+_IN_FOLDERS = ("model_final.pth", "backbone.pkl", "checkpoint.pt")
 _HOW_TO_CONVERT = "convert it with `robust-backbones convert SRC DST.pkl` and give the .pkl"
 
 
@@ -61,13 +64,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load ``path``, or raise ``InputError`` saying what does not fit and how to mend it."""
         if path:
-            path = self.path_manager.get_local_path(path) if path.startswith(PREFIX) else path
-            self._path = Path(path)
-            if not self._path.is_file():
-                mend = "check MODEL.WEIGHTS, or make them with `robust-backbones convert`"
-                raise InputError(
-                    f"no weights at {path}: {'download the file and give its path' if '://' in path else mend}"
-                )
+            self._path = self._file_of(path)
         elif self.whole_detector:
             raise InputError("a trained detector is needed here: give MODEL.WEIGHTS OUTPUT_DIR/model_final.pth")
         elif not self.cfg.MODEL.BACKBONE.FROM_SCRATCH:
@@ -75,7 +72,24 @@ class BackboneCheckpointer(DetectionCheckpointer):
                 "MODEL.WEIGHTS is empty, so the backbone would be random: give a converted backbone, "
                 "or MODEL.BACKBONE.FROM_SCRATCH True if random is what you want"
             )
-        return super().load(path, *args, **kwargs)
+        return super().load(str(self._path) if path else "", *args, **kwargs)
+
+    def _file_of(self, weights: str) -> Path:
+        """The file that MODEL.WEIGHTS names, downloaded if it is a URL or a published backbone."""
+        if weights.startswith(PREFIX):
+            return Path(self.path_manager.get_local_path(weights))
+        if weights.startswith(HUB):
+            raise InputError(
+                f"{weights} is a name for `robust-backbones convert`: give MODEL.WEIGHTS "
+                f"{PREFIX}{weights.removeprefix(HUB)}"
+            )
+        path = fetch_url(weights) if is_url(weights) else Path(weights)
+        if path.is_dir():
+            inside = next((name for name in _IN_FOLDERS if (path / name).is_file()), "the file in it")
+            raise InputError(f"{path} is a folder: give MODEL.WEIGHTS {path / inside if '.' in inside else inside}")
+        if not path.is_file():
+            raise InputError(f"no weights at {path}: check MODEL.WEIGHTS, or make them with `robust-backbones convert`")
+        return path
 
     def save(self, name: str, *, model: nn.Module | None = None, resumable: bool = True, **content: Any) -> None:
         """Write ``name``.pth whole or not at all, with further entries ``content``.
@@ -129,6 +143,14 @@ class BackboneCheckpointer(DetectionCheckpointer):
             content = {"model": tensors, "matching_heuristics": True}
         if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
             content = {"model": content}  # a state_dict() alone
+        if self.metadata is None and _is_caffe2(content):
+            checkpoint = read_checkpoint(self._path)
+            tensors, report = convert(checkpoint)
+            report.check()
+            self.metadata = BackboneMetadata.of(checkpoint)
+            assumed = ", ".join(f"{key} {value}" for key, value in checkpoint.spec.detectron2_overrides().items())
+            self.logger.warning(f"{self._path} does not say how it was fed; assumed is its makers' way: {assumed}")
+            content = {"model": tensors, "matching_heuristics": True}
         if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
             raise InputError(f"{self._path} holds no Detectron2 weights: {_HOW_TO_CONVERT}")
         self.unfilled = list(content.pop(_UNFILLED, []))
@@ -186,6 +208,12 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Nothing: the same warning for a right and for a wrong backbone is what hid the wrong ones."""
+
+
+def _is_caffe2(content: Any) -> bool:
+    """Whether a file is one of Detectron's zoo, whose makers always feed and build the network in one way."""
+    places = (content, content.get("model"), content.get("blobs")) if isinstance(content, dict) else ()
+    return any(isinstance(names, dict) and "res2_0_branch2a_w" in names for names in places)
 
 
 def check_config(cfg: CfgNode, spec: BackboneSpec, path: Path) -> None:

@@ -42,7 +42,7 @@ def evaluate(
     if isinstance(detector, str | Path):
         cfg, found = read_run(detector)
     else:
-        cfg, found = detector, Path(detector.MODEL.WEIGHTS)
+        cfg, found = detector, detector.MODEL.WEIGHTS
     check_config(cfg)
     register_datasets(cfg)
     if not checked:
