@@ -4,6 +4,7 @@ Examples:
     robust-backbones check-data mine/train.json:mine/images mine/val.json:mine/images --masks
     robust-backbones check-data VOC2007:trainval coco_2017_val
     robust-backbones check-data mine/train.json:mine/images --fix repaired
+    robust-backbones check-data mine/VOC:trainval --fix repaired --classes "traffic light,car" --rename auto=car
 
 A SET is annotations.json:IMAGE_FOLDER, VOC_FOLDER:LIST, or a name that Detectron2 knows. Relative paths are looked for
 in the folder that DETECTRON2_DATASETS names, then in the working folder. Every fault is one line: file, image id,
@@ -19,13 +20,20 @@ from pathlib import Path
 from robust_backbones.checkpoint.zoo import cache_folder
 from robust_backbones.commands import cli
 from robust_backbones.data.annotations import Use
-from robust_backbones.data.annotations_sets import AnnotatedSet, repair
+from robust_backbones.data.annotations_repair import renaming, repair
+from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.errors import InputError
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     use = Use(masks=options.masks)
+    classes = tuple(name.strip() for name in (options.classes or "").split(",") if name.strip())
+    if broken := [pair for pair in options.rename if not all(pair.partition("="))]:
+        raise InputError(f"--rename {broken[0]} renames nothing: give OLD=NEW")
+    if (classes or options.rename) and not options.fix:
+        raise InputError("--classes and --rename are of the repaired copy: give --fix OUT too")
+    rename = renaming(classes, dict(pair.split("=", 1) for pair in options.rename))
     errors = 0
     for name in options.sets:
         dataset = find_set(name)
@@ -42,10 +50,14 @@ def main(arguments: list[str]) -> int:
         print(f"{name}: {size}, {counts['error']} errors, {counts['warning']} warnings")
         errors += counts["error"]
         if options.fix:
-            folder = options.fix if len(options.sets) == 1 else options.fix / dataset.annotations.stem
-            done = repair(dataset, use, folder)
+            place = "-".join(filter(None, (dataset.annotations.stem, dataset.split)))
+            folder = options.fix if len(options.sets) == 1 else options.fix / place
+            repaired, done = repair(dataset, use, folder, rename)
             (folder / "changes.txt").write_text("".join(f"{line}\n" for line in done))
             print(f"repaired copy in {folder}: " + ("; ".join(done) or "nothing had to be changed"))
+            left = [fault for fault in repaired.check(use)[0] if fault.severity == "error"]
+            if left:
+                print(f"{len(left)} errors are left there, which need a decision of yours, the first: {left[0]}")
     return 1 if errors else 0
 
 
@@ -54,7 +66,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("sets", nargs="+", metavar="SET", help="see above")
     add("--masks", action="store_true", help="check masks too, for Mask R-CNN")
-    add("--fix", type=Path, metavar="OUT", help="write a repaired copy of COCO annotations, and changes.txt, to OUT")
+    add("--fix", type=Path, metavar="OUT", help="write a repaired copy of the annotations, and changes.txt, to OUT")
+    names = "with --fix: classes that differ from these in case, spaces, - and _ alone get these names"
+    add("--classes", metavar="NAME,NAME,...", help=names)
+    add("--rename", action="append", default=[], metavar="OLD=NEW", help="with --fix; may be given several times")
     add("--most", type=int, default=50, help="faults of a set to list (default 50); all are counted")
     add("--workers", type=int, default=8, help="images to read at once (default 8)")
     return parser.parse_args(arguments)

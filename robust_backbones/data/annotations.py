@@ -1,16 +1,13 @@
-"""Annotations of detection data, in COCO's and VOC's formats: read, and every fault in them named with its place."""
+"""Annotations of detection data in COCO's format: read, and every fault in them named with its place."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,13 +50,13 @@ class Use:
 # Values of rows
 
 
-def _is_number(value: Any, most: float = 1e7) -> bool:
+def is_number(value: Any, most: float = 1e7) -> bool:
     # NaN compares false; a 400-digit integer compares without becoming a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and -most < value < most
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and _is_number(value, 2**53)
+    return isinstance(value, int) and is_number(value, 2**53)
 
 
 def _is_id(value: Any) -> bool:
@@ -70,12 +67,12 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_side(value: Any) -> bool:
+def is_side(value: Any) -> bool:
     return _is_whole(value) and 0 < value < 1_000_000
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)) and min(value[2:]) >= 0
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) and min(value[2:]) >= 0
 
 
 def _is_flag(value: Any) -> bool:
@@ -88,21 +85,23 @@ _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
     "images": {
         "id": (_is_id, "a whole number or a text"),
         "file_name": (_is_text, "a file's name"),
-        "width": (_is_side, "a whole number of pixels"),
-        "height": (_is_side, "a whole number of pixels"),
+        "width": (is_side, "a whole number of pixels"),
+        "height": (is_side, "a whole number of pixels"),
     },
     "annotations": {
         "id": (_is_id, "a whole number or a text"),
         "image_id": (_is_id, "a whole number or a text"),
         "category_id": (_is_whole, "a whole number"),
         "bbox": (_is_box, "four finite numbers (x, y, width, height), with sides of at least 0"),
-        "area": (lambda value: _is_number(value, 1e14) and value >= 0, "a finite number of at least 0"),
+        "area": (lambda value: is_number(value, 1e14) and value >= 0, "a finite number of at least 0"),
         "iscrowd": (_is_flag, "0 or 1"),
         "ignore": (lambda value: value == 0, 'left out or 0 (use "iscrowd": 1 for regions that do not count)'),
     },
 }
 """List -> key -> the test of its value, and what the value has to be."""
 _OPTIONAL = ("iscrowd", "ignore")
+MISSING = "is not there"
+"""What is wrong with a file that does not exist."""
 NO_AREA, LEAVES = "boxes without area", "boxes that leave their image"
 """Kinds of warnings."""
 
@@ -170,18 +169,18 @@ def _faults_of_row(
     file: str, name: str, place: int, row: Any, keys: dict[str, tuple[_Test, str]], use: Use
 ) -> Iterator[Fault]:
     if not isinstance(row, dict):
-        yield _fault("error", file, name, place, f"is {_short(row)}", "write an object with its keys")(row)
+        yield _fault("error", file, name, place, f"is {short(row)}", "write an object with its keys")(row)
         return
     for key, (test, wanted) in keys.items():
         if (key in _OPTIONAL and key not in row) or (key in row and test(row[key])):
             continue
         # COCO's AP needs areas, training does not.
         severity: Literal["error", "warning"] = "warning" if key == "area" and not use.evaluation else "error"
-        what = f"{key} is {_short(row[key])}" if key in row else f"{key} is missing"
+        what = f"{key} is {short(row[key])}" if key in row else f"{key} is missing"
         yield _fault(severity, file, name, place, what, f"it has to be {wanted}", f"objects without {key}")(row)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     try:
         text = json.dumps(value)
     except (ValueError, RecursionError, TypeError):  # an integer of more than 4,300 digits
@@ -201,7 +200,7 @@ def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int
         seen: set[Any] = set()
         for place, row in sound[name]:
             if row[key] in seen:
-                what = f"{key} {_short(row[key])} is that of another row of {name} too"
+                what = f"{key} {short(row[key])} is that of another row of {name} too"
                 kind, mend = "images of the same file", "leave or rename one of them"
                 yield _fault(severity, file, name, place, what, mend, kind)(row)  # type: ignore[arg-type]
             seen.add(row[key])
@@ -215,7 +214,7 @@ def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int
     for place, row in sound["annotations"]:
         missing = [key for key in known if row[key] not in known[key]]
         for key in missing:
-            what = f"{key} {_short(row[key])} does not exist in the file"
+            what = f"{key} {short(row[key])} does not exist in the file"
             yield _fault("error", file, "annotations", place, what, "remove the annotation, or add what it names")(row)
         if not missing:
             kept.append((place, row))
@@ -299,7 +298,7 @@ def box_polygon(box: Iterable[float]) -> list[list[float]]:
 def mask_problem(segmentation: Any, width: int, height: int) -> tuple[Literal["error", "warning"], str] | None:
     """What is wrong with an object's mask: an error, or as a warning that it has none."""
     if segmentation is not None and not isinstance(segmentation, list | dict):
-        return "error", f"segmentation is {_short(segmentation)}"
+        return "error", f"segmentation is {short(segmentation)}"
     if isinstance(segmentation, dict) and segmentation:
         problem = _rle_problem(segmentation, width, height)
     else:
@@ -311,13 +310,13 @@ def mask_problem(segmentation: Any, width: int, height: int) -> tuple[Literal["e
 
 def _polygons_problem(polygons: list[Any], width: int, height: int) -> str:
     most = 10 * max(width, height)
-    if polygons and all(_is_number(value) for value in polygons):  # four numbers, as boxes; or one polygon, not nested
+    if polygons and all(is_number(value) for value in polygons):  # four numbers, as boxes; or one polygon, not nested
         return "" if len(polygons) <= 4 else "segmentation is one list of numbers, not a list of polygons"
     for number, polygon in enumerate(polygons):
         try:
             total, low, high = sum(map(abs, polygon)), min(polygon, default=0), max(polygon, default=0)
         except (TypeError, OverflowError):
-            return f"polygon {number} of its segmentation is {_short(polygon)}"
+            return f"polygon {number} of its segmentation is {short(polygon)}"
         if not total < math.inf or not (-most <= low and high <= most):
             return f"polygon {number} of its segmentation has numbers that are not finite or far outside its image"
         if len(polygon) % 2:
@@ -332,13 +331,13 @@ def _polygons_problem(polygons: list[Any], width: int, height: int) -> str:
 def _rle_problem(rle: Row, width: int, height: int) -> str:
     size, counts = rle.get("size"), rle.get("counts")
     if size != [height, width]:
-        return f"its run-length mask has size {_short(size)}, its image [{height}, {width}]"
+        return f"its run-length mask has size {short(size)}, its image [{height}, {width}]"
     if isinstance(counts, str):
         runs = _runs_of(counts)
     elif isinstance(counts, list) and all(map(_is_whole, counts)):
         runs = counts
     else:
-        return f"its run-length mask has counts {_short(counts)}"
+        return f"its run-length mask has counts {short(counts)}"
     if runs is None or min(runs, default=-1) < 0 or sum(runs) != width * height:
         return f"its run-length mask does not cover the {width} x {height} pixels of its image"
     return ""
@@ -360,126 +359,3 @@ def _runs_of(text: str) -> list[int] | None:
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0
     return None if shift else runs
-
-
-# VOC
-
-
-def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:
-    """A VOC set's images and objects as COCO's content, and what is wrong with its lists and XML files.
-
-    Images have their names as ids, objects ``IMAGE/NUMBER``; boxes count pixels from 0, as Detectron2 reads them. Of a
-    list with a second column of -1, 0 and 1, as VOC has one for each class, the images of -1 are left out.
-
-    Args:
-        folder: Holds Annotations, ImageSets/Main and JPEGImages.
-        split: The list in ImageSets/Main.
-        classes: The names that objects may have; all where it is None.
-
-    Raises:
-        FileNotFoundError: the list, or the annotation of an image in it, is not there.
-    """
-    folder = Path(folder)
-    listed = folder / f"ImageSets/Main/{split}.txt"
-    faults: list[Fault] = []
-    names: dict[str, None] = {}
-    for name in voc_names(listed, folder / "Annotations"):
-        if name in names:
-            faults.append(Fault("error", str(listed), "is listed twice", "leave one of the lines", name))
-        names[name] = None
-    if not names:
-        faults.append(Fault("error", str(listed), "lists no image", "list one image a line"))
-    files = _voc_images(folder / "JPEGImages")
-    content: Content = {"images": [], "annotations": [], "categories": []}
-    numbers = {name: number for number, name in enumerate(classes or (), 1)}
-    for name in names:
-        file = folder / f"Annotations/{name}.xml"
-        try:
-            root = ElementTree.fromstring(file.read_bytes())
-        except (ElementTree.ParseError, ValueError, RecursionError) as error:
-            faults.append(Fault("error", str(file), f"is no XML ({error})", "write it anew", name))
-            continue
-        width, height = (_number(root.findtext(f"size/{side}"), whole=True) for side in ("width", "height"))
-        image = {"id": name, "file_name": files.get(name, f"{name}.jpg"), "width": width, "height": height}
-        content["images"].append(image)
-        for key in ("width", "height"):
-            if not _is_side(image[key]):
-                text = root.findtext(f"size/{key}")
-                faults.append(Fault("error", str(file), f"size/{key} is {_short(text)}", "write the image's", name))
-        for number, thing in enumerate(root.findall("object")):
-            row, problems = _voc_object(thing, numbers, open_list=classes is None)
-            faults += [Fault("error", str(file), what, mend, name, number) for what, mend in problems]
-            if not problems:
-                content["annotations"].append({"id": f"{name}/{number}", "image_id": name, **row})
-    content["categories"] = [{"id": number, "name": name} for name, number in numbers.items()]
-    return content, faults
-
-
-def voc_names(listed: Path, annotations: Path) -> list[str]:
-    """The images that a list names, which may have spaces in their names."""
-    known = set(os.listdir(annotations)) if annotations.is_dir() else set()
-    names = []
-    for line in filter(None, map(str.strip, listed.read_text().splitlines())):
-        name, _, flag = line.rpartition(" ")
-        if f"{line}.xml" in known or flag not in ("-1", "0", "1"):
-            names.append(line)
-        elif flag != "-1":
-            names.append(name.strip())
-    return names
-
-
-def _voc_images(folder: Path) -> dict[str, str]:
-    """File names by image name; where there are several, the JPEG."""
-    files = os.listdir(folder) if folder.is_dir() else []
-    return {os.path.splitext(file)[0]: file for file in sorted(files, key=lambda file: file.endswith(".jpg"))}
-
-
-def voc_classes(folder: str | Path) -> list[str]:
-    """The names of the objects in all XML files of a VOC folder, sorted; files that are no XML are left out."""
-    names: set[str] = set()
-    for file in (Path(folder) / "Annotations").glob("*.xml"):
-        with suppress(ElementTree.ParseError, ValueError, RecursionError):
-            names |= {
-                thing.findtext("name", "") for thing in ElementTree.fromstring(file.read_bytes()).findall("object")
-            }
-    return sorted(names - {""})
-
-
-def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tuple[Row, list[tuple[str, str]]]:
-    problems = []
-    name = thing.findtext("name") or ""
-    if open_list and name.strip():
-        numbers.setdefault(name, len(numbers) + 1)
-    if name not in numbers:
-        known = ", ".join(numbers) or "none"
-        problems.append((f"name is {_short(name)}", f"it has to be one of the classes, {known}"))
-    difficult = thing.findtext("difficult", "0")
-    if difficult not in ("0", "1"):
-        problems.append((f"difficult is {_short(difficult)}", "it has to be 0 or 1"))
-    texts = {side: thing.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")}
-    x1, y1, x2, y2 = (_number(text) for text in texts.values())
-    if len(thing.findall("bndbox")) != 1 or any(not _is_number(value) for value in (x1, y1, x2, y2)):
-        problems.append((f"bndbox is {_short(list(texts.values()))}", "it has to hold xmin, ymin, xmax and ymax"))
-    elif x2 < x1 or y2 < y1:
-        problems.append((f"bndbox is {_short(list(texts.values()))}", "xmax and ymax have to be the larger ones"))
-    if problems:
-        return {}, problems
-    box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
-    return {"category_id": numbers[name], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}, []
-
-
-def _number(text: str | None, *, whole: bool = False) -> Any:
-    try:
-        return int(text or "") if whole else float(text or "")
-    except ValueError:
-        return math.nan
-
-
-def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use: Use | None = None) -> list[Fault]:
-    """``faults`` of ``read_voc``, and those of its ``content`` that COCO's format knows too, errors first."""
-    found = [*faults]
-    named = {fault.image for fault in found}
-    for fault in check_coco(Path(folder) / "Annotations", content, use):
-        if fault.image not in named or fault.image is None:
-            found.append(fault)
-    return sorted(found, key=lambda fault: fault.severity)

@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from robust_backbones.data.annotations import Fault
+from robust_backbones.data.annotations import MISSING, Fault
 from robust_backbones.data.decoding import ImageInputError
 from robust_backbones.runs.files import atomic_path
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _ORIENTATION = 0x0112
-MISSING = "is not there"
-"""What is wrong with an image file that does not exist."""
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 

@@ -24,18 +24,9 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
 from robust_backbones.checkpoint.zoo import cache_folder
-from robust_backbones.data.annotations import (
-    LEAVES,
-    NO_AREA,
-    Use,
-    check_coco,
-    read_json,
-    read_voc,
-    usable_mask,
-    voc_classes,
-)
-from robust_backbones.data.annotations_images import MISSING
+from robust_backbones.data.annotations import LEAVES, MISSING, NO_AREA, Use, check_coco, read_json, usable_mask
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
+from robust_backbones.data.annotations_voc import read_voc, voc_classes
 from robust_backbones.errors import InputError
 
 Items = list[dict[str, Any]]
@@ -323,8 +314,10 @@ def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[DataWar
         raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
     missing = sorted(fault.file for fault in faults if fault.what == MISSING)
     if missing:
+        without = sum(file.endswith(".xml") for file in missing)  # whose images are not in the content
+        kind, total = "annotations" if without else "images", len(content["images"]) + without
         raise InputError(
-            f"{name} lacks {len(missing)} of its {len(content['images'])} images, {missing[0]} the first: "
+            f"{name} lacks {len(missing)} of its {total} {kind}, {missing[0]} the first: "
             f"{_layout(name)}, and every image that the annotations name"
         )
     if errors := [fault for fault in faults if fault.severity == "error"]:

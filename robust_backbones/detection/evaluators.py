@@ -32,7 +32,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from robust_backbones.configs import DETECTOR_KEYS
-from robust_backbones.data.annotations import box_polygon, usable_mask, voc_names
+from robust_backbones.data.annotations import box_polygon, usable_mask
+from robust_backbones.data.annotations_voc import voc_names
 from robust_backbones.detection.datasets import SHOWN_CLASSES, categories, evaluator_kind
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_tools
 
-from robust_backbones.data.annotations import Fault, Use, _runs_of, check_coco, read_voc
+from robust_backbones.data.annotations import Fault, Use, _runs_of, check_coco
 from robust_backbones.data.annotations_images import check_images, read_header
 from robust_backbones.data.annotations_sets import AnnotatedSet
+from robust_backbones.data.annotations_voc import read_voc
 
 Content = dict[str, Any]
 Run = Callable[..., tuple[int, str, str]]
@@ -351,6 +352,69 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     assert mended["images"] == expected["images"]
     assert "1 masks filled in from boxes" in (tmp_path / "fixed/changes.txt").read_text()
     assert run_tool("check-data", where, "--fix", tmp_path / "fixed")[0] == 2
+
+
+def test_classes_are_renamed_and_made_one(tmp_path: Path, images: Path, run_tool: Run) -> None:
+    """Box AP of the repaired file is that of the file that was meant."""
+    meant, content = sound(), sound()
+    content["categories"] = [
+        {"id": 3, "name": " Cat"}, {"id": 4, "name": "kitten"}, {"id": 5, "name": "c-a t"}, {"id": 8, "name": "dog"}
+    ]  # fmt: skip
+    for row, number in zip(content["annotations"], (3, 8, 4, 5, 8, 3, 4, 8, 5), strict=True):
+        row["category_id"] = number
+    coco_set(tmp_path, images, content)
+    where = f"{tmp_path / 'truth.json'}:{images}"
+    options = ("--fix", tmp_path / "fixed", "--classes", "cat,dog", "--rename", "kitten=cat")
+    status, out, _ = run_tool("check-data", where, *options)
+    assert status == 0
+    assert "3 classes renamed; 2 classes of one name made one" in out
+    mended = json.loads((tmp_path / "fixed/truth.json").read_text())
+    assert mended["categories"] == meant["categories"]
+    assert mended["annotations"] == meant["annotations"]
+    for wrong in (
+        ("--rename", "a=b"),
+        ("--fix", tmp_path / "x", "--rename", "a"),
+        ("--fix", "x", "--classes", "a b,A-B"),
+    ):
+        assert run_tool("check-data", where, *wrong)[0] == 2
+
+
+def test_a_voc_set_is_repaired(tmp_path: Path, run_tool: Run) -> None:
+    """What is left has the objects that were meant; the original is not touched."""
+    voc(tmp_path / "VOC")
+    annotation = tmp_path / "VOC/Annotations/b.xml"
+    whole = annotation.read_text()
+    start, rest = whole.split("<object>")
+    thing, end = rest.split("</object>")
+    spoilt = (
+        thing.replace("cat", "Big Cat"),
+        thing.replace(">0<", "><").replace("<xmin>1<", "<xmin>100<").replace("<xmax>100<", "<xmax>11<"),
+        thing.replace("<xmax>100<", "<xmax>160<").replace("<ymax>80<", "<ymax>40.5<"),
+        thing.replace("<xmin>1<", "<xmin>nan<"),
+        thing.replace("<xmin>1<", "<xmin>131<").replace("<xmax>100<", "<xmax>160<"),
+        thing.replace("<name>cat</name>", ""),
+    )
+    start = start.replace("<width>100", "<width>80")
+    annotation.write_text(start + "".join(f"<object>{text}</object>" for text in spoilt) + end)
+    (tmp_path / "VOC/Annotations/c.xml").write_text("<annotation>")
+    Image.new("RGB", (5, 5)).save(tmp_path / "VOC/JPEGImages/c.jpg")
+    (tmp_path / "VOC/ImageSets/Main/test.txt").write_text("a 1\nb  -1\nb 1\nc 1\nb 1\na 1\ngone 1\n")
+    before = annotation.read_text()
+    options = ("--fix", tmp_path / "fixed", "--classes", "big_cat", "--rename", "cat=big_cat")
+    status, out, _ = run_tool("check-data", f"{tmp_path / 'VOC'}:test", *options)
+    assert "errors are left" not in out, out
+    assert annotation.read_text() == before
+    faults, content = AnnotatedSet.parse(f"{tmp_path / 'fixed'}:test").check()
+    assert faults == []
+    assert [row["id"] for row in content["images"]] == ["a", "b"]
+    assert [row["name"] for row in content["categories"]] == ["big_cat"]
+    assert [(row["image_id"], row["bbox"]) for row in content["annotations"]] == [
+        ("a", [0, 0, 100, 80]), ("b", [0, 0, 100, 80]), ("b", [10, 0, 90, 80]), ("b", [0, 0, 100, 40.5])
+    ]  # fmt: skip
+    changes = (tmp_path / "fixed/changes.txt").read_text()
+    for words in ("1 sizes of images corrected", "3 objects left out", "2 lines of the list", "1 boxes clipped"):
+        assert words in changes
+    del status
 
 
 @pytest.mark.parametrize("text", ["nowhere.json:images", "folder:split", "nothing", ":", "x:"])

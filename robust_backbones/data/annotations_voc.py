@@ -1,0 +1,136 @@
+"""Annotations of detection data in VOC's format, read as COCO's content, and every fault in them named."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from robust_backbones.data.annotations import MISSING, Content, Fault, Row, Use, check_coco, is_number, is_side, short
+
+
+def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:
+    """A VOC set's images and objects as COCO's content, and what is wrong with its lists and XML files.
+
+    Images have their names as ids, objects ``IMAGE/NUMBER``; boxes count pixels from 0, as Detectron2 reads them. Of a
+    list with a second column of -1, 0 and 1, as VOC has one for each class, the images of -1 are left out.
+
+    Args:
+        folder: Holds Annotations, ImageSets/Main and JPEGImages.
+        split: The list in ImageSets/Main.
+        classes: The names that objects may have; all where it is None.
+
+    Raises:
+        FileNotFoundError: the list is not there.
+    """
+    folder = Path(folder)
+    listed = folder / f"ImageSets/Main/{split}.txt"
+    faults: list[Fault] = []
+    names: dict[str, None] = {}
+    for name in voc_names(listed, folder / "Annotations"):
+        if name in names:
+            faults.append(Fault("error", str(listed), "is listed twice", "leave one of the lines", name))
+        names[name] = None
+    if not names:
+        faults.append(Fault("error", str(listed), "lists no image", "list one image a line"))
+    files = voc_images(folder / "JPEGImages")
+    content: Content = {"images": [], "annotations": [], "categories": []}
+    numbers = {name: number for number, name in enumerate(classes or (), 1)}
+    for name in names:
+        file = folder / f"Annotations/{name}.xml"
+        try:
+            root = ElementTree.fromstring(file.read_bytes())
+        except FileNotFoundError:
+            faults.append(Fault("error", str(file), MISSING, "add it, or take the image off the list", name))
+            continue
+        except (OSError, ElementTree.ParseError, ValueError, RecursionError) as error:
+            faults.append(Fault("error", str(file), f"is no XML ({error})", "write it anew", name))
+            continue
+        width, height = (number_in(root.findtext(f"size/{side}"), whole=True) for side in ("width", "height"))
+        image = {"id": name, "file_name": files.get(name, f"{name}.jpg"), "width": width, "height": height}
+        content["images"].append(image)
+        for key in ("width", "height"):
+            if not is_side(image[key]):
+                text = root.findtext(f"size/{key}")
+                faults.append(Fault("error", str(file), f"size/{key} is {short(text)}", "write the image's", name))
+        for number, thing in enumerate(root.findall("object")):
+            row, problems = _voc_object(thing, numbers, open_list=classes is None)
+            faults += [Fault("error", str(file), what, mend, name, number) for what, mend in problems]
+            if not problems:
+                content["annotations"].append({"id": f"{name}/{number}", "image_id": name, **row})
+    content["categories"] = [{"id": number, "name": name} for name, number in numbers.items()]
+    return content, faults
+
+
+def voc_names(listed: Path, annotations: Path) -> list[str]:
+    """The images that a list names, which may have spaces in their names."""
+    known = set(os.listdir(annotations)) if annotations.is_dir() else set()
+    names = []
+    for line in filter(None, map(str.strip, listed.read_text().splitlines())):
+        name, _, flag = line.rpartition(" ")
+        if f"{line}.xml" in known or flag not in ("-1", "0", "1"):
+            names.append(line)
+        elif flag != "-1":
+            names.append(name.strip())
+    return names
+
+
+def voc_images(folder: Path) -> dict[str, str]:
+    """File names by image name; where there are several, the JPEG."""
+    files = os.listdir(folder) if folder.is_dir() else []
+    return {os.path.splitext(file)[0]: file for file in sorted(files, key=lambda file: file.endswith(".jpg"))}
+
+
+def voc_classes(folder: str | Path) -> list[str]:
+    """The names of the objects in all XML files of a VOC folder, sorted; files that are no XML are left out."""
+    names: set[str] = set()
+    for file in (Path(folder) / "Annotations").glob("*.xml"):
+        with suppress(ElementTree.ParseError, ValueError, RecursionError):
+            names |= {
+                thing.findtext("name", "") for thing in ElementTree.fromstring(file.read_bytes()).findall("object")
+            }
+    return sorted(names - {""})
+
+
+def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tuple[Row, list[tuple[str, str]]]:
+    problems = []
+    name = thing.findtext("name") or ""
+    if open_list and name.strip():
+        numbers.setdefault(name, len(numbers) + 1)
+    if name not in numbers:
+        known = ", ".join(numbers) or "none"
+        problems.append((f"name is {short(name)}", f"it has to be one of the classes, {known}"))
+    difficult = thing.findtext("difficult", "0")
+    if difficult not in ("0", "1"):
+        problems.append((f"difficult is {short(difficult)}", "it has to be 0 or 1"))
+    texts = {side: thing.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")}
+    x1, y1, x2, y2 = (number_in(text) for text in texts.values())
+    if len(thing.findall("bndbox")) != 1 or any(not is_number(value) for value in (x1, y1, x2, y2)):
+        problems.append((f"bndbox is {short(list(texts.values()))}", "it has to hold xmin, ymin, xmax and ymax"))
+    elif x2 < x1 or y2 < y1:
+        problems.append((f"bndbox is {short(list(texts.values()))}", "xmax and ymax have to be the larger ones"))
+    if problems:
+        return {}, problems
+    box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+    return {"category_id": numbers[name], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}, []
+
+
+def number_in(text: str | None, *, whole: bool = False) -> Any:
+    try:
+        return int(text or "") if whole else float(text or "")
+    except ValueError:
+        return math.nan
+
+
+def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use: Use | None = None) -> list[Fault]:
+    """``faults`` of ``read_voc``, and those of its ``content`` that COCO's format knows too, errors first."""
+    found = [*faults]
+    named = {fault.image for fault in found}
+    for fault in check_coco(Path(folder) / "Annotations", content, use):
+        if fault.image not in named or fault.image is None:
+            found.append(fault)
+    return sorted(found, key=lambda fault: fault.severity)
