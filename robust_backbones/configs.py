@@ -60,6 +60,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     # The same in VOC's format: (name, folder, list in ImageSets/Main) or (..., classes), a tuple of names; without it
     # the classes are those of all XML files in the folder.
     "DATASETS.VOC_FORMAT": (),
+    # Images to leave out, which --skip-unreadable finds: rows of (set, image id, file).
+    "DATASETS.SKIPPED": (),
     # COCO's own (slow) pycocotools instead of faster-coco-eval, which gives the same numbers.
     "TEST.REFERENCE_EVAL": False,
     # COCO's maxDets: of a class in an image so many detections count, the best; AP by the last, AR by each.

@@ -98,6 +98,8 @@ class DetectorOptions(DeviceOptions):
     """Of the corruptions and of what --limit takes."""
     allow_unverified_detector: bool = False
     """Take a detector of plain Detectron2, fed as the configuration says; the records mark it."""
+    skip_unreadable: bool = False
+    """Leave out images that cannot be read, and list them in the records."""
     jobs: int = 1
     """Processes that each evaluate a cell, one a GPU where there are several; results do not depend on it."""
 
@@ -189,6 +191,7 @@ def detector(options: DetectorOptions) -> int:
         jobs=options.jobs,
         workers=options.workers,
         allow_unverified=options.allow_unverified_detector,
+        skip=options.skip_unreadable,
     )
     names = record.config["cells"]
     print(f"{record.dataset}, {record.config['images']} images, {len(names)} cells in {record.seconds:.0f} s")

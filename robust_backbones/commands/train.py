@@ -81,6 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
     add("--allow-partial-backbone", action="store_true", help="leave tensors that MODEL.WEIGHTS lacks random")
     add("--allow-unverified-detector", action="store_true", help="take a detector of plain Detectron2 as MODEL.WEIGHTS")
+    add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, and list them")
     add("--reference-eval", action="store_true", help="COCO AP by pycocotools: slower, the same numbers")
     add("--num-gpus", type=int, default=1, help="processes on this machine, one a GPU (or on CPUs)")
     add("--num-machines", type=int, default=1)
@@ -107,8 +108,10 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
         derive_classes,
         number_of_classes,
         register_datasets,
+        skip_unreadable,
     )
     from robust_backbones.detection.launch import is_first_process, scale_to_processes
+    from robust_backbones.detection.left_out import leave_out
     from robust_backbones.detection.predictor import check_weights, classes_in
     from robust_backbones.detection.run_folder import check_folder
 
@@ -121,6 +124,10 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     known = classes_in(cfg.MODEL.WEIGHTS) if options.eval_only and not number_of_classes(cfg) else 0
     derive_classes(cfg, eval_only=options.eval_only, known=known)
     finished = not options.eval_only and check_folder(cfg, resume=options.resume, extend=options.extend)
+    is_new = options.eval_only or not (Path(cfg.OUTPUT_DIR) / "config.yaml").exists()
+    if options.skip_unreadable and is_new:
+        skip_unreadable(cfg, eval_only=options.eval_only)
+    leave_out(cfg)  # what the first start of a resumed run has found
     if is_first_process() and not finished:
         warnings = check_datasets(cfg, eval_only=options.eval_only)
         for warning in warnings:

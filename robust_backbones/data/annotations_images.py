@@ -20,6 +20,8 @@ from robust_backbones.runs.files import atomic_path
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _ORIENTATION = 0x0112
+UNREADABLE = "images that cannot be read"
+"""The kind of the fault of an image whose pixels cannot be had."""
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -57,6 +59,21 @@ def _is_whole(path: str | Path, end: bytes | None) -> bool:
     with open(path, "rb") as file:
         file.seek(max(os.path.getsize(path) - 32, 0))
         return end in file.read()
+
+
+def undecodable(paths: Iterable[str], *, workers: int = 8) -> list[str]:
+    """Those of image files that exist whose pixels cannot be had; each is decoded whole."""
+
+    def is_sound(path: str) -> bool:
+        with suppress(Exception), Image.open(path) as image:
+            image.load()
+            return image.mode not in _DEEP
+        return not os.path.exists(path)
+
+    paths = list(paths)
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(is_sound, paths, chunksize=64), "decoding images", len(paths), unit="img", disable=None)
+        return [path for path, sound in zip(paths, found, strict=True) if not sound]
 
 
 def check_image(path: str | Path) -> None:
@@ -123,7 +140,7 @@ def check_images(
             faults.append(Fault("error", path, MISSING, "add the image, or remove it from the set", image))
         elif header.problem:
             mend = "convert or replace it, or remove it from the set"
-            faults.append(Fault("error", path, header.problem, mend, image, place=place))
+            faults.append(Fault("error", path, header.problem, mend, image, place=place, kind=UNREADABLE))
         elif (header.width, header.height) != (width, height):
             what = f"is {header.width} x {header.height}, and {width} x {height} in the annotations"
             if header.turned:

@@ -25,8 +25,10 @@ from pycocotools import mask as mask_tools
 
 from robust_backbones.checkpoint.zoo import cache_folder
 from robust_backbones.data.annotations import LEAVES, MISSING, NO_AREA, Use, check_coco, read_json, usable_mask
+from robust_backbones.data.annotations_images import UNREADABLE
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
 from robust_backbones.data.annotations_voc import read_voc, voc_classes
+from robust_backbones.detection.left_out import leave_out, left_out, unreadable_rows
 from robust_backbones.errors import InputError
 
 Items = list[dict[str, Any]]
@@ -36,7 +38,7 @@ SHOWN_CLASSES = "ap_over_shown_classes"
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register what DATASETS.COCO_FORMAT and VOC_FORMAT list; registering a name again replaces it.
+    """Register what DATASETS.COCO_FORMAT and VOC_FORMAT list, without SKIPPED; registering a name again replaces it.
 
     Raises:
         InputError: a row is none, or a VOC folder without classes.
@@ -58,6 +60,7 @@ def register_datasets(cfg: CfgNode) -> None:
         # By area under the curve, as VOC since 2010.
         about = {"dirname": folder, "split": split, "year": 2012, "thing_classes": classes}
         _register(name, load, evaluator_type="pascal_voc", **about, **{SHOWN_CLASSES: True})
+    leave_out(cfg)
 
 
 def _register(name: str, load: Callable[[], Items], *, evaluator_type: str = "coco", **metadata: Any) -> None:
@@ -276,6 +279,23 @@ def counted(warnings: Iterable[DataWarning]) -> dict[str, dict[str, int]]:
     return counts
 
 
+def skip_unreadable(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """Have the run leave out the images that cannot be read, by DATASETS.SKIPPED; all images are decoded.
+
+    Raises:
+        InputError: an unknown set, or one whose annotation file is missing.
+    """
+    rows = []
+    for name in dict.fromkeys([*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]):
+        try:
+            if dataset := annotated_set(name):
+                rows += unreadable_rows(name, dataset)
+        except FileNotFoundError as error:
+            raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
+    cfg.DATASETS.SKIPPED = tuple(rows)
+    leave_out(cfg)
+
+
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning]:
     """Load every annotation and look for every image that the run will read.
 
@@ -312,6 +332,7 @@ def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[DataWar
         faults, content = dataset.check(use, cache=cache_folder() / "headers")
     except FileNotFoundError as error:
         raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
+    faults = [fault for fault in faults if fault.image not in left_out(name)]
     missing = sorted(fault.file for fault in faults if fault.what == MISSING)
     if missing:
         without = sum(file.endswith(".xml") for file in missing)  # whose images are not in the content
@@ -321,6 +342,10 @@ def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[DataWar
             f"{_layout(name)}, and every image that the annotations name"
         )
     if errors := [fault for fault in faults if fault.severity == "error"]:
+        if len(unreadable := [error for error in errors if error.kind == UNREADABLE]) == len(errors):
+            mend = "or give --skip-unreadable to leave it out"
+            more = f" ({len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
+            raise InputError(f"{name} has images that cannot be used: {errors[0]}, {mend}{more}")
         more = f" ({len(errors) - 1} more: `robust-backbones check-data` lists them)" if len(errors) > 1 else ""
         raise InputError(f"the annotations or images of {name} are damaged: {errors[0]}{more}")
     for kind, count in Counter(fault.kind for fault in faults).items():

@@ -10,7 +10,7 @@ import logging
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.annotations import box_polygon, usable_mask
 from robust_backbones.data.annotations_voc import voc_names
 from robust_backbones.detection.datasets import SHOWN_CLASSES, categories, evaluator_kind
+from robust_backbones.detection.left_out import left_out
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
@@ -153,6 +154,8 @@ def ground_truth(dataset_name: str) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         if "json_file" in metadata.as_dict():
             coco = COCO(PathManager.get_local_path(metadata.json_file))
+            if images := left_out(dataset_name):
+                coco = without_images(coco, images)
             # Those that ``match_classes`` added have no ground truth.
             added = [row for row in categories(dataset_name) if row["id"] not in coco.cats]
             coco.dataset["categories"] = [*coco.dataset.get("categories", []), *added]
@@ -164,6 +167,15 @@ def ground_truth(dataset_name: str) -> COCO:
                 row["category_id"] += 1
             dataset["categories"] = categories(dataset_name)
         return _indexed(COCO, dataset)
+
+
+def without_images(truth: COCO, images: Container[Any]) -> COCO:
+    """The same annotations but those of some images, by their ids."""
+    rows = {
+        "images": [row for row in truth.dataset["images"] if row["id"] not in images],
+        "annotations": [row for row in truth.dataset.get("annotations", []) if row["image_id"] not in images],
+    }
+    return _indexed(COCO, {**truth.dataset, **{name: rows[name] for name in rows if name in truth.dataset}})
 
 
 def coco_metrics(
@@ -288,7 +300,7 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
         if not comm.is_main_process():
             return {}
         names = voc_names(Path(self._image_set_path), Path(self._anno_file_template).parent)
-        order = {image: place for place, image in enumerate(names)}
+        order = {image: place for place, image in enumerate(names) if image not in left_out(self._dataset_name)}
         objects = {image: self._objects(image) for image in order}
         aps = []
         for number, name in enumerate(self._class_names):

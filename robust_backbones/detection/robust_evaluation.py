@@ -21,7 +21,13 @@ from robust_backbones.detection.cell_images import ImageChoice, find_domains
 from robust_backbones.detection.cell_jobs import CellJob
 from robust_backbones.detection.cells import AttackCell, Cell, CorruptionCell
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.datasets import check_datasets, counted, evaluator_kind, register_datasets
+from robust_backbones.detection.datasets import (
+    check_datasets,
+    counted,
+    evaluator_kind,
+    register_datasets,
+    skip_unreadable,
+)
 from robust_backbones.detection.predictor import load_detector
 from robust_backbones.errors import InputError
 from robust_backbones.runs.identity import claim, identity
@@ -45,6 +51,7 @@ def evaluate_detector(
     jobs: int = 1,
     workers: int = 2,
     allow_unverified: bool = False,
+    skip: bool = False,
 ) -> RunRecord:
     """Measure a detector on the clean images and in every cell; cells that ``output`` holds already are not run again.
 
@@ -64,6 +71,7 @@ def evaluate_detector(
         jobs: processes that each evaluate a cell; a CPU's cores are theirs to share (OMP_NUM_THREADS).
         workers: processes of each job that decode and corrupt images; neither changes any result.
         allow_unverified: take a detector of plain Detectron2, which does not say what its backbone is; the records do.
+        skip: leave out images that cannot be read; else one stops the evaluation. The records list them.
 
     Raises:
         InputError: what is given does not fit together, or ``output`` holds something else.
@@ -85,6 +93,8 @@ def evaluate_detector(
     cfg.DATASETS.COCO_FORMAT = (*cfg.DATASETS.COCO_FORMAT, *rows)
     cfg.DATASETS.TEST = (dataset, *names)
     register_datasets(cfg)
+    if skip:
+        skip_unreadable(cfg, eval_only=True)
     warnings = check_datasets(cfg, eval_only=True)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -146,8 +156,10 @@ def _identity(cfg: CfgNode, weights: Path, dataset: str, images: ImageChoice) ->
     """What all cells of one folder share."""
     kept = ("MODEL.", "INPUT.", "TEST.DETECTIONS", "TEST.MAX_DETS")
     keys = {name: value for name, value in identity(cfg).items() if name.startswith(kept) and name != "MODEL.WEIGHTS"}
+    skipped = cfg.DATASETS.SKIPPED
     return {
         **keys,
+        **({"DATASETS.SKIPPED": skipped} if skipped else {}),
         "weights_sha256": sha256(weights),
         "dataset": dataset,
         "images": len(images.items(dataset)),

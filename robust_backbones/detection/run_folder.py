@@ -45,6 +45,8 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
         return False
     held = read_settings(path)
     cfg.SOLVER.EXTENDED = held.get("SOLVER.EXTENDED", ())
+    if not cfg.DATASETS.SKIPPED:  # the list of the first start holds for the whole run
+        cfg.DATASETS.SKIPPED = held.get("DATASETS.SKIPPED", ())
     if cfg.SEED < 0:
         cfg.SEED = held.get("SEED", cfg.SEED)
     changed = {*differences(held, cfg, DETECTOR_KEYS)}
