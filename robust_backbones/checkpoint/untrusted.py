@@ -27,9 +27,10 @@ from types import FunctionType, NoneType
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from robust_backbones.checkpoint.mistaken import refuse_mistaken
 from robust_backbones.errors import InputError
 
 METADATA = "__metadata__"
@@ -40,6 +41,10 @@ _MAX_OPERATIONS = 500_000
 _MAX_ZIP_ENTRIES = 100_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # opens the files of torch.save before version 1.6
 _LEGACY_VERSION = 1001
+
+
+class _CutOffError(Exception):
+    """A file ends before what it says that it holds."""
 
 
 class Inert:
@@ -64,10 +69,7 @@ def read_file(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder: give the file in it")
-        if not path.is_file():
-            raise InputError(f"no file at {path}: check the path")
+        refuse_mistaken(path)
         with open(path, "rb") as file:
             # Copy on write: tensors can be changed, the file cannot.
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -77,6 +79,8 @@ def read_file(path: str | Path) -> Any:
             return _read_archive(content, file) if is_archive else _read_pickles(content, memoryview(content))
     except InputError:
         raise
+    except _CutOffError:
+        raise InputError(f"{path} is cut off: download or save it again") from None
     except Exception as error:  # a damaged or hostile file can fail in any way
         reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:200] or type(error).__name__
         raise InputError(
@@ -98,7 +102,11 @@ def load_tensors(path: str | Path) -> dict[Any, Any]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise _CutOffError if "not fully covered" in str(error) else error from None
+    with opened as file:
         content: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         if metadata := file.metadata():
             content[METADATA] = metadata
@@ -109,7 +117,10 @@ def _read_archive(content: mmap.mmap, file: BinaryIO) -> Any:
     """torch.save since 1.6: a zip archive of one pickle and one uncompressed record for each storage."""
     if sum(1 for _ in re.finditer(b"PK\x01\x02", content)) > _MAX_ZIP_ENTRIES:  # zipfile makes an object of each
         raise ValueError("it holds too many records")
-    entries, records = zipfile.ZipFile(file).infolist(), dict[str, memoryview]()
+    try:
+        entries, records = zipfile.ZipFile(file).infolist(), dict[str, memoryview]()
+    except zipfile.BadZipFile:  # the list of an archive's records is its end
+        raise _CutOffError from None
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise ValueError("it is a TorchScript program, not a state_dict()")
     for entry in entries:
@@ -118,7 +129,7 @@ def _read_archive(content: mmap.mmap, file: BinaryIO) -> Any:
         name_length, extra_length = struct.unpack_from("<HH", content, entry.header_offset + 26)
         start = entry.header_offset + 30 + name_length + extra_length
         if start + entry.file_size > len(content):
-            raise ValueError("it is cut off")
+            raise _CutOffError
         records[entry.filename] = memoryview(content)[start : start + entry.file_size]
     if sum(map(len, records.values())) > len(content):
         raise ValueError("its records overlap")
@@ -156,7 +167,7 @@ def _read_pickles(stream: _Stream, data: memoryview, *, nested: bool = False) ->
         (numel,) = struct.unpack_from("<Q", data, position)
         end = position + 8 + numel * dtypes[_key(key)].itemsize
         if end > len(data):
-            raise ValueError("it is cut off")
+            raise _CutOffError
         storages[key] = data[position + 8 : end]
         position = end
     stream.seek(start)

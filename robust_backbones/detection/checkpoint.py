@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, metadata_in
 from robust_backbones.checkpoint.format import save_tensors, sha256
+from robust_backbones.checkpoint.mistaken import refuse_mistaken
 from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.urls import fetch_url, is_url
@@ -85,8 +86,10 @@ class BackboneCheckpointer(DetectionCheckpointer):
             )
         path = fetch_url(weights) if is_url(weights) else Path(weights)
         if path.is_dir():
-            inside = next((name for name in _IN_FOLDERS if (path / name).is_file()), "the file in it")
-            raise InputError(f"{path} is a folder: give MODEL.WEIGHTS {path / inside if '.' in inside else inside}")
+            for name in _IN_FOLDERS:
+                if (path / name).is_file():
+                    raise InputError(f"{path} is a folder: give MODEL.WEIGHTS {path / name}")
+            refuse_mistaken(path)
         if not path.is_file():
             raise InputError(f"no weights at {path}: check MODEL.WEIGHTS, or make them with `robust-backbones convert`")
         return path

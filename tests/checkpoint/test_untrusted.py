@@ -7,12 +7,16 @@ import collections
 import contextlib
 import copyreg
 import functools
+import gzip
 import inspect
 import math
 import multiprocessing
 import pickle
+import re
 import resource
+import shlex
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
@@ -28,6 +32,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -630,6 +635,12 @@ def write_torchscript(path: Path) -> None:
         (lambda path: path.mkdir(), "is a folder"),
         (lambda path: path.symlink_to("nowhere"), "no file at"),
         (lambda path: path.touch(), "empty"),
+        (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
+        (lambda path: path.write_text("\n<!DOCTYPE HTML>\n<title>Log in</title>"), "is a web page"),
+        (lambda path: path.write_bytes(gzip.compress(bytes(100))), "compressed by gzip"),
+        (lambda path: path.write_bytes(healthy("zip")[:-100]), "is cut off: download or save it again"),
+        (lambda path: path.write_bytes(healthy("legacy")[:-1]), "is cut off: download or save it again"),
+        (lambda path: path.write_bytes(healthy("safetensors")[:-1]), "is cut off: download or save it again"),
         (lambda path: path.write_text("Some notes on the weights.\n"), "cannot be read safely"),
         (lambda path: path.write_bytes(bytes(1000)), "cannot be read safely"),
         (write_tar, "cannot be read safely"),
@@ -640,7 +651,18 @@ def write_torchscript(path: Path) -> None:
         (lambda path: path.write_bytes(pickle.dumps({"a": np.ones(2, ">f4")})), "big-endian"),
     ],
     ids=[
-        *("missing", "folder", "broken link", "empty", "text", "zeros", "tar"),
+        *("missing", "folder", "broken link", "empty"),
+        *(
+            "LFS pointer",
+            "web page",
+            "gzip",
+            "cut-off zip",
+            "cut-off legacy",
+            "cut-off safetensors",
+            "text",
+            "zeros",
+            "tar",
+        ),
         *("zip", "compressed", "doubled", "TorchScript", "big-endian array"),
     ],
 )
@@ -648,6 +670,21 @@ def write_torchscript(path: Path) -> None:
 def test_what_holds_no_tensors_is_refused(tmp_path: Path, write: Callable[[Path], Any], message: str) -> None:
     write(tmp_path / "file")
     assert_refused(tmp_path / "file", message)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch, on saving without a process group
+def test_the_advice_for_a_folder_of_torch_s_distributed_checkpoints_gives_its_tensors(tmp_path: Path) -> None:
+    folder = tmp_path / "step_100"
+    torch.distributed.checkpoint.save({"model": {"weight": torch.arange(3.0)}}, checkpoint_id=folder)
+    command = re.search("`python (.*)`", refusal(folder))
+    assert command
+    subprocess.run([sys.executable, *shlex.split(command[1])], check=True, capture_output=True)
+    assert read_file(command[1].split()[-1])["model"]["weight"].tolist() == [0, 1, 2]
+
+
+def test_the_file_in_a_folder_is_named(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(1)}, tmp_path / "model.pth")
+    assert read_file(refusal(tmp_path).rpartition(" ")[2])["weight"] == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
