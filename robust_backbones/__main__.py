@@ -59,6 +59,16 @@ def command(verb: str) -> Callable[[list[str]], int]:
     return main
 
 
+def unsupported(platform: str) -> str:
+    """Why the verbs that write files cannot work on ``sys.platform``, and what to use instead; "" where they do."""
+    if platform != "win32":
+        return ""
+    return (
+        "Windows has no POSIX signals, file locks and synced folders, without which no run is kept whole: only doctor "
+        "works, and the library's networks and attacks; use WSL 2 (https://learn.microsoft.com/windows/wsl/install)"
+    )
+
+
 def usage() -> str:
     width = max(map(len, VERBS))
     return "\n".join(
@@ -75,6 +85,9 @@ def usage() -> str:
 def main() -> None:
     """Run the verb that the command line names, and exit with its status."""
     verb, *arguments = sys.argv[1:] or [""]
+    if verb in VERBS.keys() - {"doctor"} and not {"-h", "--help"} & {*arguments} and (why := unsupported(sys.platform)):
+        print(f"error: {why}", file=sys.stderr)
+        sys.exit(2)
     if verb in VERBS:
         from robust_backbones.commands import cli
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
-from detectron2.modeling import GeneralizedRCNN, ROIHeads
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN, RetinaNet, ROIHeads
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.proposal_generator import RPN
+from detectron2.modeling.proposal_generator.rrpn import RRPN
 from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
 from detectron2.utils.events import EventStorage
-from torch import Tensor
+from torch import Tensor, nn
 
 from robust_backbones.attacks import (
     AttackConfig,
@@ -89,7 +90,12 @@ class DetectorAttack(AttackConfig):
             raise InputError(f"a target needs the classification loss, got {self.loss}: give loss classification")
 
     def check(self, model: Detector) -> None:
-        """Raise InputError where a detector has no such loss, or no such class as the target."""
+        """Raise InputError where a detector lacks the loss, the target's class, or a part that attacks need."""
+        if missing := missing_part(model):
+            raise InputError(
+                f"{type(model).__name__} cannot be attacked: {missing}; attacks are of Faster, Mask and Cascade R-CNN "
+                "and of RetinaNet"
+            )
         one_stage = isinstance(model, DenseDetector)
         if self.loss == "mask" and (one_stage or not model.roi_heads.mask_on):
             raise InputError("the mask loss needs a detector with masks: choose another loss, or a Mask R-CNN")
@@ -206,6 +212,23 @@ def loss_function(model: Detector, sample: Mapping[str, Any], attack: DetectorAt
         return sign * loss[None]
 
     return losses
+
+
+def missing_part(model: nn.Module) -> str:
+    """What an attack on this detector would need and does not find; "" for nothing."""
+    if isinstance(model, RetinaNet):
+        return ""
+    if isinstance(model, PanopticFPN):
+        return "the ground truth has no semantic segmentation for its second head"
+    if not isinstance(model, GeneralizedRCNN):
+        return f"its training losses are none of {', '.join(LOSSES['total'])}"
+    if not isinstance(model.proposal_generator, RPN) or isinstance(model.proposal_generator, RRPN):
+        return f"its proposals are those of {type(model.proposal_generator).__name__}, not of an RPN"
+    if not isinstance(model.roi_heads, ROIHeads):
+        return f"its heads, {type(model.roi_heads).__name__}, are no ROIHeads"
+    if getattr(model.roi_heads, "keypoint_on", False):
+        return "the ground truth has no keypoints for its keypoint head"
+    return ""
 
 
 def _number_of_classes(model: Detector) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from robust_backbones.__main__ import VERBS, main
+from robust_backbones.__main__ import VERBS, main, unsupported
 from robust_backbones.classification.compute import computes_bfloat16
 from robust_backbones.classification.engine import Learner
 from robust_backbones.commands import cli
@@ -35,6 +35,15 @@ def assert_refused(result: tuple[int, str, str], *words: str) -> None:
     assert message[0].startswith("error: ")
     for word in words:
         assert word in message[0]
+
+
+def test_on_windows_one_sentence_says_what_works() -> None:
+    assert unsupported("linux") == unsupported("darwin") == ""
+    assert "WSL 2" in unsupported("win32")
+    # What it says is missing there is what the package imports: where that ends, so has this sentence to.
+    sources = [path.read_text() for path in (ROOT / "robust_backbones").rglob("*.py")]
+    assert any("import fcntl" in source for source in sources)
+    assert any("signal.SIGUSR1" in source for source in sources)
 
 
 def test_pretrain_then_convert(run_tool: Run, shapes: Path, tmp_path: Path) -> None:

@@ -482,6 +482,23 @@ def test_what_is_no_attack_is_refused(wrong: dict[str, Any], message: str) -> No
         DetectorAttack(threat_model=LINF, **wrong)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "missing"),
+    [
+        (["MODEL.META_ARCHITECTURE", "PanopticFPN"], "no semantic segmentation"),
+        (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "none of loss_cls, "),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"], "not of an RPN"),
+        (["MODEL.PROPOSAL_GENERATOR.NAME", "RRPN", "MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator"], "RRPN"),
+        (["MODEL.KEYPOINT_ON", True], "no keypoints"),
+    ],
+)
+def test_parts_that_cannot_be_attacked_are_named(overrides: list[Any], missing: str) -> None:
+    attack = DetectorAttack(threat_model=LINF)
+    attack.check(build_model(config()))
+    with pytest.raises(InputError, match=f"{missing}.*attacks are of Faster, Mask and Cascade R-CNN"):
+        attack.check(build_model(config(*overrides)))
+
+
 def test_what_does_not_go_with_the_detector_is_refused(samples: list[Sample]) -> None:
     boxes = untrained(config("MODEL.MASK_ON", False, "MODEL.ROI_HEADS.NUM_CLASSES", 1))
     for overrides, message in [
