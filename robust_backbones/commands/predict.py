@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DEVICE, check_device
+from robust_backbones.data.annotations_images import image_suffixes
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
 
-SUFFIXES = (".jpg", ".jpeg", ".png")
 RESULTS = "coco_results.json"
 
 
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of .jpg and .png")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of such files")
     parser.add_argument("--weights", type=Path, required=True, metavar="RUN", help="the detector, see above")
     parser.add_argument("--config-file", type=Path, help="the detector's (default: config.yaml beside its weights)")
     parser.add_argument("--allow-unverified-detector", action="store_true", help="take a detector of plain Detectron2")
@@ -78,14 +78,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def find_images(paths: list[Path]) -> list[Path]:
     """The files, and the image files in the folders, sorted; each once."""
     found: dict[str, Path] = {}
+    suffixes = image_suffixes()
     for path in paths:
         if not os.path.exists(path):  # unlike Path's, never raises
             raise InputError(f"no image and no folder at {path}: check the path")
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.name[0] != ".")
         if not files:
-            raise InputError(f"no image ({', '.join(SUFFIXES)}) in {path}: give a folder that holds some")
+            raise InputError(f"no image (.jpg, .png or another format of Pillow's) in {path}: give a folder with some")
         for file in files:
             found.setdefault(os.path.abspath(file), file)
     return list(found.values())

@@ -43,14 +43,21 @@ def read_header(path: str | Path) -> Header:
         with Image.open(path) as image:
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
-            problem = ""
-            if image.mode in _DEEP:
-                problem = f"has pixels of more than 8 bits (Pillow's mode {image.mode}), whose white nothing names"
-            elif not _is_whole(path, _ENDS.get(image.format or "")):
+            problem = _problem(image)
+            if not problem and not _is_whole(path, _ENDS.get(image.format or "")):
                 image.load()
             return Header(*((height, width) if turned else (width, height)), turned, problem)
     except Exception as error:  # on damaged bytes Pillow raises nearly every type there is
         return Header(0, 0, False, f"cannot be read ({ImageInputError.of('', error).reason})")
+
+
+def _problem(image: Image.Image) -> str:
+    """Why Detectron2 reads wrong pixels from an image that was opened; "" where it does not."""
+    if image.mode in _DEEP:
+        return f"has pixels of more than 8 bits (Pillow's mode {image.mode}), whose white nothing names"
+    if image.format == "TIFF" and image.getexif().get(_ORIENTATION, 1) != 1:
+        return "is a TIFF file with an orientation tag, by which Detectron2 turns it twice"
+    return ""
 
 
 def _is_whole(path: str | Path, end: bytes | None) -> bool:
@@ -66,14 +73,22 @@ def undecodable(paths: Iterable[str], *, workers: int = 8) -> list[str]:
 
     def is_sound(path: str) -> bool:
         with suppress(Exception), Image.open(path) as image:
+            problem = _problem(image)
             image.load()
-            return image.mode not in _DEEP
+            return not problem
         return not os.path.exists(path)
 
     paths = list(paths)
     with ThreadPoolExecutor(workers) as pool:
         found = tqdm(pool.map(is_sound, paths, chunksize=64), "decoding images", len(paths), unit="img", disable=None)
         return [path for path, sound in zip(paths, found, strict=True) if not sound]
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """Suffixes, as ``.jpg``, of the image files that Pillow reads by itself."""
+    Image.init()
+    kinds = Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # need other programs
+    return tuple(suffix for suffix, kind in sorted(Image.registered_extensions().items()) if kind in kinds)
 
 
 def check_image(path: str | Path) -> None:

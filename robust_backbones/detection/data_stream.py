@@ -91,7 +91,7 @@ class WorkerMapper:
             stop_for_parent_only()
         try:
             return self.mapper(item)
-        except (OSError, SyntaxError, SizeMismatchError) as error:
+        except (OSError, SyntaxError, ValueError, SizeMismatchError) as error:
             raise InputError(f"cannot read {item['file_name']}: {' '.join(str(error).split())}") from None
 
 

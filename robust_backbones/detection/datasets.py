@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
 from robust_backbones.checkpoint.zoo import cache_folder
-from robust_backbones.data.annotations import LEAVES, MISSING, NO_AREA, Use, check_coco, read_json, usable_mask
-from robust_backbones.data.annotations_images import UNREADABLE
+from robust_backbones.data.annotations import LEAVES, MISSING, NO_AREA, Fault, Use, check_coco, read_json, usable_mask
+from robust_backbones.data.annotations_images import UNREADABLE, check_images
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
 from robust_backbones.data.annotations_voc import read_voc, voc_classes
 from robust_backbones.detection.left_out import leave_out, left_out, unreadable_rows
@@ -333,10 +333,16 @@ def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[DataWar
     except FileNotFoundError as error:
         raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
     faults = [fault for fault in faults if fault.image not in left_out(name)]
-    missing = sorted(fault.file for fault in faults if fault.what == MISSING)
-    if missing:
+    _refuse_errors(name, faults, len(content.get("images", [])))
+    for kind, count in Counter(fault.kind for fault in faults).items():
+        yield DataWarning(name, kind, count, str(next(fault for fault in faults if fault.kind == kind)))
+
+
+def _refuse_errors(name: str, faults: Sequence[Fault], images: int) -> None:
+    """InputError with the first of the errors; missing files come first, for then the path is likely wrong."""
+    if missing := sorted(fault.file for fault in faults if fault.what == MISSING):
         without = sum(file.endswith(".xml") for file in missing)  # whose images are not in the content
-        kind, total = "annotations" if without else "images", len(content["images"]) + without
+        kind, total = "annotations" if without else "images", images + without
         raise InputError(
             f"{name} lacks {len(missing)} of its {total} {kind}, {missing[0]} the first: "
             f"{_layout(name)}, and every image that the annotations name"
@@ -346,10 +352,9 @@ def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[DataWar
             mend = "or give --skip-unreadable to leave it out"
             more = f" ({len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
             raise InputError(f"{name} has images that cannot be used: {errors[0]}, {mend}{more}")
-        more = f" ({len(errors) - 1} more: `robust-backbones check-data` lists them)" if len(errors) > 1 else ""
+        lists = "`robust-backbones check-data` lists them" if annotated_set(name) else "mend all of this kind"
+        more = f" ({len(errors) - 1} more: {lists})" if len(errors) > 1 else ""
         raise InputError(f"the annotations or images of {name} are damaged: {errors[0]}{more}")
-    for kind, count in Counter(fault.kind for fault in faults).items():
-        yield DataWarning(name, kind, count, str(next(fault for fault in faults if fault.kind == kind)))
 
 
 def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[DataWarning]:
@@ -364,6 +369,9 @@ def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[DataWarning]
             for item in items
             for a in item["annotations"]
         ]
+        rows = [
+            (item.get("image_id", i), item["file_name"], item["width"], item["height"]) for i, item in enumerate(items)
+        ]
         numbers = {a["category_id"] for item in items for a in item["annotations"]}
         if name in cfg.DATASETS.TEST:
             evaluator_kind(name)
@@ -374,11 +382,8 @@ def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[DataWarning]
     except (OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ParseError) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"the annotations of {name} are damaged ({told}): {_layout(name)}") from None
-    if missing := _missing_images(items):
-        raise InputError(
-            f"{name} lacks {len(missing)} of its {len(items)} images, {missing[0]} the first: {_layout(name)}, "
-            "and every image that the annotations name"
-        )
+    if dataset is None:
+        _refuse_errors(name, check_images(rows, cache=cache_folder() / "headers"), len(rows))
     if not numbers:
         raise InputError(f"{name} holds no annotated object: nothing can be learnt from or measured on it")
     classes = len(class_names(name))
@@ -402,19 +407,6 @@ def _layout(name: str) -> str:
     else:
         return "register it in Detectron2's standard format, which its tutorial on custom data sets describes"
     return f"DETECTRON2_DATASETS (now {root}) must name a folder with {parts}"
-
-
-def _missing_images(items: list[dict[str, Any]]) -> list[str]:
-    # One listing a folder: asking for each of COCO's 118,000 files takes minutes on a network disk.
-    present: dict[str, set[str]] = {}
-    missing = []
-    for item in items:
-        folder, file = os.path.split(item["file_name"])
-        if folder not in present:
-            present[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if file not in present[folder]:
-            missing.append(item["file_name"])
-    return missing
 
 
 def _check_boxes(name: str, boxes: NDArray[np.float64]) -> Iterator[DataWarning]:

@@ -276,7 +276,9 @@ def test_what_is_refused(
     right = ["--weights", run]
     assert "no image and no folder at" in refused(tmp_path / "none.jpg", *right)
     assert "no image and no folder at" in refused("x" * 5000, *right)
-    assert f"no image (.jpg, .jpeg, .png) in {tmp_path / 'empty'}" in refused(image, tmp_path / "empty", *right)
+    assert f"no image (.jpg, .png or another format of Pillow's) in {tmp_path / 'empty'}" in refused(
+        image, tmp_path / "empty", *right
+    )
     assert "broken/2.jpg" in refused(tmp_path / "broken", *right)
     assert "config.yaml" in refused(run / "config.yaml", *right)
     assert "grey.jpg exists" in refused(image, *right, output=_with_a_picture(tmp_path / "mine"))
