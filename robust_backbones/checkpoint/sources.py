@@ -134,14 +134,14 @@ def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement 
         raise InputError(f"cannot use {path}: it is damaged ({error!r})") from None
 
 
-def read_published(name: str) -> Checkpoint:
-    """The published backbone ``name``, downloaded at the first use.
+def read_published(name: str, path: Path | None = None) -> Checkpoint:
+    """The published backbone ``name``: in the file ``path``, or downloaded at the first use.
 
     Raises:
         InputError: there is none of this name; it cannot be downloaded; the file is not what the name says.
     """
     published = zoo.find(name)
-    checkpoint = read_checkpoint(zoo.fetch(name), statement=Statement(threat_model=published.threat_model))
+    checkpoint = read_checkpoint(path or zoo.fetch(name), statement=Statement(threat_model=published.threat_model))
     if checkpoint.spec.arch != published.arch:
         raise InputError(f"{checkpoint.source} holds a {checkpoint.spec.arch}, not the {published.arch} of its name")
     return checkpoint

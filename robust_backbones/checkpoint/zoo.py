@@ -38,6 +38,29 @@ class PublishedBackbone:
     """Clean top-1 accuracy on ImageNet's validation images, 0-100."""
     file: str
     """Its name in ``REPOSITORY``."""
+    sha256: str = ""
+    """Of the file, where the table has it; otherwise the file that is used first is the one that holds."""
+
+    @property
+    def pinning(self) -> str:
+        """What its file is held to: ``pinned``, to the table's sha256, or ``first use``, to the one noted then."""
+        return "pinned" if self.sha256 else "first use"
+
+    def hold(self, path: Path) -> None:
+        """Hold ``path`` to the table's sha256, else to the one beside it, which is noted at the first use.
+
+        Raises:
+            InputError: it is another file.
+        """
+        note, found = path.with_name(f"{path.name}.sha256"), sha256(path)
+        if self.sha256:
+            if found != self.sha256:
+                raise InputError(f"{path} is not the published file, whose sha256 is {self.sha256}: delete it")
+        elif not note.exists():
+            with atomic_path(note) as temporary:
+                temporary.write_text(found + "\n")
+        elif note.read_text().strip() != found:
+            raise InputError(f"{path} is not the file that it was (see {note.name}): delete both to download it again")
 
 
 @cache
@@ -51,6 +74,7 @@ def published() -> dict[str, PublishedBackbone]:
                 threat_model=ThreatModel.parse(f"{row['norm']}:{row['eps']}"),
                 imagenet_accuracy=float(row["imagenet_top1"]),
                 file=row["file"],
+                sha256=row.get("sha256") or "",
             )
             for row in csv.DictReader(file)
         ]
@@ -77,23 +101,18 @@ def cache_folder() -> Path:
 def fetch(name: str) -> Path:
     """The file of a published backbone, downloaded at the first use; a download that was cut off is continued.
 
-    Its sha256 is noted beside it at the first use and holds from then on; while downloading, the hub's own holds too.
+    It is held to its sha256 (``PublishedBackbone.hold``); while downloading, to the hub's own too.
     HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 forbids the network.
 
     Raises:
         InputError: no such backbone; it cannot be had from the hub (the message says which file to put where); it is
             not the file that it was.
     """
-    path = cache_folder() / "published" / find(name).file
-    note = path.with_name(f"{path.name}.sha256")
+    published = find(name)
+    path = cache_folder() / "published" / published.file
     if not path.exists():
         _download(path)
-    found = sha256(path)
-    if not note.exists():
-        with atomic_path(note) as temporary:
-            temporary.write_text(found + "\n")
-    elif note.read_text().strip() != found:
-        raise InputError(f"{path} is not the file that it was (see {note.name}): delete both to download it again")
+    published.hold(path)
     return path
 
 

@@ -27,7 +27,8 @@ import yaml
 
 from robust_backbones.checkpoint.convert import SUFFIXES, BackboneMetadata, convert_file, write_torchvision
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.checkpoint.sources import SOURCES, Statement, read_checkpoint
+from robust_backbones.checkpoint.sources import HUB, SOURCES, Statement, read_checkpoint
+from robust_backbones.checkpoint.zoo import find
 from robust_backbones.commands import cli
 from robust_backbones.configs import CONFIG_DIR
 from robust_backbones.errors import InputError, MissingPackageError, ProofFailedError
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> int:
     described = SOURCES[checkpoint.layout].description
     say(f"{options.src}: {described}, {spec.arch}, threat model {threat_model}")
     say(f"input: {spec.channel_order}, mean {spec.mean}, std {spec.std} (said by {checkpoint.normalization})")
+    if options.src.startswith(HUB):
+        say(f"sha256 {checkpoint.source_sha256} ({find(options.src.removeprefix(HUB)).pinning})")
     result: dict[str, Any] = {"output": str(options.dst), "metadata": BackboneMetadata.of(checkpoint).to_dict()}
 
     if options.to == "torchvision":

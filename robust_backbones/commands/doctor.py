@@ -3,8 +3,10 @@
 Examples:
     robust-backbones doctor
     robust-backbones doctor --install-detectron2
+    robust-backbones doctor --published ~/.cache/robust_backbones/published
 
-Exit status: 0 when detectors can be trained here, 1 when something that this needs is missing.
+Exit status: 0 when detectors can be trained here, 1 when something that this needs is missing. With --published, 0
+when FOLDER has every published backbone as it was published, 1 when one is missing or another file, 2 without FOLDER.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import robust_backbones
-from robust_backbones.checkpoint.zoo import cache_folder
+from robust_backbones.checkpoint.convert import convert
+from robust_backbones.checkpoint.sources import read_published
+from robust_backbones.checkpoint.zoo import REPOSITORY, PublishedBackbone, cache_folder, published
 from robust_backbones.commands import cli, install_detectron2
+from robust_backbones.errors import InputError
 
 NEEDED = {
     "torch": "torch",
@@ -58,11 +63,25 @@ class Finding:
     needed: bool = False
 
 
+@dataclass(frozen=True)
+class PublishedFile:
+    """One published backbone's file in a folder."""
+
+    file: str
+    state: str
+    """``right``, ``missing`` or ``wrong``."""
+    detail: str
+    """What it is, or what to do."""
+
+
 def main(arguments: list[str]) -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--install-detectron2", action="store_true", help="get Detectron2, which is not on PyPI")
+    parser.add_argument("--published", type=Path, metavar="FOLDER", help="check the published backbones in a folder")
     options = parser.parse_args(arguments)
+    if options.published:
+        return check_published(options.published, in_json=options.json)
     if options.install_detectron2 and (status := install_detectron2.install()):
         return status
     findings = list(examine())
@@ -78,6 +97,38 @@ def main(arguments: list[str]) -> int:
             print(f"{'':{width + 10}}{finding.mend}")
     print(f"detectors cannot be trained here yet: {', '.join(m.name for m in missing)}" if missing else "ready")
     return int(bool(missing))
+
+
+def check_published(folder: Path, *, in_json: bool) -> int:
+    """Look at every published backbone's file in ``folder``, offline."""
+    if not folder.is_dir():
+        raise InputError(f"no folder at {folder}: give the one that holds the published files")
+    files = [published_file(folder / backbone.file, backbone) for backbone in published().values()]
+    counts = {state: sum(file.state == state for file in files) for state in ("right", "missing", "wrong")}
+    complete = counts["right"] == len(files)
+    if in_json:
+        print(json.dumps({"complete": complete, "files": [asdict(file) for file in files]}, indent=2))
+        return int(not complete)
+    width = max(len(file.file) for file in files)
+    for file in files:
+        print(f"{file.state:7} {file.file:{width}}  {file.detail}")
+    print(", ".join(f"{count} {state}" for state, count in counts.items()))
+    return int(not complete)
+
+
+def published_file(path: Path, backbone: PublishedBackbone) -> PublishedFile:
+    """Whether ``path`` is the file of its name: whole, of its architecture, and the one that its sha256 says."""
+    if not path.is_file():
+        return PublishedFile(path.name, "missing", f"put {REPOSITORY}/{path.name} of huggingface.co at {path}")
+    try:
+        checkpoint = read_published(backbone.name, path)
+        if checkpoint.spec.resnet_shape:
+            convert(checkpoint)[1].check()
+        backbone.hold(path)
+    except InputError as error:
+        return PublishedFile(path.name, "wrong", str(error))
+    detail = f"{checkpoint.spec.arch}, sha256 {checkpoint.source_sha256} ({backbone.pinning})"
+    return PublishedFile(path.name, "right", detail)
 
 
 def examine() -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """robust-backbones doctor: it finds what is there, and names the mend of what is missing."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from importlib.metadata import version
@@ -7,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from robust_backbones.checkpoint.zoo import PublishedBackbone
 from robust_backbones.commands import doctor, install_detectron2
+from robust_backbones.models import BackboneSpec, build_backbone
+from robust_backbones.threat_models import ThreatModel
+from tests.hub import robustness_file
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -67,3 +72,45 @@ def test_the_packages_of_cv2(there: list[str], problem: str, mend: str, monkeypa
 def test_detectron2_is_installed_first(run_tool: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install_detectron2, "install", lambda: 1)
     assert run_tool("doctor", "--install-detectron2")[:2] == (1, "")
+
+
+def test_published_files_are_checked_without_a_network(
+    run_tool: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def row(arch: str, sha256: str = "") -> PublishedBackbone:
+        return PublishedBackbone(f"{arch}_l2_eps3", arch, ThreatModel("L2", 3), 50, f"{arch}_l2_eps3.ckpt", sha256)
+
+    def check() -> tuple[int, dict[str, tuple[str, str]]]:
+        status, out, _ = run_tool("doctor", "--published", tmp_path, "--json")
+        return status, {file["file"]: (file["state"], file["detail"]) for file in json.loads(out)["files"]}
+
+    content = robustness_file(build_backbone(BackboneSpec("resnet18", 10)))
+    digest = hashlib.sha256(content).hexdigest()
+    rows = [row("resnet18"), row("resnet50", digest)]
+    monkeypatch.setattr(doctor, "published", lambda: {backbone.name: backbone for backbone in rows})
+    (tmp_path / rows[0].file).write_bytes(content)
+    status, files = check()
+    assert status == 1
+    assert files[rows[0].file] == ("right", f"resnet18, sha256 {digest} (first use)")
+    assert files[rows[1].file] == (
+        "missing",
+        f"put madrylab/robust-imagenet-models/{rows[1].file} of huggingface.co at {tmp_path / rows[1].file}",
+    )
+
+    (tmp_path / rows[1].file).write_bytes(content)
+    status, files = check()
+    assert (status, files[rows[1].file][0]) == (1, "wrong")
+    assert "holds a resnet18, not the resnet50" in files[rows[1].file][1]
+
+    rows[1] = row("resnet18", digest)
+    assert check() == (0, {rows[0].file: ("right", f"resnet18, sha256 {digest} (pinned)")})
+
+    rows[:] = rows[:1]
+    another = robustness_file(build_backbone(BackboneSpec("resnet18", 10), seed=1))
+    (tmp_path / rows[0].file).write_bytes(another)
+    status, files = check()
+    assert (status, files[rows[0].file][0]) == (1, "wrong")
+    assert "is not the file that it was" in files[rows[0].file][1]
+    rows[0] = row("resnet18", digest)
+    assert f"whose sha256 is {digest}" in check()[1][rows[0].file][1]
+    assert run_tool("doctor", "--published", tmp_path / "none")[0] == 2
