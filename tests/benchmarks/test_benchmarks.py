@@ -39,6 +39,7 @@ def turns_of(ways: list[Way], check: Callable[[Mapping[str, Arrays]], None], rou
 HEADS = [Way("few", "growth:heads", {"count": 3}), Way("many", "growth:heads", {"count": 6})]
 
 
+@pytest.mark.slow
 def test_every_way_gets_its_turns_and_is_compared_once() -> None:
     seen: list[set[str]] = []
     times = turns_of(HEADS, lambda results: seen.append(set(results)))

@@ -263,6 +263,7 @@ def test_without_the_network_the_tool_says_what_to_put_where(tmp_path: Path) -> 
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_by_default_all_is_kept_in_one_folder_of_the_home(hub: FakeHub, tmp_path: Path) -> None:
     """And huggingface_hub, which takes a second, is imported only to download."""
     hub.files[FILE] = CONTENT

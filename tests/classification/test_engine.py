@@ -315,6 +315,7 @@ def test_statistics_of_frozen_norms_are_left_alone() -> None:
         assert torch.equal(norms[0].running_mean, before) != training
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_a_slow_count() -> None:
     model = resnet()
     train_one_epoch(learner(model, ThreatModel(), lr=0.01), batches(), steps=3)

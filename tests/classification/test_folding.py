@@ -120,6 +120,7 @@ def test_low_precision_changes_digits_not_answers(
     assert input_gradient(twin, images, labels).dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "least_cosine", "points"), [(torch.float32, 0.9999, 0.0), (torch.bfloat16, 0.9, 2.5)]
 )

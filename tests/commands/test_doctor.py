@@ -40,6 +40,7 @@ def test_it_names_versions_and_folders(run_tool: Run, monkeypatch: pytest.Monkey
     assert found["downloads"]["found"].startswith(f"{tmp_path / 'cache'}, ")
 
 
+@pytest.mark.slow
 def test_what_training_needs_is_missing(run_tool: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install_detectron2, "installed_state", lambda: "")
     monkeypatch.setitem(doctor.NEEDED, "fvcore", "fvcore.no_such_module")

@@ -139,6 +139,7 @@ FREE, PGD = ["ADVERSARIAL.KIND", "free"], ["ADVERSARIAL.KIND", "pgd"]
 EPSILON_0 = ["ADVERSARIAL.THREAT_MODEL", "Linf:0"]
 
 
+@pytest.mark.slow
 def test_without_epsilon_and_replays_it_is_standard_training(cfg: CfgNode) -> None:
     """Not a bit differs, random starts or not; nor does free training with one replay, which is of the clean images.
 
@@ -158,6 +159,7 @@ def test_without_epsilon_and_replays_it_is_standard_training(cfg: CfgNode) -> No
     assert same(detector_of(trainer), detector_of(standard))
 
 
+@pytest.mark.slow
 def test_free_without_epsilon_is_each_batch_several_times(cfg: CfgNode) -> None:
     """Against a loop over Detectron2's own parts; the third batch is cut short by MAX_ITER."""
     cfg.merge_from_list(["SOLVER.MAX_ITER", 5, "SOLVER.STEPS", (4,), "MODEL.FAST_ROI_ALIGN", False])
@@ -265,6 +267,7 @@ def test_every_image_stays_in_its_ball_and_range(
     assert all(item["image"].dtype == torch.uint8 for item in batch)
 
 
+@pytest.mark.slow
 def test_pgd_raises_the_loss(cfg: CfgNode, detector: nn.Module) -> None:
     """And two steps raise it more than a step of half the ball does; means over batches and regions drawn."""
     cfg.merge_from_list([*PGD, "ADVERSARIAL.RELATIVE_STEP_SIZE", 0.5, "ADVERSARIAL.THREAT_MODEL", "Linf:16/255"])

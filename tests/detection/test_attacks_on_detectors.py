@@ -438,6 +438,7 @@ class Rounding(GeneralizedRCNN):
         return super().preprocess_image(levels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_masked_gradients_are_exposed_and_honest_ones_are_not(
     trained_detector: GeneralizedRCNN, samples: list[Sample], norm: str

@@ -642,6 +642,7 @@ def evaluate_part(rank: int, size: int, *, folder: Path) -> dict[str, Any]:
     return {"coco": coco, "voc": voc}
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_numbers_and_the_file_of_one(tmp_path: Path) -> None:
     worker = functools.partial(evaluate_part, folder=tmp_path)
     one, (two, other) = worker(0, 1), spawn(worker, tmp_path)

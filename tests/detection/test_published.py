@@ -157,6 +157,7 @@ def test_detectron2_itself_finds_a_published_backbone(hub: FakeHub, small_cfg: C
     assert torch.equal(detector.state_dict()["backbone.bottom_up.res5.1.conv2.weight"], expected)
 
 
+@pytest.mark.slow
 def test_a_converted_file_that_is_not_what_it_was_is_made_anew(hub: FakeHub) -> None:
     hub.files[FILE] = resnet18_file()
     path = converted_backbone(NAME)
@@ -187,6 +188,7 @@ def test_what_is_not_proven_is_not_kept(hub: FakeHub, value: float, error: type[
     assert not list((cache_folder() / "detectron2").glob("*"))
 
 
+@pytest.mark.slow
 def test_train_net_from_a_published_backbone(hub: FakeHub, shapes: Path, tmp_path: Path) -> None:
     hub.files[FILE] = resnet18_file()
     overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", f"robust://{NAME}", "SOLVER.MAX_ITER", 2]

@@ -353,7 +353,8 @@ class Blackened(AttackCell):
         return {**sample, "image": torch.zeros_like(sample["image"])}, {}
 
 
-@pytest.mark.parametrize(("jobs", "workers"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("jobs", "workers"), [(1, 1), (2, 2)])
 def test_neither_order_nor_processes_nor_workers_nor_a_change_of_nothing_matter(
     few: Path, run: Path, data: Path, tmp_path: Path, jobs: int, workers: int
 ) -> None:
@@ -376,6 +377,7 @@ def test_neither_order_nor_processes_nor_workers_nor_a_change_of_nothing_matter(
     assert record.metrics["attack-worst/bbox/AP"] == worst["bbox/AP"] < found["bbox/AP"]
 
 
+@pytest.mark.slow
 def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
     """At epsilon 0 the clean metrics bit by bit; above it a higher loss, the same by the command; never another one."""
     output = tmp_path / "out"
@@ -421,6 +423,7 @@ def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
     assert (status, "no cell fog-3 was evaluated" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_target_is_an_attack_of_its_own(run: Path, tmp_path: Path, run_tool: Run) -> None:
     output = tmp_path / "out"
     options = ["--corruptions", "none", "--workers", "0", "--limit", "3", "--attack-target", "1"]
@@ -445,6 +448,7 @@ class RoundingRCNN(GeneralizedRCNN):
         return super().preprocess_image(rounded)
 
 
+@pytest.mark.slow
 def test_masked_gradients_are_flagged(run: Path, tmp_path: Path, run_tool: Run) -> None:
     """In what is printed and in the record; the same detector without its mask is not (see test_attacks)."""
     masked = tmp_path / "run"
@@ -530,6 +534,7 @@ def domains(data: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_domains(few: Path, run: Path, domains: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     record = evaluate(run, output, domains=domains)

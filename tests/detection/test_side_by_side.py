@@ -42,6 +42,7 @@ def study(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     return root
 
 
+@pytest.mark.slow
 def test_the_standard_and_the_best_robust_detector(
     study: Path,
     shapes: Path,

@@ -77,6 +77,7 @@ def caffe2_blobs(state: dict[str, Tensor], *, bias: bool) -> dict[str, np.ndarra
     return blobs | {"fc1000_w": np.ones((5, 2048), np.float32), "fc1000_b": np.ones(5, np.float32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["resnet50", "resnext50_32x4d"])
 def test_a_caffe2_file_is_read_as_detectron2_reads_it(torchvision_file: Maker, tmp_path: Path, arch: str) -> None:
     converted, _ = convert(read_checkpoint(torchvision_file(arch)))

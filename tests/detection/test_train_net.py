@@ -111,6 +111,7 @@ def write_voc(shapes: Path, folder: Path, part: str) -> None:
     (folder / f"ImageSets/Main/{part}.txt").write_text("".join(lines))
 
 
+@pytest.mark.slow
 def test_own_data_in_one_line(
     run: Callable[..., tuple[str, str]], shapes: Path, converted: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

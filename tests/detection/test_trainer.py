@@ -141,7 +141,8 @@ PRECISE_BN = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
     [
         pytest.param(["DATALOADER.NUM_WORKERS", 2], marks=pytest.mark.slow),
         ["MODEL.MASK_ON", False, "SOLVER.EMA_DECAY", 0.9],
-        RETINANET,  # divides its losses by a running mean, which is no part of its state
+        # RetinaNet divides its losses by a running mean, which is no part of its state.
+        pytest.param(RETINANET, marks=pytest.mark.slow),
         # Checkpoint and evaluation fall together: precise BN runs before both.
         pytest.param(
             [*TRAINED_NORMS, *PRECISE_BN, "TEST.EVAL_PERIOD", 2, "SOLVER.AMP.ENABLED", True], marks=pytest.mark.slow
@@ -174,6 +175,7 @@ def test_a_killed_run_resumes_as_the_unbroken_one(cfg: CfgNode, overrides: list[
     assert (resumed.average is not None) == (cfg.SOLVER.EMA_DECAY > 0)
 
 
+@pytest.mark.slow
 def test_a_cut_off_evaluation_is_repeated(
     cfg: CfgNode, unbroken: tuple[Trainer, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

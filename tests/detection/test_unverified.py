@@ -135,6 +135,7 @@ def test_a_backbone_alone_has_to_be_converted(plain: Path, small_cfg: CfgNode, t
             BackboneCheckpointer(build_model(small_cfg), cfg=small_cfg).load(str(tmp_path / "backbone.pth"))
 
 
+@pytest.mark.slow
 def test_pictures_and_attacks_of_it(plain: Path, shapes: Path, tmp_path: Path, run_tool: RunTool) -> None:
     images = [shapes / "shapes/val/000001.jpg", "--output", tmp_path / "pictures", "--device", "cpu"]
     (tmp_path / "zoo").mkdir()
