@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
+import json
 import os
 import re
 import socket
@@ -24,7 +26,7 @@ FOLDER = f"/{REPOSITORY}/resolve/main/"
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Serves ``files`` as the hub serves large ones: HEAD tells their sha256 and size, GET goes on from any byte."""
+    """Takes uploads, and serves ``files`` as the hub large ones: HEAD tells sha256 and size, GET goes on anywhere."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -71,6 +73,31 @@ class _Handler(BaseHTTPRequestHandler):
         if accident == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
+
+    def do_POST(self) -> None:
+        """What HfApi.upload_folder asks for: small files come in the request itself, one a line."""
+        self.server.requests.append(f"POST {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.server.error:
+            self._send(self.server.error[0], {"X-Error-Code": self.server.error[1], "Content-Length": "0"})
+            return
+        repository = self.path.removeprefix("/api/models/").rpartition("/")[0].rpartition("/")[0]
+        if self.path.endswith("/create"):
+            answer = {"url": f"{self.server.url}/{json.loads(body)['organization']}/{json.loads(body)['name']}"}
+        elif "/preupload/" in self.path:
+            kinds = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": file["path"], **kinds} for file in json.loads(body)["files"]]}
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    path, content = line["value"]["path"], base64.b64decode(line["value"]["content"])
+                    self.server.files[f"/{repository}/resolve/main/{path}"] = content
+            answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.server.url}/{repository}"}
+        else:
+            answer = {}
+        text = json.dumps(answer).encode()
+        self._send(200, {"Content-Type": "application/json", "Content-Length": str(len(text))})
+        self.wfile.write(text)
 
     def _answer(self) -> bytes:
         """Send status and headers; returns the body of a GET."""

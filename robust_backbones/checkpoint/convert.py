@@ -228,8 +228,10 @@ def write_backbone(path: str | Path, tensors: dict[str, Tensor], metadata: Backb
                 pickle.dump({"model": arrays, **content}, file, protocol=4)
 
 
-def write_torchvision(path: str | Path, checkpoint: Checkpoint) -> None:
+def write_torchvision(path: str | Path, checkpoint: Checkpoint, **strings: str) -> None:
     """Write torchvision's state dict, classifier included, as ``.pth`` or, with the metadata, ``.safetensors``.
+
+    ``strings`` are further ones of the ``.safetensors``.
 
     Raises:
         InputError: torchvision's network is another one; or its inputs are, which a ``.pth`` cannot say.
@@ -244,7 +246,7 @@ def write_torchvision(path: str | Path, checkpoint: Checkpoint) -> None:
         )
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
-            _save_safetensors(temporary, checkpoint.state_dict, BackboneMetadata.of(checkpoint).to_dict())
+            _save_safetensors(temporary, checkpoint.state_dict, BackboneMetadata.of(checkpoint).to_dict(), **strings)
         else:
             _save_torch(temporary, _own(checkpoint.state_dict))
 
@@ -254,9 +256,9 @@ def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in sorted(tensors)}
 
 
-def _save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    # One string: several would come in any order.
-    strings = {"robust_backbones": json.dumps(metadata, sort_keys=True)}
+def _save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any], **strings: str) -> None:
+    # Preferably one string: several come in any order.
+    strings["robust_backbones"] = json.dumps(metadata, sort_keys=True)
     safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, strings)
 
 

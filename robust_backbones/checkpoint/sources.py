@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robust_backbones.checkpoint import zoo
+from robust_backbones.checkpoint import hub, zoo
 from robust_backbones.checkpoint.convert import metadata_in, torchvision_name
 from robust_backbones.checkpoint.format import FORMAT, TRAINING_FORMAT, Checkpoint, sha256
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
@@ -109,7 +109,8 @@ def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement 
     """Read a backbone of any layout of ``SOURCES``, without running any code that its file may hold.
 
     Args:
-        path: a file, ``hub:NAME`` of a published backbone (``zoo``), or a URL as Detectron2's ``MODEL.WEIGHTS`` names
+        path: a file, ``hub:NAME`` of a published backbone (``zoo``), ``hub:USER/NAME`` of a repository of the
+            Hugging Face hub, or a URL as Detectron2's ``MODEL.WEIGHTS`` names
             one; what is downloaded is kept.
         source: its layout, one of ``SOURCES``, where the file's keys do not tell it.
         statement: what the file does not say about itself.
@@ -117,6 +118,8 @@ def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement 
     Raises:
         InputError: the file is missing, is no checkpoint, or its layout, architecture or normalisation is not known.
     """
+    if str(path).startswith(HUB) and hub.is_repository(str(path).removeprefix(HUB)):
+        path = hub.fetch(str(path).removeprefix(HUB))
     if str(path).startswith(HUB):
         if source or statement not in (None, Statement()):
             raise InputError("a published backbone says all there is to know: leave out what describes it")

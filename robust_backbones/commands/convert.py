@@ -4,6 +4,7 @@ Examples:
     robust-backbones convert runs/robust/checkpoint.pt robust.pkl
     robust-backbones convert hub:resnet50_l2_eps3 resnet50_l2_eps3.pkl --image photo.jpg
     robust-backbones convert robust.pkl robust.pth --to torchvision
+    robust-backbones convert robust.pkl robust --to timm --push USER/NAME
 
 SRC is a checkpoint of `pretrain`, of MadryLab's robustness library, RobustBench, torchvision, timm, MoCo,
 Lightning, Detectron2 or Detectron, or hub:NAME, one of the published robust backbones; --source names the layout
@@ -27,6 +28,7 @@ import yaml
 
 from robust_backbones.checkpoint.convert import SUFFIXES, BackboneMetadata, convert_file, write_torchvision
 from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.hub import WEIGHTS, describe, is_repository, push, write_timm
 from robust_backbones.checkpoint.sources import HUB, SOURCES, Statement, read_checkpoint
 from robust_backbones.checkpoint.zoo import find
 from robust_backbones.commands import cli
@@ -46,16 +48,23 @@ def main(arguments: list[str]) -> int:
     described = SOURCES[checkpoint.layout].description
     say(f"{options.src}: {described}, {spec.arch}, threat model {threat_model}")
     say(f"input: {spec.channel_order}, mean {spec.mean}, std {spec.std} (said by {checkpoint.normalization})")
-    if options.src.startswith(HUB):
+    if options.src.startswith(HUB) and not is_repository(options.src.removeprefix(HUB)):
         say(f"sha256 {checkpoint.source_sha256} ({find(options.src.removeprefix(HUB)).pinning})")
     result: dict[str, Any] = {"output": str(options.dst), "metadata": BackboneMetadata.of(checkpoint).to_dict()}
 
-    if options.to == "torchvision":
-        with atomic_path(options.dst) as unproven:
-            write_torchvision(unproven, checkpoint)
+    if options.to != "detectron2":
+        write = write_torchvision
+        if options.to == "timm":
+            checkpoint, write = checkpoint.in_rgb(), write_timm
+        with atomic_path(options.dst if options.dst.suffix else options.dst / WEIGHTS) as unproven:
+            write(unproven, checkpoint)
             if options.verify:
                 check_equal(checkpoint, unproven)
                 say("every tensor reads back equal")
+        if not options.dst.suffix:
+            describe(options.dst, checkpoint)
+        if options.push:
+            say(f"uploaded to {push(options.dst, options.push, private=options.private)}")
     else:
 
         def prove(checkpoint: Checkpoint, unproven: Path) -> None:
@@ -88,8 +97,14 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("src", metavar="SRC", help="checkpoint to convert, its URL, or hub:NAME")
-    parser.add_argument("dst", type=Path, metavar="DST", help="file to write: .pkl, .pth or .safetensors")
-    parser.add_argument("--to", choices=("detectron2", "torchvision"), default="detectron2", help="tensor names of DST")
+    parser.add_argument("dst", type=Path, metavar="DST", help="file to write: .pkl, .pth or .safetensors; or a folder")
+    parser.add_argument(
+        "--to", choices=("detectron2", "torchvision", "timm"), default="detectron2", help="tensor names of DST"
+    )
+    parser.add_argument(
+        "--push", metavar="USER/NAME", help="upload DST, a folder of --to timm, to the Hugging Face hub"
+    )
+    parser.add_argument("--private", action="store_true", help="to a private repository")
     parser.add_argument("--source", choices=SOURCES, default="", help="layout of SRC, instead of what its keys tell")
     floats: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("C1", "C2", "C3")}
     parser.add_argument("--mean", **floats, help="what SRC was fed with, where it does not say: pixels in [0, 1]")
@@ -110,13 +125,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--base-config", type=Path, default=BASE_CONFIG, metavar="YAML", help="that it is based on")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, the rest on stderr")
     options = parser.parse_args(arguments)
-    suffixes = SUFFIXES if options.to == "detectron2" else SUFFIXES[1:]
-    if options.dst.suffix not in suffixes:
-        raise InputError(f"DST must end in {' or '.join(suffixes)}, got {options.dst}")
+    suffixes = {"detectron2": SUFFIXES, "torchvision": SUFFIXES[1:], "timm": ("", ".safetensors")}[options.to]
+    if options.dst.suffix not in suffixes or (not options.dst.suffix and options.dst.is_file()):
+        endings = " or ".join(filter(None, suffixes))
+        wanted = f"be a folder or end in {endings}" if options.to == "timm" else f"end in {endings}"
+        raise InputError(f"DST must {wanted}, got {options.dst}")
+    if options.push and (options.dst.suffix or not is_repository(options.push)):
+        raise InputError("--push USER/NAME uploads a folder: give --to timm and a DST without a suffix")
     if options.image and not (options.verify and options.to == "detectron2"):
         raise InputError("--image is for the proof of features: leave out --no-verify and --to torchvision, or --image")
     if options.write_config and options.to != "detectron2":
-        raise InputError("--write-config is for Detectron2: leave out --to torchvision")
+        raise InputError(f"--write-config is for Detectron2: leave out --to {options.to}")
     if not options.base_config.is_file():
         raise InputError(f"no configuration at {options.base_config}: give one of detectron_configs/*/*.yaml")
     return options

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, metadata_in
 from robust_backbones.checkpoint.format import save_tensors, sha256
+from robust_backbones.checkpoint.hub import is_repository
 from robust_backbones.checkpoint.mistaken import refuse_mistaken
 from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
@@ -80,10 +81,10 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if weights.startswith(PREFIX):
             return Path(self.path_manager.get_local_path(weights))
         if weights.startswith(HUB):
-            raise InputError(
-                f"{weights} is a name for `robust-backbones convert`: give MODEL.WEIGHTS "
-                f"{PREFIX}{weights.removeprefix(HUB)}"
-            )
+            name = weights.removeprefix(HUB)
+            if is_repository(name):
+                raise InputError(f"{weights} is a repository: {_HOW_TO_CONVERT.replace('SRC', weights)}")
+            raise InputError(f"{weights} is a name for the converter: give MODEL.WEIGHTS {PREFIX}{name}")
         path = fetch_url(weights) if is_url(weights) else Path(weights)
         if path.is_dir():
             for name in _IN_FOLDERS:

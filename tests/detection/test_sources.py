@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor
 
-from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, read_backbone, write_backbone
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.config import CONFIG_DIR, load_config
@@ -158,3 +158,34 @@ def test_a_written_configuration_is_the_base_with_the_backbone(
     expected = load_config(base, [*flat_overrides(BackboneSpec("wide_resnet50_2")), "MODEL.WEIGHTS", str(target)])
     assert load_config(config).dump() == expected.dump()
     assert expected.MODEL.RESNETS.WIDTH_PER_GROUP == 128
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_a_fine_tuned_backbone_goes_to_torchvision_and_timm_and_back_bit_for_bit(
+    run_tool: Callable[..., tuple[int, str, str]], converted: Maker, small_cfg: CfgNode, tmp_path: Path, norm: str
+) -> None:
+    small_cfg.MODEL.RESNETS.NORM = norm
+    detector = build_model(small_cfg)
+    run = BackboneCheckpointer(detector, str(tmp_path), cfg=small_cfg)
+    run.load(str(converted("resnet18")))
+    generator = torch.Generator().manual_seed(0)
+    names = backbone_tensors(detector)
+    with torch.no_grad():
+        for name in names:  # what fine-tuning does to each of them
+            tensor = detector.state_dict()[name]
+            tensor += 0.01 * torch.rand(tensor.shape, generator=generator)
+    run.save("model_final")
+
+    source = tmp_path / "model_final.pth"
+    for way in ("robust.pth --to torchvision", "robust.safetensors --to torchvision", "robust --to timm"):
+        target, *options = way.split()
+        status, _, error = run_tool("convert", source, tmp_path / target, *options)
+        assert status == 0, error
+        source = tmp_path / target / "model.safetensors" if target == "robust" else tmp_path / target
+    assert run_tool("convert", source, tmp_path / "back.pkl", "--no-verify")[0] == 0
+    tensors, _ = read_backbone(tmp_path / "back.pkl")
+    assert set(tensors) == set(names.values())
+    for name, short in names.items():
+        assert torch.equal(tensors[short], detector.state_dict()[name]), short
+    load = BackboneCheckpointer(build_model(small_cfg), cfg=small_cfg).load
+    load(str(tmp_path / "back.pkl"))

@@ -1,0 +1,171 @@
+"""Backbones as the Hugging Face hub and timm have them: tensors, config.json and a model card; to and from the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.checkpoint.convert import BackboneMetadata, write_torchvision
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.zoo import cache_folder
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec
+from robust_backbones.runs.files import atomic_path
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+"""The files of a repository, by the names that the hub and timm know."""
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is a repository's, ``USER/NAME``; those of published backbones have no slash."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
+
+
+def write_timm(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a ``.safetensors`` under timm's tensor names, which for these ResNets are torchvision's.
+
+    Raises:
+        InputError: timm has no such network.
+    """
+    if not checkpoint.spec.resnet_shape:
+        raise InputError(f"timm names the tensors of {checkpoint.spec.arch} otherwise: give --to torchvision")
+    write_torchvision(path, checkpoint.in_rgb(), pretrained_cfg=json.dumps(_pretrained_cfg(checkpoint.in_rgb().spec)))
+
+
+def describe(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write timm's config.json and a model card beside the ``WEIGHTS`` of ``write_timm``: a repository of the hub.
+
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` loads it.
+    """
+    spec = checkpoint.in_rgb().spec
+    config = {"architecture": spec.arch, "num_classes": spec.num_classes, "pretrained_cfg": _pretrained_cfg(spec)}
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n", CARD: model_card(BackboneMetadata.of(checkpoint.in_rgb()))}
+    for name, text in texts.items():
+        with atomic_path(folder / name) as temporary:
+            temporary.write_text(text)
+
+
+def _pretrained_cfg(spec: BackboneSpec) -> dict[str, Any]:
+    return {
+        "architecture": spec.arch,
+        "num_classes": spec.num_classes,
+        "input_size": [3, 224, 224],
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "first_conv": "conv1",
+        "classifier": "fc",
+    }
+
+
+def model_card(metadata: BackboneMetadata) -> str:
+    """README.md of a repository, from what a converted file says of itself. Its user adds the licence."""
+    spec = metadata.spec
+    rows = {
+        "architecture": spec.arch,
+        "threat model": metadata.threat_model or "unknown",
+        "input": _reading(spec),
+        "classes": spec.num_classes or "none, a backbone alone",
+        "source": f"{metadata.source} ({metadata.layout})",
+        "sha256 of the source": metadata.source_sha256,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: timm
+tags:
+- adversarial-robustness
+- robust-backbones
+---
+
+# {spec.arch}, trained against {metadata.threat_model or "an unknown threat model"}
+
+| | |
+|---|---|
+{table}
+
+Pixels are in [0, 1] before mean and std. A threat model of epsilon 0 is standard training. No licence is given here:
+that of the source holds.
+
+## In a detector of Detectron2
+
+```
+robust-backbones convert hub:USER/NAME backbone.pkl
+robust-backbones train --config-file CONFIG.yaml MODEL.WEIGHTS backbone.pkl
+```
+
+## As a classifier or feature extractor
+
+```python
+import timm
+
+model = timm.create_model("hf-hub:USER/NAME", pretrained=True)
+```
+"""
+
+
+def _reading(spec: BackboneSpec) -> str:
+    return f"{spec.channel_order}, mean {spec.mean}, std {spec.std}, stride in 1x1: {spec.stride_in_1x1}"
+
+
+def push(folder: Path, repository: str, *, private: bool = False) -> str:
+    """Upload the files of ``write_timm`` and ``describe`` to ``USER/NAME``, made if it is not there; returns its URL.
+
+    HF_ENDPOINT names another hub; the token is HF_TOKEN or that of ``hf auth login``.
+
+    Raises:
+        InputError: the hub does not take them.
+    """
+    from huggingface_hub import HfApi
+
+    card = folder / CARD
+    text = card.read_text().replace("USER/NAME", repository)
+    with atomic_path(card) as temporary:
+        temporary.write_text(text)
+    api = HfApi(endpoint=_endpoint())
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[WEIGHTS, CONFIG, CARD])
+    except Exception as error:  # a network can fail in any way
+        raise InputError(
+            f"cannot upload {folder} to {repository} ({_reason(error)}): log in with `hf auth login` as one who may "
+            f"write there, and give the same command again"
+        ) from None
+    return str(url)
+
+
+def fetch(repository: str) -> Path:
+    """The weights of ``USER/NAME`` in the cache, with config.json beside them; downloaded when they are not there.
+
+    HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 forbids the network.
+
+    Raises:
+        InputError: it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    where: dict[str, Any] = {"endpoint": _endpoint(), "cache_dir": cache_folder() / "hub"}
+    try:
+        path = Path(hf_hub_download(repository, WEIGHTS, **where))
+        hf_hub_download(repository, CONFIG, **where)
+    except EntryNotFoundError as error:
+        raise InputError(
+            f"{repository} does not hold {WEIGHTS} and {CONFIG} ({_reason(error)}): download the file that it holds, "
+            "and give its path"
+        ) from None
+    except Exception as error:  # a network can fail in any way
+        raise InputError(
+            f"cannot download {repository} ({_reason(error)}): check its name and, if it is private, log in with "
+            "`hf auth login`"
+        ) from None
+    return path
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
