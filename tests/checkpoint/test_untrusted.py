@@ -489,9 +489,8 @@ def ordinary(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case == "sets")) for case in REFUSED | HARMLESS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REFUSED | HARMLESS)
 def test_memory_is_bounded(tmp_path: Path, case: str) -> None:
     path = tmp_path / "file"
     path.write_bytes((REFUSED | HARMLESS)[case]())

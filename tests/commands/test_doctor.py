@@ -23,6 +23,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install_detectron2, "installed_state", lambda: "0.6 without compiled operators")
 
 
+@pytest.mark.slow
 def test_it_names_versions_and_folders(run_tool: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for part in ("Annotations", "ImageSets", "JPEGImages"):
         (tmp_path / "VOC2007" / part).mkdir(parents=True)

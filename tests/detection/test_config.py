@@ -170,6 +170,7 @@ TENSORS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @FAMILY
 @pytest.mark.parametrize("path", ARCHITECTURE_FILES, ids=lambda path: path.stem)
 def test_an_architecture_is_what_the_backbone_needs(path: Path, family: str) -> None:

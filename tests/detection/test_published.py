@@ -127,6 +127,7 @@ def test_a_file_of_another_architecture_than_its_names_is_refused(
     assert not (cache_folder() / "detectron2").exists()
 
 
+@pytest.mark.slow
 def test_a_detector_starts_from_a_published_backbone(hub: FakeHub, small_cfg: CfgNode) -> None:
     hub.files[FILE] = resnet18_file()
     assert_holds(load(small_cfg), network())

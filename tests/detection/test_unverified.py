@@ -60,6 +60,7 @@ def plain(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model_final.pth", "model_zoo.pkl", "state.pth"])
 def test_evaluated_as_by_detectron2(plain: Path, name: str, tmp_path: Path, run_tool: RunTool) -> None:
     arguments = ["--config-file", plain / "config.yaml", "--eval-only", "MODEL.WEIGHTS", plain / name]

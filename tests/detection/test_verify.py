@@ -45,6 +45,7 @@ def test_features_are_equal(torchvision_file: Maker, converted: Maker, arch: str
     assert largest(errors, batch_norm="train") < 1e-9  # in float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".safetensors"])
 def test_every_format_is_proven_on_a_photograph_too(
     torchvision_file: Maker, tmp_path: Path, photo: Path, suffix: str

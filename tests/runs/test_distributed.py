@@ -78,6 +78,7 @@ def everything(rank: int, size: int, *, start: Path) -> dict[str, Any]:
 Pair = tuple[Path, list[dict[str, Any]]]
 
 
+@pytest.mark.slow
 def test_processes_add_agree_and_gather(pair: Pair) -> None:
     for total, least, agreed, gathered in (found["exchange"] for found in pair[1]):
         assert total.tolist() == [2, 1]
@@ -119,6 +120,7 @@ def train_with_norms(rank: int, size: int) -> dict[str, Tensor]:
         return {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_global_batch(pair: Pair) -> None:
     """Two processes with two micro-batches each, against one with four and one with the batch in one piece."""
     one = learner(small(norm=False))
@@ -129,6 +131,7 @@ def test_gradients_are_those_of_the_global_batch(pair: Pair) -> None:
             torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_same_network(pair: Pair) -> None:
     """Batch statistics are each process's own, and their running averages are averaged after every step.
 
@@ -162,6 +165,7 @@ def test_the_callers_norms_keep_their_class_and_share_their_tensors() -> None:
         assert model[0].state_dict(keep_vars=True)[name] is tensor
 
 
+@pytest.mark.slow
 def test_synchronized_batch_norm_is_batch_norm_of_the_whole_batch(pair: Pair) -> None:
     images, reference = inputs().requires_grad_(), nn.BatchNorm2d(3)
     output = reference(images)
@@ -192,6 +196,7 @@ cli.run(main)
 """
 
 
+@pytest.mark.slow
 def test_threads_of_gloo_do_not_abort_a_process_that_ends(tmp_path: Path) -> None:
     """They let go of tensors while Python ends; handlers run all the same, and nothing printed is lost."""
     script = tmp_path / "script.py"
@@ -217,6 +222,7 @@ def resumed(rank: int, size: int, *, start: Path) -> dict[str, Tensor]:
         return {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_process_of_the_same_batch(pair: Pair) -> None:
     """In float32, sums in another order: the weights' way over four steps differs by less than a thousandth of it.
 
