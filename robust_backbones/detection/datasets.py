@@ -244,6 +244,18 @@ def annotated_set(name: str) -> AnnotatedSet | None:
     return None
 
 
+def missing_files(cfg: CfgNode) -> list[str]:
+    """A sentence for each set of a configuration whose annotations or images are not there, by their paths alone."""
+    try:
+        register_datasets(cfg)
+        sets = {name: annotated_set(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    except InputError as error:
+        return [str(error)]
+    paths = {name: (dataset.annotations, dataset.images) for name, dataset in sets.items() if dataset}
+    lacking = {name: next((path for path in both if not path.exists()), None) for name, both in paths.items()}
+    return [f"{name} lacks {path}: {_layout(name)}" for name, path in lacking.items() if path]
+
+
 def evaluator_kind(dataset: str) -> str:
     """By whose average precision a registered set is evaluated: ``pascal_voc``, or ``coco``, also where it is not said.
 

@@ -35,7 +35,7 @@ from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.locks import lock, owner_of
 from robust_backbones.runs.signals import STOP_SIGNALS, stop_on_signals
-from robust_backbones.sweep.expand import expand
+from robust_backbones.sweep.expand import expand, missing_data
 from robust_backbones.sweep.launcher import ClusterExecutor, LocalExecutor, launch
 from robust_backbones.sweep.manifest import Manifest, read_manifest
 from robust_backbones.sweep.plan import STATES, Plan, count
@@ -123,6 +123,8 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
     for name, options in manifest.pretraining.items():
         if not Path(str(options["data"])).is_dir():
             print(f"warning: pretraining {name} will need its data, {options['data']}", file=sys.stderr)
+    for line in missing_data(manifest):
+        print(f"warning: detectors will need their data: {line}", file=sys.stderr)
     earlier = {path.name for path in (plan.output / "runs").glob("*")} - {run.key for run in plan.runs}
     if earlier:
         print(f"{len(earlier)} folders in {plan.output / 'runs'} are of other settings, and stay as they are")

@@ -131,7 +131,7 @@ class _Expansion:
         weights = ("MODEL.WEIGHTS", f"{self._folder(convert.key)}/backbone.pkl") if convert else ()
         for protocol in task.protocols or manifest.protocols or ("",):
             files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if convert else (SCRATCH,)))
-            overrides = {key: value if isinstance(value, str) else repr(value) for key, value in task.overrides.items()}
+            overrides = _overrides(task)
             settings = _settings(files, tuple(overrides.items()))
             # Of what the backbone needs, that which the files do not have: a ResNet-50's is in all of them.
             overrides |= {key: str(value) for key, value in needed.items() if settings.get(key) != value}
@@ -198,14 +198,31 @@ def _parsed(parse: Callable[[list[str]], Any], argv: Sequence[str], where: str) 
         raise InputError(f"{where}: {error}") from None
 
 
+def missing_data(manifest: Manifest) -> list[str]:
+    """What the detectors' data sets lack on this machine, which need not be the one that trains."""
+    from robust_backbones.detection.datasets import missing_files
+
+    tasks = [task for task in manifest.tasks if not task.transfer]
+    configs = [_config(tuple(task.config_files), tuple(_overrides(task).items())) for task in tasks]
+    return list(dict.fromkeys(line for cfg in configs for line in missing_files(cfg)))
+
+
+def _overrides(task: Task) -> dict[str, str]:
+    return {key: value if isinstance(value, str) else repr(value) for key, value in task.overrides.items()}
+
+
 @cache
 def _settings(files: tuple[str, ...], overrides: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """Every key of a detector's configuration; needs Detectron2, whose defaults are part of it."""
+    return flat(_config(files, overrides))
+
+
+def _config(files: tuple[str, ...], overrides: tuple[tuple[str, str], ...]) -> Any:
     from robust_backbones.detection.config import load_config
 
     # The machine that sets up need not be the one that trains: "meta" stands for neither CUDA nor its absence.
     words = [word for pair in overrides for word in pair]
-    return flat(load_config([Path(file) for file in files], [*words, "MODEL.DEVICE", "meta"]))
+    return load_config([Path(file) for file in files], [*words, "MODEL.DEVICE", "meta"])
 
 
 def _words(options: Options) -> tuple[str, ...]:

@@ -77,6 +77,26 @@ def test_the_verb_from_setup_to_collect(
     assert run_tool("sweep", "launch", *where, "--jobs", 3)[0] == 2
 
 
+def test_setup_says_which_data_is_missing(
+    tmp_path: Path, run_tool: Run_, monkeypatch: pytest.MonkeyPatch, torchvision_file: Callable[[str], Path]
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    own = {"DATASETS.COCO_FORMAT": [["mine", "a.json", "images"]], "DATASETS.TRAIN": ["mine"], "DATASETS.TEST": []}
+    content = {
+        "backbones": {"own": {"file": str(torchvision_file("resnet18"))}},
+        "tasks": {"own": {"config_files": SMALL["tasks"]["voc"]["config_files"], "overrides": own}},
+    }
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    setup = ("sweep", "setup", tmp_path / "study.yaml", "--output", tmp_path / "output")
+    status, _, err = run_tool(*setup)
+    assert (status, err.count("\n")) == (0, 1)
+    assert f"mine lacks {tmp_path / 'a.json'}" in err
+    (tmp_path / "a.json").touch()
+    assert f"mine lacks {tmp_path / 'images'}" in run_tool(*setup)[2]
+    (tmp_path / "images").mkdir()
+    assert run_tool(*setup)[2] == ""
+
+
 def test_status_names_what_failed(tmp_path: Path, run_tool: Run_) -> None:
     plan = stubs(tmp_path, {"a": "fail", "b": "go"}, {"b": ("a",)})
     launched(plan)
