@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
     result: dict[str, Any] = {"output": str(options.dst), "metadata": BackboneMetadata.of(checkpoint).to_dict()}
 
     if options.to != "detectron2":
-        write = write_torchvision
+        write: Callable[[Path, Checkpoint], None] = write_torchvision
         if options.to == "timm":
             checkpoint, write = checkpoint.in_rgb(), write_timm
         with atomic_path(options.dst if options.dst.suffix else options.dst / WEIGHTS) as unproven:

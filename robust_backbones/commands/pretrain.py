@@ -27,6 +27,7 @@ from robust_backbones.classification.pretrain import PretrainConfig, pretrain, r
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.runs.cluster import ClusterConfig, log_folder, open_executor, scheduler_errors
+from robust_backbones.runs.distributed import is_first_process
 
 
 @dataclass
@@ -102,6 +103,8 @@ def main(arguments: list[str]) -> int:
         return 0
     with cpu.fast(options.execution.device):
         record = pretrain(options.config, options.data, options.output, options.execution)
+    if not is_first_process():
+        return 0
     clean, robust = record.metrics["clean_accuracy"], record.metrics["robust_accuracy"]
     print(f"accuracy: clean {clean:.1f} %, robust {robust:.1f} % ({record.config['eval_threat_model']})")
     print(f"checkpoint and record written to {options.output}")

@@ -35,8 +35,9 @@ def main(arguments: list[str], run: Callable[[CfgNode, argparse.Namespace], None
     options = parse(arguments)
 
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
-    from robust_backbones.detection.launch import is_first_process, launch
+    from robust_backbones.detection.launch import launch
     from robust_backbones.detection.run_folder import check_expected
+    from robust_backbones.runs.distributed import is_first_process
 
     cfg, finished = setup(options)
     if not finished:
@@ -110,10 +111,11 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
         register_datasets,
         skip_unreadable,
     )
-    from robust_backbones.detection.launch import is_first_process, scale_to_processes
+    from robust_backbones.detection.launch import scale_to_processes
     from robust_backbones.detection.left_out import leave_out
     from robust_backbones.detection.predictor import check_weights, classes_in
     from robust_backbones.detection.run_folder import check_folder
+    from robust_backbones.runs.distributed import is_first_process
 
     cfg = load_config(options.config_file, [*own_sets(options), *options.opts], classes=0)
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone

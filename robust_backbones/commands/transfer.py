@@ -31,6 +31,7 @@ from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions
 from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
 from robust_backbones.errors import InputError
+from robust_backbones.runs.distributed import is_first_process
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import ProbeConfig, TransferConfig
 from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune
@@ -145,7 +146,8 @@ def transfer(options: ProbeOptions | FinetuneOptions) -> int:
         recipe = (options.grid, options.config, options.execution)
         with cpu.fast(options.execution.device):
             records = full_finetune(options.checkpoints, data, options.output, *recipe)
-    print(f"\n{classification_table(records).to_markdown()}\n\nrecords and networks written to {options.output}")
+    if is_first_process():
+        print(f"\n{classification_table(records).to_markdown()}\n\nrecords and networks written to {options.output}")
     return 0
 
 

@@ -56,11 +56,6 @@ def _torchrun_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "0"))
 
 
-def is_first_process() -> bool:
-    """Whether this process has rank 0 in its run (torchrun's RANK): the one that checks and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def launch(
     function: Callable[..., None],
     arguments: tuple[Any, ...],

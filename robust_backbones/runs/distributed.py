@@ -85,6 +85,11 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
+def is_first_process() -> bool:
+    """Whether this process has rank 0 in its run (torchrun's RANK): the one that checks and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def local_device(name: str) -> torch.device:
     """``cuda`` -> this process's own GPU of its machine; ``cpu`` as it is."""
     if name != "cuda":

@@ -254,6 +254,7 @@ def train(output: Path, data: Path, processes: int) -> RunRecord:
     result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"batch 16 = {processes} process" in result.stdout
+    assert result.stdout.count("record written to") == 1
     return RunRecord.read(output / "record.json")
 
 
