@@ -82,12 +82,11 @@ def speed() -> Table:
 def of_experiments(folder: str) -> Table:
     """A row a headline result and backbone of a study."""
     rows = []
-    for experiment in experiments(find_runs([DOCS / folder])):
-        for result in results(experiment):
-            if result.metric in experiment.headlines:
-                head = [experiment.title, metric_name(result.metric)]
-                heads = list(result.table.columns)[1:]
-                rows += [[*head, *row[1:]] for row in result.table.cells if not row[0].startswith("paper: ")]
+    for result in results(*experiments(find_runs([DOCS / folder]))):
+        if result.metric in result.experiment.headlines:
+            head = [result.experiment.title, metric_name(result.metric)]
+            heads = list(result.table.columns)[1:]
+            rows += [[*head, *row[1:]] for row in result.table.cells if not row[0].startswith("paper: ")]
     return Table.of(["study", "result", *heads], rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from robust_backbones.threat_models import ThreatModel
 
 RECORDS = "records.jsonl"
 """Where a report keeps the records that it is of."""
+PRIMARY = "primary.json"
+"""Where a study keeps the comparison that it declared before its runs."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,44 @@ class RecordedRun:
     def is_from_scratch(self) -> bool:
         """Whether its backbone's weights were random."""
         return bool(flat(self.record.config).get("MODEL.BACKBONE.FROM_SCRATCH")) and not self.record.backbone
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The one comparison that a study declared before its runs: its test is corrected for no other."""
+
+    metric: str
+    """As in records: ``segm/AP``."""
+    runs: tuple[str, ...]
+    """Folders' names of the backbone's runs; it is compared with the standard one."""
+
+    def names(self, metric: str, runs: Iterable[RecordedRun]) -> bool:
+        """Whether it is of this metric of a backbone with these runs."""
+        return metric == self.metric and any(run.folder.name in self.runs for run in runs)
+
+    def write(self, path: Path) -> None:
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def find_primary(folders: Sequence[str | Path]) -> Primary | None:
+    """The declared comparison of the one study in these folders that has one.
+
+    Raises:
+        InputError: there are several, or a file is none of ours.
+    """
+    found: dict[Primary, Path] = {}
+    for path in (path for folder in map(Path, folders) for path in sorted(folder.rglob(PRIMARY))):
+        try:
+            values = json.loads(path.read_text())
+            found.setdefault(Primary(str(values["metric"]), tuple(map(str, values["runs"]))), path)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} declares no comparison ({error!r}): set its study up again") from None
+    if len(found) > 1:
+        raise InputError(
+            f"{' and '.join(map(str, found.values()))} each declare a primary comparison, and a report has one: report "
+            "the studies one by one"
+        )
+    return next(iter(found), None)
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:

@@ -14,7 +14,7 @@ from robust_backbones.analysis.figures import Page, Picture
 from robust_backbones.analysis.inheritance import inheritance_pages
 from robust_backbones.analysis.paper.transfer_figures import transfer_pages
 from robust_backbones.analysis.record_tables import provenance_table, record_tables
-from robust_backbones.analysis.records import RECORDS, RecordedRun, write_records
+from robust_backbones.analysis.records import PRIMARY, RECORDS, Primary, RecordedRun, write_records
 from robust_backbones.analysis.results import METHOD, Answer, Result, answers, results
 from robust_backbones.analysis.study_figures import study_figures
 from robust_backbones.analysis.tables import write_text
@@ -34,6 +34,7 @@ def write_report(
     *,
     title: str,
     pictures: Mapping[str, Sequence[Picture]] | None = None,
+    primary: Primary | None = None,
 ) -> Path:
     """Write ``tables/*.{md,csv,tex}``, ``figures/*.{svg,png,csv}`` and ``report.html``; the path of the last.
 
@@ -41,6 +42,7 @@ def write_report(
 
     Args:
         pictures: slug of an experiment -> further pictures for its section.
+        primary: the comparison that was declared before the runs.
 
     Raises:
         InputError: two runs are the same with different results.
@@ -48,14 +50,14 @@ def write_report(
     output = Path(output)
     records = [run.record for run in runs]
     sections: Sections = {}
-    found: list[Result] = []
-    for experiment in experiments(runs):
-        own = results(experiment)
+    compared = experiments(runs)
+    found = results(*compared, primary=primary)
+    for experiment in compared:
+        own = [result for result in found if result.experiment is experiment]
         for result in own:
             result.table.write(output / "tables" / result.slug)
         drawn = [*study_figures(experiment, output / "figures"), *(pictures or {}).get(experiment.slug, ())]
         sections[experiment.title] = [*_experiment(experiment, own, drawn)]
-        found += own
     inherited = inheritance_pages(records, output / "figures")
     pages = [*transfer_pages(runs, output / "figures"), *(page for _, page in inherited)]
     pages += [Page(table.title, [], [table]) for table in record_tables(records)]
@@ -65,6 +67,8 @@ def write_report(
             table.write(output / "tables" / name)
         sections[page.title] = [*_figures(page.pictures), *(table.to_html() for table in page.tables)]
     write_records(runs, output / RECORDS)
+    if primary:
+        primary.write(output / PRIMARY)
     missing = f"Missing for an answer: no record is of a task whose backbones are compared: {', '.join(TASKS)}."
     nothing = [Answer(title, "Not compared", missing)]
     answered = [*answers(found), *(answer for answer, _ in inherited)] or nothing
@@ -122,7 +126,7 @@ GLOSSARY = {
     r"worst": "Worst (of 2): for each image, of two attacks the one that leaves it the lower AP.",
     r"free Linf|free L2": "free: fine-tuned adversarially, with the gradients of training used for the attack, too.",
     r"d_z": "d_z: mean of the paired differences over their standard deviation.",
-    r"Holm": "p (Holm): p value after Holm's correction for the number of tests in the table.",
+    r"Holm": "p (Holm): p value after Holm's correction for all exploratory tests of the report.",
     r"±": "±: sample standard deviation over seeds.",
     r"R²": "R²: share of variance that a line explains.",
     r"\bm?RI\b": "RI: mean change of accuracy on the other sets by fine-tuning on one; mRI: its mean over all sets.",

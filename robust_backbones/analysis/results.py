@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from robust_backbones.analysis.experiments import BackboneRuns, Experiment, bounds, metric_name
 from robust_backbones.analysis.paper.values import PaperResult, differences_to_paper, paper_result
-from robust_backbones.analysis.statistics import Comparison, Summary, compare_pairs
+from robust_backbones.analysis.records import Primary
+from robust_backbones.analysis.statistics import Comparison, Summary, compare_pairs, corrected
 from robust_backbones.analysis.tables import Table
 
 METHOD = (
     "Means, sample standard deviations (n - 1) and 95 % t intervals are over seeds; intervals end where no value can "
     "be. Tests are two-sided paired t tests by seed against the standard backbone of the same architecture and "
-    "pre-training; p is after Holm's correction over the tests of one table, and below 0.05 a backbone is called "
-    "better or worse. Intervals of differences are of one comparison each, not corrected. d_z is the mean of the "
+    "pre-training. A comparison that the study declared beforehand is primary, and tested alone; all others are "
+    "exploratory, and their p is after Holm's correction over all exploratory tests of the report's tables "
+    "(those of mRI are a family of their own): where no backbone is different, the chance that any is called so is at "
+    "most 0.05. Below 0.05 a backbone is called better or worse. Intervals of differences are of one comparison each, "
+    "not corrected. d_z is the mean of the "
     "paired differences over their standard deviation (Cohen 1988). The seeds needed give 80 % power at the observed "
     "effect and the strictest corrected level; from few seeds that effect is itself uncertain, and so is their number."
 )
@@ -45,6 +49,8 @@ class Row:
     summary: Summary | None
     comparison: Comparison | None
     sentence: str
+    is_primary: bool = False
+    """Whether its comparison was declared before the runs."""
 
 
 @dataclass(frozen=True)
@@ -116,30 +122,43 @@ class Result:
             "seeds_needed": c and c.seeds_needed,
             "verdict": c and c.verdict,
             "sentence": row.sentence,
+            "primary": row.is_primary,
         }
         return {**found, "_name": name + "†" * self.experiment.is_odd(row.backbone), "_words": row.sentence}
 
 
-def results(experiment: Experiment) -> list[Result]:
-    """A result for each metric of an experiment that gets a table."""
-    return [_result(experiment, metric) for metric in experiment.metrics]
+def results(*found: Experiment, primary: Primary | None = None) -> list[Result]:
+    """A result for each metric that gets a table, of the experiments that are reported together.
+
+    All their tests are one family for Holm's correction, without the primary comparison, which is tested alone.
+    """
+    own = [_result(experiment, metric, primary) for experiment in found for metric in experiment.metrics]
+    places = [(i, j) for i, result in enumerate(own) for j in range(len(result.rows))]
+    family = corrected(
+        {(i, j): c for i, j in places if (c := own[i].rows[j].comparison) and not own[i].rows[j].is_primary}
+    )
+    rows = [list(result.rows) for result in own]
+    for (i, j), comparison in family.items():
+        rows[i][j] = replace(rows[i][j], comparison=comparison, sentence=comparison.sentence)
+    return [replace(result, rows=tuple(changed)) for result, changed in zip(own, rows, strict=True)]
 
 
-def _result(experiment: Experiment, metric: str) -> Result:
+def _result(experiment: Experiment, metric: str, primary: Primary | None) -> Result:
     references = {i: one for i, b in enumerate(experiment.backbones) if (one := experiment.reference(b))}
     pairs = {i: (one.values(metric), experiment.backbones[i].values(metric)) for i, one in references.items()}
-    comparisons = compare_pairs(pairs, bounds=(-bounds(metric)[1], bounds(metric)[1]))
+    between = (-bounds(metric)[1], bounds(metric)[1])
     rows = []
     for index, backbone in enumerate(experiment.backbones):
-        comparison = comparisons.get(index)
+        comparison = compare_pairs({0: pairs[index]}, bounds=between)[0] if index in pairs else None
+        is_primary = comparison is not None and primary is not None and primary.names(metric, backbone.runs.values())
         if comparison is not None:
-            sentence = comparison.sentence
+            sentence = f"Primary comparison, tested alone. {comparison.sentence}" if is_primary else comparison.sentence
         elif backbone.is_standard:
             sentence = "The standard backbone, with which the others of its architecture are compared."
         else:
             several = "more than one" if experiment.standards(backbone) else "no"
             sentence = f"Not compared: there is {several} standard backbone of its architecture and pre-training."
-        rows.append(Row(backbone, backbone.summary(metric), comparison, sentence))
+        rows.append(Row(backbone, backbone.summary(metric), comparison, sentence, is_primary))
     record = experiment.runs[0].record
     paper = paper_result(record, metric)
     return Result(experiment, metric, tuple(rows), paper, tuple(differences_to_paper(record, paper) if paper else ()))
@@ -168,7 +187,13 @@ def answers(found: Sequence[Result]) -> list[Answer]:
                 rows = [row for row in result.rows if row.backbone in result.experiment.robust]
                 compared.setdefault(what, []).extend(row.comparison for row in rows)
         if own:
-            answered.append(Answer(question, *conclude(compared), [_conclusion(result) for result in own]))
+            verdict, sentence = conclude(compared)
+            declared = [row for result in own for row in result.rows if row.is_primary]
+            if declared:
+                sentence = f"{' '.join(row.sentence for row in declared)} All else is exploratory. {sentence}"
+            elif any(compared.values()):
+                sentence += " All of it is exploratory: no comparison was declared before the runs."
+            answered.append(Answer(question, verdict, sentence, [_conclusion(result) for result in own]))
     return answered
 
 

@@ -112,18 +112,22 @@ def compare_pairs(
         pairs: backbone -> (the standard one's, its own) results, each seed -> result; the seeds need not be the same.
         bounds: of a difference; intervals are cut off there.
     """
-    single = {key: _compare_one(standard, own, bounds) for key, (standard, own) in pairs.items()}
-    tested = {key: comparison.p for key, comparison in single.items() if comparison.p is not None}
-    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    return corrected({key: _compare_one(standard, own, bounds) for key, (standard, own) in pairs.items()})
+
+
+def corrected(comparisons: Mapping[K, Comparison]) -> dict[K, Comparison]:
+    """The comparisons with Holm's correction for all tests among them, whatever they were corrected for before."""
+    tested = {key: comparison.p for key, comparison in comparisons.items() if comparison.p is not None}
+    p_holm = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {
         key: replace(
             comparison,
-            p_holm=corrected[key],
+            p_holm=p_holm[key],
             seeds_needed=seeds_needed(comparison.effect, ALPHA / len(tested)) if comparison.effect else None,
         )
-        if key in corrected
+        if key in p_holm
         else comparison
-        for key, comparison in single.items()
+        for key, comparison in comparisons.items()
     }
 
 

@@ -252,8 +252,8 @@ def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | Non
     figure.supxlabel(f"difference of {metric} to standard (points)", fontsize="medium")
     caption = (
         f"{experiment.title}: {metric} of each class, robust minus standard backbone. Squares and bars: mean and 95 % "
-        "t interval of the paired differences over seeds, not corrected for the number of classes: one in twenty "
-        "misses 0 by chance alone."
+        "t interval of the paired differences over seeds, not corrected for the number of classes: were no class "
+        "different, each would still miss 0 with a chance of one in twenty."
     )
     if len(found) > len(best):
         caption += f" Shown are the {len(best)} backbones with the highest mean AP of {len(found)}."

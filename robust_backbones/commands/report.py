@@ -5,8 +5,9 @@ Examples:
     robust-backbones report runs/voc_standard runs/voc_robust --output report --pictures 4
 
 Every record.json and records.jsonl in the folders, however deep, is read. Runs that differ in backbone and seed alone
-are compared: mean, spread and interval over seeds, paired tests against the standard backbone with Holm's correction,
-effect size, and a sentence each. OUTPUT gets report.html, tables/*.{md,csv,tex} and figures/*.{svg,png,csv}.
+are compared: mean, spread and interval over seeds, paired tests against the standard backbone with Holm's correction
+over the whole report, effect size, and a sentence each. The comparison that a study's manifest declares as `primary`
+is tested alone. OUTPUT gets report.html, tables/*.{md,csv,tex} and figures/*.{svg,png,csv}.
 --pictures N also draws what the standard and the best robust detector find in the first N test images; this needs
 Detectron2, the runs' weights, and DETECTRON2_DATASETS as in training.
 Exit status: 0 done, 2 bad input. --debug shows tracebacks.
@@ -20,7 +21,7 @@ import tyro
 
 from robust_backbones.analysis.experiments import Experiment, experiments
 from robust_backbones.analysis.figures import Picture
-from robust_backbones.analysis.records import find_runs
+from robust_backbones.analysis.records import find_primary, find_runs
 from robust_backbones.analysis.report import write_report
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
@@ -52,7 +53,9 @@ def main(arguments: list[str]) -> int:
         for experiment in experiments(runs):
             if (picture := draw(experiment, options.output / "figures", options.pictures)) is not None:
                 pictures[experiment.slug] = [picture]
-    page = write_report(runs, options.output, title=options.title, pictures=pictures)
+    page = write_report(
+        runs, options.output, title=options.title, pictures=pictures, primary=find_primary(options.runs)
+    )
     print(f"report of {len(runs)} records: {page}; tables and figures are beside it")
     return 0
 

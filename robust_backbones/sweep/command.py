@@ -7,12 +7,13 @@ Examples:
     robust-backbones sweep status studies/small.yaml --watch
     robust-backbones sweep collect studies/small.yaml --to records
 
-A manifest says what is compared; studies/ has those of the paper. `setup` checks everything that it names and writes
-the plan; `launch` does so too, and starts every run that is not done: one after the other (here), several at once
-(local), or as jobs of a cluster (slurm). A run's folder is named by its settings and weights: a changed setting is
-another run, a finished run is never run again, and one that failed or was interrupted is resumed at the next launch.
-Two launches of one study are kept apart. Exit status: 0 done, 1 runs failed, 2 bad input, 75 stopped by a signal (the
-runs have written their states). --debug shows tracebacks.
+A manifest says what is compared; studies/ has those of the paper. `setup` checks everything that it names, says what
+the seeds can find (a primary comparison with less than 80 % power is refused), and writes the plan; `launch` does so
+too, and starts every run that is not done: one after the other (here), several at once (local), or as jobs of a cluster
+(slurm). A run's folder is named by its settings and weights: a changed setting is another run, a finished run is never
+run again, and one that failed or was interrupted is resumed at the next launch. Two launches of one study are kept
+apart. Exit status: 0 done, 1 runs failed, 2 bad input, 75 stopped by a signal (the runs have written their states).
+--debug shows tracebacks.
 """
 
 import os
@@ -29,6 +30,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from robust_backbones.analysis.records import PRIMARY
 from robust_backbones.analysis.tables import Table
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
@@ -39,6 +41,7 @@ from robust_backbones.sweep.expand import expand, missing_data
 from robust_backbones.sweep.launcher import ClusterExecutor, LocalExecutor, launch
 from robust_backbones.sweep.manifest import Manifest, read_manifest
 from robust_backbones.sweep.plan import STATES, Plan, count
+from robust_backbones.sweep.power import check_power, primary_of
 
 
 @dataclass
@@ -55,9 +58,14 @@ class StudyOptions:
 class SetupOptions(StudyOptions):
     """Check everything that the manifest names, and write the plan."""
 
+    pilot: tuple[Path, ...] = ()
+    """Folders with records of a pilot, whose difference and spread the primary comparison is planned for."""
+    allow_underpowered: bool = False
+    """Accept a primary comparison with less than 80 % power."""
+
 
 @dataclass
-class LaunchOptions(StudyOptions):
+class LaunchOptions(SetupOptions):
     """Set up, and start every run that is not done."""
 
     executor: Literal["here", "local", "slurm"] = "here"
@@ -105,10 +113,12 @@ def main(arguments: list[str]) -> int:
     if isinstance(options, CollectOptions):
         return collect(Plan.read(manifest.output), options.to)
     plan = expand(manifest)
+    told = check_power(manifest, pilot=options.pilot, allow_underpowered=options.allow_underpowered)
     with stop_on_signals((*STOP_SIGNALS, signal.SIGINT)) as stop, lock(plan.output / "lock.json") as dead:
         if dead:
             print(f"taking over from {dead}, which ended without giving its lock back")
         set_up(plan, manifest)
+        print("\n".join(told))
         if not isinstance(options, LaunchOptions):
             return 0
         print(", ".join(f"{number} {state}" for state, number in count(plan.states().values()).items() if number))
@@ -118,6 +128,10 @@ def main(arguments: list[str]) -> int:
 
 def set_up(plan: Plan, manifest: Manifest) -> None:
     written = plan.set_up()
+    if primary := primary_of(manifest, plan):
+        primary.write(plan.output / PRIMARY)
+    else:
+        (plan.output / PRIMARY).unlink(missing_ok=True)
     kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(run.kind for run in plan.runs).items())
     print(f"{plan.name}: {len(plan.runs)} runs ({kinds}) in {plan.output}{'' if written else ', as before'}")
     for name, options in manifest.pretraining.items():
@@ -200,6 +214,9 @@ def collect(plan: Plan, folder: Path | None) -> int:
             continue
         with atomic_path(folder / path.relative_to(plan.output / "runs")) as temporary:
             temporary.write_bytes(path.read_bytes())
+    if folder and (plan.output / PRIMARY).exists():
+        with atomic_path(folder / PRIMARY) as temporary:
+            temporary.write_bytes((plan.output / PRIMARY).read_bytes())
     left = sum(state != "done" for state in plan.states().values())
     print(
         f"{len(paths)} records"

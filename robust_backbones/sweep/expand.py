@@ -131,11 +131,11 @@ class _Expansion:
         weights = ("MODEL.WEIGHTS", f"{self._folder(convert.key)}/backbone.pkl") if convert else ()
         for protocol in task.protocols or manifest.protocols or ("",):
             files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if convert else (SCRATCH,)))
-            overrides = _overrides(task)
-            settings = _settings(files, tuple(overrides.items()))
+            overrides = text_overrides(task)
+            settings = detector_settings(files, tuple(overrides.items()))
             # Of what the backbone needs, that which the files do not have: a ResNet-50's is in all of them.
             overrides |= {key: str(value) for key, value in needed.items() if settings.get(key) != value}
-            settings = _settings(files, tuple(overrides.items()))
+            settings = detector_settings(files, tuple(overrides.items()))
             group = "-".join(filter(None, (task.name, protocol)))
             for seed in manifest.seeds:
                 words = [word for file in files for word in ("--config-file", file)]
@@ -203,16 +203,17 @@ def missing_data(manifest: Manifest) -> list[str]:
     from robust_backbones.detection.datasets import missing_files
 
     tasks = [task for task in manifest.tasks if not task.transfer]
-    configs = [_config(tuple(task.config_files), tuple(_overrides(task).items())) for task in tasks]
+    configs = [_config(tuple(task.config_files), tuple(text_overrides(task).items())) for task in tasks]
     return list(dict.fromkeys(line for cfg in configs for line in missing_files(cfg)))
 
 
-def _overrides(task: Task) -> dict[str, str]:
+def text_overrides(task: Task) -> dict[str, str]:
+    """As load_config takes them."""
     return {key: value if isinstance(value, str) else repr(value) for key, value in task.overrides.items()}
 
 
 @cache
-def _settings(files: tuple[str, ...], overrides: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+def detector_settings(files: tuple[str, ...], overrides: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     """Every key of a detector's configuration; needs Detectron2, whose defaults are part of it."""
     return flat(_config(files, overrides))
 

@@ -64,6 +64,27 @@ class Task:
 
 
 @dataclass(frozen=True)
+class PrimaryComparison:
+    """What the study is to find out, declared before its runs: one robust backbone against the standard one."""
+
+    task: str
+    """A detector."""
+    backbone: str
+    metric: str
+    """As in records: ``bbox/AP``, ``segm/AP``."""
+    standard: str = "standard"
+    """The backbone to compare with."""
+    protocol: str = ""
+    """Where the task has several."""
+    difference: float | None = None
+    """Expected, in points; where not given, a pilot's or the paper's."""
+    std: float | None = None
+    """Expected standard deviation of the paired differences over seeds, in points."""
+    chosen: str = ""
+    """How the backbone was chosen, in words: on which data and seeds."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A study, as its file describes it."""
 
@@ -78,6 +99,7 @@ class Manifest:
     protocols: Mapping[str, tuple[str, ...]]
     """Configuration files on top of a task's."""
     tasks: tuple[Task, ...]
+    primary: PrimaryComparison | None
     cluster: ClusterConfig
 
 
@@ -121,6 +143,7 @@ def _manifest(path: Path, content: Any, output: str | Path | None) -> Manifest:
         backbones=tuple(_backbone(key, entry) for key, entry in sections["backbones"].items()),
         protocols={protocol: _texts(protocol, files) for protocol, files in sections["protocols"].items()},
         tasks=tuple(_task(key, entry) for key, entry in sections["tasks"].items()),
+        primary=_primary(content["primary"]) if content.get("primary") is not None else None,
         cluster=_cluster(content.get("cluster")),
     )
     used = {backbone.pretrain for backbone in manifest.backbones} - {""}
@@ -132,9 +155,41 @@ def _manifest(path: Path, content: Any, output: str | Path | None) -> Manifest:
             _known(f"a protocol of task {task.name}", protocol, manifest.protocols)
         for name in task.backbones:
             _known(f"a backbone of task {task.name}", name, sections["backbones"])
+    if primary := manifest.primary:
+        _check_primary(primary, manifest)
     if unused := manifest.pretraining.keys() - used:
         raise InputError(f"no backbone uses the pretraining {', '.join(sorted(unused))}: leave it out, or add one")
     return manifest
+
+
+def _primary(content: Any) -> PrimaryComparison:
+    values = _mapping("primary", content, [one.name for one in fields(PrimaryComparison)])
+    if missing := [name for name in ("task", "backbone", "metric") if not values.get(name)]:
+        raise InputError(f"primary needs {', '.join(missing)}: it is one comparison, declared before the runs")
+    for name in ("difference", "std"):
+        value = values.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value):
+            raise InputError(f"{name} of primary must be a number of points, not 0, got {value!r}")
+    if (values.get("std") or 1) < 0 or ("difference" in values) != ("std" in values):
+        raise InputError("primary has both difference and std (above 0), of paired differences over seeds, or neither")
+    texts = {name: str(value) for name, value in values.items() if name not in ("difference", "std")}
+    return PrimaryComparison(**{**values, **texts})
+
+
+def _check_primary(primary: PrimaryComparison, manifest: Manifest) -> None:
+    tasks = {task.name: task for task in manifest.tasks}
+    _known("the task of primary", primary.task, tasks)
+    task = tasks[primary.task]
+    if task.transfer:
+        raise InputError(f"the task of primary, {task.name}, is a transfer: give a detector's")
+    compared = task.backbones or [backbone.name for backbone in manifest.backbones]
+    for name in ("backbone", "standard"):
+        _known(f"the {name} of primary", getattr(primary, name), compared)
+    if primary.backbone == primary.standard:
+        raise InputError(f"primary compares {primary.backbone} with itself: give another backbone or standard")
+    protocols = task.protocols or tuple(manifest.protocols) or ("",)
+    if len(protocols) > 1 or primary.protocol:
+        _known("the protocol of primary", primary.protocol, protocols)
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:

@@ -20,12 +20,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from scipy import stats
 
 from robust_backbones.analysis import inheritance, study_figures
 from robust_backbones.analysis.experiments import bounds, experiments, metric_name, setting_names
 from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, MOST_CURVES, Picture, grouped_bars
 from robust_backbones.analysis.paper.values import PAPER, differences_to_paper, paper_result
-from robust_backbones.analysis.records import find_runs
+from robust_backbones.analysis.records import Primary, find_primary, find_runs
 from robust_backbones.analysis.report import STYLE, write_report
 from robust_backbones.analysis.results import ALIKE, QUESTIONS, answers, conclude, results
 from robust_backbones.analysis.statistics import Comparison
@@ -152,8 +153,8 @@ def plain(latex: str) -> str:
 def test_differences_are_rounded_in_tables_alone(report: Path) -> None:
     text = (report / "tables/segmentation_coco_2017_val_bbox_AP.md").read_text()
     assert "| resnet50 | L2:0 | 3 | 40.03 ± 0.15 |" in text
-    assert "| +1.01 (+0.92 to +1.10) | < 0.001 |" in text  # differences 1, 1.05, 0.98
-    assert "Better than standard by 1.01 over 3 paired seeds, p < 0.001." in text
+    assert re.search(r"\| \+1\.01 \(\+0\.92 to \+1\.10\) \| 0\.00\d \|", text)  # differences 1, 1.05, 0.98
+    assert re.search(r"Better than standard by 1\.01 over 3 paired seeds, p = 0\.00\d\.", text)
     assert "same data, architecture and schedule (3x, inferred from its values)" in text
 
 
@@ -304,6 +305,40 @@ def test_numbers_of_figures_are_the_records(report: Path) -> None:
 def one_result(folder: Path, *records: RunRecord, metric: str = "bbox/AP") -> Any:
     (experiment,) = experiments(find_runs([write(folder, *records)]))
     return next(result for result in results(experiment) if result.metric == metric)
+
+
+def test_holm_is_over_the_whole_report_and_the_primary_comparison_is_tested_alone(study: Path, tmp_path: Path) -> None:
+    """The family's p values are those of Holm's procedure over all tables, recomputed here from the raw values."""
+    reported = experiments(find_runs([study]))
+    declared = Primary("bbox/AP", tuple(run.folder.name for run in reported[0].robust[0].runs.values()))
+    for primary in (None, declared):
+        found = results(*reported, primary=primary)
+        assert {result.experiment.task for result in found} == {one.task for one in reported}
+        tests = []
+        for result in found:
+            for row in result.rows:
+                if row.comparison and row.comparison.p is not None:
+                    own = row.backbone.values(result.metric)
+                    standard = result.experiment.reference(row.backbone).values(result.metric)  # type: ignore[union-attr]
+                    p = 1.0 if own == standard else stats.ttest_1samp([own[s] - standard[s] for s in own], 0).pvalue
+                    assert row.comparison.p == pytest.approx(p)
+                    tests.append((p, row))
+        alone = [row for _, row in tests if row.is_primary]
+        assert len(alone) == (primary is not None)
+        for row in alone:
+            assert row.comparison is not None
+            assert row.comparison.p_holm == row.comparison.p
+            assert "Primary" in row.sentence
+        family = sorted(((p, row) for p, row in tests if not row.is_primary), key=lambda test: test[0])
+        assert len(family) > 4
+        largest = 0.0
+        for rank, (p, row) in enumerate(family):
+            largest = max(largest, min(1.0, p * (len(family) - rank)))
+            assert row.comparison is not None
+            assert row.comparison.p_holm == pytest.approx(largest)
+    write_report(find_runs([study]), tmp_path / "report", title="t", primary=declared)
+    assert find_primary([tmp_path / "report"]) == declared  # a report is made again from its own folder
+    assert "Primary comparison" in (tmp_path / "report/report.html").read_text()
 
 
 def test_missing_metrics_are_dashes_and_said(tmp_path: Path) -> None:

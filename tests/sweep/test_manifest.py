@@ -17,7 +17,10 @@ from robust_backbones.sweep import expand as expansion
 from robust_backbones.sweep.expand import expand
 from robust_backbones.sweep.manifest import read_manifest
 from robust_backbones.sweep.plan import Plan, Run
+from robust_backbones.sweep.power import check_power
 from tests.sweep.conftest import FPN, SMALL, SYNCBN, keys, planned, with_
+
+PRIMARY = {"task": "voc", "backbone": "robust", "metric": "bbox/AP"}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,14 @@ from tests.sweep.conftest import FPN, SMALL, SYNCBN, keys, planned, with_
         ("pretraining/robust/arch", "resnet9", ["pretraining robust", "resnet9"]),
         ("pretraining/unused", {"data": "images"}, ["unused"]),
         ("seeds", [0, 0], ["differ"]),
+        ("primary", {"task": "voc"}, ["backbone, metric"]),
+        ("primary", {**PRIMARY, "backbone": "robus"}, ["backbone of primary", "did you mean robust?"]),
+        ("primary", {**PRIMARY, "backbone": "standard"}, ["with itself"]),
+        ("primary", {**PRIMARY, "task": "flowers"}, ["flowers", "transfer"]),
+        ("primary", {**PRIMARY, "std": 0.1}, ["both difference and std"]),
+        ("primary", {**PRIMARY, "std": -0.1, "difference": 1}, ["std (above 0)"]),
+        ("primary", {**PRIMARY, "std": "0.1", "difference": 1}, ["std of primary"]),
+        ("primary", {**PRIMARY, "protocol": "syncbn"}, ["protocol of primary"]),
         ("seeds", "012", ["list of whole numbers"]),
         ("tasks/a b", {"config_files": [FPN]}, ["'a b'", "folder"]),
         ("cluster/processes", 0, ["processes >= 1"]),
@@ -191,7 +202,7 @@ def test_what_changes_no_result_changes_no_key(path: str, tmp_path: Path) -> Non
 def test_a_later_switch_changes_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = keys(planned(tmp_path, SMALL))
     monkeypatch.setitem(DETECTOR_KEYS, "SOLVER.SWITCH", False)
-    monkeypatch.setattr(expansion, "_settings", expansion._settings.__wrapped__)
+    monkeypatch.setattr(expansion, "detector_settings", expansion.detector_settings.__wrapped__)
     assert keys(planned(tmp_path, SMALL)) == before
     assert keys(planned(tmp_path, with_(SMALL, "tasks/voc/overrides/SOLVER.SWITCH", True))) != before
 
@@ -301,8 +312,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     ("name", "kinds"),
     [
         ("voc", {"convert": 13, "detect": 52}),
-        ("coco_detection", {"convert": 4, "detect": 16}),
-        ("coco_segmentation", {"convert": 4, "detect": 16}),
+        ("coco_detection", {"convert": 4, "detect": 20}),
+        ("coco_segmentation", {"convert": 4, "detect": 32}),
         ("small", {"pretrain": 2, "convert": 2, "detect": 12}),
         ("robust_backbones", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),
         ("robust_backbones_cpu", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),
@@ -317,5 +328,6 @@ def test_the_studies_are_ready(
     assert Counter(run.kind for run in plan.runs) == kinds
     assert manifest.name == name
     assert "GPU" in plan.cost
+    assert check_power(manifest)  # a primary comparison has the seeds that it needs
     if name.startswith("coco"):
         assert {run.work for run in plan.runs if run.kind == "detect"} == {270_000}

@@ -1,0 +1,182 @@
+"""What the seeds of a study can find: the power of its primary comparison, for an effect that is expected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from robust_backbones.analysis.experiments import experiments
+from robust_backbones.analysis.paper.values import PAPER, PaperResult
+from robust_backbones.analysis.records import Primary, find_runs
+from robust_backbones.analysis.results import results
+from robust_backbones.analysis.statistics import ALPHA, MOST_SEEDS, POWER, power, seeds_needed
+from robust_backbones.checkpoint import zoo
+from robust_backbones.errors import InputError
+from robust_backbones.sweep.expand import detector_settings, text_overrides
+from robust_backbones.sweep.manifest import Manifest, PrimaryComparison, Task
+from robust_backbones.sweep.plan import Plan
+from robust_backbones.threat_models import ThreatModel
+
+
+@dataclass(frozen=True)
+class Expected:
+    """An effect to plan for, in points of a metric."""
+
+    difference: float
+    std: float
+    """Of the paired differences over seeds."""
+    source: str
+
+    def power(self, seeds: int, alpha: float = ALPHA) -> float:
+        """The chance to find it by a two-sided paired t test."""
+        return power(self.difference / self.std, seeds, alpha) if seeds > 1 else 0.0
+
+    def seeds(self, alpha: float = ALPHA) -> int | None:
+        """How many give a power of 80 %."""
+        return seeds_needed(self.difference / self.std, alpha)
+
+
+def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpowered: bool = False) -> list[str]:
+    """What the study can find, in sentences.
+
+    The expected effect of the primary comparison is the pilot's, else the manifest's, else the paper's. Without a
+    primary comparison all of a study is exploratory; the sentences say what it could find of the paper's effects.
+
+    Args:
+        pilot: folders of records of a smaller study with the same backbones.
+
+    Raises:
+        InputError: the primary comparison has less than 80 % power, unless ``allow_underpowered``; the pilot does not
+            have it.
+    """
+    if manifest.primary is None:
+        if pilot:
+            raise InputError(f"{manifest.path} has no primary comparison that a pilot could plan: add primary to it")
+        return _exploratory(manifest)
+    primary, count = manifest.primary, len(manifest.seeds)
+    told = [f"primary: {primary.metric} of {primary.backbone} against {primary.standard}, task {primary.task}"]
+    told += [f"its backbone was chosen: {primary.chosen}"] if primary.chosen else []
+    told.append("all other comparisons are exploratory")
+    expected = _expected(manifest, primary, pilot)
+    if expected is None:
+        return [
+            *told,
+            "power: not known, for want of an expected effect: give --pilot, or difference and std in primary",
+        ]
+    found, needed = expected.power(count), expected.seeds()
+    enough = f"{POWER:.0%} need {f'{needed:,}' if needed else f'more than {MOST_SEEDS:,}'} seeds"
+    told.append(
+        f"expected: {expected.difference:+.2f}, std of paired differences {expected.std:.2f} ({expected.source})"
+    )
+    told.append(
+        f"power: {found:.2f} with {count} seed{'s' * (count > 1)}, two-sided paired t test at {ALPHA}; {enough}"
+    )
+    if found < POWER and not allow_underpowered:
+        raise InputError(
+            f"{manifest.path}: its primary comparison ({primary.metric} of {primary.backbone}) has a power of "
+            f"{found:.2f} with {count} seed{'s' * (count > 1)} for {expected.difference:+.2f} with a std of "
+            f"{expected.std:.2f} ({expected.source}): {enough}; give more seeds, or --allow-underpowered"
+        )
+    return told
+
+
+def primary_of(manifest: Manifest, plan: Plan) -> Primary | None:
+    """The declared comparison as reports read it."""
+    primary = manifest.primary
+    if primary is None:
+        return None
+    names = [
+        f"{'-'.join(filter(None, (primary.task, primary.protocol)))}-{primary.backbone}-seed{s}" for s in manifest.seeds
+    ]
+    return Primary(primary.metric, tuple(run.key for run in plan.runs if run.key.rsplit("-", 1)[0] in names))
+
+
+def _expected(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Path]) -> Expected | None:
+    if pilot:
+        return _of_pilot(manifest, primary, pilot)
+    if primary.difference is not None and primary.std is not None:
+        return Expected(primary.difference, primary.std, "the manifest's")
+    (task,) = (task for task in manifest.tasks if task.name == primary.task)
+    return next((of_paper(one) for one in _paper(task) if one.metric == primary.metric), None)
+
+
+def of_paper(paper: PaperResult) -> Expected | None:
+    """Its means and stds taken as true, the two runs of a pair as independent; None without stds."""
+    standard, robust = paper.standard, paper.robust
+    if standard.std is None or robust.std is None:
+        return None
+    source = (
+        "the paper's means and stds of unpaired runs; its robust backbone is the best of several by the same images"
+    )
+    return Expected(robust.mean - standard.mean, math.hypot(standard.std, robust.std), source)
+
+
+def _of_pilot(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Path]) -> Expected:
+    wanted = _threat_model(manifest, primary.backbone)
+    rows = [
+        row
+        for result in results(*experiments(find_runs(pilot)))
+        for row in result.rows
+        if result.metric == primary.metric and row.comparison and row.comparison.effect
+    ]
+    own = [row for row in rows if wanted is None or row.backbone.threat_model == wanted]
+    if len(own) != 1:
+        there = ", ".join(dict.fromkeys(row.backbone.trained_at for row in rows)) or "none"
+        raise InputError(
+            f"the pilot in {' '.join(map(str, pilot))} has {len(own)} tested comparisons of {primary.metric} for "
+            f"{primary.backbone} ({wanted or 'trained at unknown'}; tested are {there}): give folders with one, of two "
+            "or more seeds"
+        )
+    comparison = own[0].comparison
+    assert comparison is not None
+    assert comparison.difference is not None
+    assert comparison.effect
+    std = comparison.difference / comparison.effect
+    return Expected(comparison.difference, std, f"a pilot of {len(comparison.seeds)} seeds, itself uncertain")
+
+
+def _threat_model(manifest: Manifest, name: str) -> ThreatModel | None:
+    """What a backbone was trained at, where the manifest says it."""
+    (entry,) = (backbone for backbone in manifest.backbones if backbone.name == name)
+    if entry.published:
+        return zoo.find(entry.published).threat_model
+    options = manifest.pretraining[entry.pretrain] if entry.pretrain else entry.options
+    return ThreatModel.parse(str(options["threat_model"])) if "threat_model" in options else None
+
+
+def _paper(task: Task) -> list[PaperResult]:
+    """The paper's results for a task's data and kind of detector."""
+    settings = detector_settings(tuple(task.config_files), tuple(text_overrides(task).items()))
+    kind = "segmentation" if settings["MODEL.MASK_ON"] else "detection"
+    return [
+        paper
+        for paper in PAPER
+        if paper.task == kind
+        and {*settings["DATASETS.TRAIN"]} == {*paper.train}
+        and paper.test in settings["DATASETS.TEST"]
+    ]
+
+
+def _exploratory(manifest: Manifest) -> list[str]:
+    """What a study without a primary comparison could find of the paper's effects, at the first step of Holm."""
+    found = []
+    tests = 0
+    for task in manifest.tasks:
+        if not task.transfer:
+            backbones = len(task.backbones or manifest.backbones) - 1
+            papers = _paper(task)
+            tests += backbones * len(task.protocols or manifest.protocols or ("",)) * max(1, len(papers))
+            found += [(task.name, paper.metric, one) for paper in papers if (one := of_paper(paper))]
+    if not found:
+        return ["no primary comparison is declared: all comparisons are exploratory"]
+    alpha, count = ALPHA / max(1, tests), len(manifest.seeds)
+    told = [
+        f"{name} {metric}, {one.difference:+.2f} ± {one.std:.2f} (the paper's): power {one.power(count, alpha):.2f} "
+        f"with {count} seeds at 0.05 / {tests} (the first step of Holm); {POWER:.0%} need {one.seeds(alpha)} seeds"
+        for name, metric, one in found
+    ]
+    weak = any(one.power(count, alpha) < POWER for _, _, one in found)
+    advice = "warning: too few seeds to tell; declare one comparison as primary, or give more seeds" if weak else ""
+    return ["no primary comparison is declared: all comparisons are exploratory", *told, *filter(None, [advice])]

@@ -1,0 +1,104 @@
+"""The power that a study is planned with: an independent simulation, the paper's numbers, a pilot's records."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from robust_backbones.analysis.paper.values import PAPER
+from robust_backbones.analysis.records import find_primary
+from robust_backbones.errors import InputError
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.sweep.manifest import Manifest, read_manifest
+from robust_backbones.sweep.power import Expected, check_power, of_paper
+from tests.sweep.conftest import SMALL, keys, planned, with_
+
+PRIMARY = {"task": "voc", "backbone": "robust", "metric": "bbox/AP"}
+
+
+def study(folder: Path, content: dict[str, Any]) -> Manifest:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return read_manifest(path, folder / "output")
+
+
+def test_power_is_that_of_simulated_studies() -> None:
+    """Two backbones with the paper's means and stds; scipy's paired t test on each simulated study."""
+    generator, count = np.random.default_rng(0), 20_000
+    (paper,) = (one for one in PAPER if (one.task, one.metric) == ("segmentation", "segm/AP"))
+    expected = of_paper(paper)
+    assert expected is not None
+    for seeds in (4, 8):
+        runs = {}
+        for name, value in (("standard", paper.standard), ("robust", paper.robust)):
+            runs[name] = generator.normal(value.mean, value.std or 0, (count, seeds))
+        found = (stats.ttest_rel(runs["robust"], runs["standard"], axis=1).pvalue < 0.05).mean()
+        assert expected.power(seeds) == pytest.approx(found, abs=4 * np.sqrt(0.25 / count))
+    # docs/sweeps.md and the manifests quote these.
+    assert [round(expected.power(n), 2) for n in (4, 8)] == [0.41, 0.86]
+    assert expected.seeds() == 8
+    assert expected.power(7) < 0.8 <= expected.power(8)
+    assert Expected(1.0, 1.0, "").power(1) == 0.0
+
+
+def test_an_underpowered_primary_comparison_is_refused(tmp_path: Path) -> None:
+    weak = with_(SMALL, "primary", {**PRIMARY, "difference": 0.5, "std": 0.5})
+    with pytest.raises(InputError, match=r"power of 0\.09 .*80% need 10 seeds.*--allow-underpowered") as info:
+        check_power(study(tmp_path, weak))
+    assert "\n" not in str(info.value)
+    assert any("0.09" in line for line in check_power(study(tmp_path, weak), allow_underpowered=True))
+    check_power(study(tmp_path, with_(weak, "seeds", [*range(10)])))
+    with pytest.raises(InputError):
+        check_power(study(tmp_path, with_(weak, "seeds", [*range(9)])))
+    # No effect is expected of a metric that the paper does not have, and nothing is declared in old manifests.
+    assert "not known" in check_power(study(tmp_path, with_(SMALL, "primary", PRIMARY)))[-1]
+    assert "exploratory" in check_power(study(tmp_path, SMALL))[0]
+
+
+def test_a_pilot_plans(tmp_path: Path) -> None:
+    differences = (0.2, 0.5, 0.2, 0.7)
+    for number, difference in enumerate(differences):
+        for trained_at, value in (("L2:0", 40.0 + number), ("L2:0.5", 40.0 + number + difference)):
+            backbone = {"arch": "resnet18", "num_classes": 100, "stem": "imagenet"}
+            rest = {"config": {"SEED": number}, "versions": {}, "git_commit": None, "seconds": 1.0}
+            one = RunRecord(
+                run_id=f"{trained_at}{number}",
+                task="detection",
+                dataset="val",
+                threat_model=trained_at,
+                seed=number,
+                backbone=backbone,
+                metrics={"bbox/AP": value},
+                **rest,  # type: ignore[arg-type]
+            )
+            one.write(tmp_path / "pilot" / f"{trained_at[3:]}_{number}" / "record.json")
+    declared = with_(SMALL, "primary", {**PRIMARY, "difference": 9.0, "std": 0.1})
+    mean, std = np.mean(differences), np.std(differences, ddof=1)
+    with pytest.raises(InputError, match=rf"\{mean:+.2f} with a std of {std:.2f} \(a pilot of 4 seeds"):
+        check_power(study(tmp_path, declared), pilot=[tmp_path / "pilot"])
+    with pytest.raises(InputError, match=r"0 tested comparisons of bbox/AP .*L2:1; tested are L2:0\.5"):
+        other = with_(declared, "pretraining/robust/threat_model", "L2:1")
+        check_power(study(tmp_path, other), pilot=[tmp_path / "pilot"])
+    with pytest.raises(InputError, match="no primary"):
+        check_power(study(tmp_path, SMALL), pilot=[tmp_path / "pilot"])
+
+
+def test_setup_declares_the_comparison_for_the_report(
+    tmp_path: Path, run_tool: Callable[..., tuple[int, str, str]]
+) -> None:
+    content = with_(SMALL, "primary", {**PRIMARY, "difference": 0.5, "std": 0.5})
+    plan = planned(tmp_path, content)
+    where = (tmp_path / "study.yaml", "--output", tmp_path / "output")
+    status, out, err = run_tool("sweep", "setup", *where)
+    assert (status, err.count("\n")) == (2, 1)
+    assert not (tmp_path / "output/plan.json").exists()
+    status, out, err = run_tool("sweep", "setup", *where, "--allow-underpowered")
+    assert status == 0, err
+    assert "power: 0.09 with 2 seeds" in out
+    declared = find_primary([tmp_path / "output"])
+    assert declared is not None
+    assert set(declared.runs) == {keys(plan)[f"voc-robust-seed{seed}"] for seed in (0, 1)}
