@@ -54,7 +54,8 @@ class TrainingConfig:
     """Batch statistics over all processes instead of over each one's micro-batch."""
     augmentation: str = "resized_crop"
     """resized_crop: a crop of random size and shape (ImageNet); padded_crop: a crop after padding by 4 px (CIFAR);
-    both with a random flip."""
+    robustness: resized_crop, colour jitter of 0.1 and PCA noise of 0.05, as the paper's library; all with a random
+    flip."""
     image_size: int = 224
     progressive_size: int = 0
     """Image size of the first epoch in progressive resizing, which grows over ``progressive_epochs``; 0 is off."""

@@ -33,13 +33,15 @@ class PretrainConfig(TrainingConfig):
 
 
 def recipe(name: str) -> PretrainConfig:
-    """The config that trains a published backbone again, by its name in ``zoo``: the defaults with its arch and ball.
+    """The config that trains a published backbone again, by its name in ``zoo``.
+
+    It is the defaults with its arch and ball, and with the augmentation of the paper's library.
 
     Raises:
         InputError: no backbone of that name was published.
     """
     backbone = zoo.find(name)
-    return PretrainConfig(threat_model=backbone.threat_model, arch=backbone.arch)
+    return PretrainConfig(threat_model=backbone.threat_model, arch=backbone.arch, augmentation="robustness")
 
 
 def pretrain(

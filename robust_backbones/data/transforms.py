@@ -9,7 +9,10 @@ from torchvision.transforms import v2
 
 from robust_backbones.errors import check_choice
 
-AUGMENTATIONS = ("resized_crop", "padded_crop")
+AUGMENTATIONS = ("resized_crop", "padded_crop", "robustness")
+# Of the RGB values of ImageNet (Krizhevsky et al. 2012), as the library `robustness` has them: a column an eigenvector.
+PCA_VALUES = (0.2175, 0.0188, 0.0045)
+PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
 def augmentation(name: str, size: int, *, min_crop_scale: float) -> v2.Transform:
@@ -21,6 +24,9 @@ def augmentation(name: str, size: int, *, min_crop_scale: float) -> v2.Transform
     check_choice("augmentation", name, AUGMENTATIONS)
     if name == "resized_crop":
         return train_transform(size, min_crop_scale=min_crop_scale)
+    if name == "robustness":
+        jitter = v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1)
+        return v2.Compose([train_transform(size, min_crop_scale=min_crop_scale), jitter, Lighting(0.05)])
     # As CIFAR has it: the image with a black border, and flip; one whose shorter side is not ``size`` is resized first.
     return v2.Compose([v2.Resize(size, antialias=True), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()])
 
@@ -43,6 +49,24 @@ class _RandomCropAndFlip(v2.RandomResizedCrop):
         if [height, width] != list(self.size):
             patch = F.interpolate(patch, self.size, mode="bilinear", antialias=True)
         return (patch.flip(-1) if torch.rand(1) < 0.5 else patch)[0]
+
+
+class Lighting(torch.nn.Module):
+    """One random colour for the whole image along ImageNet's principal components (Krizhevsky et al. 2012).
+
+    As in the library `robustness`, whose images are floats; here the sum is rounded and cut off to uint8, half a level
+    at most in values that stay within [0, 1].
+    """
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = std
+
+    def forward(self, image: Tensor) -> Tensor:
+        """uint8 (3, H, W) -> the same."""
+        weights = torch.empty(3).normal_(0, self.std) * torch.tensor(PCA_VALUES)
+        shift = 255 * torch.tensor(PCA_VECTORS) @ weights
+        return (image + shift[:, None, None]).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def val_transform(size: int, *, resize: int) -> v2.Transform:

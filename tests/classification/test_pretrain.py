@@ -451,7 +451,8 @@ def test_the_defaults_are_the_papers_recipe() -> None:
 
 def test_every_published_backbone_has_its_recipe() -> None:
     for name, backbone in zoo.published().items():
-        assert recipe(name) == PretrainConfig(arch=backbone.arch, threat_model=backbone.threat_model)
+        own = {"arch": backbone.arch, "threat_model": backbone.threat_model, "augmentation": "robustness"}
+        assert recipe(name) == PretrainConfig(**own)
     assert len(zoo.published()) == 67
 
 

@@ -315,3 +315,30 @@ def test_training_crops_are_torchvisions(
             results.append((transform(image), torch.rand(1)))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@given(seed=st.integers(0, 10**6), height=st.integers(20, 60), width=st.integers(20, 60))
+@settings(deadline=None, max_examples=30)
+def test_the_augmentation_of_robustness_is_the_librarys(seed: int, height: int, width: int) -> None:
+    """Against its steps in float64, written here from its data_augmentation.py, on the same draws."""
+    eigenvalues = np.array([0.2175, 0.0188, 0.0045])
+    eigenvectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    image = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8))
+    library = v2.Compose(
+        [v2.RandomResizedCrop(24, antialias=True), v2.RandomHorizontalFlip(), v2.ColorJitter(0.1, 0.1, 0.1)]
+    )
+    ours = augmentation("robustness", 24, min_crop_scale=0.08)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        found = ours(image)
+        after = torch.rand(1)
+        torch.manual_seed(seed)
+        jittered = library(image).numpy() / 255
+        # Lighting: alpha ~ N(0, 0.05); rgb = (eigvec * alpha * eigval).sum(1), added to every pixel.
+        alpha = torch.empty(3).normal_(0, 0.05).numpy()
+        assert torch.equal(torch.rand(1), after)
+    rgb = (eigenvectors * alpha[None] * eigenvalues[None]).sum(1)
+    expected = (jittered + rgb[:, None, None]).clip(0, 1)
+    assert found.dtype == torch.uint8
+    assert np.abs(found.numpy() / 255 - expected).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(255 * rgb).max() > 0
