@@ -6,7 +6,7 @@ torchvision is imported where a network is built: that takes seconds, which what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -140,6 +140,17 @@ class BackboneSpec:
         }
 
 
+def spec_from(content: Any) -> BackboneSpec:
+    """Read what ``BackboneSpec.to_dict`` gave a file; ``InputError`` where it is damaged."""
+    known = {field.name for field in fields(BackboneSpec)}
+    if not isinstance(content, dict) or not content.keys() <= known:
+        raise InputError(f"its spec is damaged: it has to hold {', '.join(sorted(known))}, and nothing else")
+    spec = BackboneSpec(**content)
+    if missing := known - {"stem"} - content.keys():  # files from before there was a choice of stems do not name it
+        raise InputError(f"its spec is damaged: it lacks {', '.join(sorted(missing))}")
+    return spec
+
+
 def check_normalization(mean: Any, std: Any) -> None:
     """Raise ``InputError``, with the values that were likely meant, unless pixels in [0, 1] can have them."""
     for name, values in (("mean", mean), ("std", std)):
@@ -267,7 +278,13 @@ def identify(state_dict: dict[str, Tensor]) -> BackboneSpec:
     names = ", ".join(list(shapes)[:3])
     raise InputError(
         f"its tensors ({names} ...) are those of none of the known architectures ({', '.join(ARCHITECTURES)}) by "
-        "torchvision's names; Detectron2's ResNet has no such architecture either"
+        "torchvision's names"
+        # No width or number of groups makes up for another stem.
+        + (
+            "; Detectron2's ResNet has no such architecture either"
+            if is_resnet and "conv1.weight" not in shapes
+            else ""
+        )
     )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, BY_USER, READING, Checkpoint, reading
+from robust_backbones.checkpoint.names import translated
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.errors import InputError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, reference_shapes
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, reference_shapes, spec_from
 from robust_backbones.runs.files import atomic_path
+from robust_backbones.threat_models import ThreatModel
 
 FORMAT = "robust_backbones.backbone/1"
+_WHO = {BY_FILE, BY_USER, ASSUMED}
 SUFFIXES = (".pkl", ".pth", ".safetensors")
-
-# torchvision's name, Detectron2's. Both count blocks and convolutions alike; stages are shifted by one.
-_NAMES = (
-    ("conv1.weight", "stem.conv1.weight"),
-    ("bn1.{tensor}", "stem.conv1.norm.{tensor}"),
-    ("layer{stage}.{block}.conv{i}.weight", "res{stage}.{block}.conv{i}.weight"),
-    ("layer{stage}.{block}.bn{i}.{tensor}", "res{stage}.{block}.conv{i}.norm.{tensor}"),
-    ("layer{stage}.{block}.downsample.0.weight", "res{stage}.{block}.shortcut.weight"),
-    ("layer{stage}.{block}.downsample.1.{tensor}", "res{stage}.{block}.shortcut.norm.{tensor}"),
-)
 
 
 @dataclass(frozen=True)
@@ -42,6 +34,8 @@ class ConversionReport:
     source: str
     source_sha256: str
     layout: str
+    reading: str
+    """How images enter the network: mean, std, channel order and stride, each with who says it."""
     renamed: dict[str, str]
     dropped: tuple[str, ...]
     """Of no use to a detector: the classifier, batch norm's counters, and what the file holds beside the network."""
@@ -66,7 +60,12 @@ class ConversionReport:
         """A table: tensors by part of the network, and every problem by name."""
         rows = [*Counter(name.split(".")[0] for name in self.renamed.values()).items()]
         rows += [("renamed", len(self.renamed)), ("dropped", len(self.dropped))]
-        return "\n".join([*(f"{part:8} {count:4} tensors" for part, count in rows), *self._problems()])
+        lines = [f"{part:8} {count:4} tensors" for part, count in rows]
+        counted = Counter("counters" if name.endswith("num_batches_tracked") else _part(name) for name in self.dropped)
+        if counted:
+            parts = [f"{part} ({count})" for part, count in counted.most_common(12)]
+            lines.append(f"left out: {', '.join(parts)}{' ...' * (len(counted) > 12)}")
+        return "\n".join([*lines, *self._problems()])
 
     def _problems(self) -> list[str]:
         problems = ("missing", "unexpected", "incorrect_shapes", "not_finite")
@@ -76,13 +75,19 @@ class ConversionReport:
         return {**asdict(self), "ok": self.ok}
 
 
+def _part(name: str) -> str:
+    """What a tensor is a part of, such as ``module.projector`` of ``module.projector.0.weight``."""
+    parts = name.split(".")
+    return ".".join(parts[:2] if parts[0] == "module" else parts[:1])
+
+
 def detectron2_name(name: str) -> str:
     """Detectron2's name of a torchvision backbone tensor.
 
     Raises:
         KeyError: no ResNet of torchvision has such a tensor, but for the classifier.
     """
-    return _translate(name, 0, 1, shift=1)
+    return translated(name, "torchvision", "detectron2")
 
 
 def torchvision_name(name: str) -> str:
@@ -91,19 +96,7 @@ def torchvision_name(name: str) -> str:
     Raises:
         KeyError: Detectron2's ResNet has no such tensor.
     """
-    return _translate(name, 1, 0, shift=-1)
-
-
-def _translate(name: str, source: int, target: int, *, shift: int) -> str:
-    for row in _NAMES:
-        pattern = re.escape(row[source]).replace(r"\{tensor\}", r"(?P<tensor>\w+)")
-        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", pattern)
-        if match := re.fullmatch(pattern, name):
-            fields: dict[str, Any] = match.groupdict()
-            if "stage" in fields:
-                fields["stage"] = int(fields["stage"]) + shift
-            return row[target].format(**fields)
-    raise KeyError(name)
+    return translated(name, "detectron2", "torchvision")
 
 
 def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport]:
@@ -138,6 +131,7 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
         source=checkpoint.source,
         source_sha256=checkpoint.source_sha256,
         layout=checkpoint.layout,
+        reading=checkpoint.reading(),
         renamed=renamed,
         dropped=tuple(dropped),
         missing=tuple(sorted(wanted - set(checkpoint.state_dict))),
@@ -184,11 +178,18 @@ class BackboneMetadata:
     layout: str
     source: str
     source_sha256: str
+    said: dict[str, str] = field(default_factory=lambda: dict.fromkeys(READING, BY_FILE))
+    """As ``Checkpoint.said``; files from before it was noted do not tell what was assumed."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> BackboneMetadata:
         threat_model = None if checkpoint.threat_model is None else str(checkpoint.threat_model)
-        return cls(checkpoint.spec, threat_model, checkpoint.layout, checkpoint.source, checkpoint.source_sha256)
+        origin = (checkpoint.layout, checkpoint.source, checkpoint.source_sha256, checkpoint.said)
+        return cls(checkpoint.spec, threat_model, *origin)
+
+    def reading(self) -> str:
+        """How images enter the network, each value with who says it."""
+        return reading(self.spec, self.said)
 
     @classmethod
     def from_dict(cls, content: Any) -> BackboneMetadata:
@@ -197,14 +198,22 @@ class BackboneMetadata:
         Raises:
             InputError: it is not ours, or is damaged.
         """
-        try:
-            fields = dict(content)
-            if fields.pop("format") != FORMAT:
-                raise KeyError("format")
-            fields.pop("overrides", None)  # for readers without this package; the spec gives them again
-            return cls(spec=BackboneSpec(**fields.pop("spec")), **fields)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"its backbone metadata cannot be read ({error!r})") from None
+        fields = dict(content) if isinstance(content, dict) else {}
+        if fields.pop("format", None) != FORMAT:
+            raise InputError(f"its backbone metadata is not of the format {FORMAT}")
+        fields.pop("overrides", None)  # for readers without this package; the spec gives them again
+        spec, said = spec_from(fields.pop("spec", None)), fields.setdefault("said", dict.fromkeys(READING, BY_FILE))
+        if not (isinstance(said, dict) and said.keys() == set(READING) and {*said.values()} <= _WHO):
+            raise InputError("its backbone metadata cannot be read (said)")
+        texts = {"layout": str, "source": str, "source_sha256": str, "threat_model": str | None}
+        for name, kind in texts.items():
+            if name not in fields or not isinstance(fields[name], kind):
+                raise InputError(f"its backbone metadata cannot be read ({name})")
+        if unknown := fields.keys() - {*texts, "said"}:
+            raise InputError(f"its backbone metadata cannot be read ({', '.join(map(str, unknown))})")
+        if fields["threat_model"] is not None:
+            ThreatModel.parse(fields["threat_model"])
+        return cls(spec=spec, **fields)
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self), "spec": self.spec.to_dict()}
@@ -276,10 +285,10 @@ def metadata_in(content: Any) -> BackboneMetadata | None:
     if not isinstance(content, dict):
         return None
     if METADATA in content:
-        text = content[METADATA].get("robust_backbones")
+        text = content[METADATA].get("robust_backbones") if isinstance(content[METADATA], dict) else None
         try:
             return None if text is None else BackboneMetadata.from_dict(json.loads(text))
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"its backbone metadata cannot be read ({error})") from None
     for key in ("metadata", "backbone_metadata"):
         if key in content and isinstance(content.get("model"), dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,22 @@ TRAINING_FORMAT = "robust_backbones.training/1"
 """Of the files that a run resumes from; no backbone is read from them."""
 
 
+READING = ("mean", "std", "channel_order", "stride_in_1x1")
+"""The fields of a spec that tensors do not show: a wrong one gives other features without an error."""
+BY_FILE, BY_USER, ASSUMED = "said by the file", "said by you", "assumed"
+
+
+def reading(spec: BackboneSpec, said: Mapping[str, str]) -> str:
+    """The values of ``READING``, each with who says it."""
+    values = {
+        "mean": "mean " + " ".join(f"{value:.6g}" for value in spec.mean),
+        "std": "std " + " ".join(f"{value:.6g}" for value in spec.std),
+        "channel_order": spec.channel_order,
+        "stride_in_1x1": f"stride in the {'1x1' if spec.stride_in_1x1 else '3x3'} convolution",
+    }
+    return ", ".join(f"{value} ({said.get(name, BY_FILE)})" for name, value in values.items())
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A backbone as read from any source: torchvision's tensor names, without prefixes."""
@@ -32,14 +49,20 @@ class Checkpoint:
     source: str
     """File name without its folder."""
     source_sha256: str
-    normalization: str = "the file"
-    """Who says what ``spec.mean`` and ``spec.std`` are."""
+    said: dict[str, str] = field(default_factory=lambda: dict.fromkeys(READING, BY_FILE))
+    """Who says each value of ``READING`` in ``spec``: ``BY_FILE``, ``BY_USER``, or ``ASSUMED``, nobody."""
+    key: str = ""
+    """Of the file's dictionary that holds the tensors; ``state.model`` is the one within another."""
     prefix: str = ""
     """What the file puts before the names of ``state_dict``."""
     left_out: tuple[str, ...] = ()
     """Tensors of the file that are not the network's, by the file's names."""
     path: Path | None = field(default=None, compare=False)
     """The file, where the proof finds what its makers' own code needs."""
+
+    def reading(self) -> str:
+        """How images enter the network, each value with who says it."""
+        return reading(self.spec, self.said)
 
     def build(self) -> nn.Module:
         """The network with these weights, in eval mode."""

@@ -66,7 +66,7 @@ def model_card(metadata: BackboneMetadata) -> str:
     rows = {
         "architecture": spec.arch,
         "threat model": metadata.threat_model or "unknown",
-        "input": _reading(spec),
+        "input": metadata.reading(),
         "classes": spec.num_classes or "none, a backbone alone",
         "source": f"{metadata.source} ({metadata.layout})",
         "sha256 of the source": metadata.source_sha256,
@@ -103,10 +103,6 @@ import timm
 model = timm.create_model("hf-hub:USER/NAME", pretrained=True)
 ```
 """
-
-
-def _reading(spec: BackboneSpec) -> str:
-    return f"{spec.channel_order}, mean {spec.mean}, std {spec.std}, stride in 1x1: {spec.stride_in_1x1}"
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:

@@ -1,94 +1,49 @@
-"""Reads backbone checkpoints of every known layout, recognised by their keys, under torchvision's tensor names."""
+"""Reads backbone checkpoints of every known layout, under torchvision's names; notes who says how they are fed."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from robust_backbones.checkpoint import hub, zoo
-from robust_backbones.checkpoint.convert import metadata_in, torchvision_name
-from robust_backbones.checkpoint.format import FORMAT, TRAINING_FORMAT, Checkpoint, sha256
+from robust_backbones.checkpoint.convert import metadata_in
+from robust_backbones.checkpoint.format import (
+    ASSUMED,
+    BY_FILE,
+    BY_USER,
+    FORMAT,
+    READING,
+    TRAINING_FORMAT,
+    Checkpoint,
+    sha256,
+)
+from robust_backbones.checkpoint.layouts import (
+    BARE,
+    CAFFE2_RESNEXT,
+    NORMALIZER,
+    OWN,
+    SOURCES,
+    TIMM,
+    Network,
+    find_network,
+    layout_of,
+    tensors_of,
+)
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.errors import InputError, check_choice
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify
+from robust_backbones.models import BackboneSpec, check_normalization, is_number, spec_from
 from robust_backbones.threat_models import ThreatModel
 
 HUB = "hub:"
-_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-_STATE_DICTS = ("state_dict", "model", "model_state_dict", "model_state", "net", "network")
-_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-_BATCH_NORM_EPSILON = 1e-5
-
-
-@dataclass(frozen=True)
-class Source:
-    """One layout of checkpoints: where it keeps the network's tensors, and what its makers feed the network."""
-
-    description: str
-    state_dicts: tuple[str, ...] = ("",)
-    """Keys of the file under which the tensors may be; ``""`` is the file itself."""
-    prefixes: tuple[str, ...] = ("",)
-    """What may stand before torchvision's names; the first that does is taken off."""
-    convention: dict[str, Any] | None = None
-    """Fields of the spec that its makers always mean; None: the file says them, or the user."""
-    sign: str = ""
-    """A pattern of tensor names that no other layout has; without one, ``_recognize`` knows it otherwise."""
-
-
-SOURCES = {
-    "robust_backbones": Source("a checkpoint of robust-backbones pretrain", ("state_dict",)),
-    "msra": Source(
-        "a Caffe2 model of Detectron's zoo",
-        ("model", "blobs", ""),
-        convention={
-            "mean": (103.53 / 255, 116.28 / 255, 123.675 / 255),
-            "std": (1 / 255,) * 3,
-            "channel_order": "BGR",
-            "stride_in_1x1": True,
-        },
-        sign=r"^res\d_\d+_branch2a_w$",
-    ),
-    "detectron2": Source("a Detectron2 model", ("model", ""), sign=r"(^|\.)stem\.conv1\.weight$"),
-    "moco": Source(
-        "a MoCo checkpoint",
-        ("state_dict",),
-        ("module.encoder_q.", "encoder_q."),
-        _IMAGENET,
-        sign=r"^(module\.)?encoder_q\.",
-    ),
-    "robustness": Source(
-        "a checkpoint of MadryLab's robustness library",
-        ("model", "state_dict"),
-        ("module.model.model.", "module.model.", "model.model.", "model."),
-        sign=r"^(module\.)?(attacker\.|normalizer\.new_mean$)",
-    ),
-    "ema": Source("the averaged weights of a training checkpoint", _AVERAGES, ("module.", "")),
-    "lightning": Source(
-        "a Lightning checkpoint",
-        ("state_dict",),
-        ("module.model.", "module.", "model.", "net.", "network.", "backbone.", "encoder.", ""),
-    ),
-    "robustbench": Source(
-        "a model of RobustBench",
-        ("state_dict", "model", ""),
-        ("module.model.", "model.", "module.", ""),
-        _IMAGENET,
-    ),
-    "timm": Source("timm's state dict", ("state_dict", ""), ("module.", "")),
-    "training": Source("a training checkpoint", (*_STATE_DICTS, ""), ("module.", "")),
-    "torchvision": Source("torchvision's state dict", convention=_IMAGENET),
-}
-
-# A Caffe2 ResNeXt of Detectron's zoo is fed and strides otherwise than its ResNets.
-_CAFFE2_RESNEXT = {"std": (57.375 / 255, 57.12 / 255, 58.395 / 255), "stride_in_1x1": False}
 
 
 @dataclass(frozen=True)
@@ -105,7 +60,15 @@ class Statement:
     """What it was trained against, as in ``"L2:3"``."""
 
 
-def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path,
+    *,
+    source: str = "",
+    key: str | None = None,
+    prefix: str | None = None,
+    statement: Statement | None = None,
+    require_said: bool = False,
+) -> Checkpoint:
     """Read a backbone of any layout of ``SOURCES``, without running any code that its file may hold.
 
     Args:
@@ -113,15 +76,19 @@ def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement 
             Hugging Face hub, or a URL as Detectron2's ``MODEL.WEIGHTS`` names
             one; what is downloaded is kept.
         source: its layout, one of ``SOURCES``, where the file's keys do not tell it.
+        key: which of several networks: that in this dictionary of the file, as in ``teacher`` or ``state.model``.
+        prefix: which of several networks: that whose names begin so, as in ``module.encoder_q.``.
         statement: what the file does not say about itself.
+        require_said: refuse values that neither the file nor ``statement`` says.
 
     Raises:
-        InputError: the file is missing, is no checkpoint, or its layout, architecture or normalisation is not known.
+        InputError: the file is missing, is no checkpoint, or its layout, architecture or normalisation is not known;
+            it holds several networks, and none is chosen.
     """
     if str(path).startswith(HUB) and hub.is_repository(str(path).removeprefix(HUB)):
         path = hub.fetch(str(path).removeprefix(HUB))
     if str(path).startswith(HUB):
-        if source or statement not in (None, Statement()):
+        if source or key or prefix or statement not in (None, Statement()):
             raise InputError("a published backbone says all there is to know: leave out what describes it")
         return read_published(str(path).removeprefix(HUB))
     if is_url(path):
@@ -130,11 +97,14 @@ def read_checkpoint(path: str | Path, *, source: str = "", statement: Statement 
         check_choice("source", source, SOURCES)
     path, content = Path(path), load_tensors(path)
     try:
-        return _read(content, path, source or _recognize(content, path), statement or Statement())
+        checkpoint = _read(content, path, source, key, prefix, statement or Statement())
+        if require_said:
+            _check_said(checkpoint)
     except InputError as error:
         raise InputError(f"cannot use {path}: {error}") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot use {path}: it is damaged ({error!r})") from None
+    return checkpoint
 
 
 def read_published(name: str, path: Path | None = None) -> Checkpoint:
@@ -147,227 +117,291 @@ def read_published(name: str, path: Path | None = None) -> Checkpoint:
     checkpoint = read_checkpoint(path or zoo.fetch(name), statement=Statement(threat_model=published.threat_model))
     if checkpoint.spec.arch != published.arch:
         raise InputError(f"{checkpoint.source} holds a {checkpoint.spec.arch}, not the {published.arch} of its name")
-    return checkpoint
+    # Its authors say the rest: RGB, and the stride of torchvision.
+    return replace(checkpoint, said=dict.fromkeys(READING, BY_FILE))
 
 
-def _recognize(content: dict[str, Any], path: Path) -> str:
-    """The layout of a file, by its keys."""
-    if content.get("format") == FORMAT:
-        return "robust_backbones"
+def _read(
+    content: dict[str, Any], path: Path, source: str, key: str | None, prefix: str | None, statement: Statement
+) -> Checkpoint:
     if content.get("format") == TRAINING_FORMAT:
         raise InputError("a run resumes from it: give the checkpoint.pt or best.pt of the same run")
-    found = [key for key in (*_STATE_DICTS, *_AVERAGES, "blobs") if _tensors(content.get(key))]
-    if metadata_in(content) and not found and "conv1.weight" in content:
-        return "torchvision"
-    averages = [key for key in found if key in _AVERAGES]
-    if averages and len(found) > len(averages):
-        raise InputError(f"it holds {' and '.join(found)}: give --source training or --source ema to choose")
-    names = _tensors(content[found[0]] if found else content)
-    if not names:
-        keys = ", ".join(str(key) for key in list(content)[:3])
-        raise InputError(f"its layout is not known (keys: {keys} ...); known are those of {', '.join(SOURCES)}")
-    for layout, source in SOURCES.items():
-        if source.sign and any(re.search(source.sign, name) for name in names):
-            return layout
-    if averages:
-        return "ema"
-    if "pytorch-lightning_version" in content:
-        return "lightning"
-    if _normalizer(names):
-        return "robustbench"
-    if any(name.startswith("model.") for name in names):
-        raise InputError(
-            "its names begin with model., as RobustBench's, Lightning's and others do: give --source robustbench or "
-            "--source lightning"
-        )
-    if _pretrained_cfg(content, path) or path.suffix == ".safetensors":
-        return "timm"
-    return "training" if found or any(name.startswith("module.") for name in names) else "torchvision"
+    own = spec_from(content.get("spec")) if content.get("format") == FORMAT else None
+    network = find_network(content, key=key, prefix=prefix)
+    metadata, described = metadata_in(content), _Description(content, path)
+    normalizer = _normalizer(network, content)
+    signs = {
+        OWN: own,
+        NORMALIZER: normalizer,
+        TIMM: described.by_timm and not metadata,
+        BARE: all(name == short for name, short in network.names.items()) and not network.key,
+    }
+    if path.suffix == ".safetensors" and not metadata:  # whose they are, nobody says
+        signs[BARE] = False
+    layout = layout_of(content, network, source=source, signs=[sign for sign, found in signs.items() if found])
+    if not SOURCES[layout].has_classifier:
+        names = {name: short for name, short in network.names.items() if not short.startswith("fc.")}
+        network = replace(network, names=names)
+    _check_values(network)
 
-
-def _read(content: dict[str, Any], path: Path, layout: str, statement: Statement) -> Checkpoint:
-    source = SOURCES[layout]
-    candidates = (_tensors(content.get(key) if key else content) for key in source.state_dicts)
-    tensors = next(filter(None, candidates), {})
-    if not (tensors or layout == "robust_backbones"):
-        raise InputError(f"it is not {source.description}: leave out --source {layout}")
-    prefix = ""
-    if layout == "msra":
-        names = _names_in_caffe2(tensors)
-    elif layout == "detectron2":
-        names = _names_in_detectron2(tensors)
-    else:
-        prefix = next((prefix for prefix in source.prefixes if any(name.startswith(prefix) for name in tensors)), "")
-        names = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
-        names = _without_other_heads(names, always=layout == "moco")
-    if layout == "robustness":
-        _check_copies(tensors, prefix)
-    state_dict = {short: tensors[name] for name, short in names.items()}
-    if layout == "msra":
-        _add_statistics(state_dict, tensors.get("conv1_b"))
-
-    convention, metadata = source.convention or {}, metadata_in(content)
-    if layout == "robust_backbones":
-        own = BackboneSpec(**content["spec"])
-        spec = BackboneSpec(own.arch, own.num_classes, stem=own.stem)
-        in_file = _said_by(own, content["threat_model"])
-        if identify(state_dict) != spec:
+    tensors_say, convention = network.spec, SOURCES[layout].convention or {}
+    if own:
+        if tensors_say != BackboneSpec(own.arch, own.num_classes, stem=own.stem):
             raise InputError(
-                f"its tensors are not those of {spec.arch} with {spec.num_classes} classes and the {spec.stem} stem"
+                f"its tensors are not those of {own.arch} with {own.num_classes} classes and the {own.stem} stem"
             )
+        in_file = _said_by(own, content.get("threat_model"))
+    elif metadata:
+        in_file = _said_by(metadata.spec, metadata.threat_model)
     else:
-        spec = identify(state_dict)
-        in_file = _said_by(metadata.spec, metadata.threat_model) if metadata else _normalization(content, tensors, path)
-    if layout == "msra" and spec.arch.startswith("resnext"):
-        convention = convention | _CAFFE2_RESNEXT
-    if layout == "detectron2" and metadata is None:
-        _demand(statement, ("mean", "std", "channel_order", "stride_in_1x1"))
-    elif not (in_file or convention):
-        _demand(statement, ("mean", "std"))
-    fields, who = _agreed(in_file, convention, statement)
-    threat_model = fields.pop("threat_model", None)
+        described.check(tensors_say.arch)
+        in_file = described.values() | (normalizer or {})
+    if layout == "msra" and tensors_say.arch.startswith("resnext"):
+        convention = convention | CAFFE2_RESNEXT
+    values, said = _agreed(in_file, convention, statement)
+    if metadata:  # an assumption stays one
+        said |= {name: ASSUMED for name, who in metadata.said.items() if who == ASSUMED}
+    shape = tensors_say.resnet_shape
+    if said["stride_in_1x1"] == ASSUMED and not (shape and shape.has_bottlenecks):
+        said["stride_in_1x1"] = BY_FILE  # its blocks have no 1x1 convolution
+    threat_model = values.pop("threat_model", None)
     return Checkpoint(
-        spec=replace(spec, **fields),
-        state_dict=state_dict,
+        spec=replace(tensors_say, **values),
+        state_dict=network.state_dict,
         threat_model=threat_model,
         layout=layout,
         source=path.name,
         source_sha256=sha256(path),
-        normalization=who,
-        prefix=prefix,
-        left_out=tuple(name for name in tensors if name not in names),
+        said=said,
+        key=network.key,
+        prefix=network.prefix,
+        left_out=tuple(name for name in network.tensors if name not in network.names),
         path=path,
     )
 
 
-def _tensors(content: Any) -> dict[str, Tensor]:
-    """The tensors and their names; nothing where ``content`` is no dictionary."""
-    items = content.items() if isinstance(content, dict) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+def _check_values(network: Network) -> None:
+    """Refuse, by name, weights that are no numbers of a network's: integers, and variances below zero."""
+    for name, tensor in network.state_dict.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{name} holds {kind}, not floats: save the weights before they are quantised")
+        if name.endswith("running_var") and tensor.numel() and (lowest := tensor.min().item()) < 0:
+            raise InputError(f"{name} holds a variance of {lowest:g}, below 0: it is damaged, get the file again")
 
 
-def _check_copies(tensors: dict[str, Tensor], prefix: str) -> None:
-    """The robustness library saves the network twice; two that differ are no backbone at all."""
-    copy_prefix = prefix.replace("model.", "attacker.model.", 1)
-    for name, tensor in tensors.items():
-        if name.startswith(copy_prefix):
-            original = tensors.get(prefix + name.removeprefix(copy_prefix))
-            if original is None or not torch.equal(original.nan_to_num(), tensor.nan_to_num()):
-                raise InputError(f"its two copies of the network differ ({name}): it is damaged")
-
-
-def _without_other_heads(names: dict[str, str], *, always: bool) -> dict[str, str]:
-    """Leave out what a ResNet carries in place of a linear classifier, such as a projection of several layers."""
-    short_names = set(names.values())
-    head = {name for name in short_names if name.startswith("fc.")}
-    if "layer1.0.conv1.weight" in short_names and (always or head != {"fc.weight", "fc.bias"}):
-        return {name: short for name, short in names.items() if short not in head}
-    return names
-
-
-def _names_in_detectron2(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """torchvision's names for a backbone alone or in a whole detector, where a C4 model keeps res5 in its heads."""
-    prefixes = [name.removesuffix("stem.conv1.weight") for name in tensors if name.endswith("stem.conv1.weight")]
-    if len(prefixes) != 1:
-        raise InputError(f"it holds {len(prefixes)} backbones of Detectron2, not one")
-    pattern = re.compile(rf"(?:{re.escape(prefixes[0])}|roi_heads\.)((?:stem\.conv1|res\d)\..*)")
-    shorts = {name: match[1] for name in tensors if (match := pattern.fullmatch(name))}
-    try:
-        return {name: torchvision_name(short) for name, short in shorts.items()}
-    except KeyError as error:
-        raise InputError(f"Detectron2's ResNet has no tensor {error.args[0]}") from None
-
-
-def _names_in_caffe2(blobs: dict[str, Tensor]) -> dict[str, str]:
-    """torchvision's names for Caffe2's, as Detectron's model zoo has them."""
-    layers = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
-    endings = {"w": "weight", "bn_s": "norm.weight", "bn_b": "norm.bias"}
-    names = {}
-    for name in blobs:
-        if match := re.fullmatch(r"res(\d)_(\d+)_branch(1|2[abc])_(w|bn_s|bn_b)", name):
-            stage, block, layer, ending = match.groups()
-            names[name] = torchvision_name(f"res{stage}.{block}.{layers[layer]}.{endings[ending]}")
-        elif match := re.fullmatch(r"(?:res_)?conv1_(w|bn_s|bn_b)", name):
-            names[name] = torchvision_name(f"stem.conv1.{endings[match[1]]}")
-    return names
-
-
-def _add_statistics(state_dict: dict[str, Tensor], stem_bias: Tensor | None) -> None:
-    """Caffe2's batch norms are a scale and a shift: give them the statistics that change nothing."""
-    if stem_bias is not None:  # s (w x + c) + b
-        state_dict["bn1.bias"] = state_dict["bn1.bias"] + state_dict["bn1.weight"] * stem_bias
-    for name in [name for name in state_dict if name.endswith(".bias")]:
-        norm = name.removesuffix("bias")
-        state_dict[f"{norm}running_mean"] = torch.zeros_like(state_dict[name])
-        state_dict[f"{norm}running_var"] = torch.ones_like(state_dict[name]) - _BATCH_NORM_EPSILON
-
-
-def _normalization(content: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """Mean and std that the file carries: in a layer before the network, or as timm's pretrained_cfg."""
-    if layer := _normalizer(tensors):
-        mean, std = (tuple(round(value, 6) for value in tensors[name].double().flatten().tolist()) for name in layer)
-        return {"mean": mean, "std": std}
-    if cfg := _pretrained_cfg(content, path):
-        return {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"])}
-    return {}
-
-
-def _normalizer(tensors: dict[str, Tensor]) -> tuple[str, str] | None:
-    """Names of the mean and the std of a layer that normalises the input."""
-    partners = {"new_mean": "new_std", "mean": "std", "mu": "sigma"}
-    for name, tensor in tensors.items():
+def _normalizer(network: Network, content: dict[str, Any]) -> dict[str, Any] | None:
+    """Mean and std of a layer that normalises the input, or of the file's own entries; those nearest to the network."""
+    partners = {"new_mean": "new_std", "mean": "std", "mu": "sigma", "pixel_mean": "pixel_std"}
+    entries = {k: v for k, v in content.items() if k in partners or k in partners.values()}
+    values = {**{name: torch.tensor(v) for name, v in entries.items() if _is_triple(v)}, **tensors_of(entries)}
+    values |= network.tensors
+    found: list[tuple[int, dict[str, Any]]] = []
+    for name in values:
         *layers, last = name.split(".")
-        partner = ".".join([*layers, partners.get(last, "")])
-        if last in partners and "attacker" not in layers and tensor.numel() == 3 and partner in tensors:
-            return name, partner
-    return None
+        numbers = [_triple(values.get(one)) for one in (name, ".".join([*layers, partners.get(last, "")]))]
+        if last in partners and "attacker" not in layers and all(numbers):
+            # Detectron2's are in units of 0-255.
+            scale = 255 if last == "pixel_mean" and max(numbers[0]) > 1 else 1
+            mean, std = (tuple(round(value / scale, 6) for value in three) for three in numbers)
+            shared = takewhile(lambda pair: pair[0] == pair[1], zip(layers, network.prefix.split("."), strict=False))
+            found.append((len(list(shared)), {"mean": mean, "std": std}))
+    nearest = (
+        [normalizer for shared, normalizer in found if shared == max(shared for shared, _ in found)] if found else []
+    )
+    if any(normalizer != nearest[0] for normalizer in nearest):
+        raise InputError(f"it normalises its input in {len(nearest)} ways that differ: save one network alone")
+    return nearest[0] if nearest else None
 
 
-def _pretrained_cfg(content: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """timm's description of a model: in the file, in a safetensors file's header, or in config.json beside it."""
-    for key in ("pretrained_cfg", "default_cfg"):
-        if isinstance(content.get(key), dict):
-            return content[key]
-        if text := content.get(METADATA, {}).get(key):
-            return json.loads(text)
-    config = path.with_name("config.json")
-    if path.stem in ("model", "pytorch_model") and config.is_file():  # the files' names on the hub
-        return json.loads(config.read_text()).get("pretrained_cfg")
-    return None
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
 
 
-def _said_by(spec: BackboneSpec, threat_model: str | None) -> dict[str, Any]:
+def _triple(tensor: torch.Tensor | None) -> list[float]:
+    """The three numbers of a tensor, (3, 1, 1) and the like; of one for all channels, (1, 1, 1); else none."""
+    if tensor is None or tensor.is_complex() or not (tensor.numel() == 3 or (tensor.numel() == 1 and tensor.ndim > 2)):
+        return []
+    return tensor.double().flatten().tolist() * (3 // tensor.numel())
+
+
+class _Description:
+    """What timm and transformers say of a network: in the file, in its safetensors header, in JSON files beside it."""
+
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        header = content.get(METADATA)
+        inside = content | (header if isinstance(header, dict) else {})
+        beside = _json_object(path.with_name("config.json"))
+        # A folder may hold the configuration of something else.
+        self._config = beside if "architecture" in beside or beside.get("model_type") == "resnet" else {}
+        cfg: Any = next((inside[key] for key in ("pretrained_cfg", "default_cfg") if key in inside), None)
+        cfg = self._config.get("pretrained_cfg") if cfg is None else cfg
+        self._cfg: dict[str, Any] = _parsed(cfg, "pretrained_cfg") if cfg is not None else {}
+        self._processor = _json_object(path.with_name("preprocessor_config.json")) if self._config else {}
+        more = content.get("hyper_parameters")
+        self._inside = (more if isinstance(more, dict) else {}) | inside
+        self._path = path
+        self.by_timm = bool(self._cfg) or "architecture" in self._config
+
+    def values(self) -> dict[str, Any]:
+        """What is said of ``READING``."""
+        said: dict[str, Any] = {}
+        for where, fields, names in (
+            ("pretrained_cfg", self._cfg, ("mean", "std")),
+            ("preprocessor_config.json", self._processor, ("image_mean", "image_std")),
+        ):
+            for name, value in zip(("mean", "std"), (fields.get(name) for name in names), strict=True):
+                if value is not None:
+                    if not _is_triple(value):
+                        raise InputError(f"{where} says that its {name} is {value!r}: three numbers belong there")
+                    said[name] = tuple(value)
+        if isinstance(stride := self._config.get("downsample_in_bottleneck"), bool):
+            said["stride_in_1x1"] = stride
+        elif self.by_timm and "architecture" in {**self._cfg, **self._config}:
+            said["stride_in_1x1"] = False
+        return said
+
+    def check(self, arch: str) -> None:
+        """Refuse a network that is said to be another than its tensors' shapes tell.
+
+        Variants by activation, dilation or blur have no tensors of their own, and other features.
+        """
+        for where, name, exact in self._architectures():
+            if _differs(name, arch, exact=exact):
+                raise InputError(
+                    f"{where} says that it is {name}, which has the tensors of {arch} and other features: Detectron2's "
+                    f"ResNet cannot be it (if that is wrong, move the file to a folder of its own, or rename it)"
+                )
+        for where, fields, allowed in (
+            ("config.json", self._config.get("model_args"), _HARMLESS),
+            ("model_args", self._inside.get("model_args"), _HARMLESS),
+            ("config.json", {k: v for k, v in self._config.items() if k in _OF_TRANSFORMERS}, _OF_TRANSFORMERS),
+        ):
+            for name, value in fields.items() if isinstance(fields, dict) else ():
+                if name not in allowed or (allowed[name] is not None and value != allowed[name]):
+                    raise InputError(
+                        f"{where} says that its {name} is {value!r}, which gives other features than {arch}'s: "
+                        "Detectron2's ResNet cannot be it"
+                    )
+
+    def _architectures(self) -> Iterator[tuple[str, str, bool]]:
+        """Who says it, the name, and whether nothing else than timm's names can stand there."""
+        said = [
+            ("config.json beside it", self._config.get("architecture"), True),
+            ("its pretrained_cfg", self._cfg.get("architecture"), True),
+            *((f"its entry {key}", self._inside.get(key), key == "architecture") for key in _NAME_KEYS),
+            *(
+                ("its path", name, False)
+                for name in re.findall(r"res(?:net|next)(?:aa|blur)\d+", str(self._path.absolute()))
+            ),
+        ]
+        return (one for one in said if isinstance(one[1], str))
+
+
+_NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
+# Arguments of timm's networks, and settings of transformers', with the value that leaves the features as they are;
+# None: any.
+_HARMLESS = {
+    **dict.fromkeys(("num_classes", "global_pool", "drop_rate", "drop_path_rate", "drop_block_rate", "pretrained")),
+    **{"in_chans": 3, "output_stride": 32, "act_layer": "relu", "zero_init_last": None, "img_size": None},
+}
+_OF_TRANSFORMERS = {"hidden_act": "relu", "downsample_in_first_stage": False}
+
+
+def _differs(said: str, arch: str, *, exact: bool) -> bool:
+    """Whether a name, such as timm's ``tv_resnet50.a1_in1k``, is that of another ResNet than ``arch``."""
+    name = re.sub(r"^(tv|gluon|ssl|swsl|ig|wsl)_|_v1b$", "", said.split("/")[-1].split(".")[0].lower())
+    if exact:
+        return re.sub(r"_v1b$", "", name) != arch
+    # Elsewhere anything may stand; only what looks like the name of a ResNet counts, without what is appended to it.
+    family = r"(?:wide_?|se|sk|eca)?res(?:net|next)[a-z]*_?\d+[a-z]*"
+    names = [found[0].replace("_", "") for one in (name, arch) if (found := re.match(family, one))]
+    return len(names) == 2 and names[0] != names[1]
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file or it holds something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} beside it cannot be read ({error}): mend or move it") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _parsed(value: Any, name: str) -> dict[str, Any]:
+    """A dictionary, or its JSON as a safetensors header has it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"its {name} cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"its {name} is a {type(value).__name__}: a dictionary belongs there")
+    return value
+
+
+def _said_by(spec: BackboneSpec, threat_model: Any) -> dict[str, Any]:
     """What a file of ours says, by the names of ``Statement``."""
-    fields = {name: getattr(spec, name) for name in ("mean", "std", "channel_order", "stride_in_1x1")}
+    fields = {name: getattr(spec, name) for name in READING}
+    if not isinstance(threat_model, str | None):
+        raise InputError(f"its threat model is {threat_model!r}: a text such as L2:3 belongs there")
     return fields if threat_model is None else {**fields, "threat_model": ThreatModel.parse(threat_model)}
 
 
-def _agreed(in_file: dict[str, Any], convention: dict[str, Any], statement: Statement) -> tuple[dict[str, Any], str]:
-    """What the file, the user or the convention says, and which of them says mean and std."""
+def _agreed(
+    in_file: dict[str, Any], convention: dict[str, Any], statement: Statement
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the file, the user or the convention says, and which of them says each value of ``READING``."""
     stated = {name: value for name, value in vars(statement).items() if value is not None}
     if "threat_model" in stated:
         stated["threat_model"] = ThreatModel.parse(stated["threat_model"])
+    in_file = dict(in_file)
     for name, value in stated.items():
         if name in in_file and not _close(in_file[name], value):
+            if name in ("mean", "std") and _close([v / 255 for v in in_file[name]], value):
+                del in_file[name]  # in units of 0-255, which the user mends
+                continue
             raise InputError(
                 f"it says that its {name.replace('_', ' ')} is {in_file[name]}, not {value}: leave out that option"
             )
-    who = (
-        "the file" if "mean" in in_file else "the command line" if "mean" in stated else "the convention of its source"
-    )
-    return {**convention, **stated, **in_file}, who
-
-
-def _demand(statement: Statement, names: Iterable[str]) -> None:
-    if missing := [name for name in names if getattr(statement, name) is None]:
-        options = " ".join(f"--{name.replace('_', '-')}" for name in missing)
+    values = {**convention, **stated, **in_file}
+    if any(name not in values for name in READING):
+        options = " ".join(_option(name) for name in READING if name not in stated and name not in in_file)
         raise InputError(
-            f"it does not say what it was fed with: give {options} "
-            "(ImageNet's usual ones are --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225)"
+            f"it does not say what it was fed with: give {options} (ImageNet's usual ones are --mean 0.485 0.456 0.406 "
+            "--std 0.229 0.224 0.225 --channel-order RGB --stride-in-1x1 false)"
         )
+    check_normalization(values["mean"], values["std"])
+    who = {name: BY_FILE if name in in_file else BY_USER if name in stated else ASSUMED for name in READING}
+    return values, who
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_said(checkpoint: Checkpoint) -> None:
+    """Refuse what is assumed, with the options that say it."""
+    if assumed := [name for name, who in checkpoint.said.items() if who == ASSUMED]:
+        values = checkpoint.spec.to_dict()
+        words = {
+            name: " ".join(f"{v:.6g}" for v in values[name]) if name in ("mean", "std") else str(values[name])
+            for name in assumed
+        }
+        if "stride_in_1x1" in words:
+            words["stride_in_1x1"] = words["stride_in_1x1"].lower()
+        options = " ".join(f"{_option(name)} {value}" for name, value in words.items())
+        raise InputError(f"neither it nor you say what is assumed: give {options}, if that is how it was trained")
 
 
 def _close(a: Any, b: Any) -> bool:
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(abs(x - y) < 1e-4 for x, y in zip(a, b, strict=True))
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(
+            math.isclose(x, y, rel_tol=0, abs_tol=1e-4) if is_number(x) and is_number(y) else x == y
+            for x, y in zip(a, b, strict=True)
+        )
     return bool(a == b)

@@ -36,8 +36,11 @@ from robust_backbones.errors import InputError
 METADATA = "__metadata__"
 """Key of a safetensors file's own strings in what ``read_file`` returns; the name that its header gives them."""
 
-# Checkpoints of large networks, optimiser included, take some tens of thousands.
-_MAX_OPERATIONS = 500_000
+# Checkpoints of large networks, optimiser included, take some tens of thousands; what people keep beside the weights,
+# such as the loss of every image, more. A number takes no more memory than a few times its bytes in the file.
+_MAX_OPERATIONS = 1_500_000
+_MAX_NUMBERS = 10_000_000
+_NUMBERS = {"BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "NONE", "NEWTRUE", "NEWFALSE"}
 _MAX_ZIP_ENTRIES = 100_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # opens the files of torch.save before version 1.6
 _LEGACY_VERSION = 1001
@@ -273,6 +276,10 @@ def _dictionary(pairs: Any = ()) -> Any:
     return {_key(key): value for key, value in pairs} if isinstance(pairs, (list, tuple)) else Inert()
 
 
+def _defaultdict(_: Any = None, pairs: Any = ()) -> Any:
+    return _dictionary(pairs)
+
+
 _NUMPY_DTYPES = {
     **{"f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "c8": torch.complex64, "c16": torch.complex128},
     **{"i8": torch.int64, "i4": torch.int32, "i2": torch.int16, "i1": torch.int8, "b1": torch.bool},
@@ -285,6 +292,7 @@ _STORAGE_DTYPES = {
 }
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _dictionary,
+    ("collections", "defaultdict"): _defaultdict,
     ("_codecs", "encode"): _encode,
     ("builtins", "bytes"): _no_bytes,
     ("__builtin__", "bytes"): _no_bytes,
@@ -321,10 +329,15 @@ class _Unpickler:
 
     def load(self) -> Any:
         stack, marks = self._stack, list[int]()
-        for _ in range(_MAX_OPERATIONS):
+        operations = numbers = 0
+        while operations < _MAX_OPERATIONS and numbers < _MAX_NUMBERS:
             operation = pickletools.code2op.get(self._stream.read(1).decode("latin1"))  # type: ignore[attr-defined]
             if operation is None:
                 raise ValueError("it is cut off, or of something else")
+            if operation.name in _NUMBERS:
+                numbers += 1
+            else:
+                operations += 1
             if operation.name == "STRING":  # pickletools takes it for ASCII; arrays of Python 2 are not
                 argument: Any = codecs.escape_decode(self._stream.readline().strip()[1:-1])[0].decode("latin1")
             else:  # raises where its length is beyond the end

@@ -6,9 +6,11 @@ Examples:
     robust-backbones convert robust.pkl robust.pth --to torchvision
     robust-backbones convert robust.pkl robust --to timm --push USER/NAME
 
-SRC is a checkpoint of `pretrain`, of MadryLab's robustness library, RobustBench, torchvision, timm, MoCo,
-Lightning, Detectron2 or Detectron, or hub:NAME, one of the published robust backbones; --source names the layout
-where its keys do not tell it. It is read without running any code that it may hold. DST is a .pkl, .pth or
+SRC is a checkpoint that holds a ResNet, whatever wraps it: of `pretrain`, MadryLab's robustness library, RobustBench,
+torchvision, timm, transformers, self-supervised training, Lightning, MMDetection, Detectron2 and others; or hub:NAME,
+one of the published robust backbones. Of several networks in it, --key or --prefix chooses one. What SRC does not say
+about its input you say, or it is assumed, and marked so; --source names the layout where its keys do not tell it. It
+is read without running any code that it may hold. DST is a .pkl, .pth or
 .safetensors; it carries what the backbone is (architecture, mean, std, threat model, sha256 of SRC), which
 `train` checks against its configuration. Exit status: 0 done, 1 the proof failed, 2 bad input.
 """
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> int:
     spec, threat_model = checkpoint.spec, checkpoint.threat_model or "unknown"
     described = SOURCES[checkpoint.layout].description
     say(f"{options.src}: {described}, {spec.arch}, threat model {threat_model}")
-    say(f"input: {spec.channel_order}, mean {spec.mean}, std {spec.std} (said by {checkpoint.normalization})")
+    say(f"input: {checkpoint.reading()}")
     if options.src.startswith(HUB) and not is_repository(options.src.removeprefix(HUB)):
         say(f"sha256 {checkpoint.source_sha256} ({find(options.src.removeprefix(HUB)).pinning})")
     result: dict[str, Any] = {"output": str(options.dst), "metadata": BackboneMetadata.of(checkpoint).to_dict()}
@@ -107,11 +109,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--private", action="store_true", help="to a private repository")
     parser.add_argument("--source", choices=SOURCES, default="", help="layout of SRC, instead of what its keys tell")
+    parser.add_argument("--key", help="which of several networks in SRC: its key, as in teacher or state.model")
+    parser.add_argument("--prefix", help="which of several networks in SRC: what its tensors' names begin with")
     floats: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("C1", "C2", "C3")}
     parser.add_argument("--mean", **floats, help="what SRC was fed with, where it does not say: pixels in [0, 1]")
     parser.add_argument("--std", **floats)
     parser.add_argument("--channel-order", choices=("RGB", "BGR"))
     parser.add_argument("--stride-in-1x1", choices=("true", "false"), help="where bottlenecks of SRC stride")
+    parser.add_argument("--require-said", action="store_true", help="refuse what neither SRC nor you say of its input")
     parser.add_argument("--threat-model", metavar="NORM:EPSILON", help="what SRC was trained against, as L2:3")
     parser.add_argument(
         "--verify",
@@ -150,7 +155,14 @@ def read(options: argparse.Namespace) -> Checkpoint:
         stride_in_1x1=options.stride_in_1x1 and options.stride_in_1x1 == "true",
         threat_model=options.threat_model and ThreatModel.parse(options.threat_model),
     )
-    return read_checkpoint(options.src, source=options.source, statement=statement)
+    return read_checkpoint(
+        options.src,
+        source=options.source,
+        key=options.key,
+        prefix=options.prefix,
+        statement=statement,
+        require_said=options.require_said,
+    )
 
 
 def check_equal(checkpoint: Checkpoint, written: Path) -> None:

@@ -99,10 +99,10 @@ class _Expansion:
         if backbone.scratch:
             return _Source("", f"scratch:{backbone.scratch}", BackboneSpec(backbone.scratch))
         path, stated = Path(backbone.file), dict(backbone.options)
-        source = stated.pop("source", "")
+        choice = {name: stated.pop(name) for name in ("source", "key", "prefix") if name in stated}
         if "threat_model" in stated:
             stated["threat_model"] = ThreatModel.parse(str(stated["threat_model"]))
-        spec = read_checkpoint(path, source=source, statement=Statement(**stated)).spec
+        spec = read_checkpoint(path, **choice, statement=Statement(**stated)).spec
         texts = {
             key: str(value).lower() if isinstance(value, bool) else value for key, value in backbone.options.items()
         }

@@ -18,7 +18,7 @@ from robust_backbones.runs.cluster import ClusterConfig
 
 TRANSFER_MODES = ("probe", "finetune")
 _BACKBONES = ("pretrain", "file", "published", "scratch")
-_STATEMENTS = ("source", "mean", "std", "channel_order", "stride_in_1x1", "threat_model")
+_STATEMENTS = ("source", "key", "prefix", "mean", "std", "channel_order", "stride_in_1x1", "threat_model")
 _CLUSTER_KEYS = ("processes", "partition", "hours", "restarts")
 Options = Mapping[str, Any]
 T = TypeVar("T", bound="BackboneEntry | Task")

@@ -22,7 +22,8 @@ from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
 
 MEAN, STD = (0.4717, 0.4499, 0.3837), (0.2600, 0.2516, 0.2575)
-STATED = Statement(mean=MEAN, std=STD)
+TWO = Statement(mean=MEAN, std=STD)
+STATED = Statement(mean=MEAN, std=STD, channel_order="RGB", stride_in_1x1=False)
 SLOW = pytest.mark.slow
 Tensors = dict[str, Tensor]
 
@@ -97,7 +98,12 @@ def test_a_file_of_the_robustness_library(
     content = robustness_content(tensors, outer, inner)
     torch.save(content, path, pickle_module=dill, _use_new_zipfile_serialization=not legacy)
     checkpoint = assert_reads(path, "robustness", tensors, MEAN, STD)
-    assert checkpoint.normalization == "the file"
+    assert checkpoint.said == {
+        "mean": "said by the file",
+        "std": "said by the file",
+        "channel_order": "assumed",
+        "stride_in_1x1": "said by the file",  # it has no bottlenecks
+    }
     assert checkpoint.prefix == f"{outer}model.{inner}"
     assert len(checkpoint.left_out) == len(tensors) + 4  # the copy, and both normalisers
 
@@ -130,22 +136,22 @@ def test_a_robustbench_model_with_its_normaliser(
     assert_reads(tmp_path / "Salman2020Do_R18.pt", "robustbench", tensors, MEAN, STD)
 
 
-def test_names_that_several_sources_use_need_the_source(tmp_path: Path, tensors: Tensors) -> None:
+def test_a_wrapped_network_that_nothing_tells_needs_all_or_its_source(tmp_path: Path, tensors: Tensors) -> None:
     path = tmp_path / "file.pt"
     torch.save(prefixed("model.", tensors), path)
-    with pytest.raises(InputError, match="--source robustbench or --source lightning"):
+    with pytest.raises(InputError, match="give --mean --std --channel-order --stride-in-1x1"):
         read_checkpoint(path)
     assert_reads(path, "robustbench", tensors, source="robustbench")
     torch.save({"state_dict": prefixed("model.", tensors)}, path)
-    with pytest.raises(InputError, match="give --mean --std"):
-        read_checkpoint(path, source="lightning")
-    assert_reads(path, "lightning", tensors, MEAN, STD, source="lightning", statement=STATED)
+    with pytest.raises(InputError, match="give --channel-order --stride-in-1x1"):
+        read_checkpoint(path, statement=TWO)
+    assert_reads(path, "training", tensors, MEAN, STD, statement=STATED)
 
 
 def test_torchvision(tmp_path: Path, tensors: Tensors) -> None:
     torch.save(tensors, tmp_path / "resnet18-f37072fd.pth")
     checkpoint = assert_reads(tmp_path / "resnet18-f37072fd.pth", "torchvision", tensors)
-    assert checkpoint.normalization == "the convention of its source"
+    assert [checkpoint.said[name] for name in ("mean", "std", "channel_order")] == ["assumed"] * 3
     assert_reads(tmp_path / "resnet18-f37072fd.pth", "torchvision", tensors, MEAN, STD, statement=STATED)
 
 
@@ -187,10 +193,10 @@ def test_lightning(tmp_path: Path, tensors: Tensors, prefix: str) -> None:
         "callbacks": defaultdict(dict),
     }
     torch.save(content, path)
-    with pytest.raises(InputError, match="give --mean --std"):
+    with pytest.raises(InputError, match="give --mean --std --channel-order --stride-in-1x1"):
         read_checkpoint(path)
     checkpoint = assert_reads(path, "lightning", tensors, MEAN, STD, statement=STATED)
-    assert checkpoint.normalization == "the command line"
+    assert set(checkpoint.said.values()) == {"said by you"}
 
 
 @pytest.mark.parametrize("key", ["", "state_dict", "model", "model_state_dict"])
@@ -208,12 +214,10 @@ def test_training_checkpoints(tmp_path: Path, tensors: Tensors, prefix: str, key
 def test_averaged_weights_have_to_be_chosen(tmp_path: Path, tensors: Tensors) -> None:
     path, averaged = tmp_path / "file.pth", {name: tensor * 2 for name, tensor in tensors.items()}
     torch.save({"state_dict": prefixed("module.", tensors), "state_dict_ema": prefixed("module.", averaged)}, path)
-    with pytest.raises(
-        InputError, match="it holds state_dict and state_dict_ema: give --source training or --source ema"
-    ):
+    with pytest.raises(InputError, match=r"--key state_dict \(resnet18.*--key state_dict_ema \(resnet18"):
         read_checkpoint(path, statement=STATED)
-    assert_reads(path, "ema", averaged, MEAN, STD, source="ema", statement=STATED)
-    assert_reads(path, "training", tensors, MEAN, STD, source="training", statement=STATED)
+    assert_reads(path, "ema", averaged, MEAN, STD, key="state_dict_ema", statement=STATED)
+    assert_reads(path, "training", tensors, MEAN, STD, key="state_dict", statement=STATED)
     torch.save({"state_dict_ema": averaged}, path)
     assert_reads(path, "ema", averaged, MEAN, STD, statement=STATED)
 
@@ -250,9 +254,8 @@ def test_somebody_elses_detectron2_file_needs_all_that_it_does_not_say(tmp_path:
     with pytest.raises(InputError, match="give --mean --std --channel-order --stride-in-1x1"):
         read_checkpoint(path)
     with pytest.raises(InputError, match="give --channel-order --stride-in-1x1"):
-        read_checkpoint(path, statement=STATED)
-    statement = Statement(mean=MEAN, std=STD, channel_order="RGB", stride_in_1x1=False)
-    assert_reads(path, "detectron2", weights(tensors), MEAN, STD, statement=statement)
+        read_checkpoint(path, statement=TWO)
+    assert_reads(path, "detectron2", weights(tensors), MEAN, STD, statement=STATED)
 
 
 @pytest.mark.parametrize("arch", ["mobilenet_v2", *(pytest.param(a, marks=SLOW) for a in ("densenet161", "vgg16_bn"))])
@@ -342,10 +345,11 @@ def test_the_tool_names_the_source(
     status, _, err = run_tool("convert", path, tmp_path / "out.pkl")
     assert status == 2
     assert "give --mean --std" in err
+    stated = ("--mean", *MEAN, "--std", *STD, "--channel-order", "RGB", "--stride-in-1x1", "false")
     status, out, _ = run_tool(
-        *("convert", path, tmp_path / "out.pkl", "--no-verify"),
-        *("--mean", *MEAN, "--std", *STD, "--threat-model", "L2:3"),
+        *("convert", path, tmp_path / "out.pkl", "--no-verify", "--require-said"),
+        *(*stated, "--threat-model", "L2:3"),
     )
     assert status == 0
     assert f"{path}: a training checkpoint, resnet18, threat model L2:3" in out
-    assert "said by the command line" in out
+    assert "input: mean 0.4717 0.4499 0.3837 (said by you)" in out

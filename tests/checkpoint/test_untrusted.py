@@ -268,7 +268,6 @@ def strange_objects() -> dict[str, Any]:
         "local class": Local,
         "local object": Local(),
         "object": Own(),
-        "defaultdict": collections.defaultdict(list, {"a": [1]}),
         "counter": collections.Counter("aab"),
         "namespace": argparse.Namespace(lr=0.1, nested=argparse.Namespace(arch="resnet18")),
         "path": Path("a/b"),
@@ -284,6 +283,12 @@ def test_unknown_objects_are_inert(tmp_path: Path, zipped: bool) -> None:
     content = read_file(tmp_path / "file")
     torch.testing.assert_close((content["before"], content["after"]), (weights, weights.t()))
     assert {key: type(content[key]) for key in strange} == dict.fromkeys(strange, Inert)
+
+
+@pytest.mark.parametrize("pairs", [{}, {"a": [1]}])
+def test_a_defaultdict_is_a_dictionary(tmp_path: Path, pairs: dict[str, list[int]]) -> None:
+    torch.save({"found": collections.defaultdict(list, pairs)}, tmp_path / "file")
+    assert read_file(tmp_path / "file") == {"found": pairs}
 
 
 def test_dill_alone(tmp_path: Path) -> None:

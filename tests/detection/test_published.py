@@ -111,7 +111,7 @@ def test_the_name_says_the_threat_model(hub: FakeHub, name: str, threat_model: T
     hub.files[f"{name}.ckpt"] = resnet18_file()
     checkpoint = read_published(name)
     assert checkpoint.threat_model == threat_model
-    assert (checkpoint.prefix, checkpoint.normalization) == ("module.model.", "the file")
+    assert (checkpoint.prefix, checkpoint.said["mean"]) == ("module.model.", "said by the file")
 
 
 def test_a_file_of_another_architecture_than_its_names_is_refused(

@@ -1,0 +1,285 @@
+"""Finds the networks in a checkpoint, whatever they are wrapped in, and tells whose layout it is, by a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from robust_backbones.checkpoint.names import NAMINGS, of_caffe2, translated, without_wrappers
+from robust_backbones.errors import InputError
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify
+
+_BATCH_NORM_EPSILON = 1e-5
+_RGB = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "channel_order": "RGB", "stride_in_1x1": False}
+_CAFFE2 = {
+    "mean": (103.53 / 255, 116.28 / 255, 123.675 / 255),
+    "std": (1 / 255,) * 3,
+    "channel_order": "BGR",
+    "stride_in_1x1": True,
+}
+
+
+# Lines of what SOURCES' signs are searched in, beside the keys and names of the file.
+OWN, NORMALIZER = "our own format", "normalises by itself"
+TIMM, BARE = "described by timm", "names of torchvision and nothing else"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One layout of checkpoints: what tells it, and what its makers feed the network."""
+
+    description: str
+    sign: str = ""
+    """A pattern, searched in the file's keys and in KEY/NAME of the tensors beside the network, one a line."""
+    convention: dict[str, Any] | None = None
+    """What its makers mean where the file and the user say nothing; None: the user has to say it."""
+    has_classifier: bool = True
+    """False: what is called ``fc`` is a projection."""
+
+
+_ORDER = {"channel_order": "RGB"}
+
+# The first whose sign is found. A network's own code must read RGB, stride and normalise in one way to be given a
+# convention; frameworks that train any network have none.
+SOURCES = {
+    "robust_backbones": Source("a checkpoint of robust-backbones pretrain", f"^{OWN}$"),
+    "msra": Source("a Caffe2 model of Detectron's zoo", r"/res2_0_branch2a_w$", _CAFFE2),
+    "detectron2": Source("a Detectron2 model", r"[/.]stem\.conv1\.weight$"),
+    "transformers": Source("a ResNet of transformers", r"[/.]embedder\.embedder\.convolution\.weight$", _ORDER),
+    "robustness": Source(
+        "a checkpoint of MadryLab's robustness library", r"/(module\.)?(attacker\.|normalizer\.new_mean$)", _RGB
+    ),
+    "moco": Source("a MoCo checkpoint", r"[/.]encoder_q\.", _RGB, has_classifier=False),
+    "lightning": Source("a Lightning checkpoint", r"^pytorch-lightning_version$"),
+    "moco_v3": Source("a MoCo v3 checkpoint", r"[/.]base_encoder\.", _RGB),
+    "dino": Source("a DINO checkpoint", r"^(student|teacher)/(module\.)?backbone\.", _RGB),
+    "swav": Source("a SwAV checkpoint", r"/(module\.)?prototypes\.", _RGB),
+    "vicreg": Source("a VICReg or Barlow Twins checkpoint", r"^model/(module\.)?projector\.\d", _RGB),
+    "pixpro": Source("a PixPro checkpoint", r"^model/(module\.)?encoder_k\.", _RGB),
+    "simsiam": Source("a SimSiam checkpoint", r"(?s)^state_dict/module\.encoder\..*/module\.predictor\.", _RGB),
+    "vissl": Source("a VISSL checkpoint", r"^classy_state_dict", _RGB),
+    "torchvision_detector": Source("a detector of torchvision", r"/(module\.)?backbone\.body\.", _RGB),
+    "mmdetection": Source("a checkpoint of MMDetection or MMPretrain", r"(?s)^meta$.*/(module\.)?backbone\."),
+    "ema": Source("the averaged weights of a training checkpoint", r"^(\w+_ema|ema\w*)[/.]"),
+    "deepspeed": Source("a DeepSpeed checkpoint", r"^ds_(version|config)$"),
+    "composer": Source("a Composer checkpoint", r"^state\.model/"),
+    "robustbench": Source("a network behind its normalisation, as RobustBench's", f"^{NORMALIZER}$", _RGB),
+    "timm": Source("timm's state dict", f"^{TIMM}$", _ORDER | {"stride_in_1x1": False}),
+    "torchvision": Source("torchvision's state dict", f"^{BARE}$", _RGB),
+    "training": Source("a training checkpoint"),
+}
+# A Caffe2 ResNeXt of Detectron's zoo is fed and strides otherwise than its ResNets.
+CAFFE2_RESNEXT = {"std": (57.375 / 255, 57.12 / 255, 58.395 / 255), "stride_in_1x1": False}
+
+_ANY = ("robustbench", "timm", "torchvision", "training")
+"""Any file may be of these."""
+
+# A network's second copy, which its makers leave where it is: an attacker's, or an average that only trains the first.
+_SECOND = r"(^|\.)(attacker|encoder_k|momentum_encoder|momentum_backbone|backbone_momentum|target_encoder)\."
+# Other networks than ResNets, by the first of their tensors.
+_OTHERS = (*("features.conv0.weight", "layers.0.weight", "features.0.0.weight", "conv1.0.weight", "features.0.weight"),)
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A network in a file."""
+
+    key: str
+    """Of the dictionary that holds it, as in ``state.model``; "" is the file itself."""
+    prefix: str
+    """What stands before its names, without the wrappers of torch.compile and the like."""
+    names: dict[str, str]
+    """The file's name of each of its tensors -> torchvision's."""
+    tensors: dict[str, Tensor]
+    """All that the dictionary holds, by the file's names."""
+
+    @cached_property
+    def state_dict(self) -> dict[str, Tensor]:
+        """By torchvision's names, as the file has them."""
+        state_dict = {short: self.tensors[name] for name, short in self.names.items()}
+        if any(name.startswith("res2_0_branch") for name in self.names):
+            _add_statistics(state_dict, self.tensors.get("conv1_b"))
+        return state_dict
+
+    @cached_property
+    def spec(self) -> BackboneSpec:
+        """What its tensors tell; InputError where they are those of no known architecture."""
+        return identify(self.state_dict)
+
+    def differs_in(self, other: Network) -> str:
+        """The first tensor that the two do not share, by torchvision's name; "" where they are equal."""
+        mine, theirs = self.state_dict, other.state_dict
+        for name in mine | theirs:
+            if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape:
+                return name
+            if not torch.allclose(mine[name], theirs[name].to(mine[name].dtype), rtol=0, atol=0, equal_nan=True):
+                return name
+        return ""
+
+    def __str__(self) -> str:
+        try:
+            arch = self.spec.arch
+        except InputError:
+            arch = "no architecture that is known"
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict.values())
+        return f"{arch}, {len(self.names)} tensors, {size / 2**20:.1f} MB"
+
+
+def tensors_of(content: Any) -> dict[str, Tensor]:
+    """The tensors and their names; nothing where ``content`` is no dictionary."""
+    items = content.items() if isinstance(content, dict) else ()
+    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def dictionaries_in(
+    content: Any, key: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dictionary of tensors in a file's content and its key, ``""`` for the content itself; each once."""
+    seen = set() if seen is None else seen
+    if not isinstance(content, dict) or id(content) in seen or key.count(".") > 5:
+        return
+    seen.add(id(content))
+    if tensors := tensors_of(content):
+        yield key, tensors
+    for name, value in content.items():
+        if isinstance(name, str):
+            yield from dictionaries_in(value, f"{key}.{name}" if key else name, seen)
+
+
+def find_network(content: dict[str, Any], *, key: str | None = None, prefix: str | None = None) -> Network:
+    """The one network in a file's content, or the one that ``key`` and ``prefix`` choose.
+
+    Raises:
+        InputError: there is none; or there are several that differ, which the message lists.
+    """
+    networks = [network for name, tensors in dictionaries_in(content) for network in _networks_of(name, tensors)]
+    if not networks:
+        raise InputError(_nothing_known(content))
+    if prefix is not None:
+        prefix = without_wrappers(prefix and prefix.rstrip(".") + ".")
+    chosen = [n for n in networks if key in (None, n.key) and prefix in (None, n.prefix)]
+    if not chosen:
+        options = " ".join(
+            f"--{name} {value!r}" for name, value in (("key", key), ("prefix", prefix)) if value is not None
+        )
+        raise InputError(f"it holds no network at {options}, but {_listed(networks)}")
+    if prefix is None:
+        copies = [network for network in chosen if re.search(_SECOND, network.prefix)]
+        chosen = [network for network in chosen if network not in copies] or chosen
+        for copy in copies:  # the robustness library saves the network twice; two that differ are no backbone at all
+            if "attacker." in copy.prefix and len(chosen) == 1 and (name := copy.differs_in(chosen[0])):
+                raise InputError(f"its two copies of the network differ ({name}): it is damaged")
+    first, *others = chosen
+    if any(other.differs_in(first) for other in others):
+        raise InputError(f"it holds {len(chosen)} networks that differ, {_listed(chosen)}: give one of these options")
+    return first
+
+
+def _listed(networks: list[Network]) -> str:
+    """How to choose each of them, and what it is."""
+    keys, prefixes = ({getattr(network, name) for network in networks} for name in ("key", "prefix"))
+    options = []
+    for network in networks:
+        by_key, by_prefix = f"--key {network.key or repr('')}", f"--prefix {network.prefix or repr('')}"
+        same_key = sum(other.key == network.key for other in networks) > 1
+        choice = (
+            f"{by_key} {by_prefix}"
+            if same_key and len(keys) > 1
+            else by_prefix
+            if len(prefixes) > 1 and same_key
+            else by_key
+        )
+        options.append(f"{choice} ({network})")
+    return " and ".join([", ".join(options[:-1]), options[-1]]) if len(options) > 1 else options[0]
+
+
+def _nothing_known(content: dict[str, Any]) -> str:
+    for _, tensors in dictionaries_in(content):
+        names = ", ".join(list(tensors)[:3])
+        return (
+            f"its tensors ({names} ...) are those of none of the known architectures by the names of torchvision, "
+            "Detectron2, transformers or nn.Sequential"
+        )
+    keys = ", ".join(str(key) for key in list(content)[:3])
+    return f"its layout is not known (keys: {keys} ...): it holds no tensors"
+
+
+def _networks_of(key: str, tensors: dict[str, Tensor]) -> list[Network]:
+    """The networks in one dictionary."""
+    blobs = {name: short for name in tensors if (short := of_caffe2(name))}
+    if any(name.startswith("res2_0_branch") for name in blobs):
+        return [Network(key, "", blobs, tensors)]
+    plain = {name: without_wrappers(name) for name in tensors}
+    _check_once(plain, tensors)
+    found = []
+    for naming, row in NAMINGS.items():
+        for prefix in (name.removesuffix(row.anchor) for name in plain.values() if name.endswith(row.anchor)):
+            if prefix == "" or prefix.endswith("."):
+                found.append(Network(key, prefix, _names_of_resnet(plain, prefix, naming), tensors))
+    if not found:
+        prefixes = {
+            name.removesuffix(first)
+            for first in _OTHERS
+            for name in plain.values()
+            if name == first or name.endswith(f".{first}")
+        }
+        for prefix in sorted(p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)):
+            names = {name: short.removeprefix(prefix) for name, short in plain.items() if short.startswith(prefix)}
+            found.append(Network(key, prefix, names, tensors))
+    return found
+
+
+def _names_of_resnet(plain: dict[str, str], prefix: str, naming: str) -> dict[str, str]:
+    """torchvision's names of the tensors after ``prefix``; those of heads and projections are left out."""
+    names = {}
+    for name, full in plain.items():
+        # A C4 detector of Detectron2 keeps res5 in its heads.
+        in_heads = naming == "detectron2" and full.startswith("roi_heads.res5.")
+        short = full.removeprefix("roi_heads." if in_heads else prefix)
+        if (in_heads or full.startswith(prefix)) and re.match(NAMINGS[naming].parts, short):
+            try:
+                names[name] = translated(short, naming, "torchvision")
+            except KeyError:  # no ResNet has it; what the network then is not, its shapes tell
+                names[name] = short
+    head = {name: full.removeprefix(prefix) for name, full in plain.items() if full.startswith(f"{prefix}fc.")}
+    return names | head if set(head.values()) == {"fc.weight", "fc.bias"} else names
+
+
+def _check_once(plain: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    """Refuse two tensors whose names differ in wrappers alone."""
+    first: dict[str, str] = {}
+    for name, short in plain.items():
+        if first.setdefault(short, name) != name and not torch.equal(tensors[first[short]], tensors[name]):
+            raise InputError(
+                f"it holds {short} twice, as {first[short]} and as {name}: save one network's state_dict()"
+            )
+
+
+def _add_statistics(state_dict: dict[str, Tensor], stem_bias: Tensor | None) -> None:
+    """Most of Caffe2's batch norms are a scale and a shift: give them the statistics that change nothing."""
+    for name in [name for name in state_dict if name.endswith(".bias")]:
+        norm = name.removesuffix("bias")
+        state_dict.setdefault(f"{norm}running_mean", torch.zeros_like(state_dict[name]))
+        state_dict.setdefault(f"{norm}running_var", torch.ones_like(state_dict[name]) - _BATCH_NORM_EPSILON)
+    if stem_bias is not None:  # (w x + c) - mean
+        state_dict["bn1.running_mean"] = state_dict["bn1.running_mean"] - stem_bias
+
+
+def layout_of(content: dict[str, Any], network: Network, *, source: str = "", signs: Iterable[str] = ()) -> str:
+    """Whose file it is: one of ``SOURCES``; ``source`` where it is given and fits. ``signs`` are further lines.
+
+    Raises:
+        InputError: it is not of that source.
+    """
+    keys = [key for key in content if isinstance(key, str)]
+    names = [f"{network.key}/{without_wrappers(name)}" for name in network.tensors]
+    lines = "\n".join([*keys, *names, *signs])
+    if source and not (source in _ANY or re.search(SOURCES[source].sign, lines, re.MULTILINE)):
+        raise InputError(f"it is not {SOURCES[source].description}: leave out --source {source}")
+    return source or next(name for name, row in SOURCES.items() if re.search(row.sign, lines, re.MULTILINE))

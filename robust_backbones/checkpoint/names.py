@@ -1,0 +1,130 @@
+"""The names that libraries give a ResNet's tensors, as a table; torchvision's are those of this package."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How one library names the tensors of a ResNet. Where it counts from 0 or goes on counting, by how much."""
+
+    names: tuple[str, str, str, str, str, str]
+    """A convolution and its norm each: of the stem, of a block, of a shortcut."""
+    stage: int = 0
+    """What it adds to torchvision's number of a stage (1 to 4)."""
+    i: int = 0
+    """What it adds to torchvision's number of a convolution (1 to 3)."""
+    anchor: str = ""
+    """The tensor that shows where a network begins."""
+    parts: str = ""
+    """A pattern of all names that belong to the network, also of those that no ResNet of torchvision has."""
+
+
+NAMINGS = {
+    "torchvision": Naming(
+        (
+            "conv1.weight",
+            "bn1.{tensor}",
+            "layer{stage}.{block}.conv{i}.weight",
+            "layer{stage}.{block}.bn{i}.{tensor}",
+            "layer{stage}.{block}.downsample.0.weight",
+            "layer{stage}.{block}.downsample.1.{tensor}",
+        ),
+        anchor="layer1.0.conv1.weight",
+        parts=r"(conv|bn|gn|norm|layer|stem|maxpool|relu|act|prelu)\d*\.",
+    ),
+    "detectron2": Naming(
+        (
+            "stem.conv1.weight",
+            "stem.conv1.norm.{tensor}",
+            "res{stage}.{block}.conv{i}.weight",
+            "res{stage}.{block}.conv{i}.norm.{tensor}",
+            "res{stage}.{block}.shortcut.weight",
+            "res{stage}.{block}.shortcut.norm.{tensor}",
+        ),
+        stage=1,
+        anchor="stem.conv1.weight",
+        parts=r"stem\.conv|res\d\.",
+    ),
+    "transformers": Naming(
+        (
+            "embedder.embedder.convolution.weight",
+            "embedder.embedder.normalization.{tensor}",
+            "encoder.stages.{stage}.layers.{block}.layer.{i}.convolution.weight",
+            "encoder.stages.{stage}.layers.{block}.layer.{i}.normalization.{tensor}",
+            "encoder.stages.{stage}.layers.{block}.shortcut.convolution.weight",
+            "encoder.stages.{stage}.layers.{block}.shortcut.normalization.{tensor}",
+        ),
+        stage=-1,
+        i=-1,
+        anchor="embedder.embedder.convolution.weight",
+        parts=r"(embedder|encoder)\.",
+    ),
+    # nn.Sequential(*net.children()): the third and the fourth child, ReLU and max-pool, have no tensors.
+    "sequential": Naming(
+        (
+            "0.weight",
+            "1.{tensor}",
+            "{stage}.{block}.conv{i}.weight",
+            "{stage}.{block}.bn{i}.{tensor}",
+            "{stage}.{block}.downsample.0.weight",
+            "{stage}.{block}.downsample.1.{tensor}",
+        ),
+        stage=3,
+        anchor="4.0.conv1.weight",
+        parts=r"[0-7]\.",
+    ),
+}
+
+
+def translated(name: str, source: str, target: str) -> str:
+    """A tensor's name in another of ``NAMINGS``.
+
+    Raises:
+        KeyError: no ResNet has such a tensor, but for the classifier.
+    """
+    old, new = NAMINGS[source], NAMINGS[target]
+    for pattern, row in zip(_patterns(source), new.names, strict=True):
+        if match := pattern.fullmatch(name):
+            fields: dict[str, Any] = match.groupdict()
+            for number in ("stage", "i"):
+                if number in fields:
+                    fields[number] = int(fields[number]) + getattr(new, number) - getattr(old, number)
+            return row.format(**fields)
+    raise KeyError(name)
+
+
+@cache
+def _patterns(naming: str) -> tuple[re.Pattern[str], ...]:
+    in_braces = re.compile(r"\\\{(\w+)\\\}")
+    number = {"tensor": r"(?P<tensor>\w+)"}
+    return tuple(
+        re.compile(in_braces.sub(lambda field: number.get(field[1], rf"(?P<{field[1]}>\d+)"), re.escape(name)))
+        for name in NAMINGS[naming].names
+    )
+
+
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what torch.compile, FSDP and activation checkpointing put between its parts."""
+    return re.sub(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
+
+
+def of_caffe2(blob: str) -> str | None:
+    """torchvision's name of a blob of Detectron's and Detectron2's ``.pkl`` files; None of what is no backbone's."""
+    layers = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
+    endings = {
+        **{"w": "weight", "bn_s": "norm.weight", "bn_gamma": "norm.weight", "bn_b": "norm.bias"},
+        **{"bn_beta": "norm.bias", "bn_rm": "norm.running_mean", "bn_running_mean": "norm.running_mean"},
+        **{"bn_riv": "norm.running_var", "bn_running_var": "norm.running_var"},
+    }
+    ending = "|".join(endings)
+    if match := re.fullmatch(rf"res(\d)_(\d+)_branch(1|2[abc])_({ending})", blob):
+        stage, block, layer, last = match.groups()
+        return translated(f"res{stage}.{block}.{layers[layer]}.{endings[last]}", "detectron2", "torchvision")
+    if match := re.fullmatch(rf"(?:res_)?conv1_({ending})", blob):
+        return translated(f"stem.conv1.{endings[match[1]]}", "detectron2", "torchvision")
+    return None
