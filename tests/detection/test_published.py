@@ -62,7 +62,8 @@ def test_the_tool_converts_and_proves_a_published_backbone(hub: FakeHub, run_too
     status, output, errors = run_tool("convert", f"hub:{NAME}", tmp_path / "out.pkl")
     assert status == 0, errors
     assert "MadryLab's robustness library, resnet18, threat model L2:3" in output
-    assert f"mean {MEAN}, std {STD} (said by the file)" in output
+    for name, values in (("mean", MEAN), ("std", STD)):
+        assert f"{name} {' '.join(f'{value:g}' for value in values)} (said by the file)" in output
     assert "features are equal" in output
     tensors, metadata = read_backbone(tmp_path / "out.pkl")
     assert len(tensors) == 100
