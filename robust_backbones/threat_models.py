@@ -84,12 +84,18 @@ class ThreatModel:
     def ascent_direction(self, gradient: Tensor) -> Tensor:
         """The unit-norm step that increases a linear function with this gradient fastest; 0 where it is 0.
 
-        Where float16 overflowed, the gradient counts as 0.
+        Where float16 overflowed, the gradient counts as 0. An l2 step is a whole one however small the gradient is; the
+        library ``robustness`` divides by its norm + 1e-10, which shortens steps once the norm comes near 1e-10.
         """
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         if self.norm == "Linf":
             return gradient.sign()
-        return gradient / _l2_norm(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+        tiny = torch.finfo(gradient.dtype).tiny
+        norm = _l2_norm(gradient)
+        # Squares of values below 1e-19 vanish in float32, and with them the norm: such a gradient is scaled first.
+        scaled = gradient / gradient.abs().amax((-3, -2, -1), keepdim=True).clamp_min(tiny)
+        small = scaled / _l2_norm(scaled).clamp_min(tiny)
+        return torch.where(norm > 1e-15, gradient / norm.clamp_min(tiny), small)
 
     def project(self, delta: Tensor) -> Tensor:
         """The point of the ball nearest to ``delta`` in Euclidean distance."""

@@ -118,3 +118,14 @@ def test_a_radius_in_levels_is_refused_with_what_was_meant() -> None:
     ThreatModel.parse("L2:5").check_radius((3, 224, 224))
     with pytest.raises(InputError, match="L2:765/255"):
         ThreatModel.parse("L2:765").check_radius((3, 224, 224))
+
+
+@given(seeds, st.sampled_from([1e-3, 1e-8, 1e-10, 1e-12, 1e-30]))
+def test_a_vanishing_l2_gradient_still_makes_a_whole_step(seed: int, norm: float) -> None:
+    """Ours is g / |g|; `robustness` has g / (|g| + 1e-10): |g| / (|g| + 1e-10) of ours, in the same direction."""
+    gradient = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gradient *= norm / gradient.flatten(1).norm(dim=1)[:, None, None, None]
+    ours = ThreatModel("L2", 3).ascent_direction(gradient.float())
+    torch.testing.assert_close(ours.flatten(1).norm(dim=1), torch.ones(2), rtol=1e-4, atol=0)
+    library = gradient / (gradient.flatten(1).norm(dim=1)[:, None, None, None] + 1e-10)
+    torch.testing.assert_close(library, ours.double() * norm / (norm + 1e-10), rtol=1e-3, atol=1e-6)
