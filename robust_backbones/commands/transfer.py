@@ -60,6 +60,9 @@ class TransferOptions:
     """Folder that holds the data sets."""
     metric: Literal["", "top1", "mean_per_class"] = ""
     """Of a folder of your own; top1 when not given."""
+    split: Literal["drawn", "first"] = "drawn"
+    """Of caltech101 and caltech256: training images drawn once and for all, or the first 30 and 60 of each class, as in
+    the public code; the data set is then called caltech101_first."""
 
 
 @dataclass(kw_only=True)
@@ -136,7 +139,9 @@ def datasets(options: DatasetsOptions) -> int:
 
 
 def transfer(options: ProbeOptions | FinetuneOptions) -> int:
-    data = open_transfer_data(options.dataset, options.data_root, v2.Identity(), metric=options.metric)
+    data = open_transfer_data(
+        options.dataset, options.data_root, v2.Identity(), metric=options.metric, split=options.split
+    )
     if isinstance(options, ProbeOptions):
         names = ("device", "workers", "checkpoint_minutes", "skip_unreadable")
         execution = {name: getattr(options, name) for name in names}

@@ -21,6 +21,8 @@ from robust_backbones.errors import InputError
 
 SPLIT_SEED = 0
 """Draws the training images of the Caltech sets, which have no official split: every run shares one split."""
+SPLITS = ("drawn", "first")
+"""Of the Caltech sets: training images drawn by SPLIT_SEED, or the first of each class, as the paper's public code."""
 
 Sources = tuple[ImageFiles, ImageFiles]
 Opener = Callable[[Path], Sources]
@@ -74,8 +76,8 @@ def _listed(
     return lambda root: (source(root, train), source(root, ["test"]))
 
 
-def _drawn(dataset: type[Any], file: str, train_images: int) -> Opener:
-    """Opener of a Caltech set, whose images are each a ``file``: some of each class, by SPLIT_SEED, and the rest."""
+def _split(dataset: type[Any], file: str, train_images: int, split: str) -> Opener:
+    """Opener of a Caltech set, whose images are each a ``file``: some of each class, by ``split``, and the rest."""
 
     def sources(root: Path) -> Sources:
         data = dataset(root)
@@ -92,7 +94,8 @@ def _drawn(dataset: type[Any], file: str, train_images: int) -> Opener:
                     f"class {name} of {root / Path(file).parts[0]} has {total} images, {train_images} to train and one "
                     "to test are the least: unpack it again"
                 )
-            drawn = set(torch.randperm(total, generator=generator)[:train_images].tolist())
+            order = torch.randperm(total, generator=generator).tolist() if split == "drawn" else range(total)
+            drawn = set(order[:train_images])
             for position, index in enumerate(indices[label]):
                 part = parts[position not in drawn]
                 part.labels.append(label)
@@ -121,14 +124,21 @@ def _sun397(root: Path) -> Sources:
     return source("Training_01.txt"), source("Testing_01.txt")
 
 
+CALTECH: dict[str, dict[str, Opener]] = {
+    split: {
+        "caltech101": _split(
+            datasets.Caltech101, "caltech101/101_ObjectCategories/{name}/image_{index:04d}.jpg", 30, split
+        ),
+        "caltech256": _split(
+            datasets.Caltech256, "caltech256/256_ObjectCategories/{name}/{number:03d}_{index:04d}.jpg", 60, split
+        ),
+    }
+    for split in SPLITS
+}
+"""Split -> name -> train and test part."""
 LAYOUTS: dict[str, Opener] = {
     "aircraft": _listed(datasets.FGVCAircraft, ["trainval"]),
-    "caltech101": _drawn(
-        datasets.Caltech101, "caltech101/101_ObjectCategories/{name}/image_{index:04d}.jpg", train_images=30
-    ),
-    "caltech256": _drawn(
-        datasets.Caltech256, "caltech256/256_ObjectCategories/{name}/{number:03d}_{index:04d}.jpg", train_images=60
-    ),
+    **CALTECH["drawn"],
     "cars": _listed(datasets.StanfordCars, ["train"], lambda data: data._samples),
     "cifar10": _cifar(datasets.CIFAR10, "cifar-10-batches-py"),
     "cifar100": _cifar(datasets.CIFAR100, "cifar-100-python"),

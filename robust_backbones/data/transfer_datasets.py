@@ -10,7 +10,7 @@ from typing import Any
 from torchvision.transforms import v2
 
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
-from robust_backbones.data.layouts import LAYOUTS, Sources
+from robust_backbones.data.layouts import CALTECH, LAYOUTS, SPLITS, Sources
 from robust_backbones.errors import InputError, check_choice
 
 
@@ -59,6 +59,7 @@ def open_transfer_data(
     *,
     metric: str = "",
     seed: int = 0,
+    split: str = "drawn",
 ) -> TransferData:
     """A data set of the table, or a folder of one's own.
 
@@ -70,11 +71,15 @@ def open_transfer_data(
         transform: of both parts.
         metric: of a folder of one's own, "top1" if not given; the table's data sets have theirs.
         seed: of the augmentation; splits do not depend on it.
+        split: of the Caltech sets, one of SPLITS; ``first`` needs torchvision's layout.
 
     Raises:
         MissingDataError, DifferentDataError: see there.
         InputError: no such data set or metric; its files cannot be used; a class lacks images in train or test.
     """
+    check_choice("split", split, SPLITS)
+    if split != SPLITS[0] and str(dataset) not in CALTECH[split]:
+        raise InputError(f"--split {split} is for {' and '.join(CALTECH[split])}, not for {dataset}: leave it out")
     if row := TRANSFER_DATASETS.get(str(dataset)):
         if metric not in ("", row.metric):
             raise InputError(
@@ -83,7 +88,8 @@ def open_transfer_data(
             )
         if data_root is None:
             raise InputError(f"{dataset} is looked up in the folder of all data sets: say where that is (--data-root)")
-        return TransferData(row.name, row.metric, *_open_row(row, Path(data_root), transform, seed))
+        name = row.name if split == SPLITS[0] else f"{row.name}_{split}"
+        return TransferData(name, row.metric, *_open_row(row, Path(data_root), transform, seed, split))
     root = Path(dataset)
     if not root.is_dir():
         raise InputError(
@@ -119,14 +125,16 @@ def _place(row: TransferDataset, data_root: Path) -> Path:
 
 
 def _open_row(
-    row: TransferDataset, data_root: Path, transform: v2.Transform, seed: int
+    row: TransferDataset, data_root: Path, transform: v2.Transform, seed: int, split: str = SPLITS[0]
 ) -> tuple[ClassificationDataset, ClassificationDataset]:
     """Train and test part; raises as ``open_transfer_data``."""
     place = _place(row, data_root)
     if (data_root / row.name / "train").is_dir():
+        if split != SPLITS[0]:
+            raise InputError(f"{place}/train and /test are a split already: leave --split {split} out, or remove them")
         train, test = _open_folders(place, transform, seed)
     else:
-        sources = _open_official(row, data_root)
+        sources = _open_official(row, data_root, split)
         train, test = (ClassificationDataset(source, transform, seed=seed) for source in sources)
     counts = (
         ("classes", len({*train.classes, *test.classes}), row.num_classes),
@@ -152,7 +160,7 @@ def _open_folders(
     return open_dataset(root / "train", transform, seed=seed), open_dataset(test, transform, seed=seed)
 
 
-def _open_official(row: TransferDataset, data_root: Path) -> Sources:
+def _open_official(row: TransferDataset, data_root: Path, split: str) -> Sources:
     absent = [path for path in row.layout if not (data_root / path).exists()]
     if absent or not row.layout:
         own = f"one folder of images a class in {row.name}/train and {row.name}/test"
@@ -162,7 +170,7 @@ def _open_official(row: TransferDataset, data_root: Path) -> Sources:
             f"{row.title} is not in {data_root}{which}: get it from {row.source} and put it there as {wanted}"
         )
     try:
-        train, test = LAYOUTS[row.name](data_root)
+        train, test = CALTECH[split].get(row.name, LAYOUTS[row.name])(data_root)
         if shared := set(train.names) & set(test.names):
             raise ValueError(f"{min(shared)} is in both train and test")
     except InputError:

@@ -175,7 +175,13 @@ class _Expansion:
         for config in (parsed.config, *([parsed.grid] if hasattr(parsed, "grid") else [])):
             settings |= config.to_dict()
             defaults |= type(config)().to_dict()
-        settings |= {"mode": task.transfer, "dataset": Path(task.dataset).name, "metric": parsed.metric}
+        settings |= {
+            "mode": task.transfer,
+            "dataset": Path(task.dataset).name,
+            "metric": parsed.metric,
+            "split": parsed.split,
+        }
+        defaults["split"] = "drawn"
         settings["weights"] = source.weights
         label = labels_of([Path(source.path)])[0]
         results = tuple(f"{label}/seed_{seed}/record.json" for seed in seeds)

@@ -355,6 +355,28 @@ def test_the_caltech_sets_train_on_as_many_images_of_each_class(
     )
 
 
+@pytest.mark.parametrize(("name", "per_class"), [("caltech101", 30), ("caltech256", 60)])
+def test_the_first_images_train_where_the_public_codes_split_is_asked_for(
+    small: Callable[[str], Path], name: str, per_class: int
+) -> None:
+    """By the numbers in the files' names, for every class."""
+    root = small(name)
+    data = open_pixels(name, root, split="first")
+    assert data.name == f"{name}_first"  # another split is another data set: records never mix
+    for part, is_first in ((data.train, True), (data.test, False)):
+        numbers = [int(Path(file).stem[-4:]) for file in part.names]
+        assert all((number <= per_class) is is_first for number in numbers)
+    assert Counter(data.train.labels) == {0: per_class, 1: per_class, 2: per_class}
+    assert sorted([*data.train.names, *data.test.names]) == sorted(
+        name for part in (open_pixels(name, root).train, open_pixels(name, root).test) for name in part.names
+    )
+    for other in ("pets", str(root)):
+        with pytest.raises(InputError, match="--split first is for caltech101 and caltech256"):
+            open_transfer_data(other, root, PIXELS, split="first")
+    with pytest.raises(InputError, match="split"):
+        open_transfer_data(name, root, PIXELS, split="last")
+
+
 @pytest.mark.parametrize("name", ["cifar10", "food"])
 def test_the_seed_is_that_of_the_augmentation(small: Callable[[str], Path], name: str) -> None:
     root = small(name)

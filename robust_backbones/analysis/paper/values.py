@@ -162,7 +162,7 @@ def differences_to_paper_transfer(record: RunRecord) -> list[str]:
     config, classes = record.config, record.backbone.get("num_classes")
     count, epochs, size = (config.get(key) for key in ("images_per_class", "epochs", "image_size"))
     is_subset, is_regression = (count or 0) > 0, config.get("solver") == "lbfgs"
-    is_known = any(record.dataset == name for name, *_ in _transfer_table())
+    is_known = any(record.dataset in (name, f"{name}_first") for name, *_ in _transfer_table())
     on = config.get("selection", {}).get("on")
     differences = {
         _pretraining(classes): classes != 1000,
