@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from robust_backbones.attacks import AttackConfig, pgd
@@ -20,6 +21,10 @@ from robust_backbones.data.synthetic import ShapesConfig, write_shapes
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel
+
+# On a loaded machine inputs are slow, and no test is about time.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 # Small networks gain nothing from threads, and threads of several processes on two cores wait for each other.
 torch.set_num_threads(1)

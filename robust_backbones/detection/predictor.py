@@ -84,9 +84,10 @@ def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
 def classes_in(weights: str) -> int:
     """How many classes a detector's file names; 0 where it says nothing or is none, which loading it will tell."""
     try:
-        named = read_file(Path(weights)).get("categories")
+        content = read_file(Path(weights))
     except InputError:
         return 0
+    named = content.get("categories") if isinstance(content, dict) else None
     return len(named) if isinstance(named, list) else 0
 
 
