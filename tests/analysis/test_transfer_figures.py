@@ -34,6 +34,7 @@ from robust_backbones.analysis.paper.values import (
     TRANSFER_SOURCE,
     differences_to_paper_transfer,
     paper_transfer,
+    paper_transfer_linf,
     table_2,
 )
 from robust_backbones.analysis.records import RecordedRun, find_runs
@@ -328,6 +329,30 @@ def test_the_papers_table_1_follows_from_its_appendix(mode: str) -> None:
             assert best >= paper.means.get(epsilon, 0.0)
 
 
+def test_linf_backbones_stand_beside_the_papers(tmp_path: Path) -> None:
+    """Rows of small_datasets_linf_models.tex; its standard backbones are trials of their own, near the l2 table's."""
+    assert paper_transfer_linf("cifar10", "resnet18", "full_network")[4.0] == 97.04
+    assert paper_transfer_linf("cifar100", "resnet50", "linear_probe") == {
+        0.0: 55.57, 0.5: 72.89, 1.0: 74.16, 2.0: 76.22, 4.0: 77.17, 8.0: 76.70
+    }  # fmt: skip
+    assert not paper_transfer_linf("pets", "resnet18", "linear_probe")
+    for dataset in ("cifar10", "cifar100"):
+        for arch in ("resnet18", "resnet50"):
+            for mode in HEADLINE:
+                of_l2 = paper_transfer(dataset, arch, mode)
+                assert of_l2 is not None
+                assert paper_transfer_linf(dataset, arch, mode)[0.0] == pytest.approx(of_l2.means[0.0], abs=2.5)
+    records = [
+        trial(model.replace("/", "_"), "resnet18", model, "cifar10", seed, 90.0 + seed, mode="linear_probe")
+        for model in ("L2:0", "Linf:4/255", "L2:3")
+        for seed in SEEDS
+    ]
+    write_report(write(tmp_path / "runs", *records), tmp_path / "report", title="t")
+    (path,) = (tmp_path / "report/tables").glob("*l-infinity*.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert [(row["trained at"], row["paper"]) for row in rows] == [("L2:0", "75.02"), ("Linf:4/255", "90.56")]
+
+
 def test_subsets_are_recognised_and_other_data_sets_are_not() -> None:
     cifar10 = paper_transfer("cifar10", "resnet18", "linear_probe")
     assert cifar10 is not None
@@ -588,10 +613,10 @@ def test_the_report_has_a_section_for_each(report: Path) -> None:
         "Fixed-feature transfer: source accuracy (Figure 5, Table 2)",
         "Full-network transfer: width (Figure 6)",
         "Fixed-feature transfer: images reduced and enlarged again (Figure 7)",
-        "Fixed-feature transfer: standard, robust and texture-trained (Figure 8)",
+        "Fixed-feature transfer: standard, robust and amplitude-mixed (stand-in for Stylized ImageNet) (Figure 8)",
     ):
         assert text.count(heading) == 2  # in the contents, too
-    assert "Full-network transfer: standard, robust and texture-trained" not in text
+    assert "Full-network transfer: standard, robust and amplitude-mixed" not in text
     assert "n = 3 trials" in text
     assert TRANSFER_SOURCE in text
     assert "They are not of the same data and budget: pre-trained on 100 classes" in text

@@ -40,6 +40,7 @@ from robust_backbones.analysis.paper.transfer_results import (
 )
 from robust_backbones.analysis.paper.values import (
     PaperTransfer,
+    paper_transfer_linf,
     table_2,
 )
 from robust_backbones.analysis.records import RecordedRun
@@ -51,6 +52,7 @@ from robust_backbones.threat_models import ThreatModel
 BEST = {"standard": "standard", "robust": "best robust"}
 TEXTURE = {**BEST, "stylized": "texture-trained"}
 """Kind of a backbone -> its name in legends, in the order of colours and markers."""
+STAND_IN = "amplitude-mixed (stand-in for Stylized ImageNet)"
 _RANGE = "mean of the trials and their range from the lowest to the highest"
 _IMAGES = "images as they are"
 
@@ -75,6 +77,7 @@ def transfer_pages(runs: Sequence[RecordedRun], folder: Path) -> list[Page]:
             width_page(mode, found, folder),
             downscale_page(mode, pairs(found, reduced), folder),
             texture_page(mode, found, folder),
+            linf_page(mode, found),
         ]
     return [page for page in pages if page is not None]
 
@@ -98,10 +101,31 @@ def best_table(mode: str, found: Sequence[Target]) -> Table:
     return Table(f"{MODES[mode]} of the best architectures", rows, columns)
 
 
+def linf_page(mode: str, found: Sequence[Target]) -> Page | None:
+    """The table of l-infinity backbones beside the paper's; none where nothing was transferred from one to its data."""
+    rows: list[dict[str, Any]] = []
+    for target in found:
+        own = []
+        for arch in target.archs:
+            papers = paper_transfer_linf(target.dataset, arch, mode)
+            for model in target.threat_models:
+                epsilon = round(255 * model.epsilon, 6)
+                if (model.norm == "Linf" or not epsilon) and papers and (trials := target.trials(arch, model)):
+                    head = {"data set": target.dataset, "setting": target.setting or None, "architecture": name(arch)}
+                    own.append({**head, "trained at": str(model), "ours": str(trials), "paper": papers.get(epsilon)})
+        rows += own if any(str(row["trained at"]).startswith("Linf:") for row in own) else []
+    columns = {"data set": ":", "setting": ":", "architecture": ":", "trained at": ":", "ours": ":", "paper": ":.1f"}
+    title = f"{MODES[mode]} from l-infinity backbones (the paper's appendix)"
+    return Page(title, [], [Table(title, rows, columns)]) if rows else None
+
+
 def texture_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
-    """Figure 8."""
-    picture = _kinds_figure(mode, found, TEXTURE, ("stylized",), folder / f"transfer_texture_{mode}")
-    title = f"{MODES[mode]}: standard, robust and texture-trained (Figure 8)"
+    """Figure 8; backbones of ``pretrain --stylize`` are named as the stand-in that they are."""
+    sources = [source for target in found for source in target.sources if source.kind == "stylized"]
+    stands_in = any(source.pretraining and source.pretraining.stand_in for source in sources)
+    kinds = {**TEXTURE, "stylized": STAND_IN} if stands_in else TEXTURE
+    picture = _kinds_figure(mode, found, kinds, ("stylized",), folder / f"transfer_texture_{mode}")
+    title = f"{MODES[mode]}: standard, robust and {kinds['stylized']} (Figure 8)"
     return Page(title, [picture]) if picture else None
 
 

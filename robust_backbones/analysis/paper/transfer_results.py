@@ -29,6 +29,8 @@ class Pretraining:
     """On the clean validation images of ``dataset``, 0-100."""
     dataset: str
     stylized: bool
+    stand_in: bool = False
+    """Stylized by mixing amplitudes of spectra (``pretrain --stylize``), in place of Stylized ImageNet."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,8 @@ def _pretraining(record: RunRecord, prefix: str) -> Pretraining | None:
     accuracy = record.metrics.get(f"{prefix}{METRIC}")
     if accuracy is None:
         return None
-    stylized = record.config.get("stylize", 0) > 0 or is_stylized(record.dataset)
-    return Pretraining(accuracy, record.dataset, stylized)
+    mixed = record.config.get("stylize", 0) > 0
+    return Pretraining(accuracy, record.dataset, mixed or is_stylized(record.dataset), stand_in=mixed)
 
 
 def targets(runs: Sequence[RecordedRun], pretrainings: Pretrainings) -> list[Target]:

@@ -15,7 +15,8 @@ from robust_backbones.runs.record import RunRecord
 
 SOURCE = "Salman et al. 2020, arXiv 2007.08489, section 4"
 TRANSFER_SOURCE = "Salman et al. 2020, appendix F, means of three trials, from the tables of the authors' submission"
-# github.com/anonymousNeuripsAuthor/paper-8887, latex/small_datasets_*.tex and downsampling_LogisticRegression.tex. The
+# github.com/anonymousNeuripsAuthor/paper-8887, latex/small_datasets_*.tex (_linf_models for l-infinity) and
+# downsampling_LogisticRegression.tex. The
 # best trials are the authors' list of best settings, github.com/microsoft/robust-models-transfer; those of WRN-50-4
 # are from more epsilons than the submission has.
 
@@ -126,6 +127,23 @@ def _transfer_table() -> dict[tuple[str, str, str, int], PaperTransfer]:
         trial = (float(best_epsilon), float(best)) if best else None
         found[dataset, arch, mode, int(downscale)] = PaperTransfer(dataset, means, trial)
     return found
+
+
+@cache
+def paper_transfer_linf(dataset: str, arch: str, mode: str) -> Mapping[float, float]:
+    """Means of the paper's trials from backbones pre-trained at an l-infinity epsilon, with 0 the standard one.
+
+    Args:
+        dataset, arch, mode: as ``paper_transfer``; the paper has CIFAR-10 and CIFAR-100, ResNet-18 and ResNet-50.
+
+    Returns:
+        Epsilon in 1/255 -> accuracy (0-100); empty where there is none.
+    """
+    for row in _read("salman2020_transfer_linf.csv"):
+        name, *rest = (row.pop(key) for key in ("dataset", "arch", "mode"))
+        if rest == [arch, mode] and re.match(rf"{name}(?![a-z0-9])", dataset.lower()):
+            return {float(epsilon): float(value) for epsilon, value in row.items()}
+    return {}
 
 
 def table_2() -> dict[str, dict[str, tuple[float, float]]]:
