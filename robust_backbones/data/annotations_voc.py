@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -71,11 +72,11 @@ def voc_names(listed: Path, annotations: Path) -> list[str]:
     known = set(os.listdir(annotations)) if annotations.is_dir() else set()
     names = []
     for line in filter(None, map(str.strip, listed.read_text().splitlines())):
-        name, _, flag = line.rpartition(" ")
-        if f"{line}.xml" in known or flag not in ("-1", "0", "1"):
+        columns = re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)
+        if f"{line}.xml" in known or not columns:
             names.append(line)
-        elif flag != "-1":
-            names.append(name.strip())
+        elif columns[2] != "-1":
+            names.append(columns[1])
     return names
 
 

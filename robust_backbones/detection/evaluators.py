@@ -323,7 +323,7 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
 
     def _objects(self, image: str) -> dict[str, Array]:
         """The image's objects by class: rows of (x1, y1, x2, y2, 1 if difficult), in pixels from 1."""
-        with PathManager.open(self._anno_file_template.format(image)) as file:
+        with PathManager.open(self._anno_file_template.format(image), "rb") as file:  # XML says its encoding itself
             tree = ElementTree.parse(file)
         objects: dict[str, list[list[float]]] = {}
         for item in tree.findall("object"):
