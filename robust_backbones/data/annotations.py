@@ -263,11 +263,15 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
 
 def _guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:
     """What the boxes look like that are not (x, y, width, height) in pixels."""
-    leaving = (boxes[:, :2] + boxes[:, 2:] > sides + 1).any(1)
-    as_corners = (boxes[:, :2] <= boxes[:, 2:]).all() and (boxes[:, 2:] <= sides + 1).all()
-    if leaving.mean() > 0.1 and as_corners:
-        what = f"{int(leaving.sum())} of {len(boxes)} boxes leave their image, and none does as (x1, y1, x2, y2)"
-        return what, "write bbox as (x, y, width, height)"
+    # Boxes that lie outside altogether are named one by one.
+    leaving = (boxes[:, :2] + boxes[:, 2:] > sides + 1).any(1) & (boxes[:, :2] < sides).all(1)
+    within = ((boxes[:, :2] <= boxes[:, 2:]) & (boxes[:, 2:] <= sides + 1)).all(1)  # were they corners
+    what = f"{int(leaving.sum())} of {len(boxes)} boxes leave their image"
+    if leaving.mean() > 0.1 and within.mean() > 0.95:
+        few = "none does" if within.all() else f"{int((~within).sum())} do"
+        return f"{what}, and {few} as (x1, y1, x2, y2)", "write bbox as (x, y, width, height)"
+    if leaving.mean() > 0.5:
+        return what, "write bbox as (x, y, width, height) in pixels of the image, x and y of its upper left corner"
     if (boxes <= 1).all() and (boxes >= 0).all() and (sides > 8).all():
         return "every box lies within one pixel, as fractions of an image do", "write bbox in pixels"
     return None

@@ -62,6 +62,24 @@ def register_datasets(cfg: CfgNode) -> None:
         _register(name, load, evaluator_type="pascal_voc", **about, **{SHOWN_CLASSES: True})
     leave_out(cfg)
 
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        _load_by_ours(name)
+
+
+def _load_by_ours(name: str) -> None:
+    """Have a set of Detectron2's own loaders read by ours: theirs drop objects without a polygon, boxes and all, and
+    read no list of two columns."""
+    module = getattr(DatasetCatalog[name], "__module__", "") if name in DatasetCatalog else ""
+    metadata = MetadataCatalog.get(name).as_dict() if module else {}
+    if module == "detectron2.data.datasets.coco" and "json_file" in metadata:
+        load = partial(_load_coco, metadata["json_file"], metadata["image_root"], name)
+    elif module == "detectron2.data.datasets.pascal_voc":
+        load = partial(_load_voc, metadata["dirname"], metadata["split"], metadata["thing_classes"])
+    else:
+        return
+    DatasetCatalog.remove(name)
+    DatasetCatalog.register(name, load)
+
 
 def _register(name: str, load: Callable[[], Items], *, evaluator_type: str = "coco", **metadata: Any) -> None:
     if name in DatasetCatalog:
@@ -98,9 +116,13 @@ def _load_coco(file: str, folder: str, name: str) -> Items:
     content = json.loads(Path(file).read_bytes())
     rows = sorted(content["categories"], key=lambda row: row["id"])
     numbers = {row["id"]: number for number, row in enumerate(rows)}
-    MetadataCatalog.get(name).set(
-        thing_classes=[row["name"] for row in rows], thing_dataset_id_to_contiguous_id=numbers
-    )
+    classes, metadata = [row["name"] for row in rows], MetadataCatalog.get(name)
+    if (declared := list(metadata.get("thing_classes", classes))) != classes:
+        raise InputError(
+            f"{name} is registered with the classes {_listed(declared)}, but {file} has {_listed(classes)}, by their "
+            "ids: register it without thing_classes"
+        )
+    metadata.set(thing_classes=metadata.get("thing_classes", classes), thing_dataset_id_to_contiguous_id=numbers)
     items = {
         row["id"]: {
             "file_name": os.path.join(folder, row["file_name"]),
