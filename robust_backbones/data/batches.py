@@ -9,9 +9,9 @@ from robust_backbones.data.datasets import ClassificationDataset, init_worker, m
 from robust_backbones.errors import InputError
 
 
-def steps_per_epoch(dataset: ClassificationDataset, batch_size: int) -> int:
-    """Optimiser steps that an epoch has images for; ``batch_size`` is global."""
-    return len(dataset) // batch_size
+def steps_per_epoch(dataset: ClassificationDataset, batch_size: int, *, keep_last: bool = False) -> int:
+    """Optimiser steps that an epoch has images for; ``batch_size`` is global. An incomplete last one may count too."""
+    return -(-len(dataset) // batch_size) if keep_last else len(dataset) // batch_size
 
 
 def train_batches(
@@ -24,15 +24,18 @@ def train_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int,
+    keep_last: bool = False,
 ) -> DataLoader:
     """One epoch of micro-batches in an order that only (seed, epoch) decides.
 
     Step s consists of images s * batch_size to (s + 1) * batch_size of the order; rank r gets the r-th part of them, in
-    ``batch_size / world_size / micro_batch_size`` consecutive micro-batches. An incomplete last step is dropped.
+    ``batch_size / world_size / micro_batch_size`` consecutive micro-batches. An incomplete last step is dropped,
+    unless ``keep_last``.
 
     Args:
         batch_size: images of one optimiser step, over all ranks.
         micro_batch_size: images that one rank gets at a time.
+        keep_last: of one process that takes a batch at once; the last batch is then a smaller one.
         first_step: where to begin; the images of earlier steps are not loaded.
 
     Raises:
@@ -47,12 +50,12 @@ def train_batches(
     if not 0 <= first_step <= steps:
         raise InputError(f"cannot begin at step {first_step} of {steps}: was the data set larger when the run began")
     generator = torch.Generator().manual_seed(mix(dataset.seed, epoch, -1))
-    order = torch.randperm(len(dataset), generator=generator)[: steps * batch_size]
+    whole = torch.randperm(len(dataset), generator=generator)
+    order, rest = whole[: steps * batch_size], whole[steps * batch_size :].tolist()
     parts = order.view(steps, world_size, batch_size // world_size)[first_step:, rank]
     # The epoch is this loader's own: a loader made later does not change it.
-    return _loader(
-        dataset.seen_through(dataset.transform, epoch=epoch), parts.reshape(-1, micro_batch_size).tolist(), workers
-    )
+    batches = parts.reshape(-1, micro_batch_size).tolist() + [rest] * (keep_last and bool(rest))
+    return _loader(dataset.seen_through(dataset.transform, epoch=epoch), batches, workers)
 
 
 def val_batches(

@@ -193,3 +193,22 @@ def test_an_unreadable_image_stops_with_one_sentence(tmp_path: Path, workers: in
         "cannot read the image a/broken.jpg (not in a known image format): repair or remove it, "
         "or give --skip-unreadable"
     )
+
+
+@pytest.mark.parametrize("batch_size", [3, 7, 12])
+def test_with_the_last_batch_an_epoch_is_every_image_once(shapes: Path, batch_size: int) -> None:
+    """And its whole batches are those of an epoch without."""
+    dataset = open_dataset(shapes / "shapes_classification/train", train_transform(8, min_crop_scale=1))
+    numbers = [
+        [
+            list(batch)
+            for batch in train_batches(
+                dataset, batch_size=batch_size, micro_batch_size=batch_size, epoch=2, workers=0, keep_last=keep
+            ).batch_sampler
+        ]
+        for keep in (False, True)
+    ]
+    assert sorted(number for batch in numbers[1] for number in batch) == list(range(len(dataset)))
+    assert numbers[1][: len(numbers[0])] == numbers[0]
+    for keep, batches in enumerate(numbers):
+        assert len(batches) == steps_per_epoch(dataset, batch_size, keep_last=bool(keep))

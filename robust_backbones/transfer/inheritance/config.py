@@ -23,6 +23,8 @@ class InheritanceConfig:
     image_size: int = 224
     val_resize: int = 256
     """Shorter side of images before the central crop of ``image_size``, in training as in evaluation."""
+    keep_last: bool = False
+    """Train on the incomplete last batch of an epoch too, as the public code does."""
     precision: str = "fp32"
     """fp32 or bf16 (images, losses and weights stay float32)."""
     limit: int = 0

@@ -66,7 +66,8 @@ class Job:
     @property
     def steps(self) -> int:
         """Of the whole training."""
-        return self.config.epochs * steps_per_epoch(self.target.images, self.config.batch_size)
+        config = self.config
+        return config.epochs * steps_per_epoch(self.target.images, config.batch_size, keep_last=config.keep_last)
 
 
 class FineTuning(Objective):
@@ -88,7 +89,7 @@ def train(
     """SGD by the protocol on whatever of ``model`` needs a gradient; returns ``model``.
 
     Images are preprocessed as in evaluation, the rate warms up and goes to 0 by a cosine, batch norms are in train mode
-    where the model lets them. An incomplete last batch is dropped.
+    where the model lets them. An incomplete last batch is dropped, unless ``keep_last``.
 
     Raises:
         DivergedError: the loss is not finite. (On a foreign set it may well start at ten times that of chance.)
@@ -110,12 +111,12 @@ def train(
         if job.stop():
             raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
 
-    size, workers = config.batch_size, job.memory.workers_for(images)
+    size, workers, keep = config.batch_size, job.memory.workers_for(images), config.keep_last
     for epoch in range(config.epochs):
         train_one_epoch(
             learner,
-            train_batches(images, batch_size=size, micro_batch_size=size, epoch=epoch, workers=workers),
-            steps=steps_per_epoch(images, size),
+            train_batches(images, batch_size=size, micro_batch_size=size, epoch=epoch, workers=workers, keep_last=keep),
+            steps=steps_per_epoch(images, size, keep_last=keep),
             on_log=on_log,
             stop=job.stop,
             description=f"{job.target.name}, epoch {epoch + 1}/{config.epochs}",
