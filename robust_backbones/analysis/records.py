@@ -63,6 +63,15 @@ class Primary:
     def write(self, path: Path) -> None:
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
+    @classmethod
+    def read(cls, path: Path) -> Primary:
+        """What ``write`` wrote; InputError where it is none of ours."""
+        try:
+            values = json.loads(path.read_text())
+            return cls(str(values["metric"]), tuple(map(str, values["runs"])))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} declares no comparison ({error!r}): set its study up again") from None
+
 
 def find_primary(folders: Sequence[str | Path]) -> Primary | None:
     """The declared comparison of the one study in these folders that has one.
@@ -72,11 +81,7 @@ def find_primary(folders: Sequence[str | Path]) -> Primary | None:
     """
     found: dict[Primary, Path] = {}
     for path in (path for folder in map(Path, folders) for path in sorted(folder.rglob(PRIMARY))):
-        try:
-            values = json.loads(path.read_text())
-            found.setdefault(Primary(str(values["metric"]), tuple(map(str, values["runs"]))), path)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} declares no comparison ({error!r}): set its study up again") from None
+        found.setdefault(Primary.read(path), path)
     if len(found) > 1:
         raise InputError(
             f"{' and '.join(map(str, found.values()))} each declare a primary comparison, and a report has one: report "

@@ -71,11 +71,12 @@ def source_network(checkpoint: Checkpoint) -> SourceNetwork:
         return _with(checkpoint, _Own(checkpoint.build(), {}), f"our reading of the file{explained}")
     except ImportError:
         return _with(checkpoint, _Own(checkpoint.build(), {}), f"our reading of the file ({title} cannot be imported)")
+    whose = f"{title}'{'' if title.endswith('s') else 's'} own network"
     wanted, found = _shapes(own.network.state_dict()), _shapes(own.state_dict)
     if other := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
-        raise ProofFailedError(f"{title}'s own network and {checkpoint.source} differ in {', '.join(other[:3])}")
+        raise ProofFailedError(f"{whose} and {checkpoint.source} differ in {', '.join(other[:3])}")
     own.network.load_state_dict(own.state_dict, strict=False)  # batch norm's counters may be absent
-    return _with(checkpoint, own, f"{title}'s own network")
+    return _with(checkpoint, own, whose)
 
 
 def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:

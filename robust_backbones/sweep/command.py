@@ -30,7 +30,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from robust_backbones.analysis.records import PRIMARY
+from robust_backbones.analysis.records import PRIMARY, Primary
 from robust_backbones.analysis.tables import Table
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
@@ -127,8 +127,10 @@ def main(arguments: list[str]) -> int:
 
 
 def set_up(plan: Plan, manifest: Manifest) -> None:
+    primary = primary_of(manifest, plan)
+    check_declared(plan, primary)
     written = plan.set_up()
-    if primary := primary_of(manifest, plan):
+    if primary:
         primary.write(plan.output / PRIMARY)
     else:
         (plan.output / PRIMARY).unlink(missing_ok=True)
@@ -144,6 +146,22 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
         print(f"{len(earlier)} folders in {plan.output / 'runs'} are of other settings, and stay as they are")
     if plan.cost:
         print(f"cost: {plan.cost}")
+
+
+def check_declared(plan: Plan, primary: Primary | None) -> None:
+    """Refuse to declare, change or drop the primary comparison once a run of it is done; more seeds may join it."""
+    path = plan.output / PRIMARY
+    held = Primary.read(path) if path.exists() else None
+    before, after = (frozenset(one.runs if one else ()) for one in (held, primary))
+    if held and primary and held.metric == primary.metric and before <= after:
+        return
+    done = [key for key in sorted(before | after) if (plan.output / "runs" / key / "record.json").exists()]
+    if done:
+        mend = f"leave `primary` in {plan.manifest} as it was" if held else f"leave `primary` out of {plan.manifest}"
+        raise InputError(
+            f"{plan.output} has results of {done[0]}, and a primary comparison is declared before them: {mend}, or "
+            "give another --output"
+        )
 
 
 def executor_for(plan: Plan, manifest: Manifest, options: LaunchOptions) -> LocalExecutor | ClusterExecutor:

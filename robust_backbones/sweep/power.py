@@ -48,14 +48,20 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
         pilot: folders of records of a smaller study with the same backbones.
 
     Raises:
-        InputError: the primary comparison has less than 80 % power, unless ``allow_underpowered``; the pilot does not
-            have it.
+        InputError: the primary comparison is with a robust backbone; it has less than 80 % power, unless
+            ``allow_underpowered``; the pilot does not have it.
     """
     if manifest.primary is None:
         if pilot:
             raise InputError(f"{manifest.path} has no primary comparison that a pilot could plan: add primary to it")
         return _exploratory(manifest)
     primary, count = manifest.primary, len(manifest.seeds)
+    standard = _threat_model(manifest, primary.standard)
+    if standard is not None and standard.epsilon > 0:
+        raise InputError(
+            f"{manifest.path}: the standard of primary, {primary.standard}, was trained at {standard}; reports compare "
+            "with the standard backbone: give that"
+        )
     told = [f"primary: {primary.metric} of {primary.backbone} against {primary.standard}, task {primary.task}"]
     told += [f"its backbone was chosen: {primary.chosen}"] if primary.chosen else []
     told.append("all other comparisons are exploratory")

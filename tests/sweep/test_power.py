@@ -102,3 +102,23 @@ def test_setup_declares_the_comparison_for_the_report(
     declared = find_primary([tmp_path / "output"])
     assert declared is not None
     assert set(declared.runs) == {keys(plan)[f"voc-robust-seed{seed}"] for seed in (0, 1)}
+
+    # Until a run of it is done it may change; then more seeds may join it, and nothing else.
+    other = with_(content, "primary/metric", "bbox/AP50")
+    setup = ("sweep", "setup", *where, "--allow-underpowered")
+    for changed, status in ((other, 0), (content, 0)):
+        planned(tmp_path, changed)
+        assert run_tool(*setup)[0] == status
+    done = tmp_path / "output/runs" / declared.runs[0]
+    done.mkdir(parents=True)
+    (done / "record.json").write_text("{}")
+    for changed, status in ((other, 2), (SMALL, 2), (with_(content, "seeds", [0, 1, 2]), 0), (content, 2)):
+        planned(tmp_path, changed)
+        found, _, err = run_tool(*setup)
+        assert (found, "declared before" in err) == (status, status == 2)
+
+
+def test_a_primary_comparison_is_with_the_standard_backbone(tmp_path: Path) -> None:
+    swapped = {**PRIMARY, "backbone": "standard", "standard": "robust"}
+    with pytest.raises(InputError, match="robust, was trained at"):
+        check_power(study(tmp_path, with_(SMALL, "primary", swapped)))
