@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
         if len(faults) > options.most:
             print(f"... and {len(faults) - options.most} more: give --most {len(faults)} to see them")
         size = f"{len(content.get('images', [])):,} images, {len(content.get('annotations', [])):,} objects"
-        print(f"{name}: {size}, {counts['error']} errors, {counts['warning']} warnings")
+        told = [f"{counts[kind]} {kind}{'s' * (counts[kind] != 1)}" for kind in ("error", "warning")]
+        print(f"{name}: {size}, {', '.join(told)}")
         errors += counts["error"]
         if options.fix:
             place = "-".join(filter(None, (dataset.annotations.stem, dataset.split)))

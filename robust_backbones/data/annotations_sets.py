@@ -20,10 +20,13 @@ def datasets_root() -> Path:
 
 
 def locate(path: str | Path) -> Path:
-    """Where a data set's file or folder is: in ``datasets_root``, else in the working folder; the first if nowhere."""
+    """Where a data set's file or folder is: in ``datasets_root``, else in the working folder.
+
+    If it is nowhere, where the user will have meant it: in the former if DETECTRON2_DATASETS names one.
+    """
     path = Path(path).expanduser()
     places = [datasets_root() / path, path.absolute()]
-    return next((place for place in places if place.exists()), places[0])
+    return next((place for place in places if place.exists()), places["DETECTRON2_DATASETS" not in os.environ])
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,17 @@ class AnnotatedSet:
     def parse(cls, text: str) -> AnnotatedSet:
         """``annotations.json:IMAGES`` of COCO's format, ``FOLDER:LIST`` of VOC's; paths as ``locate`` finds them.
 
+        ``NAME=`` may stand before it, as in ``train``.
+
         Raises:
             InputError: it is neither.
         """
         first, colon, second = text.rpartition(":")
         if not (colon and first and second):
             raise InputError(f"{text!r} names no data set: give annotations.json:IMAGE_FOLDER, or VOC_FOLDER:LIST")
-        place = locate(first)
+        if not (place := locate(first)).exists() and "=" in first:
+            first = first.partition("=")[2]
+            place = locate(first)
         return cls(place, locate(second)) if first.endswith(".json") else cls(place, place / "JPEGImages", second)
 
     def check(

@@ -436,8 +436,10 @@ def _layout(name: str) -> str:
         year = os.path.relpath(metadata.dirname, root)
         parts = f"{year}/ImageSets/Main/{metadata.split}.txt, {year}/Annotations/*.xml and {year}/JPEGImages/*.jpg"
     elif "json_file" in metadata.as_dict():
-        paths = (metadata.json_file, metadata.get("image_root"))
-        parts = " and ".join(os.path.relpath(path, root) for path in paths if path)
+        paths = [path for path in (metadata.json_file, metadata.get("image_root")) if path]
+        if not all(Path(path).absolute().is_relative_to(root.absolute()) for path in paths):
+            return f"check the path; relative ones are of DETECTRON2_DATASETS (now {root}), else of the working folder"
+        parts = " and ".join(os.path.relpath(path, root) for path in paths)
     else:
         return "register it in Detectron2's standard format, which its tutorial on custom data sets describes"
     return f"DETECTRON2_DATASETS (now {root}) must name a folder with {parts}"

@@ -330,6 +330,7 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     status, out, _ = run_tool("check-data", where, "--masks")
     assert status == 0
     assert "3 images, 9 objects, 0 errors, 0 warnings" in out
+    assert run_tool("check-data", f"mine={where}", "--masks")[1] == out.replace(where, f"mine={where}")  # as in train
     rows = content["annotations"]
     rows[0]["bbox"] = [1, 2, 3, 4, 5]
     rows[1]["segmentation"] = []
