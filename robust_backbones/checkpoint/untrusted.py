@@ -36,9 +36,9 @@ from robust_backbones.errors import InputError
 METADATA = "__metadata__"
 """Key of a safetensors file's own strings in what ``read_file`` returns; the name that its header gives them."""
 
-# Checkpoints of large networks, optimiser included, take some tens of thousands; what people keep beside the weights,
-# such as the loss of every image, more. A number takes no more memory than a few times its bytes in the file.
-_MAX_OPERATIONS = 1_500_000
+# Checkpoints of large networks, optimiser included, take some tens of thousands. Numbers count apart: people keep many
+# beside the weights, such as the loss of every image, and each takes no more memory than a few times its bytes.
+_MAX_OPERATIONS = 500_000
 _MAX_NUMBERS = 10_000_000
 _NUMBERS = {"BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "NONE", "NEWTRUE", "NEWFALSE"}
 _MAX_ZIP_ENTRIES = 100_000
