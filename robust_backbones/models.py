@@ -145,6 +145,10 @@ def spec_from(content: Any) -> BackboneSpec:
     known = {field.name for field in fields(BackboneSpec)}
     if not isinstance(content, dict) or not content.keys() <= known:
         raise InputError(f"its spec is damaged: it has to hold {', '.join(sorted(known))}, and nothing else")
+    kinds: dict[str, Any] = {"num_classes": int, "stride_in_1x1": bool, "mean": list | tuple, "std": list | tuple}
+    for name, value in content.items():
+        if not isinstance(value, kinds.get(name, str)):
+            raise InputError(f"its spec is damaged: its {name} is of type {type(value).__name__}")
     spec = BackboneSpec(**content)
     if missing := known - {"stem"} - content.keys():  # files from before there was a choice of stems do not name it
         raise InputError(f"its spec is damaged: it lacks {', '.join(sorted(missing))}")

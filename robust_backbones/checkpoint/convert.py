@@ -23,7 +23,7 @@ from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 
 FORMAT = "robust_backbones.backbone/1"
-_WHO = {BY_FILE, BY_USER, ASSUMED}
+_WHO = (BY_FILE, BY_USER, ASSUMED)
 SUFFIXES = (".pkl", ".pth", ".safetensors")
 
 
@@ -203,7 +203,7 @@ class BackboneMetadata:
             raise InputError(f"its backbone metadata is not of the format {FORMAT}")
         fields.pop("overrides", None)  # for readers without this package; the spec gives them again
         spec, said = spec_from(fields.pop("spec", None)), fields.setdefault("said", dict.fromkeys(READING, BY_FILE))
-        if not (isinstance(said, dict) and said.keys() == set(READING) and {*said.values()} <= _WHO):
+        if not (isinstance(said, dict) and said.keys() == set(READING) and all(who in _WHO for who in said.values())):
             raise InputError("its backbone metadata cannot be read (said)")
         texts = {"layout": str, "source": str, "source_sha256": str, "threat_model": str | None}
         for name, kind in texts.items():

@@ -100,8 +100,8 @@ def read_checkpoint(
         checkpoint = _read(content, path, source, key, prefix, statement or Statement())
         if require_said:
             _check_said(checkpoint)
-    except InputError as error:
-        raise InputError(f"cannot use {path}: {error}") from None
+    except InputError as error:  # in one line, whatever a damaged file gives to show
+        raise InputError(f"cannot use {path}: {' '.join(str(error).split())[:2000]}") from None
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot use {path}: it is damaged ({error!r})") from None
     return checkpoint
