@@ -6,6 +6,7 @@ Detectron2 loads 0 of 265 tensors, or a backbone with another stride, channel or
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ _UNVERIFIED = "unverified_detector"
 # These use the file's four tensors as they are; with GN or LN the shapes fit too, and the features are others.
 _BATCH_NORMS = ("FrozenBN", "SyncBN", "BN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 _IN_FOLDERS = ("model_final.pth", "backbone.pkl", "checkpoint.pt")
-_HOW_TO_CONVERT = "convert it with `robust-backbones convert SRC DST.pkl` and give the .pkl"
+_AGAIN = "convert its source again with `robust-backbones convert SRC DST.pkl` and give the .pkl"
 
 
 class BackboneCheckpointer(DetectionCheckpointer):
@@ -83,7 +84,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if weights.startswith(HUB):
             name = weights.removeprefix(HUB)
             if is_repository(name):
-                raise InputError(f"{weights} is a repository: {_HOW_TO_CONVERT.replace('SRC', weights)}")
+                raise InputError(f"{weights} is a repository: {_how_to_convert(weights)}")
             raise InputError(f"{weights} is a name for the converter: give MODEL.WEIGHTS {PREFIX}{name}")
         path = fetch_url(weights) if is_url(weights) else Path(weights)
         if path.is_dir():
@@ -141,7 +142,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         try:
             self.metadata = metadata_in(content)
         except InputError as error:
-            raise InputError(f"{self._path}: {error}; {_HOW_TO_CONVERT}") from None
+            raise InputError(f"{self._path}: {error}; {_AGAIN}") from None
         if filename.endswith(".safetensors") and self.metadata is not None:
             tensors = {name: tensor for name, tensor in content.items() if name != METADATA}
             content = {"model": tensors, "matching_heuristics": True}
@@ -156,7 +157,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             self.logger.warning(f"{self._path} does not say how it was fed; assumed is its makers' way: {assumed}")
             content = {"model": tensors, "matching_heuristics": True}
         if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
-            raise InputError(f"{self._path} holds no Detectron2 weights: {_HOW_TO_CONVERT}")
+            raise InputError(f"{self._path} holds no Detectron2 weights: {_how_to_convert(self._path)}")
         self.unfilled = list(content.pop(_UNFILLED, []))
         self.unverified = content.pop(_UNVERIFIED, None)
         if self.metadata is None and not self.cfg.MODEL.BACKBONE.FROM_SCRATCH:
@@ -167,7 +168,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         """Note a detector of plain Detectron2; InputError unless it is one and is allowed."""
         rest = [name for name in tensors if not name.startswith(("backbone.", "pixel_"))]
         if not rest or len(rest) == len(tensors):
-            raise InputError(f"{self._path} does not say what backbone it holds: {_HOW_TO_CONVERT}")
+            raise InputError(f"{self._path} does not say what backbone it holds: {_how_to_convert(self._path)}")
         feeding = "the configuration's PIXEL_MEAN, PIXEL_STD and INPUT.FORMAT"
         if not self.cfg.MODEL.ALLOW_UNVERIFIED:
             raise InputError(
@@ -190,8 +191,9 @@ class BackboneCheckpointer(DetectionCheckpointer):
                 unfilled.append(name)
         filled = f"{len(names) - len(unfilled)} of the backbone's {len(names)} tensors"
         if unfilled and not (self.cfg.MODEL.BACKBONE.ALLOW_PARTIAL and len(unfilled) < len(names)):
+            mend = _how_to_convert(self._path) if self.metadata is None else _AGAIN
             raise InputError(
-                f"{self._path} fills {filled} (not {_some(unfilled)}): {_HOW_TO_CONVERT}"
+                f"{self._path} fills {filled} (not {_some(unfilled)}): {mend}"
                 + (", or --allow-partial-backbone to leave the rest random" if len(unfilled) < len(names) else "")
             )
         if unfilled:
@@ -212,6 +214,10 @@ class BackboneCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Nothing: the same warning for a right and for a wrong backbone is what hid the wrong ones."""
+
+
+def _how_to_convert(source: str | Path) -> str:
+    return f"convert it with `robust-backbones convert {shlex.quote(str(source))} DST.pkl` and give the .pkl"
 
 
 def _is_caffe2(content: Any) -> bool:

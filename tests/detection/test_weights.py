@@ -87,11 +87,11 @@ def another_architecture(make: Maker, folder: Path) -> str:
     return str(make("resnet34"))
 
 
-def follow(sentence: str, weights: str, folder: Path, run_tool: RunTool) -> list[str]:
+def follow(sentence: str, folder: Path, run_tool: RunTool) -> list[str]:
     """The overrides that the advice in an error leads to, after running the command that it names."""
-    if command := re.search(r"`robust-backbones convert SRC (\S+)`", sentence):
-        target = folder / command[1]
-        status, _, error = run_tool("convert", weights, target, "--no-verify")
+    if command := re.search(r"`robust-backbones (convert .*) (\S+)`", sentence):
+        target = folder / command[2]
+        status, _, error = run_tool(*shlex.split(command[1]), target, "--no-verify")
         assert status == 0, error
         return ["MODEL.WEIGHTS", str(target)]
     if overrides := re.search(r"add the overrides (.*)", sentence):
@@ -123,7 +123,7 @@ def test_the_advice_for_weights_that_do_not_fit_ends_in_ones_that_do(
         cfg = load_config(SHAPES_CONFIG, [*SMALL, "MODEL.DEVICE", "cpu", *overrides])
         with pytest.raises(InputError) as refused:
             load(cfg, cfg.MODEL.WEIGHTS)
-        overrides += follow(str(refused.value), cfg.MODEL.WEIGHTS, tmp_path, run_tool)
+        overrides += follow(str(refused.value), tmp_path, run_tool)
     cfg = load_config(SHAPES_CONFIG, [*SMALL, "MODEL.DEVICE", "cpu", *overrides])
     load(cfg, cfg.MODEL.WEIGHTS)
 
