@@ -183,8 +183,8 @@ def _numbers(values: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """An int or a float; True, a string or a tensor is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """An int or a float; True, a string or a tensor is none, nor an int that no float can be."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
 
 
 def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
