@@ -189,3 +189,13 @@ def test_a_fine_tuned_backbone_goes_to_torchvision_and_timm_and_back_bit_for_bit
         assert torch.equal(tensors[short], detector.state_dict()[name]), short
     load = BackboneCheckpointer(build_model(small_cfg), cfg=small_cfg).load
     load(str(tmp_path / "back.pkl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["wide_resnet101_2", "resnext101_64x4d"])
+def test_the_widest_networks_are_proven(
+    run_tool: Callable[..., tuple[int, str, str]], torchvision_file: Maker, tmp_path: Path, arch: str
+) -> None:
+    status, out, _ = run_tool("convert", torchvision_file(arch), tmp_path / "out.pkl")
+    assert status == 0
+    assert "features are equal" in out

@@ -1,0 +1,162 @@
+"""Nothing about a file is taken for granted: values, variants and second networks are said, chosen or refused."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from robust_backbones.checkpoint.convert import convert_file, read_backbone
+from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, BY_USER, READING
+from robust_backbones.checkpoint.sources import Statement, read_checkpoint
+from robust_backbones.commands import convert
+from robust_backbones.errors import InputError
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, build_backbone
+
+STATED = Statement(mean=IMAGENET_MEAN, std=IMAGENET_STD, channel_order="RGB", stride_in_1x1=False)
+UNITS_OF_255 = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Tensors:
+    return build_backbone(BackboneSpec("resnet18", 3)).half().state_dict()
+
+
+@pytest.fixture(scope="module")
+def bottlenecks() -> Tensors:
+    return build_backbone(BackboneSpec("resnet50", 3)).half().state_dict()
+
+
+def under(prefix: str, tensors: Tensors, more: float = 0) -> Tensors:
+    return {prefix + name: tensor + more for name, tensor in tensors.items()}
+
+
+def options(error: str) -> list[str]:
+    """The options that a message tells to give."""
+    return shlex.split(error[error.index("--") :].split(",")[0].split(", if")[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architecture": "resnetaa18"}, "says that it is resnetaa18"),
+        ({"architecture": "resnetblur18.in1k"}, r"says that it is resnetblur18\.in1k"),
+        ({"architecture": "resnet18", "model_args": {"output_stride": 8}}, "output_stride is 8"),
+        ({"architecture": "resnet18", "model_args": {"act_layer": "silu"}}, "act_layer is 'silu'"),
+        ({"model_type": "resnet", "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"model_type": "resnet", "downsample_in_first_stage": True}, "downsample_in_first_stage is True"),
+        ({"architecture": "resnet18", "pretrained_cfg": UNITS_OF_255}, "--mean 0.485 0.456 0.406"),
+    ],
+)
+def test_a_variant_without_tensors_of_its_own_is_refused(
+    tmp_path: Path, tensors: Tensors, config: dict[str, Any], message: str
+) -> None:
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    assert read_checkpoint(tmp_path / "model.safetensors", statement=STATED).spec.arch == "resnet18"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        read_checkpoint(tmp_path / "model.safetensors", statement=None if "pretrained_cfg" in config else STATED)
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet18.a1_in1k", "tv_resnet18", "gluon_resnet18_v1b"])
+def test_other_names_of_the_same_network_are_known(tmp_path: Path, tensors: Tensors, architecture: str) -> None:
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    cfg = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    config = {"architecture": architecture, "model_args": {"num_classes": 3}, "pretrained_cfg": cfg}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+    assert checkpoint.spec.mean == (0.5,) * 3
+    assert checkpoint.said == {**dict.fromkeys(READING, BY_FILE), "channel_order": ASSUMED}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"arch": "resnetblur18"},
+        {"pytorch-lightning_version": "2", "hyper_parameters": {"backbone": "resnetaa18"}},
+        {"model_args": {"act_layer": "silu"}},
+    ],
+)
+def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors, entries: dict[str, Any]) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({"state_dict": tensors, "arch": "my resnet"}, path)
+    read_checkpoint(path, statement=STATED)
+    torch.save({"state_dict": tensors, **entries}, path)
+    with pytest.raises(InputError, match="other features"):
+        read_checkpoint(path, statement=STATED)
+
+
+def test_a_normaliser_in_units_of_0_255_is_mended_by_what_the_message_says(tmp_path: Path, tensors: Tensors) -> None:
+    layer = {f"0.{name}": torch.tensor(values).view(1, 3, 1, 1) for name, values in UNITS_OF_255.items()}
+    path = tmp_path / "file.pth"
+    torch.save(layer | under("1.", tensors), path)
+    with pytest.raises(InputError, match="divided by 255") as refused:
+        read_checkpoint(path)
+    parsed = convert.parse([str(path), "out.pkl", *options(str(refused.value))])
+    checkpoint = convert.read(parsed)
+    assert (checkpoint.spec.mean, checkpoint.spec.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert checkpoint.said["mean"] == BY_USER
+
+
+def test_what_is_assumed_is_marked_in_the_written_file_and_refused_on_demand(
+    tmp_path: Path, bottlenecks: Tensors
+) -> None:
+    path, converted = tmp_path / "file.pth", tmp_path / "out.pkl"
+    torch.save(bottlenecks, path)
+    checkpoint = read_checkpoint(path, statement=Statement(mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    said = {"mean": BY_USER, "std": BY_USER, "channel_order": ASSUMED, "stride_in_1x1": ASSUMED}
+    assert checkpoint.said == said
+    assert "RGB (assumed)" in convert_file(checkpoint, converted).reading
+    assert read_backbone(converted)[1].said == said
+    again = read_checkpoint(converted).said
+    assert again == {**said, "mean": BY_FILE, "std": BY_FILE}  # an assumption stays one
+    with pytest.raises(InputError, match="neither it nor you say") as refused:
+        read_checkpoint(path, require_said=True)
+    parsed = convert.parse([str(path), "out.pkl", "--require-said", *options(str(refused.value))])
+    assert set(convert.read(parsed).said.values()) == {BY_USER}
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix"), [("net", None), ("network", None), (None, "model."), (None, "ema_model"), ("b", "model.")]
+)
+def test_several_networks_are_listed_and_one_is_chosen(
+    tmp_path: Path, tensors: Tensors, key: str | None, prefix: str | None
+) -> None:
+    path = tmp_path / "file.pth"
+    if key in ("net", "network"):
+        content: dict[str, Any] = {"net": tensors, "network": under("", tensors, more=1)}
+        chosen = content[key]
+    else:
+        both = under("model.", tensors) | under("ema_model.", tensors, more=1)
+        content = both if key is None else {"a": under("model.", tensors, more=2), "b": both}
+        chosen = tensors if (prefix or "").startswith("model") else under("", tensors, more=1)
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"resnet18, 122 tensors, 21\.3 MB") as refused:
+        read_checkpoint(path, statement=STATED)
+    assert all(f"--{name} {value}" in str(refused.value) for name, value in (("key", key), ("prefix", prefix)) if value)
+    checkpoint = read_checkpoint(path, key=key, prefix=prefix, statement=STATED)
+    assert all(torch.equal(tensor, chosen[name]) for name, tensor in checkpoint.state_dict.items())
+    with pytest.raises(InputError, match="it holds no network at --key 'other'"):
+        read_checkpoint(path, key="other", statement=STATED)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layer1.0.bn1.running_var", torch.full((64,), -0.5), "a variance of -0.5, below 0"),
+        ("layer1.0.conv1.weight", torch.ones(64, 64, 3, 3, dtype=torch.int8), "holds int8, not floats"),
+        ("layer1.0.conv1.weight", torch.ones(64, 64, 3, 3, dtype=torch.bool), "holds bool, not floats"),
+    ],
+)
+def test_weights_that_no_network_has_are_refused_by_name(
+    tmp_path: Path, tensors: Tensors, name: str, value: Tensor, message: str
+) -> None:
+    torch.save({**tensors, name: value}, tmp_path / "file.pth")
+    with pytest.raises(InputError, match=f"{name} holds .*" if message.startswith("a ") else name) as refused:
+        read_checkpoint(tmp_path / "file.pth")
+    assert message in str(refused.value)
