@@ -24,7 +24,17 @@ from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
 from robust_backbones.checkpoint.zoo import cache_folder
-from robust_backbones.data.annotations import LEAVES, MISSING, NO_AREA, Fault, Use, check_coco, read_json, usable_mask
+from robust_backbones.data.annotations import (
+    LEAVES,
+    MISSING,
+    NO_AREA,
+    Fault,
+    Use,
+    check_coco,
+    mask_problem,
+    read_json,
+    usable_mask,
+)
 from robust_backbones.data.annotations_images import UNREADABLE, check_images
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
 from robust_backbones.data.annotations_voc import read_voc, voc_classes
@@ -136,13 +146,16 @@ def _load_coco(file: str, folder: str, name: str) -> Items:
     for row in content.get("annotations", []):
         thing = {key: row[key] for key in ("iscrowd", "bbox") if key in row}
         thing |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": numbers[row["category_id"]]}
-        if (mask := usable_mask(row.get("segmentation"))) is not None:
+        image = items[row["image_id"]]
+        mask = usable_mask(row.get("segmentation"))
+        # Where masks are used, the check has refused broken ones; boxes alone do without.
+        if mask is not None and not (isinstance(mask, dict) and mask_problem(mask, image["width"], image["height"])):
             if isinstance(mask, dict) and isinstance(mask["counts"], list):
                 mask = mask_tools.frPyObjects(mask, *mask["size"])
             thing["segmentation"] = mask
         if points := row.get("keypoints"):  # pixel indices, but for the visibility
             thing["keypoints"] = [value + 0.5 if place % 3 != 2 else value for place, value in enumerate(points)]
-        items[row["image_id"]]["annotations"].append(thing)
+        image["annotations"].append(thing)
     return list(items.values())
 
 
