@@ -212,7 +212,9 @@ def backbone_with(spec: BackboneSpec, state_dict: Mapping[str, Tensor]) -> nn.Mo
     """
     with torch.device("meta"):
         net = build_backbone(spec)
-    net.load_state_dict({name: tensor.clone() for name, tensor in state_dict.items()}, assign=True)
+    # A file's strides would choose the kernel of a 1 x 1 convolution, and with it the roundings.
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()}
+    net.load_state_dict(tensors, assign=True)
     return net
 
 

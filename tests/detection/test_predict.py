@@ -84,7 +84,8 @@ def assert_same(rows: list[dict], found: Instances, ids: list[int]) -> None:
     assert [row["category_id"] for row in rows] == [ids[index] for index in found.pred_classes]
     for row, mask in zip(rows, found.pred_masks.numpy(), strict=True):
         assert isinstance(row["segmentation"]["counts"], str)
-        assert np.array_equal(mask_util.decode(row["segmentation"]), mask)
+        # A pixel whose probability is the threshold but for rounding may fall on either side.
+        assert np.mean(mask_util.decode(row["segmentation"]) != mask) < 1e-4
 
 
 def test_results_are_those_of_detectron2(
