@@ -13,6 +13,7 @@ Exit status: 0 done, 2 bad input.
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,8 +29,8 @@ RESULTS = "coco_results.json"
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    images = find_images(options.images)
-    pictures = name_pictures(images, options.output)
+    found = find_images(options.images)
+    name_pictures(found, options.output)  # refused before the detector is read
 
     from robust_backbones.detection.predictor import Predictor
     from robust_backbones.detection.visualize import draw_objects, objects_in, read_rgb, write_picture
@@ -40,10 +41,22 @@ def main(arguments: list[str]) -> int:
         device=options.device,
         allow_unverified=options.allow_unverified_detector,
     )
-    hidden = None if len(images) > 1 else True  # tqdm shows itself in a terminal when None
-    for image in tqdm(images, "checking images", unit="img", disable=hidden, leave=False):
-        read_rgb(image)  # a broken one is found before the first is written
-    rows = []
+    hidden = None if len(found) > 1 else True  # tqdm shows itself in a terminal when None
+    images, left_out = [], []
+    for image in tqdm(found, "checking images", unit="img", disable=hidden, leave=False):
+        try:
+            read_rgb(image)  # a broken one is found before the first is written
+        except InputError as error:
+            if not options.skip_unreadable:
+                raise InputError(f"{error}, or give --skip-unreadable to leave it out") from None
+            left_out.append(error)
+        else:
+            images.append(image)
+    if not images:
+        raise InputError(f"no image can be read, the first: {left_out[0]}")
+    for reason in left_out:
+        print(f"warning: left out: {reason}", file=sys.stderr)
+    rows, pictures = [], name_pictures(images, options.output)
     for image, picture, number in zip(
         tqdm(images, "detecting", unit="img", disable=hidden, leave=False), pictures, image_ids(images), strict=True
     ):
@@ -67,6 +80,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--allow-unverified-detector", action="store_true", help="take a detector of plain Detectron2")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")
     parser.add_argument("--min-score", type=float, default=0.5, help="of what is drawn, in [0, 1] (default 0.5)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=DEVICE)
     options = parser.parse_args(arguments)
     check_device(options.device)

@@ -16,6 +16,7 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from numpy.typing import NDArray
 
+from robust_backbones.data.annotations_images import check_image
 from robust_backbones.detection.datasets import check_datasets, class_names, match_classes, register_datasets
 from robust_backbones.detection.predictor import Predictor
 from robust_backbones.errors import InputError
@@ -133,7 +134,8 @@ def draw_objects(
 
 
 def read_rgb(file_name: str | Path) -> NDArray[np.uint8]:
-    """An image file as (H, W, 3) uint8 RGB, as its EXIF data turn it; InputError if it cannot be read."""
+    """An image file as (H, W, 3) uint8 RGB, as its EXIF data turn it; InputError if it has no right pixels."""
+    check_image(file_name)
     try:
         return read_image(str(file_name), "RGB")
     except Exception as error:  # Pillow's decoders fail on damaged files in many ways

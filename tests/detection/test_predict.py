@@ -223,6 +223,19 @@ def test_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert [str(path) for path in found] == ["z.webp", "folder/c.jpg", "folder/a.jpeg", "folder/b.PNG"]
 
 
+def test_unreadable_images_are_left_out_as_if_they_were_not_there(
+    run: Path, odd_images: list[Path], tmp_path: Path, run_tool: RunTool
+) -> None:
+    folder, results = odd_images[0].parent, []
+    for skip in ([], ["--skip-unreadable"]):
+        status, _, err = run_tool("predict", folder, "--weights", run, "--output", tmp_path / "out", *skip)
+        assert status == 0, err
+        results.append(json.loads((tmp_path / "out/coco_results.json").read_text()))
+        (folder / "cut.jpg").write_bytes(odd_images[1].read_bytes()[:3000])
+    assert results[0] == results[1]
+    assert "cut.jpg" in err
+
+
 def test_pictures_of_equal_names_are_all_written(
     run: Path, odd_images: list[Path], tmp_path: Path, run_tool: RunTool
 ) -> None:
@@ -262,7 +275,8 @@ def test_what_is_refused(
     image, folder = odd_images[0], odd_images[0].parent
     for name in ("empty", "no_config", "no_weights", "wrong"):
         (tmp_path / name).mkdir()
-    (tmp_path / "broken").mkdir()
+    for name in ("broken", "deep"):
+        (tmp_path / name).mkdir()
     whole = odd_images[1].read_bytes()
     (tmp_path / "broken/1.jpg").write_bytes(whole)
     (tmp_path / "broken/2.jpg").write_bytes(whole[: len(whole) // 2])
@@ -280,7 +294,12 @@ def test_what_is_refused(
     assert f"no image (.jpg, .png or another format of Pillow's) in {tmp_path / 'empty'}" in refused(
         image, tmp_path / "empty", *right
     )
-    assert "broken/2.jpg" in refused(tmp_path / "broken", *right)
+    Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "deep/2.png")
+    for broken in ("broken/2.jpg", "deep/2.png"):
+        told = refused((tmp_path / broken).parent, *right)
+        assert broken in told
+        assert "--skip-unreadable" in told
+    assert "no image can be read" in refused(tmp_path / "deep", *right, "--skip-unreadable")
     assert "config.yaml" in refused(run / "config.yaml", *right)
     assert "grey.jpg exists" in refused(image, *right, output=_with_a_picture(tmp_path / "mine"))
     assert "turned.jpg exists" in refused(folder, *right, output=folder)
