@@ -7,12 +7,14 @@ Examples:
     python tools/benchmark.py all --data DATA
     python tools/benchmark.py page
     python tools/benchmark.py robustness --data cifar10 --output runs/cifar10
+    python tools/benchmark.py step-counts --batches 2 8
 
 Each benchmark checks that all ways compute the same, times them in turns, prints a table with ratios and what was to
 be reached, and leaves a record, OUTPUT/NAME.json. `all` runs every one but those that OUTPUT holds already; `page`
 makes docs/benchmarks.md of the records. `robustness` trains a ResNet-18 on 32 px images twice with one budget, without
-and with PGD at Linf 8/255, and measures both against PGD-20; it goes on where it was cut off. Exit status: 0 done, 1
-the ways do not compute the same, 2 bad input. --debug shows tracebacks.
+and with PGD at Linf 8/255, and measures both against PGD-20; it goes on where it was cut off. `step-counts` counts how
+often a training step waits for the device, and its aten calls, without a GPU. Exit status: 0 done, 1 the ways do not
+compute the same, 2 bad input. --debug shows tracebacks.
 """
 
 import shutil
@@ -33,6 +35,7 @@ from benchmarks.memory import Memory
 from benchmarks.page import summary, write_page
 from benchmarks.probe import Probe
 from benchmarks.robustness_gain import Robustness
+from benchmarks.step_counts import StepCounts, last_line, table
 from benchmarks.training_step import TrainingStep
 from benchmarks.work import Work
 
@@ -78,6 +81,7 @@ Arguments = (
     | Annotated[All, tyro.conf.subcommand("all")]
     | Annotated[Page, tyro.conf.subcommand("page")]
     | Annotated[Robustness, tyro.conf.subcommand("robustness")]
+    | Annotated[StepCounts, tyro.conf.subcommand("step-counts")]
 )
 
 
@@ -99,6 +103,9 @@ def main(arguments: list[str]) -> int:
             print(f"written: {options.page}")
         case Robustness():
             print(f"\n{options.measure()}\n\ntable.md and curves.png are in {options.output}")
+        case StepCounts():
+            rows = options.count()
+            print(f"{table(rows)}\n{last_line(rows)}")
         case _:
             _measure(options)
     return 0

@@ -48,7 +48,7 @@ class DetectorAttack(Work):
 def train(*, height: int, width: int, steps: int, device: str) -> Side:
     from detectron2.utils.events import EventStorage
 
-    model, samples = random_detector((height, width), images=1, device=device)
+    _, model, samples = random_detector((height, width), images=1, device=device)
 
     def run() -> None:
         for _ in range(steps):
@@ -65,7 +65,7 @@ def attack(*, height: int, width: int, steps: int, loss: Any, device: str) -> Si
     from robust_backbones.detection.attacks import frozen_losses, loss_function
     from robust_backbones.threat_models import ThreatModel
 
-    model, samples = random_detector((height, width), images=1, device=device)
+    _, model, samples = random_detector((height, width), images=1, device=device)
     image = samples[0]["image"][None].to(model.device) / 255
     config = Config(threat_model=ThreatModel("Linf", 4 / 255), loss=loss, steps=steps)
 

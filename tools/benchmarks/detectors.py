@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,15 @@ CONFIG = TOOLS.parent / "detectron_configs/COCO-InstanceSegmentation/mask_rcnn_R
 
 
 def random_detector(
-    size: tuple[int, int], *, images: int, device: str, config: Path = CONFIG, fast_roi_align: bool | None = True
-) -> tuple[Any, list[dict[str, Any]]]:
-    """(Model in training mode, samples of three objects each), the same at every call.
+    size: tuple[int, int],
+    *,
+    images: int,
+    device: str,
+    config: Path = CONFIG,
+    fast_roi_align: bool | None = True,
+    overrides: Sequence[object] = (),
+) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """(Configuration, model in training mode, samples of three objects each), the same at every call.
 
     ``fast_roi_align`` is MODEL.FAST_ROI_ALIGN; with None the model is as Detectron2 builds it.
     """
@@ -28,7 +35,7 @@ def random_detector(
     from robust_backbones.detection.config import load_config
     from robust_backbones.detection.trainer import Trainer
 
-    cfg = load_config(config, ["MODEL.DEVICE", device, "MODEL.FAST_ROI_ALIGN", bool(fast_roi_align)])
+    cfg = load_config(config, ["MODEL.DEVICE", device, "MODEL.FAST_ROI_ALIGN", bool(fast_roi_align), *overrides])
     torch.manual_seed(0)
     model = (build_model(cfg) if fast_roi_align is None else Trainer.build_model(cfg)).train()
     height, width = size
@@ -42,4 +49,4 @@ def random_detector(
         {"image": torch.randint(256, (3, height, width), dtype=torch.uint8), "instances": instances}
         for _ in range(images)
     ]
-    return model, samples
+    return cfg, model, samples

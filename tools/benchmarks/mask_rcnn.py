@@ -69,7 +69,9 @@ class MaskRCNN(Work):
 def step(*, height: int, width: int, batch_size: int, fast_roi_align: bool | None, bf16: bool, device: str) -> Side:
     from detectron2.utils.events import EventStorage
 
-    model, samples = random_detector((height, width), images=batch_size, device=device, fast_roi_align=fast_roi_align)
+    _, model, samples = random_detector(
+        (height, width), images=batch_size, device=device, fast_roi_align=fast_roi_align
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
     first: Arrays = {}
 

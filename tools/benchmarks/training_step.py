@@ -176,23 +176,6 @@ def plain(*, checkpoint: str, images: str, epsilon: float, device: str, channels
     layout = torch.channels_last if channels_last else torch.contiguous_format
     pixels = pixels.contiguous(memory_format=layout)
 
-    def step(model: NormalizedModel, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
-        model.eval()
-        delta = torch.zeros_like(pixels)
-        for _ in range(3):
-            delta.requires_grad_()
-            (gradient,) = torch.autograd.grad(F.cross_entropy(model(pixels + delta), labels), delta)
-            # A gradient of exactly zero, which a trained network has where it is sure, moves nothing.
-            delta = delta.detach() + 2 / 3 * epsilon * gradient / _norms(gradient).clamp(min=1e-10)
-            delta = delta * (epsilon / _norms(delta)).clamp(max=1)
-            delta = (pixels + delta).clamp(0, 1) - pixels
-        model.train()
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(pixels + delta), labels)
-        loss.backward()
-        optimizer.step()
-        return pixels + delta, loss.detach()
-
     def fresh() -> tuple[NormalizedModel, torch.optim.Optimizer]:
         model = load_network(checkpoint, device).to(memory_format=layout)
         return model, _optimizer(model)
@@ -200,10 +183,31 @@ def plain(*, checkpoint: str, images: str, epsilon: float, device: str, channels
     timed = fresh()
 
     def result() -> Arrays:
-        adversarial, loss = step(*fresh())
+        adversarial, loss = plain_step(*fresh(), pixels, labels, epsilon)
         return _compared(checkpoint, pixels, adversarial, labels, float(loss), device)
 
-    return Side(lambda: step(*timed), result)
+    return Side(lambda: plain_step(*timed, pixels, labels, epsilon), result)
+
+
+def plain_step(
+    model: NormalizedModel, optimizer: torch.optim.Optimizer, pixels: Tensor, labels: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """One step of PGD-3 training: its examples and its loss."""
+    model.eval()
+    delta = torch.zeros_like(pixels)
+    for _ in range(3):
+        delta.requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(pixels + delta), labels), delta)
+        # A gradient of exactly zero, which a trained network has where it is sure, moves nothing.
+        delta = delta.detach() + 2 / 3 * epsilon * gradient / _norms(gradient).clamp(min=1e-10)
+        delta = delta * (epsilon / _norms(delta)).clamp(max=1)
+        delta = (pixels + delta).clamp(0, 1) - pixels
+    model.train()
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(pixels + delta), labels)
+    loss.backward()
+    optimizer.step()
+    return pixels + delta, loss.detach()
 
 
 def madry(*, checkpoint: str, images: str, epsilon: float, use_best: bool, device: str) -> Side:
