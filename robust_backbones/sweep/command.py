@@ -6,23 +6,29 @@ Examples:
     robust-backbones sweep launch studies/coco_segmentation.yaml --executor slurm
     robust-backbones sweep status studies/small.yaml --watch
     robust-backbones sweep collect studies/small.yaml --to records
+    robust-backbones sweep launch studies/small.yaml --minutes 9
+    robust-backbones sweep pack studies/small.yaml --to bundle
+    robust-backbones sweep unpack studies/small.yaml --bundle bundle
 
 A manifest says what is compared; studies/ has those of the paper. `setup` checks everything that it names, says what
 the seeds can find (a primary comparison with less than 80 % power is refused), and writes the plan; `launch` does so
 too, and starts every run that is not done: one after the other (here), several at once (local), or as jobs of a cluster
 (slurm). A run's folder is named by its settings and weights: a changed setting is another run, a finished run is never
 run again, and one that failed or was interrupted is resumed at the next launch. Two launches of one study are kept
-apart. Exit status: 0 done, 1 runs failed, 2 bad input, 75 stopped by a signal (the runs have written their states).
+apart. With `--minutes`, a launch starts only what ends in time; `pack` and `unpack` take the study to another machine.
+Exit status: 0 done, 1 runs failed, 2 bad input, 75 stopped by a signal or out of time (the runs have written their
+states).
 --debug shows tracebacks.
 """
 
+import math
 import os
 import signal
 import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -37,6 +43,7 @@ from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.locks import lock, owner_of
 from robust_backbones.runs.signals import STOP_SIGNALS, stop_on_signals
+from robust_backbones.sweep.bundle import pack, unpack
 from robust_backbones.sweep.expand import expand, missing_data
 from robust_backbones.sweep.launcher import ClusterExecutor, LocalExecutor, launch
 from robust_backbones.sweep.manifest import Manifest, read_manifest
@@ -78,6 +85,8 @@ class LaunchOptions(SetupOptions):
     """Runs of one process that share a GPU, for those that leave it idle most of the time."""
     gpus: bool = True
     """--no-gpus: jobs of the cluster ask for none."""
+    minutes: float = math.inf
+    """Start only runs that end within so many minutes, as far as earlier ones tell, and end by then; not with slurm."""
 
 
 @dataclass
@@ -96,23 +105,52 @@ class CollectOptions(StudyOptions):
     """Folder to copy them to, as KEY/record.json: records alone, no weights."""
 
 
+@dataclass
+class PackOptions(StudyOptions):
+    """Write what another machine needs to go on: results, and the weights that the next runs start from."""
+
+    to: Path = field(kw_only=True)
+    """Folder of the bundle; an earlier bundle of the study there is replaced."""
+    part_mib: int = 16
+    """No file of it is larger."""
+
+
+@dataclass
+class UnpackOptions(StudyOptions):
+    """Set up, and add a bundle to the study's folder."""
+
+    bundle: Path = field(kw_only=True)
+    """What `pack` wrote on the other machine."""
+
+
 Options = (
     Annotated[SetupOptions, tyro.conf.subcommand("setup")]
     | Annotated[LaunchOptions, tyro.conf.subcommand("launch")]
     | Annotated[StatusOptions, tyro.conf.subcommand("status")]
     | Annotated[CollectOptions, tyro.conf.subcommand("collect")]
+    | Annotated[PackOptions, tyro.conf.subcommand("pack")]
+    | Annotated[UnpackOptions, tyro.conf.subcommand("unpack")]
 )
 
 
 def main(arguments: list[str]) -> int:
-    options: SetupOptions | LaunchOptions | StatusOptions | CollectOptions
+    options: SetupOptions | LaunchOptions | StatusOptions | CollectOptions | PackOptions | UnpackOptions
     options = cli.parse(Options, arguments, description=__doc__)
     manifest = read_manifest(options.manifest, options.output)
     if isinstance(options, StatusOptions):
         return show(manifest.output, watch=options.watch)
     if isinstance(options, CollectOptions):
         return collect(Plan.read(manifest.output), options.to)
+    if isinstance(options, PackOptions):
+        return pack_study(Plan.read(manifest.output), options)
     plan = expand(manifest)
+    if isinstance(options, UnpackOptions):
+        with lock(plan.output / "lock.json"):
+            plan.set_up()
+            further = unpack(plan, options.bundle)
+        done = count(plan.states().values())["done"]
+        print(f"{len(further)} runs are further than before; {done} of {len(plan.runs)} are done in {plan.output}")
+        return 0
     told = check_power(manifest, pilot=options.pilot, allow_underpowered=options.allow_underpowered)
     with stop_on_signals((*STOP_SIGNALS, signal.SIGINT)) as stop, lock(plan.output / "lock.json") as dead:
         if dead:
@@ -123,7 +161,8 @@ def main(arguments: list[str]) -> int:
             return 0
         print(", ".join(f"{number} {state}" for state, number in count(plan.states().values()).items() if number))
         executor = executor_for(plan, manifest, options)
-        return launch(plan, executor, stop=lambda: bool(stop), say=partial(print, flush=True))
+        say = partial(print, flush=True)
+        return launch(plan, executor, minutes=options.minutes, stop=lambda: bool(stop), say=say)
 
 
 def set_up(plan: Plan, manifest: Manifest) -> None:
@@ -166,6 +205,11 @@ def check_declared(plan: Plan, primary: Primary | None) -> None:
 
 def executor_for(plan: Plan, manifest: Manifest, options: LaunchOptions) -> LocalExecutor | ClusterExecutor:
     processes = options.processes or manifest.cluster.processes
+    if options.minutes <= 0 or (options.executor == "slurm" and options.minutes < math.inf):
+        raise InputError(
+            f"--minutes {options.minutes:g} is for runs of this machine, and above 0: leave it out, on Slurm set hours "
+            "under cluster: of the manifest"
+        )
     if options.executor == "slurm":
         cluster = replace(manifest.cluster, executor="slurm", processes=processes)
         return ClusterExecutor(plan, cluster, jobs=options.jobs or 256, gpus=options.gpus)
@@ -179,6 +223,17 @@ def executor_for(plan: Plan, manifest: Manifest, options: LaunchOptions) -> Loca
     side_by_side = max(1, (len(gpus) or os.cpu_count() or 1) // processes)
     jobs = 1 if options.executor == "here" else options.jobs or side_by_side
     return LocalExecutor(plan, jobs=jobs, processes=processes, gpus=gpus)
+
+
+def pack_study(plan: Plan, options: PackOptions) -> int:
+    if options.part_mib < 1:
+        raise InputError(f"--part-mib {options.part_mib} is no size: give 1 or more")
+    with lock(plan.output / "lock.json"):
+        files = pack(plan, options.to, part_bytes=options.part_mib << 20)
+    size = sum(path.stat().st_size for path in files) / 2**20
+    print(f"next: robust-backbones sweep unpack {options.manifest} --bundle {options.to}, on the other machine")
+    print(f"{len(files)} files of {size:.1f} MiB in all are in {options.to}")
+    return 0
 
 
 def show(output: Path, *, watch: bool) -> int:
@@ -199,7 +254,7 @@ def show(output: Path, *, watch: bool) -> int:
 def status_text(plan: Plan) -> str:
     """Runs by group and state; then every one that is at work, was interrupted or failed."""
     states = plan.states()
-    left, total = plan.remaining_seconds(states)
+    left, total = plan.seconds_left(states), plan.time_left(states)
     groups = list(dict.fromkeys(run.group for run in plan.runs))
     counts = {group: count(states[run.key] for run in plan.runs if run.group == group) for group in groups}
     counts["total"] = count(states.values())
@@ -208,7 +263,8 @@ def status_text(plan: Plan) -> str:
     for run in plan.runs:
         state = states[run.key]
         if state in ("running", "preempted"):
-            time_left = f", {duration(left[run.key])} to go" if run.key in left else ""
+            seconds = left[run.key] if state == "running" else None
+            time_left = "" if seconds is None else f", {duration(seconds)} to go"
             lines.append(f"{state}: {run.key}: {100 * plan.progress(run):.0f} %{time_left}")
         elif state == "failed":
             lines.append(f"failed: {run.key}: {plan.last_line(run)} (see {plan.log(run)})")

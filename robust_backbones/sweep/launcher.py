@@ -6,13 +6,14 @@ An interrupted run is resumed; a failed one stops nothing but the runs that need
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ KILLED = -signal.SIGKILL
 """Status of a run that ended without saying how."""
 RESTARTS = 5
 """How often one launch resumes a run that was interrupted."""
+SPARE = 1.2
+"""How much longer than expected a run may take and still be started, where the time is limited."""
 _CPUS_PER_PROCESS = 4
 _QUEUED = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING")
 
@@ -204,6 +207,7 @@ def launch(
     plan: Plan,
     executor: LocalExecutor | ClusterExecutor,
     *,
+    minutes: float = math.inf,
     stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = print,
     pause: float = 1.0,
@@ -211,15 +215,18 @@ def launch(
     """Run all of ``plan`` that is not done; the caller holds the lock of its folder.
 
     Args:
+        minutes: start only runs that end within them, by the pace of earlier ones of their group. Of a group that has
+            not shown its pace one run is started. Whatever is still at work shortly before the end is asked to stop.
         stop: true once this process was asked to stop. Runs are then asked to, and waited for.
         pause: seconds between looks at the runs.
 
     Returns:
-        the exit status: 0 all are done, 1 some failed, 75 asked to stop.
+        the exit status: 0 all are done, 1 some failed, 75 asked to stop, or out of time.
     """
+    deadline = time.monotonic() + 60 * minutes * 0.95  # the rest is for the runs to write their states
     runs = {run.key: run for run in plan.runs}
     handles, failed, starts = executor.running(), set[str](), Counter[str]()
-    stopping = False
+    stopping, too_long = False, 0
     while True:
         for key, handle in [*handles.items()]:
             if (status := handle.poll()) is None:
@@ -234,26 +241,29 @@ def launch(
             else:
                 failed.add(key)
                 say(f"failed: {key}: {plan.last_line(runs[key])} (see {plan.log(runs[key])})")
-        if stop() and not stopping:
+        out_of_time = time.monotonic() > deadline
+        if (stop() or out_of_time) and not stopping:
             stopping = True
             for key, handle in [*handles.items()]:
                 if isinstance(handle, subprocess.Popen):
                     handle.terminate()
                 else:  # a job stays the cluster's: the next launch finds it there
                     del handles[key]
-            say(f"asked to stop: waiting for {len(handles)} runs to write their state")
+            why = "out of time" if out_of_time else "asked to stop"
+            say(f"{why}: waiting for {len(handles)} runs to write their state")
         states = plan.states()
         if not stopping:
-            started = executor.start(
-                [
-                    run
-                    for run in plan.runs
-                    if states[run.key] in ("ready", "preempted", "failed")
-                    and run.key not in handles
-                    and run.key not in failed
-                    and all(states[key] == "done" for key in run.needs)
-                ]
-            )
+            ready = [
+                run
+                for run in plan.runs
+                if states[run.key] in ("ready", "preempted", "failed")
+                and run.key not in handles
+                and run.key not in failed
+                and all(states[key] == "done" for key in run.needs)
+            ]
+            fitting = _fitting(plan, states, ready, handles, deadline - time.monotonic())
+            too_long = len(ready) - len(fitting)
+            started = executor.start(fitting)
             handles |= started
             starts.update(list(started))
             for key in started:
@@ -268,5 +278,24 @@ def launch(
     text = f"{found['done']} of {len(plan.runs)} runs are done"
     text += f", {len(failed)} failed" if failed else ""
     text += f", {left - len(failed)} are left" if left > len(failed) else ""
+    text += f"; {too_long} would not end in time" if too_long and not stopping else ""
     say(text + (": give the same command again" if left else ""))
-    return 0 if not left else PreemptedError.exit_status if stopping else 1
+    return 0 if not left else PreemptedError.exit_status if stopping or (too_long and not failed) else 1
+
+
+def _fitting(
+    plan: Plan, states: Mapping[str, str], ready: Sequence[Run], running: Iterable[str], seconds: float
+) -> list[Run]:
+    """Those of ``ready`` that end within ``seconds``; of a group without a pace the first, unless one is running."""
+    if seconds == math.inf:
+        return [*ready]
+    expected = plan.seconds_left(states)
+    measuring = {plan.run(key).group for key in running}
+    fitting = []
+    for run in ready:
+        if (left := expected[run.key]) is None and run.group not in measuring:
+            measuring.add(run.group)
+            fitting.append(run)
+        elif left is not None and SPARE * left < seconds:
+            fitting.append(run)
+    return fitting

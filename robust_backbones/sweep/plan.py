@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from robust_backbones.errors import InputError, PreemptedError
@@ -129,10 +130,18 @@ class Plan:
         return [path for path in paths if path.name == "record.json" and path.exists()]
 
     def states(self) -> dict[str, str]:
-        """One of ``STATES`` for every run, by what lies on disk."""
+        """One of ``STATES`` for every run, by what lies on disk.
+
+        What leaves no record, such as a conversion, is done as well once all that needs it is.
+        """
         found: dict[str, str] = {}
+        users: dict[str, list[Run]] = {}
         for run in self.runs:
-            if self.is_done(run):
+            for key in run.needs:
+                users.setdefault(key, []).append(run)
+        for run in self.runs:
+            own = [] if "record.json" in run.results else users.get(run.key, [])
+            if self.is_done(run) or (own and all(map(self.is_done, own))):
                 found[run.key] = "done"
             elif owner_of(self.job(run) / "lock.json"):
                 found[run.key] = "running"
@@ -165,36 +174,42 @@ class Plan:
         errors = [line for line in lines[start:] if line.startswith("error: ")]
         return (errors or lines or [""])[-1]
 
-    def remaining_seconds(self, states: Mapping[str, str]) -> tuple[dict[str, float], float | None]:
-        """How long each running run will take, where that is known, and all that is left; None: nobody knows yet.
+    def pace(self, run: Run, state: str) -> float | None:
+        """Seconds that the whole run takes, by its records or its last attempt; None where neither says."""
+        if state == "done" and (records := self.records(run)):
+            return float(sum(json.loads(path.read_text())["seconds"] for path in records))
+        attempt = Attempt.read(self.job(run))
+        if attempt and state == "running":
+            attempt = replace(attempt, seconds=time.time() - attempt.started, reached=self.progress(run))
+        return attempt.seconds / (attempt.reached - attempt.progress) if attempt and attempt.has_pace else None
 
-        A run's pace is its own since it was last started. Those that have not begun take as long as those of their
-        group do on average; as many as now are believed to run side by side.
+    def seconds_left(self, states: Mapping[str, str]) -> dict[str, float | None]:
+        """Of each run that is not done; None where neither it nor another of its group has shown its pace.
+
+        A run's pace is its own since it was last started, else the average of its group.
         """
-        whole: dict[str, list[float]] = {}
-        left: dict[str, float] = {}
+        own = {run.key: self.pace(run, states[run.key]) for run in self.runs}
+        known: dict[str, list[float]] = {}
         for run in self.runs:
-            if states[run.key] == "done":
-                seconds = [json.loads(path.read_text())["seconds"] for path in self.records(run)]
-                if seconds:
-                    whole.setdefault(run.group, []).append(sum(seconds))
-            elif states[run.key] == "running" and (attempt := Attempt.read(self.job(run))):
-                progress, elapsed = self.progress(run), time.time() - attempt.started
-                if progress > attempt.progress:
-                    pace = elapsed / (progress - attempt.progress)
-                    left[run.key] = pace * (1 - progress)
-                    whole.setdefault(run.group, []).append(pace)
-        total = 0.0
+            if (pace := own[run.key]) is not None:
+                known.setdefault(run.group, []).append(pace)
+        left: dict[str, float | None] = {}
         for run in self.runs:
-            if states[run.key] == "done" or run.kind == "convert":  # a minute at most
-                continue
-            if run.key in left:
-                total += left[run.key]
-            elif run.group in whole:
-                total += (1 - self.progress(run)) * sum(whole[run.group]) / len(whole[run.group])
-            else:
-                return left, None
-        return left, total / max(1, sum(state == "running" for state in states.values()))
+            if states[run.key] != "done":
+                pace = own[run.key] or (fmean(known[run.group]) if run.group in known else None)
+                left[run.key] = None if pace is None else pace * (1 - self.progress(run))
+        return left
+
+    def time_left(self, states: Mapping[str, str]) -> float | None:
+        """Seconds until all is done, if as many runs as now work side by side; None: nobody knows yet.
+
+        Conversions are left out: they take a minute at most.
+        """
+        left = self.seconds_left(states)
+        own = [left[run.key] for run in self.runs if run.key in left and run.kind != "convert"]
+        known = [seconds for seconds in own if seconds is not None]
+        running = sum(state == "running" for state in states.values())
+        return sum(known) / max(1, running) if len(known) == len(own) else None
 
 
 @dataclass(frozen=True)
@@ -207,6 +222,14 @@ class Attempt:
     """Of the run, when it was started."""
     status: int | None = None
     """Its exit status; None while it runs, and for one that was killed."""
+    seconds: float = 0.0
+    """How long it worked."""
+    reached: float = 0.0
+    """Of the run, when it ended."""
+
+    @property
+    def has_pace(self) -> bool:
+        return self.seconds > 0 and self.reached > self.progress
 
     @classmethod
     def read(cls, job: Path) -> Attempt | None:

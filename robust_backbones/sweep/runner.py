@@ -36,7 +36,8 @@ def main(arguments: Sequence[str]) -> int:
                 missing = [result for result in run.results if not (plan.folder(run) / result).exists()]
                 print(f"error: it ended with status 0, but wrote no {', '.join(missing)}", file=sys.stderr)
                 status = TrainingFailedError.exit_status
-            replace(attempt, status=status).write(job)
+            seconds, reached = time.time() - attempt.started, plan.progress(run)
+            replace(attempt, status=status, seconds=seconds, reached=reached).write(job)
             return status
     except HeldError as error:
         print(f"error: {error}", file=sys.stderr)

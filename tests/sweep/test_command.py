@@ -60,7 +60,8 @@ def test_the_verb_from_setup_to_collect(
     )
     plan = planned(tmp_path, content)
     runs = [replace(run, argv=("verb", *run.argv[1:])) if run.kind in stubbed else run for run in plan.runs]
-    monkeypatch.setattr(command, "expand", lambda manifest: replace(plan, runs=tuple(runs)))
+    stubbed_plan = replace(plan, runs=tuple(runs))
+    monkeypatch.setattr(command, "expand", lambda manifest: replace(stubbed_plan, output=manifest.output))
     status, out, err = run_tool("sweep", "launch", *where)
     assert status == 0, out + err
     assert "2 of 2 runs are done" in out
@@ -75,6 +76,12 @@ def test_the_verb_from_setup_to_collect(
     copied = [path.relative_to(tmp_path / "records") for path in (tmp_path / "records").rglob("*") if path.is_file()]
     assert copied == [Path(plan.runs[1].key) / "record.json"]
     assert run_tool("sweep", "launch", *where, "--jobs", 3)[0] == 2
+    assert run_tool("sweep", "launch", *where, "--minutes", 0)[0] == 2
+    assert run_tool("sweep", "pack", *where, "--to", tmp_path / "bundle")[0] == 0
+    elsewhere = (manifest, "--output", tmp_path / "elsewhere")
+    _, out, err = run_tool("sweep", "unpack", *elsewhere, "--bundle", tmp_path / "bundle")
+    assert out.splitlines()[-1] == f"2 runs are further than before; 2 of 2 are done in {elsewhere[-1]}", err
+    assert run_tool("sweep", "launch", *elsewhere, "--minutes", 1)[0] == 0
 
 
 def test_setup_says_which_data_is_missing(

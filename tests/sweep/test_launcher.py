@@ -152,13 +152,35 @@ def test_progress_and_time_left(tmp_path: Path) -> None:
 
     with lock(plan.job(runs[1]) / "lock.json"):
         Attempt(time.time() - 60, 0.1).write(plan.job(runs[1]))  # 30 % in a minute
-        left, total = plan.remaining_seconds(plan.states())
-        assert left["d1"] == pytest.approx(120, rel=0.05)
-        assert total is None  # no pre-training has shown its pace
+        assert plan.seconds_left(plan.states())["d1"] == pytest.approx(120, rel=0.05)
+        assert plan.time_left(plan.states()) is None  # no pre-training has shown its pace
         (plan.folder(runs[3]) / "record.json").write_text('{"seconds": 9.0}')
         (plan.folder(runs[0]) / "record.json").write_text('{"seconds": 100.0}')
-        _, total = plan.remaining_seconds(plan.states())
-        assert total == pytest.approx(120 + (100 + 200) / 2, rel=0.05)
+        assert plan.time_left(plan.states()) == pytest.approx(120 + (100 + 200) / 2, rel=0.05)
+
+
+def test_a_slice_starts_what_ends_in_time(tmp_path: Path) -> None:
+    """A stub's record says 2 s. Nobody knows that before the first; then 3 s are enough for each, and 1 s for none."""
+    plan = stubs(tmp_path, dict.fromkeys("abcd", "moment"))
+    status, said = launched(plan, jobs=4, minutes=1 / 60)
+    assert status == 75
+    assert ledger(plan) == ["start a"]
+    assert said[-1].startswith("1 of 4 runs are done, 3 are left; 3 would not end in time")
+    assert launched(plan, jobs=4, minutes=0.1)[0] == 0
+    assert Counter(ledger(plan)) == dict.fromkeys(["start a", "start b", "start c", "start d"], 1)
+
+
+def test_a_slice_ends_by_itself(tmp_path: Path) -> None:
+    plan = stubs(tmp_path, {"a": "wait", "b": "moment"})
+    status, said = launched(plan, jobs=2, minutes=0.08)
+    assert (status, plan.states()) == (75, {"a": "preempted", "b": "ready"})
+    assert "out of time: waiting for 1 runs to write their state" in said
+    attempt = Attempt.read(plan.job(plan.run("a")))
+    assert attempt is not None
+    assert 0 < attempt.seconds < 5
+    # A third of the run in 8 s is a pace of 24 s, also for others of its group.
+    replace(attempt, seconds=8.0, reached=1 / 3).write(plan.job(plan.run("a")))
+    assert plan.seconds_left(plan.states()) == {"a": pytest.approx(24), "b": pytest.approx(24)}
 
 
 def test_a_failure_is_named_by_its_error(tmp_path: Path) -> None:
