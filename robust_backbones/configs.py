@@ -41,6 +41,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "SOLVER.OPTIMIZER": "SGD",
     # The learning rate of the backbone (without FPN) as a multiple of the rest's.
     "SOLVER.BACKBONE_MULTIPLIER": 1.0,
+    # Keys whose values a study chose for each backbone, on other images: reports compare runs whatever these are.
+    "SOLVER.CHOSEN": (),
     # Set by --extend: rows of (iteration, MAX_ITER, STEPS), the schedules that were left at these iterations.
     "SOLVER.EXTENDED": (),
     # The adversary of adversarial training: "free" or "pgd", as detection/adversarial.py has them; "": none.
@@ -60,6 +62,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     # The same in VOC's format: (name, folder, list in ImageSets/Main) or (..., classes), a tuple of names; without it
     # the classes are those of all XML files in the folder.
     "DATASETS.VOC_FORMAT": (),
+    # So many images of each set in TRAIN are held out: the set NAME_held_out has them, to be named in TEST. 0: none.
+    "DATASETS.HELD_OUT": 0,
     # Images to leave out, which --skip-unreadable finds: rows of (set, image id, file).
     "DATASETS.SKIPPED": (),
     # COCO's own (slow) pycocotools instead of faster-coco-eval, which gives the same numbers.

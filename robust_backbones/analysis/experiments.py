@@ -236,7 +236,8 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
 def setting(record: RunRecord) -> dict[str, Any]:
     """A run's configuration without what may differ within an experiment."""
     config = identity(record.config, _defaults(str(record.config.get("mode"))))
-    return {key: value for key, value in config.items() if key not in _VARIED and not key.startswith(_CHOSEN)}
+    varied = {*_VARIED, "SOLVER.CHOSEN", *config.get("SOLVER.CHOSEN", ())}
+    return {key: value for key, value in config.items() if key not in varied and not key.startswith(_CHOSEN)}
 
 
 @cache

@@ -16,7 +16,7 @@ from robust_backbones.analysis.paper.transfer_figures import transfer_pages
 from robust_backbones.analysis.record_tables import provenance_table, record_tables
 from robust_backbones.analysis.records import PRIMARY, RECORDS, Primary, RecordedRun, write_records
 from robust_backbones.analysis.results import METHOD, Answer, Result, answers, results
-from robust_backbones.analysis.study_figures import study_figures
+from robust_backbones.analysis.study_figures import figure_4, study_figures
 from robust_backbones.analysis.tables import write_text
 
 # Every text colour has a contrast of at least 4.5:1 on the colour behind it (WCAG 2.1, 1.4.3; a test computes them).
@@ -59,7 +59,9 @@ def write_report(
         drawn = [*study_figures(experiment, output / "figures"), *(pictures or {}).get(experiment.slug, ())]
         sections[experiment.title] = [*_experiment(experiment, own, drawn)]
     inherited = inheritance_pages(records, output / "figures")
-    pages = [*transfer_pages(runs, output / "figures"), *(page for _, page in inherited)]
+    overview = figure_4(compared, output / "figures" / "figure_4")
+    pages = [Page("AP against ε (figure 4)", [overview], [])] if overview else []
+    pages += [*transfer_pages(runs, output / "figures"), *(page for _, page in inherited)]
     pages += [Page(table.title, [], [table]) for table in record_tables(records)]
     for page in pages:
         for table in page.tables:

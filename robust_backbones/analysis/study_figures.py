@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from robust_backbones.analysis.experiments import BackboneRuns, Experiment, metric_name
@@ -26,10 +28,12 @@ from robust_backbones.analysis.figures import (
 )
 from robust_backbones.analysis.statistics import Summary, summarize
 from robust_backbones.errors import InputError
+from robust_backbones.threat_models import ThreatModel
 
 MOST_CLASSES = 30
 """A figure shows no more: of more classes, those with the lowest and the highest differences."""
 MOST_PANELS = 3
+MOST_ROWS = 8
 _CELLS = {"P": "clean", "mPC": "corrupted\n(mPC)", "corrupted": "corrupted"}
 
 
@@ -95,60 +99,119 @@ def epsilon_figure(experiment: Experiment, metric: str, path: Path) -> Picture |
 
     An architecture is a colour, marker and line. None where fewer than two backbones have a known epsilon and a value.
     """
+    norms = _norms(experiment, metric)
+    if not norms:
+        return None
+    figure = Figure(figsize=(0.8 + 4.2 * len(norms), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
+    rows = [
+        row
+        for panel, norm in zip(panels, norms, strict=True)
+        for row in _epsilon_panel(panel, experiment, metric, norm)
+    ]
+    panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {_count(rows)}")
+    caption = f"{experiment.title}: {metric_name(metric)} against the ε of pre-training. {_EPSILON_CAPTION}"
+    return save(figure, path, rows, caption, f"{metric_name(metric)} against epsilon: {_points(rows)}.")
+
+
+def figure_4(found: Sequence[Experiment], path: Path) -> Picture | None:
+    """Box and mask AP of all detectors against the epsilon of pre-training, as figure 4 of Salman et al. 2020.
+
+    A panel a metric and norm; None where there is one metric at most.
+    """
     shown = [
+        (experiment, metric)
+        for experiment in found
+        if experiment.task in ("detection", "segmentation")
+        for metric in experiment.headlines
+        if _norms(experiment, metric)
+    ][:MOST_ROWS]
+    if len(shown) < 2:
+        return None
+    most = max(len(_norms(*one)) for one in shown)
+    figure = Figure(figsize=(0.8 + 4.2 * most, 3.6 * len(shown)), layout="constrained")
+    rows: list[dict[str, Any]] = []
+    for (experiment, metric), panels in zip(shown, figure.subplots(len(shown), most, squeeze=False), strict=True):
+        norms = _norms(experiment, metric)
+        own = []
+        for panel, norm in zip(panels, norms, strict=False):
+            own += _epsilon_panel(panel, experiment, metric, norm)
+            panel.set_title(experiment.title, fontsize="medium", wrap=True)
+        for panel in panels[len(norms) :]:
+            panel.set_axis_off()
+        panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {_count(own)}")
+        rows += [{"experiment": experiment.title, "metric": metric, **row} for row in own]
+    caption = f"AP of detectors against the ε of pre-training, as figure 4 of Salman et al. 2020. {_EPSILON_CAPTION}"
+    alt = "; ".join(f"{e.title}, {metric_name(m)}: {_points(_rows_of(rows, e, m))}" for e, m in shown)
+    return save(figure, path, rows, caption, f"{alt}.")
+
+
+_EPSILON_CAPTION = (
+    "Filled markers and bars: mean and 95 % t interval over seeds; circles beside them: the seeds. At ε = 0 stands the "
+    "standard backbone; the axis of ε is logarithmic, with 0 put beside it."
+)
+
+
+def _on_epsilon_axis(experiment: Experiment, metric: str) -> list[tuple[BackboneRuns, ThreatModel, Summary]]:
+    return [
         (backbone, backbone.threat_model, summary)
         for backbone in experiment.backbones
         if backbone.threat_model and (summary := backbone.summary(metric))
         if backbone.is_standard or backbone.threat_model.epsilon  # texture-trained ones have no place on this axis
     ]
-    if len(shown) < 2:
-        return None
-    norms = sorted({model.norm for _, model, _ in shown if model.epsilon}) or ["L2"]
+
+
+def _norms(experiment: Experiment, metric: str) -> list[str]:
+    """Those with a panel: none where there are not two backbones to compare."""
+    shown = _on_epsilon_axis(experiment, metric)
+    return (sorted({model.norm for _, model, _ in shown if model.epsilon}) or ["L2"]) if len(shown) > 1 else []
+
+
+def _epsilon_panel(panel: Axes, experiment: Experiment, metric: str, norm: str) -> list[dict[str, Any]]:
+    """Draw the backbones of a norm, and the standard ones; their rows."""
+    shown = _on_epsilon_axis(experiment, metric)
     families = list(dict.fromkeys(backbone.family for backbone, *_ in shown))
-    figure = Figure(figsize=(0.8 + 4.2 * len(norms), 3.8), layout="constrained")
+    own = [one for one in shown if one[0].is_standard or one[1].norm == norm]
+    epsilons = [model.epsilon for _, model, _ in own]
+    places = dict(sorted(zip(epsilons, epsilon_places(epsilons), strict=True)))
+    epsilon_axis(panel, norm, places)
+    aside = 0.03 * (max(places.values()) - min(places.values()) or 1)
     rows = []
-    panels = figure.subplots(1, len(norms), sharey=True, squeeze=False)[0]
-    for panel, norm in zip(panels, norms, strict=True):
-        own = [one for one in shown if one[0].is_standard or one[1].norm == norm]
-        epsilons = [model.epsilon for _, model, _ in own]
-        places = dict(sorted(zip(epsilons, epsilon_places(epsilons), strict=True)))
-        epsilon_axis(panel, norm, places)
-        aside = 0.03 * (max(places.values()) - min(places.values()) or 1)
-        for index, family in enumerate(families):
-            members = [one for one in own if one[0].family == family]
-            if not members:
-                continue
-            color, marker, line = STYLES[(index + 1) % MOST_CURVES]
-            xs = [places[model.epsilon] + aside * (index - (len(families) - 1) / 2) for _, model, _ in members]
-            reach = [*zip(*(_reach(summary) for *_, summary in members), strict=True)]
-            options: dict[str, Any] = {"color": color, "marker": marker, "linestyle": line, "capsize": 4}
-            label = NAMES.get(str(family[0]), str(family[0]))
-            means = [summary.mean for *_, summary in members]
-            panel.errorbar(xs, means, reach, markersize=6, linewidth=1, label=label, **options)
-            for x, (backbone, model, summary) in zip(xs, members, strict=True):
-                seeds = list(backbone.values(metric).values())
-                panel.plot(
-                    [x + aside / len(families)] * len(seeds),
-                    seeds,
-                    "o",
-                    color=color,
-                    markerfacecolor="none",
-                    markersize=4,
-                )
-                names = {"norm": norm, "backbone": backbone.name, "trained_at": backbone.trained_at}
-                rows.append({**names, "epsilon": model.epsilon, **asdict(summary)})
+    for index, family in enumerate(families):
+        members = [one for one in own if one[0].family == family]
+        if not members:
+            continue
+        color, marker, line = STYLES[(index + 1) % MOST_CURVES]
+        xs = [places[model.epsilon] + aside * (index - (len(families) - 1) / 2) for _, model, _ in members]
+        reach = [*zip(*(_reach(summary) for *_, summary in members), strict=True)]
+        options: dict[str, Any] = {"color": color, "marker": marker, "linestyle": line, "capsize": 4}
+        label = NAMES.get(str(family[0]), str(family[0]))
+        means = [summary.mean for *_, summary in members]
+        panel.errorbar(xs, means, reach, markersize=6, linewidth=1, label=label, **options)
+        for x, (backbone, model, summary) in zip(xs, members, strict=True):
+            seeds = list(backbone.values(metric).values())
+            at = [x + aside / len(families)] * len(seeds)
+            panel.plot(at, seeds, "o", color=color, markerfacecolor="none", markersize=4)
+            names = {"norm": norm, "backbone": backbone.name, "trained_at": backbone.trained_at}
+            rows.append({**names, "epsilon": model.epsilon, **asdict(summary)})
     if len(families) > 1:
-        panels[-1].legend(fontsize="small")
-    low, high = min(summary.n for *_, summary in shown), max(summary.n for *_, summary in shown)
-    n = f"n = {low} seed{'s' * (low > 1)}" if low == high else f"n = {low} to {high} seeds"
-    panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {n}")
-    caption = (
-        f"{experiment.title}: {metric_name(metric)} against the ε of pre-training. Filled markers and bars: mean and "
-        "95 % t interval over seeds; circles beside them: the seeds. At ε = 0 stands the standard backbone; the axis "
-        "of ε is logarithmic, with 0 put beside it."
-    )
-    points = "; ".join(f"{backbone.name} at {backbone.trained_at} {_in_words(s)}" for backbone, _, s in shown)
-    return save(figure, path, rows, caption, f"{metric_name(metric)} against epsilon: {points}.")
+        panel.legend(fontsize="small")
+    return rows
+
+
+def _count(rows: Sequence[Mapping[str, Any]]) -> str:
+    low, high = min(row["n"] for row in rows), max(row["n"] for row in rows)
+    return f"n = {low} seed{'s' * (low > 1)}" if low == high else f"n = {low} to {high} seeds"
+
+
+def _points(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Each backbone's mean and interval, once."""
+    told = {(row["backbone"], row["trained_at"]): Summary(*(row[f.name] for f in fields(Summary))) for row in rows}
+    return "; ".join(f"{name} at {trained_at} {_in_words(one)}" for (name, trained_at), one in told.items())
+
+
+def _rows_of(rows: Sequence[Mapping[str, Any]], experiment: Experiment, metric: str) -> list[Mapping[str, Any]]:
+    return [row for row in rows if (row["experiment"], row["metric"]) == (experiment.title, metric)]
 
 
 def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture | None:

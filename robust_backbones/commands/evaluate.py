@@ -27,7 +27,8 @@ from robust_backbones.classification.robustness import RobustnessConfig, evaluat
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions, EvaluationOptions, check_device
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.runs.files import write_json
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
@@ -48,6 +49,12 @@ class ClassifierOptions(EvaluationOptions):
     """
 
     config: Annotated[RobustnessConfig, tyro.conf.arg(name="")]
+    expected: float | None = None
+    """Clean accuracy in percent, such as a published one: exit status 1 where its 95 % interval does not hold it."""
+
+
+EXPECTED = "expected.json"
+"""What OUTPUT gets once an accuracy was as expected."""
 
 
 @dataclass(kw_only=True)
@@ -140,6 +147,15 @@ def classifier(options: ClassifierOptions) -> int:
         else:
             low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
             print(f"{name.removesuffix('_accuracy'):>10} {metrics[name]:5.1f} %  ({low:.1f} to {high:.1f})")
+    if options.expected is not None:
+        found = {name: metrics[f"clean_accuracy{name}"] or 0.0 for name in ("", "_low", "_high")}
+        if not found["_low"] <= options.expected <= found["_high"]:
+            raise TrainingFailedError(
+                f"the clean accuracy of {options.checkpoint} is {found['']:.2f} % ({found['_low']:.2f} to "
+                f"{found['_high']:.2f}), not the {options.expected:g} % expected: check the file and --data"
+            )
+        write_json(options.output / EXPECTED, {"expected": options.expected, "clean_accuracy": found[""]})
+        print(f"clean accuracy is as expected, {options.expected:g} %")
     print(f"record written to {options.output / 'record.json'}")
     return 0
 

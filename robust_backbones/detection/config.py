@@ -33,6 +33,7 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "ADVERSARIAL.KIND": (("", "free", "pgd").__contains__, 'is not one of free, pgd: give "" for none'),
     "ADVERSARIAL.REPLAYS": (lambda count: count >= 1, "is no number of updates a batch: give 1 or more"),
+    "DATASETS.HELD_OUT": (lambda count: count >= 0, "is no number of images: give 0 for none"),
     "TEST.VISUALIZE": (lambda count: count >= 0, "is no number of images: give 0 for none"),
     "TEST.MAX_DETS": (
         lambda counts: counts and all(isinstance(n, int) and n > 0 for n in counts) and [*counts] == sorted({*counts}),

@@ -38,7 +38,7 @@ from robust_backbones.data.annotations import (
 from robust_backbones.data.annotations_images import UNREADABLE, check_images
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
 from robust_backbones.data.annotations_voc import read_voc, voc_classes
-from robust_backbones.detection.left_out import leave_out, left_out, unreadable_rows
+from robust_backbones.detection.left_out import hold_out, leave_out, left_out, unreadable_rows
 from robust_backbones.errors import InputError
 
 Items = list[dict[str, Any]]
@@ -48,7 +48,8 @@ SHOWN_CLASSES = "ap_over_shown_classes"
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register what DATASETS.COCO_FORMAT and VOC_FORMAT list, without SKIPPED; registering a name again replaces it.
+    """Register what DATASETS.COCO_FORMAT and VOC_FORMAT list, without SKIPPED and apart from HELD_OUT; registering a
+    name again replaces it.
 
     Raises:
         InputError: a row is none, or a VOC folder without classes.
@@ -70,10 +71,10 @@ def register_datasets(cfg: CfgNode) -> None:
         # By area under the curve, as VOC since 2010.
         about = {"dirname": folder, "split": split, "year": 2012, "thing_classes": classes}
         _register(name, load, evaluator_type="pascal_voc", **about, **{SHOWN_CLASSES: True})
-    leave_out(cfg)
-
     for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
         _load_by_ours(name)
+    hold_out(cfg)
+    leave_out(cfg)
 
 
 def _load_by_ours(name: str) -> None:

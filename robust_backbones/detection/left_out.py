@@ -1,10 +1,13 @@
-"""Images that a run leaves out because they cannot be read: found once, and from then on part of its configuration."""
+"""Images that a run leaves out: those that cannot be read, found once and from then on part of its configuration, and
+training images that are held out to choose by."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -12,8 +15,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from robust_backbones.data.annotations_images import undecodable
 from robust_backbones.data.annotations_sets import AnnotatedSet
+from robust_backbones.errors import InputError
 
 _LEFT_OUT = "left_out"
+_WHOLE = "whole"
+_Files = dict[int | str, str]
+_Load = Callable[[], list[dict[str, Any]]]
 _logger = logging.getLogger(__name__)
 
 
@@ -30,25 +37,72 @@ def unreadable_rows(name: str, dataset: AnnotatedSet) -> list[tuple[str, int | s
 
 def leave_out(cfg: CfgNode) -> None:
     """Register the sets of DATASETS.SKIPPED again without the images that it lists."""
-    rows: dict[str, dict[int | str, str]] = {}
+    rows: dict[str, _Files] = {}
     for name, image, file in cfg.DATASETS.SKIPPED:
         rows.setdefault(name, {})[image] = file
     for name, files in rows.items():
-        if name not in DatasetCatalog or left_out(name) == files:
+        if name not in DatasetCatalog or files.items() <= left_out(name).items():
             continue
         _logger.warning(f"{len(files)} images of {name} cannot be read and are left out: {', '.join(files.values())}")
-        metadata, load = MetadataCatalog.get(name).as_dict(), DatasetCatalog[name]
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, partial(_load_rest, load, files))
-        MetadataCatalog.get(name).set(**{**metadata, "name": name, _LEFT_OUT: files})
+        _register_rest(name, name, partial(dict, {**left_out(name), **files}))
 
 
-def left_out(name: str) -> dict[int | str, str]:
+def hold_out(cfg: CfgNode) -> None:
+    """Register the sets of DATASETS.TRAIN again without the DATASETS.HELD_OUT images that NAME_held_out gets.
+
+    They are those whose file names have the lowest SHA-256, whatever the order of the annotations. Nothing is read yet.
+    """
+    for name in cfg.DATASETS.TRAIN:
+        if whole := MetadataCatalog.get(name).get(_WHOLE, None) if name in DatasetCatalog else None:
+            _register(name, *whole)
+        if cfg.DATASETS.HELD_OUT and name in DatasetCatalog:
+            whole = DatasetCatalog[name], MetadataCatalog.get(name).as_dict()
+            parts = cache(partial(_parts, whole[0], name, cfg.DATASETS.HELD_OUT))
+            _register_rest(name, f"{name}_held_out", partial(_part, parts, 0))
+            _register_rest(name, name, partial(_part, parts, 1))
+            MetadataCatalog.get(name).set(**{_WHOLE: whole})
+
+
+def left_out(name: str) -> _Files:
     """The images that a registered set leaves out: id -> file."""
-    found: dict[int | str, str] = MetadataCatalog.get(name).get(_LEFT_OUT, {})
+    found: _Files = MetadataCatalog.get(name).get(_LEFT_OUT, dict)()
     return found
 
 
-def _load_rest(load: Callable[[], list[dict[str, Any]]], files: dict[int | str, str]) -> list[dict[str, Any]]:
-    return [item for item in load() if item["image_id"] not in files]
+def _parts(load: _Load, name: str, count: int) -> tuple[_Files, _Files]:
+    """The images that are not held out, and those that are."""
+    files = {item["image_id"]: Path(item["file_name"]).name for item in load()}
+    if count >= len(files):
+        raise InputError(f"DATASETS.HELD_OUT {count} leaves none of the {len(files)} images of {name}: give less")
+    order = sorted(files, key=lambda image: hashlib.sha256(files[image].encode()).digest())
+    held = set(order[:count])
+    return (
+        {image: file for image, file in files.items() if image not in held},
+        {image: file for image, file in files.items() if image in held},
+    )
+
+
+def _part(parts: Callable[[], tuple[_Files, _Files]], place: int) -> _Files:
+    return parts()[place]
+
+
+def _register_rest(source: str, name: str, files: Callable[[], _Files]) -> None:
+    """``source`` without some images, as ``name``."""
+    metadata, load = MetadataCatalog.get(source).as_dict(), DatasetCatalog[source]
+    _register(name, partial(_load_rest, load, files, source, name), {**metadata, "name": name, _LEFT_OUT: files})
+
+
+def _register(name: str, load: _Load, metadata: dict[str, Any]) -> None:
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+    if name in MetadataCatalog:
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**metadata)
+
+
+def _load_rest(load: _Load, files: Callable[[], _Files], source: str, name: str) -> list[dict[str, Any]]:
+    items, without = load(), files()
+    known = MetadataCatalog.get(name).as_dict()  # what loading a set says of its classes
+    MetadataCatalog.get(name).set(**{k: v for k, v in MetadataCatalog.get(source).as_dict().items() if k not in known})
+    return [item for item in items if item["image_id"] not in without]

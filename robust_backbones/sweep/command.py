@@ -3,7 +3,7 @@
 Examples:
     robust-backbones sweep setup studies/small.yaml
     robust-backbones sweep launch studies/small.yaml --executor local --jobs 2
-    robust-backbones sweep launch studies/coco_segmentation.yaml --executor slurm
+    robust-backbones sweep launch studies/figure4.yaml --executor slurm
     robust-backbones sweep status studies/small.yaml --watch
     robust-backbones sweep collect studies/small.yaml --to records
     robust-backbones sweep launch studies/small.yaml --minutes 9
@@ -38,13 +38,13 @@ import tyro
 
 from robust_backbones.analysis.records import PRIMARY, Primary
 from robust_backbones.analysis.tables import Table
-from robust_backbones.commands import cli
+from robust_backbones.commands import cli, report
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.locks import lock, owner_of
 from robust_backbones.runs.signals import STOP_SIGNALS, stop_on_signals
 from robust_backbones.sweep.bundle import pack, unpack
-from robust_backbones.sweep.expand import expand, missing_data
+from robust_backbones.sweep.expand import expand, imagenet_folder, missing_data
 from robust_backbones.sweep.launcher import ClusterExecutor, LocalExecutor, launch
 from robust_backbones.sweep.manifest import Manifest, read_manifest
 from robust_backbones.sweep.plan import STATES, Plan, count
@@ -157,12 +157,26 @@ def main(arguments: list[str]) -> int:
             print(f"taking over from {dead}, which ended without giving its lock back")
         set_up(plan, manifest)
         print("\n".join(told))
-        if not isinstance(options, LaunchOptions):
-            return 0
-        print(", ".join(f"{number} {state}" for state, number in count(plan.states().values()).items() if number))
-        executor = executor_for(plan, manifest, options)
-        say = partial(print, flush=True)
-        return launch(plan, executor, minutes=options.minutes, stop=lambda: bool(stop), say=say)
+        start = time.monotonic()
+        while isinstance(options, LaunchOptions):
+            print(", ".join(f"{number} {state}" for state, number in count(plan.states().values()).items() if number))
+            executor = executor_for(plan, manifest, options)
+            minutes = options.minutes - (time.monotonic() - start) / 60
+            say = partial(print, flush=True)
+            if status := launch(plan, executor, minutes=minutes, stop=lambda: bool(stop), say=say):
+                return status
+            if not plan.pending:
+                return make_report(plan, manifest) if manifest.report else 0
+            plan = expand(manifest)
+            set_up(plan, manifest)
+    return 0
+
+
+def make_report(plan: Plan, manifest: Manifest) -> int:
+    folder = plan.output / "report"
+    return report.main(
+        [str(plan.output / "runs"), str(plan.output), "--title", manifest.report, "--output", str(folder)]
+    )
 
 
 def set_up(plan: Plan, manifest: Manifest) -> None:
@@ -178,6 +192,15 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
     for name, options in manifest.pretraining.items():
         if not Path(str(options["data"])).is_dir():
             print(f"warning: pretraining {name} will need its data, {options['data']}", file=sys.stderr)
+    for task, choice in plan.choices.items():
+        names = ", ".join(
+            " ".join([name, *(f"{k} {v}" for k, v in values.items())]) for name, values in choice["chosen"]
+        )
+        print(f"task {task} has, by {choice['by']}: {names}")
+    for task, by in plan.pending.items():
+        print(f"task {task} will choose its backbones once task {by} is done")
+    if manifest.imagenet and not imagenet_folder(manifest):
+        print(f"not checked: the ImageNet accuracy of published backbones, for want of {manifest.imagenet}/val")
     for line in missing_data(manifest):
         print(f"warning: detectors will need their data: {line}", file=sys.stderr)
     earlier = {path.name for path in (plan.output / "runs").glob("*")} - {run.key for run in plan.runs}
@@ -245,7 +268,7 @@ def show(output: Path, *, watch: bool) -> int:
                 print(text)
                 return 0
             print(f"\x1b[2J\x1b[H{time.strftime('%H:%M:%S')}\n{text}", flush=True)
-            if all(state == "done" for state in plan.states().values()):
+            if not plan.pending and all(state == "done" for state in plan.states().values()):
                 return 0
             time.sleep(5)
     return 0
@@ -270,6 +293,8 @@ def status_text(plan: Plan) -> str:
             lines.append(f"failed: {run.key}: {plan.last_line(run)} (see {plan.log(run)})")
     owner = owner_of(plan.output / "lock.json")
     lines.append(f"launched by {owner}" if owner else "nobody is launching")
+    if plan.pending:
+        lines.append(f"to come: {', '.join(plan.pending)}, whose backbones are chosen by these runs")
     if any(state != "done" for state in states.values()):
         lines.append("time left: " + ("not known yet" if total is None else duration(total)))
     return "\n".join(lines)

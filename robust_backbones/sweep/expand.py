@@ -6,24 +6,29 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.checkpoint.sources import HUB, Statement, read_checkpoint
 from robust_backbones.commands import evaluate, pretrain, transfer
+from robust_backbones.commands.evaluate import EXPECTED
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
 from robust_backbones.runs.identity import digest, flat
-from robust_backbones.sweep.manifest import BackboneEntry, Manifest, Options, Task
+from robust_backbones.runs.record import RunRecord
+from robust_backbones.sweep.manifest import BackboneEntry, Choice, Manifest, Options, Task
 from robust_backbones.sweep.plan import Plan, Run
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.protocol import labels_of
 
+CHOSEN = "SOLVER.CHOSEN"
 SCRATCH = "protocols/scratch.yaml"
 """The configuration of detectors whose backbone is random; it empties MODEL.WEIGHTS."""
 
@@ -31,15 +36,26 @@ SCRATCH = "protocols/scratch.yaml"
 def expand(manifest: Manifest) -> Plan:
     """The runs of a study, each after those that it needs; nothing is written.
 
+    A task that chooses its backbones has runs once all of the task that it chooses by are done; it is pending before.
+
     Raises:
-        InputError: a file is missing or cannot be used, an option or a configuration key is unknown, or two backbones
-            are the same.
+        InputError: a file is missing or cannot be used, an option or a configuration key is unknown, two backbones
+            are the same, or what is to be chosen has no results.
     """
+    expansion = _Expansion(manifest)
     try:
-        runs = _Expansion(manifest).runs()
+        runs = expansion.runs()
     except InputError as error:
         raise InputError(f"{manifest.path}: {error}") from None
-    return Plan(manifest.name, str(manifest.path.absolute()), manifest.output, runs, manifest.cost)
+    return Plan(
+        manifest.name,
+        str(manifest.path.absolute()),
+        manifest.output,
+        runs,
+        manifest.cost,
+        expansion.choices,
+        expansion.pending,
+    )
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,8 @@ class _Source:
     spec: BackboneSpec
     needs: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    checks: tuple[str, ...] = ()
+    """Keys of the runs that it is to pass before it is used."""
 
 
 class _Expansion:
@@ -62,6 +80,10 @@ class _Expansion:
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._runs: dict[str, Run] = {}
+        self._detectors: dict[tuple[str, str], dict[tuple[tuple[str, Any], ...], list[Run]]] = {}
+        """(task, backbone) -> values of the task's grid -> a run a seed."""
+        self.choices: dict[str, Any] = {}
+        self.pending: dict[str, str] = {}
 
     def runs(self) -> tuple[Run, ...]:
         sources = {backbone.name: self._source(backbone) for backbone in self._manifest.backbones}
@@ -69,10 +91,13 @@ class _Expansion:
             if same := [other for other in sources if other != name and sources[other].weights == source.weights]:
                 raise InputError(f"backbones {name} and {', '.join(same)} are the same weights: keep one")
         for task in self._manifest.tasks:
-            for name in task.backbones or sources:
+            chosen: dict[str, Options] = {name: {} for name in task.backbones or sources}
+            if task.choose:
+                chosen = self._choose(task, task.choose)
+            for name, values in chosen.items():
                 source = sources[name]
                 if not task.transfer:
-                    self._detect(task, name, source)
+                    self._detect(task, name, source, values)
                 elif source.path:
                     self._transfer(task, name, source)
                 elif task.backbones:
@@ -94,8 +119,9 @@ class _Expansion:
             run, spec = self._pretrain(backbone.pretrain)
             return _Source(f"{self._folder(run.key)}/checkpoint.pt", run.key, spec, (run.key,))
         if backbone.published:
-            spec = BackboneSpec(zoo.find(backbone.published).arch)
-            return _Source(HUB + backbone.published, f"published:{backbone.published}", spec)
+            published = zoo.find(backbone.published)
+            source = _Source(HUB + published.name, f"published:{published.name}", BackboneSpec(published.arch))
+            return replace(source, checks=self._checks(backbone.name, source, published.imagenet_accuracy))
         if backbone.scratch:
             return _Source("", f"scratch:{backbone.scratch}", BackboneSpec(backbone.scratch))
         path, stated = Path(backbone.file), dict(backbone.options)
@@ -117,6 +143,63 @@ class _Expansion:
         run = self._add("pretrain", f"pretrain-{name}", argv, settings, defaults, work=config.epochs)
         return run, BackboneSpec(config.arch, stem=config.stem)
 
+    def _checks(self, name: str, source: _Source, accuracy: float) -> tuple[str, ...]:
+        """Whether a published backbone has the accuracy that it is published with, where ImageNet is there.
+
+        After its conversion, which downloads it: a cluster's machines often cannot.
+        """
+        if not (folder := imagenet_folder(self._manifest)):
+            return ()
+        expected = ("--expected", str(accuracy), "--threat-model", "L2:0", "--no-autoattack")
+        argv = ("evaluate", "classifier", source.path, "--data", str(folder), "--output", "{folder}", *expected)
+        settings = {"weights": source.weights, "expected": accuracy}
+        rest = {"group": "check", "needs": (self._convert(name, source).key,), "results": (EXPECTED,)}
+        return (self._add("evaluate", f"check-{name}", argv, settings, {}, **rest).key,)
+
+    def _choose(self, task: Task, choice: Choice) -> dict[str, Options]:
+        """The chosen backbones, the best first, each with its best values of the earlier task's grid.
+
+        Empty until all runs of that task are done.
+
+        Raises:
+            InputError: one of them has no such result, or both tasks are tested on the same images.
+        """
+        source = self._manifest.task(choice.task)
+        own, earlier = (self._settings(one) for one in (task, source))
+        if shared := sorted({*own["DATASETS.TEST"]} & {*earlier["DATASETS.TEST"]}):
+            raise InputError(
+                f"task {task.name} is tested on {shared[0]}, by which it chooses: have task {source.name} tested on "
+                "other images, as DATASETS.HELD_OUT of training ones"
+            )
+        means: dict[str, dict[tuple[tuple[str, Any], ...], float]] = {}
+        for name in source.backbones or (backbone.name for backbone in self._manifest.backbones):
+            for values, runs in self._detectors[source.name, name].items():
+                paths = [Path(self._folder(run.key)) / "record.json" for run in runs]
+                if not all(path.exists() for path in paths):
+                    self.pending[task.name] = source.name
+                    return {}
+                found = [RunRecord.read(path).metrics.get(choice.metric) for path in paths]
+                if any(value is None for value in found):
+                    raise InputError(f"{paths[found.index(None)]} has no {choice.metric}, by which {task.name} chooses")
+                means.setdefault(name, {})[values] = fmean(value for value in found if value is not None)
+        values_of = {name: max(cells, key=cells.__getitem__) for name, cells in means.items()}
+        order = sorted(means, key=lambda name: -means[name][values_of[name]])
+        best = [name for name in order if name not in choice.keep][: choice.best or None]
+        seeds = ", ".join(map(str, self._manifest.seeds_of(source)))
+        self.choices[task.name] = {
+            "by": f"mean {choice.metric} of task {source.name}, seeds {seeds}",
+            "chosen": [[name, dict(values_of[name])] for name in (*best, *choice.keep)],
+            "means": [[name, dict(values), mean] for name in order for values, mean in means[name].items()],
+        }
+        return {name: dict(values_of[name]) for name in (*best, *choice.keep)}
+
+    def _settings(self, task: Task) -> dict[str, Any]:
+        protocols = self._manifest.protocols
+        protocol = (*task.protocols, *protocols, "")[0]
+        return detector_settings(
+            (*task.config_files, *protocols.get(protocol, ())), tuple(text_overrides(task).items())
+        )
+
     def _convert(self, name: str, source: _Source) -> Run:
         argv = ("convert", source.path, "{folder}/backbone.pkl", *source.options)
         results = ("backbone.pkl",)  # it gets its name once it is proven
@@ -124,34 +207,39 @@ class _Expansion:
         rest = {"group": "convert", "needs": source.needs, "results": results}
         return self._add("convert", f"convert-{name}", argv, settings, {}, **rest)
 
-    def _detect(self, task: Task, name: str, source: _Source) -> None:
+    def _detect(self, task: Task, name: str, source: _Source, chosen: Options) -> None:
+        """Args: chosen: values of keys that were chosen for this backbone."""
         manifest = self._manifest
         needed = source.spec.detectron2_overrides()
         convert = self._convert(name, source) if source.path else None
         weights = ("MODEL.WEIGHTS", f"{self._folder(convert.key)}/backbone.pkl") if convert else ()
         for protocol in task.protocols or manifest.protocols or ("",):
             files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if convert else (SCRATCH,)))
-            overrides = text_overrides(task)
+            overrides = text_overrides(task) | as_texts({**chosen, **({CHOSEN: tuple(chosen)} if chosen else {})})
             settings = detector_settings(files, tuple(overrides.items()))
             # Of what the backbone needs, that which the files do not have: a ResNet-50's is in all of them.
             overrides |= {key: str(value) for key, value in needed.items() if settings.get(key) != value}
-            settings = detector_settings(files, tuple(overrides.items()))
             group = "-".join(filter(None, (task.name, protocol)))
-            for seed in manifest.seeds:
-                words = [word for file in files for word in ("--config-file", file)]
-                words += [word for pair in (*overrides.items(), ("SEED", str(seed))) for word in pair]
-                run = self._add(
-                    "detect",
-                    f"{group}-{name}-seed{seed}",
-                    ("train", "--resume", *words, *weights, "OUTPUT_DIR", "{folder}"),
-                    {**settings, "SEED": seed, "MODEL.WEIGHTS": convert.key if convert else source.weights},
-                    DETECTOR_KEYS,
-                    group=group,
-                    needs=(convert.key,) if convert else (),
-                    work=settings["SOLVER.MAX_ITER"],
-                )
-                if task.robustness:
-                    self._evaluate(task, f"{group}-{name}-seed{seed}", group, run)
+            for values in product(*([(key, value) for value in found] for key, found in task.grid.items())):
+                own = overrides | as_texts(dict(values))
+                settings = detector_settings(files, tuple(own.items()))
+                title = "-".join((group, name, *(f"{key.rsplit('.')[-1]}{value}" for key, value in values)))
+                for seed in manifest.seeds_of(task):
+                    words = [word for file in files for word in ("--config-file", file)]
+                    words += [word for pair in (*own.items(), ("SEED", str(seed))) for word in pair]
+                    run = self._add(
+                        "detect",
+                        f"{title}-seed{seed}",
+                        ("train", "--resume", *words, *weights, "OUTPUT_DIR", "{folder}"),
+                        {**settings, "SEED": seed, "MODEL.WEIGHTS": convert.key if convert else source.weights},
+                        DETECTOR_KEYS,
+                        group=group,
+                        needs=(convert.key, *source.checks) if convert else (),
+                        work=settings["SOLVER.MAX_ITER"],
+                    )
+                    self._detectors.setdefault((task.name, name), {}).setdefault(values, []).append(run)
+                    if task.robustness:
+                        self._evaluate(task, f"{title}-seed{seed}", group, run)
 
     def _evaluate(self, task: Task, name: str, group: str, detector: Run) -> None:
         """How robust a detector of the study is."""
@@ -166,7 +254,7 @@ class _Expansion:
         self._add("evaluate", f"robustness-{name}", argv, settings, defaults, **rest)
 
     def _transfer(self, task: Task, name: str, source: _Source) -> None:
-        seeds = [str(seed) for seed in self._manifest.seeds]
+        seeds = [str(seed) for seed in self._manifest.seeds_of(task)]
         argv = ("transfer", task.transfer, task.dataset, source.path, "--output", "{folder}", "--seeds", *seeds)
         argv = (*argv, *_words(task.options))
         parsed = _parsed(transfer.parse, argv, f"task {task.name}")
@@ -185,7 +273,7 @@ class _Expansion:
         settings["weights"] = source.weights
         label = labels_of([Path(source.path)])[0]
         results = tuple(f"{label}/seed_{seed}/record.json" for seed in seeds)
-        rest = {"group": task.name, "needs": source.needs, "results": results}
+        rest = {"group": task.name, "needs": (*source.needs, *source.checks), "results": results}
         self._add("transfer", f"{task.name}-{name}", argv, settings, defaults, **rest)
 
 
@@ -213,9 +301,19 @@ def missing_data(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys(line for cfg in configs for line in missing_files(cfg)))
 
 
+def imagenet_folder(manifest: Manifest) -> Path | None:
+    """The validation images that published backbones are checked on; None where they are not there."""
+    folder = Path(manifest.imagenet) / "val"
+    return folder if manifest.imagenet and folder.is_dir() else None
+
+
 def text_overrides(task: Task) -> dict[str, str]:
+    return as_texts(task.overrides)
+
+
+def as_texts(overrides: Options) -> dict[str, str]:
     """As load_config takes them."""
-    return {key: value if isinstance(value, str) else repr(value) for key, value in task.overrides.items()}
+    return {key: value if isinstance(value, str) else repr(value) for key, value in overrides.items()}
 
 
 @cache

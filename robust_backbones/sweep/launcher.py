@@ -12,17 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.runs.cluster import ClusterConfig, open_executor, scheduler_errors
 from robust_backbones.runs.files import write_json
-from robust_backbones.sweep.plan import Attempt, Plan, Run, count
+from robust_backbones.sweep.plan import Attempt, Machines, Plan, Run, count
 
 KILLED = -signal.SIGKILL
 """Status of a run that ended without saying how."""
@@ -31,14 +32,20 @@ RESTARTS = 5
 SPARE = 1.2
 """How much longer than expected a run may take and still be started, where the time is limited."""
 _CPUS_PER_PROCESS = 4
+_FIRST_PORT, _PORTS = 20_000, 10_000  # below those that Linux gives to clients
 _QUEUED = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING")
 
 
-def start_process(plan: Plan, key: str, processes: int, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def start_process(
+    plan: Plan, key: str, processes: int, environment: Mapping[str, str], machines: Machines | None = None
+) -> subprocess.Popen[bytes]:
     """One run in a process of its own, which answers signals, with its output after that of earlier attempts."""
     log = plan.log(plan.run(key))
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "robust_backbones.sweep.runner", str(plan.output), key, str(processes)]
+    if machines:
+        command += [str(machines.count), str(machines.rank), machines.address]
+        log = log.with_stem(f"log_{machines.rank}") if machines.rank else log
     with open(log, "ab") as file:
         return subprocess.Popen(
             command,
@@ -97,15 +104,16 @@ class LocalExecutor:
 
 @dataclass
 class ClusterJob:
-    """One run as submitit calls it, and calls it again after an interruption."""
+    """One run as submitit calls it on each of its machines, and calls it again after an interruption."""
 
     output: Path
     key: str
     processes: int
+    nodes: int = 1
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
 
     def __call__(self) -> int:
-        self._process = start_process(Plan.read(self.output), self.key, self.processes, {})
+        self._process = start_process(Plan.read(self.output), self.key, self.processes, {}, self._machines())
         return self._process.wait()
 
     def checkpoint(self) -> Any:
@@ -119,7 +127,17 @@ class ClusterJob:
             with suppress(ProcessLookupError, ChildProcessError):  # it has ended
                 os.kill(self._process.pid, signal.SIGTERM)
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(ClusterJob(self.output, self.key, self.processes))
+        return submitit.helpers.DelayedSubmission(ClusterJob(self.output, self.key, self.processes, self.nodes))
+
+    def _machines(self) -> Machines | None:
+        if self.nodes == 1:
+            return None
+        import submitit
+
+        job = submitit.JobEnvironment()
+        # The same port everywhere, and another one for other jobs on the same machine.
+        port = _FIRST_PORT + zlib.crc32(f"{job.job_id} {self.key}".encode()) % _PORTS
+        return Machines(self.nodes, job.node, f"{job.hostnames[0]}:{port}")
 
 
 @dataclass(frozen=True)
@@ -147,7 +165,7 @@ class ClusterExecutor:
     of a cluster lack.
 
     Args:
-        cluster: with its executor; ``processes`` is for each run.
+        cluster: with its executor; ``processes`` is for each run, on each of ``nodes`` for those that can use several.
         jobs: how many of an array work side by side.
         gpus: False asks for none.
     """
@@ -177,9 +195,10 @@ class ClusterExecutor:
         return started
 
     def _submit(self, runs: Sequence[Run], kind: str) -> dict[str, Handle]:
-        processes = 1 if kind == "transfer" else self._cluster.processes
+        cluster = self._cluster if runs[0].is_distributed else replace(self._cluster, nodes=1)
+        processes = 1 if kind == "transfer" else cluster.processes
         executor = open_executor(
-            self._cluster,
+            cluster,
             self._folder,
             name=f"{self._plan.name}-{kind}",
             tasks=1,  # the verbs start their processes themselves
@@ -188,7 +207,8 @@ class ClusterExecutor:
             parallel=self._jobs,
         )
         with scheduler_errors(self._cluster), executor.batch():
-            jobs = [executor.submit(ClusterJob(self._plan.output.absolute(), run.key, processes)) for run in runs]
+            output = self._plan.output.absolute()
+            jobs = [executor.submit(ClusterJob(output, run.key, processes, cluster.nodes)) for run in runs]
         started: dict[str, Handle] = {}
         for run, job in zip(runs, jobs, strict=True):
             write_json(self._note(run), {"job": job.job_id})
@@ -279,6 +299,7 @@ def launch(
     text += f", {len(failed)} failed" if failed else ""
     text += f", {left - len(failed)} are left" if left > len(failed) else ""
     text += f"; {too_long} would not end in time" if too_long and not stopping else ""
+    text += f"; {', '.join(plan.pending)} will choose by them" if plan.pending else ""
     say(text + (": give the same command again" if left else ""))
     return 0 if not left else PreemptedError.exit_status if stopping or (too_long and not failed) else 1
 

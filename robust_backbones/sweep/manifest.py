@@ -19,7 +19,7 @@ from robust_backbones.runs.cluster import ClusterConfig
 TRANSFER_MODES = ("probe", "finetune")
 _BACKBONES = ("pretrain", "file", "published", "scratch")
 _STATEMENTS = ("source", "key", "prefix", "mean", "std", "channel_order", "stride_in_1x1", "threat_model")
-_CLUSTER_KEYS = ("processes", "partition", "hours", "restarts")
+_CLUSTER_KEYS = ("nodes", "processes", "partition", "hours", "restarts")
 Options = Mapping[str, Any]
 T = TypeVar("T", bound="BackboneEntry | Task")
 
@@ -42,6 +42,22 @@ class BackboneEntry:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which backbones a task has: the best of an earlier task, whose images and seeds are others.
+
+    Of a task with a ``grid`` each backbone takes the values that are best for it.
+    """
+
+    task: str
+    metric: str
+    """As in records: ``bbox/AP``; means over the seeds are compared."""
+    best: int = 0
+    """So many, beside ``keep``; 0: all."""
+    keep: tuple[str, ...] = ()
+    """Taken whatever their results, as the standard one."""
+
+
+@dataclass(frozen=True)
 class Task:
     """What backbones are compared on: a detector, by ``config_files``, or classification, by ``transfer``."""
 
@@ -61,6 +77,11 @@ class Task:
     """Options of the verb ``evaluate detector``, which measures every detector of the task; none: it does not."""
     backbones: tuple[str, ...] = ()
     """All when none is given."""
+    seeds: tuple[int, ...] = ()
+    """The manifest's when none is given."""
+    grid: Options = field(default_factory=dict)
+    """Detectron2's keys, each with a list of values; a run for each combination."""
+    choose: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -69,9 +90,10 @@ class PrimaryComparison:
 
     task: str
     """A detector."""
-    backbone: str
     metric: str
     """As in records: ``bbox/AP``, ``segm/AP``."""
+    backbone: str = ""
+    """None for a task that chooses: then it is the best one of its choice."""
     standard: str = "standard"
     """The backbone to compare with."""
     protocol: str = ""
@@ -101,6 +123,16 @@ class Manifest:
     tasks: tuple[Task, ...]
     primary: PrimaryComparison | None
     cluster: ClusterConfig
+    imagenet: str = ""
+    """A folder with val/; where it is there, published backbones are first checked on it."""
+    report: str = ""
+    """The title of the report that is made of the study once all runs are done; empty: none is."""
+
+    def seeds_of(self, task: Task) -> tuple[int, ...]:
+        return task.seeds or self.seeds
+
+    def task(self, name: str) -> Task:
+        return next(task for task in self.tasks if task.name == name)
 
 
 def read_manifest(path: str | Path, output: str | Path | None = None) -> Manifest:
@@ -145,6 +177,8 @@ def _manifest(path: Path, content: Any, output: str | Path | None) -> Manifest:
         tasks=tuple(_task(key, entry) for key, entry in sections["tasks"].items()),
         primary=_primary(content["primary"]) if content.get("primary") is not None else None,
         cluster=_cluster(content.get("cluster")),
+        imagenet=str(content.get("imagenet") or ""),
+        report=str(content.get("report") or ""),
     )
     used = {backbone.pretrain for backbone in manifest.backbones} - {""}
     for backbone in manifest.backbones:
@@ -155,6 +189,8 @@ def _manifest(path: Path, content: Any, output: str | Path | None) -> Manifest:
             _known(f"a protocol of task {task.name}", protocol, manifest.protocols)
         for name in task.backbones:
             _known(f"a backbone of task {task.name}", name, sections["backbones"])
+        if task.choose:
+            _check_choice(task, task.choose, manifest)
     if primary := manifest.primary:
         _check_primary(primary, manifest)
     if unused := manifest.pretraining.keys() - used:
@@ -164,7 +200,7 @@ def _manifest(path: Path, content: Any, output: str | Path | None) -> Manifest:
 
 def _primary(content: Any) -> PrimaryComparison:
     values = _mapping("primary", content, [one.name for one in fields(PrimaryComparison)])
-    if missing := [name for name in ("task", "backbone", "metric") if not values.get(name)]:
+    if missing := [name for name in ("task", "metric") if not values.get(name)]:
         raise InputError(f"primary needs {', '.join(missing)}: it is one comparison, declared before the runs")
     for name in ("difference", "std"):
         value = values.get(name)
@@ -182,14 +218,40 @@ def _check_primary(primary: PrimaryComparison, manifest: Manifest) -> None:
     task = tasks[primary.task]
     if task.transfer:
         raise InputError(f"the task of primary, {task.name}, is a transfer: give a detector's")
-    compared = task.backbones or [backbone.name for backbone in manifest.backbones]
-    for name in ("backbone", "standard"):
-        _known(f"the {name} of primary", getattr(primary, name), compared)
+    compared = _compared(task, manifest)
+    if bool(primary.backbone) == (task.choose is not None):
+        mend = "leave backbone out: it is the best of the choice" if task.choose else "give it a backbone"
+        raise InputError(f"primary is of task {task.name}: {mend}")
+    for name in ("backbone", "standard") if primary.backbone else ("standard",):
+        _known(f"the {name} of primary", getattr(primary, name), task.choose.keep if task.choose else compared)
     if primary.backbone == primary.standard:
         raise InputError(f"primary compares {primary.backbone} with itself: give another backbone or standard")
     protocols = task.protocols or tuple(manifest.protocols) or ("",)
     if len(protocols) > 1 or primary.protocol:
         _known("the protocol of primary", primary.protocol, protocols)
+
+
+def _compared(task: Task, manifest: Manifest) -> list[str]:
+    """The names of the backbones that a task has, or chooses among."""
+    task = manifest.task(task.choose.task) if task.choose else task
+    return [*(task.backbones or (backbone.name for backbone in manifest.backbones))]
+
+
+def _check_choice(task: Task, choice: Choice, manifest: Manifest) -> None:
+    earlier = [other.name for other in manifest.tasks[: manifest.tasks.index(task)]]
+    _known(f"the task that {task.name} chooses by, which is to stand before it", choice.task, earlier)
+    source = manifest.task(choice.task)
+    if source.transfer or task.transfer or source.choose or task.backbones:
+        raise InputError(
+            f"task {task.name} cannot choose by task {source.name}: both are detectors, the latter chooses nothing "
+            "itself, and the former names no backbones"
+        )
+    if len(source.protocols or manifest.protocols or ("",)) > 1:
+        raise InputError(f"task {task.name} chooses by task {source.name}, which has several protocols: give it one")
+    if shared := sorted({*manifest.seeds_of(task)} & {*manifest.seeds_of(source)}):
+        raise InputError(f"task {task.name} has seeds {shared} of task {source.name}, by which it chooses: give others")
+    for name in choice.keep:
+        _known(f"what task {task.name} keeps", name, _compared(task, manifest))
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:
@@ -220,19 +282,36 @@ def _backbone(name: str, content: Any) -> BackboneEntry:
 
 
 def _task(name: str, content: Any) -> Task:
-    task = _entry(Task, f"task {name}", name, content)
+    content = _mapping(f"task {name}", content)
+    own = {key: content[key] for key in ("seeds", "choose") if key in content}
+    task = _entry(Task, f"task {name}", name, {key: value for key, value in content.items() if key not in own})
+    if "seeds" in own:
+        task = replace(task, seeds=_seeds(own["seeds"]))
+    if "choose" in own:
+        task = replace(task, choose=_choice(name, own["choose"]))
+    for key, values in task.grid.items():
+        if not isinstance(values, list) or not values or any(isinstance(value, list | dict) for value in values):
+            raise InputError(f"grid of task {name} has a list of numbers or texts for each key, got {key}: {values!r}")
     if bool(task.transfer) == bool(task.config_files):
         raise InputError(f"task {name} needs either config_files, of a detector, or transfer, with a dataset")
     if task.transfer:
         _known(f"transfer of task {name}", task.transfer, TRANSFER_MODES)
-        if not task.dataset or task.overrides or task.protocols or task.robustness:
+        if not task.dataset or task.overrides or task.protocols or task.robustness or task.grid or task.choose:
             raise InputError(
-                f"task {name} is a transfer: it has a dataset and options, no overrides, protocols and robustness "
-                "(its options have eval_threat_model)"
+                f"task {name} is a transfer: it has a dataset and options, no overrides, protocols, robustness, grid "
+                "and choose (its options have eval_threat_model, lrs and weight_decays)"
             )
     elif task.dataset or task.options:
         raise InputError(f"task {name} is a detector: it has overrides and protocols, no dataset and options")
     return task
+
+
+def _choice(name: str, content: Any) -> Choice:
+    values = _mapping(f"choose of task {name}", content, [one.name for one in fields(Choice)])
+    best, keep = values.get("best", 0), _texts(f"keep of task {name}", values.get("keep"))
+    if not values.get("task") or not values.get("metric") or type(best) is not int or best < 0:
+        raise InputError(f"choose of task {name} needs task and metric, and best is a number of backbones (0: all)")
+    return Choice(str(values["task"]), str(values["metric"]), best, keep)
 
 
 def _entry(kind: type[T], what: str, name: str, content: Any) -> T:

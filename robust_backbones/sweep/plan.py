@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,14 +39,45 @@ class Run:
     work: int = 1
     """Iterations of a detector, epochs of a pre-training."""
 
-    def command(self, processes: int) -> list[str]:
-        """``argv`` for this many processes, one a GPU."""
+    def command(self, processes: int, machines: Machines | None = None) -> list[str]:
+        """``argv`` for this many processes, one a GPU, on each of the machines."""
         if self.kind == "detect":
             module, verb, *options = self.argv
-            return [module, verb, "--num-gpus", str(processes), *options]
-        if self.kind == "pretrain" and processes > 1:
-            return ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", *self.argv]
+            return [
+                module,
+                verb,
+                "--num-gpus",
+                str(processes),
+                *(machines.of_detectron2() if machines else ()),
+                *options,
+            ]
+        if self.kind == "pretrain" and (processes > 1 or machines):
+            where = machines.of_torchrun() if machines else ("--standalone",)
+            return ["torch.distributed.run", *where, f"--nproc-per-node={processes}", "-m", *self.argv]
         return [*self.argv]
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether its processes can be on several machines."""
+        return self.kind not in ("convert", "evaluate", "transfer")
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines of one run, and which of them this is."""
+
+    count: int
+    rank: int
+    address: str
+    """HOST:PORT of the first one."""
+
+    def of_detectron2(self) -> tuple[str, ...]:
+        numbers = ("--num-machines", str(self.count), "--machine-rank", str(self.rank))
+        return (*numbers, "--dist-url", f"tcp://{self.address}")
+
+    def of_torchrun(self) -> tuple[str, ...]:
+        host, port = self.address.rsplit(":", 1)
+        return (f"--nnodes={self.count}", f"--node-rank={self.rank}", f"--master-addr={host}", f"--master-port={port}")
 
 
 @dataclass(frozen=True)
@@ -60,6 +91,10 @@ class Plan:
     runs: tuple[Run, ...]
     cost: str = ""
     """What the manifest says that it takes."""
+    choices: Mapping[str, Any] = field(default_factory=dict)
+    """Task -> which backbones it has by which results of an earlier task: ``by``, ``chosen`` and all ``means``."""
+    pending: Mapping[str, str] = field(default_factory=dict)
+    """Task that will choose its backbones -> the task that it chooses by: its runs join the plan once that is done."""
 
     def __post_init__(self) -> None:
         earlier: set[str] = set()
@@ -86,7 +121,8 @@ class Plan:
         """Write the plan into its folder; False where it is there already. The caller holds the folder's lock.
 
         Raises:
-            InputError: the folder is that of another manifest, or holds something else.
+            InputError: the folder is that of another manifest, or holds something else; a task that has begun would
+                have other backbones.
         """
         if (self.output / "plan.json").exists():
             held = Plan.read(self.output)
@@ -96,6 +132,13 @@ class Plan:
                 )
             if held == self:
                 return False
+            for task, choice in held.choices.items():
+                begun = [run.key for run in held.runs if run.key.startswith(f"{task}-") and held.folder(run).exists()]
+                if begun and self.choices.get(task) != choice:
+                    raise InputError(
+                        f"{begun[0]} has begun, and task {task} would now choose otherwise, or later: leave the tasks "
+                        f"in {self.manifest} as they were, or give another --output"
+                    )
         elif any(path.name != "lock.json" and path.name[0] != "." for path in self.output.iterdir()):
             raise InputError(f"{self.output} is not empty and holds no study: give another --output")
         self.write()

@@ -55,15 +55,20 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
         if pilot:
             raise InputError(f"{manifest.path} has no primary comparison that a pilot could plan: add primary to it")
         return _exploratory(manifest)
-    primary, count = manifest.primary, len(manifest.seeds)
+    primary = manifest.primary
+    task = manifest.task(primary.task)
+    count, name = len(manifest.seeds_of(task)), primary.backbone or "the best backbone"
     standard = _threat_model(manifest, primary.standard)
     if standard is not None and standard.epsilon > 0:
         raise InputError(
             f"{manifest.path}: the standard of primary, {primary.standard}, was trained at {standard}; reports compare "
             "with the standard backbone: give that"
         )
-    told = [f"primary: {primary.metric} of {primary.backbone} against {primary.standard}, task {primary.task}"]
-    told += [f"its backbone was chosen: {primary.chosen}"] if primary.chosen else []
+    told = [f"primary: {primary.metric} of {name} against {primary.standard}, task {primary.task}"]
+    chosen = (
+        f"by mean {task.choose.metric} of task {task.choose.task}, on other images and seeds" if task.choose else ""
+    )
+    told += [f"its backbone is chosen: {chosen or primary.chosen}"] if chosen or primary.chosen else []
     told.append("all other comparisons are exploratory")
     expected = _expected(manifest, primary, pilot)
     if expected is None:
@@ -81,7 +86,7 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
     )
     if found < POWER and not allow_underpowered:
         raise InputError(
-            f"{manifest.path}: its primary comparison ({primary.metric} of {primary.backbone}) has a power of "
+            f"{manifest.path}: its primary comparison ({primary.metric} of {name}) has a power of "
             f"{found:.2f} with {count} seed{'s' * (count > 1)} for {expected.difference:+.2f} with a std of "
             f"{expected.std:.2f} ({expected.source}): {enough}; give more seeds, or --allow-underpowered"
         )
@@ -93,9 +98,12 @@ def primary_of(manifest: Manifest, plan: Plan) -> Primary | None:
     primary = manifest.primary
     if primary is None:
         return None
-    names = [
-        f"{'-'.join(filter(None, (primary.task, primary.protocol)))}-{primary.backbone}-seed{s}" for s in manifest.seeds
-    ]
+    task = manifest.task(primary.task)
+    backbone = primary.backbone
+    if task.choose and task.name in plan.choices:
+        backbone = plan.choices[task.name]["chosen"][0][0]
+    title = f"{'-'.join(filter(None, (primary.task, primary.protocol)))}-{backbone}"
+    names = [f"{title}-seed{seed}" for seed in manifest.seeds_of(task)] if backbone else []
     return Primary(primary.metric, tuple(run.key for run in plan.runs if run.key.rsplit("-", 1)[0] in names))
 
 
@@ -104,8 +112,7 @@ def _expected(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Pa
         return _of_pilot(manifest, primary, pilot)
     if primary.difference is not None and primary.std is not None:
         return Expected(primary.difference, primary.std, "the manifest's")
-    (task,) = (task for task in manifest.tasks if task.name == primary.task)
-    return next((of_paper(one) for one in _paper(task) if one.metric == primary.metric), None)
+    return next((of_paper(one) for one in _paper(manifest.task(primary.task)) if one.metric == primary.metric), None)
 
 
 def of_paper(paper: PaperResult) -> Expected | None:
@@ -120,7 +127,7 @@ def of_paper(paper: PaperResult) -> Expected | None:
 
 
 def _of_pilot(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Path]) -> Expected:
-    wanted = _threat_model(manifest, primary.backbone)
+    wanted = _threat_model(manifest, primary.backbone) if primary.backbone else None
     rows = [
         row
         for result in results(*experiments(find_runs(pilot)))
@@ -130,9 +137,10 @@ def _of_pilot(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Pa
     own = [row for row in rows if wanted is None or row.backbone.threat_model == wanted]
     if len(own) != 1:
         there = ", ".join(dict.fromkeys(row.backbone.trained_at for row in rows)) or "none"
+        name = primary.backbone or "the one to be chosen"
         raise InputError(
             f"the pilot in {' '.join(map(str, pilot))} has {len(own)} tested comparisons of {primary.metric} for "
-            f"{primary.backbone} ({wanted or 'trained at unknown'}; tested are {there}): give folders with one, of two "
+            f"{name} ({wanted or 'trained at unknown'}; tested are {there}): give folders with one, of two "
             "or more seeds"
         )
     comparison = own[0].comparison
@@ -171,18 +179,20 @@ def _exploratory(manifest: Manifest) -> list[str]:
     tests = 0
     for task in manifest.tasks:
         if not task.transfer:
-            backbones = len(task.backbones or manifest.backbones) - 1
+            backbones = (task.choose and task.choose.best) or len(task.backbones or manifest.backbones) - 1
             papers = _paper(task)
             tests += backbones * len(task.protocols or manifest.protocols or ("",)) * max(1, len(papers))
-            found += [(task.name, paper.metric, one) for paper in papers if (one := of_paper(paper))]
+            found += [(task, paper.metric, one) for paper in papers if (one := of_paper(paper))]
     if not found:
         return ["no primary comparison is declared: all comparisons are exploratory"]
-    alpha, count = ALPHA / max(1, tests), len(manifest.seeds)
+    alpha = ALPHA / max(1, tests)
+    powers = [one.power(len(manifest.seeds_of(task)), alpha) for task, _, one in found]
     told = [
-        f"{name} {metric}, {one.difference:+.2f} ± {one.std:.2f} (the paper's): power {one.power(count, alpha):.2f} "
-        f"with {count} seeds at 0.05 / {tests} (the first step of Holm); {POWER:.0%} need {one.seeds(alpha)} seeds"
-        for name, metric, one in found
+        f"{task.name} {metric}, {one.difference:+.2f} ± {one.std:.2f} (the paper's): power {power:.2f} with "
+        f"{len(manifest.seeds_of(task))} seeds at 0.05 / {tests} (the first step of Holm); {POWER:.0%} need "
+        f"{one.seeds(alpha)} seeds"
+        for power, (task, metric, one) in zip(powers, found, strict=True)
     ]
-    weak = any(one.power(count, alpha) < POWER for _, _, one in found)
+    weak = any(power < POWER for power in powers)
     advice = "warning: too few seeds to tell; declare one comparison as primary, or give more seeds" if weak else ""
     return ["no primary comparison is declared: all comparisons are exploratory", *told, *filter(None, [advice])]

@@ -1,6 +1,7 @@
-"""``python -m robust_backbones.sweep.runner OUTPUT KEY PROCESSES``: one run of a study, in this process.
+"""``python -m robust_backbones.sweep.runner OUTPUT KEY PROCESSES [MACHINES RANK ADDRESS]``: one run, in this process.
 
-It holds the run's lock, so that no run is at work twice, whoever starts it; and exits with the run's status.
+It holds the run's lock, so that no run is at work twice, whoever starts it; and exits with the run's status. Of several
+machines the first one does.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from pathlib import Path
 
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 from robust_backbones.runs.locks import HeldError, lock
-from robust_backbones.sweep.plan import ATTEMPT, Attempt, Plan
+from robust_backbones.sweep.plan import ATTEMPT, Attempt, Machines, Plan
 
 
 def main(arguments: Sequence[str]) -> int:
-    output, key, processes = arguments
+    output, key, processes, *where = arguments
     plan = Plan.read(Path(output))
     run = plan.run(key)
     job = plan.job(run)
+    machines = Machines(int(where[0]), int(where[1]), where[2]) if where else None
+    command = run.command(int(processes), machines)
+    if machines and machines.rank:
+        return 0 if plan.is_done(run) else call(command)
     try:
         with lock(job / "lock.json"):
             if plan.is_done(run):
@@ -31,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"{ATTEMPT} {time.strftime('%Y-%m-%d %H:%M:%S')}: {run.key}", flush=True)
             attempt = Attempt(time.time(), plan.progress(run))
             attempt.write(job)
-            status = call(run.command(int(processes)))
+            status = call(command)
             if status == 0 and not plan.is_done(run):
                 missing = [result for result in run.results if not (plan.folder(run) / result).exists()]
                 print(f"error: it ended with status 0, but wrote no {', '.join(missing)}", file=sys.stderr)

@@ -290,6 +290,10 @@ def test_numbers_of_figures_are_the_records(report: Path) -> None:
         ("Linf", pytest.approx(4 / 255)),
     ]
     assert [float(row["mean"]) for row in epsilons] == [fmean(BOX[b]) for b in ("L2:0", "L2:3", "L2:0", "Linf:4/255")]
+    # Figure 4 has boxes and masks.
+    both = list(csv.DictReader((report / "figures/figure_4.csv").open()))
+    assert [row["metric"] for row in both] == ["bbox/AP"] * 4 + ["segm/AP"] * 4
+    assert [{key: row[key] for key in epsilons[0]} for row in both[:4]] == epsilons
     classes = list(csv.DictReader((report / "figures/segmentation_coco_2017_val_bbox_AP_classes.csv").open()))
     assert {(row["trained_at"], row["class"]) for row in classes} == {
         (backbone, name) for backbone in BACKBONES[1:] for name in ("cat", "dog")

@@ -530,6 +530,23 @@ def test_the_tool_reports_and_says_where_the_record_lies(
     assert RunRecord.read(tmp_path / "run" / "record.json").config["attack"]["steps"] == 2
 
 
+def test_an_accuracy_that_is_not_the_expected_one_fails(
+    run_tool: Run, checkpoint_path: Path, data: Path, tmp_path: Path
+) -> None:
+    """And gives no file that says it was, so that a study asks again."""
+    arguments = ["--data", data, "--threat-model", "L2:0", "--output", tmp_path / "run", "--no-autoattack"]
+    arguments = ["classifier", checkpoint_path, *arguments, *FAST, *ON_CPU]
+    assert run_tool("evaluate", *arguments)[0] == 0
+    found = RunRecord.read(tmp_path / "run/record.json").metrics["clean_accuracy"]
+    assert found is not None
+    status, _, err = run_tool("evaluate", *arguments, "--expected", 0 if found > 50 else 100)
+    assert (status, err.count("\n")) == (1, 1)
+    assert f"{found:.2f} %" in err
+    assert not (tmp_path / "run/expected.json").exists()
+    assert run_tool("evaluate", *arguments, "--expected", found)[0] == 0
+    assert json.loads((tmp_path / "run/expected.json").read_text()) == {"expected": found, "clean_accuracy": found}
+
+
 def test_without_pyautoattack_it_says_how_to_install_it(
     run_tool: Run, checkpoint_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
-"""Images that cannot be read: named and refused, or left out as if the set had never held them."""
+"""Images that cannot be read: named and refused, or left out as if the set had never held them; images held out."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import torch
 from detectron2.data import DatasetCatalog
 
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.datasets import register_datasets
-from robust_backbones.detection.evaluators import build_evaluator
+from robust_backbones.detection.datasets import check_datasets, class_names, derive_classes, register_datasets
+from robust_backbones.detection.evaluators import build_evaluator, coco_metrics, ground_truth
+from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 from tests.detection.test_train_net import TINY, Maker, write_voc
@@ -110,3 +112,81 @@ def test_in_vocs_format_too(shapes: Path, converted: Maker, tmp_path: Path, run_
     assert [item["image_id"] for item in DatasetCatalog.get("mine_val")] == [f"val photo {n}" for n in (1, 2, 4, 5, 6)]
     evaluator = build_evaluator(cfg, "mine_val")
     assert set(evaluator.evaluate()) == {"bbox", "bbox-11point"}
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc"])
+def test_held_out_images_are_tested_and_not_trained_on(kind: str, shapes: Path, tmp_path: Path) -> None:
+    """They are those of the lowest hashes, counted by an independent sort; annotations in any order give the same."""
+    source = shapes / "shapes"
+    if kind == "voc":
+        write_voc(source, tmp_path / "voc", "train")
+        sets = ["DATASETS.VOC_FORMAT", (("mine", str(tmp_path / "voc"), "train"),)]
+    else:
+        content = json.loads((source / "annotations/instances_train.json").read_text())
+        content["images"].reverse()
+        (tmp_path / "mine.json").write_text(json.dumps(content))
+        sets = ["DATASETS.COCO_FORMAT", (("mine", str(tmp_path / "mine.json"), str(source / "train")),)]
+    sets += ["DATASETS.TRAIN", ("mine",), "DATASETS.TEST", ("mine_held_out",), "MODEL.MASK_ON", False]
+
+    def registered(count: int) -> tuple[set[str], set[str]]:
+        cfg = load_config(SHAPES_CONFIG, [*sets, "DATASETS.HELD_OUT", count], classes=0)
+        register_datasets(cfg)
+        names = [
+            {Path(item["file_name"]).name for item in DatasetCatalog.get(name)} for name in ("mine", "mine_held_out")
+        ]
+        return names[0], names[1]
+
+    cfg = load_config(SHAPES_CONFIG, [*sets, "DATASETS.TEST", ("mine",)], classes=0)
+    register_datasets(cfg)
+    every = {Path(item["file_name"]).name for item in DatasetCatalog.get("mine")}
+    for count in (4, 3):
+        held = set(sorted(every, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count])
+        assert registered(count) == (every - held, held)
+    cfg = load_config(SHAPES_CONFIG, [*sets, "DATASETS.HELD_OUT", 3], classes=0)
+    register_datasets(cfg)
+    derive_classes(cfg)
+    check_datasets(cfg)
+    assert class_names("mine_held_out") == class_names("mine")
+    truth = ground_truth("mine_held_out").dataset
+    assert {Path(row["file_name"]).name for row in truth["images"]} == held
+    # A perfect detector of these images alone finds all.
+    results = [{**row, "score": 1.0} for row in truth["annotations"]]
+    assert coco_metrics(ground_truth("mine_held_out"), results, "bbox")["AP"] == pytest.approx(100)
+    with pytest.raises(InputError, match="HELD_OUT 1000 leaves none"):
+        registered(1000)
+
+
+@pytest.mark.slow
+def test_a_run_with_held_out_images(
+    shapes: Path, converted: Maker, tmp_path: Path, run_tool: RunTool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is the run of two annotation files with these images, in weights and AP."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    source = shapes / "shapes"
+    content = json.loads((source / "annotations/instances_train.json").read_text())
+    order = sorted(content["images"], key=lambda row: hashlib.sha256(row["file_name"].encode()).hexdigest())
+    for name, rows in (("rest", order[3:]), ("held", order[:3])):
+        ids = {row["id"] for row in rows}
+        part = {"images": [row for row in content["images"] if row["id"] in ids]}
+        part["annotations"] = [row for row in content["annotations"] if row["image_id"] in ids]
+        (tmp_path / f"{name}.json").write_text(json.dumps({**content, **part}))
+    given = ["MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()"]
+    given += ["DATALOADER.NUM_WORKERS", 0, "TEST.EXPECTED_RESULTS", "[]"]
+    runs = {
+        "one": ["--train", f"mine={source}/annotations/instances_train.json:{source}/train", "--test", "mine_held_out"],
+        "two": [
+            "--train",
+            f"mine={tmp_path}/rest.json:{source}/train",
+            "--test",
+            f"v={tmp_path}/held.json:{source}/train",
+        ],
+    }
+    found = []
+    for name, words in runs.items():
+        held = ["DATASETS.HELD_OUT", 3 if name == "one" else 0, "OUTPUT_DIR", tmp_path / name]
+        status, _, err = run_tool("train", "--config-file", SHAPES_CONFIG, *words, *SMALL, *TINY, *given, *held)
+        assert status == 0, err
+        weights = torch.load(tmp_path / name / "model_final.pth", weights_only=True)["model"]
+        found.append((RunRecord.read(tmp_path / name / "record.json").metrics, weights))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())

@@ -279,6 +279,26 @@ def test_slurm_gets_arrays_of_what_is_ready(slurm: Path, tmp_path: Path) -> None
     assert not list(plan.output.glob("jobs/*/job.json"))
 
 
+def test_a_run_on_two_machines_is_started_on_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them knows its own rank and the first one's address; the first holds the lock and writes the log."""
+    pytest.importorskip("submitit")
+    plan = stubs(tmp_path, {"a": "go"})
+    plan = replace(plan, runs=(replace(plan.runs[0], kind="detect", argv=("stub", "train")),))
+    plan.write()
+    (tmp_path / "stub.py").write_text("import sys; print(sys.argv)")
+    job = ClusterJob(plan.output, "a", 4, nodes=2)
+    assert job.checkpoint().function == job
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "first,second")
+    for rank, log in enumerate(("log.txt", "log_1.txt")):
+        monkeypatch.setenv("SLURM_NODEID", str(rank))
+        job()
+        said = (plan.job(plan.runs[0]) / log).read_text()
+        assert f"'--num-machines', '2', '--machine-rank', '{rank}', '--dist-url', 'tcp://first:2" in said
+        assert ("wrote no record.json" in said) == (rank == 0)
+
+
 def test_conversions_stay_here(slurm: Path, tmp_path: Path) -> None:
     plan = stubs(tmp_path, {"a": "go", "b": "go"}, {"b": ("a",)})
     plan = replace(plan, runs=(replace(plan.runs[0], kind="convert"), plan.runs[1]))

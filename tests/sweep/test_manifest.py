@@ -11,12 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from robust_backbones.commands import evaluate, train
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.errors import InputError
 from robust_backbones.sweep import expand as expansion
 from robust_backbones.sweep.expand import expand
 from robust_backbones.sweep.manifest import read_manifest
-from robust_backbones.sweep.plan import Plan, Run
+from robust_backbones.sweep.plan import Machines, Plan, Run
 from robust_backbones.sweep.power import check_power
 from tests.sweep.conftest import FPN, SMALL, SYNCBN, keys, planned, with_
 
@@ -56,7 +57,8 @@ PRIMARY = {"task": "voc", "backbone": "robust", "metric": "bbox/AP"}
         ("pretraining/robust/arch", "resnet9", ["pretraining robust", "resnet9"]),
         ("pretraining/unused", {"data": "images"}, ["unused"]),
         ("seeds", [0, 0], ["differ"]),
-        ("primary", {"task": "voc"}, ["backbone, metric"]),
+        ("primary", {"task": "voc"}, ["primary needs metric"]),
+        ("primary", {"task": "voc", "metric": "bbox/AP"}, ["give it a backbone"]),
         ("primary", {**PRIMARY, "backbone": "robus"}, ["backbone of primary", "did you mean robust?"]),
         ("primary", {**PRIMARY, "backbone": "standard"}, ["with itself"]),
         ("primary", {**PRIMARY, "task": "flowers"}, ["flowers", "transfer"]),
@@ -311,9 +313,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kinds"),
     [
-        ("voc", {"convert": 13, "detect": 52}),
-        ("coco_detection", {"convert": 4, "detect": 20}),
-        ("coco_segmentation", {"convert": 4, "detect": 32}),
+        ("figure4", {"convert": 13, "detect": 52 + 20 + 32}),
+        ("coco_screening", {"convert": 15, "detect": 30}),
         ("small", {"pretrain": 2, "convert": 2, "detect": 12}),
         ("robust_backbones", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),
         ("robust_backbones_cpu", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),
@@ -329,5 +330,36 @@ def test_the_studies_are_ready(
     assert manifest.name == name
     assert "GPU" in plan.cost
     assert check_power(manifest)  # a primary comparison has the seeds that it needs
-    if name.startswith("coco"):
-        assert {run.work for run in plan.runs if run.kind == "detect"} == {270_000}
+    works = {run.group: run.work for run in plan.runs if run.kind == "detect"}
+    if name == "figure4":
+        assert works == {"voc": 18_000, "coco_detection": 270_000, "coco_segmentation": 270_000}
+    if name == "coco_screening":
+        assert (works, plan.pending) == ({"screening": 90_000}, {"final": "screening"})
+
+
+def test_published_backbones_are_checked_where_imagenet_is(tmp_path: Path) -> None:
+    """By the accuracy that is published, after the conversion and before all else; other runs stay what they are."""
+    before = planned(tmp_path, SMALL)
+    (tmp_path / "imagenet/val").mkdir(parents=True)
+    after = planned(tmp_path, {**SMALL, "imagenet": str(tmp_path / "imagenet")})
+    check = after.run(keys(after)["check-standard"])
+    assert {name: key for name, key in keys(after).items() if name != "check-standard"} == keys(before)
+    assert check.argv[check.argv.index("--expected") + 1] == "75.8"
+    assert evaluate.parse([*check.argv[2:]]).expected == 75.8  # type: ignore[union-attr]
+    assert check.needs == (keys(after)["convert-standard"],)
+    for name in ("voc-standard-seed0", "flowers-standard"):
+        assert check.key in after.run(keys(after)[name]).needs
+
+
+def test_the_machines_of_a_run_find_each_other(tmp_path: Path) -> None:
+    runs = {run.kind: run for run in planned(tmp_path, SMALL).runs}
+    machines = Machines(2, 1, "node7:20001")
+    verb = runs["detect"].command(4, machines)[2:10]
+    assert " ".join(verb) == "--num-gpus 4 --num-machines 2 --machine-rank 1 --dist-url tcp://node7:20001"
+    options = train.parse(runs["detect"].command(4, machines)[2:])
+    assert (options.num_machines, options.machine_rank, options.dist_url) == (2, 1, "tcp://node7:20001")
+    torchrun, *words = runs["pretrain"].command(4, machines)
+    assert torchrun == "torch.distributed.run"
+    assert words[:6] == [
+        *("--nnodes=2", "--node-rank=1", "--master-addr=node7", "--master-port=20001", "--nproc-per-node=4", "-m"),
+    ]
