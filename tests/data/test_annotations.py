@@ -192,10 +192,21 @@ def change_all(key: str, change: Callable[[Any], Any]) -> Content:
     return content
 
 
+def mostly_corners() -> Content:
+    """Sixty boxes as (x1, y1, x2, y2); of the seven that leave their image as they are, two do as corners too."""
+    content = sound()
+    rows = [{**content["annotations"][0], "id": number, "bbox": [2, 3, 20, 30]} for number in range(60)]
+    for row, box in zip(rows, [[30, 20, 55, 35]] * 5 + [[1, 2, 70, 30]] * 2, strict=False):
+        row["bbox"] = box
+    return content | {"annotations": rows}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         (change_all("bbox", lambda b: [b[0], b[1], b[0] + 38, b[1] + 35]), "none does as (x1, y1, x2, y2)"),
+        (mostly_corners(), "7 of 60 boxes leave their image, and 2 do as (x1, y1, x2, y2)"),
+        (change_all("bbox", lambda _: [50, 5, 12, 20]), "upper left corner"),
         (change_all("bbox", lambda b: [b[0] / 60, b[1] / 40, b[2] / 60, b[3] / 40]), "fractions"),
         (change_all("iscrowd", lambda _: 1), "not a crowd"),
         (sound() | {"annotations": []}, "not a crowd"),

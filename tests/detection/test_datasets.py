@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.data.datasets import register_coco_instances
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -170,6 +171,14 @@ def test_voc_folders_are_checked_alike(voc: Path, cfg: CfgNode) -> None:
     annotation.write_text(whole)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 20
     assert "give MODEL.ROI_HEADS.NUM_CLASSES 1" in refusal(cfg)
+
+
+def test_lists_of_two_columns_are_read_for_sets_of_detectron2s_loader(voc: Path, cfg: CfgNode) -> None:
+    whole = DatasetCatalog.get("voc_of_cats")
+    assert [item["image_id"] for item in whole] == ["000001", "000002", "000003"]
+    (voc / "ImageSets/Main/trainval.txt").write_text("000001  1\n000002 -1\n000003  0\n")
+    register_datasets(cfg)
+    assert DatasetCatalog.get("voc_of_cats") == [whole[0], whole[2]]
 
 
 # Classes are matched by name
@@ -336,6 +345,23 @@ def test_an_object_without_a_mask_is_kept_for_boxes_and_refused_for_masks(
     cfg.MODEL.MASK_ON = False
     assert check_datasets(cfg) == []
     assert sum(map(len, named_objects("shapes_train"))) == count
+
+
+def test_sets_of_detectron2s_loader_keep_objects_without_a_polygon(cfg: CfgNode, tmp_path: Path) -> None:
+    """Whose boxes it drops with the polygon."""
+    file, name = tmp_path / "shapes/annotations/instances_train.json", "registered_by_detectron2"
+    register_coco_instances(name, {}, str(file), str(tmp_path / "shapes/train"))
+    try:
+        sound = sum(map(len, named_objects(name)))
+        change(tmp_path, lambda content: content["annotations"][2].update(segmentation=[[3, 4, 5, 6]]))
+        assert sum(map(len, named_objects(name))) < sound
+        cfg.DATASETS.TRAIN = (name,)
+        register_datasets(cfg)
+        assert named_objects(name) == named_objects("shapes_train")
+        assert sum(map(len, named_objects(name))) == sound
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_masks_of_run_lengths_train_without_an_override(cfg: CfgNode) -> None:
