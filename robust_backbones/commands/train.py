@@ -26,6 +26,7 @@ from typing import Any
 from fvcore.common.config import CfgNode
 
 from robust_backbones.commands import cli
+from robust_backbones.data.annotations_sets import parts_of
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 
@@ -156,10 +157,10 @@ def own_sets(options: argparse.Namespace) -> list[Any]:
             names.append(name)
             if not equals and ":" not in text:
                 continue
-            first, colon, second = place.rpartition(":")
-            if not (name and colon and first and second):
+            if not (name and place):
                 raise InputError(f"{text!r} names no set: give NAME=annotations.json:IMAGES or NAME=VOC_FOLDER:LIST")
-            if first.endswith(".json"):
+            first, second, is_coco = parts_of(place)
+            if is_coco:
                 coco.append((name, first, second))
             else:
                 voc.append((name, first, second, *([classes] if classes else [])))

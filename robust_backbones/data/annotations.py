@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,17 +81,19 @@ def _is_flag(value: Any) -> bool:
 
 
 _Test = Callable[[Any], bool]
+_ID = "a whole number below 2^53, or a text"
+_SIDE = "a whole number of pixels, which check-data --fix reads from the file"
 _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
     "categories": {"id": (_is_whole, "a whole number"), "name": (_is_text, "a name")},
     "images": {
-        "id": (_is_id, "a whole number or a text"),
+        "id": (_is_id, _ID),
         "file_name": (_is_text, "a file's name"),
-        "width": (is_side, "a whole number of pixels"),
-        "height": (is_side, "a whole number of pixels"),
+        "width": (is_side, _SIDE),
+        "height": (is_side, _SIDE),
     },
     "annotations": {
-        "id": (_is_id, "a whole number or a text"),
-        "image_id": (_is_id, "a whole number or a text"),
+        "id": (_is_id, _ID),
+        "image_id": (_is_id, _ID),
         "category_id": (_is_whole, "a whole number"),
         "bbox": (_is_box, "four finite numbers (x, y, width, height), with sides of at least 0"),
         "area": (lambda value: is_number(value, 1e14) and value >= 0, "a finite number of at least 0"),
@@ -180,6 +183,11 @@ def _faults_of_row(
         yield _fault(severity, file, name, place, what, f"it has to be {wanted}", f"objects without {key}")(row)
 
 
+def plain(name: str) -> str:
+    """A class's name without case, spaces, hyphens and underscores."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
 def short(value: Any) -> str:
     try:
         text = json.dumps(value)
@@ -204,20 +212,37 @@ def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int
                 kind, mend = "images of the same file", "leave or rename one of them"
                 yield _fault(severity, file, name, place, what, mend, kind)(row)  # type: ignore[arg-type]
             seen.add(row[key])
+    names: dict[str, str] = {}
+    for place, row in sound["categories"]:
+        if (other := names.setdefault(plain(row["name"]), row["name"])) != row["name"]:
+            what = f"name {short(row['name'])} is {short(other)} but for case, spaces, - and _"
+            mend = "if both are one class, give check-data --fix OUT --rename OLD=NEW"
+            yield _fault("warning", file, "categories", place, what, mend, "classes of nearly the same name")(row)
     if len({type(row["id"]) for _, row in sound["images"]}) > 1:
         yield Fault("error", file, "some ids of images are numbers and others texts", "use one kind")
     known = {
         "image_id": {row.get("id") for row in content["images"] if isinstance(row, dict) and _is_id(row.get("id"))},
         "category_id": {row["id"] for _, row in sound["categories"]},
     }
-    kept = []
+    written = {key: {str(number): number for number in numbers} for key, numbers in known.items()}
+    kept, things = [], set[tuple[Any, ...]]()
     for place, row in sound["annotations"]:
         missing = [key for key in known if row[key] not in known[key]]
         for key in missing:
-            what = f"{key} {short(row[key])} does not exist in the file"
-            yield _fault("error", file, "annotations", place, what, "remove the annotation, or add what it names")(row)
+            what, mend = f"{key} {short(row[key])} does not exist in the file", "remove it, or add what it names"
+            if (twin := written[key].get(str(row[key]))) is not None:
+                mend = f"write {short(twin)}, as the id is there"
+            yield _fault("error", file, "annotations", place, what, mend)(row)
         if not missing:
             kept.append((place, row))
+            thing = (row["image_id"], row["category_id"], *row["bbox"])
+            if thing in things:
+                what, kind = (
+                    "its box and class are those of another object of the image",
+                    "objects that are there twice",
+                )
+                yield _fault("warning", file, "annotations", place, what, "leave one of them", kind)(row)
+            things.add(thing)
     sound["annotations"][:] = kept
 
 
@@ -246,13 +271,20 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
             yield _fault("warning" if kind else "error", file, "annotations", place, what, mend, kind)(row)
     if empty.all():
         yield Fault("error", file, "no box has any area", "mend the annotations")
+    shown = {row["category_id"] for _, row in rows}
+    for place, row in sound["categories"] if use.training else ():
+        if row["id"] not in shown:
+            what, kind = f"no object is of the class {short(row['name'])}", "classes without an object"
+            yield _fault("warning", file, "categories", place, what, "training cannot learn it; annotate some", kind)(
+                row
+            )
     if not use.masks:
         return
-    if not any(usable_mask(row.get("segmentation")) for _, row in rows):
+    problems = [mask_problem(row.get("segmentation"), *sizes[row["image_id"]]) for _, row in rows]
+    if all(problem is not None and problem[0] == "warning" for problem in problems):
         yield Fault("error", file, f"none of its {len(rows)} objects has a usable mask", "give MODEL.MASK_ON False")
         return
-    for place, row in rows:
-        problem = mask_problem(row.get("segmentation"), *sizes[row["image_id"]])
+    for (place, row), problem in zip(rows, problems, strict=True):
         if problem is not None:
             severity, what = problem
             mend = "remove or mend it, or give MODEL.MASK_ON False, or let check-data --fix fill its box"
@@ -265,11 +297,19 @@ def _guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> t
     """What the boxes look like that are not (x, y, width, height) in pixels."""
     # Boxes that lie outside altogether are named one by one.
     leaving = (boxes[:, :2] + boxes[:, 2:] > sides + 1).any(1) & (boxes[:, :2] < sides).all(1)
-    within = ((boxes[:, :2] <= boxes[:, 2:]) & (boxes[:, 2:] <= sides + 1)).all(1)  # were they corners
+    low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2  # were they centres
     what = f"{int(leaving.sum())} of {len(boxes)} boxes leave their image"
-    if leaving.mean() > 0.1 and within.mean() > 0.95:
-        few = "none does" if within.all() else f"{int((~within).sum())} do"
-        return f"{what}, and {few} as (x1, y1, x2, y2)", "write bbox as (x, y, width, height)"
+    for layout, inside in (
+        ("(x1, y1, x2, y2)", (boxes[:, :2] <= boxes[:, 2:]) & (boxes[:, 2:] <= sides + 1)),
+        ("(x of the center, y of the center, width, height)", (low >= -1) & (high <= sides + 1)),
+    ):
+        within = inside.all(1)
+        if leaving.mean() > 0.1 and within.mean() > 0.95:
+            few = "none does" if within.all() else f"{int((~within).sum())} do"
+            return (
+                f"{what}, and {few} as {layout}",
+                "write bbox as (x, y, width, height), x and y of its upper left corner",
+            )
     if leaving.mean() > 0.5:
         return what, "write bbox as (x, y, width, height) in pixels of the image, x and y of its upper left corner"
     if (boxes <= 1).all() and (boxes >= 0).all() and (sides > 8).all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -109,8 +110,9 @@ def read_headers(paths: Iterable[str], *, workers: int = 8, cache: Path | None =
             with os.scandir(folder or ".") as entries:
                 for entry in entries:
                     if (path := os.path.join(folder, entry.name)) in paths:
-                        status = entry.stat()
-                        stamps[path] = [status.st_size, status.st_mtime_ns]
+                        with suppress(OSError):  # a link to nowhere is no image
+                            status = entry.stat()
+                            stamps[path] = [status.st_size, status.st_mtime_ns]
     digest = hashlib.sha256("\n".join(sorted({os.path.abspath(os.path.dirname(path)) for path in stamps})).encode())
     store = cache / f"headers-{digest.hexdigest()[:16]}.json" if cache else None
     known = _stored(store)
@@ -146,13 +148,13 @@ def check_images(
     Args:
         images: (image id, path, width, height), the sizes as the annotations have them.
     """
-    faults = []
+    faults, listings = [], dict[str, dict[str, str]]()
     images = list(images)
     headers = read_headers([path for _, path, *_ in images], workers=workers, cache=cache)
     for number, (image, path, width, height) in enumerate(images):
         place = ("images", number)
         if (header := headers.get(path)) is None:
-            faults.append(Fault("error", path, MISSING, "add the image, or remove it from the set", image))
+            faults.append(Fault("error", path, MISSING, _mend_of_missing(path, listings), image))
         elif header.problem:
             mend = "convert or replace it, or remove it from the set"
             faults.append(Fault("error", path, header.problem, mend, image, place=place, kind=UNREADABLE))
@@ -162,3 +164,21 @@ def check_images(
                 what += "; its EXIF tag turns it"
             faults.append(Fault("error", path, what, "correct width and height, and look at the boxes", image))
     return faults
+
+
+def _mend_of_missing(path: str, listings: dict[str, dict[str, str]]) -> str:
+    """How to mend the name of a file that is not there; ``listings`` keeps what was read of folders."""
+    if "\\" in path:
+        return "write / between folders in file_name, not \\"
+    folder, name = os.path.split(path)
+    if folder not in listings:
+        files = os.listdir(folder) if os.path.isdir(folder) else []
+        listings[folder] = {_plain_stem(file): file for file in files}
+    if other := listings[folder].get(_plain_stem(name)):
+        return f"its folder has {other!r}: write file_name as the file is called"
+    return "add the image, or remove it from the set"
+
+
+def _plain_stem(name: str) -> str:
+    """A file's name without what file systems and programs often change: case, the form of accents, the suffix."""
+    return unicodedata.normalize("NFC", os.path.splitext(name)[0]).casefold()

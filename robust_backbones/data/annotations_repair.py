@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +10,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 from robust_backbones.data.annotations import (
+    Content,
     Row,
     Use,
     box_polygon,
     check_coco,
     is_number,
     mask_problem,
+    plain,
     read_json,
     usable_mask,
 )
@@ -34,19 +35,15 @@ _SIZES, _CLIPPED = "sizes of images corrected", "boxes clipped to their images"
 def renaming(classes: Sequence[str] = (), table: Mapping[str, str] | None = None) -> Rename:
     """What a class is to be called: as ``table`` says, else as the one of ``classes`` that differs in case, spaces,
     hyphens and underscores alone, else what it is."""
-    known = {_plain(name): name for name in classes}
+    known = {plain(name): name for name in classes}
     if len(known) < len(classes):
         raise InputError(f"classes differ in case and spaces alone: {', '.join(classes)}; leave one of them")
 
     def rename(name: str) -> str:
         name = (table or {}).get(name, name)
-        return name if name in classes else known.get(_plain(name), name)
+        return name if name in classes else known.get(plain(name), name)
 
     return rename
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]+", "", name).casefold()
 
 
 def repair(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename = str) -> tuple[AnnotatedSet, list[str]]:
@@ -79,6 +76,7 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
     content, faults = read_json(dataset.annotations)
     if not content:
         raise InputError(str(faults[0]))
+    _make_numbers(content, done)
     categories, ids = _repaired_classes(content["categories"], rename, done)
     images = [row for row in content["images"] if isinstance(row, dict)]
     paths = {number: str(dataset.images / str(row.get("file_name"))) for number, row in enumerate(images)}
@@ -112,6 +110,20 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
     write_json(output / dataset.annotations.name, mended)
 
 
+def _make_numbers(content: Content, done: Counter[str]) -> None:
+    """Ids of classes and, where those of the images are numbers, of images: what is written as ``"7"`` or ``7.0``."""
+    images = [row.get("id") for row in content["images"] if isinstance(row, dict)]
+    of_images = ["image_id", "id"] if not all(isinstance(value, str) for value in images) else []
+    keys = {"categories": ["id"], "images": of_images[1:], "annotations": ["category_id", *of_images[:1]]}
+    for name, names in keys.items():
+        for row in content[name]:
+            for key in names if isinstance(row, dict) else ():
+                text = str(row.get(key)).removesuffix(".0")
+                if not isinstance(row.get(key), int) and text.isascii() and text.isdigit() and len(text) < 16:
+                    row[key] = int(text)
+                    done["ids made whole numbers"] += 1
+
+
 def _repaired_classes(rows: Iterable[Any], rename: Rename, done: Counter[str]) -> tuple[list[Row], dict[Any, Any]]:
     """Categories with their new names, and the id of the one that each other of its name is now."""
     kept: dict[str, Row] = {}
@@ -142,7 +154,7 @@ def _repaired(row: Row, size: tuple[int, int] | None, use: Use, ids: Mapping[Any
     if clipped != corners:
         row, box = {**row, "bbox": [x1, y1, x2 - x1, y2 - y1]}, [x1, y1, x2 - x1, y2 - y1]
         done[_CLIPPED] += 1
-    if "area" not in row:
+    if row.get("area") is None:
         row = {**row, "area": box[2] * box[3]}
         done["areas filled in from boxes"] += 1
     problem = mask_problem(row.get("segmentation"), *size) if use.masks else None
@@ -169,8 +181,8 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Count
     annotations = dataset.annotations / "Annotations"
     try:
         names = voc_names(listed, annotations)
-    except OSError as error:
-        raise InputError(f"{listed} cannot be read ({error.strerror}): check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{listed} cannot be read ({getattr(error, 'strerror', error)}): check the path") from None
     done["lines of the list that were there twice left out"] += len(names) - len(set(names))
     files = voc_images(dataset.images)
     paths = {name: str(dataset.images / files.get(name, f"{name}.jpg")) for name in dict.fromkeys(names)}

@@ -29,6 +29,23 @@ def locate(path: str | Path) -> Path:
     return next((place for place in places if place.exists()), places["DETECTRON2_DATASETS" not in os.environ])
 
 
+def parts_of(text: str) -> tuple[str, str, bool]:
+    """``FIRST:SECOND`` of a set, and whether it is annotations.json:IMAGES, of COCO's format, or VOC_FOLDER:LIST.
+
+    Raises:
+        InputError: it is neither.
+    """
+    first, colon, second = text.rpartition(":")
+    is_coco = first.lower().endswith(".json")
+    if (
+        not (colon and first and second)
+        or second.lower().endswith(".json")
+        or (not is_coco and locate(first).is_file())
+    ):
+        raise InputError(f"{text!r} names no data set: give annotations.json:IMAGE_FOLDER, or VOC_FOLDER:LIST")
+    return first, second, is_coco
+
+
 @dataclass(frozen=True)
 class AnnotatedSet:
     """Where a set's annotations and images are."""
@@ -50,13 +67,12 @@ class AnnotatedSet:
         Raises:
             InputError: it is neither.
         """
-        first, colon, second = text.rpartition(":")
-        if not (colon and first and second):
-            raise InputError(f"{text!r} names no data set: give annotations.json:IMAGE_FOLDER, or VOC_FOLDER:LIST")
-        if not (place := locate(first)).exists() and "=" in first:
-            first = first.partition("=")[2]
-            place = locate(first)
-        return cls(place, locate(second)) if first.endswith(".json") else cls(place, place / "JPEGImages", second)
+        _, equals, place = text.partition("=")
+        if not equals or locate(text.rpartition(":")[0]).exists():  # a path may have a =
+            place = text
+        first, second, is_coco = parts_of(place)
+        folder = locate(first)
+        return cls(folder, locate(second)) if is_coco else cls(folder, folder / "JPEGImages", second)
 
     def check(
         self, use: Use | None = None, *, workers: int = 8, cache: Path | None = None

@@ -32,11 +32,16 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
     listed = folder / f"ImageSets/Main/{split}.txt"
     faults: list[Fault] = []
     names: dict[str, None] = {}
-    for name in voc_names(listed, folder / "Annotations"):
+    try:
+        lines = voc_names(listed, folder / "Annotations")
+    except UnicodeDecodeError as error:
+        lines = []
+        faults.append(Fault("error", str(listed), f"is no text in UTF-8 ({error.reason})", "write it anew"))
+    for name in lines:
         if name in names:
             faults.append(Fault("error", str(listed), "is listed twice", "leave one of the lines", name))
         names[name] = None
-    if not names:
+    if not names and not faults:
         faults.append(Fault("error", str(listed), "lists no image", "list one image a line"))
     files = voc_images(folder / "JPEGImages")
     content: Content = {"images": [], "annotations": [], "categories": []}
@@ -68,12 +73,15 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
 
 
 def voc_names(listed: Path, annotations: Path) -> list[str]:
-    """The images that a list names, which may have spaces in their names."""
-    known = set(os.listdir(annotations)) if annotations.is_dir() else set()
+    """The images that a list names, which may have spaces in their names and lie in folders.
+
+    Raises:
+        OSError, UnicodeDecodeError: of the list.
+    """
     names = []
-    for line in filter(None, map(str.strip, listed.read_text().splitlines())):
+    for line in filter(None, map(str.strip, listed.read_text("utf-8-sig").splitlines())):
         columns = re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)
-        if f"{line}.xml" in known or not columns:
+        if not columns or os.path.exists(annotations / f"{line}.xml"):  # unlike Path's, never raises
             names.append(line)
         elif columns[2] != "-1":
             names.append(columns[1])
@@ -81,15 +89,17 @@ def voc_names(listed: Path, annotations: Path) -> list[str]:
 
 
 def voc_images(folder: Path) -> dict[str, str]:
-    """File names by image name; where there are several, the JPEG."""
-    files = os.listdir(folder) if folder.is_dir() else []
+    """File names by image name, folders included; where there are several, the JPEG."""
+    files = [
+        os.path.relpath(os.path.join(place, file), folder) for place, _, names in os.walk(folder) for file in names
+    ]
     return {os.path.splitext(file)[0]: file for file in sorted(files, key=lambda file: file.endswith(".jpg"))}
 
 
 def voc_classes(folder: str | Path) -> list[str]:
     """The names of the objects in all XML files of a VOC folder, sorted; files that are no XML are left out."""
     names: set[str] = set()
-    for file in (Path(folder) / "Annotations").glob("*.xml"):
+    for file in (Path(folder) / "Annotations").rglob("*.xml"):
         with suppress(ElementTree.ParseError, ValueError, RecursionError):
             names |= {
                 thing.findtext("name", "") for thing in ElementTree.fromstring(file.read_bytes()).findall("object")

@@ -57,7 +57,7 @@ def take_images(dataset: str, choice: ImageChoice, folder: Path) -> str:
     name = f"{dataset}_limited"
     path = folder.resolve() / name
     if "json_file" in metadata:
-        content = json.loads(Path(metadata["json_file"]).read_text())
+        content = json.loads(Path(metadata["json_file"]).read_bytes())
         ids = {item["image_id"] for item in items}
         content["images"] = [image for image in content["images"] if image["id"] in ids]
         content["annotations"] = [row for row in content["annotations"] if row["image_id"] in ids]
@@ -92,7 +92,7 @@ def find_domains(folder: Path) -> list[tuple[str, str, str]]:
                 f"the domain {domain} has {len(files)} annotation files: leave one .json in it or in its annotations/"
             )
         try:
-            first = json.loads(files[0].read_text())["images"][0]["file_name"]
+            first = json.loads(files[0].read_bytes())["images"][0]["file_name"]
         except (OSError, ValueError, LookupError, TypeError):
             raise InputError(f"{files[0]} names no images: give an annotation file in COCO's format") from None
         places = [place for place in (domain, *sorted(domain.iterdir())) if (place / first).is_file()]

@@ -52,8 +52,11 @@ def register_datasets(cfg: CfgNode) -> None:
     name again replaces it.
 
     Raises:
-        InputError: a row is none, or a VOC folder without classes.
+        InputError: a row is none, two are of one name, or a VOC folder has no classes.
     """
+    rows = [tuple(row) for row in (*cfg.DATASETS.COCO_FORMAT, *cfg.DATASETS.VOC_FORMAT)]
+    if twice := [name for name, count in Counter(row[0] for row in dict.fromkeys(rows) if row).items() if count > 1]:
+        raise InputError(f"two different data sets are called {twice[0]!r}: give each a name of its own")
     for row in cfg.DATASETS.COCO_FORMAT:
         if len(row) != 3:
             raise InputError(f"DATASETS.COCO_FORMAT wants rows of (name, annotation file, image folder), got {row}")
@@ -66,7 +69,9 @@ def register_datasets(cfg: CfgNode) -> None:
         name, folder, split, *given = row
         folder = str(locate(folder))
         if not (classes := list(*given) or voc_classes(folder)):
-            raise InputError(f"{name} has no classes: there is no object in {folder}/Annotations/*.xml")
+            raise InputError(
+                f"{name} has no classes: there is no object in {folder}/Annotations/**.xml; check the path"
+            )
         load = partial(_load_voc, folder, split, classes)
         # By area under the curve, as VOC since 2010.
         about = {"dirname": folder, "split": split, "year": 2012, "thing_classes": classes}
@@ -388,12 +393,12 @@ def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[DataWar
 
 def _refuse_errors(name: str, faults: Sequence[Fault], images: int) -> None:
     """InputError with the first of the errors; missing files come first, for then the path is likely wrong."""
-    if missing := sorted(fault.file for fault in faults if fault.what == MISSING):
-        without = sum(file.endswith(".xml") for file in missing)  # whose images are not in the content
+    if missing := sorted((fault.file, fault.mend) for fault in faults if fault.what == MISSING):
+        without = sum(file.endswith(".xml") for file, _ in missing)  # whose images are not in the content
         kind, total = "annotations" if without else "images", images + without
         raise InputError(
-            f"{name} lacks {len(missing)} of its {total} {kind}, {missing[0]} the first: "
-            f"{_layout(name)}, and every image that the annotations name"
+            f"{name} lacks {len(missing)} of its {total} {kind}, {missing[0][0]} the first: {missing[0][1]}; "
+            + _layout(name)
         )
     if errors := [fault for fault in faults if fault.severity == "error"]:
         if len(unreadable := [error for error in errors if error.kind == UNREADABLE]) == len(errors):

@@ -153,7 +153,8 @@ def ground_truth(dataset_name: str) -> COCO:
     metadata = MetadataCatalog.get(dataset_name)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         if "json_file" in metadata.as_dict():
-            coco = COCO(PathManager.get_local_path(metadata.json_file))
+            # COCO(file) reads no byte order mark.
+            coco = _indexed(COCO, json.loads(Path(PathManager.get_local_path(metadata.json_file)).read_bytes()))
             if images := left_out(dataset_name):
                 coco = without_images(coco, images)
             # Those that ``match_classes`` added have no ground truth.

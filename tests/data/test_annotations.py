@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_tools
 
-from robust_backbones.data.annotations import Fault, Use, _runs_of, check_coco
+from robust_backbones.data.annotations import MISSING, Fault, Use, _runs_of, check_coco
 from robust_backbones.data.annotations_images import check_images, read_header
+from robust_backbones.data.annotations_repair import repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
-from robust_backbones.data.annotations_voc import read_voc
+from robust_backbones.data.annotations_voc import read_voc, voc_classes
 
 Content = dict[str, Any]
 Run = Callable[..., tuple[int, str, str]]
@@ -207,6 +208,9 @@ def mostly_corners() -> Content:
         (change_all("bbox", lambda b: [b[0], b[1], b[0] + 38, b[1] + 35]), "none does as (x1, y1, x2, y2)"),
         (mostly_corners(), "7 of 60 boxes leave their image, and 2 do as (x1, y1, x2, y2)"),
         (change_all("bbox", lambda _: [50, 5, 12, 20]), "upper left corner"),
+        (change_all("bbox", lambda b: [b[0] + 30, 15, *b[2:]]), "none does as (x of the center, y of the center"),
+        (change_all("image_id", str), 'image_id "1" does not exist in the file: write 1, as the id is there'),
+        (change_all("segmentation", lambda _: POLYGON), "one list of numbers"),
         (change_all("bbox", lambda b: [b[0] / 60, b[1] / 40, b[2] / 60, b[3] / 40]), "fractions"),
         (change_all("iscrowd", lambda _: 1), "not a crowd"),
         (sound() | {"annotations": []}, "not a crowd"),
@@ -216,7 +220,21 @@ def mostly_corners() -> Content:
     ],
 )
 def test_what_no_row_shows_alone(content: Content, words: str) -> None:
-    assert any(words in str(fault) for fault in errors(check_coco("a.json", content)))
+    assert any(words in str(fault) for fault in errors(check_coco("a.json", content, Use(masks=True))))
+
+
+def test_what_is_odd_and_may_be_meant() -> None:
+    content = sound()
+    content["categories"] += [{"id": 9, "name": "Cat"}, {"id": 10, "name": "b ird"}]
+    content["annotations"].append({**content["annotations"][0], "id": 99})
+    content["annotations"][1]["category_id"] = 9
+    assert [str(fault) for fault in check_coco("a.json", content)] == [
+        'a.json, row 2 of categories: name "Cat" is "cat" but for case, spaces, - and _: if both are one class, give '
+        "check-data --fix OUT --rename OLD=NEW",
+        "a.json, image 1, annotation 99: its box and class are those of another object of the image: leave one of them",
+        'a.json, row 3 of categories: no object is of the class "b ird": training cannot learn it; annotate some',
+    ]
+    assert len(check_coco("a.json", content, Use(training=False))) == 2
 
 
 @pytest.mark.parametrize(
@@ -257,6 +275,15 @@ def test_images(tmp_path: Path) -> None:
     plain.save(tmp_path / "text.jpg")
     again = {fault.image for fault in check_images(rows, cache=tmp_path / "cache")}
     assert again == set(found) - {"text.jpg"}
+    (tmp_path / "text.jpg").rename(tmp_path / "tëxt.JPG")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    for name in ("TE\u0308XT.jpg", "te\u0308xt.png"):
+        (fault,) = check_images([(1, str(tmp_path / name), 60, 40)])
+        assert str(fault).endswith("its folder has 'tëxt.JPG': write file_name as the file is called")
+    (link, other) = check_images([(1, str(tmp_path / "gone.jpg"), 1, 1), (2, str(tmp_path / "a\\b.jpg"), 1, 1)])
+    assert link.what == MISSING
+    assert "write / between folders" in other.mend
+    (tmp_path / "tëxt.JPG").rename(tmp_path / "text.jpg")
     for store in (tmp_path / "cache").iterdir():
         store.write_text("damaged")
     assert {fault.image for fault in check_images(rows, cache=tmp_path / "cache")} == again
@@ -310,25 +337,40 @@ def test_faults_of_voc_sets(tmp_path: Path, old: str, new: str, words: str) -> N
     assert any(words in fault.what and fault.image == "b" for fault in faults), faults
 
 
-@pytest.mark.parametrize(("lines", "words"), [("a\nb\na\n", "twice"), ("a -1\nb -1\n", "no image"), ("", "no image")])
-def test_faults_of_voc_lists(tmp_path: Path, lines: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (b"a\nb\na\n", "twice"),
+        (b"a -1\nb -1\n", "no image"),
+        (b"", "no image"),
+        ("a\nb\n".encode("utf-16"), "no text in UTF-8"),
+    ],
+)
+def test_faults_of_voc_lists(tmp_path: Path, lines: bytes, words: str, run_tool: Run) -> None:
     voc(tmp_path)
-    (tmp_path / "ImageSets/Main/test.txt").write_text(lines)
-    assert any(words in str(fault) for fault in read_voc(tmp_path, "test")[1])
+    (tmp_path / "ImageSets/Main/test.txt").write_bytes(lines)
+    (fault,) = read_voc(tmp_path, "test")[1]
+    assert words in str(fault)
+    assert run_tool("check-data", f"{tmp_path}:test", "--fix", tmp_path / "fixed")[0] in (1, 2)
 
 
-def test_voc_lists_of_one_class_names_with_spaces_and_any_format_of_image(tmp_path: Path) -> None:
+def test_voc_lists_of_one_class_names_with_spaces_folders_and_any_format_of_image(tmp_path: Path) -> None:
     voc(tmp_path)
     whole, _ = read_voc(tmp_path, "test")
-    (tmp_path / "Annotations/b.xml").rename(tmp_path / "Annotations/b 1 -1.xml")
-    Image.open(tmp_path / "JPEGImages/b.jpg").save(tmp_path / "JPEGImages/b 1 -1.png")
-    (tmp_path / "ImageSets/Main/cat_test.txt").write_text("a  1\nb 1 -1\nc -1\n\n")
-    content, faults = read_voc(tmp_path, "cat_test")
-    assert not faults
-    assert [row["file_name"] for row in content["images"]] == ["a.jpg", "b 1 -1.png"]
-    assert [row["bbox"] for row in content["annotations"]] == [
-        row["bbox"] for row in whole["annotations"] if row["image_id"] in ("a", "b")
-    ]
+    for part in ("Annotations", "JPEGImages"):
+        (tmp_path / part / "more").mkdir()
+    (tmp_path / "Annotations/b.xml").rename(tmp_path / "Annotations/more/b 1 -1.xml")
+    Image.open(tmp_path / "JPEGImages/b.jpg").save(tmp_path / "JPEGImages/more/b 1 -1.png")
+    text = "\ufeffa  1\r\nmore/b 1 -1\r\nc -1\r\n\r\n"  # as Windows writes it
+    (tmp_path / "ImageSets/Main/cat_test.txt").write_bytes(text.encode())
+    for folder in (tmp_path, tmp_path / "fixed"):
+        content, faults = read_voc(folder, "cat_test")
+        assert not faults
+        assert [row["file_name"] for row in content["images"]] == ["a.jpg", "more/b 1 -1.png"]
+        assert [row["bbox"] for row in content["annotations"]] == [row["bbox"] for row in whole["annotations"]]
+        assert voc_classes(folder) == ["cat"]
+        if folder == tmp_path:
+            repair(AnnotatedSet(folder, folder / "JPEGImages", "cat_test"), Use(), folder / "fixed")
 
 
 # The command
@@ -346,13 +388,17 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     rows[0]["bbox"] = [1, 2, 3, 4, 5]
     rows[1]["segmentation"] = []
     rows[3]["bbox"] = [4, 5, 90, 20]
-    del rows[4]["area"]
+    rows[4]["area"] = None
+    for number, row in enumerate(rows):
+        row |= {"image_id": str(row["image_id"]), "category_id": (float, str)[number % 2](row["category_id"])}
+    for row in content["categories"]:
+        row["id"] = str(row["id"])
     content["images"][2]["width"] = 61
-    rows.append({**rows[6], "id": 99, "image_id": 7})
+    rows.append({**rows[6], "id": 99, "image_id": "7"})
     coco_set(tmp_path, images, content)
     status, out, _ = run_tool("check-data", where, "--masks", "--fix", tmp_path / "fixed")
     assert status == 1
-    for words in ("image 1, annotation 10: bbox is [1, 2, 3, 4, 5]", "annotation 99: image_id 7 does not exist"):
+    for words in ("image 1, annotation 10: bbox is [1, 2, 3, 4, 5]", 'category_id is "8": it has to be a whole number'):
         assert words in out
     status, out, _ = run_tool("check-data", f"{tmp_path / 'fixed/truth.json'}:{images}", "--masks")
     assert status == 0
@@ -429,8 +475,13 @@ def test_a_voc_set_is_repaired(tmp_path: Path, run_tool: Run) -> None:
     del status
 
 
-@pytest.mark.parametrize("text", ["nowhere.json:images", "folder:split", "nothing", ":", "x:"])
-def test_sets_that_are_not_there(text: str, run_tool: Run) -> None:
+@pytest.mark.parametrize(
+    "text", ["nowhere.json:images", "folder:split", "nothing", ":", "x:", "images:a.json", "data.yaml:images"]
+)
+def test_sets_that_are_not_there(text: str, run_tool: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.yaml").touch()
+    (tmp_path / "images").mkdir()
     status, _, err = run_tool("check-data", text)
     assert status == 2
     assert err.startswith("error: ")

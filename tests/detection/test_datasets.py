@@ -11,8 +11,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -32,7 +31,7 @@ from robust_backbones.detection.datasets import (
     number_of_classes,
     register_datasets,
 )
-from robust_backbones.detection.evaluators import CocoEvaluator, coco_metrics
+from robust_backbones.detection.evaluators import CocoEvaluator, coco_metrics, ground_truth
 from robust_backbones.errors import InputError
 
 Change = Callable[[dict[str, Any]], None]
@@ -179,6 +178,25 @@ def test_lists_of_two_columns_are_read_for_sets_of_detectron2s_loader(voc: Path,
     (voc / "ImageSets/Main/trainval.txt").write_text("000001  1\n000002 -1\n000003  0\n")
     register_datasets(cfg)
     assert DatasetCatalog.get("voc_of_cats") == [whole[0], whole[2]]
+
+
+def test_a_byte_order_mark_changes_nothing(cfg: CfgNode, tmp_path: Path) -> None:
+    """As Windows' editors write one; pycocotools reads no file that has it."""
+    truth = ground_truth("shapes_val").dataset
+    file = tmp_path / "shapes/annotations/instances_val.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert check_datasets(cfg) == []
+    assert ground_truth("shapes_val").dataset == truth
+
+
+def test_two_sets_of_one_name_are_refused(cfg: CfgNode) -> None:
+    """Else the later would be read for both."""
+    name, file, folder = cfg.DATASETS.COCO_FORMAT[0]
+    cfg.DATASETS.COCO_FORMAT = ((name, file, folder), (name, file, folder))
+    register_datasets(cfg)
+    cfg.DATASETS.COCO_FORMAT = ((name, file, folder), (name, cfg.DATASETS.COCO_FORMAT[0][1], "elsewhere"))
+    with pytest.raises(InputError, match=f"two different data sets are called '{name}'"):
+        register_datasets(cfg)
 
 
 # Classes are matched by name
