@@ -79,6 +79,8 @@ setup(
         "safetensors>=0.5",
         # torchvision reads the lists of Flowers and Cars with it.
         "scipy>=1.11",
+        # Detectron2 crops polygons with it.
+        "shapely>=2",
         "tensorboard",
         "tqdm",
         "tyro>=0.9",

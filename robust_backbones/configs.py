@@ -56,6 +56,9 @@ DETECTOR_KEYS: dict[str, Any] = {
     # Of PGD; a step's size is a fraction of epsilon.
     "ADVERSARIAL.STEPS": 3,
     "ADVERSARIAL.RELATIVE_STEP_SIZE": 2 / 3,
+    # Large-scale jitter (Ghiasi et al. 2021) instead of a shorter side: (0.1, 2.0, 1024) fits the image into a square
+    # of 0.1 to 2.0 x 1024 pixels, then crops or pads to 1024; () leaves it out.
+    "INPUT.SCALE_JITTER": (),
     # Data sets in COCO's format to register: (name, annotation file, image folder), the paths within the folder
     # that the environment variable DETECTRON2_DATASETS names.
     "DATASETS.COCO_FORMAT": (),

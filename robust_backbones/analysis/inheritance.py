@@ -21,6 +21,7 @@ from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.inheritance.config import DISTANCES
 from robust_backbones.transfer.inheritance.matrix import Matrix, matrices_of
 from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
@@ -39,6 +40,8 @@ class Correlation:
     spearman: float | None = None
     spearman_p: float | None = None
     """Two-sided: exact over all permutations of up to MOST_EXACT pairs, by Student's t of more."""
+    distance: str = ""
+    """One of ``DISTANCES``."""
 
     @property
     def r_squared(self) -> float | None:
@@ -95,7 +98,7 @@ def correlations(matrices: Sequence[Matrix]) -> dict[tuple[str, str], Correlatio
         for method, group in [*groups.items(), ("all", of_label)]:
             points = loss_points(group)
             if points:
-                found[label, method] = correlate(list(points.values()))
+                found[label, method] = replace(correlate(list(points.values())), distance=_distance(group))
     return found
 
 
@@ -134,11 +137,14 @@ def permutation_p(x: Sequence[float], y: Sequence[float]) -> float:
 def correlation_table(found: Mapping[tuple[str, str], Correlation]) -> Table:
     """A row a backbone and method."""
     rows = [
-        {"backbone": label, "method": method, "sets": one.n, "R²": one.r_squared, "r": one.r}
+        {"backbone": label, "method": method, "distance": one.distance, "sets": one.n, "R²": one.r_squared, "r": one.r}
         | {"low": one.low, "high": one.high, "Spearman": one.spearman, "p": one.spearman_p}
         for (label, method), one in found.items()
     ]
-    columns: dict[str, str | Sequence[str]] = {"backbone": ":", "method": ":", "sets": ":", "R²": ":.2f"}
+    columns: dict[str, str | Sequence[str]] = {
+        **dict.fromkeys(("backbone", "method", "distance", "sets"), ":"),
+        "R²": ":.2f",
+    }
     columns |= {"r (95 % interval)": ("{r:.2f} ({low:.2f} to {high:.2f})", "{r:.2f}"), "Spearman": ":.2f", "p": ":.2f"}
     return Table("Distance to pre-training against loss on it", rows, columns)
 
@@ -201,9 +207,9 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
     """Accuracy lost on pre-training against the distance to it, a point a set and a marker a method.
 
     Raises:
-        InputError: no distances were measured.
+        InputError: no distances were measured, or different ones.
     """
-    groups = _by_method(matrices)
+    groups, distance = _by_method(matrices), _distance(matrices)
     figure = Figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.subplots()
     named: dict[str, float] = {}
@@ -221,20 +227,27 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
             x, y, MARKERS[index % len(MARKERS)], color=color, markersize=5, mfc=face, label=f"{label}, {method}{fit}"
         )
         cells += [
-            {"backbone": label, "method": method, "set": name, "wasserstein": distance, "accuracy_lost": loss}
-            for name, (distance, loss) in points.items()
+            {
+                "backbone": label,
+                "method": method,
+                "set": name,
+                "distance": distance,
+                "value": value,
+                "accuracy_lost": loss,
+            }
+            for name, (value, loss) in points.items()
         ]
-        named |= {name: distance for name, (distance, _) in points.items()}
+        named |= {name: value for name, (value, _) in points.items()}
     axes.axhline(0, color=COLORS[0], linewidth=0.8)
-    for name, distance in named.items():
-        axes.axvline(distance, color=COLORS[0], linewidth=0.5, linestyle=":")
-        axes.text(distance, 1, name, transform=axes.get_xaxis_transform(), rotation=45, fontsize="small")
-    axes.set_xlabel("2-Wasserstein distance to pre-training (feature units)")
+    for name, value in named.items():
+        axes.axvline(value, color=COLORS[0], linewidth=0.5, linestyle=":")
+        axes.text(value, 1, name, transform=axes.get_xaxis_transform(), rotation=45, fontsize="small")
+    axes.set_xlabel(f"{DISTANCES[distance]} to pre-training (feature units)")
     axes.set_ylabel(f"accuracy lost on pre-training (points),\n{_seeds(matrices)}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     caption = (
-        "Accuracy lost on pre-training by fine-tuning on a set, over the 2-Wasserstein distance of the set's features "
+        f"Accuracy lost on pre-training by fine-tuning on a set, over the {DISTANCES[distance]} of the set's features "
         f"to those of pre-training, {_seeds(matrices)}. R² of {len(named)} points a method says little."
     )
     return save(figure, path, cells, caption, f"{len(cells)} points: loss over distance.")
@@ -257,7 +270,7 @@ def inheritance_pages(records: Sequence[RunRecord], folder: Path) -> list[tuple[
             of_label = [one for one in own if one.label == label]
             picture = change_figure(of_label, folder / f"{stem}_{label}_changes")
             pictures.append(replace(picture, caption=f"{label}: {picture.caption}", alt=f"{label}: {picture.alt}"))
-        if all(one.distances for one in own):
+        if all(one.distances for one in own) and len({one.distance for one in own}) == 1:
             pictures.append(distance_figure(own, folder / f"{stem}_distances"))
         tables = [summary_table(own)]
         if found := correlations(own):
@@ -322,6 +335,18 @@ def _common_sets(matrices: Sequence[Matrix]) -> tuple[str, ...]:
         raise InputError("these runs are over different sets, and their mRI do not compare: make a table of each")
     (sets,) = kinds
     return sets
+
+
+def _distance(matrices: Sequence[Matrix]) -> str:
+    """The one distance that was measured.
+
+    Raises:
+        InputError: they differ.
+    """
+    kinds = {one.distance for one in matrices if one.distances}
+    if len(kinds) > 1:
+        raise InputError(f"these runs measured different distances ({', '.join(sorted(kinds))}): make a figure of each")
+    return next(iter(kinds), "w2")
 
 
 def _mean(values: Iterable[float]) -> float | None:

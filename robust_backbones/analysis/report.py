@@ -133,6 +133,7 @@ GLOSSARY = {
     r"R²": "R²: share of variance that a line explains.",
     r"\bm?RI\b": "RI: mean change of accuracy on the other sets by fine-tuning on one; mRI: its mean over all sets.",
     r"Spearman": "Spearman: correlation of ranks.",
+    r"OTDD": "OTDD: distance between two labelled sets' features as distributions (Alvarez-Melis & Fusi 2020).",
     r"Wasserstein": "2-Wasserstein: distance between two sets' features as distributions.",
     r"wise_ft": "wise_ft: mean of the weights before and after fine-tuning (Wortsman et al. 2022).",
     r"\blwf\b": "lwf: learning without forgetting (Li & Hoiem 2016).",

@@ -34,6 +34,10 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     "ADVERSARIAL.KIND": (("", "free", "pgd").__contains__, 'is not one of free, pgd: give "" for none'),
     "ADVERSARIAL.REPLAYS": (lambda count: count >= 1, "is no number of updates a batch: give 1 or more"),
     "DATASETS.HELD_OUT": (lambda count: count >= 0, "is no number of images: give 0 for none"),
+    "INPUT.SCALE_JITTER": (
+        lambda given: not given or (len(given) == 3 and 0 < given[0] <= given[1] and given[2] >= 1),
+        "is no (least scale, greatest scale, pixels): give () for none",
+    ),
     "TEST.VISUALIZE": (lambda count: count >= 0, "is no number of images: give 0 for none"),
     "TEST.MAX_DETS": (
         lambda counts: counts and all(isinstance(n, int) and n > 0 for n in counts) and [*counts] == sorted({*counts}),

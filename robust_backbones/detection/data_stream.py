@@ -16,11 +16,22 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data.detection_utils import SizeMismatchError
-from detectron2.data.transforms import CropTransform, HFlipTransform, NoOpTransform, ResizeTransform, VFlipTransform
+from detectron2.data.transforms import (
+    CropTransform,
+    FixedSizeCrop,
+    HFlipTransform,
+    NoOpTransform,
+    PadTransform,
+    RandomFlip,
+    ResizeScale,
+    ResizeTransform,
+    TransformList,
+    VFlipTransform,
+)
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, MissingPackageError
 from robust_backbones.runs.signals import stop_for_parent_only
 
 
@@ -70,7 +81,20 @@ class TrainingStream:
 
 
 class _MaskMapper(DatasetMapper):
-    """Detectron2's, which takes images whose masks are run lengths, too, whatever INPUT.MASK_FORMAT is."""
+    """Detectron2's, which takes images whose masks are run lengths, too, whatever INPUT.MASK_FORMAT is, and has
+    large-scale jitter, as configs/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py in Detectron2's repository."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        found: dict[str, Any] = super().from_config(cfg, is_train)
+        if cfg.INPUT.SCALE_JITTER:
+            if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
+                _check_shapely()
+            least, greatest, side = cfg.INPUT.SCALE_JITTER
+            jitter = [ResizeScale(least, greatest, side, side), FixedSizeCrop((side, side))]
+            flips = [one for one in found["augmentations"] if isinstance(one, RandomFlip)]
+            found |= {"augmentations": [*jitter, *flips], "recompute_boxes": cfg.MODEL.MASK_ON}
+        return found
 
     def _transform_annotations(self, dataset_dict: dict[str, Any], transforms: Any, image_shape: Any) -> None:
         kept = self.instance_mask_format  # type: ignore[has-type]
@@ -78,6 +102,13 @@ class _MaskMapper(DatasetMapper):
             self.instance_mask_format = "bitmask"
         super()._transform_annotations(dataset_dict, transforms, image_shape)
         self.instance_mask_format = kept
+
+
+def _check_shapely() -> None:
+    try:
+        import shapely  # noqa: F401
+    except ImportError:
+        raise MissingPackageError("cropped polygons (INPUT.SCALE_JITTER) need shapely: pip install shapely") from None
 
 
 class WorkerMapper:
@@ -147,10 +178,17 @@ class _ShapeOnly:
         self.image = _blank(height, width)
 
     def transform(self, transform: Any) -> None:
-        if isinstance(transform, ResizeTransform):
+        if isinstance(transform, TransformList):
+            for one in transform.transforms:
+                self.transform(one)
+        elif isinstance(transform, ResizeTransform):
             self.image = _blank(transform.new_h, transform.new_w)
         elif isinstance(transform, CropTransform):
-            self.image = _blank(transform.h, transform.w)
+            height, width = self.image.shape[:2]
+            self.image = _blank(min(transform.h, height - transform.y0), min(transform.w, width - transform.x0))
+        elif isinstance(transform, PadTransform):
+            height, width = self.image.shape[:2]
+            self.image = _blank(transform.y0 + height + transform.y1, transform.x0 + width + transform.x1)
         elif not isinstance(transform, (HFlipTransform, VFlipTransform, NoOpTransform)):
             self.image = transform.apply_image(np.ascontiguousarray(self.image))
 

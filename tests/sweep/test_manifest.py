@@ -315,6 +315,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     [
         ("figure4", {"convert": 13, "detect": 52 + 20 + 32}),
         ("coco_screening", {"convert": 15, "detect": 30}),
+        ("coco_lsj", {"convert": 4, "detect": 24}),
         ("small", {"pretrain": 2, "convert": 2, "detect": 12}),
         ("robust_backbones", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),
         ("robust_backbones_cpu", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),

@@ -21,10 +21,16 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 
-from robust_backbones.analysis.inheritance import correlate, permutation_p
+from robust_backbones.analysis.inheritance import (
+    correlate,
+    correlation_table,
+    correlations,
+    distance_figure,
+    permutation_p,
+)
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert
 from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
@@ -41,8 +47,8 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.inheritance import evaluations
 from robust_backbones.transfer.inheritance.adapters import LowRankModel, PromptedModel
-from robust_backbones.transfer.inheritance.config import InheritanceConfig
-from robust_backbones.transfer.inheritance.distances import sinkhorn, wasserstein
+from robust_backbones.transfer.inheritance.config import DISTANCES, InheritanceConfig
+from robust_backbones.transfer.inheritance.distances import gaussian, otdd, sinkhorn, wasserstein
 from robust_backbones.transfer.inheritance.evaluations import mean_corruption_error, with_own_classifier
 from robust_backbones.transfer.inheritance.job import Job, accuracy_on, for_evaluation, rate, train
 from robust_backbones.transfer.inheritance.matrix import read_matrices
@@ -582,6 +588,54 @@ def test_a_distance_is_the_least_cost_of_samples_of_unequal_size() -> None:
     assert wasserstein(x, y) == pytest.approx(math.sqrt((16 + 25) / 2))
 
 
+@pytest.mark.parametrize("inner", [wasserstein, gaussian])
+def test_otdd_is_that_of_an_independent_program(inner: Callable[..., float]) -> None:
+    """scipy's linear programs (HiGHS) within and without; for normal distributions eigenvalues of S_x S_y (POT's own
+    function fails where classes have fewer points than dimensions)."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(10, 3)), rng.normal(size=(8, 3)) * 2 + 1
+    a, b = np.array([0] * 5 + [1] * 3 + [7] * 2), np.array([3] * 4 + [1] * 4)
+
+    def transport(costs: np.ndarray) -> float:
+        n, m = costs.shape
+        rows = [np.kron(np.eye(n)[i], np.ones(m)) for i in range(n)] + [np.tile(np.eye(m)[j], n) for j in range(m)]
+        return float(linprog(costs.ravel(), A_eq=np.array(rows), b_eq=[1 / n] * n + [1 / m] * m).fun)
+
+    def squared(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+        return np.array([[sum((s - t) ** 2) for t in q] for s in p])
+
+    def between(p: np.ndarray, q: np.ndarray) -> float:
+        if inner is wasserstein:
+            return transport(squared(p, q))
+        one, other = (np.cov(points.T, bias=True) for points in (p, q))
+        roots = np.sqrt(np.maximum(np.linalg.eigvals(one @ other).real, 0))
+        return float(((p.mean(0) - q.mean(0)) ** 2).sum() + np.trace(one + other) - 2 * roots.sum())
+
+    costs = squared(x, y) + np.array([[between(x[a == i], y[b == j]) for j in b] for i in a])
+    found = otdd(x, a, y, b, inner=inner)
+    assert found == pytest.approx(math.sqrt(transport(costs)), rel=1e-6)
+    assert otdd(y, b, x, a, inner=inner) == pytest.approx(found, rel=1e-9)
+    assert found > wasserstein(x, y)
+    # A set and itself, in another order and with other names of the same classes.
+    order = rng.permutation(10)
+    assert otdd(x, a, x[order], np.array([2, 0, 0, 0, 0, 0, 0, 1])[a][order], inner=inner) == pytest.approx(0, abs=1e-5)
+    # With one class in each, images and classes cost the same.
+    one = np.zeros(10, int), np.zeros(8, int)
+    alone = otdd(x, one[0], y, one[1], inner=inner)
+    assert alone == pytest.approx(math.hypot(wasserstein(x, y), inner(x, y)), rel=1e-9)
+    # Labels that cut across the points of the same two clouds.
+    assert otdd(x, a, x, rng.permutation(a), inner=inner) > 0.1
+
+
+def test_between_normal_distributions_it_is_the_closed_form() -> None:
+    """Of samples on the axes, whose means and variances are known: W_2² = Σ (m - m')² + (s - s')²."""
+    axes = np.concatenate([np.eye(3), -np.eye(3)]) * math.sqrt(3)  # mean 0, covariance 1
+    x, y = axes * [1.0, 2.0, 0.5], axes * [3.0, 1.0, 0.0] + [1.0, 0.0, -2.0]
+    expected = math.sqrt(1 + 4 + (3 - 1) ** 2 + (2 - 1) ** 2 + 0.5**2)
+    assert gaussian(x, y) == pytest.approx(expected, rel=1e-9)
+    assert gaussian(x, x) == pytest.approx(0, abs=1e-7)
+
+
 # --- the protocol ----------------------------------------------------------------------------------------------------
 
 
@@ -640,6 +694,30 @@ def test_the_protocol_measures_what_its_networks_do(world: Path, start: Checkpoi
         f"{kind}/{name}" for kind in ("wasserstein", "sinkhorn") for name in ("negative", "mirrored", "pretraining")
     }
     assert one["fine_tuning"].distances["negative"] == record.metrics["wasserstein/negative"]
+
+
+@pytest.mark.parametrize("name", ["otdd", "otdd_gaussian"])
+def test_a_distance_is_recorded_by_its_name(
+    name: str, world: Path, start: Checkpoint, done: Path, tmp_path: Path
+) -> None:
+    """In the record, the table and the figure; labels make it no smaller than without them."""
+    protocol(world, start, tmp_path, ["wise_ft_0"], distance=name)
+    record = RunRecord.read(tmp_path / "start/distances/record.json")
+    without = RunRecord.read(done / "start/distances/record.json").metrics
+    assert record.metrics.keys() == {f"{name}/{one}" for one in ("negative", "mirrored", "pretraining")}
+    for one in ("negative", "mirrored", "pretraining"):
+        value, plain = record.metrics[f"{name}/{one}"], without[f"wasserstein/{one}"]
+        assert value is not None
+        assert plain is not None
+        assert value >= plain * (1 - 1e-9)
+    matrices = read_matrices([tmp_path])
+    assert {one.distance for one in matrices} == {name}
+    rows = correlation_table(correlations(matrices)).rows
+    assert {row["distance"] for row in rows} == {name}
+    picture = distance_figure(matrices, tmp_path / "distances")
+    assert DISTANCES[name] in picture.caption
+    with pytest.raises(InputError, match="different distances"):
+        distance_figure([*matrices, *read_matrices([done])], tmp_path / "both")
 
 
 def test_a_stopped_run_resumes_and_ends_the_same(

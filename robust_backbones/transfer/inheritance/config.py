@@ -8,6 +8,13 @@ from typing import Any
 
 from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
 
+DISTANCES = {
+    "w2": "2-Wasserstein distance",
+    "otdd": "OTDD, classes by exact transport,",
+    "otdd_gaussian": "OTDD, classes as normal distributions,",
+}
+"""Distances between data sets, and their names in figures."""
+
 
 @dataclass(frozen=True)
 class InheritanceConfig:
@@ -58,6 +65,9 @@ class InheritanceConfig:
     held_out: float = 0.2
     """Greedy soup: the share of each class's images that its members are not trained on, and that chooses them."""
 
+    distance: str = "w2"
+    """w2, between features without labels, exactly and by Sinkhorn; otdd, with labels (Alvarez-Melis & Fusi 2020),
+    classes compared by exact optimal transport; or otdd_gaussian, classes compared as normal distributions."""
     distance_images: int = 1000
     """Images of each set, and of pre-training, that the distances are between; at most the smallest set's. 0: none."""
     sinkhorn_regularization: float = 0.05
@@ -71,6 +81,7 @@ class InheritanceConfig:
         check_not_negative(self, "fisher_labels", "l2_init_strength", "l2_sp_strength", "prompt_width", "prompt_lr")
         check_not_negative(self, "distance_images")
         check_choice("precision", self.precision, ("fp32", "bf16"))
+        check_choice("distance", self.distance, DISTANCES)
         check_crop(self)
         if 2 * self.frame >= self.image_size:
             raise InputError(f"a prompt of {self.frame} pixels covers the whole image of {self.image_size}")

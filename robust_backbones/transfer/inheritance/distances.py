@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from robust_backbones.transfer.inheritance.sets import Memory, RelatedSet
 
 Points = NDArray[np.float64]
 """Shape (N, D)."""
+Labels = NDArray[np.int64]
+"""Shape (N,)."""
 _LARGEST_EXPONENT = 500.0
 """exp(-this) is still far from float64's smallest number; beyond it Sinkhorn's steps are taken in logarithms."""
 
@@ -49,6 +51,38 @@ def sinkhorn(x: Points, y: Points, *, regularization: float) -> float:
     return math.sqrt(float((plan * costs).sum()))
 
 
+def gaussian(x: Points, y: Points) -> float:
+    """The 2-Wasserstein distance between the normal distributions with the samples' means and covariances (n - 0).
+
+    W_2² = ‖m_x - m_y‖² + tr(S_x + S_y - 2 (S_x^½ S_y S_x^½)^½) (Dowson & Landau 1982). With S = AᵀA of the centred
+    points over √n, the last trace is the sum of the singular values of A_x A_yᵀ: as many as there are points.
+    """
+    a, b = ((points - points.mean(axis=0)) / math.sqrt(len(points)) for points in (x, y))
+    cross = float(np.linalg.svd(a @ b.T, compute_uv=False).sum())
+    means = float(((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum())
+    return math.sqrt(max(0.0, means + float((a**2).sum() + (b**2).sum()) - 2 * cross))
+
+
+def otdd(
+    x: Points, x_labels: Labels, y: Points, y_labels: Labels, *, inner: Callable[[Points, Points], float]
+) -> float:
+    """The optimal transport data-set distance (Alvarez-Melis & Fusi 2020, arXiv 2002.02923, section 4, p = 2).
+
+    sqrt(min_P Σ_ij P_ij (‖x_i - y_j‖² + W_2²(α_a, α_b))) for labels a of i and b of j, α_a being the points of class a:
+    classes are compared by what they look like, and what they are called plays no part.
+
+    Args:
+        inner: W_2 between two classes: ``wasserstein``, exact, or ``gaussian``, the paper's approximation.
+    """
+    ot = load_library()
+    costs = ot.dist(x, y)
+    for a in np.unique(x_labels):
+        for b in np.unique(y_labels):
+            rows, columns = x_labels == a, y_labels == b
+            costs[np.ix_(rows, columns)] += inner(x[rows], y[columns]) ** 2
+    return math.sqrt(max(0.0, float(ot.emd2([], [], costs, numItermax=10_000_000))))
+
+
 def distances(
     config: InheritanceConfig,
     checkpoint: Checkpoint,
@@ -62,22 +96,27 @@ def distances(
     Each is between samples of the same number of images, since with more of them distances become smaller.
 
     Returns:
-        ``wasserstein/SET`` and ``sinkhorn/SET``, in the units of the features; and that number. Where a set is of the
-        same distribution as pre-training, it is not 0: that is the floor of samples so large.
+        ``NAME/SET``, in the units of the features, for the NAME that --distance gives (``wasserstein`` and ``sinkhorn``
+        for w2); and that number. Where a set is of the same distribution as pre-training, it is not 0: that is the
+        floor of samples so large.
     """
     count = min(config.distance_images, len(pretraining), *(len(related.images) for related in sets.values()))
     network = Features({"": checkpoint}, compute)
 
-    def features(images: ClassificationDataset, name: str) -> Points:
+    def features(images: ClassificationDataset, name: str) -> tuple[Points, Labels]:
         sample = images.sample(count, seed=config.data_seed)
         workers = memory.workers_for(images)
         (found,) = network.of(sample, batch_size=128, workers=workers, description=f"features of {name}")
-        return np.asarray(found.double().cpu().numpy(), dtype=np.float64)
+        return np.asarray(found.double().cpu().numpy(), dtype=np.float64), np.asarray(sample.labels)
 
-    reference = features(pretraining, "pre-training")
+    reference, classes = features(pretraining, "pre-training")
     metrics: dict[str, float] = {}
     for name, related in sets.items():
-        points = features(related.images, name)
+        points, labels = features(related.images, name)
+        if config.distance != "w2":
+            inner = wasserstein if config.distance == "otdd" else gaussian
+            metrics[f"{config.distance}/{name}"] = otdd(reference, classes, points, labels, inner=inner)
+            continue
         metrics[f"wasserstein/{name}"] = wasserstein(reference, points)
         metrics[f"sinkhorn/{name}"] = sinkhorn(reference, points, regularization=config.sinkhorn_regularization)
     return metrics, count

@@ -51,7 +51,9 @@ class Matrix:
     after: Mapping[str, Mapping[str, float]]
     """Set fine-tuned on -> accuracy by set; rows of cells that have not run are not there."""
     distances: Mapping[str, float]
-    """Set -> its 2-Wasserstein distance to pre-training, where that was measured."""
+    """Set -> its distance to pre-training, where that was measured."""
+    distance: str = "w2"
+    """Which one: one of ``config.DISTANCES``."""
 
     def robustness_improvement(self, target: str) -> float:
         """RI_i = mean over j ≠ i of (accuracy on j after fine-tuning on i - accuracy on j before)."""
@@ -95,12 +97,15 @@ def matrices_of(label: str, records: Iterable[RunRecord]) -> list[Matrix]:
         return []
     before = _values(single[PRETRAINED], "accuracy")
     sets = tuple(sorted(before.keys() - {PRETRAINING}))
-    distances = _values(single[DISTANCES], "wasserstein") if DISTANCES in single else {}
+    measured = single.get(DISTANCES)
+    distance = str(measured.config.get("distance", "w2")) if measured else "w2"
+    distances = _values(measured, "wasserstein" if distance == "w2" else distance) if measured else {}
     rows: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     for (method, target, seed), record in sorted(cells.items()):
         if target:
             rows.setdefault((method, seed), {})[target] = _values(record, "accuracy")
-    return [Matrix(label, method, seed, sets, before, after, distances) for (method, seed), after in rows.items()]
+    known = (distances, distance)
+    return [Matrix(label, method, seed, sets, before, after, *known) for (method, seed), after in rows.items()]
 
 
 def _values(record: RunRecord, kind: str) -> dict[str, float]:
