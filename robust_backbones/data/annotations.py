@@ -282,7 +282,8 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
         return
     problems = [mask_problem(row.get("segmentation"), *sizes[row["image_id"]]) for _, row in rows]
     if all(problem is not None and problem[0] == "warning" for problem in problems):
-        yield Fault("error", file, f"none of its {len(rows)} objects has a usable mask", "give MODEL.MASK_ON False")
+        mend = "give MODEL.MASK_ON False (check-data: no --masks)"
+        yield Fault("error", file, f"none of its {len(rows)} objects has a usable mask", mend)
         return
     for (place, row), problem in zip(rows, problems, strict=True):
         if problem is not None:

@@ -176,6 +176,8 @@ def _mend_of_missing(path: str, listings: dict[str, dict[str, str]]) -> str:
         listings[folder] = {_plain_stem(file): file for file in files}
     if other := listings[folder].get(_plain_stem(name)):
         return f"its folder has {other!r}: write file_name as the file is called"
+    if above := next((place for place in Path(folder).parents if os.path.exists(place / name)), None):
+        return f"it is in {above}: give another image folder, or mend file_name"
     return "add the image, or remove it from the set"
 
 

@@ -51,7 +51,10 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
         try:
             root = ElementTree.fromstring(file.read_bytes())
         except FileNotFoundError:
-            faults.append(Fault("error", str(file), MISSING, "add it, or take the image off the list", name))
+            mend = "add it, or take the image off the list"
+            if os.path.exists(folder / f"Annotations/{os.path.splitext(name)[0]}.xml"):
+                mend = "list images without the suffix of their files"
+            faults.append(Fault("error", str(file), MISSING, mend, name))
             continue
         except (OSError, ElementTree.ParseError, ValueError, RecursionError) as error:
             faults.append(Fault("error", str(file), f"is no XML ({error})", "write it anew", name))
@@ -127,7 +130,8 @@ def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tupl
     if problems:
         return {}, problems
     box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
-    return {"category_id": numbers[name], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}, []
+    row = {"category_id": numbers[name], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+    return row | {"difficult": int(difficult)}, []
 
 
 def number_in(text: str | None, *, whole: bool = False) -> Any:
@@ -140,6 +144,10 @@ def number_in(text: str | None, *, whole: bool = False) -> Any:
 def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use: Use | None = None) -> list[Fault]:
     """``faults`` of ``read_voc``, and those of its ``content`` that COCO's format knows too, errors first."""
     found = [*faults]
+    rows = content["annotations"]
+    if rows and (use or Use()).evaluation and all(row["difficult"] for row in rows):
+        what = f"all its {len(rows)} objects are difficult, which AP leaves out"
+        found.append(Fault("error", str(folder), what, "set some to 0, or evaluate on another set"))
     named = {fault.image for fault in found}
     for fault in check_coco(Path(folder) / "Annotations", content, use):
         if fault.image not in named or fault.image is None:

@@ -69,9 +69,7 @@ def register_datasets(cfg: CfgNode) -> None:
         name, folder, split, *given = row
         folder = str(locate(folder))
         if not (classes := list(*given) or voc_classes(folder)):
-            raise InputError(
-                f"{name} has no classes: there is no object in {folder}/Annotations/**.xml; check the path"
-            )
+            raise InputError(f"{name} has no classes, for no object in an XML file: {_voc_layout(folder, split)}")
         load = partial(_load_voc, folder, split, classes)
         # By area under the curve, as VOC since 2010.
         about = {"dirname": folder, "split": split, "year": 2012, "thing_classes": classes}
@@ -451,7 +449,9 @@ def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[DataWarning]
 def _layout(name: str) -> str:
     """How the folder of data sets has to look."""
     metadata, root = MetadataCatalog.get(name), datasets_root()
-    if "dirname" in metadata.as_dict():  # VOC
+    if "dirname" in metadata.as_dict():
+        if not Path(metadata.dirname).absolute().is_relative_to(root.absolute()):
+            return _voc_layout(metadata.dirname, metadata.split)
         year = os.path.relpath(metadata.dirname, root)
         parts = f"{year}/ImageSets/Main/{metadata.split}.txt, {year}/Annotations/*.xml and {year}/JPEGImages/*.jpg"
     elif "json_file" in metadata.as_dict():
@@ -462,6 +462,10 @@ def _layout(name: str) -> str:
     else:
         return "register it in Detectron2's standard format, which its tutorial on custom data sets describes"
     return f"DETECTRON2_DATASETS (now {root}) must name a folder with {parts}"
+
+
+def _voc_layout(folder: str, split: str) -> str:
+    return f"{folder} must hold ImageSets/Main/{split}.txt, an image a line, Annotations/*.xml and JPEGImages"
 
 
 def _check_boxes(name: str, boxes: NDArray[np.float64]) -> Iterator[DataWarning]:

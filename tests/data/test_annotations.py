@@ -280,7 +280,9 @@ def test_images(tmp_path: Path) -> None:
     for name in ("TE\u0308XT.jpg", "te\u0308xt.png"):
         (fault,) = check_images([(1, str(tmp_path / name), 60, 40)])
         assert str(fault).endswith("its folder has 'tëxt.JPG': write file_name as the file is called")
-    (link, other) = check_images([(1, str(tmp_path / "gone.jpg"), 1, 1), (2, str(tmp_path / "a\\b.jpg"), 1, 1)])
+    missing = [tmp_path / name for name in ("gone.jpg", "a\\b.jpg", "images/sub/deep.png")]
+    (link, other, above) = check_images([(name.name, str(name), 1, 1) for name in missing])
+    assert f"it is in {tmp_path}: give another image folder" in above.mend
     assert link.what == MISSING
     assert "write / between folders" in other.mend
     (tmp_path / "tëxt.JPG").rename(tmp_path / "text.jpg")
@@ -343,6 +345,7 @@ def test_faults_of_voc_sets(tmp_path: Path, old: str, new: str, words: str) -> N
         (b"a\nb\na\n", "twice"),
         (b"a -1\nb -1\n", "no image"),
         (b"", "no image"),
+        (b"a\nb.jpg\n", "without the suffix"),
         ("a\nb\n".encode("utf-16"), "no text in UTF-8"),
     ],
 )
@@ -352,6 +355,16 @@ def test_faults_of_voc_lists(tmp_path: Path, lines: bytes, words: str, run_tool:
     (fault,) = read_voc(tmp_path, "test")[1]
     assert words in str(fault)
     assert run_tool("check-data", f"{tmp_path}:test", "--fix", tmp_path / "fixed")[0] in (1, 2)
+
+
+def test_a_voc_set_of_difficult_objects_alone_measures_nothing(tmp_path: Path) -> None:
+    voc(tmp_path)
+    for file in (tmp_path / "Annotations").iterdir():
+        file.write_text(file.read_text().replace("<difficult>0", "<difficult>1"))
+    dataset = AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test")
+    (fault,) = dataset.check()[0]
+    assert "all its 2 objects are difficult" in fault.what
+    assert dataset.check(Use(evaluation=False))[0] == []
 
 
 def test_voc_lists_of_one_class_names_with_spaces_folders_and_any_format_of_image(tmp_path: Path) -> None:
