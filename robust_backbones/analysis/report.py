@@ -13,6 +13,7 @@ from robust_backbones.analysis.experiments import TASKS, Experiment, experiments
 from robust_backbones.analysis.figures import Page, Picture
 from robust_backbones.analysis.inheritance import inheritance_pages
 from robust_backbones.analysis.paper.transfer_figures import transfer_pages
+from robust_backbones.analysis.paper.transfer_results import name_stand_ins
 from robust_backbones.analysis.record_tables import provenance_table, record_tables
 from robust_backbones.analysis.records import PRIMARY, RECORDS, Primary, RecordedRun, write_records
 from robust_backbones.analysis.results import METHOD, Answer, Result, answers, results
@@ -48,6 +49,7 @@ def write_report(
         InputError: two runs are the same with different results.
     """
     output = Path(output)
+    read, runs = runs, name_stand_ins(runs)
     records = [run.record for run in runs]
     sections: Sections = {}
     compared = experiments(runs)
@@ -68,7 +70,7 @@ def write_report(
             name = table.title.lower().replace(",", "").replace(" ", "_").replace("ε", "epsilon")
             table.write(output / "tables" / name)
         sections[page.title] = [*_figures(page.pictures), *(table.to_html() for table in page.tables)]
-    write_records(runs, output / RECORDS)
+    write_records(read, output / RECORDS)
     if primary:
         primary.write(output / PRIMARY)
     missing = f"Missing for an answer: no record is of a task whose backbones are compared: {', '.join(TASKS)}."

@@ -216,8 +216,9 @@ def _check_primary(primary: PrimaryComparison, manifest: Manifest) -> None:
     tasks = {task.name: task for task in manifest.tasks}
     _known("the task of primary", primary.task, tasks)
     task = tasks[primary.task]
-    if task.transfer:
-        raise InputError(f"the task of primary, {task.name}, is a transfer: give a detector's")
+    if task.transfer or task.grid:
+        kind = "is a transfer" if task.transfer else "has a grid"
+        raise InputError(f"the task of primary, {task.name}, {kind}: give a detector's without one")
     compared = _compared(task, manifest)
     if bool(primary.backbone) == (task.choose is not None):
         mend = "leave backbone out: it is the best of the choice" if task.choose else "give it a backbone"

@@ -20,6 +20,7 @@ from robust_backbones.analysis.figures import MARKERS, Picture, save
 from robust_backbones.analysis.paper import drawing
 from robust_backbones.analysis.paper.transfer_figures import transfer_pages
 from robust_backbones.analysis.paper.transfer_results import (
+    STAND_IN,
     Curve,
     Pretraining,
     Pretrainings,
@@ -423,11 +424,27 @@ def test_texture_trained_backbones_stand_in_figure_8_alone(report: Path) -> None
         ("cifar10", "resnet18", kind) for kind in ("standard", "robust", "stylized")
     ]
     assert_trials(rows[2], [99.0, 99.1, 99.2])
-    assert (rows[2]["backbone"], rows[2]["paper_mean"]) == ("texture", "")
+    assert (rows[2]["backbone"], rows[2]["paper_mean"]) == (f"texture, {STAND_IN}", "")
     assert not (report / "figures/transfer_texture_full_network.csv").exists()
     for path in (report / "figures").glob("transfer_*_linear_probe.csv"):
         if path.stem != "transfer_texture_linear_probe":
             assert "99.1" not in path.read_text()
+
+
+def test_a_stand_in_is_called_so_wherever_it_is_named(report: Path) -> None:
+    """In every row of every table and figure, and it is no standard backbone to compare with."""
+    files = [*report.rglob("tables/*.csv"), *report.rglob("figures/*.csv")]
+    named = {path: [line for line in path.read_text().splitlines() if "texture" in line] for path in files}
+    named = {path: lines for path, lines in named.items() if lines}
+    assert {path.parent.name for path in named} == {"tables", "figures"}
+    assert "classifiers" in {path.stem for path in named}
+    for path, lines in named.items():
+        assert all(STAND_IN in line for line in lines), path
+    assert "texture" in (report / "records.jsonl").read_text()
+    assert STAND_IN not in (report / "records.jsonl").read_text()
+    compared = [line for path, lines in named.items() if "verdict" in path.read_text() for line in lines]
+    assert compared
+    assert not any("The standard backbone" in line for line in compared)
 
 
 def ranges(figure: Figure) -> list[tuple[float, float]]:

@@ -7,10 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from robust_backbones.analysis.paper.transfer_results import Pretrainings
+from robust_backbones.analysis.records import RecordedRun
+from robust_backbones.checkpoint.format import sha256
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain
 from robust_backbones.data.stylization import mix_amplitudes, stylize
+from robust_backbones.data.transfer_datasets import open_transfer_data
+from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
 from tests.classification.test_pretrain import CONFIG, HERE, build_tiny, cut_off_after, same_weights
 
@@ -102,3 +108,32 @@ def test_it_changes_the_run_is_recorded_and_resumes_exactly(
     assert same_weights(tmp_path / "whole", tmp_path / "cut")
     with pytest.raises(InputError, match=r"stylize is 0\.0 there and 1\.0 here"):
         pretrain(config, data, tmp_path / "plain", HERE)
+
+
+def test_a_folder_of_stylized_imagenet_is_read_as_what_it_is(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as Geirhos et al.'s code writes it, {train,val}/WNID/*.png: to pre-train on, and to transfer to."""
+    wnids = {"circle": "n01440764", "cross": "n01443537", "square": "n01484850", "triangle": "n01491361"}
+    for part in ("train", "val"):
+        for source in sorted((shapes / "shapes_classification" / part).rglob("*.*")):
+            target = tmp_path / "stylized-imagenet" / part / wnids[source.parent.name] / f"{source.stem}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(source).save(target)
+    folder = tmp_path / "stylized-imagenet"
+    monkeypatch.setattr("robust_backbones.classification.pretrain.build_backbone", build_tiny)
+    record = pretrain(replace(CONFIG, epochs=1), folder, tmp_path / "run", HERE)
+    assert record.dataset == "stylized-imagenet"
+    known = Pretrainings([RecordedRun(tmp_path / "run", record)])
+    trial = replace(record, task="transfer", backbone={**record.backbone, "label": record.run_id})
+    trial.backbone["source_sha256"] = sha256(tmp_path / "run/checkpoint.pt")
+    found = known.of(trial)
+    assert found is not None
+    assert (found.stylized, found.stand_in) == (True, False)
+    data = open_transfer_data(str(folder), None, val_transform(32, resize=32))
+    assert (data.name, data.metric) == ("stylized-imagenet", "top1")
+    assert [*data.train.classes] == [*data.test.classes] == sorted(wnids.values())
+    for part, own in (("train", data.train), ("val", data.test)):
+        assert sorted(own.names) == sorted(
+            str(path.relative_to(folder / part)) for path in (folder / part).rglob("*.png")
+        )

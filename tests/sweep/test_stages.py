@@ -148,6 +148,7 @@ def test_each_backbone_takes_its_own_best_values(tmp_path: Path) -> None:
         ("tasks/first/grid", {"SOLVER.BASE_LRS": [0.1]}, "did you mean SOLVER.BASE_LR?"),
         ("tasks/first/seeds", [1.5], "whole numbers"),
         ("protocols", {"a": [], "b": []}, "several protocols"),
+        ("tasks/second/grid", {"SOLVER.BASE_LR": [0.1]}, "second, has a grid"),
         ("primary/backbone", "eps1", "best of the choice"),
         ("primary/standard", "eps3", "standard of primary"),
     ],

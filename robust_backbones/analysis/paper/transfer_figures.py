@@ -22,6 +22,7 @@ from robust_backbones.analysis.figures import (
 )
 from robust_backbones.analysis.paper.drawing import MODES, Drawing, draw, with_papers
 from robust_backbones.analysis.paper.transfer_results import (
+    STAND_IN,
     Curve,
     Point,
     Pretrainings,
@@ -52,7 +53,6 @@ from robust_backbones.threat_models import ThreatModel
 BEST = {"standard": "standard", "robust": "best robust"}
 TEXTURE = {**BEST, "stylized": "texture-trained"}
 """Kind of a backbone -> its name in legends, in the order of colours and markers."""
-STAND_IN = "amplitude-mixed (stand-in for Stylized ImageNet)"
 _RANGE = "mean of the trials and their range from the lowest to the highest"
 _IMAGES = "images as they are"
 

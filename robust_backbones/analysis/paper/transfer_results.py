@@ -21,6 +21,11 @@ from robust_backbones.threat_models import ThreatModel
 METRIC = "clean_accuracy"
 
 
+STAND_IN = "amplitude-mixed (stand-in for Stylized ImageNet)"
+"""What ``pretrain --stylize`` is called in every table and figure."""
+_NOTE = f", {STAND_IN}"
+
+
 @dataclass(frozen=True)
 class Pretraining:
     """What is known of the training of a backbone."""
@@ -159,7 +164,7 @@ class Pretrainings:
         """The pre-training of the backbone of one trial; None where it is not known."""
         if found := self._by_weights.get(str(record.backbone.get("source_sha256"))):
             return found
-        label = str(record.backbone.get("label"))
+        label = str(record.backbone.get("label")).removesuffix(_NOTE)
         same = [run for run in self._by_name.get(label, []) if _identity(run.record) == _identity(record)]
         if len(same) == 1:
             return _pretraining(same[0].record, "")
@@ -167,6 +172,31 @@ class Pretrainings:
         if published and _identity(record)[:3] == (published.arch, 1000, str(published.threat_model)):
             return Pretraining(published.imagenet_accuracy, "ImageNet", stylized=False)
         return None
+
+
+def name_stand_ins(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """The runs with STAND_IN in the names of those whose backbone it made, by which all tables and figures call them.
+
+    Of a pre-training it stands at its data set, elsewhere at the backbone's label and the run.
+    """
+    trained = [run for run in runs if run.record.task == "pretrain"]
+    if not any(run.record.config.get("stylize", 0) > 0 for run in trained):
+        return [*runs]
+    pretrainings = Pretrainings(trained)
+    return [_name_stand_in(run, pretrainings) for run in runs]
+
+
+def _name_stand_in(run: RecordedRun, pretrainings: Pretrainings) -> RecordedRun:
+    record = run.record
+    if record.task == "pretrain":
+        mixed = record.config.get("stylize", 0) > 0
+        return replace(run, record=replace(record, dataset=record.dataset + _NOTE)) if mixed else run
+    found = pretrainings.of(record)
+    if found is None or not found.stand_in:
+        return run
+    label = str(record.backbone.get("label") or record.backbone.get("arch"))
+    backbone = {**record.backbone, "label": label + _NOTE}
+    return replace(run, record=replace(record, run_id=record.run_id + _NOTE, backbone=backbone))
 
 
 def _identity(record: RunRecord) -> tuple[Any, ...]:
