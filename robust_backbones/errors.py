@@ -61,7 +61,7 @@ def check_not_negative(config: object, *names: str) -> None:
 
 def check_crop(config: Any) -> None:
     """Raise ``InputError`` unless the central crop lies in the resized image."""
-    if config.val_resize < config.image_size:
+    if 0 < config.val_resize < config.image_size:
         raise InputError(f"val_resize {config.val_resize} is smaller than the crop, image_size {config.image_size}")
 
 

@@ -1,24 +1,28 @@
 """Backbones: what a network is (BackboneSpec), how it is built, and how images in [0, 1] enter it.
 
-torchvision is imported where a network is built: that takes seconds, which what only reads tensors need not wait for.
+The ResNets and a few more are torchvision's; every other name is one of timm's. Both are imported where a network is
+built: that takes seconds, which what only reads tensors need not wait for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.timm_models import build_timm, is_timm, timm_classifier, timm_config
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 STEMS = ("imagenet", "cifar")
+INTERPOLATIONS = ("bilinear", "bicubic")
 
 # depth -> blocks a stage (He et al. 2016, table 1); from 50 layers on they are bottlenecks
 _STAGES = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3], 152: [3, 8, 36, 3]}
@@ -38,7 +42,7 @@ class ResNetShape:
 
 
 # name (torchvision's where it has one) -> shape, None of what is no ResNet: the networks of Salman et al. 2020, and the
-# ResNets that complete the family
+# ResNets that complete the family. A name that is not here is timm's.
 ARCHITECTURES: dict[str, ResNetShape | None] = {
     "resnet18": ResNetShape(18),
     "resnet34": ResNetShape(34),
@@ -68,6 +72,8 @@ class BackboneSpec:
     ``stride_in_1x1`` tells where a bottleneck strides: in its 3x3 convolution (False, torchvision) or its first 1x1.
     ``stem`` is how a ResNet begins: ``imagenet``, a 7x7 convolution of stride 2 and a max-pool; ``cifar``, a 3x3
     convolution of stride 1 for images of 32 pixels (He et al. 2016, section 4.2).
+    ``image_size``, ``val_resize`` and ``interpolation`` are how its makers evaluate it: the shorter side is resized to
+    ``val_resize`` pixels, ``bilinear`` or ``bicubic``, and the central square of ``image_size`` is what it sees.
 
     Raises:
         InputError: unknown architecture, stem or channel order; a mean or std that pixels in [0, 1] cannot have; a
@@ -82,9 +88,19 @@ class BackboneSpec:
     channel_order: str = "RGB"
     stride_in_1x1: bool = False
     stem: str = "imagenet"
+    image_size: int = 224
+    val_resize: int = 256
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        check_choice("architecture", self.arch, ARCHITECTURES)
+        if not isinstance(self.arch, str) or not (self.arch in ARCHITECTURES or is_timm(self.arch)):
+            raise InputError(
+                f"unknown architecture {self.arch!r}: choose one of {', '.join(ARCHITECTURES)}, or a classifier "
+                "of timm (timm.list_models() names them)"
+            )
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS)
+        if not all(type(size) is int and size > 0 for size in (self.image_size, self.val_resize)):
+            raise InputError(f"images have a whole number of pixels > 0, got {self.image_size!r}, {self.val_resize!r}")
         check_choice("channel order", self.channel_order, ("RGB", "BGR"))
         check_choice("stem", self.stem, STEMS)
         check_normalization(self.mean, self.std)
@@ -109,11 +125,13 @@ class BackboneSpec:
     @property
     def resnet_shape(self) -> ResNetShape | None:
         """None of what is no ResNet."""
-        return ARCHITECTURES[self.arch]
+        return ARCHITECTURES.get(self.arch)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, the same before and after a trip through JSON; ``BackboneSpec(**...)`` reads them."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        usual = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in values.items() if name not in _EVALUATION or value != usual[name]}
 
     def detectron2_overrides(self) -> dict[str, object]:
         """The Detectron2 configuration keys this backbone needs, with their values (pixel units 0 to 255).
@@ -140,19 +158,68 @@ class BackboneSpec:
         }
 
 
+_EVALUATION = ("image_size", "val_resize", "interpolation")
+"""Fields that files from before there was timm lack; they have the defaults."""
+
+
 def spec_from(content: Any) -> BackboneSpec:
     """Read what ``BackboneSpec.to_dict`` gave a file; ``InputError`` where it is damaged."""
     known = {field.name for field in fields(BackboneSpec)}
     if not isinstance(content, dict) or not content.keys() <= known:
         raise InputError(f"its spec is damaged: it has to hold {', '.join(sorted(known))}, and nothing else")
     kinds: dict[str, Any] = {"num_classes": int, "stride_in_1x1": bool, "mean": list | tuple, "std": list | tuple}
+    kinds |= {"image_size": int, "val_resize": int}
     for name, value in content.items():
         if not isinstance(value, kinds.get(name, str)):
             raise InputError(f"its spec is damaged: its {name} is of type {type(value).__name__}")
     spec = BackboneSpec(**content)
-    if missing := known - {"stem"} - content.keys():  # files from before there was a choice of stems do not name it
+    if missing := known - {"stem", *_EVALUATION} - content.keys():  # files from before there was a choice lack it
         raise InputError(f"its spec is damaged: it lacks {', '.join(sorted(missing))}")
     return spec
+
+
+def is_foreign(arch: str) -> bool:
+    """Whether a network is timm's, and none of ``ARCHITECTURES``."""
+    return arch not in ARCHITECTURES and is_timm(arch)
+
+
+def usual_spec(arch: str, num_classes: int = 1000, *, stem: str = "imagenet") -> BackboneSpec:
+    """The network as its makers feed it: timm's configuration tells mean, std, sizes and interpolation of timm's.
+
+    Raises:
+        InputError: as ``BackboneSpec``.
+    """
+    if not is_foreign(arch):
+        return BackboneSpec(arch, num_classes, stem=stem)
+    cfg = timm_config(arch)
+    size = cfg.input_size[-1]
+    fed = {"mean": cfg.mean, "std": cfg.std, "image_size": size, "interpolation": cfg.interpolation}
+    return BackboneSpec(arch, num_classes, stem=stem, val_resize=int(size / cfg.crop_pct), **fed)
+
+
+Config = TypeVar("Config")
+
+
+def fed_as(config: Config, *specs: BackboneSpec) -> Config:
+    """A config whose sizes of 0 and empty interpolation are those of the networks.
+
+    Raises:
+        InputError: the networks have different ones; one of them takes images of another size alone.
+    """
+    given = {name: getattr(config, name) for name in _EVALUATION}
+    for name in (name for name, value in given.items() if not value):
+        found = {getattr(spec, name) for spec in specs}
+        if len(found) > 1:
+            values = " and ".join(str(getattr(spec, name)) + f" ({spec.arch})" for spec in specs)
+            raise InputError(f"the networks were made for different {name}, {values}: give --{name.replace('_', '-')}")
+        given[name] = found.pop()
+    for spec in specs:
+        if given["image_size"] != spec.image_size and is_foreign(spec.arch) and timm_config(spec.arch).fixed_input_size:
+            raise InputError(
+                f"{spec.arch} takes images of {spec.image_size} pixels alone, not {given['image_size']}: leave out "
+                "--image-size"
+            )
+    return replace(config, **given)  # type: ignore[type-var]
 
 
 def check_normalization(mean: Any, std: Any) -> None:
@@ -188,12 +255,15 @@ def is_number(value: Any) -> bool:
 
 
 def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
-    """torchvision's network with fresh weights drawn from ``seed``; the global generator is left as it was.
+    """The network with fresh weights drawn from ``seed``; the global generator is left as it was.
 
-    Two things torchvision's does not have: no classifier at all, and bottlenecks that stride in their first 1x1.
+    Two things torchvision's does not have: no classifier at all, and bottlenecks that stride in their first 1x1. One
+    of timm's is made for images of ``spec.image_size`` where it is made for one size.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
+        if is_foreign(spec.arch):
+            return build_timm(spec.arch, spec.num_classes, spec.image_size)
         net = _build(spec.arch, spec.num_classes, spec.stem)
     if spec.stride_in_1x1:
         from torchvision.models.resnet import Bottleneck
@@ -205,12 +275,13 @@ def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
 
 
 def backbone_with(spec: BackboneSpec, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """The network with copies of these weights, in train mode; no random weights are drawn first.
+    """The network with copies of these weights, in train mode; no random weights are drawn first, but by timm.
 
     Raises:
         RuntimeError: these are not the tensors of such a network.
     """
-    with torch.device("meta"):
+    # timm's have buffers that no state dict holds, such as Swin's indices.
+    with nullcontext() if is_foreign(spec.arch) else torch.device("meta"):
         net = build_backbone(spec)
     # A file's strides would choose the kernel of a 1 x 1 convolution, and with it the roundings.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()}
@@ -256,10 +327,13 @@ def _mnasnet1_0(num_classes: int) -> nn.Module:
     return PlainMNASNet(1.0, num_classes)
 
 
-def identify(state_dict: dict[str, Tensor]) -> BackboneSpec:
+def identify(state_dict: dict[str, Tensor], named: BackboneSpec | None = None) -> BackboneSpec:
     """The architecture, stem and number of classes of a torchvision-named network, recognised by its tensors' shapes.
 
     What no tensor tells (``mean``, ``std``, ``channel_order``, ``stride_in_1x1``) is torchvision's in the spec.
+
+    Args:
+        named: the network of timm that the file names; the tensors then have to be its own, by timm's names.
 
     Raises:
         InputError: no known architecture has exactly these tensors.
@@ -268,14 +342,15 @@ def identify(state_dict: dict[str, Tensor]) -> BackboneSpec:
     stem = "cifar" if shapes.get("conv1.weight") == (64, 3, 3, 3) else "imagenet"
     nearest: tuple[float, str] = (0.9, "")  # a share of equal tensors, and what differs
     is_resnet = any(name.startswith("layer1.") for name in shapes)
-    for arch in (arch for arch, shape in ARCHITECTURES.items() if bool(shape) == is_resnet):
-        reference, classifier = reference_shapes(arch, stem)
+    candidates = [arch for arch, shape in ARCHITECTURES.items() if bool(shape) == is_resnet]
+    for arch in candidates if named is None else [named.arch]:
+        reference, classifier = reference_shapes(arch, stem, named.image_size if named else 224)
         weight, bias = f"{classifier}.weight", f"{classifier}.bias"
         body = {name: shape for name, shape in reference.items() if name not in (weight, bias)}
         num_classes, *_ = shapes.get(weight) or (0,)
         if num_classes and shapes == body | {weight: (num_classes, reference[weight][1]), bias: (num_classes,)}:
-            return BackboneSpec(arch, num_classes, stem=stem)
-        if shapes == body and ARCHITECTURES[arch]:
+            return replace(named, num_classes=num_classes) if named else BackboneSpec(arch, num_classes, stem=stem)
+        if shapes == body and ARCHITECTURES.get(arch):
             return BackboneSpec(arch, 0, stem=stem)
         equal = sum(shapes.get(name) == shape for name, shape in body.items()) / len(body)
         nearest = max(nearest, (equal, f"it comes nearest to {arch}, but {_difference(shapes, body, (weight, bias))}"))
@@ -305,14 +380,20 @@ def _difference(shapes: dict[str, tuple[int, ...]], body: dict[str, tuple[int, .
 
 
 @cache
-def reference_shapes(arch: str, stem: str) -> tuple[dict[str, tuple[int, ...]], str]:
-    """The shapes of an architecture's tensors with one class, without counters, and its classifier layer's name."""
-    shape = ARCHITECTURES[arch]
+def reference_shapes(arch: str, stem: str, image_size: int = 224) -> tuple[dict[str, tuple[int, ...]], str]:
+    """The shapes of an architecture's tensors with one class, without counters, and its classifier layer's name.
+
+    Raises:
+        InputError: a network of timm's whose classifier is not one linear layer.
+    """
+    shape = ARCHITECTURES.get(arch)
     if shape is not None:
         return _resnet_shapes(shape, stem), "fc"
     with torch.device("meta"):
-        net = _build(arch, 1, stem)
+        net = build_timm(arch, 1, image_size) if is_foreign(arch) else _build(arch, 1, stem)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if not _is_counter(name)}
+    if is_foreign(arch):
+        return shapes, timm_classifier(arch, net)
     *_, classifier = (name for name, module in net.named_modules() if isinstance(module, nn.Linear))
     return shapes, classifier
 

@@ -14,6 +14,7 @@ FLOORS = (
     "errors",
     "threat_models",
     "attacks",
+    "timm_models",
     "models",
     "configs",
     "runs",

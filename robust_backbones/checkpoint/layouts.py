@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robust_backbones.checkpoint.names import NAMINGS, of_caffe2, translated, without_wrappers
 from robust_backbones.errors import InputError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify, reference_shapes
 
 _BATCH_NORM_EPSILON = 1e-5
 _RGB = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "channel_order": "RGB", "stride_in_1x1": False}
@@ -98,6 +98,8 @@ class Network:
     """The file's name of each of its tensors -> torchvision's."""
     tensors: dict[str, Tensor]
     """All that the dictionary holds, by the file's names."""
+    named: BackboneSpec | None = None
+    """The network of timm that the file says it is; ``names`` then leads to timm's."""
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
@@ -110,7 +112,7 @@ class Network:
     @cached_property
     def spec(self) -> BackboneSpec:
         """What its tensors tell; InputError where they are those of no known architecture."""
-        return identify(self.state_dict)
+        return identify(self.state_dict, self.named)
 
     def differs_in(self, other: Network) -> str:
         """The first tensor that the two do not share, by torchvision's name; "" where they are equal."""
@@ -152,13 +154,17 @@ def dictionaries_in(
             yield from dictionaries_in(value, f"{key}.{name}" if key else name, seen)
 
 
-def find_network(content: dict[str, Any], *, key: str | None = None, prefix: str | None = None) -> Network:
+def find_network(
+    content: dict[str, Any], *, key: str | None = None, prefix: str | None = None, named: BackboneSpec | None = None
+) -> Network:
     """The one network in a file's content, or the one that ``key`` and ``prefix`` choose.
+
+    ``named`` is the network of timm that the file says it is.
 
     Raises:
         InputError: there is none; or there are several that differ, which the message lists.
     """
-    networks = [network for name, tensors in dictionaries_in(content) for network in _networks_of(name, tensors)]
+    networks = [network for name, tensors in dictionaries_in(content) for network in _networks_of(name, tensors, named)]
     if not networks:
         raise InputError(_nothing_known(content))
     if prefix is not None:
@@ -210,8 +216,12 @@ def _nothing_known(content: dict[str, Any]) -> str:
     return f"its layout is not known (keys: {keys} ...): it holds no tensors"
 
 
-def _networks_of(key: str, tensors: dict[str, Tensor]) -> list[Network]:
+def _networks_of(key: str, tensors: dict[str, Tensor], named: BackboneSpec | None) -> list[Network]:
     """The networks in one dictionary."""
+    if named is not None:
+        plain = {name: without_wrappers(name) for name in tensors}
+        first, *_ = reference_shapes(named.arch, named.stem, named.image_size)[0]
+        return _networks_from((first,), key, plain, tensors, named)
     blobs = {name: short for name in tensors if (short := of_caffe2(name))}
     if any(name.startswith("res2_0_branch") for name in blobs):
         return [Network(key, "", blobs, tensors)]
@@ -222,16 +232,24 @@ def _networks_of(key: str, tensors: dict[str, Tensor]) -> list[Network]:
         for prefix in (name.removesuffix(row.anchor) for name in plain.values() if name.endswith(row.anchor)):
             if prefix == "" or prefix.endswith("."):
                 found.append(Network(key, prefix, _names_of_resnet(plain, prefix, naming), tensors))
-    if not found:
-        prefixes = {
-            name.removesuffix(first)
-            for first in _OTHERS
-            for name in plain.values()
-            if name == first or name.endswith(f".{first}")
-        }
-        for prefix in sorted(p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)):
-            names = {name: short.removeprefix(prefix) for name, short in plain.items() if short.startswith(prefix)}
-            found.append(Network(key, prefix, names, tensors))
+    return found or _networks_from(_OTHERS, key, plain, tensors)
+
+
+def _networks_from(
+    firsts: tuple[str, ...],
+    key: str,
+    plain: dict[str, str],
+    tensors: dict[str, Tensor],
+    named: BackboneSpec | None = None,
+) -> list[Network]:
+    """The networks that begin with one of these tensors, and are not part of another one."""
+    prefixes = {
+        name.removesuffix(first) for first in firsts for name in plain.values() if f".{name}".endswith(f".{first}")
+    }
+    found = []
+    for prefix in sorted(p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)):
+        names = {name: short.removeprefix(prefix) for name, short in plain.items() if short.startswith(prefix)}
+        found.append(Network(key, prefix, names, tensors, named))
     return found
 
 

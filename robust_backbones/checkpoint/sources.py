@@ -40,7 +40,7 @@ from robust_backbones.checkpoint.layouts import (
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.errors import InputError, check_choice
-from robust_backbones.models import BackboneSpec, check_normalization, is_number, spec_from
+from robust_backbones.models import BackboneSpec, check_normalization, is_foreign, is_number, spec_from, usual_spec
 from robust_backbones.threat_models import ThreatModel
 
 HUB = "hub:"
@@ -127,8 +127,9 @@ def _read(
     if content.get("format") == TRAINING_FORMAT:
         raise InputError("a run resumes from it: give the checkpoint.pt or best.pt of the same run")
     own = spec_from(content.get("spec")) if content.get("format") == FORMAT else None
-    network = find_network(content, key=key, prefix=prefix)
     metadata, described = metadata_in(content), _Description(content, path)
+    named = own if own and is_foreign(own.arch) else described.named()
+    network = find_network(content, key=key, prefix=prefix, named=named)
     normalizer = _normalizer(network, content)
     signs = {
         OWN: own,
@@ -146,16 +147,18 @@ def _read(
 
     tensors_say, convention = network.spec, SOURCES[layout].convention or {}
     if own:
-        if tensors_say != BackboneSpec(own.arch, own.num_classes, stem=own.stem):
+        if any(getattr(own, name) != getattr(tensors_say, name) for name in ("arch", "num_classes", "stem")):
             raise InputError(
                 f"its tensors are not those of {own.arch} with {own.num_classes} classes and the {own.stem} stem"
             )
-        in_file = _said_by(own, content.get("threat_model"))
+        tensors_say, in_file = own, _said_by(own, content.get("threat_model"))
     elif metadata:
         in_file = _said_by(metadata.spec, metadata.threat_model)
     else:
         described.check(tensors_say.arch)
         in_file = described.values() | (normalizer or {})
+    if named:  # what its makers feed it with, where the file does not say it
+        convention = {"mean": named.mean, "std": named.std} | convention
     if layout == "msra" and tensors_say.arch.startswith("resnext"):
         convention = convention | CAFFE2_RESNEXT
     values, said = _agreed(in_file, convention, statement)
@@ -262,6 +265,20 @@ class _Description:
         elif self.by_timm and "architecture" in {**self._cfg, **self._config}:
             said["stride_in_1x1"] = False
         return said
+
+    def named(self) -> BackboneSpec | None:
+        """The network of timm that it is said to be; None of a ResNet, which is ours or refused."""
+        names = {name.split("/")[-1].split(".")[0] for _, name, exact in self._architectures() if exact}
+        names = {name for name in names if not re.search("res(net|next)", name) and is_foreign(name)}
+        if len(names) != 1:
+            return None
+        spec = usual_spec(names.pop())
+        size, crop, interpolation = (self._cfg.get(name) for name in ("input_size", "crop_pct", "interpolation"))
+        if isinstance(size, list | tuple) and len(size) == 3:
+            spec = replace(spec, image_size=size[-1], val_resize=size[-1])
+        if isinstance(crop, float) and 0.1 < crop <= 1:
+            spec = replace(spec, val_resize=int(spec.image_size / crop))
+        return spec if interpolation is None else replace(spec, interpolation=interpolation)
 
     def check(self, arch: str) -> None:
         """Refuse a network that is said to be another than its tensors' shapes tell.

@@ -56,12 +56,15 @@ class TrainingConfig:
     """resized_crop: a crop of random size and shape (ImageNet); padded_crop: a crop after padding by 4 px (CIFAR);
     robustness: resized_crop, colour jitter of 0.1 and PCA noise of 0.05, as the paper's library; all with a random
     flip."""
-    image_size: int = 224
+    image_size: int = 0
+    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
     progressive_size: int = 0
     """Image size of the first epoch in progressive resizing, which grows over ``progressive_epochs``; 0 is off."""
     progressive_epochs: int = 0
-    val_resize: int = 256
-    """Shorter side of validation images before the central crop of ``image_size``."""
+    val_resize: int = 0
+    """Shorter side of validation images before the central crop of ``image_size``; 0: the network's own, 256."""
+    interpolation: str = ""
+    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
     min_crop_scale: float = 0.08
     """Least share of an image's area that a resized crop keeps."""
     cache_short_side: int = 0
@@ -77,7 +80,8 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive(self, "epochs", "batch_size", "lr", "lr_step", "image_size", "eval_period")
+        check_positive(self, "epochs", "batch_size", "lr", "lr_step", "eval_period")
+        check_not_negative(self, "image_size", "val_resize")
         check_not_negative(
             self, "epsilon_warmup_epochs", "progressive_size", "progressive_epochs", "cache_short_side", "eval_images"
         )
@@ -91,8 +95,8 @@ class TrainingConfig:
             raise InputError(f"min_crop_scale is a share of the area, in (0, 1], got {self.min_crop_scale:g}")
         check_crop(self)
         for threat_model in (self.threat_model, self.eval_threat_model or self.threat_model):
-            threat_model.check_radius((3, self.image_size, self.image_size))
-        if self.progressive_size > self.image_size:
+            threat_model.check_radius((3, self.image_size or 224, self.image_size or 224))
+        if 0 < self.image_size < self.progressive_size:
             raise InputError(f"progressive_size {self.progressive_size} exceeds image_size {self.image_size}")
         if bool(self.progressive_size) != bool(self.progressive_epochs):
             raise InputError("progressive resizing needs both progressive_size and progressive_epochs")
@@ -111,7 +115,7 @@ class TrainingConfig:
 
     def val_transform(self) -> v2.Transform:
         """What images go through before their evaluation."""
-        return val_transform(self.image_size, resize=self.val_resize)
+        return val_transform(self.image_size, resize=self.val_resize, interpolation=self.interpolation)
 
     def image_cache(self, folder: Path | None) -> ResizedCache | None:
         """The cache of reduced images in ``folder`` that a run reads through, if the config asks for one."""

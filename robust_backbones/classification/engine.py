@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.classification.compute import Compute
-from robust_backbones.classification.folding import FoldedTwin
+from robust_backbones.classification.folding import twin_of
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.classification.objectives import MicroBatch, Objective
 from robust_backbones.data.stylization import stylize
@@ -59,7 +59,7 @@ class Learner:
         self.compute, self.processes = compute, processes
         self._threat_model, self._epsilon_warmup_steps = threat_model, epsilon_warmup_steps
         self._stylize = stylize
-        self._twin = FoldedTwin(model, compute.attack_dtype)
+        self._twin = twin_of(model, compute.attack_dtype)
         self._adversary = compute.compile(self._twin)
         network: nn.Module = model
         if processes.size > 1:

@@ -13,6 +13,30 @@ from torch.utils.checkpoint import checkpoint
 from robust_backbones.models import NormalizedModel
 
 
+def twin_of(model: NormalizedModel, dtype: torch.dtype = torch.float32) -> FoldedTwin | Unfolded:
+    """What attacks run on: the folded twin of a network, or the network itself where there is nothing to fold."""
+    folds = _convolutions_before_batch_norms(model.backbone)
+    has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+    return FoldedTwin(model, dtype, folds) if folds or has_norms else Unfolded(model, dtype)
+
+
+class Unfolded(nn.Module):
+    """A network without batch norms in the place of its twin: in autocast, in the mode that the attack puts it in."""
+
+    def __init__(self, model: NormalizedModel, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def refresh(self) -> None:
+        """Nothing: its weights are the model's."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], shape (N, 3, H, W) -> float32 logits (N, classes)."""
+        enabled = self.dtype != torch.float32
+        with torch.autocast(images.device.type, self.dtype if enabled else torch.bfloat16, enabled=enabled):
+            return cast(Tensor, self.model(images)).float()
+
+
 class FoldedTwin(nn.Module):
     """A copy of a network that attacks run on: the same function as ``model.eval()``, faster.
 
@@ -27,7 +51,9 @@ class FoldedTwin(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: NormalizedModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: NormalizedModel, dtype: torch.dtype = torch.float32, folds: dict[str, str] | None = None
+    ) -> None:
         super().__init__()
         self.dtype = dtype
         self._source = [model]  # in a list, so that it does not become a submodule
@@ -35,12 +61,14 @@ class FoldedTwin(nn.Module):
         self.register_buffer("std", model.std.clone(), persistent=False)
         self.network = copy.deepcopy(model.backbone).eval().requires_grad_(False)
         self.network.to(memory_format=torch.channels_last)
-        self._folds = _convolutions_before_batch_norms(model.backbone)
+        self._folds = _convolutions_before_batch_norms(model.backbone) if folds is None else folds
         for convolution_name, batch_norm_name in self._folds.items():
             convolution = cast(nn.Conv2d, self.network.get_submodule(convolution_name))
             if convolution.bias is None:
                 convolution.bias = nn.Parameter(torch.zeros_like(convolution.weight[:, 0, 0, 0]), requires_grad=False)
-            self.network.set_submodule(batch_norm_name, nn.Identity().eval())
+            # timm's norms hold the activation that comes after them.
+            activation = getattr(self.network.get_submodule(batch_norm_name), "act", nn.Identity())
+            self.network.set_submodule(batch_norm_name, activation.eval())
         for name, module in [*self.network.named_modules()]:
             if type(module) is nn.MaxPool2d and not module.return_indices:
                 self.network.set_submodule(name, _MaxPool(module).eval())
@@ -98,15 +126,30 @@ def _convolutions_before_batch_norms(backbone: nn.Module) -> dict[str, str]:
     """Names of the convolutions whose output goes to one batch norm and nowhere else -> names of those batch norms."""
     modules = dict(backbone.named_modules())
     folds: dict[str, str] = {}
-    for node in _Tracer().trace(backbone).nodes:
+    for node in _nodes(backbone):
         if node.op != "call_module" or not isinstance(modules[node.target], _BatchNorm):
             continue
-        before = node.args[0]
-        if before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d) and len(before.users) == 1:
+        before, activation = node.args[0], getattr(modules[node.target], "act", nn.Identity())
+        is_alone = before.op == "call_module" and _is_linear(modules[before.target]) and len(before.users) == 1
+        if is_alone and not [*activation.parameters()]:
             folds[before.target] = node.target
     return folds
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a convolution by its weight, padded in any way; timm has some that scale it first."""
+    return type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
+
+
+def _nodes(backbone: nn.Module) -> list[Any]:
+    """The network's operations; none where its code asks for the values of tensors, which a trace does not have."""
+    try:
+        return list(_Tracer().trace(backbone).nodes)
+    except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        return []
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        """What holds no batch norm between its convolutions needs no look inside."""
+        return isinstance(m, _BatchNorm) or not any(isinstance(module, _BatchNorm) for module in m.modules())

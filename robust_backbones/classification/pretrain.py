@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from robust_backbones.checkpoint import zoo
@@ -10,7 +10,7 @@ from robust_backbones.classification.config import Execution, TrainingConfig
 from robust_backbones.classification.train import TrainingTask, train
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.models import NormalizedModel, build_backbone, fed_as, is_foreign, usual_spec
 from robust_backbones.runs.record import RunRecord
 
 
@@ -19,6 +19,7 @@ class PretrainConfig(TrainingConfig):
     """The identity of a run: same config, same data, same result. The defaults are the paper's ImageNet recipe."""
 
     arch: str = "resnet50"
+    """A ResNet or another network of the paper, or any classifier of timm, such as convnext_tiny."""
     stem: str = "imagenet"
     """imagenet, or cifar: a ResNet for 32 px images, without stride and pooling before the first block."""
     stylize: float = 0.0
@@ -29,7 +30,7 @@ class PretrainConfig(TrainingConfig):
         super().__post_init__()
         if not 0 <= self.stylize <= 1:
             raise InputError(f"stylize is a largest share of other amplitudes, in [0, 1], got {self.stylize:g}")
-        BackboneSpec(self.arch, stem=self.stem)  # refuses what it does not know
+        usual_spec(self.arch, stem=self.stem)  # refuses what it does not know
 
 
 def recipe(name: str) -> PretrainConfig:
@@ -53,12 +54,16 @@ def pretrain(
         data: holds train/ and val/ with the same classes, each as ``open_dataset`` takes it.
         output: folder of the run, new or of the same run.
     """
-    data = Path(data)
+    data, spec = Path(data), usual_spec(config.arch, stem=config.stem)
+    if is_foreign(config.arch):  # which is built for images of the size that is asked for
+        asked = {name: getattr(config, name) for name in ("image_size", "val_resize", "interpolation")}
+        spec = replace(spec, **{name: value for name, value in asked.items() if value})
+    config = fed_as(config, spec)
     cache, transform = config.image_cache(execution.cache), config.val_transform()
     parts = [open_dataset(data / part, transform, seed=config.seed, cache=cache) for part in ("train", "val")]
     if parts[0].classes != parts[1].classes:
         raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same")
-    spec = BackboneSpec(config.arch, len(parts[0].classes), stem=config.stem)
+    spec = replace(spec, num_classes=len(parts[0].classes))
     task = TrainingTask(
         name="pretrain",
         dataset=data.name,

@@ -23,8 +23,8 @@ from robust_backbones.classification.compute import Compute
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import mix, open_dataset
 from robust_backbones.data.transforms import val_transform
-from robust_backbones.errors import InputError, check_choice, check_crop, check_positive
-from robust_backbones.models import NormalizedModel
+from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
+from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
@@ -60,19 +60,23 @@ class RobustnessConfig:
     """Evaluate this many images, drawn from all classes by ``seed``; a greater limit adds to a smaller one's."""
     batch_size: int = 128
     """Images attacked together; part of the identity, since an attack's random numbers depend on it."""
-    image_size: int = 224
-    val_resize: int = 256
-    """Shorter side of images before the central crop of ``image_size``."""
+    image_size: int = 0
+    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
+    val_resize: int = 0
+    """Shorter side of images before the central crop of ``image_size``; 0: the network's own, 256."""
+    interpolation: str = ""
+    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
     precision: str = "fp32"
     """fp32 or bf16 (autocast; images, perturbations and losses stay float32)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive(self, "apgd_steps", "square_queries", "limit", "batch_size", "image_size")
+        check_positive(self, "apgd_steps", "square_queries", "limit", "batch_size")
+        check_not_negative(self, "image_size", "val_resize")
         # float16 loses small gradients: a network would look robust
         check_choice("precision for attacks", self.precision, ("fp32", "bf16"))
         check_crop(self)
-        self.threat_model.check_radius((3, self.image_size, self.image_size))
+        self.threat_model.check_radius((3, self.image_size or 224, self.image_size or 224))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the threat model as NORM:EPSILON."""
@@ -118,7 +122,9 @@ def evaluate_robustness(
         except ImportError:
             message = "AutoAttack needs its authors' package: pip install pyautoattack, or --no-autoattack"
             raise InputError(message) from None
-    images = open_dataset(data, val_transform(config.image_size, resize=config.val_resize))
+    config = fed_as(config, spec)
+    transform = val_transform(config.image_size, resize=config.val_resize, interpolation=config.interpolation)
+    images = open_dataset(data, transform)
     images = images.sample(config.limit or len(images), seed=config.seed)
     if len(images.classes) != spec.num_classes:
         raise InputError(
@@ -134,7 +140,7 @@ def evaluate_robustness(
         "images": len(images),
         "checkpoint_sha256": checkpoint.source_sha256,
     }
-    if claim(output, settings, type(config)(config.threat_model).to_dict()):
+    if claim(output, settings, fed_as(type(config)(config.threat_model), BackboneSpec()).to_dict()):
         return RunRecord.read(output / "record.json")
 
     model = NormalizedModel(checkpoint.build(), spec)

@@ -23,7 +23,7 @@ from robust_backbones.data.batches import steps_per_epoch, train_batches, val_ba
 from robust_backbones.data.datasets import ClassificationDataset, find_unreadable
 from robust_backbones.data.transforms import augmentation
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
-from robust_backbones.models import BackboneSpec, NormalizedModel
+from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.distributed import Processes, join_processes, local_device, synchronize_batch_norms
 from robust_backbones.runs.files import write_json
 from robust_backbones.runs.identity import claim
@@ -141,7 +141,7 @@ class _Run:
 
     def run(self) -> RunRecord:
         settings = {**self.config.to_dict(), **self.task.identity}
-        defaults = type(self.config)().to_dict()
+        defaults = fed_as(type(self.config)(), BackboneSpec()).to_dict()
         finished = self.processes.agree(claim(self.output, settings, defaults) if self.processes.is_main else None)
         if finished:
             return RunRecord.read(self.output / "record.json")
@@ -302,7 +302,10 @@ class _Run:
     def _loader(self, *, epoch: int, first_step: int) -> DataLoader:
         config = self.config
         self.train_data.transform = augmentation(
-            config.augmentation, config.image_size_at(epoch), min_crop_scale=config.min_crop_scale
+            config.augmentation,
+            config.image_size_at(epoch),
+            min_crop_scale=config.min_crop_scale,
+            interpolation=config.interpolation,
         )
         return train_batches(
             self.train_data,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 
 from robust_backbones.errors import check_choice
 
@@ -15,7 +15,7 @@ PCA_VALUES = (0.2175, 0.0188, 0.0045)
 PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
-def augmentation(name: str, size: int, *, min_crop_scale: float) -> v2.Transform:
+def augmentation(name: str, size: int, *, min_crop_scale: float, interpolation: str = "bilinear") -> v2.Transform:
     """What training images go through: one of AUGMENTATIONS, to ``size`` x ``size`` pixels.
 
     Raises:
@@ -23,17 +23,21 @@ def augmentation(name: str, size: int, *, min_crop_scale: float) -> v2.Transform
     """
     check_choice("augmentation", name, AUGMENTATIONS)
     if name == "resized_crop":
-        return train_transform(size, min_crop_scale=min_crop_scale)
+        return train_transform(size, min_crop_scale=min_crop_scale, interpolation=interpolation)
     if name == "robustness":
         jitter = v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1)
-        return v2.Compose([train_transform(size, min_crop_scale=min_crop_scale), jitter, Lighting(0.05)])
+        crop = train_transform(size, min_crop_scale=min_crop_scale, interpolation=interpolation)
+        return v2.Compose([crop, jitter, Lighting(0.05)])
     # As CIFAR has it: the image with a black border, and flip; one whose shorter side is not ``size`` is resized first.
-    return v2.Compose([v2.Resize(size, antialias=True), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()])
+    resize = v2.Resize(size, InterpolationMode(interpolation), antialias=True)
+    return v2.Compose([resize, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()])
 
 
-def train_transform(size: int, *, min_crop_scale: float) -> v2.Transform:
+def train_transform(size: int, *, min_crop_scale: float, interpolation: str = "bilinear") -> v2.Transform:
     """Random resized crop and flip, as ImageNet training has it; ``min_crop_scale`` is a share of the area."""
-    return _RandomCropAndFlip(size, scale=(min_crop_scale, 1.0), antialias=True)
+    return _RandomCropAndFlip(
+        size, (min_crop_scale, 1.0), interpolation=InterpolationMode(interpolation), antialias=True
+    )
 
 
 class _RandomCropAndFlip(v2.RandomResizedCrop):
@@ -47,7 +51,7 @@ class _RandomCropAndFlip(v2.RandomResizedCrop):
         top, left, height, width = self.make_params([image]).values()
         patch = image[None, :, top : top + height, left : left + width]
         if [height, width] != list(self.size):
-            patch = F.interpolate(patch, self.size, mode="bilinear", antialias=True)
+            patch = F.interpolate(patch, self.size, mode=self.interpolation.value, antialias=True)
         return (patch.flip(-1) if torch.rand(1) < 0.5 else patch)[0]
 
 
@@ -69,6 +73,6 @@ class Lighting(torch.nn.Module):
         return (image + shift[:, None, None]).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def val_transform(size: int, *, resize: int) -> v2.Transform:
+def val_transform(size: int, *, resize: int, interpolation: str = "bilinear") -> v2.Transform:
     """Shorter side to ``resize``, then the central ``size`` x ``size`` pixels."""
-    return v2.Compose([v2.Resize(resize, antialias=True), v2.CenterCrop(size)])
+    return v2.Compose([v2.Resize(resize, InterpolationMode(interpolation), antialias=True), v2.CenterCrop(size)])

@@ -112,9 +112,12 @@ class ProbeConfig(TransferConfig):
     batch_norm: str = "eval"
     """eval: the backbone is frozen. train: its batch norms go by each batch's statistics and keep updating their own
     (over the held-out images too), as in the public code; seeds then share the order of the images."""
-    image_size: int = 224
-    val_resize: int = 256
-    """Shorter side of images before the central crop of ``image_size``, in evaluation."""
+    image_size: int = 0
+    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
+    val_resize: int = 0
+    """Shorter side of images before the central crop of ``image_size``, in evaluation; 0: the network's own, 256."""
+    interpolation: str = ""
+    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
     min_crop_scale: float = 0.08
     """Least share of an image's area that a resized crop keeps."""
     precision: str = "fp32"
@@ -130,8 +133,8 @@ class ProbeConfig(TransferConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "epochs", "batch_size", "lr_step", "image_size")
-        check_not_negative(self, "views", "eval_images")
+        check_positive(self, "epochs", "batch_size", "lr_step")
+        check_not_negative(self, "image_size", "val_resize", "views", "eval_images")
         check_choice("solver", self.solver, ("sgd", "lbfgs"))
         check_choice("batch_norm", self.batch_norm, ("eval", "train"))
         check_choice("augmentation", self.augmentation, (*AUGMENTATIONS, "none"))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.classification.compute import Compute
-from robust_backbones.classification.folding import FoldedTwin
+from robust_backbones.classification.folding import twin_of
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.transfer.networks import feature_extractor
@@ -44,7 +44,7 @@ class Features:
         }
         self._context = compute.autocast if trained_statistics else nullcontext
         self._networks: list[nn.Module] = [
-            (one if trained_statistics else FoldedTwin(one, compute.dtype)).to(memory_format=torch.channels_last)
+            (one if trained_statistics else twin_of(one, compute.dtype)).to(memory_format=torch.channels_last)
             for one in self.extractors.values()
         ]
 

@@ -14,7 +14,7 @@ from robust_backbones.classification.train import TrainingTask, train
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.errors import DivergedError, InputError
-from robust_backbones.models import NormalizedModel
+from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.distributed import Processes, join_processes, local_device
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
@@ -95,13 +95,14 @@ def full_finetune(
         PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
     """
     checkpoints, opened, output = read_backbones(backbones), open_data(data), Path(output)
+    config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
     available(execution.device)
 
     usable = partial(TransferImages, grid, settings=len(grid.settings), batch_size=config.batch_size)
     usable(opened)  # refuses what it cannot use, before anything is written
     with join_processes(local_device(execution.device)) as processes:
         plain = {**config.to_dict(), **grid.to_dict(), "mode": MODE}
-        defaults = {**type(config)().to_dict(), **type(grid)().to_dict()}
+        defaults = {**fed_as(type(config)(), BackboneSpec()).to_dict(), **type(grid)().to_dict()}
         processes.agree(claim(output, identity(plain, checkpoints, opened), defaults) if processes.is_main else None)
         if execution.skip_unreadable:
             if processes.is_main:  # looks, and writes the list that the others then read

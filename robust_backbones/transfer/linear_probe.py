@@ -25,7 +25,7 @@ from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.data.transforms import augmentation, val_transform
 from robust_backbones.errors import PreemptedError, TrainingFailedError
-from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with
+from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, fed_as
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
@@ -81,13 +81,14 @@ def linear_probe(
         PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
     """
     checkpoints, opened, output = read_backbones(backbones), open_data(data), Path(output)
+    config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
     batch_size = config.batch_size if config.solver == "sgd" else 1
     usable = partial(TransferImages, config, settings=len(config.grid), batch_size=batch_size)
     usable(opened)  # refuses what it cannot use, before anything is written
     compute = Compute(available(device), config.precision)
     with stop_on_signals() as stop:
         settings = identity({"mode": MODE, **config.to_dict()}, checkpoints, opened)
-        claim(output, settings, type(config)().to_dict())
+        claim(output, settings, fed_as(type(config)(), BackboneSpec()).to_dict())
         if skip_unreadable:
             opened = without_unreadable(opened, output, workers=workers)
         probe = _Probe(config, checkpoints, compute, usable(opened), output, workers)
@@ -142,7 +143,9 @@ class _Probe:
 
     def _plain(self, images: ClassificationDataset) -> ClassificationDataset:
         """Images as they are evaluated."""
-        return images.seen_through(val_transform(self.config.image_size, resize=self.config.val_resize))
+        config = self.config
+        fed = val_transform(config.image_size, resize=config.val_resize, interpolation=config.interpolation)
+        return images.seen_through(fed)
 
     def _features(self, images: ClassificationDataset, description: str, **options: Any) -> list[Tensor]:
         options = {"batch_size": _BATCH, **options}
@@ -153,7 +156,12 @@ class _Probe:
         config, images = self.config, self.images.train
         if config.augmentation == "none":
             return self._features(self._plain(images), description)
-        transform = augmentation(config.augmentation, config.image_size, min_crop_scale=config.min_crop_scale)
+        transform = augmentation(
+            config.augmentation,
+            config.image_size,
+            min_crop_scale=config.min_crop_scale,
+            interpolation=config.interpolation,
+        )
         view = images.seen_through(transform, epoch=number, seed=config.data_seed)
         if not self.trains_statistics:
             return self._features(view, description)

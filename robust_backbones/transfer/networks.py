@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, build_backbone, reference_shapes
+from robust_backbones.models import (
+    BackboneSpec,
+    NormalizedModel,
+    backbone_with,
+    build_backbone,
+    is_foreign,
+    reference_shapes,
+)
 
 
 def _numbered(name: str, *ends: int) -> list[tuple[str, ...]]:
@@ -46,7 +53,7 @@ def feature_extractor(checkpoint: Checkpoint, *, normalize: bool = True) -> Norm
         normalize: False feeds the network images in [0, 1] as they are, against what it was trained with.
     """
     backbone = checkpoint.in_rgb().build()
-    backbone.set_submodule(_classifier(checkpoint.spec), nn.Identity())
+    backbone.set_submodule(classifier_name(checkpoint.spec), nn.Identity())
     spec = transferred_spec(checkpoint, checkpoint.spec.num_classes, normalize=normalize)
     return NormalizedModel(backbone, spec).eval()
 
@@ -59,7 +66,7 @@ def new_classifier(spec: BackboneSpec, num_outputs: int, *, seed: int) -> nn.Lin
 @lru_cache(maxsize=8)
 def _drawn_classifier(spec: BackboneSpec, seed: int) -> nn.Linear:
     """The whole network is drawn for it: trials and grids ask for the same few."""
-    classifier = build_backbone(spec, seed=seed).get_submodule(_classifier(spec))
+    classifier = build_backbone(spec, seed=seed).get_submodule(classifier_name(spec))
     assert isinstance(classifier, nn.Linear)
     return classifier
 
@@ -75,7 +82,7 @@ def with_classifier(
 
 def classifier_weights(spec: BackboneSpec, classifier: nn.Linear) -> dict[str, Tensor]:
     """The classifier's tensors under the names that they have in the whole network."""
-    return {f"{_classifier(spec)}.{key}": tensor for key, tensor in classifier.state_dict().items()}
+    return {f"{classifier_name(spec)}.{key}": tensor for key, tensor in classifier.state_dict().items()}
 
 
 class FineTunedModel(NormalizedModel):
@@ -100,10 +107,36 @@ class FineTunedModel(NormalizedModel):
 
 def depth_groups(backbone: nn.Module, spec: BackboneSpec) -> list[list[nn.Module]]:
     """The modules of the stem and of the four stages, from the input on; all but the classifier are in one of them."""
+    if is_foreign(spec.arch):
+        return _groups_of_timm(backbone, classifier_name(spec))
     groups = _RESNET if isinstance(backbone, ResNet) else _GROUPS[spec.arch]
     found = [[backbone.get_submodule(name) for name in names] for names in groups]
     found[-1] += [backbone.get_submodule(name) for name in _BEFORE_CLASSIFIER.get(spec.arch, ())]
     return found
+
+
+def _groups_of_timm(backbone: Any, classifier: str) -> list[list[nn.Module]]:
+    """By the stages that timm tells: those at strides 4 to 32, or four of as many blocks in a network of one stride."""
+    owners = [(name, module) for name, module in backbone.named_modules() if [*module.parameters(recurse=False)]]
+    owners = [(name, module) for name, module in owners if name != classifier]
+    stages = [(one["reduction"], one["module"]) for one in getattr(backbone, "feature_info", [])]
+    stages = stages or [(0, name) for name, _ in owners]
+    last = dict(stages)
+    if last.keys() >= {4, 8, 16, 32}:
+        first, ends = next(module for stride, module in stages if stride >= 4), [last[stride] for stride in (4, 8, 16)]
+    else:
+        first, ends = stages[0][1], [stages[len(stages) * quarter // 4 - 1][1] for quarter in (1, 2, 3)]
+    names = [f"{name}." for name, _ in owners]
+    cuts = [next(place for place, name in enumerate(names) if name.startswith(f"{first}."))]
+    cuts += [1 + max(place for place, name in enumerate(names) if name.startswith(f"{end}.")) for end in ends]
+    # What has parameters beside those of its layers, as a scale or an embedding, stands for them alone.
+    parts = [
+        nn.ParameterList(module.parameters(recurse=False))
+        if any([*child.parameters()] for child in module.children())
+        else module
+        for _, module in owners
+    ]
+    return [parts[begin:end] for begin, end in pairwise((0, *cuts, len(parts)))]
 
 
 def layer_wise_rates(model: NormalizedModel, spec: BackboneSpec, *, lr: float, decay: float) -> list[dict[str, Any]]:
@@ -111,7 +144,7 @@ def layer_wise_rates(model: NormalizedModel, spec: BackboneSpec, *, lr: float, d
 
     Frozen parameters are in none (Clark et al. 2020, section 3.1, with a group as a layer).
     """
-    groups = [[model.backbone.get_submodule(_classifier(spec))], *reversed(depth_groups(model.backbone, spec))]
+    groups = [[model.backbone.get_submodule(classifier_name(spec))], *reversed(depth_groups(model.backbone, spec))]
     learnt = [[p for module in group for p in module.parameters() if p.requires_grad] for group in groups]
     return [{"params": found, "lr": lr * decay**depth} for depth, found in enumerate(learnt) if found]
 
@@ -122,5 +155,6 @@ def transferred_spec(checkpoint: Checkpoint, num_outputs: int, *, normalize: boo
     return spec if normalize else replace(spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-def _classifier(spec: BackboneSpec) -> str:
-    return reference_shapes(spec.arch, spec.stem)[1]
+def classifier_name(spec: BackboneSpec) -> str:
+    """The name of the classifier's layer in the whole network."""
+    return reference_shapes(spec.arch, spec.stem, spec.image_size)[1]

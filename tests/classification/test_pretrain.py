@@ -442,7 +442,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
     """Salman et al. 2020, appendix A.1: SGD 0.1, momentum 0.9, decay 1e-4, batch 512, 90 epochs, PGD-3 of 2ε/3."""
     config = PretrainConfig()
     assert (config.learning_rate, config.momentum, config.weight_decay) == (0.1, 0.9, 1e-4)
-    assert (config.batch_size, config.epochs, config.lr_step, config.image_size) == (512, 90, 30, 224)
+    assert (config.batch_size, config.epochs, config.lr_step) == (512, 90, 30)
     assert config.attack == AttackConfig(steps=3, relative_step_size=2 / 3, random_start=False)
     assert config.objective == ObjectiveConfig("pgd", label_smoothing=0)
     assert (config.ema_decay, config.epsilon_warmup_epochs, config.progressive_size) == (0, 0, 0)

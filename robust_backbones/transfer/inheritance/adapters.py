@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.models import BackboneSpec, NormalizedModel
+from robust_backbones.models import BackboneSpec, NormalizedModel, is_foreign
+from robust_backbones.transfer.networks import classifier_name
 
 
 class _Frozen(NormalizedModel):
@@ -21,23 +22,31 @@ class _Frozen(NormalizedModel):
         return self
 
 
-class LowRankConvolution(nn.Module):
-    """A frozen convolution W, of one group, plus scale x B A: A is like W with ``rank`` outputs, B is 1 x 1."""
+class LowRankLayer(nn.Module):
+    """A frozen layer W, linear or a convolution of one group, plus scale x B A: A is like W with ``rank`` outputs, B is
+    linear or 1 x 1."""
 
-    def __init__(self, layer: nn.Conv2d, rank: int, scale: float) -> None:
+    down: nn.Conv2d | nn.Linear
+    up: nn.Conv2d | nn.Linear
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
         self.layer, self.scale = layer, scale
-        window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        self.down = nn.Conv2d(layer.in_channels, rank, *window, bias=False)  # type: ignore[arg-type]
-        self.up = nn.Conv2d(rank, layer.out_channels, kernel_size=1, bias=False)
+        if isinstance(layer, nn.Linear):
+            self.down = nn.Linear(layer.in_features, rank, bias=False)
+            self.up = nn.Linear(rank, layer.out_features, bias=False)
+        else:
+            window = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            self.down = nn.Conv2d(layer.in_channels, rank, *window, bias=False)  # type: ignore[arg-type]
+            self.up = nn.Conv2d(rank, layer.out_channels, kernel_size=1, bias=False)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + self.scale * self.up(self.down(x))
 
     @torch.no_grad()
-    def merged(self) -> nn.Conv2d:
-        """The convolution of weight W + scale x B A, which is the same function."""
+    def merged(self) -> nn.Conv2d | nn.Linear:
+        """The layer of weight W + scale x B A, which is the same function."""
         product = self.up.weight.flatten(1) @ self.down.weight.flatten(1)  # (out, rank) @ (rank, in * k * k)
         self.layer.weight += self.scale * product.view_as(self.layer.weight)
         return self.layer
@@ -46,8 +55,9 @@ class LowRankConvolution(nn.Module):
 class LowRankModel(_Frozen):
     """LoRA (Hu et al. 2021, arXiv 2106.09685, equation 3): W_0 + alpha / rank x B A with B = 0 at first.
 
-    The paper updates the queries and values of attention; the networks here have none, so every convolution without
-    groups has an update. Depthwise and grouped convolutions, batch norms and the classifier stay frozen.
+    The paper updates the queries and values of attention. Here every convolution without groups has an update, as most
+    networks have no attention, and in timm's every linear layer but the classifier, where queries, keys and values are
+    one layer. Depthwise and grouped convolutions, norms and the classifier stay frozen.
 
     Args:
         seed: draws A, as PyTorch draws a convolution.
@@ -57,14 +67,16 @@ class LowRankModel(_Frozen):
         super().__init__(backbone, spec)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
+            classifier, of_timm = classifier_name(spec), is_foreign(spec.arch)
             for name, layer in list(backbone.named_modules()):
-                if isinstance(layer, nn.Conv2d) and layer.groups == 1:
-                    backbone.set_submodule(name, LowRankConvolution(layer, rank, alpha / rank))
+                is_convolution = type(layer) is nn.Conv2d and layer.groups == 1
+                if is_convolution or (of_timm and isinstance(layer, nn.Linear) and name != classifier):
+                    backbone.set_submodule(name, LowRankLayer(layer, rank, alpha / rank))
 
     def merge(self) -> None:
         """Put every update into its weight: the backbone has its original layers again."""
         for name, layer in list(self.backbone.named_modules()):
-            if isinstance(layer, LowRankConvolution):
+            if isinstance(layer, LowRankLayer):
                 self.backbone.set_submodule(name, layer.merged())
 
 

@@ -22,6 +22,7 @@ from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, load_libr
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, fed_as
 from robust_backbones.runs.cells import run_cells
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
@@ -36,9 +37,13 @@ TASK = "corruptions"
 class CorruptionConfig:
     """The identity of an evaluation: the same config, checkpoint and images have the same accuracies."""
 
-    image_size: int = 224
-    val_resize: int = 256
-    """Shorter side of images before the central crop of ``image_size``, which is what is corrupted."""
+    image_size: int = 0
+    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
+    val_resize: int = 0
+    """Shorter side of images before the central crop of ``image_size``, which is what is corrupted; 0: the network's
+    own, 256."""
+    interpolation: str = ""
+    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
     limit: int = 0
     """Only so many images, drawn by ``seed``; 0: all."""
     precision: str = "fp32"
@@ -91,7 +96,10 @@ def evaluate_corruptions(
     load_library()  # it says so when it is missing, before anything is written
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(Path(checkpoint))
     data, output, compute = Path(data), Path(output), Compute(available(device), config.precision)
-    dataset, known = open_dataset(data, val_transform(config.image_size, resize=config.val_resize)), checkpoint.spec
+    known = checkpoint.spec
+    config = fed_as(config, known)
+    transform = val_transform(config.image_size, resize=config.val_resize, interpolation=config.interpolation)
+    dataset = open_dataset(data, transform)
     if len(dataset.classes) != known.num_classes:
         raise InputError(
             f"{data} holds {len(dataset.classes)} classes, but {checkpoint.source} knows {known.num_classes}"
@@ -101,7 +109,8 @@ def evaluate_corruptions(
     about = {**asdict(config), "data": data.name, "images": len(images)}
     if reference is not None:
         _check_comparable(reference, about)
-    claim(output, {**about, "checkpoint_sha256": checkpoint.source_sha256}, asdict(CorruptionConfig()))
+    usual = asdict(fed_as(CorruptionConfig(), BackboneSpec()))
+    claim(output, {**about, "checkpoint_sha256": checkpoint.source_sha256}, usual)
     network = for_evaluation(checkpoint.in_rgb().model().to(compute.device), compute)
 
     fields = {**checkpoint.record_fields(), "dataset": data.name, "seed": config.seed}

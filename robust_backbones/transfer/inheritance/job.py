@@ -14,7 +14,7 @@ from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
-from robust_backbones.classification.folding import FoldedTwin
+from robust_backbones.classification.folding import twin_of
 from robust_backbones.classification.objectives import MicroBatch, Network, Objective, ObjectiveConfig
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
 from robust_backbones.errors import InputError, PreemptedError
@@ -155,7 +155,7 @@ def for_evaluation(model: NormalizedModel, compute: Compute) -> nn.Module:
     """``model`` in eval mode, as ``accuracy_on`` wants it: its twin with folded batch norms, which is faster."""
     if isinstance(model, PromptedModel):  # a twin would miss the prompt
         return model.eval()
-    return FoldedTwin(model, compute.dtype)
+    return twin_of(model, compute.dtype)
 
 
 def accuracy_on(related: RelatedSet, network: nn.Module, compute: Compute, memory: Memory) -> float:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.engine import Batch
-from robust_backbones.classification.folding import FoldedTwin
+from robust_backbones.classification.folding import twin_of
 from robust_backbones.errors import DivergedError, InputError
-from robust_backbones.models import NormalizedModel, reference_shapes
+from robust_backbones.models import NormalizedModel
 from robust_backbones.transfer.config import Setting
 from robust_backbones.transfer.features import Features
 from robust_backbones.transfer.heads import HeadBank, linear_layer
@@ -32,6 +32,7 @@ from robust_backbones.transfer.inheritance.job import (
     rate,
     train,
 )
+from robust_backbones.transfer.networks import classifier_name
 from robust_backbones.transfer.protocol import order_of, split_held_out
 
 PRETRAINED = "pretrained"
@@ -61,7 +62,7 @@ def linear_probe(job: Job) -> NormalizedModel:
         images, batch_size=128, workers=workers, description="features"
     )
     model = job.model()
-    classifier = model.backbone.get_submodule(reference_shapes(job.start.spec.arch, job.start.spec.stem)[1])
+    classifier = model.backbone.get_submodule(classifier_name(job.start.spec))
     assert isinstance(classifier, nn.Linear)
     head = linear_layer(classifier.weight.detach()[rows], classifier.bias.detach()[rows])
     bank = HeadBank([head], [Setting(config.lr, config.weight_decay)], momentum=config.momentum, device=device)
@@ -85,7 +86,7 @@ def distillation(job: Job) -> LossTerm:
     Equations 2 and 3 of the paper but for the classifier of the old task, which is here the one in training; without a
     factor T², as in the paper and in the public code of ImageNet-RIB.
     """
-    teacher, classes = FoldedTwin(job.model(), job.compute.dtype), job.classes
+    teacher, classes = twin_of(job.model(), job.compute.dtype), job.classes
 
     def term(images: Tensor, logits: Tensor) -> Tensor:
         with torch.no_grad():

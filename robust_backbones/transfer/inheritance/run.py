@@ -18,7 +18,7 @@ from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import DivergedError, InputError
-from robust_backbones.models import NormalizedModel
+from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.cells import is_finished, run_cells
 from robust_backbones.runs.identity import claim
 from robust_backbones.runs.record import RunRecord
@@ -85,7 +85,8 @@ def run_protocol(
     if others or not num_classes:
         raise InputError("the backbones must have the classifier of the pre-training set, all with the same classes")
     compute = Compute(available(device), config.precision)
-    transform = val_transform(config.image_size, resize=config.val_resize)
+    config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
+    transform = val_transform(config.image_size, resize=config.val_resize, interpolation=config.interpolation)
     train_images, validation = open_pretraining_set(Path(pretraining), num_classes, transform)
     classes = validation.images.classes
     opened = [open_related_set(Path(path), classes, transform, name=name) for name, path in sets.items()]
@@ -100,7 +101,7 @@ def run_protocol(
     with stop_on_signals() as stop:
         for label, checkpoint in checkpoints.items():  # methods and seeds may be added to an output later
             identity = {**config.to_dict(), "checkpoint_sha256": checkpoint.source_sha256, **about}
-            claim(Path(output) / label, identity, type(config)().to_dict())
+            claim(Path(output) / label, identity, fed_as(type(config)(), BackboneSpec()).to_dict())
         run = _Run(config, checkpoints, train_images, found, Path(output), compute, memory, stop)
         cells = [MatrixCell(label, PRETRAINED) for label in checkpoints]
         cells += [MatrixCell(label, DISTANCES) for label in checkpoints if config.distance_images]
