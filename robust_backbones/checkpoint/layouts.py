@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from robust_backbones.checkpoint.names import NAMINGS, of_caffe2, translated, without_wrappers
+from robust_backbones.checkpoint.names import NAMINGS, of_caffe2, of_efficientnet, translated, without_wrappers
 from robust_backbones.errors import InputError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify, reference_shapes
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify, reference_shapes, usual_spec
 
 _BATCH_NORM_EPSILON = 1e-5
 _RGB = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "channel_order": "RGB", "stride_in_1x1": False}
@@ -71,11 +71,14 @@ SOURCES = {
     "composer": Source("a Composer checkpoint", r"^state\.model/"),
     "robustbench": Source("a network behind its normalisation, as RobustBench's", f"^{NORMALIZER}$", _RGB),
     "timm": Source("timm's state dict", f"^{TIMM}$", _ORDER | {"stride_in_1x1": False}),
+    "efficientnet_pytorch": Source("an EfficientNet-Lite of EfficientNet-PyTorch", r"[/.]_conv_stem\.weight$", _ORDER),
     "torchvision": Source("torchvision's state dict", f"^{BARE}$", _RGB),
     "training": Source("a training checkpoint"),
 }
 # A Caffe2 ResNeXt of Detectron's zoo is fed and strides otherwise than its ResNets.
 CAFFE2_RESNEXT = {"std": (57.375 / 255, 57.12 / 255, 58.395 / 255), "stride_in_1x1": False}
+
+_LITE = tuple(f"tf_efficientnet_lite{number}" for number in range(5))
 
 _ANY = ("robustbench", "timm", "torchvision", "training")
 """Any file may be of these."""
@@ -232,7 +235,22 @@ def _networks_of(key: str, tensors: dict[str, Tensor], named: BackboneSpec | Non
         for prefix in (name.removesuffix(row.anchor) for name in plain.values() if name.endswith(row.anchor)):
             if prefix == "" or prefix.endswith("."):
                 found.append(Network(key, prefix, _names_of_resnet(plain, prefix, naming), tensors))
-    return found or _networks_from(_OTHERS, key, plain, tensors)
+    return found or _efficientnets(key, plain, tensors) or _networks_from(_OTHERS, key, plain, tensors)
+
+
+def _efficientnets(key: str, plain: dict[str, str], tensors: dict[str, Tensor]) -> list[Network]:
+    """The EfficientNet-Lites by EfficientNet-PyTorch's names: 0 to 4, recognised by their blocks and widths."""
+    found = []
+    for network in _networks_from(("_conv_stem.weight",), key, plain, tensors):
+        candidates = []
+        for arch in _LITE:
+            reference = reference_shapes(arch, "imagenet")[0]
+            short = of_efficientnet(network.names.values(), reference)
+            names = {name: short[own] for name, own in network.names.items()}
+            equal = sum(tuple(tensors[name].shape) == reference.get(own) for name, own in names.items())
+            candidates.append((equal, replace(network, names=names, named=usual_spec(arch))))
+        found.append(max(candidates, key=lambda pair: pair[0])[1])
+    return found
 
 
 def _networks_from(

@@ -1,8 +1,9 @@
-"""The names that libraries give a ResNet's tensors, as a table; torchvision's are those of this package."""
+"""The names that libraries give a network's tensors, as tables; this package has torchvision's, or timm's."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -128,3 +129,39 @@ def of_caffe2(blob: str) -> str | None:
     if match := re.fullmatch(rf"(?:res_)?conv1_({ending})", blob):
         return translated(f"stem.conv1.{endings[match[1]]}", "detectron2", "torchvision")
     return None
+
+
+# Of EfficientNet-PyTorch -> timm's, for layers outside the blocks and in them.
+_EFFICIENTNET = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+_EFFICIENTNET_BLOCK = {
+    **{"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"},
+    **{"_project_conv": "conv_pwl", "_bn2": "bn3"},
+}
+# A block that does not expand its channels has one layer less.
+_NOT_EXPANDING = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+
+
+def of_efficientnet(names: Collection[str], reference: Iterable[str]) -> dict[str, str]:
+    """EfficientNet-PyTorch's names -> timm's; one that the network does not have stays what it is.
+
+    Args:
+        reference: timm's names, whose blocks are numbered within stages.
+    """
+    blocks = list(dict.fromkeys(found[0] for name in reference if (found := re.match(r"blocks\.\d+\.\d+", name))))
+    renamed = {}
+    for name in names:
+        if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name):
+            number, layer, tensor = int(match[1]), match[2], match[3]
+            expands = f"_blocks.{number}._expand_conv.weight" in names
+            block = blocks[number] if number < len(blocks) else f"blocks.{number}"
+            renamed[name] = f"{block}.{(_EFFICIENTNET_BLOCK if expands else _NOT_EXPANDING).get(layer, layer)}.{tensor}"
+        else:
+            layer, _, tensor = name.partition(".")
+            renamed[name] = f"{_EFFICIENTNET.get(layer, layer)}.{tensor}"
+    return renamed

@@ -157,8 +157,8 @@ def _read(
     else:
         described.check(tensors_say.arch)
         in_file = described.values() | (normalizer or {})
-    if named:  # what its makers feed it with, where the file does not say it
-        convention = {"mean": named.mean, "std": named.std} | convention
+    if network.named:  # what its makers feed it with, where the file does not say it
+        convention = {"mean": network.named.mean, "std": network.named.std, "stride_in_1x1": False} | convention
     if layout == "msra" and tensors_say.arch.startswith("resnext"):
         convention = convention | CAFFE2_RESNEXT
     values, said = _agreed(in_file, convention, statement)

@@ -36,10 +36,10 @@ NEEDED = {
     "faster-coco-eval": "faster_coco_eval",
     "fvcore": "fvcore",
     "pyautoattack": "pyautoattack",
+    "timm": "timm",
 }
 """Package -> the module to import."""
 OPTIONAL = {
-    "timm": ("backbones of timm's layout", "pip install timm"),
     "imagecorruptions-imaug": ("common corruptions", "pip install 'robust-backbones[corruptions]'"),
     "POT": ("distances between data sets (inheritance)", "pip install 'robust-backbones[inheritance]'"),
     "submitit": ("jobs of a Slurm cluster", "pip install 'robust-backbones[slurm]'"),
