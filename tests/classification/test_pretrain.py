@@ -30,7 +30,7 @@ from robust_backbones.classification.engine import Learner
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain, recipe
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
-from robust_backbones.models import BackboneSpec
+from robust_backbones.models import BackboneSpec, fed_as
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import ROOT
@@ -443,6 +443,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
     config = PretrainConfig()
     assert (config.learning_rate, config.momentum, config.weight_decay) == (0.1, 0.9, 1e-4)
     assert (config.batch_size, config.epochs, config.lr_step) == (512, 90, 30)
+    assert fed_as(config, BackboneSpec()).image_size == 224
     assert config.attack == AttackConfig(steps=3, relative_step_size=2 / 3, random_start=False)
     assert config.objective == ObjectiveConfig("pgd", label_smoothing=0)
     assert (config.ema_decay, config.epsilon_warmup_epochs, config.progressive_size) == (0, 0, 0)

@@ -29,7 +29,7 @@ from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.data.transforms import train_transform, val_transform
 from robust_backbones.errors import DivergedError, InputError, TrainingFailedError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, fed_as
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.config import TransferConfig
@@ -268,7 +268,7 @@ def test_the_defaults_are_the_papers_recipe() -> None:
     config, grid = FinetuneConfig(), TransferConfig()
     assert (config.epochs, config.lr_step, config.batch_size) == (150, 50, 64)
     assert (config.momentum, config.weight_decay, config.threat_model.epsilon) == (0.9, 5e-4, 0)
-    assert (config.freeze, config.layer_decay, config.image_size) == (0, 1, 224)
+    assert (config.freeze, config.layer_decay, fed_as(config, BackboneSpec()).image_size) == (0, 1, 224)
     assert (grid.lrs, grid.weight_decays, len(grid.seeds)) == ((0.01, 0.001), (5e-4,), 3)
     assert grid.select_on == "held_out"  # which is not the paper's
 
