@@ -68,6 +68,11 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _is_file_name(value: Any) -> bool:
+    # Control characters and halves of pairs (surrogates) would break the sentence that names the file.
+    return _is_text(value) and len(value) < 1000 and not re.search(r"[\x00-\x1f\ud800-\udfff]", value)
+
+
 def is_side(value: Any) -> bool:
     return _is_whole(value) and 0 < value < 1_000_000
 
@@ -87,7 +92,7 @@ _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
     "categories": {"id": (_is_whole, "a whole number"), "name": (_is_text, "a name")},
     "images": {
         "id": (_is_id, _ID),
-        "file_name": (_is_text, "a file's name"),
+        "file_name": (_is_file_name, "a file's name, of at most 999 characters and without line breaks"),
         "width": (is_side, _SIDE),
         "height": (is_side, _SIDE),
     },
@@ -96,7 +101,7 @@ _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
         "image_id": (_is_id, _ID),
         "category_id": (_is_whole, "a whole number"),
         "bbox": (_is_box, "four finite numbers (x, y, width, height), with sides of at least 0"),
-        "area": (lambda value: is_number(value, 1e14) and value >= 0, "a finite number of at least 0"),
+        "area": (lambda value: is_number(value, 1e10) and value >= 0, "a number of at least 0 and below 1e10"),
         "iscrowd": (_is_flag, "0 or 1"),
         "ignore": (lambda value: value == 0, 'left out or 0 (use "iscrowd": 1 for regions that do not count)'),
     },
@@ -261,7 +266,15 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
     empty = (boxes[:, 2:] == 0).any(1)
     away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
     leaves = ~away & ((low < -1).any(1) | (high > sides + 1).any(1))  # a pixel is the rounding of annotations
+    areas = np.array([row["area"] for _, row in rows] if use.evaluation else np.zeros(len(rows)), np.float64)
+    larger = areas > 1.01 * sides.prod(1)
     for found, kind, what, mend in (
+        (
+            larger,
+            "areas larger than the image",
+            "its area is larger than its image",
+            "write it in pixels; AP by size uses it",
+        ),
         (empty, NO_AREA, "its box has no area", "training drops it; remove it, or mend its box"),
         (away, "", "its box lies outside its image", "remove it, or mend its box"),
         (leaves, LEAVES, "its box leaves its image by more than a pixel", "training clips it; mend it"),

@@ -31,6 +31,7 @@ from robust_backbones.data.annotations import (
     Fault,
     Use,
     check_coco,
+    is_number,
     mask_problem,
     read_json,
     usable_mask,
@@ -153,11 +154,12 @@ def _load_coco(file: str, folder: str, name: str) -> Items:
         image = items[row["image_id"]]
         mask = usable_mask(row.get("segmentation"))
         # Where masks are used, the check has refused broken ones; boxes alone do without.
-        if mask is not None and not (isinstance(mask, dict) and mask_problem(mask, image["width"], image["height"])):
+        if mask is not None and not mask_problem(mask, image["width"], image["height"]):
             if isinstance(mask, dict) and isinstance(mask["counts"], list):
                 mask = mask_tools.frPyObjects(mask, *mask["size"])
             thing["segmentation"] = mask
-        if points := row.get("keypoints"):  # pixel indices, but for the visibility
+        points = row.get("keypoints")  # pixel indices, but for the visibility
+        if points and isinstance(points, list) and all(map(is_number, points)):
             thing["keypoints"] = [value + 0.5 if place % 3 != 2 else value for place, value in enumerate(points)]
         image["annotations"].append(thing)
     return list(items.values())

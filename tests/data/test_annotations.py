@@ -217,6 +217,10 @@ def mostly_corners() -> Content:
         (sound() | {"images": sound()["images"] + sound()["images"][:1]}, "id 1 is that of another row"),
         (sound() | {"categories": [{"id": 3, "name": "cat"}, {"id": 8, "name": "cat"}]}, 'name "cat" is that of'),
         (sound() | {"annotations": [7]}, "is 7"),
+        *[
+            (sound() | {"images": [{**row, "file_name": name} for row in sound()["images"]]}, "without line breaks")
+            for name in ("a\nb", "a\0b", "\ud800", "x" * 5000)
+        ],
     ],
 )
 def test_what_no_row_shows_alone(content: Content, words: str) -> None:
@@ -227,14 +231,15 @@ def test_what_is_odd_and_may_be_meant() -> None:
     content = sound()
     content["categories"] += [{"id": 9, "name": "Cat"}, {"id": 10, "name": "b ird"}]
     content["annotations"].append({**content["annotations"][0], "id": 99})
-    content["annotations"][1]["category_id"] = 9
+    content["annotations"][1] |= {"category_id": 9, "area": 2500}
     assert [str(fault) for fault in check_coco("a.json", content)] == [
         'a.json, row 2 of categories: name "Cat" is "cat" but for case, spaces, - and _: if both are one class, give '
         "check-data --fix OUT --rename OLD=NEW",
         "a.json, image 1, annotation 99: its box and class are those of another object of the image: leave one of them",
+        "a.json, image 1, annotation 11: its area is larger than its image: write it in pixels; AP by size uses it",
         'a.json, row 3 of categories: no object is of the class "b ird": training cannot learn it; annotate some',
     ]
-    assert len(check_coco("a.json", content, Use(training=False))) == 2
+    assert len(check_coco("a.json", content, Use(training=False))) == 3
 
 
 @pytest.mark.parametrize(

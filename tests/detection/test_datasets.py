@@ -351,6 +351,21 @@ def test_coco_files_are_read_as_detectron2_reads_them(cfg: CfgNode, real_data: P
         )
 
 
+@pytest.mark.parametrize("key", ["segmentation", "keypoints"])
+@pytest.mark.parametrize("value", ["x", 5, [None] * 51, [["a"] * 6], [[None] * 8], {"a": 1}])
+def test_what_boxes_do_without_may_be_broken(cfg: CfgNode, tmp_path: Path, key: str, value: Any) -> None:
+    """The object is kept, without it: neither training nor its pictures meet it."""
+    whole = DatasetCatalog.get("shapes_train")
+    change(tmp_path, lambda content: content["annotations"][0].update({key: value}))
+    cfg.MODEL.MASK_ON = False
+    assert check_datasets(cfg) == []
+    found = DatasetCatalog.get("shapes_train")
+    assert "keypoints" not in found[0]["annotations"][0]
+    if key == "segmentation":
+        del whole[0]["annotations"][0][key]
+    assert found == whole
+
+
 @pytest.mark.parametrize("value", [None, [], [3, 4, 5, 6], [[3, 4, 5, 6]]])
 def test_an_object_without_a_mask_is_kept_for_boxes_and_refused_for_masks(
     cfg: CfgNode, tmp_path: Path, value: Any
