@@ -33,6 +33,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "MODEL.ROI_HEADS.RES5_NORM": "",
     # On CPUs: a ROIAlign that is faster than torchvision's (benchmark mask-rcnn) and equal to it up to rounding.
     "MODEL.FAST_ROI_ALIGN": True,
+    # The losses of Faster and Mask R-CNN over the whole batch at once: fast/rcnn.py. False: Detectron2's own step.
+    "MODEL.FAST_STEP": False,
     # "float16" is Detectron2's own AMP and needs CUDA; "bfloat16" needs no loss scaling and runs on CPUs too.
     "SOLVER.AMP.DTYPE": "float16",
     # Decay, in [0, 1), of the exponential moving average of the weights, which is what is evaluated and saved; 0: off.

@@ -47,6 +47,25 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
 }
 """Of our keys: what is valid, and what to say of the rest."""
 
+_FAST_STEP: dict[str, tuple[object, ...]] = {
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
+    "MODEL.PROPOSAL_GENERATOR.NAME": ("RPN",),
+    "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
+    "MODEL.RPN.BOUNDARY_THRESH": (-1,),
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
+    "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads", BackboneRes5ROIHeads.__name__),
+    "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE": ("smooth_l1",),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
+    "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES": (False,),
+    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
+    "MODEL.ROI_MASK_HEAD.NAME": ("MaskRCNNConvUpsampleHead",),
+    "MODEL.ROI_MASK_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign"),
+    "MODEL.KEYPOINT_ON": (False,),
+    "MODEL.LOAD_PROPOSALS": (False,),
+    "VIS_PERIOD": (0,),
+}
+"""What MODEL.FAST_STEP has been written for."""
+
 
 def add_config(cfg: CfgNode) -> None:
     """Add our keys to those of Detectron2's ``get_cfg()``, in place; then its ``merge_from_file`` takes our YAML."""
@@ -147,6 +166,12 @@ def check_config(cfg: CfgNode) -> None:
         raise InputError(f"MODEL.FPN.NORM is set, but the detector has no FPN: {mend}")
     if cfg.MODEL.RESNETS.RES5_DILATION != 1 and cfg.MODEL.RESNETS.DEPTH in (18, 34):
         raise InputError("Detectron2 dilates no ResNet-18 or ResNet-34: give a deeper one, or FPN or C4 instead of DC5")
+    if cfg.MODEL.FAST_STEP:
+        known = _FAST_STEP | ({"INPUT.MASK_FORMAT": ("bitmask",)} if cfg.MODEL.MASK_ON else {})
+        for key, allowed in known.items():
+            if values[key] not in allowed:
+                mend = f"give {key} {' or '.join(map(repr, allowed))}, or MODEL.FAST_STEP False"
+                raise InputError(f"MODEL.FAST_STEP does not know {key} {values[key]!r}: {mend}")
     heads = cfg.MODEL.ROI_HEADS.NAME
     if cfg.MODEL.ROI_HEADS.RES5_NORM and heads != BackboneRes5ROIHeads.__name__:
         raise InputError(

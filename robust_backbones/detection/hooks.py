@@ -122,6 +122,7 @@ class Evaluation(HookBase):
         return period > 0 and 0 < iteration < self.trainer.max_iter and iteration % period == 0
 
     def _run(self, iteration: int) -> None:
+        self.trainer.read_losses()
         with undisturbed():
             self.results = flat_metrics(self.trainer.test(self.trainer.cfg, self.trainer.evaluated_model))
             if comm.is_main_process():

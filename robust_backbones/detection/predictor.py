@@ -20,12 +20,17 @@ from robust_backbones.data.annotations_images import check_image
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import categories, class_names, match_classes, number_of_classes
+from robust_backbones.detection.fast.rcnn import BatchedRCNN
 from robust_backbones.detection.roi_heads import use_float32_boxes
 from robust_backbones.errors import InputError
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
-    """Detectron2's model, with boxes in float32 where features are not, and MODEL.FAST_ROI_ALIGN."""
+    """Detectron2's model, with boxes in float32 where features are not, MODEL.FAST_ROI_ALIGN and MODEL.FAST_STEP."""
+    if cfg.MODEL.FAST_STEP:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.META_ARCHITECTURE = BatchedRCNN.__name__
     model: nn.Module = build_model(cfg)
     use_float32_boxes(model, fast=cfg.MODEL.FAST_ROI_ALIGN)
     return model

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from robust_backbones.detection.datasets import (
     register_datasets,
 )
 from robust_backbones.detection.evaluators import build_evaluator
+from robust_backbones.detection.fast.metrics import DeferredAMPTrainer, DeferredTrainer
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, PreciseBN, WeightAverage
 from robust_backbones.detection.predictor import build_detector
 from robust_backbones.detection.run_folder import check_folder, runs_in_bfloat16, write_config, write_record
@@ -97,11 +98,7 @@ class Trainer(DefaultTrainer):
         self._replays = replays(cfg)
         batches = FreeStream(self.stream, cfg) if cfg.ADVERSARIAL.KIND == "free" else self.stream
         trained = AttackedDetector(model, cfg) if cfg.ADVERSARIAL.KIND == "pgd" else model
-        if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16":
-            scaler = torch.amp.GradScaler(device.type)
-            self._trainer = AMPTrainer(trained, batches, optimizer, grad_scaler=scaler)
-        else:
-            self._trainer = SimpleTrainer(trained, batches, optimizer)
+        self._trainer = build_steps(cfg, trained, batches, optimizer)
         # Only convolutions and matrix products run in bfloat16: losses, sums of gradients and the update do not.
         self._bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=runs_in_bfloat16(cfg))
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -240,6 +237,11 @@ class Trainer(DefaultTrainer):
         with self._bfloat16, torch.jit.optimized_execution(False):
             super().run_step()
 
+    def read_losses(self) -> None:
+        """Log the losses that MODEL.FAST_STEP has left on the device; every process has to call it."""
+        if isinstance(self._trainer, DeferredTrainer | DeferredAMPTrainer):
+            self._trainer.read_losses()
+
     def _asked_to_stop(self, stop: StopRequest) -> bool:
         """Whether any process was: they stop together."""
         if comm.get_world_size() == 1:
@@ -250,6 +252,7 @@ class Trainer(DefaultTrainer):
 
     def save(self, *, final: bool = False) -> None:
         """Write a checkpoint to resume from, or the final detector; every process has to call it."""
+        self.read_losses()
         own = {"start": self.stream.random_state_at_start, "now": random_state()}
         if (count := self.checkpointer.model.__dict__.get("loss_normalizer")) is not None:
             own["loss_normalizer"] = count  # of a RetinaNet, which keeps it outside its state
@@ -296,3 +299,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+
+def build_steps(
+    cfg: CfgNode, model: nn.Module, batches: Iterable[Any], optimizer: torch.optim.Optimizer
+) -> SimpleTrainer:
+    """Detectron2's trainer that takes one step after the other; with MODEL.FAST_STEP it reads losses now and then."""
+    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16":
+        kind = DeferredAMPTrainer if cfg.MODEL.FAST_STEP else AMPTrainer
+        return kind(model, batches, optimizer, grad_scaler=torch.amp.GradScaler(torch.device(cfg.MODEL.DEVICE).type))
+    return (DeferredTrainer if cfg.MODEL.FAST_STEP else SimpleTrainer)(model, batches, optimizer)

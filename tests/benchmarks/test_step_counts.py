@@ -51,7 +51,7 @@ def test_the_last_line_is_json(run_tool: Callable[..., tuple[int, str, str]]) ->
     status, out, _ = run_tool("benchmark", "step-counts", *arguments)
     assert status == 0
     rows = {(row["step"], row["way"], row["batch"]): row for row in json.loads(out.splitlines()[-1])["step_counts"]}
-    assert len(rows) == 8
+    assert len(rows) == 10
     assert rows["pgd-3", "ours", 2]["waits"] == 0
     assert rows["pgd-3", "ours", 3]["calls"] == rows["pgd-3", "ours", 2]["calls"]
     # Detectron2's steps wait once an image and more.

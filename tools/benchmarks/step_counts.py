@@ -34,11 +34,11 @@ DETECTORS = {
     "mask-rcnn-fpn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
     "mask-rcnn-c4": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x.yaml",
 }
-DETECTRON2, OURS, PLAIN = "Detectron2", "ours", "plain PyTorch"
+DETECTRON2, OURS, FAST, PLAIN = "Detectron2", "ours", "ours, MODEL.FAST_STEP True", "plain PyTorch"
 READS_LOSSES_AT = 19
 """The iteration that is counted: the one of 20 at which losses are read, if they are not read at each."""
-# The counts are those of the whole configuration: how many boxes there are changes none.
-_FEW_BOXES = ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8)
+# How many boxes there are changes no count. Random weights must not move far.
+_OPTIONS = ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4, "INPUT.MASK_FORMAT", "bitmask", "SOLVER.BASE_LR", 1e-9)
 # Operators whose result, or its shape, the host needs before it can continue.
 _WAITING = {
     "aten::_local_scalar_dense",
@@ -68,7 +68,7 @@ class StepCounts:
         ways = []
         for step in self.steps:
             check_choice("step", step, ("pgd-3", *DETECTORS))
-            ways += [(step, way) for way in ((PLAIN, OURS) if step == "pgd-3" else (DETECTRON2, OURS))]
+            ways += [(step, way) for way in ((PLAIN, OURS) if step == "pgd-3" else (DETECTRON2, OURS, FAST))]
         rows = []
         for (name, way), batch in tqdm([*itertools.product(ways, self.batches)], unit="step", leave=False):
             make = pgd_step if name == "pgd-3" else detector_step
@@ -168,11 +168,10 @@ def detector_step(name: str, way: str, *, batch: int, size: int, device: str) ->
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
 
     # isort: split
-    from detectron2.engine import SimpleTrainer
     from detectron2.solver import build_optimizer
     from detectron2.utils.events import EventStorage
 
-    from robust_backbones.detection.trainer import Trainer
+    from robust_backbones.detection.trainer import Trainer, build_steps
 
     # On a GPU ROIAlign is torchvision's; on a CPU the other one would be counted.
     cfg, model, samples = random_detector(
@@ -181,10 +180,10 @@ def detector_step(name: str, way: str, *, batch: int, size: int, device: str) ->
         device=device,
         config=CONFIG.parents[1] / DETECTORS[name],
         fast_roi_align=None if way == DETECTRON2 else False,
-        overrides=_FEW_BOXES,
+        overrides=[*_OPTIONS, "MODEL.FAST_STEP", way == FAST],
     )
     optimizer = (build_optimizer if way == DETECTRON2 else Trainer.build_optimizer)(cfg, model)
-    trainer = SimpleTrainer(model, itertools.repeat(samples), optimizer)
+    trainer = build_steps(cfg, model, itertools.repeat(samples), optimizer)
     trainer.iter = READS_LOSSES_AT
 
     def step() -> None:

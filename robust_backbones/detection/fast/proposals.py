@@ -1,0 +1,75 @@
+"""Anchors, and the proposals that the RPN makes of them (Ren et al. 2015, section 3), for a whole batch at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.proposal_generator import RPN
+from torch import Tensor
+from torchvision.ops import nms
+
+from robust_backbones.detection.fast.matching import rows
+
+
+def grid_anchors(generator: DefaultAnchorGenerator, features: Sequence[Tensor]) -> list[Tensor]:
+    """Detectron2's anchors of each feature map, shape (H * W * anchors of a cell, 4), made on the device."""
+    anchors = []
+    for feature, stride, cell in zip(features, generator.strides, generator.cell_anchors, strict=True):
+        down, right = (
+            torch.arange(generator.offset * stride, size * stride, step=stride, dtype=torch.float32, device=cell.device)
+            for size in feature.shape[-2:]
+        )
+        y, x = torch.meshgrid(down, right, indexing="ij")
+        shifts = torch.stack([x, y, x, y], dim=-1).view(-1, 1, 4)
+        anchors.append((shifts + cell).view(-1, 4))
+    return anchors
+
+
+@torch.no_grad()
+def propose(
+    rpn: RPN, anchors: Sequence[Tensor], logits: Sequence[Tensor], deltas: Sequence[Tensor], corners: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The proposals that training takes: of each level the best, decoded, clipped, and without those that overlap.
+
+    A box that is not finite or too small is none. Training that diverges is noticed by its losses.
+
+    Args:
+        anchors: of each level, (A, 4).
+        logits, deltas: of each level, (N, A) and (N, A, 4).
+        corners: (N, 4), width, height, width and height of each image in pixels.
+
+    Returns:
+        (N, P, 4), the best first, and which of them there are, (N, P).
+    """
+    scores, boxes = [], []
+    for level_anchors, level_logits, level_deltas in zip(anchors, logits, deltas, strict=True):
+        best, indices = level_logits.topk(min(level_logits.shape[1], rpn.pre_nms_topk[True]), dim=1)
+        decoded = rpn.box2box_transform.apply_deltas(
+            rows(level_deltas, indices).flatten(0, 1), level_anchors[indices].flatten(0, 1)
+        )
+        scores.append(best.float())
+        boxes.append(decoded.view(*indices.shape, 4))
+    counts = [level.shape[1] for level in scores]
+    all_scores, all_boxes = torch.cat(scores, dim=1), torch.cat(boxes, dim=1)
+    finite = all_boxes.isfinite().all(dim=2) & all_scores.isfinite()
+    all_boxes = torch.minimum(all_boxes.clamp(min=0), corners[:, None])
+    valid = finite & (all_boxes[..., 2:] - all_boxes[..., :2] > rpn.min_box_size).all(dim=2)
+    all_boxes = torch.where(valid[..., None], all_boxes, 0)
+    all_scores = torch.where(valid, all_scores, -torch.inf)
+    levels = zip(all_boxes.split(counts, dim=1), all_scores.split(counts, dim=1), strict=True)
+    kept = torch.cat([_kept(*level, rpn.nms_thresh) for level in levels], dim=1)
+    best, indices = torch.where(kept, all_scores, -torch.inf).topk(min(rpn.post_nms_topk[True], sum(counts)), dim=1)
+    return rows(all_boxes, indices), best > -torch.inf
+
+
+def _kept(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Non-maximum suppression within each image, all images in one call: (N, K, 4) and (N, K) -> bool, (N, K).
+
+    The images lie apart, in float64: no box is rounded.
+    """
+    images, count = scores.shape
+    apart = boxes.double() + (torch.arange(images, device=boxes.device) * 2.0**20)[:, None, None]
+    kept = nms(apart.view(-1, 4), scores.double().flatten(), threshold)
+    return scores.new_zeros(images * count, dtype=torch.bool).index_fill_(0, kept, True).view(images, count)
