@@ -39,13 +39,11 @@ from robust_backbones.data.annotations import (
 from robust_backbones.data.annotations_images import UNREADABLE, check_images
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
 from robust_backbones.data.annotations_voc import read_voc, voc_classes
-from robust_backbones.detection.left_out import hold_out, leave_out, left_out, unreadable_rows
+from robust_backbones.detection.left_out import SHOWN_CLASSES, hold_out, leave_out, left_out, unreadable_rows
 from robust_backbones.errors import InputError
 
 Items = list[dict[str, Any]]
 """Images and their objects, in Detectron2's standard format."""
-SHOWN_CLASSES = "ap_over_shown_classes"
-"""Metadata of a set in VOC's format: whether its AP leaves out classes that it does not show, as COCO's does."""
 
 
 def register_datasets(cfg: CfgNode) -> None:

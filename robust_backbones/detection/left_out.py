@@ -17,6 +17,8 @@ from robust_backbones.data.annotations_images import undecodable
 from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.errors import InputError
 
+SHOWN_CLASSES = "ap_over_shown_classes"
+"""Metadata of a set in VOC's format: whether its AP leaves out classes that it does not show, as COCO's does."""
 _LEFT_OUT = "left_out"
 _WHOLE = "whole"
 _Files = dict[int | str, str]
@@ -58,7 +60,7 @@ def hold_out(cfg: CfgNode) -> None:
         if cfg.DATASETS.HELD_OUT and name in DatasetCatalog:
             whole = DatasetCatalog[name], MetadataCatalog.get(name).as_dict()
             parts = cache(partial(_parts, whole[0], name, cfg.DATASETS.HELD_OUT))
-            _register_rest(name, f"{name}_held_out", partial(_part, parts, 0))
+            _register_rest(name, f"{name}_held_out", partial(_part, parts, 0), **{SHOWN_CLASSES: True})
             _register_rest(name, name, partial(_part, parts, 1))
             MetadataCatalog.get(name).set(**{_WHOLE: whole})
 
@@ -86,10 +88,11 @@ def _part(parts: Callable[[], tuple[_Files, _Files]], place: int) -> _Files:
     return parts()[place]
 
 
-def _register_rest(source: str, name: str, files: Callable[[], _Files]) -> None:
+def _register_rest(source: str, name: str, files: Callable[[], _Files], **metadata: Any) -> None:
     """``source`` without some images, as ``name``."""
-    metadata, load = MetadataCatalog.get(source).as_dict(), DatasetCatalog[source]
-    _register(name, partial(_load_rest, load, files, source, name), {**metadata, "name": name, _LEFT_OUT: files})
+    known, load = MetadataCatalog.get(source).as_dict(), DatasetCatalog[source]
+    known |= {**metadata, "name": name, _LEFT_OUT: files}
+    _register(name, partial(_load_rest, load, files, source, name), known)
 
 
 def _register(name: str, load: _Load, metadata: dict[str, Any]) -> None:

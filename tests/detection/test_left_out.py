@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.datasets import check_datasets, class_names, derive_classes, register_datasets
+from robust_backbones.detection.datasets import (
+    SHOWN_CLASSES,
+    check_datasets,
+    class_names,
+    derive_classes,
+    register_datasets,
+)
 from robust_backbones.detection.evaluators import build_evaluator, coco_metrics, ground_truth
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
@@ -149,6 +155,7 @@ def test_held_out_images_are_tested_and_not_trained_on(kind: str, shapes: Path, 
     assert class_names("mine_held_out") == class_names("mine")
     truth = ground_truth("mine_held_out").dataset
     assert {Path(row["file_name"]).name for row in truth["images"]} == held
+    assert MetadataCatalog.get("mine_held_out").get(SHOWN_CLASSES)  # a few images need not show all classes
     # A perfect detector of these images alone finds all.
     results = [{**row, "score": 1.0} for row in truth["annotations"]]
     assert coco_metrics(ground_truth("mine_held_out"), results, "bbox")["AP"] == pytest.approx(100)
