@@ -23,6 +23,7 @@ DEV = [
     "pytest",
     "pytest-xdist",
     "ruff",
+    "transformers>=5",
     "webdataset>=1",
 ]
 # Links of the README are relative to the repository; a package index needs whole ones.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from robust_backbones.runs.files import atomic_path
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 """The files of a repository, by the names that the hub and timm know."""
+PROCESSOR = "preprocessor_config.json"
+"""Where repositories of transformers say mean and std."""
 
 
 def is_repository(name: str) -> bool:
@@ -132,7 +135,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
 
 
 def fetch(repository: str) -> Path:
-    """The weights of ``USER/NAME`` in the cache, with config.json beside them; downloaded when they are not there.
+    """The weights of ``USER/NAME`` in the cache, and beside them what says what they are; downloaded where missing.
 
     HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 forbids the network.
 
@@ -146,6 +149,8 @@ def fetch(repository: str) -> Path:
     try:
         path = Path(hf_hub_download(repository, WEIGHTS, **where))
         hf_hub_download(repository, CONFIG, **where)
+        with suppress(EntryNotFoundError):
+            hf_hub_download(repository, PROCESSOR, **where)
     except EntryNotFoundError as error:
         raise InputError(
             f"{repository} does not hold {WEIGHTS} and {CONFIG} ({_reason(error)}): download the file that it holds, "

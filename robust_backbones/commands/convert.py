@@ -22,7 +22,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +70,10 @@ def main(arguments: list[str]) -> int:
     else:
 
         def prove(checkpoint: Checkpoint, unproven: Path) -> None:
-            if find_spec("detectron2") is None:
-                raise MissingPackageError(
-                    "Detectron2 is not installed, and the proof needs it: run "
-                    "`robust-backbones doctor --install-detectron2`, or give --no-verify"
-                )
-            from robust_backbones.detection import verify
-
+            try:
+                from robust_backbones.detection import verify
+            except MissingPackageError as error:
+                raise MissingPackageError(f"{error} (the proof needs it), or give --no-verify") from None
             errors = verify.prove(checkpoint, unproven, image=options.image)
             result["errors"] = [asdict(error) for error in errors]
             say(verify.table(errors))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, read_backbone, write_backbone
+from robust_backbones.checkpoint.hub import CONFIG, PROCESSOR, WEIGHTS, fetch
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.threat_models import ThreatModel
 from tests.hub import FakeHub, hub_fixture  # noqa: F401
@@ -43,6 +44,14 @@ def test_what_is_pushed_comes_back(hub: FakeHub, run_tool: RunTool, robust: Path
     assert back.keys() == tensors.keys()
     assert all(torch.equal(tensor, back[name]) for name, tensor in tensors.items())
     assert (said.spec, said.threat_model) == (replace(metadata.spec, num_classes=0), "L2:3")
+
+
+def test_what_says_mean_and_std_comes_too(hub: FakeHub) -> None:
+    """Repositories of transformers have preprocessor_config.json, timm's have none."""
+    for repository, names in {"hf": (WEIGHTS, CONFIG, PROCESSOR), "timm": (WEIGHTS, CONFIG)}.items():
+        hub.files |= {f"/lab/{repository}/resolve/main/{name}": b"{}" for name in names}
+        path = fetch(f"lab/{repository}")
+        assert {other.name for other in path.parent.iterdir()} == {*names}
 
 
 def test_timm_loads_the_folder(run_tool: RunTool, torchvision_file: Maker, tmp_path: Path) -> None:
