@@ -112,6 +112,8 @@ MISSING = "is not there"
 """What is wrong with a file that does not exist."""
 NO_AREA, LEAVES = "boxes without area", "boxes that leave their image"
 """Kinds of warnings."""
+LAYOUT = "boxes of another layout"
+"""The kind of the error of a set whose boxes are not what the format says; nobody but its maker knows what they are."""
 
 
 def read_json(file: str | Path) -> tuple[Content, list[Fault]]:
@@ -261,7 +263,7 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
     boxes = np.array([row["bbox"] for _, row in rows], np.float64)
     sides = np.array([sizes[row["image_id"]] for _, row in rows], np.float64)
     if guess := _guess_of_boxes(boxes, sides):
-        yield Fault("error", file, *guess)
+        yield Fault("error", file, *guess, kind=LAYOUT)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     empty = (boxes[:, 2:] == 0).any(1)
     away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
@@ -326,8 +328,8 @@ def _guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> t
             )
     if leaving.mean() > 0.5:
         return what, "write bbox as (x, y, width, height) in pixels of the image, x and y of its upper left corner"
-    if (boxes <= 1).all() and (boxes >= 0).all() and (sides > 8).all():
-        return "every box lies within one pixel, as fractions of an image do", "write bbox in pixels"
+    if (boxes[:, :2] + boxes[:, 2:] <= 1.01).all() and (sides > 8).all():
+        return "every box lies within one pixel, as fractions of an image do", "write boxes in pixels"
     return None
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from robust_backbones.data.annotations import (
+    LAYOUT,
     Content,
+    Fault,
     Row,
     Use,
     box_polygon,
@@ -23,7 +25,7 @@ from robust_backbones.data.annotations import (
 )
 from robust_backbones.data.annotations_images import Header, read_headers
 from robust_backbones.data.annotations_sets import AnnotatedSet
-from robust_backbones.data.annotations_voc import number_in, voc_images, voc_names
+from robust_backbones.data.annotations_voc import check_voc, number_in, read_voc, voc_images, voc_names
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path, write_json
 
@@ -55,7 +57,8 @@ def repair(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename = str) 
     JPEGImages is a link to the images. What would have to be guessed is not changed.
 
     Raises:
-        InputError: the file is no COCO file, VOC's list is not there, or ``output`` exists.
+        InputError: the file is no COCO file, VOC's list is not there, boxes look like those of another layout, or
+            ``output`` exists.
     """
     if output.exists():
         raise InputError(f"{output} exists: give another folder to --fix")
@@ -89,6 +92,7 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
             continue
         done[_SIZES] += (row.get("width"), row.get("height")) != (header.width, header.height)
         kept_images.append({**row, "width": header.width, "height": header.height})
+    _refuse_layout(check_coco(dataset.annotations, {**content, "images": kept_images}))
     sizes = {str(row.get("id")): (row["width"], row["height"]) for row in kept_images}
     kept = [
         _repaired(row, sizes.get(str(row.get("image_id"))), use, ids, done)
@@ -108,6 +112,12 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
         done[f"{name} left out in all"] += len(content[name]) - len(mended[name])
     output.mkdir(parents=True)
     write_json(output / dataset.annotations.name, mended)
+
+
+def _refuse_layout(faults: Iterable[Fault]) -> None:
+    """Boxes of another layout would look sound once they are clipped or their corners are put in order."""
+    if guess := next((fault for fault in faults if fault.kind == LAYOUT), None):
+        raise InputError(str(guess))
 
 
 def _make_numbers(content: Content, done: Counter[str]) -> None:
@@ -183,6 +193,8 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Count
         names = voc_names(listed, annotations)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{listed} cannot be read ({getattr(error, 'strerror', error)}): check the path") from None
+    content, faults = read_voc(dataset.annotations, dataset.split, dataset.classes)
+    _refuse_layout(check_voc(dataset.annotations, content, faults))
     done["lines of the list that were there twice left out"] += len(names) - len(set(names))
     files = voc_images(dataset.images)
     paths = {name: str(dataset.images / files.get(name, f"{name}.jpg")) for name in dict.fromkeys(names)}

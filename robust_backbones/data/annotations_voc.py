@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from robust_backbones.data.annotations import MISSING, Content, Fault, Row, Use, check_coco, is_number, is_side, short
+from robust_backbones.data.annotations import (
+    LAYOUT,
+    MISSING,
+    Content,
+    Fault,
+    Row,
+    Use,
+    check_coco,
+    is_number,
+    is_side,
+    short,
+)
 
 
 def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:
@@ -71,8 +82,15 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
             faults += [Fault("error", str(file), what, mend, name, number) for what, mend in problems]
             if not problems:
                 content["annotations"].append({"id": f"{name}/{number}", "image_id": name, **row})
+    swapped = [fault for fault in faults if fault.mend == _ORDER]
+    if len(swapped) > 0.25 * (len(swapped) + len(content["annotations"])):
+        what = f"{len(swapped)} boxes have an xmax below xmin or an ymax below ymin, as of (x, y, width, height)"
+        faults.append(Fault("error", str(folder / "Annotations"), what, "write corners", kind=LAYOUT))
     content["categories"] = [{"id": number, "name": name} for name, number in numbers.items()]
     return content, faults
+
+
+_ORDER = "xmax and ymax have to be the larger ones"
 
 
 def voc_names(listed: Path, annotations: Path) -> list[str]:
@@ -126,7 +144,7 @@ def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tupl
     if len(thing.findall("bndbox")) != 1 or any(not is_number(value) for value in (x1, y1, x2, y2)):
         problems.append((f"bndbox is {short(list(texts.values()))}", "it has to hold xmin, ymin, xmax and ymax"))
     elif x2 < x1 or y2 < y1:
-        problems.append((f"bndbox is {short(list(texts.values()))}", "xmax and ymax have to be the larger ones"))
+        problems.append((f"bndbox is {short(list(texts.values()))}", _ORDER))
     if problems:
         return {}, problems
     box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]

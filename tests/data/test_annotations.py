@@ -20,6 +20,7 @@ from robust_backbones.data.annotations_images import check_images, read_header
 from robust_backbones.data.annotations_repair import repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.data.annotations_voc import read_voc, voc_classes
+from robust_backbones.errors import InputError
 
 Content = dict[str, Any]
 Run = Callable[..., tuple[int, str, str]]
@@ -428,6 +429,26 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     assert mended["images"] == expected["images"]
     assert "1 masks filled in from boxes" in (tmp_path / "fixed/changes.txt").read_text()
     assert run_tool("check-data", where, "--fix", tmp_path / "fixed")[0] == 2
+
+
+def test_boxes_of_another_layout_are_not_repaired(tmp_path: Path, images: Path) -> None:
+    """Clipped, or with their corners put in order, they would pass for sound."""
+    corners = change_all("bbox", lambda b: [b[0], b[1], b[0] + 38, b[1] + 35])
+    with pytest.raises(InputError, match="write bbox as"):
+        repair(coco_set(tmp_path, images, corners), Use(), tmp_path / "fixed")
+    voc(tmp_path / "VOC")
+    dataset = AnnotatedSet.parse(f"{tmp_path / 'VOC'}:test")
+    whole = {file: file.read_text() for file in (tmp_path / "VOC/Annotations").iterdir()}
+    sides = "<xmin>1</xmin><ymin>1</ymin><xmax>100</xmax><ymax>80</ymax>"
+    for box, words in (((50, 40, 20, 60), "as of \\(x, y, width, height"), ((0.1, 0.2, 0.5, 0.9), "fractions")):
+        new = "".join(
+            f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+        )
+        for file, text in whole.items():
+            file.write_text(text.replace(sides, new))
+        with pytest.raises(InputError, match=words):
+            repair(dataset, Use(), tmp_path / "fixed")
+    assert not (tmp_path / "fixed").exists()
 
 
 def test_classes_are_renamed_and_made_one(tmp_path: Path, images: Path, run_tool: Run) -> None:
