@@ -25,7 +25,7 @@ from robust_backbones.data.datasets import mix, open_dataset
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
-from robust_backbones.runs.identity import claim
+from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
@@ -140,57 +140,58 @@ def evaluate_robustness(
         "images": len(images),
         "checkpoint_sha256": checkpoint.source_sha256,
     }
-    if claim(output, settings, fed_as(type(config)(config.threat_model), BackboneSpec()).to_dict()):
-        return RunRecord.read(output / "record.json")
+    with claimed(output, settings, fed_as(type(config)(config.threat_model), BackboneSpec()).to_dict()) as finished:
+        if finished:
+            return RunRecord.read(output / "record.json")
 
-    model = NormalizedModel(checkpoint.build(), spec)
-    model.to(device=compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    places = [
-        {"index": index, "name": name, "label": label}
-        for index, name, label in zip(images.indices, images.names, images.labels, strict=True)
-    ]
-    path, total = output / "outcomes.jsonl", len(images)
-    rows = _resume(path, places, config.batch_size)
-    if 0 < len(rows) < total:
-        print(f"resuming at image {len(rows) + 1} of {total}")
-    rest = val_batches(images.take(range(len(rows), total)), config.batch_size, workers=workers)
-    with tqdm(total=total, initial=len(rows), desc="attack", unit="img", disable=None, leave=False) as bar:
-        for pixels, labels in rest:
-            start = time.perf_counter()
-            outcomes = attack_batch(
-                model,
-                compute.to_unit_range(pixels),
-                labels.to(compute.device),
-                config,
-                compute,
-                seed=mix(config.seed, 0, len(rows) // config.batch_size),
-            )
-            lists = {stage: None if right is None else right.tolist() for stage, right in outcomes.items()}
-            seconds = round((time.perf_counter() - start) / len(labels), 6)
-            batch = [
-                {**place, **{stage: right and right[row] for stage, right in lists.items()}, "seconds": seconds}
-                for row, place in enumerate(places[len(rows) : len(rows) + len(labels)])
-            ]
-            with open(path, "a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in batch))
-                file.flush()
-                os.fsync(file.fileno())
-            rows += batch
-            bar.update(len(labels))
+        model = NormalizedModel(checkpoint.build(), spec)
+        model.to(device=compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        places = [
+            {"index": index, "name": name, "label": label}
+            for index, name, label in zip(images.indices, images.names, images.labels, strict=True)
+        ]
+        path, total = output / "outcomes.jsonl", len(images)
+        rows = _resume(path, places, config.batch_size)
+        if 0 < len(rows) < total:
+            print(f"resuming at image {len(rows) + 1} of {total}")
+        rest = val_batches(images.take(range(len(rows), total)), config.batch_size, workers=workers)
+        with tqdm(total=total, initial=len(rows), desc="attack", unit="img", disable=None, leave=False) as bar:
+            for pixels, labels in rest:
+                start = time.perf_counter()
+                outcomes = attack_batch(
+                    model,
+                    compute.to_unit_range(pixels),
+                    labels.to(compute.device),
+                    config,
+                    compute,
+                    seed=mix(config.seed, 0, len(rows) // config.batch_size),
+                )
+                lists = {stage: None if right is None else right.tolist() for stage, right in outcomes.items()}
+                seconds = round((time.perf_counter() - start) / len(labels), 6)
+                batch = [
+                    {**place, **{stage: right and right[row] for stage, right in lists.items()}, "seconds": seconds}
+                    for row, place in enumerate(places[len(rows) : len(rows) + len(labels)])
+                ]
+                with open(path, "a") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in batch))
+                    file.flush()
+                    os.fsync(file.fileno())
+                rows += batch
+                bar.update(len(labels))
 
-    record = RunRecord(
-        run_id=output.name,
-        task="robustness",
-        backbone={**spec.to_dict(), "source_sha256": checkpoint.source_sha256},
-        threat_model=None if checkpoint.threat_model is None else str(checkpoint.threat_model),
-        dataset=data.name,
-        metrics=summarize(rows),
-        seed=config.seed,
-        config={**settings, "skipped": skipped},
-        seconds=sum(row["seconds"] for row in rows),
-    )
-    record.write(output / "record.json")
-    return record
+        record = RunRecord(
+            run_id=output.name,
+            task="robustness",
+            backbone={**spec.to_dict(), "source_sha256": checkpoint.source_sha256},
+            threat_model=None if checkpoint.threat_model is None else str(checkpoint.threat_model),
+            dataset=data.name,
+            metrics=summarize(rows),
+            seed=config.seed,
+            config={**settings, "skipped": skipped},
+            seconds=sum(row["seconds"] for row in rows),
+        )
+        record.write(output / "record.json")
+        return record
 
 
 def _resume(path: Path, places: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:

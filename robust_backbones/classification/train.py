@@ -26,7 +26,7 @@ from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.distributed import Processes, join_processes, local_device, synchronize_batch_norms
 from robust_backbones.runs.files import write_json
-from robust_backbones.runs.identity import claim
+from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
@@ -142,9 +142,10 @@ class _Run:
     def run(self) -> RunRecord:
         settings = {**self.config.to_dict(), **self.task.identity}
         defaults = fed_as(type(self.config)(), BackboneSpec()).to_dict()
-        finished = self.processes.agree(claim(self.output, settings, defaults) if self.processes.is_main else None)
-        if finished:
-            return RunRecord.read(self.output / "record.json")
+        with claimed(self.output, settings, defaults, processes=self.processes) as finished:
+            return RunRecord.read(self.output / "record.json") if finished else self._train(settings)
+
+    def _train(self, settings: dict[str, Any]) -> RunRecord:
         if self.execution.skip_unreadable:
             self._skip_unreadable()
         self.learner = self._build()

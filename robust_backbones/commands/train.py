@@ -20,6 +20,7 @@ diverged or its result is not the expected one, 2 bad input, 75 stopped by a sig
 import argparse
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +41,17 @@ def main(arguments: list[str], run: Callable[[CfgNode, argparse.Namespace], None
     from robust_backbones.detection.run_folder import check_expected
     from robust_backbones.runs.distributed import is_first_process
 
-    cfg, finished = setup(options)
-    if not finished:
-        launch(
-            run or train_and_evaluate,
-            (cfg, options),
-            num_gpus=options.num_gpus,
-            num_machines=options.num_machines,
-            machine_rank=options.machine_rank,
-            dist_url=options.dist_url,
-        )
+    with ExitStack() as stack:
+        cfg, finished = setup(options, stack)
+        if not finished:
+            launch(
+                run or train_and_evaluate,
+                (cfg, options),
+                num_gpus=options.num_gpus,
+                num_machines=options.num_machines,
+                machine_rank=options.machine_rank,
+                dist_url=options.dist_url,
+            )
     if options.machine_rank == 0 and is_first_process():
         record = RunRecord.read(Path(cfg.OUTPUT_DIR) / ("eval_record.json" if options.eval_only else "record.json"))
         for name, value in record.metrics.items():
@@ -101,8 +103,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
-    """The configuration, after every check, and whether its run has finished before; nothing has been written yet."""
+def setup(options: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, bool]:
+    """The configuration, after every check, and whether its run has finished before; nothing has been written yet.
+
+    ``stack`` then holds the folder of a training run.
+    """
     from robust_backbones.detection.config import load_config
     from robust_backbones.detection.datasets import (
         check_datasets,
@@ -117,6 +122,7 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     from robust_backbones.detection.predictor import check_weights, classes_in
     from robust_backbones.detection.run_folder import check_folder
     from robust_backbones.runs.distributed import is_first_process
+    from robust_backbones.runs.folders import began, own_folder
 
     cfg = load_config(options.config_file, [*own_sets(options), *options.opts], classes=0)
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone
@@ -126,8 +132,10 @@ def setup(options: argparse.Namespace) -> tuple[CfgNode, bool]:
     register_datasets(cfg)
     known = classes_in(cfg.MODEL.WEIGHTS) if options.eval_only and not number_of_classes(cfg) else 0
     derive_classes(cfg, eval_only=options.eval_only, known=known)
+    if not options.eval_only and options.machine_rank == 0 and is_first_process():
+        stack.enter_context(own_folder(cfg.OUTPUT_DIR))
     finished = not options.eval_only and check_folder(cfg, resume=options.resume, extend=options.extend)
-    is_new = options.eval_only or not (Path(cfg.OUTPUT_DIR) / "config.yaml").exists()
+    is_new = options.eval_only or not began(Path(cfg.OUTPUT_DIR))
     if options.skip_unreadable and is_new:
         skip_unreadable(cfg, eval_only=options.eval_only)
     leave_out(cfg)  # what the first start of a resumed run has found

@@ -50,7 +50,7 @@ from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, check_crop
 from robust_backbones.models import NormalizedModel
-from robust_backbones.runs.identity import claim
+from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
@@ -145,27 +145,28 @@ def main(arguments: list[str]) -> int:
         "data": "noise" if photographs is None else options.data.name,
         "images": count,
     }
-    if claim(options.output, identity):
-        record = RunRecord.read(options.output / "record.json")
-    else:
-        began = perf_counter()
-        found = compare(options, models, photographs)
-        pictures = count if photographs is None else options.pictures
-        grid = {name: images[:pictures] for name, images in found.grid.items()}
-        draw_grid(options.output / "picture.png", grid, found.titles)
-        write_text(options.output / "numbers.csv", Table("", found.rows, {}).to_csv())
-        record = RunRecord(
-            run_id=options.output.name,
-            task="visualization",
-            backbone={name: described(checkpoint) for name, checkpoint in checkpoints.items()},
-            threat_model=None,  # each backbone has its own
-            dataset=identity["data"],
-            metrics=metrics_of(found.rows, list(models), compared=photographs is not None),
-            seed=options.seed,
-            config=identity,
-            seconds=perf_counter() - began,
-        )
-        record.write(options.output / "record.json")
+    with claimed(options.output, identity) as finished:
+        if finished:
+            record = RunRecord.read(options.output / "record.json")
+        else:
+            began = perf_counter()
+            found = compare(options, models, photographs)
+            pictures = count if photographs is None else options.pictures
+            grid = {name: images[:pictures] for name, images in found.grid.items()}
+            draw_grid(options.output / "picture.png", grid, found.titles)
+            write_text(options.output / "numbers.csv", Table("", found.rows, {}).to_csv())
+            record = RunRecord(
+                run_id=options.output.name,
+                task="visualization",
+                backbone={name: described(checkpoint) for name, checkpoint in checkpoints.items()},
+                threat_model=None,  # each backbone has its own
+                dataset=identity["data"],
+                metrics=metrics_of(found.rows, list(models), compared=photographs is not None),
+                seed=options.seed,
+                config=identity,
+                seconds=perf_counter() - began,
+            )
+            record.write(options.output / "record.json")
     compared = len(models) > 1 and photographs is not None
     print(f"means over {count} {'units' if photographs is None else 'images'}", end="")
     print("; differences are paired, with 95 % intervals" if compared else "")

@@ -30,7 +30,8 @@ from robust_backbones.detection.datasets import (
 )
 from robust_backbones.detection.predictor import load_detector
 from robust_backbones.errors import InputError
-from robust_backbones.runs.identity import claim, identity
+from robust_backbones.runs.folders import claim
+from robust_backbones.runs.identity import identity
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
 

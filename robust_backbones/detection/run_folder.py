@@ -20,7 +20,8 @@ from robust_backbones.classification.compute import arithmetic
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.detection.checkpoint import newest_checkpoint
 from robust_backbones.errors import InputError, TrainingFailedError
-from robust_backbones.runs.files import atomic_path, remove_leftovers
+from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.folders import began
 from robust_backbones.runs.identity import check_same, differences, read_settings
 from robust_backbones.runs.record import RunRecord
 
@@ -37,7 +38,7 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
     """
     folder = Path(cfg.OUTPUT_DIR)
     path = folder / "config.yaml"
-    if not path.exists():
+    if not path.exists() or not began(folder):
         if folder.exists() and any(folder.glob("model_*.pth")):
             raise InputError(f"{folder} holds checkpoints of no run of ours: give another OUTPUT_DIR")
         if extend:
@@ -63,7 +64,6 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
         check_same(folder, held, cfg, DETECTOR_KEYS)
     if not resume:
         raise InputError(f"{folder} holds this run already: give --resume to continue it, or another OUTPUT_DIR")
-    remove_leftovers(folder.rglob("*.tmp*"))
     return not longer and (folder / "record.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""What a run is: the settings that its results depend on, and the one folder that holds it.
+"""What a run is: the settings that its results depend on.
 
 Two runs are the same when their settings are, but for those in ``FREE``. A setting that a file does not name has its
 default, so that folders written before an option existed stay what they are.
@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import remove_leftovers, write_json
 
 FREE = frozenset(
     {
@@ -102,27 +100,3 @@ def check_same(folder: Path, held: Settings, own: Settings, defaults: Settings |
     shown = ", ".join(f"{name} is {one.get(name)} there and {other.get(name)} here" for name in names[:3])
     shown += f", and {len(names) - 3} more" * (len(names) > 3)
     raise InputError(f"{folder} holds another run ({shown}): choose another output folder")
-
-
-def claim(folder: Path, config: Settings, defaults: Settings | None = None) -> bool:
-    """Make ``folder`` that of the run with these settings, in its config.json; True when that run has finished there.
-
-    Any number of processes may claim a folder at once; of different runs one gets it.
-
-    Args:
-        defaults: values of the settings that an older config.json may lack.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
-    path = folder / "config.json"
-    empty = not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir())
-    if not path.exists():  # looked for after the rest: what another process has written since comes after its config
-        if not empty:
-            raise InputError(f"{folder} is not empty and holds no run of ours: choose another output folder")
-        with suppress(FileExistsError):
-            write_json(path, config, new=True)
-            return False
-    check_same(folder, read_settings(path), config, defaults)
-    remove_leftovers(folder.rglob("*.tmp*"))
-    return (folder / "record.json").exists()

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,8 +89,7 @@ def owner_of(path: Path) -> Owner | None:
 
 def _acquire(path: Path, own: Owner) -> Owner | None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f".{path.name}.guard"), "a") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)  # of two that find a dead owner's file, one removes it
+    with _guard(path.with_name(f".{path.name}.guard")):  # of two that find a dead owner's file, one removes it
         held = _read(path)
         if held is None or not _is_alive(held, path):
             path.unlink(missing_ok=True)
@@ -103,6 +102,29 @@ def _acquire(path: Path, own: Owner) -> Owner | None:
             f"{path.parent} is in use by {held}, whose last sign of life is {_silence(path):.0f} s old: wait for it, "
             "or end it"
         )
+
+
+@contextmanager
+def _guard(path: Path) -> Iterator[None]:
+    """Keep other processes of this machine out of the block."""
+    while True:
+        with open(path, "a") as guard:
+            with suppress(OSError):  # a file system may have no such locks
+                fcntl.flock(guard, fcntl.LOCK_EX)
+            if not _is_open(guard.fileno(), path):
+                continue  # whoever had it has removed it since
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_open(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _read(path: Path) -> Owner | None:

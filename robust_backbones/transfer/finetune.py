@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -16,7 +17,7 @@ from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.distributed import Processes, join_processes, local_device
-from robust_backbones.runs.identity import claim
+from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import Setting, TransferConfig
 from robust_backbones.transfer.networks import (
@@ -100,10 +101,12 @@ def full_finetune(
 
     usable = partial(TransferImages, grid, settings=len(grid.settings), batch_size=config.batch_size)
     usable(opened)  # refuses what it cannot use, before anything is written
-    with join_processes(local_device(execution.device)) as processes:
+    with ExitStack() as stack:
+        processes = stack.enter_context(join_processes(local_device(execution.device)))
         plain = {**config.to_dict(), **grid.to_dict(), "mode": MODE}
         defaults = {**fed_as(type(config)(), BackboneSpec()).to_dict(), **type(grid)().to_dict()}
-        processes.agree(claim(output, identity(plain, checkpoints, opened), defaults) if processes.is_main else None)
+        own = identity(plain, checkpoints, opened)
+        stack.enter_context(claimed(output, own, defaults, processes=processes))
         if execution.skip_unreadable:
             if processes.is_main:  # looks, and writes the list that the others then read
                 without_unreadable(opened, output, workers=execution.workers)

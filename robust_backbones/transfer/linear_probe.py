@@ -26,7 +26,7 @@ from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.data.transforms import augmentation, val_transform
 from robust_backbones.errors import PreemptedError, TrainingFailedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, fed_as
-from robust_backbones.runs.identity import claim
+from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
@@ -86,9 +86,9 @@ def linear_probe(
     usable = partial(TransferImages, config, settings=len(config.grid), batch_size=batch_size)
     usable(opened)  # refuses what it cannot use, before anything is written
     compute = Compute(available(device), config.precision)
-    with stop_on_signals() as stop:
-        settings = identity({"mode": MODE, **config.to_dict()}, checkpoints, opened)
-        claim(output, settings, fed_as(type(config)(), BackboneSpec()).to_dict())
+    settings = identity({"mode": MODE, **config.to_dict()}, checkpoints, opened)
+    defaults = fed_as(type(config)(), BackboneSpec()).to_dict()
+    with stop_on_signals() as stop, claimed(output, settings, defaults):
         if skip_unreadable:
             opened = without_unreadable(opened, output, workers=workers)
         probe = _Probe(config, checkpoints, compute, usable(opened), output, workers)

@@ -145,7 +145,7 @@ def trial_record(
 
 
 def identity(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], data: TransferData) -> dict[str, Any]:
-    """All that the results of an experiment depend on, for ``runs.identity.claim``."""
+    """All that the results of an experiment depend on, for ``runs.folders.claimed``."""
     return {
         **config,
         "checkpoints": {label: checkpoint.source_sha256 for label, checkpoint in checkpoints.items()},

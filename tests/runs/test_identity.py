@@ -3,10 +3,6 @@
 import json
 import subprocess
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_backbones.errors import InputError
-from robust_backbones.runs.identity import FREE, claim, differences, digest, flat, read_settings
+from robust_backbones.runs.identity import FREE, differences, digest, flat, read_settings
 
 NAMES = st.sampled_from(["lr", "SEED", "a.b", "c", "label-1"])
 VALUES = st.none() | st.integers(-3, 3) | st.sampled_from([0.5, 1e-5]) | st.text("ab:0", max_size=3)
@@ -61,50 +56,6 @@ def test_a_file_gives_the_run_back(tmp_path_factory: pytest.TempPathFactory, con
 
 def test_names_are_full_and_tuples_are_lists() -> None:
     assert flat({"TEST": {"SIZES": (4, (5,)), "NONE": {}}, "seed": 0}) == {"TEST.SIZES": [4, [5]], "seed": 0}
-
-
-def test_a_folder_holds_one_run(tmp_path: Path) -> None:
-    """Claimed once, found again wherever it runs, and refused to every other run."""
-    folder, config = tmp_path / "run", {"lr": 0.1, "attack": {"steps": 3}, "sizes": (1, 2), "device": "cpu"}
-    assert not claim(folder, config)
-    assert not claim(folder, {**config, "device": "cuda"})
-    assert not claim(folder, {**config, "views": 2}, {"views": 2})
-    (folder / "record.json").touch()
-    assert claim(folder, config)
-    with pytest.raises(InputError, match=r"another run \(attack.steps is 3 there and 4 here, lr is 0.1 .*, and 1 more"):
-        claim(folder, {"lr": 1, "attack": {"steps": 4}, "new": 1, "sizes": []})
-    with pytest.raises(InputError, match="no run of ours"):
-        claim(tmp_path, config)
-    (folder / "config.json").write_text("[")
-    with pytest.raises(InputError, match="cannot read"):
-        claim(folder, config)
-
-
-def claim_at(moment: float, folder: Path, lr: float) -> str:
-    """What a process gets that claims at this moment, and then writes as runs do."""
-    time.sleep(max(0.0, moment - time.time()))
-    try:
-        claim(folder, {"lr": lr})
-    except InputError as error:
-        return str(error)
-    (folder / "metrics.jsonl").touch()
-    return ""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("runs", [1, 2, 8])
-def test_of_runs_that_claim_a_folder_at_once_one_gets_it(tmp_path: Path, runs: int) -> None:
-    """Eight processes of ``runs`` different runs: those of one get it, all others the sentence; 100 times."""
-    with ProcessPoolExecutor(8, get_context("spawn")) as pool:
-        list(pool.map(time.sleep, [0.1] * 8))  # all are there
-        for number in range(100):
-            folder, moment = tmp_path / str(number), time.time() + 0.02
-            lrs = [float(process % runs) for process in range(8)]
-            said = list(pool.map(claim_at, [moment] * 8, [folder] * 8, lrs))
-            (winner,) = {lr for lr, sentence in zip(lrs, said, strict=True) if not sentence}
-            assert json.loads((folder / "config.json").read_text()) == {"lr": winner}
-            for lr, sentence in zip(lrs, said, strict=True):
-                assert sentence == "" if lr == winner else f"(lr is {winner} there and {lr} here)" in sentence
 
 
 def test_the_rule_needs_neither_torch_nor_detectron2() -> None:

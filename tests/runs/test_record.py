@@ -12,7 +12,7 @@ import torch
 from robust_backbones.checkpoint.format import save_tensors
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path, write_json
-from robust_backbones.runs.identity import claim
+from robust_backbones.runs.folders import claim
 from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
 

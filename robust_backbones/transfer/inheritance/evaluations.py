@@ -24,7 +24,7 @@ from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, fed_as
 from robust_backbones.runs.cells import run_cells
-from robust_backbones.runs.identity import claim
+from robust_backbones.runs.folders import claim
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
 from robust_backbones.transfer.inheritance.job import accuracy_on, for_evaluation

@@ -20,7 +20,7 @@ from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.cells import is_finished, run_cells
-from robust_backbones.runs.identity import claim
+from robust_backbones.runs.folders import claim
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 from robust_backbones.transfer.inheritance.config import InheritanceConfig

@@ -1,0 +1,91 @@
+"""Whose a run's folder is: one run's, and while a command writes it, one process's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.errors import InputError
+from robust_backbones.runs.distributed import ALONE, Processes
+from robust_backbones.runs.files import remove_leftovers, write_json
+from robust_backbones.runs.identity import check_same, differences, read_settings
+from robust_backbones.runs.locks import lock
+
+Settings = Mapping[str, Any]
+LOCK = "lock.json"
+
+
+@contextmanager
+def own_folder(folder: str | Path) -> Iterator[None]:
+    """Be the one process that writes ``folder`` while the block runs; what dead ones were writing is removed.
+
+    Raises:
+        HeldError: another process is; its sentence names it.
+    """
+    with lock(Path(folder) / LOCK) as dead:
+        if dead:
+            print(f"taking over {folder} from {dead}, which ended without giving its lock back", flush=True)
+        remove_leftovers(Path(folder).rglob("*.tmp*"))
+        yield
+
+
+def began(folder: Path) -> bool:
+    """Whether a run has written more into its folder than its settings and logs: else it may start with others."""
+    return any(
+        path.name not in ("config.json", "config.yaml", LOCK, "tensorboard")
+        and not path.name.startswith((".", "log.txt", "events.out."))
+        for path in (folder.iterdir() if folder.exists() else ())
+    )
+
+
+@contextmanager
+def claimed(
+    folder: Path, config: Settings, defaults: Settings | None = None, *, processes: Processes = ALONE
+) -> Iterator[bool]:
+    """Claim ``folder``, and be the one process that writes it while the block runs; gives whether its run has finished.
+
+    A finished run is only read. Of several ``processes`` of one run the main one claims for all. A run that ended
+    before it had begun, such as one whose settings were refused, leaves its folder to another.
+
+    Raises:
+        InputError: the folder holds another run or something else; or, a HeldError, another process writes it.
+    """
+    with ExitStack() as stack:
+        finished = False
+        if processes.is_main:
+            path = folder / "config.json"
+            finished = (folder / "record.json").exists() and path.exists()
+            if finished or began(folder):
+                claim(folder, config, defaults)  # refuses what is not this run before anything is written
+            if not finished:
+                stack.enter_context(own_folder(folder))
+                if path.exists() and not began(folder) and differences(read_settings(path), config, defaults):
+                    write_json(path, config)
+                finished = claim(folder, config, defaults)
+        yield processes.agree(finished)
+
+
+def claim(folder: Path, config: Settings, defaults: Settings | None = None) -> bool:
+    """Make ``folder`` that of the run with these settings, in its config.json; True when that run has finished there.
+
+    Any number of processes may claim a folder at once; of different runs one gets it.
+
+    Args:
+        defaults: values of the settings that an older config.json may lack.
+
+    Raises:
+        InputError: the folder holds something else.
+    """
+    path = folder / "config.json"
+    empty = not folder.exists() or all(path.name.startswith(".") or path.name == LOCK for path in folder.iterdir())
+    if not path.exists():  # looked for after the rest: what another process has written since comes after its config
+        if not empty:
+            raise InputError(f"{folder} is not empty and holds no run of ours: choose another output folder")
+        with suppress(FileExistsError):
+            write_json(path, config, new=True)
+            return False
+    check_same(folder, read_settings(path), config, defaults)
+    remove_leftovers(folder.rglob("*.tmp*"))
+    return (folder / "record.json").exists()
