@@ -1,5 +1,6 @@
 """The exceptions that speak to the user, and checks of a config's values that raise them."""
 
+import errno
 from collections.abc import Collection
 from typing import Any
 
@@ -42,6 +43,28 @@ class PreemptedError(InputError):
     """A run was asked to stop, wrote its state and stopped; the same command resumes it (sysexits' EX_TEMPFAIL)."""
 
     exit_status = 75
+
+
+_ROOM = "make room and give the same command again"
+_ELSEWHERE = "choose another place for the output"
+_MENDS = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f) and give the same command again",
+    errno.EIO: "the disk fails: copy what is there, and choose another one",
+    errno.ESTALE: "the network's file system was lost: give the same command again",
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG), _ELSEWHERE),
+    **dict.fromkeys((errno.ENOENT, errno.EISDIR), "check the path"),
+}
+_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
+
+
+def disk_error(error: OSError) -> InputError | None:
+    """What a disk that is full, read-only or gone says, as one sentence; None for what is not of files."""
+    if error.errno not in _MENDS or not error.strerror:
+        return None
+    what = TrainingFailedError if error.errno in _FAILED else InputError
+    return what(f"{error.filename or 'a file'}: {error.strerror[0].lower()}{error.strerror[1:]}: {_MENDS[error.errno]}")
 
 
 def check_positive(config: object, *names: str) -> None:

@@ -60,8 +60,8 @@ class CheckpointFolder:
         """Turn a failed write of ``path`` into a ``TrainingFailedError`` that names the checkpoint to resume from."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except OSError as error:
             raise TrainingFailedError(
-                f"cannot write {path} ({str(error).splitlines()[0]}): make room and give the same command again; "
+                f"cannot write {path} ({error.strerror}): make room and give the same command again; "
                 f"the last good checkpoint is {self.last_good()}"
             ) from error

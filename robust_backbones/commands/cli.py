@@ -13,7 +13,7 @@ from typing import Any
 
 import tyro
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, disk_error
 
 _registry = tyro.constructors.ConstructorRegistry()
 
@@ -59,7 +59,14 @@ def run(main: Callable[[list[str]], int]) -> None:
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     try:
         status = main(arguments)
-    except InputError as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (InputError, OSError) as problem:
+        error = problem if isinstance(problem, InputError) else disk_error(problem)
+        if error is None:
+            raise
         if len(arguments) < len(sys.argv) - 1:  # --debug was given
             traceback.print_exc()
         else:

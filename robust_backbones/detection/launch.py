@@ -20,7 +20,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
+from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError, disk_error
 from robust_backbones.runs.distributed import end_process
 from robust_backbones.runs.signals import STOP_SIGNALS, StopRequest
 
@@ -120,7 +120,10 @@ def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None
     status = 0
     try:
         function(*arguments)
-    except InputError as error:
+    except (InputError, OSError) as problem:
+        error = problem if isinstance(problem, InputError) else disk_error(problem)
+        if error is None:
+            raise
         if comm.is_main_process() or not isinstance(error, PreemptedError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, PreemptedError):

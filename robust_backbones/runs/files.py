@@ -33,6 +33,12 @@ def atomic_path(path: Path, *, new: bool = False, durable: bool = True) -> Itera
         (os.link if new else os.replace)(temporary, path)
         if durable:
             _sync(path.parent)
+    except (OSError, RuntimeError) as error:
+        # torch raises an error of its own after that of the disk, which names no file.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.strerror and cause.filename in (None, str(temporary)):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.distributed import ALONE, Processes
 from robust_backbones.runs.files import remove_leftovers, write_json
 from robust_backbones.runs.identity import check_same, differences, read_settings
@@ -23,12 +23,19 @@ def own_folder(folder: str | Path) -> Iterator[None]:
 
     Raises:
         HeldError: another process is; its sentence names it.
+        TrainingFailedError: the folder was removed meanwhile.
     """
     with lock(Path(folder) / LOCK) as dead:
         if dead:
             print(f"taking over {folder} from {dead}, which ended without giving its lock back", flush=True)
         remove_leftovers(Path(folder).rglob("*.tmp*"))
-        yield
+        try:
+            yield
+        finally:
+            if not (Path(folder) / LOCK).exists():
+                raise TrainingFailedError(
+                    f"{folder} was removed while the run wrote it, and what it held is lost: start the run again"
+                )
 
 
 def began(folder: Path) -> bool:

@@ -417,3 +417,28 @@ def test_one_of_several_processes_leaves_with_every_status(
     with pytest.raises(SystemExit) as ended:
         cli.run(main)
     assert (left, ended.value.code) == ([status], status)
+
+
+def test_whoever_reads_the_output_may_leave(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m robust_backbones pretrain --list-recipes | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.stderr, done.returncode) in [("", 0), ("", 1)]  # 0 where all was written before it left
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes file systems")
+@pytest.mark.parametrize("options", ["size=64k", "size=1m,ro"])
+def test_a_disk_that_is_full_or_read_only_is_one_sentence(
+    options: str, torchvision_file: Callable[[str], Path], tmp_path: Path, run_tool: Callable[..., tuple[int, str, str]]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("no file system can be made here")
+    try:
+        status, _, err = run_tool("convert", torchvision_file("resnet18"), disk / "robust.pkl", "--no-verify")
+        left = [*disk.iterdir()]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    reason = "read-only file system: choose" if "ro" in options else "no space left on device: make room"
+    assert err.splitlines()[-1].startswith(f"error: {disk / 'robust.pkl'}: {reason}"), err
+    assert (status, left) == (2 if "ro" in options else 1, [])

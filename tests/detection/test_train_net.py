@@ -18,6 +18,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from robust_backbones.detection.checkpoint import newest_checkpoint
+from robust_backbones.runs.folders import own_folder
 from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
@@ -63,6 +64,9 @@ def test_train_and_evaluate(run: Callable[..., tuple[str, str]], converted: Make
     folder = tmp_path / "run"
     overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()"]
     overrides += ["OUTPUT_DIR", folder]
+    with own_folder(folder):
+        assert_refused(run(*overrides, status=2)[1], f"is in use by process {os.getpid()} on")
+    (folder / "config.yaml").write_text("SOLVER: {BASE_LR: 0.5}")  # of a start that failed before its first step
     out, _ = run(*overrides)
     log = (folder / "log.txt").read_text()
     assert "backbone: 100 of 100 tensors filled" in log

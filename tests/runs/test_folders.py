@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.folders import claim, claimed, own_folder
 from robust_backbones.runs.locks import HeldError
 from tests.conftest import ROOT
@@ -116,3 +117,11 @@ def test_the_folder_of_the_dead_is_taken_over(tmp_path: Path, capfd: pytest.Capt
         assert not finished
         assert not [*tmp_path.glob("a/.weights.*")]
     assert "which ended without giving its lock back" in capfd.readouterr().out
+
+
+def test_a_folder_that_is_removed_is_no_success(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingFailedError, match="was removed while the run wrote it"), claimed(folder, {}):
+        shutil.rmtree(folder)
+        (folder / "checkpoints").mkdir(parents=True)  # as every writer makes the folders that it needs
+    assert not (folder / "record.json").exists()
