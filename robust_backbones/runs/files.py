@@ -36,7 +36,7 @@ def atomic_path(path: Path, *, new: bool = False, durable: bool = True) -> Itera
     except (OSError, RuntimeError) as error:
         # torch raises an error of its own after that of the disk, which names no file.
         cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError) and cause.strerror and cause.filename in (None, str(temporary)):
+        if isinstance(cause, OSError) and cause.strerror and str(cause.filename or temporary) == str(temporary):
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
     finally:

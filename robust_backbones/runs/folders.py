@@ -25,17 +25,24 @@ def own_folder(folder: str | Path) -> Iterator[None]:
         HeldError: another process is; its sentence names it.
         TrainingFailedError: the folder was removed meanwhile.
     """
-    with lock(Path(folder) / LOCK) as dead:
-        if dead:
-            print(f"taking over {folder} from {dead}, which ended without giving its lock back", flush=True)
-        remove_leftovers(Path(folder).rglob("*.tmp*"))
-        try:
-            yield
-        finally:
-            if not (Path(folder) / LOCK).exists():
-                raise TrainingFailedError(
-                    f"{folder} was removed while the run wrote it, and what it held is lost: start the run again"
-                )
+    folder = Path(folder)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with lock(folder / LOCK) as dead:
+            if dead:
+                print(f"taking over {folder} from {dead}, which ended without giving its lock back", flush=True)
+            remove_leftovers(folder.rglob("*.tmp*"))
+            try:
+                yield
+            finally:
+                if not (folder / LOCK).exists():
+                    raise TrainingFailedError(
+                        f"{folder} was removed while the run wrote it, and what it held is lost: start the run again"
+                    )
+    finally:
+        with suppress(OSError):  # of what was refused nothing stays
+            for path in made:
+                path.rmdir()
 
 
 def began(folder: Path) -> bool:

@@ -16,10 +16,17 @@ def cfg(small_cfg: CfgNode, tmp_path: Path) -> CfgNode:
     return small_cfg
 
 
+def begin(cfg: CfgNode) -> CfgNode:
+    """As far as a run is after its first iterations."""
+    cfg = set_up(cfg, training=True)
+    (Path(cfg.OUTPUT_DIR) / "metrics.json").touch()
+    return cfg
+
+
 def test_a_folder_is_for_one_run(cfg: CfgNode) -> None:
     assert not check_folder(cfg, resume=False)
     assert not check_folder(cfg, resume=True)  # there is nothing to resume yet
-    set_up(cfg, training=True)
+    begin(cfg)
     with pytest.raises(InputError, match="--resume"):
         check_folder(cfg, resume=False)
     assert not check_folder(cfg, resume=True)
@@ -32,21 +39,21 @@ def test_a_folder_is_for_one_run(cfg: CfgNode) -> None:
 )
 @pytest.mark.parametrize("resume", [True, False])
 def test_another_configuration_is_refused_by_its_keys(cfg: CfgNode, key: str, value: object, resume: bool) -> None:
-    set_up(cfg, training=True)
+    begin(cfg)
     cfg.merge_from_list([key, value])
     with pytest.raises(InputError, match=f"another run .{key} is .* there and .* here"):
         check_folder(cfg, resume=resume)
 
 
 def test_what_changes_no_result_may_change(cfg: CfgNode) -> None:
-    set_up(cfg, training=True)
+    begin(cfg)
     cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 7, "TEST.VISUALIZE", 0, "TEST.REFERENCE_EVAL", True])
     cfg.DATALOADER.NUM_WORKERS += 1
     assert not check_folder(cfg, resume=True)
 
 
 def test_a_run_of_a_version_that_knew_less_goes_on(cfg: CfgNode) -> None:
-    set_up(cfg, training=True)
+    begin(cfg)
     path = Path(cfg.OUTPUT_DIR) / "config.yaml"
     content = yaml.safe_load(path.read_text())
     del content["ADVERSARIAL"], content["SOLVER"]["EMA_DECAY"]
@@ -57,16 +64,25 @@ def test_a_run_of_a_version_that_knew_less_goes_on(cfg: CfgNode) -> None:
         check_folder(cfg, resume=True)
 
 
+def test_a_run_that_never_began_leaves_its_folder_to_another(cfg: CfgNode) -> None:
+    """As one whose model could not be built: it left its configuration and its log."""
+    set_up(cfg, training=True)
+    cfg.SOLVER.BASE_LR = 0.5
+    assert not check_folder(cfg, resume=False)
+    set_up(cfg, training=True)
+    assert yaml.safe_load((Path(cfg.OUTPUT_DIR) / "config.yaml").read_text())["SOLVER"]["BASE_LR"] == 0.5
+
+
 def test_a_seed_that_was_drawn_is_kept(cfg: CfgNode) -> None:
     cfg.SEED = -1
-    drawn = set_up(cfg, training=True).SEED
+    drawn = begin(cfg).SEED
     assert drawn >= 0
     assert not check_folder(cfg, resume=True)
     assert drawn == cfg.SEED
 
 
 def test_evaluation_leaves_the_run_s_configuration_alone(cfg: CfgNode) -> None:
-    set_up(cfg, training=True)
+    begin(cfg)
     before = (Path(cfg.OUTPUT_DIR) / "config.yaml").read_bytes()
     cfg.MODEL.WEIGHTS = "model_final.pth"
     set_up(cfg, training=False)
@@ -75,7 +91,7 @@ def test_evaluation_leaves_the_run_s_configuration_alone(cfg: CfgNode) -> None:
 
 @pytest.mark.parametrize("content", ["[", "just text", ""])
 def test_a_damaged_configuration_is_an_error_of_one_line(cfg: CfgNode, content: str) -> None:
-    set_up(cfg, training=True)
+    begin(cfg)
     (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text(content)
     with pytest.raises(InputError, match=r"cannot read .*config\.yaml") as error:
         check_folder(cfg, resume=True)

@@ -125,3 +125,10 @@ def test_a_folder_that_is_removed_is_no_success(tmp_path: Path) -> None:
         shutil.rmtree(folder)
         (folder / "checkpoints").mkdir(parents=True)  # as every writer makes the folders that it needs
     assert not (folder / "record.json").exists()
+
+
+def test_of_what_is_refused_nothing_stays(tmp_path: Path) -> None:
+    with pytest.raises(InputError), own_folder(tmp_path / "runs/first"):
+        assert (tmp_path / "runs/first/lock.json").exists()
+        raise InputError("data that cannot be used")
+    assert not [*tmp_path.iterdir()]
