@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
 
@@ -40,7 +40,8 @@ def atomic_path(path: Path, *, new: bool = False, durable: bool = True) -> Itera
             raise OSError(cause.errno, cause.strerror, str(path)) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is read-only, or gone
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

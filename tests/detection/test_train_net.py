@@ -66,6 +66,7 @@ def test_train_and_evaluate(run: Callable[..., tuple[str, str]], converted: Make
     overrides += ["OUTPUT_DIR", folder]
     with own_folder(folder):
         assert_refused(run(*overrides, status=2)[1], f"is in use by process {os.getpid()} on")
+    folder.mkdir()
     (folder / "config.yaml").write_text("SOLVER: {BASE_LR: 0.5}")  # of a start that failed before its first step
     out, _ = run(*overrides)
     log = (folder / "log.txt").read_text()
