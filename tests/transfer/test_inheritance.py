@@ -902,7 +902,7 @@ def test_the_whole_tool(run_tool: Run, world: Path, start: Checkpoint, tmp_path:
     drawn = [line.split(",") for line in (tables / "robust_changes.csv").read_text().splitlines()[1:]]
     assert {tuple(row[:3]): float(row[3]) for row in drawn} == changes
     drawn = [line.split(",") for line in (tables / "robust_distances.csv").read_text().splitlines()[1:]]
-    assert {(row[1], row[2], PRETRAINING): -float(row[4]) for row in drawn} == {
+    assert {(row[1], row[2], PRETRAINING): -float(row[5]) for row in drawn} == {
         key: change for key, change in changes.items() if key[2] == PRETRAINING
     }
 
