@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from robust_backbones.checkpoint.names import NAMINGS, of_caffe2, of_efficientnet, translated, without_wrappers
+from robust_backbones.checkpoint.untrusted import SAVE_STATE_DICT, Inert
 from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify, reference_shapes, usual_spec
 
@@ -28,6 +29,9 @@ _CAFFE2 = {
 # Lines of what SOURCES' signs are searched in, beside the keys and names of the file.
 OWN, NORMALIZER = "our own format", "normalises by itself"
 TIMM, BARE = "described by timm", "names of torchvision and nothing else"
+
+DILATED = "dilated"
+"""Of ``SOURCES``: networks whose last stages dilate in place of striding, as DeepLab's; no tensor shows it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,10 @@ SOURCES = {
     "simsiam": Source("a SimSiam checkpoint", r"(?s)^state_dict/module\.encoder\..*/module\.predictor\.", _RGB),
     "vissl": Source("a VISSL checkpoint", r"^classy_state_dict", _RGB),
     "torchvision_detector": Source("a detector of torchvision", r"/(module\.)?backbone\.body\.", _RGB),
+    DILATED: Source(
+        "a segmenter with dilated convolutions",
+        r"/(\S*\.)?(classifier|decoder|aspp)\.[\d.]*convs\.|/(module\.)?aux_classifier\.",
+    ),
     "mmdetection": Source("a checkpoint of MMDetection or MMPretrain", r"(?s)^meta$.*/(module\.)?backbone\."),
     "ema": Source("the averaged weights of a training checkpoint", r"^(\w+_ema|ema\w*)[/.]"),
     "deepspeed": Source("a DeepSpeed checkpoint", r"^ds_(version|config)$"),
@@ -209,14 +217,43 @@ def _listed(networks: list[Network]) -> str:
 
 
 def _nothing_known(content: dict[str, Any]) -> str:
+    inert = _inert_in(content)
     for _, tensors in dictionaries_in(content):
         names = ", ".join(list(tensors)[:3])
         return (
             f"its tensors ({names} ...) are those of none of the known architectures by the names of torchvision, "
-            "Detectron2, transformers or nn.Sequential"
+            f"Detectron2, transformers or nn.Sequential{_in_parts(tensors)}"
+            + (f"; {inert[0]} cannot be read: save plain floats" if inert else "")
         )
+    if inert:
+        return f"it holds whole objects ({', '.join(inert[:3])}), which are not unpickled: {SAVE_STATE_DICT}"
     keys = ", ".join(str(key) for key in list(content)[:3])
     return f"its layout is not known (keys: {keys} ...): it holds no tensors"
+
+
+def _inert_in(content: dict[Any, Any]) -> list[str]:
+    """Keys of objects of unknown classes, at the top or among tensors."""
+    inner = [value for value in content.values() if isinstance(value, dict)]
+    return [str(key) for part in (content, *inner) for key, value in part.items() if isinstance(value, Inert)]
+
+
+_IN_PARTS = {
+    r"\.weight_u$": "torch.nn.utils.remove_spectral_norm",
+    r"\.weight_(orig|mask)$": "torch.nn.utils.prune.remove",
+    r"\.weight_[gv]$": "torch.nn.utils.remove_weight_norm",
+    r"\.parametrizations\.": "torch.nn.utils.parametrize.remove_parametrizations",
+    r"lora_[AB]": "its library's merge, such as peft's merge_and_unload",
+    r"flat_param$": "FSDP's StateDictType.FULL_STATE_DICT",
+}
+"""Names of weights that are kept in parts -> what makes them whole."""
+
+
+def _in_parts(names: Collection[str]) -> str:
+    """The mend where weights are kept in parts, or nothing."""
+    for part, whole in _IN_PARTS.items():
+        if name := next(filter(re.compile(part).search, names), ""):
+            return f"; {name} is a part of a weight: make it whole by {whole}, and save the state_dict() again"
+    return ""
 
 
 def _networks_of(key: str, tensors: dict[str, Tensor], named: BackboneSpec | None) -> list[Network]:

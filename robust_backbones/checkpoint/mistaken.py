@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import islice
 from pathlib import Path
 
 from robust_backbones.errors import InputError
@@ -20,9 +22,23 @@ _KINDS = (
     (b"BZh", "is compressed by bzip2: unpack it with `bunzip2` or `tar xjf`, and give the file in it"),
     (b"\xfd7zXZ", "is compressed by xz: unpack it with `unxz` or `tar xJf`, and give the file in it"),
     (b"\x28\xb5\x2f\xfd", "is compressed by Zstandard: unpack it with `unzstd`, and give the file in it"),
+    (b"7z\xbc\xaf|Rar!", "is a compressed archive: unpack it, and give the file in it"),
     (b"\x89HDF", "is an HDF5 file, of Keras or h5py: give the checkpoint of the PyTorch model"),
+    (b"GGUF", "is a GGUF file, of llama.cpp: give the checkpoint of the PyTorch model"),
+    (b"\x93NUMPY", "is one array of NumPy, not a network: give a file of all its tensors"),
+    (b"\xff\xd8\xff|\x89PNG", "is an image, not a file of tensors: give the checkpoint"),
 )
 """How a file begins, in lower case and after white space -> what it is, and what to do."""
+_FRAMEWORKS = {
+    **{
+        "ONNX": r"\.onnx",
+        "TensorFlow": r"\.pb|\.tflite|\.index|\.meta|\.data-\d{5}-of-\d{5}",
+        "Keras": r"\.keras|\.h5",
+    },
+    **{"Flax": r"\.msgpack", "MXNet": r"\.params", "Caffe": r"\.caffemodel", "TensorRT": r"\.engine|\.plan|\.trt"},
+}
+"""Who ends the names of files so that cannot be read here."""
+_SUFFIXES = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".safetensors", ".tar")
 
 
 def refuse_mistaken(path: Path) -> None:
@@ -40,14 +56,58 @@ def refuse_mistaken(path: Path) -> None:
             raise InputError(f"{path} {sentence}")
 
 
+def mistaken_for(path: Path) -> str:
+    """What a file that cannot be read seems to be, with the mend; "" where nothing tells."""
+    for framework, suffix in _FRAMEWORKS.items():
+        if re.search(f"(?:{suffix})$", path.name.lower()):
+            return f"seems to be a model of {framework}: give the checkpoint of the PyTorch model"
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if start[257:262] == b"ustar":
+        return "is a tar archive: unpack it with `tar xf`, and give the file in it"
+    if start.isascii() and all(byte >= 32 or byte in b"\t\r\n" for byte in start):
+        words = " ".join(start.decode().split())[:40]
+        return f"is text ({words} ...), not a file of tensors: give the file of tensors itself, or download it again"
+    return ""
+
+
+def mistaken_archive(names: list[str]) -> str:
+    """What a zip archive of these files is, that no ``torch.save`` wrote, with the mend."""
+    if any(name.endswith("/constants.pkl") for name in names):
+        return (
+            "is a TorchScript program: save its tensors by "
+            "`torch.save(torch.jit.load(FILE, map_location='cpu').state_dict(), 'tensors.pth')`, and give that file"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        return (
+            "is an archive of NumPy arrays: save them by "
+            "`torch.save({name: torch.tensor(array) for name, array in numpy.load(FILE).items()}, 'tensors.pth')`, and "
+            "give that file"
+        )
+    if any("model.weights.h5" in name for name in names):
+        return "is a model of Keras: give the checkpoint of the PyTorch model"
+    if any(name.endswith("/archive_format") for name in names):
+        return (
+            "is a program of torch.export: save its tensors by "
+            "`torch.save(dict(torch.export.load(FILE).state_dict), 'tensors.pth')`, and give that file"
+        )
+    if any(Path(name).suffix in _SUFFIXES and Path(name).name != "data.pkl" for name in names):
+        return "is a zip archive of files: unpack it with `unzip`, and give the checkpoint in it"
+    return ""
+
+
 def _advice_in(folder: Path) -> str:
     if (folder / ".metadata").is_file():
         return (
             "a distributed checkpoint of torch; make a file of it, and give that: "
             f"`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} {folder}.pth`"
         )
+    if (folder / "zero_to_fp32.py").is_file():
+        return f"a checkpoint of DeepSpeed; run `python {folder}/zero_to_fp32.py {folder} OUT` and give the file in OUT"
+    if (folder / "saved_model.pb").is_file():
+        return "a model of TensorFlow: give the checkpoint of the PyTorch model"
     if any(folder.glob("*.index.json")):
         return "its tensors are in several files; load it with its library and save one state_dict()"
-    suffixes = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".safetensors", ".tar")
-    files = sorted(path for path in folder.iterdir() if path.suffix in suffixes)
-    return f"give the file in it, such as {files[0]}" if files else "give a file, it holds no checkpoint"
+    files = sorted(path for path in islice(folder.rglob("*"), 10_000) if path.suffix in _SUFFIXES)
+    nearest = min(files, key=lambda path: len(path.parts), default=None)
+    return f"give the file in it, such as {nearest}" if nearest else "give a file, it holds no checkpoint"

@@ -28,6 +28,7 @@ from robust_backbones.checkpoint.format import (
 from robust_backbones.checkpoint.layouts import (
     BARE,
     CAFFE2_RESNEXT,
+    DILATED,
     NORMALIZER,
     OWN,
     SOURCES,
@@ -140,6 +141,11 @@ def _read(
     if path.suffix == ".safetensors" and not metadata:  # whose they are, nobody says
         signs[BARE] = False
     layout = layout_of(content, network, source=source, signs=[sign for sign, found in signs.items() if found])
+    if layout == DILATED:
+        raise InputError(
+            "it is a segmenter, as DeepLab, whose last stages dilate in place of striding, which gives other features "
+            "than Detectron2's ResNet: give the backbone that it was made from (or --source training, if it strides)"
+        )
     if not SOURCES[layout].has_classifier:
         names = {name: short for name, short in network.names.items() if not short.startswith("fc.")}
         network = replace(network, names=names)

@@ -30,17 +30,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from robust_backbones.checkpoint.mistaken import refuse_mistaken
+from robust_backbones.checkpoint.mistaken import mistaken_archive, mistaken_for, refuse_mistaken
 from robust_backbones.errors import InputError
 
 METADATA = "__metadata__"
 """Key of a safetensors file's own strings in what ``read_file`` returns; the name that its header gives them."""
 
-# Checkpoints of large networks, optimiser included, take some tens of thousands. Numbers count apart: people keep many
-# beside the weights, such as the loss of every image, and each takes no more memory than a few times its bytes.
+SAVE_STATE_DICT = "load it where its code is installed, and save its state_dict()"
+
+# Checkpoints of large networks, optimiser included, take some tens of thousands. Numbers and strings count apart: many
+# lie beside the weights, such as the loss of every image of ImageNet by its name; 5 million take 0.3 GB.
 _MAX_OPERATIONS = 500_000
-_MAX_NUMBERS = 10_000_000
-_NUMBERS = {"BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "NONE", "NEWTRUE", "NEWFALSE"}
+_MAX_VALUES = 5_000_000
+_VALUES = {
+    *("BINFLOAT", "BININT", "BININT1", "BININT2", "LONG1", "NONE", "NEWTRUE", "NEWFALSE", "BINUNICODE"),
+    *("SHORT_BINUNICODE", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
+}
 _MAX_ZIP_ENTRIES = 100_000
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # opens the files of torch.save before version 1.6
 _LEGACY_VERSION = 1001
@@ -48,6 +53,10 @@ _LEGACY_VERSION = 1001
 
 class _CutOffError(Exception):
     """A file ends before what it says that it holds."""
+
+
+class _MistakenError(Exception):
+    """What else than tensors a file is, with the mend."""
 
 
 class Inert:
@@ -85,11 +94,9 @@ def read_file(path: str | Path) -> Any:
     except _CutOffError:
         raise InputError(f"{path} is cut off: download or save it again") from None
     except Exception as error:  # a damaged or hostile file can fail in any way
-        reason = "".join(filter(str.isprintable, " ".join(str(error).split())))[:200] or type(error).__name__
-        raise InputError(
-            f"{path} cannot be read safely ({reason}): give a file of tensors saved by torch.save, safetensors "
-            "or Detectron2"
-        ) from error
+        mend = str(error) if isinstance(error, _MistakenError) else mistaken_for(path)
+        mend = mend or f"cannot be read safely ({error}): give a file of tensors saved by torch.save or safetensors"
+        raise InputError(f"{path} {''.join(filter(str.isprintable, ' '.join(mend.split())))[:400]}") from error
 
 
 def load_tensors(path: str | Path) -> dict[Any, Any]:
@@ -99,6 +106,8 @@ def load_tensors(path: str | Path) -> dict[Any, Any]:
         InputError: as ``read_file``; or the file holds something else.
     """
     content = read_file(path)
+    if isinstance(content, Inert):
+        raise InputError(f"{path} holds a whole object, which is not unpickled: {SAVE_STATE_DICT}")
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors: save a state_dict()")
     return content
@@ -124,8 +133,8 @@ def _read_archive(content: mmap.mmap, file: BinaryIO) -> Any:
         entries, records = zipfile.ZipFile(file).infolist(), dict[str, memoryview]()
     except zipfile.BadZipFile:  # the list of an archive's records is its end
         raise _CutOffError from None
-    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise ValueError("it is a TorchScript program, not a state_dict()")
+    if what := mistaken_archive([entry.filename for entry in entries]):
+        raise _MistakenError(what)
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED or entry.filename in records:
             raise ValueError("its records are compressed or doubled, which torch.save never does")
@@ -329,13 +338,13 @@ class _Unpickler:
 
     def load(self) -> Any:
         stack, marks = self._stack, list[int]()
-        operations = numbers = 0
-        while operations < _MAX_OPERATIONS and numbers < _MAX_NUMBERS:
+        operations = values = 0
+        while operations < _MAX_OPERATIONS and values < _MAX_VALUES:
             operation = pickletools.code2op.get(self._stream.read(1).decode("latin1"))  # type: ignore[attr-defined]
             if operation is None:
                 raise ValueError("it is cut off, or of something else")
-            if operation.name in _NUMBERS:
-                numbers += 1
+            if operation.name in _VALUES:
+                values += 1
             else:
                 operations += 1
             if operation.name == "STRING":  # pickletools takes it for ASCII; arrays of Python 2 are not
@@ -455,6 +464,8 @@ class _Unpickler:
                     if key not in self._storages:
                         self._storages[key] = self._storage(dtype, key, numel)
                     return self._storages[key]
+            case ("storage", kind, *_) if kind is Inert:
+                raise ValueError("it holds tensors of an unknown type, such as quantised ones")
         raise ValueError("it refers to something outside itself")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -274,6 +275,37 @@ def test_a_layout_that_people_have(tmp_path: Path, tensors: Tensors, name: str) 
         assert checkpoint.said["mean"] == "assumed"
     if any("proj" in left or "mlp" in left or "head" in left for left in checkpoint.left_out):
         assert set(convert(checkpoint)[1].dropped) >= set(checkpoint.left_out)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t: {"epoch": 3, "model": nn.Linear(2, 2)}, "holds whole objects (model), which are not unpickled"),
+        (lambda t: nn.Linear(2, 2), "holds a whole object, which is not unpickled"),
+        (
+            lambda t: {n: x.to(torch.float8_e5m2) if n.endswith("weight") else x for n, x in t.items()},
+            "save plain floats",
+        ),
+        (lambda t: split(t, "_orig", "_mask"), "by torch.nn.utils.prune.remove"),
+        (lambda t: split(t, "_orig", "_u"), "by torch.nn.utils.remove_spectral_norm"),
+        (lambda t: split(t, "_g", "_v"), "by torch.nn.utils.remove_weight_norm"),
+        (lambda t: {"model": under("backbone.", body(t)) | {"classifier.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
+        (lambda t: {"model": under("encoder.", body(t)) | {"decoder.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
+        (lambda t: under("backbone.", body(t)) | {"aux_classifier.0.weight": torch.ones(1)}, "dilate"),
+    ],
+)
+def test_what_no_resnet_of_floats_is_called_so(
+    tmp_path: Path, tensors: Tensors, make: Callable[[Tensors], Any], message: str
+) -> None:
+    torch.save(make(tensors), tmp_path / "file.pth")
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_checkpoint(tmp_path / "file.pth", statement=STATED)
+
+
+def split(tensors: Tensors, *parts: str) -> Tensors:
+    """Its first block's weight kept in parts."""
+    name = "layer1.0.conv1.weight"
+    return {n: x for n, x in tensors.items() if n != name} | {name + part: tensors[name] for part in parts}
 
 
 def given(statement: Statement) -> dict[str, Any]:

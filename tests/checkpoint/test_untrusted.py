@@ -229,6 +229,11 @@ def test_arrays_of_python_2(tmp_path: Path, protocol: int) -> None:
     np.testing.assert_array_equal(content["weight"].numpy(), values)
 
 
+def test_many_numbers_by_name(tmp_path: Path) -> None:
+    content = {f"n{i:06d}": i / 7 for i in range(260_000)}
+    assert read_bytes(tmp_path, pickle.dumps(content)) == content
+
+
 @pytest.mark.parametrize("protocol", [4, 5])
 def test_sets(tmp_path: Path, protocol: int) -> None:
     content = {"a": {1, "x"}, "b": frozenset({2, (3, 4)}), "c": [frozenset()], "d": 5}
@@ -609,9 +614,13 @@ def write_tar(path: Path) -> None:
         parts.add(__file__, "storages")
 
 
-def write_zip(path: Path) -> None:
+def write_zip(path: Path, name: str = "notes.txt") -> None:
     with zipfile.ZipFile(path, "w") as parts:
-        parts.writestr("notes.txt", "nothing")
+        parts.writestr(name, "nothing")
+
+
+def write_quantised(path: Path) -> None:
+    torch.save({"weight": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, path)
 
 
 def write_compressed(path: Path) -> None:
@@ -645,10 +654,14 @@ def write_torchscript(path: Path) -> None:
         (lambda path: path.write_bytes(healthy("zip")[:-100]), "is cut off: download or save it again"),
         (lambda path: path.write_bytes(healthy("legacy")[:-1]), "is cut off: download or save it again"),
         (lambda path: path.write_bytes(healthy("safetensors")[:-1]), "is cut off: download or save it again"),
-        (lambda path: path.write_text("Some notes on the weights.\n"), "cannot be read safely"),
+        (lambda path: path.write_text("Some notes on the weights.\n"), r"is text \(Some notes on the weights\. "),
         (lambda path: path.write_bytes(bytes(1000)), "cannot be read safely"),
-        (write_tar, "cannot be read safely"),
+        (write_tar, "is a tar archive: unpack it"),
         (write_zip, "zip archive of something else"),
+        (lambda path: write_zip(path, "run/model.pth"), "is a zip archive of files: unpack it with `unzip`"),
+        (lambda path: write_zip(path, "model.weights.h5"), "is a model of Keras"),
+        (lambda path: path.write_bytes(b"\x93NUMPY\1\0"), "one array of NumPy"),
+        (write_quantised, "such as quantised ones"),
         (write_compressed, "compressed or doubled"),
         (write_doubled, "compressed or doubled"),
         (write_torchscript, "TorchScript"),
@@ -667,7 +680,8 @@ def write_torchscript(path: Path) -> None:
             "zeros",
             "tar",
         ),
-        *("zip", "compressed", "doubled", "TorchScript", "big-endian array"),
+        *("zip", "zip of a checkpoint", "Keras", "npy", "quantised"),
+        *("compressed", "doubled", "TorchScript", "big-endian array"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:Duplicate name")
@@ -686,8 +700,47 @@ def test_the_advice_for_a_folder_of_torch_s_distributed_checkpoints_gives_its_te
     assert read_file(command[1].split()[-1])["model"]["weight"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "saved.pb", "model.ckpt-9.data-00000-of-00001", "flax_model.msgpack"])
+def test_models_of_other_frameworks_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(bytes(range(8, 40)))
+    assert_refused(tmp_path / name, "seems to be a model of")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("kind", ["TorchScript", "npz", "export"])
+def test_the_command_for_what_holds_tensors_in_another_way_gives_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    path, net = tmp_path / "file.pt2", nn.Linear(3, 2)
+    if kind == "TorchScript":
+        torch.jit.script(net).save(path)
+    elif kind == "npz":
+        np.savez(path.open("wb"), **{name: tensor.numpy() for name, tensor in net.state_dict().items()})
+    else:
+        torch.export.save(torch.export.export(net, (torch.ones(1, 3),)), path)
+    command = re.search("`(.*)`", refusal(path))
+    assert command
+    monkeypatch.chdir(tmp_path)
+    exec(command[1], {"torch": torch, "numpy": np, "FILE": path})
+    content = read_file("tensors.pth")
+    assert content.keys() == net.state_dict().keys()
+    assert all(torch.equal(content[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_the_folders_of_other_programs_are_named(tmp_path: Path) -> None:
+    for file, message in (
+        ("zero_to_fp32.py", "zero_to_fp32.py {0} OUT` and give"),
+        ("saved_model.pb", "of TensorFlow"),
+    ):
+        folder = tmp_path / file.partition(".")[0]
+        (folder / "global_step7").mkdir(parents=True)
+        (folder / file).touch()
+        assert_refused(folder, message.format(folder))
+
+
 def test_the_file_in_a_folder_is_named(tmp_path: Path) -> None:
-    torch.save({"weight": torch.ones(1)}, tmp_path / "model.pth")
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"weight": torch.ones(1)}, tmp_path / "checkpoints/model.pth")
     assert read_file(refusal(tmp_path).rpartition(" ")[2])["weight"] == 1
 
 
