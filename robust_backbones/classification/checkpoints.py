@@ -60,8 +60,9 @@ class CheckpointFolder:
         """Turn a failed write of ``path`` into a ``TrainingFailedError`` that names the checkpoint to resume from."""
         try:
             yield
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch may report a full disk as a RuntimeError
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise TrainingFailedError(
-                f"cannot write {path} ({error.strerror}): make room and give the same command again; "
+                f"cannot write {path} ({reason}): make room and give the same command again; "
                 f"the last good checkpoint is {self.last_good()}"
             ) from error

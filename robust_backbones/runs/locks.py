@@ -98,9 +98,10 @@ def _acquire(path: Path, own: Owner) -> Owner | None:
                 return held
             except FileExistsError:
                 held = _read(path) or own
+        far = "" if held.host == own.host else f"; if it is dead, {STALE_SECONDS / 60:.0f} minutes of silence free it"
         raise HeldError(
             f"{path.parent} is in use by {held}, whose last sign of life is {_silence(path):.0f} s old: wait for it, "
-            "or end it"
+            f"or end it{far}"
         )
 
 
