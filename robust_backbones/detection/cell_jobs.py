@@ -32,7 +32,7 @@ from robust_backbones.detection.evaluators import MAX_DETS, VocEvaluator, build_
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import TrainedDetector, load_detector
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
-from robust_backbones.runs.cells import run_cells
+from robust_backbones.runs.cells import check_stop, run_cells
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
@@ -109,8 +109,9 @@ class CellJob:
         except ProcessException as error:
             if not errors.empty():
                 raise errors.get() from None
-            _check_stop(stop)
+            check_stop(stop)
             raise TrainingFailedError(f"a job failed: {error}") from None
+        check_stop(stop)
 
     def _measure(
         self, cell: Cell, dataset: str, model: torch.nn.Module, stop: StopRequest, place: int
@@ -131,7 +132,7 @@ class CellJob:
         checked: list[Sample] = []
         with inference_context(model), torch.no_grad():
             for (sample,) in tqdm(loader, cell.name, len(items), unit="img", position=place, leave=False, disable=None):
-                _check_stop(stop)
+                check_stop(stop)
                 if cell.changes_inputs:
                     if len(checked) < CHECKED_IMAGES and len(sample["instances"]) > 0:
                         checked.append(sample)
@@ -140,6 +141,7 @@ class CellJob:
                     for name, value in found.items():
                         numbers[name].append(value)
                 evaluator.process([sample], model([sample]))
+            check_stop(stop)
             further = cell.check_change(model, checked) if checked else {}
         metrics = flat_metrics(evaluator.evaluate())
         metrics |= {**further, **{name: math.fsum(values) / len(values) for name, values in numbers.items()}}
@@ -179,11 +181,6 @@ class CellJob:
         metrics |= {f"images/{name}": float(list(chosen.values()).count(name)) for name in detections}
         held = RunRecord.read(self.folder(attacks[0]) / "record.json")
         self._write(Cell("attack-worst", settings={"attacks": list(detections)}), metrics, rows, held, start)
-
-
-def _check_stop(stop: StopRequest) -> None:
-    if stop:
-        raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
 
 
 def _run_in_process(rank: int, job: CellJob, errors: Any) -> None:

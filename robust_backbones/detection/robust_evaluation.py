@@ -117,6 +117,7 @@ def evaluate_detector(
             job.run(detector, stop)
         else:
             job.run_in_processes(jobs, stop)
+    # From here on a signal ends the process: what is left takes seconds.
     if len(attacks := [cell for cell in cells if isinstance(cell, AttackCell)]) > 1:
         job.evaluate_worst(attacks)
     return _write_summary(job, counted(warnings))

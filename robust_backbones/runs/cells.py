@@ -43,8 +43,7 @@ def run_cells(
     while pending := missing():
         before = ran
         for cell in pending:
-            if stop:
-                raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
+            check_stop(stop)
             if not ready(cell):
                 continue
             with lock_if_free(folder(cell) / "lock.json") as free:
@@ -57,6 +56,13 @@ def run_cells(
                     print(f"{sentence}; {len(cells) - left} of {len(cells)} cells{pace}", flush=True)
         if ran == before:
             time.sleep(1)
+    check_stop(stop)
+
+
+def check_stop(stop: StopRequest) -> None:
+    """Raise PreemptedError where ``stop`` was asked for."""
+    if stop:
+        raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
 
 
 def is_finished(folder: Path) -> bool:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 
+from robust_backbones.errors import PreemptedError
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What schedulers send before they take a machine away."""
 
@@ -26,7 +28,11 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[StopRequest]:
-    """Turn these signals into a flag to look at, while the block runs."""
+    """Turn these signals into a flag to look at, while the block runs.
+
+    Raises:
+        PreemptedError: a signal came while data workers were starting, which died of it.
+    """
     request = StopRequest()
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -38,6 +44,10 @@ def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterato
         previous = {}
     try:
         yield request
+    except RuntimeError as error:
+        if request and str(error).startswith("DataLoader worker"):
+            raise PreemptedError("asked to stop: give the same command again to resume") from None
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

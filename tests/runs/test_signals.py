@@ -53,6 +53,34 @@ def test_data_workers_outlive_a_schedulers_signals_and_never_keep_a_process_from
     assert result.stderr.splitlines()[-1] == "RuntimeError: as training fails"
 
 
+STARTING = """
+import os, signal
+from torch.utils.data import DataLoader
+from robust_backbones.errors import PreemptedError
+from robust_backbones.runs.signals import stop_on_signals
+class Images:
+    __len__ = lambda self: 4
+    def __getitem__(self, number):
+        os.kill(os.getpid(), signal.SIGTERM)
+for asked in (True, False):
+    try:
+        with stop_on_signals() as stop:
+            if asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+            next(iter(DataLoader(Images(), num_workers=1)))
+    except PreemptedError as error:
+        assert asked and str(error).startswith("asked to stop"), error
+    except RuntimeError as error:
+        assert not asked and str(error).startswith("DataLoader worker"), error
+"""
+
+
+def test_a_worker_that_dies_of_the_signal_while_it_starts_is_no_failure(tmp_path: Path) -> None:
+    """Where nobody asked the process to stop, it is."""
+    result = run_script(tmp_path, STARTING)
+    assert result.returncode == 0, result.stderr
+
+
 HOST = """
 import atexit, importlib, multiprocessing, pkgutil, signal, sys, time
 import torch, torch.distributed, torch.distributed.nn.functional, torch.utils.data, yaml
