@@ -1,6 +1,7 @@
 """Networks are found whatever wraps them: files of the layouts that people have, heads left out, nothing guessed."""
 
 import json
+import operator
 import pickle
 import re
 from collections import OrderedDict, defaultdict
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from robust_backbones.checkpoint.convert import convert
 from robust_backbones.checkpoint.names import NAMINGS, translated
@@ -286,9 +288,6 @@ def test_a_layout_that_people_have(tmp_path: Path, tensors: Tensors, name: str) 
             lambda t: {n: x.to(torch.float8_e5m2) if n.endswith("weight") else x for n, x in t.items()},
             "save plain floats",
         ),
-        (lambda t: split(t, "_orig", "_mask"), "by torch.nn.utils.prune.remove"),
-        (lambda t: split(t, "_orig", "_u"), "by torch.nn.utils.remove_spectral_norm"),
-        (lambda t: split(t, "_g", "_v"), "by torch.nn.utils.remove_weight_norm"),
         (lambda t: {"model": under("backbone.", body(t)) | {"classifier.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
         (lambda t: {"model": under("encoder.", body(t)) | {"decoder.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
         (lambda t: under("backbone.", body(t)) | {"aux_classifier.0.weight": torch.ones(1)}, "dilate"),
@@ -302,10 +301,42 @@ def test_what_no_resnet_of_floats_is_called_so(
         read_checkpoint(tmp_path / "file.pth", statement=STATED)
 
 
-def split(tensors: Tensors, *parts: str) -> Tensors:
-    """Its first block's weight kept in parts."""
-    name = "layer1.0.conv1.weight"
-    return {n: x for n, x in tensors.items() if n != name} | {name + part: tensors[name] for part in parts}
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
+@pytest.mark.parametrize(
+    "divide",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        nn.utils.spectral_norm,
+        nn.utils.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+    ],
+    ids=["pruned", "spectral norm", "weight norm", "parametrised"],
+)
+def test_the_advice_for_a_weight_in_parts_makes_it_whole(tmp_path: Path, divide: Callable[[nn.Module], Any]) -> None:
+    net, path = build_backbone(BackboneSpec("resnet18", 2)), tmp_path / "file.pth"
+    layer = net.get_submodule("layer1.0.conv1")
+    divide(layer)
+    torch.save(net.state_dict(), path)
+    with pytest.raises(InputError) as refused:
+        read_checkpoint(path)
+    advised = re.search(r"make it whole by (torch[\w.]+),", str(refused.value))
+    assert advised
+    operator.attrgetter(advised[1].removeprefix("torch."))(torch)(layer, "weight")
+    torch.save(net.state_dict(), path)
+    assert torch.equal(read_checkpoint(path).state_dict["layer1.0.conv1.weight"], layer.weight)
+
+
+def test_a_segmenter_that_strides_is_read_by_the_option_that_the_refusal_names(
+    tmp_path: Path, tensors: Tensors
+) -> None:
+    path = tmp_path / "file.pth"
+    torch.save(under("backbone.", body(tensors)) | {"aux_classifier.0.weight": torch.ones(1)}, path)
+    with pytest.raises(InputError) as refused:
+        read_checkpoint(path, statement=STATED)
+    _, _, source = str(refused.value).rpartition("--source ")
+    assert (
+        read_checkpoint(path, statement=STATED, source=source.split(",")[0]).state_dict.keys() == body(tensors).keys()
+    )
 
 
 def given(statement: Statement) -> dict[str, Any]:
