@@ -94,7 +94,9 @@ def read_file(path: str | Path) -> Any:
     except _CutOffError:
         raise InputError(f"{path} is cut off: download or save it again") from None
     except Exception as error:  # a damaged or hostile file can fail in any way
-        mend = str(error) if isinstance(error, _MistakenError) else mistaken_for(path)
+        mend = str(error) if isinstance(error, _MistakenError) else ""
+        if not isinstance(error, OSError):  # the file itself can be read
+            mend = mend or mistaken_for(path)
         mend = mend or f"cannot be read safely ({error}): give a file of tensors saved by torch.save or safetensors"
         raise InputError(f"{path} {''.join(filter(str.isprintable, ' '.join(mend.split())))[:400]}") from error
 
