@@ -18,6 +18,7 @@ from robust_backbones.data.annotations import (
     box_polygon,
     check_coco,
     is_number,
+    is_side,
     mask_problem,
     plain,
     read_json,
@@ -90,8 +91,11 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
         if header is None or header.problem:
             done[_GONE] += 1
             continue
-        done[_SIZES] += (row.get("width"), row.get("height")) != (header.width, header.height)
-        kept_images.append({**row, "width": header.width, "height": header.height})
+        given = row.get("width"), row.get("height")
+        if given != (header.width, header.height) and not _is_resized(*given, header):
+            row = {**row, "width": header.width, "height": header.height}
+            done[_SIZES] += 1
+        kept_images.append(row)
     _refuse_layout(check_coco(dataset.annotations, {**content, "images": kept_images}))
     sizes = {str(row.get("id")): (row["width"], row["height"]) for row in kept_images}
     kept = [
@@ -112,6 +116,13 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
         done[f"{name} left out in all"] += len(content[name]) - len(mended[name])
     output.mkdir(parents=True)
     write_json(output / dataset.annotations.name, mended)
+
+
+def _is_resized(width: Any, height: Any, header: Header) -> bool:
+    """Whether an image's size is the annotated one by a factor: then its boxes are of the latter, and stay so."""
+    if not (is_side(width) and is_side(height)) or width == header.width or height == header.height:
+        return False
+    return abs(width * header.height - height * header.width) <= max(width, height, header.width, header.height)
 
 
 def _refuse_layout(faults: Iterable[Fault]) -> None:
@@ -225,7 +236,8 @@ def _repair_xml(
 ) -> None:
     """Mend an image's annotation in place."""
     sides = {"width": header.width, "height": header.height}
-    if [number_in(root.findtext(f"size/{side}"), whole=True) for side in sides] != [*sides.values()]:
+    width, height = (number_in(root.findtext(f"size/{side}"), whole=True) for side in sides)
+    if (width, height) != (header.width, header.height) and not _is_resized(width, height, header):
         for size in root.findall("size"):
             root.remove(size)
         size = ElementTree.SubElement(root, "size")

@@ -451,6 +451,17 @@ def test_boxes_of_another_layout_are_not_repaired(tmp_path: Path, images: Path) 
     assert not (tmp_path / "fixed").exists()
 
 
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_boxes_of_resized_images_are_not_repaired(tmp_path: Path, images: Path, factor: float) -> None:
+    """With the size alone corrected they would pass for sound, and lie elsewhere."""
+    content = sound()
+    content["images"][1] |= {"width": 60 * factor, "height": 40 * factor}
+    content["images"] = json.loads(json.dumps(content["images"]).replace(".0", ""))
+    repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
+    assert not any("sizes" in line for line in done)
+    assert any("is 60 x 40, and" in fault.what for fault in repaired.check()[0])
+
+
 def test_classes_are_renamed_and_made_one(tmp_path: Path, images: Path, run_tool: Run) -> None:
     """Box AP of the repaired file is that of the file that was meant."""
     meant, content = sound(), sound()
