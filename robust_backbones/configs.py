@@ -27,6 +27,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "MODEL.BACKBONE.FROM_SCRATCH": False,
     # A backbone file that does not fill every tensor is refused, unless parts of the backbone are to be random.
     "MODEL.BACKBONE.ALLOW_PARTIAL": False,
+    # The network of timm that "build_timm_fpn_backbone" of MODEL.BACKBONE.NAME puts under a feature pyramid.
+    "MODEL.BACKBONE.TIMM": "",
     # A detector that plain Detectron2 wrote does not say what its backbone is, and is refused unless this takes it.
     "MODEL.ALLOW_UNVERIFIED": False,
     # A norm (as RESNETS.NORM) after res5 in the ROI heads of C4 detectors, as in MoCo's detection protocol; "": none.

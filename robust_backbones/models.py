@@ -140,15 +140,20 @@ class BackboneSpec:
             InputError: Detectron2's ResNet cannot be this backbone.
         """
         shape = self.resnet_shape
+        fed = {
+            "INPUT.FORMAT": self.channel_order,
+            "MODEL.PIXEL_MEAN": [round(255 * value, 3) for value in self.mean],
+            "MODEL.PIXEL_STD": [round(255 * value, 3) for value in self.std],
+        }
+        if is_foreign(self.arch):
+            return {**fed, "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone", "MODEL.BACKBONE.TIMM": self.arch}
         if shape is None:
             resnets = ", ".join(arch for arch, shape in ARCHITECTURES.items() if shape)
             raise InputError(f"Detectron2's ResNet has no such architecture: {self.arch}; it can be {resnets}")
         if self.stem != "imagenet":
             raise InputError(f"Detectron2's ResNet has no {self.stem} stem: train the backbone with the imagenet stem")
         return {
-            "INPUT.FORMAT": self.channel_order,
-            "MODEL.PIXEL_MEAN": [round(255 * value, 3) for value in self.mean],
-            "MODEL.PIXEL_STD": [round(255 * value, 3) for value in self.std],
+            **fed,
             "MODEL.RESNETS.STRIDE_IN_1X1": self.stride_in_1x1,
             "MODEL.RESNETS.DEPTH": shape.depth,
             "MODEL.RESNETS.WIDTH_PER_GROUP": shape.width_per_group,

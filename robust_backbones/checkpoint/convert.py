@@ -18,9 +18,10 @@ from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, BY_USER, READIN
 from robust_backbones.checkpoint.names import translated
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.errors import InputError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, reference_shapes, spec_from
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, is_foreign, reference_shapes, spec_from
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.timm_models import build_stages
 
 FORMAT = "robust_backbones.backbone/1"
 _WHO = (BY_FILE, BY_USER, ASSUMED)
@@ -109,13 +110,18 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
         InputError: Detectron2's ResNet cannot be this backbone.
     """
     checkpoint.spec.detectron2_overrides()  # raises: other networks' tensors have no names there
-    expected, _ = reference_shapes(checkpoint.spec.arch, checkpoint.spec.stem)
+    spec = checkpoint.spec
+    expected, classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)
+    of_backbone = {name for name in expected if not name.startswith(f"{classifier}.")}
+    if is_foreign(spec.arch):  # what comes after its last stage is of no use either
+        with torch.device("meta"):
+            of_backbone &= set(build_stages(spec.arch)[0].state_dict())
     converted: dict[str, Tensor] = {}
     renamed: dict[str, str] = {}
     problems: dict[str, list[str]] = {"unexpected": [], "incorrect_shapes": [], "not_finite": []}
     dropped = list(checkpoint.left_out)
     for name, tensor in checkpoint.state_dict.items():
-        if name.startswith("fc.") or name.endswith("num_batches_tracked"):
+        if name.endswith("num_batches_tracked") or (name in expected and name not in of_backbone):
             dropped.append(name)
         elif name not in expected:
             problems["unexpected"].append(name)
@@ -124,9 +130,8 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
         elif not tensor.isfinite().all():
             problems["not_finite"].append(name)
         else:
-            renamed[name] = detectron2_name(name)
+            renamed[name] = name if is_foreign(spec.arch) else detectron2_name(name)
             converted[renamed[name]] = tensor.float().contiguous()
-    wanted = {name for name in expected if not name.startswith("fc.")}
     report = ConversionReport(
         source=checkpoint.source,
         source_sha256=checkpoint.source_sha256,
@@ -134,7 +139,7 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
         reading=checkpoint.reading(),
         renamed=renamed,
         dropped=tuple(dropped),
-        missing=tuple(sorted(wanted - set(checkpoint.state_dict))),
+        missing=tuple(sorted(of_backbone - set(checkpoint.state_dict))),
         **{problem: tuple(names) for problem, names in problems.items()},
     )
     return converted, report

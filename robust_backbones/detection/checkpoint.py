@@ -24,6 +24,7 @@ from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.checkpoint.zoo import PREFIX
+from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
 from robust_backbones.runs.files import atomic_path
@@ -251,9 +252,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def backbone_tensors(model: nn.Module) -> dict[str, str]:
     """Each tensor that a backbone file must fill: its name in the detector -> its name in the file.
 
-    The ResNet's and, in C4 detectors, those of res5 in the ROI heads; not batch norm's counters.
+    The ResNet's or timm's network's and, in C4 detectors, those of res5 in the ROI heads; not batch norm's counters.
     """
     prefixes = {f"{name}." if name else "": "" for name, module in model.named_modules() if isinstance(module, ResNet)}
+    prefixes |= {f"{name}.network.": "" for name, module in model.named_modules() if isinstance(module, TimmBackbone)}
     prefixes |= {f"{name}.": "res5." for name, _ in model.named_modules() if name.endswith("roi_heads.res5")}
     return {
         name: short_prefix + name.removeprefix(prefix)

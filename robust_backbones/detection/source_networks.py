@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.errors import ProofFailedError
-from robust_backbones.models import NormalizedModel
+from robust_backbones.models import NormalizedModel, is_foreign
+from robust_backbones.timm_models import stage_layers
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class _Own:
     state_dict: Mapping[str, Tensor]
     backbone: str = ""
     """The module in it that normalised images enter."""
-    layers: tuple[str, ...] = ("layer1", "layer2", "layer3", "layer4")
+    layers: tuple[str, ...] = ()
+    """Those of its stages where they are not layer1 to layer4, or timm's."""
 
 
 class _NotKnownError(Exception):
@@ -81,7 +83,8 @@ def source_network(checkpoint: Checkpoint) -> SourceNetwork:
 
 def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
     model = NormalizedModel(own.network.get_submodule(own.backbone), checkpoint.spec)
-    return SourceNetwork(model.eval(), own.layers, whose)
+    of_timm = stage_layers(own.network) if is_foreign(checkpoint.spec.arch) else ()
+    return SourceNetwork(model.eval(), own.layers or of_timm or ("layer1", "layer2", "layer3", "layer4"), whose)
 
 
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

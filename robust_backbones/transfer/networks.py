@@ -108,14 +108,14 @@ class FineTunedModel(NormalizedModel):
 def depth_groups(backbone: nn.Module, spec: BackboneSpec) -> list[list[nn.Module]]:
     """The modules of the stem and of the four stages, from the input on; all but the classifier are in one of them."""
     if is_foreign(spec.arch):
-        return _groups_of_timm(backbone, classifier_name(spec))
+        return groups_of_timm(backbone, classifier_name(spec))
     groups = _RESNET if isinstance(backbone, ResNet) else _GROUPS[spec.arch]
     found = [[backbone.get_submodule(name) for name in names] for names in groups]
     found[-1] += [backbone.get_submodule(name) for name in _BEFORE_CLASSIFIER.get(spec.arch, ())]
     return found
 
 
-def _groups_of_timm(backbone: Any, classifier: str) -> list[list[nn.Module]]:
+def groups_of_timm(backbone: Any, classifier: str = "") -> list[list[nn.Module]]:
     """By the stages that timm tells: those at strides 4 to 32, or four of as many blocks in a network of one stride."""
     owners = [(name, module) for name, module in backbone.named_modules() if [*module.parameters(recurse=False)]]
     owners = [(name, module) for name, module in owners if name != classifier]

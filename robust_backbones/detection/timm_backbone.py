@@ -1,0 +1,73 @@
+"""Networks of timm as Detectron2 backbones: the stages at strides 4 to 32 under a feature pyramid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from robust_backbones.errors import InputError, check_choice
+from robust_backbones.timm_models import STRIDES, build_stages, is_timm
+from robust_backbones.transfer.networks import groups_of_timm
+
+STAGES = ("res2", "res3", "res4", "res5")
+
+
+class TimmBackbone(Backbone):
+    """The stages of a convolutional network of timm, by Detectron2's names: ``res2`` at stride 4 to ``res5`` at 32.
+
+    Args:
+        norm: of its batch norms: ``FrozenBN``, ``BN`` or ``SyncBN``, as ``MODEL.RESNETS.NORM``.
+        freeze_at: stages that are not learnt, as ``MODEL.BACKBONE.FREEZE_AT``: 1 the stem, 2 ``res2`` too, up to 5.
+
+    Raises:
+        InputError: another norm; timm has no such network, or it has no such stages.
+    """
+
+    def __init__(self, arch: str, *, norm: str = "FrozenBN", freeze_at: int = 0) -> None:
+        super().__init__()
+        from timm import layers
+
+        check_choice("norm of a backbone of timm", norm, ("FrozenBN", "BN", "SyncBN"))
+        if not is_timm(arch):
+            raise InputError(f"timm has no network {arch!r}: give MODEL.BACKBONE.TIMM one of timm.list_models()")
+        self.network, self._indices = build_stages(arch)
+        info: Any = self.network.feature_info
+        channels = {one["reduction"]: one["num_chs"] for one in info}
+        self._out_features = list(STAGES)
+        self._out_feature_channels = {name: channels[stride] for name, stride in zip(STAGES, STRIDES, strict=True)}
+        self._out_feature_strides = dict(zip(STAGES, STRIDES, strict=True))
+        frozen = [module for group in groups_of_timm(self.network)[:freeze_at] for module in group]
+        for module in frozen:
+            module.requires_grad_(False)
+        for name, module in [*self.network.named_modules()]:
+            if isinstance(module, _BatchNorm) and (norm == "FrozenBN" or module in frozen):
+                self.network.set_submodule(name, layers.freeze_batch_norm_2d(module))
+        if norm == "SyncBN":
+            self.network = layers.convert_sync_batchnorm(self.network)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (N, 3, H, W), sides multiples of 32 -> stages (N, C, H / stride, W / stride) by name."""
+        network: Any = self.network
+        outputs = network.forward_intermediates(images, indices=[*self._indices], intermediates_only=True)
+        return dict(zip(STAGES, outputs, strict=True))
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """``MODEL.BACKBONE.TIMM`` under a feature pyramid, p2 to p6, as ``build_resnet_fpn_backbone``."""
+    backbone = cfg.MODEL.BACKBONE
+    bottom_up = TimmBackbone(backbone.TIMM, norm=cfg.MODEL.RESNETS.NORM, freeze_at=backbone.FREEZE_AT)
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,125 @@
+"""Networks of timm under a feature pyramid: converted with proof, guarded, frozen, and resumed exactly."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from detectron2.modeling import build_model
+from torch import nn
+
+from robust_backbones.checkpoint.convert import convert_file, read_backbone
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.sources import Statement, read_checkpoint
+from robust_backbones.detection.checkpoint import BackboneCheckpointer
+from robust_backbones.detection.config import CONFIG_DIR, load_config
+from robust_backbones.detection.timm_backbone import TimmBackbone
+from robust_backbones.detection.verify import feature_errors, prove
+from robust_backbones.errors import InputError, ProofFailedError
+from tests.conftest import randomize_batch_norms
+from tests.detection.conftest import SHAPES_CONFIG, SMALL, flat_overrides
+from tests.detection.test_trainer import run, same, weights
+
+
+def checkpoint_of(arch: str, folder: Path) -> Checkpoint:
+    """A network of timm with random weights and statistics, as timm writes it."""
+    network = timm.create_model(arch, num_classes=10)
+    randomize_batch_norms(network)
+    for name, parameter in network.named_parameters():
+        if name.endswith("gamma"):  # ConvNeXt's scales begin at 1e-6, which would hide its blocks
+            nn.init.ones_(parameter)
+    path = folder / f"{arch}.pth"
+    cfg = network.pretrained_cfg | {"architecture": arch}
+    torch.save({"pretrained_cfg": cfg, "state_dict": network.state_dict()}, path)
+    return read_checkpoint(path, statement=Statement(threat_model="L2:0"))
+
+
+@pytest.mark.parametrize("arch", ["test_efficientnet", "test_convnext"])
+def test_the_stages_are_those_of_the_source_network(arch: str, tmp_path: Path) -> None:
+    """In both modes of batch norm; a source with another weight in its last stage is not that of the file."""
+    checkpoint, path = checkpoint_of(arch, tmp_path), tmp_path / "backbone.pkl"
+    report = convert_file(checkpoint, path, prove=prove)
+    assert report.ok
+    assert not any("head" in name or "classifier" in name for name in report.renamed)
+    errors = feature_errors(checkpoint, path)
+    assert {error.against for error in errors} == {"timm's own network"}
+    assert {error.batch_norm for error in errors} == {"eval", "train"}
+    assert max(error.relative for error in errors) < 1e-4
+    name = max(name for name in report.renamed if name.endswith("conv_dw.weight"))
+    checkpoint.state_dict[name] += 1
+    with pytest.raises(ProofFailedError, match="res5"):
+        prove(checkpoint, path)
+
+
+def test_the_guard_holds_the_configuration_to_the_file(tmp_path: Path) -> None:
+    checkpoint, path = checkpoint_of("test_efficientnet", tmp_path), tmp_path / "backbone.pkl"
+    convert_file(checkpoint, path).check()
+    own = flat_overrides(checkpoint.spec)
+
+    def load(*overrides: object) -> nn.Module:
+        cfg = load_config(SHAPES_CONFIG, [*SMALL, *own, "MODEL.DEVICE", "cpu", *overrides])
+        detector = build_model(cfg)
+        BackboneCheckpointer(detector, cfg=cfg).load(str(path))
+        return detector
+
+    tensors, _ = read_backbone(path)
+    held = load().backbone.bottom_up.network.state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(InputError, match=r"MODEL\.PIXEL_STD"):
+        load("MODEL.PIXEL_STD", [1.0, 1.0, 1.0])
+    with pytest.raises(InputError, match=r"MODEL\.BACKBONE\.TIMM is test_byobnet.* add the overrides"):
+        load("MODEL.BACKBONE.TIMM", "test_byobnet")
+    with pytest.raises(InputError, match=r"MODEL\.BACKBONE\.NAME is build_resnet_fpn_backbone"):
+        load("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
+
+
+@pytest.mark.parametrize(
+    ("arch", "norm", "message"),
+    [
+        ("test_vit", "BN", "takes images of one size alone"),
+        ("swin_tiny_patch4_window7_224", "BN", "takes images of one size alone"),
+        ("resnet51", "BN", "timm has no network"),
+        ("test_efficientnet", "GN", "unknown norm of a backbone of timm 'GN'"),
+    ],
+)
+def test_what_cannot_be_a_backbone_is_refused_by_name(arch: str, norm: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TimmBackbone(arch, norm=norm)
+
+
+def test_frozen_stages_have_no_gradients_and_frozen_norms() -> None:
+    images = torch.rand(2, 3, 64, 64)
+    backbone = TimmBackbone("test_efficientnet", norm="BN", freeze_at=2).train()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    sum(stage.sum() for stage in backbone(images).values()).backward()
+    learnt = {name.split(".")[1] for name, tensor in backbone.named_parameters() if tensor.grad is not None}
+    assert learnt == {"blocks"}
+    stages = {name.split(".")[2] for name, tensor in backbone.named_parameters() if tensor.grad is not None}
+    moved = {
+        name.split(".")[2] for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert stages == moved == {"2", "3", "4"}
+    frozen = TimmBackbone("test_efficientnet").train()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_as_the_unbroken_one(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    checkpoint, path = checkpoint_of("test_convnext", tmp_path), tmp_path / "backbone.pkl"
+    convert_file(checkpoint, path).check()
+    overrides = [*SMALL, *flat_overrides(checkpoint.spec), "MODEL.WEIGHTS", path, "OUTPUT_DIR", tmp_path / "run"]
+    overrides += ["SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.IMS_PER_BATCH", 2]
+    overrides += ["TEST.EXPECTED_RESULTS", [], "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0]
+    cfg = load_config(CONFIG_DIR / SHAPES_CONFIG, overrides)
+    unbroken, losses = run(cfg)
+    cfg.OUTPUT_DIR += "_killed"
+    run(cfg, last=1)
+    resumed, again = run(cfg, resume=True)
+    assert again.rows == {iteration: losses.rows[iteration] for iteration in again.rows}
+    assert same(weights(resumed.model), weights(unbroken.model))
+    name = "backbone.bottom_up.network.stages.3.blocks.0.conv_dw.weight"
+    start = checkpoint.state_dict[name.removeprefix("backbone.bottom_up.network.")]
+    assert not torch.equal(unbroken.model.state_dict()[name], start)
