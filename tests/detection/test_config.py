@@ -38,7 +38,8 @@ FAMILIES = {
     ]
     for family in ("FPN", "C4")
 }
-ARCHITECTURE_FILES = sorted((CONFIG_DIR / "architectures").glob("*.yaml"))
+ARCHITECTURE_FILES = sorted((CONFIG_DIR / "architectures").glob("*res*.yaml"))
+"""Of ResNets; those of timm's networks, for FPN alone, are tested with their backbone."""
 ADVERSARIAL = ("adversarial_free", "adversarial_pgd")
 PROTOCOLS = {
     "FPN": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn", "frozen", "scratch", *ADVERSARIAL)],

@@ -11,11 +11,13 @@ from torch import nn
 from robust_backbones.checkpoint.convert import convert_file, read_backbone
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
-from robust_backbones.detection.checkpoint import BackboneCheckpointer
+from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.detection.verify import feature_errors, prove
 from robust_backbones.errors import InputError, ProofFailedError
+from robust_backbones.models import usual_spec
+from robust_backbones.runs.identity import flat
 from tests.conftest import randomize_batch_norms
 from tests.detection.conftest import SHAPES_CONFIG, SMALL, flat_overrides
 from tests.detection.test_trainer import run, same, weights
@@ -101,6 +103,15 @@ def test_frozen_stages_have_no_gradients_and_frozen_norms() -> None:
     assert stages == moved == {"2", "3", "4"}
     frozen = TimmBackbone("test_efficientnet").train()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("architectures/timm_*.yaml")), ids=lambda path: path.stem)
+def test_its_configuration_is_what_the_network_needs(path: Path) -> None:
+    cfg = load_config([CONFIG_DIR / "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", path])
+    values = flat(cfg)
+    needed = usual_spec(cfg.MODEL.BACKBONE.TIMM).detectron2_overrides()
+    assert {key: values[key] for key in needed} == needed
+    assert len(backbone_tensors(build_model(cfg))) > 100
 
 
 @pytest.mark.slow
