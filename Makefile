@@ -1,6 +1,6 @@
 # make demo    the whole path on synthetic shapes, one table and one picture
 # make test    every test; make check: format, lint, types and the fast tests
-# make trials  what takes too long for a test: fuzzing the reader of untrusted files
+# make trials  what takes too long for a test: kills, damaged files, an hour in one process
 # make bench   every benchmark against other software, and docs/benchmarks.md
 # make docs    the documentation, into site/; make tables fills the pages' tables from records
 # make setup   only create .venv and install everything in it
@@ -34,9 +34,11 @@ check: setup
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 --maxschedchunk 1
 
-# The reader of untrusted files against 20,000 damaged and hostile ones; minutes.
+# Hours; a short form is among the slow tests.
 trials: setup
-	$(BIN)/python tests/trials/fuzz_untrusted.py --files 20000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trials/kill.py --random 200 --inside 100 --disk 30 --writers 30 --rank 4 --world 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trials/fuzz.py --inputs 100000
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trials/soak.py --minutes 120
 
 bench: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark.py all --data $${ROBUST_BACKBONES_DATA:?names the folder of real images, see CONTRIBUTING.md}

@@ -128,7 +128,7 @@ def _read_records(path: Path) -> list[RecordedRun]:
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
             values = json.loads(line)
-            folder, record = values.pop("folder"), RunRecord(**values)
+            folder, record = values.pop("folder"), RunRecord.of(values)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise InputError(f"{path} holds no record in line {number} ({error}): make the report again") from None
         runs.append(RecordedRun(path.parent / f"{number:04d}" / folder, _checked(record, path)))

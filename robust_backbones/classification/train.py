@@ -220,6 +220,11 @@ class _Run:
         progress = content["progress"]
         self.progress = _Progress(**progress | {"totals": Totals(**progress["totals"])})
         self._print(f"resuming from {path}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
+        if (before := len(content["learner"]["processes"])) != self.processes.size:
+            self._print(
+                f"the run was started by {before} processes and is resumed by {self.processes.size}: from here on it "
+                "draws other random numbers than the unbroken run"
+            )
         return cast(dict[str, list[dict[str, Any]]], content["rows"])
 
     def _plan(self) -> str:

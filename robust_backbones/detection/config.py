@@ -152,7 +152,7 @@ def check_config(cfg: CfgNode) -> None:
     solver = cfg.SOLVER
     try:
         build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))
-    except (ValueError, AssertionError, ArithmeticError) as error:
+    except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
         raise InputError(
             f"no schedule of {solver.MAX_ITER} iterations has SOLVER.STEPS {solver.STEPS} ({error}): give rising steps "
             "below SOLVER.MAX_ITER, or () for none"

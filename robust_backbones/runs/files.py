@@ -16,8 +16,8 @@ from threading import get_ident
 def atomic_path(path: Path, *, new: bool = False, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside ``path``, of its suffix, that takes its name once the block has finished without error.
 
-    What a killed process left of the same file is removed. ``durable`` waits for the disk, so that the file and its
-    name outlive a power cut as well.
+    What a killed process left of the same file is removed, under a temporary path of a temporary one too. ``durable``
+    waits for the disk, so that the file and its name outlive a power cut as well.
 
     Raises:
         FileExistsError: with ``new``, where there is such a file; of several writers one succeeds.
@@ -25,7 +25,7 @@ def atomic_path(path: Path, *, new: bool = False, durable: bool = True) -> Itera
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{socket.gethostname()}~{os.getpid()}~{get_ident()}.tmp{path.suffix}")
     if durable:
-        remove_leftovers(path.parent.glob(f".{glob.escape(path.stem)}.*~*~*.tmp*"))
+        remove_leftovers(path.parent.glob(f".*{glob.escape(path.stem)}.*~*~*.tmp*"))
     try:
         yield temporary
         if durable:

@@ -57,9 +57,14 @@ class RunRecord:
         write_json(path, asdict(self))
 
     @classmethod
+    def of(cls, content: Any) -> RunRecord:
+        """From a file's content; where that does not say so, this code's commit and these packages did not make it."""
+        return cls(**{"git_commit": None, "versions": {}, **content})
+
+    @classmethod
     def read(cls, path: Path) -> RunRecord:
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls.of(json.loads(path.read_text()))
         except FileNotFoundError:
             raise InputError(f"no record at {path}: the run has not finished") from None
         except (ValueError, TypeError) as error:

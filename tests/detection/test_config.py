@@ -396,6 +396,7 @@ BASE_C4 = CONFIG_DIR / "Base-RCNN-C4.yaml"
         (["SOLVER.MAX_ITER", 80000], "below SOLVER.MAX_ITER"),
         (["SOLVER.MAX_ITER", 0, "SOLVER.STEPS", "()"], "no schedule of 0 iterations"),
         (["SOLVER.STEPS", (80000, 60000)], "give rising steps"),
+        (["SOLVER.STEPS", (60000, None)], "give rising steps"),
         (["MODEL.RESNETS.RES5_DILATION", 2, "MODEL.RESNETS.DEPTH", 18], "dilates no ResNet-18"),
         (["MODEL.WEIGHTS"], "cannot use the overrides: .*odd length"),
     ],

@@ -255,6 +255,7 @@ def train(output: Path, data: Path, processes: int) -> RunRecord:
     assert result.returncode == 0, result.stderr[-3000:]
     assert f"batch 16 = {processes} process" in result.stdout
     assert result.stdout.count("record written to") == 1
+    assert result.stdout.count("started by 2 processes and is resumed by 1") == (processes == 1)
     return RunRecord.read(output / "record.json")
 
 

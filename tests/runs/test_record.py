@@ -1,14 +1,17 @@
 """Files appear whole or not at all; records come back as they went."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
+from robust_backbones.analysis.records import find_runs
 from robust_backbones.checkpoint.format import save_tensors
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path, write_json
@@ -25,6 +28,14 @@ def test_round_trip(tmp_path: Path) -> None:
     assert RECORD.versions["torch"]
 
 
+def test_what_a_file_does_not_say_of_its_making_is_not_made_up(tmp_path: Path) -> None:
+    values = {name: value for name, value in asdict(RECORD).items() if name not in ("git_commit", "versions")}
+    write_json(tmp_path / "record.json", values)
+    (tmp_path / "records.jsonl").write_text(json.dumps({"folder": "r", **values}) + "\n")
+    for record in (RunRecord.read(tmp_path / "record.json"), find_runs([tmp_path / "records.jsonl"])[0].record):
+        assert (record.git_commit, record.versions) == (None, {})
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     write_json(path, {"old": 1})
@@ -37,10 +48,14 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 KILLED = """
 import os, sys
+from contextlib import ExitStack
 from pathlib import Path
 from robust_backbones.runs.files import atomic_path
-with atomic_path(Path(sys.argv[1])) as temporary:
-    temporary.write_text("half a f")
+with ExitStack() as stack:
+    path = Path(sys.argv[1])
+    for _ in range(int(sys.argv[2])):  # what is proven before it gets its name is written by a name of its own, too
+        path = stack.enter_context(atomic_path(path))
+    path.write_text("half a f")
     os.kill(os.getpid(), 9)
 """
 
@@ -48,11 +63,12 @@ with atomic_path(Path(sys.argv[1])) as temporary:
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
     config, step = tmp_path / "run/config.json", tmp_path / "run/checkpoints/step_1.pt"
 
-    def kill_while_writing(path: Path) -> None:
-        assert subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False).returncode == -9
+    def kill_while_writing(path: Path, depth: int = 1) -> None:
+        assert subprocess.run([sys.executable, "-c", KILLED, str(path), str(depth)], check=False).returncode == -9
         assert [left.suffix for left in path.parent.glob(".*")] == [path.suffix]
 
     kill_while_writing(config)
+    kill_while_writing(config, depth=2)
     assert not claim(tmp_path / "run", {"epochs": 1})  # writes the same file
     assert list(config.parent.iterdir()) == [config]
     kill_while_writing(step)
