@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -146,6 +147,48 @@ def study_detectors() -> Table:
     return Table.of(["data set", "detectors", "highest box AP50", "minutes each (median)"], rows)
 
 
+def kills() -> Table:
+    """Of each command: how often it was broken in each way, and how often it survived."""
+    ways = {"random": "at random", "inside": "inside writes", "rank": "one rank", "world": "two resumed by one"}
+    counts: dict[str, Counter[str]] = {}
+    for path in sorted((DOCS / "reliability").glob("kills-*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            found = counts.setdefault(row["command"], Counter())
+            found.update({row["way"]: row["tried"], f"{row['way']} lost": row["lost"]})
+    rows = [
+        [name, *(f"{found[way] - found[f'{way} lost']} of {found[way]}" if found[way] else "-" for way in ways)]
+        for name, found in counts.items()
+    ]
+    total = sum(counts.values(), Counter[str]())
+    rows.append(["all", *(f"{total[way] - total[f'{way} lost']} of {total[way]}" for way in ways)])
+    return Table.of(["survived", *ways.values()], rows)
+
+
+def fuzz() -> Table:
+    """Of each reader: the inputs, what was read and refused, and all that was neither."""
+    rows = []
+    for path in sorted((DOCS / "reliability").glob("fuzz-*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            read, refused = row.get("read", 0), row.get("refused", 0)
+            rows.append([row["target"], row["seed"], row["inputs"], read, refused, row["inputs"] - read - refused])
+    return Table.of(["reader", "seed", "inputs", "read", "refused", "bad"], rows)
+
+
+def soak() -> Table:
+    """The length of the trial, and the medians of the second and the last quarter."""
+    record = json.loads((DOCS / "reliability/soak.json").read_text())
+    samples, end = record["samples"], record["samples"][-1]["minutes"]
+    rows = []
+    for name, unit in {"memory": "memory, MB", "files": "files", "threads": "threads", "children": "children"}.items():
+        quarters = [
+            median(sample[name] for sample in samples if low * end <= sample["minutes"] <= high * end)
+            for low, high in ((0.25, 0.5), (0.75, 1))
+        ]
+        rows.append([unit, *(f"{value:.0f}" for value in quarters), f"{quarters[1] - quarters[0]:+.0f}"])
+    of = f"{end:.0f} minutes, {len(samples)} rounds, {record['resumed']} runs resumed"
+    return Table.of([of, "second quarter", "last quarter", "growth"], rows)
+
+
 TABLES: dict[str, Callable[[], Table]] = {
     "speed": speed,
     "small_study": lambda: of_experiments("small_study"),
@@ -155,6 +198,9 @@ TABLES: dict[str, Callable[[], Table]] = {
     "inheritance": inheritance,
     "transfer_best": transfer_best,
     "visualization": visualization,
+    "kills": kills,
+    "fuzz": fuzz,
+    "soak": soak,
 }
 
 
