@@ -93,6 +93,7 @@ def linear_probe(
             opened = without_unreadable(opened, output, workers=workers)
         probe = _Probe(config, checkpoints, compute, usable(opened), output, workers)
         if records := probe.finished():
+            probe.state.unlink(missing_ok=True)  # of one that was killed between its last record and its end
             return records
         if config.solver == "sgd":
             probe.train(stop, checkpoint_minutes)

@@ -238,7 +238,9 @@ def test_a_finished_probe_is_not_run_again(
 ) -> None:
     records = probe(CONFIG, checkpoint, data, tmp_path / "out")
     monkeypatch.setattr(Features, "of", lambda *a, **k: pytest.fail("it computes features again"))
+    (tmp_path / "out/state.pt").touch()  # of a process that was killed after its last record
     assert probe(CONFIG, checkpoint, data, tmp_path / "out") == records
+    assert not (tmp_path / "out/state.pt").exists()
     with pytest.raises(InputError, match="epochs is 4 there and 5 here"):
         probe(replace(CONFIG, epochs=5), checkpoint, data, tmp_path / "out")
 

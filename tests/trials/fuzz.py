@@ -69,7 +69,7 @@ from tests.detection.conftest import base_config
 OUTCOMES = ("executed", "crashed", "traceback", "wrong", "grew", "slow")
 _GROWTH, _SECONDS, _HANG = 200, 5, 120
 _ACTIONS = ("os.", "subprocess.", "socket.", "exec", "shutil.", "ctypes.", "pty.", "urllib.")
-_HARMLESS = ("os.listdir", "os.scandir", "socket.gethostname")
+_HARMLESS = ("os.listdir", "os.scandir", "os.walk", "socket.gethostname")
 _FILES = (
     "open",
     "os.mkdir",
@@ -362,7 +362,8 @@ def read_all(target: Target, seed: int, number: int, folder: Path, results: Conn
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     warnings.simplefilter("ignore")
     Image.init()  # imports Pillow's formats; below is what converting imports
-    importlib.import_module("torch._subclasses.schema_check_mode")
+    for module in ("torch._subclasses.schema_check_mode", "timm"):
+        importlib.import_module(module)
     for encoding in ("cp437", "raw_unicode_escape"):  # of names in zip archives, of text in pickles
         codecs.lookup(encoding)
     generator, reading, ran = random.Random(seed), False, list[str]()
