@@ -1,13 +1,14 @@
 """Every cell is run once, whoever runs it."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.runs.cells import run_cells
-from robust_backbones.runs.locks import HeldError, lock
+from robust_backbones.runs.locks import HeldError, Owner, lock
 from robust_backbones.runs.signals import StopRequest
 
 
@@ -24,7 +25,11 @@ def test_cells_run_once_in_their_order_those_that_are_not_ready_later(tmp_path: 
 
     for _ in range(2):
         run_cells("abc", lambda cell: tmp_path / cell, run, StopRequest(), ready=ready)
+        dead = replace(Owner.here(), born="5")  # killed between its record and the removal of its lock
+        (tmp_path / "b/lock.json").write_text(json.dumps(asdict(dead)))
     assert ran == ["b", "c", "a"]
+    run_cells("abc", lambda cell: tmp_path / cell, run, StopRequest())
+    assert not (tmp_path / "b/lock.json").exists()
 
 
 def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path: Path) -> None:
