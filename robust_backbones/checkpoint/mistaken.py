@@ -38,6 +38,7 @@ _FRAMEWORKS = {
     **{"Flax": r"\.msgpack", "MXNet": r"\.params", "Caffe": r"\.caffemodel", "TensorRT": r"\.engine|\.plan|\.trt"},
 }
 """Who ends the names of files so that cannot be read here."""
+_WHOLE = "load it with its library, and save one state_dict()"
 _SUFFIXES = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".safetensors", ".tar")
 
 
@@ -51,6 +52,8 @@ def refuse_mistaken(path: Path) -> None:
         start = file.read(64).lstrip().lower()
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty: download or save it again")
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\.", path.name):
+        raise InputError(f"{path} is one of the several files of a network: {_WHOLE}")
     for beginnings, sentence in _KINDS:
         if start.startswith(tuple(beginnings.lower().split(b"|"))):
             raise InputError(f"{path} {sentence}")
@@ -107,7 +110,7 @@ def _advice_in(folder: Path) -> str:
     if (folder / "saved_model.pb").is_file():
         return "a model of TensorFlow: give the checkpoint of the PyTorch model"
     if any(folder.glob("*.index.json")):
-        return "its tensors are in several files; load it with its library and save one state_dict()"
+        return f"its tensors are in several files; {_WHOLE}"
     files = sorted(path for path in islice(folder.rglob("*"), 10_000) if path.suffix in _SUFFIXES)
     nearest = min(files, key=lambda path: len(path.parts), default=None)
     return f"give the file in it, such as {nearest}" if nearest else "give a file, it holds no checkpoint"

@@ -1,0 +1,76 @@
+"""The advice about files that hold no checkpoint themselves, followed, gives one."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.errors import InputError
+
+Maker = Callable[[str], Path]
+
+
+@pytest.mark.parametrize(
+    ("pack", "packed", "unpacked"),
+    [
+        ("gzip robust.pth", "robust.pth.gz", "robust.pth"),
+        ("bzip2 robust.pth", "robust.pth.bz2", "robust.pth"),
+        ("xz -0 robust.pth", "robust.pth.xz", "robust.pth"),
+        ("zstd -q --rm robust.pth", "robust.pth.zst", "robust.pth"),
+        ("tar czf run.tgz run", "run.tgz", "run/robust.pth"),
+        ("tar cjf run.tbz run", "run.tbz", "run/robust.pth"),
+        ("tar cf run.tar run", "run.tar", "run/robust.pth"),
+        ("zip -qr run.zip run", "run.zip", "run/robust.pth"),
+    ],
+    ids=lambda value: value.split()[0] if " " in value else "",
+)
+def test_archives(pack: str, packed: str, unpacked: str, torchvision_file: Maker, tmp_path: Path) -> None:
+    """The command that the sentence names is run; of two, the one of tar for archives of folders."""
+    if not shutil.which(pack.split()[0]):
+        pytest.skip(f"{pack.split()[0]} is not installed")
+    (tmp_path / "run").mkdir()
+    for path in (tmp_path / "robust.pth", tmp_path / "run/robust.pth"):
+        shutil.copy(torchvision_file("resnet18"), path)
+    subprocess.run(shlex.split(pack), cwd=tmp_path, check=True)
+    if "tar" in pack or "zip -" in pack:
+        shutil.rmtree(tmp_path / "run")
+    with pytest.raises(InputError, match="and give the (file|checkpoint) in it$") as refused:
+        read_checkpoint(tmp_path / packed)
+    commands = re.findall("`([^`]+)`", str(refused.value))
+    command = commands[-1] if pack.startswith("tar") else commands[0]
+    subprocess.run([*shlex.split(command), packed], cwd=tmp_path, check=True)
+    assert read_checkpoint(tmp_path / unpacked).spec.arch == "resnet18"
+
+
+def test_the_file_that_the_advice_for_a_folder_names(torchvision_file: Maker, tmp_path: Path) -> None:
+    (tmp_path / "a folder/deep").mkdir(parents=True)
+    shutil.copy(torchvision_file("resnet18"), tmp_path / "a folder/deep/robust.pth")
+    with pytest.raises(InputError, match="such as ") as refused:
+        read_checkpoint(tmp_path / "a folder")
+    assert read_checkpoint(str(refused.value).partition("such as ")[2]).spec.arch == "resnet18"
+
+
+def test_one_of_several_files_is_called_so(tmp_path: Path) -> None:
+    for name, refused in {"model-00001-of-00002.bin": True, "model-00001-of-00001.bin": False}.items():
+        torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / name)
+        with pytest.raises(InputError) as error:
+            read_checkpoint(tmp_path / name)
+        assert ("several files of a network: load it" in str(error.value)) == refused
+
+
+def test_every_option_that_a_file_of_two_networks_is_refused_with(torchvision_file: Maker, tmp_path: Path) -> None:
+    content = torch.load(torchvision_file("resnet18"), weights_only=True)
+    both = {"teacher": content, "student": {name: 2 * tensor for name, tensor in content.items()}}
+    torch.save(both, tmp_path / "both.pth")
+    with pytest.raises(InputError, match="2 networks that differ") as refused:
+        read_checkpoint(tmp_path / "both.pth")
+    keys = re.findall(r"--key (\S+?)[ ,:)]", str(refused.value))
+    assert {*keys} == {*both}
+    for key in keys:
+        assert torch.equal(read_checkpoint(tmp_path / "both.pth", key=key).state_dict["fc.bias"], both[key]["fc.bias"])
