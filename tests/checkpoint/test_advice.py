@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from robust_backbones.checkpoint.format import TRAINING_FORMAT, save_tensors, write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, build_backbone
+from robust_backbones.threat_models import ThreatModel
 
 Maker = Callable[[str], Path]
 
@@ -82,3 +85,23 @@ def test_a_file_of_two_networks_that_says_nothing(
         assert run_tool(*convert, "--key", key, *usual.split())[0] == 0
         written = torch.load(tmp_path / "robust.pth", weights_only=True)
         assert torch.equal(written["fc.bias"], both[key]["fc.bias"])
+
+
+def test_a_file_whose_neighbour_is_about_another_one(torchvision_file: Maker, tmp_path: Path) -> None:
+    shutil.copy(torchvision_file("resnet18"), tmp_path / "robust.pth")
+    (tmp_path / "config.json").write_text('{"architecture": "resnetblur18"}')
+    with pytest.raises(InputError, match="move the file to a folder of its own"):
+        read_checkpoint(tmp_path / "robust.pth")
+    (tmp_path / "own").mkdir()
+    moved = (tmp_path / "robust.pth").rename(tmp_path / "own/robust.pth")
+    assert read_checkpoint(moved).spec.arch == "resnet18"
+
+
+def test_a_file_that_a_run_resumes_from(tmp_path: Path) -> None:
+    spec = BackboneSpec("resnet18", 4)
+    weights = build_backbone(spec).state_dict()
+    write_checkpoint(tmp_path / "checkpoint.pt", spec=spec, state_dict=weights, threat_model=ThreatModel())
+    save_tensors(tmp_path / "checkpoints/step_000000001.pt", {"format": TRAINING_FORMAT, "learner": {}})
+    with pytest.raises(InputError, match=r"give the checkpoint\.pt or best\.pt of the same run"):
+        read_checkpoint(tmp_path / "checkpoints/step_000000001.pt")
+    assert read_checkpoint(tmp_path / "checkpoint.pt").spec == spec
