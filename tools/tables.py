@@ -149,7 +149,8 @@ def study_detectors() -> Table:
 
 def kills() -> Table:
     """Of each command: how often it was broken in each way, and how often it survived."""
-    ways = {"random": "at random", "inside": "inside writes", "rank": "one rank", "world": "two resumed by one"}
+    ways = {"random": "killed at random", "inside": "inside a write", "disk": "disk full", "writers": "several at once"}
+    ways |= {"rank": "one rank", "world": "two resumed by one"}
     counts: dict[str, Counter[str]] = {}
     for path in sorted((DOCS / "reliability").glob("kills-*.json")):
         for row in json.loads(path.read_text())["rows"]:

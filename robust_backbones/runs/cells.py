@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from robust_backbones.errors import PreemptedError
-from robust_backbones.runs.locks import lock_if_free, owner_of
+from robust_backbones.runs.locks import lock_if_free, remove_if_dead
 from robust_backbones.runs.signals import StopRequest
 
 C = TypeVar("C")
@@ -56,9 +56,8 @@ def run_cells(
                     print(f"{sentence}; {len(cells) - left} of {len(cells)} cells{pace}", flush=True)
         if ran == before:
             time.sleep(1)
-    for path in (folder(cell) / "lock.json" for cell in cells):
-        if path.exists() and not owner_of(path):  # of one that was killed right after its record
-            path.unlink(missing_ok=True)
+    for cell in cells:
+        remove_if_dead(folder(cell) / "lock.json")
     check_stop(stop)
 
 

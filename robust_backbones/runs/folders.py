@@ -11,7 +11,7 @@ from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.distributed import ALONE, Processes
 from robust_backbones.runs.files import remove_leftovers, write_json
 from robust_backbones.runs.identity import check_same, differences, read_settings
-from robust_backbones.runs.locks import lock
+from robust_backbones.runs.locks import lock, remove_if_dead
 
 Settings = Mapping[str, Any]
 LOCK = "lock.json"
@@ -73,7 +73,9 @@ def claimed(
             finished = (folder / "record.json").exists() and path.exists()
             if finished or began(folder):
                 claim(folder, config, defaults)  # refuses what is not this run before anything is written
-            if not finished:
+            if finished:
+                remove_if_dead(folder / LOCK)
+            else:
                 stack.enter_context(own_folder(folder))
                 if path.exists() and not began(folder) and differences(read_settings(path), config, defaults):
                     write_json(path, config)

@@ -87,6 +87,12 @@ def owner_of(path: Path) -> Owner | None:
     return owner if owner and _is_alive(owner, path) else None
 
 
+def remove_if_dead(path: Path) -> None:
+    """Remove a lock whose owner died right after its last write, where nobody is to take it over."""
+    if path.exists() and not owner_of(path):
+        path.unlink(missing_ok=True)
+
+
 def _acquire(path: Path, own: Owner) -> Owner | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with _guard(path.with_name(f".{path.name}.guard")):  # of two that find a dead owner's file, one removes it

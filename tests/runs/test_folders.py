@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.folders import claim, claimed, own_folder
-from robust_backbones.runs.locks import HeldError
+from robust_backbones.runs.locks import HeldError, Owner
 from tests.conftest import ROOT
 
 
@@ -78,6 +79,10 @@ def test_one_process_writes_a_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lr is 1 there and 2 here"), claimed(folder, {"lr": 2}):
         raise AssertionError
     (folder / "record.json").touch()
+    dead = replace(Owner.here(), born="5")  # killed between its record and the removal of its lock
+    (folder / "lock.json").write_text(json.dumps(asdict(dead)))
+    with claimed(folder, {"lr": 1}) as finished:
+        assert finished
     folder.chmod(0o555)
     with claimed(folder, {"lr": 1}) as finished:
         assert finished

@@ -175,7 +175,7 @@ def _ranks(function: Callable[[], int], log: Path) -> int:
             signal.signal(signal.SIGALRM, lambda *_, other=other: kill(other))
             signal.alarm(20)
     second = os.wait()[1]
-    return max(abs(os.waitstatus_to_exitcode(status)) for status in (first, second))
+    return os.waitstatus_to_exitcode(first or second)
 
 
 def hook(counter: Path, fatal: int = 0, generator: random.Random | None = None) -> None:
