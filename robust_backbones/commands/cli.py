@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -72,6 +73,13 @@ def run(main: Callable[[list[str]], int]) -> None:
         else:
             print(f"error: {error}", file=sys.stderr)
         status = error.exit_status
+    except RuntimeError as problem:
+        # Of several processes one has ended; the others' next collective call then fails, in gloo's or NCCL's words.
+        lost = re.search("connection (closed|reset) by peer", str(problem), re.IGNORECASE)
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not lost:
+            raise
+        print("error: another process of this run has ended, and its message says why", file=sys.stderr)
+        status = 1
     except KeyboardInterrupt:
         status = 130
     except SystemExit as error:

@@ -419,6 +419,22 @@ def test_one_of_several_processes_leaves_with_every_status(
     assert (left, ended.value.code) == ([status], status)
 
 
+@pytest.mark.parametrize(("size", "how"), [(1, "closed"), (2, "closed"), (2, "reset")])
+def test_a_process_whose_peer_has_ended_says_so(size: int, how: str) -> None:
+    code = (
+        "from robust_backbones.commands import cli\n"
+        "def main(arguments): raise RuntimeError('[gloo/pair.cc:547] Connection "
+        + how
+        + " by peer [127.0.0.1]:8404')\n"
+        "cli.run(main)"
+    )
+    environment = {**os.environ, "WORLD_SIZE": str(size), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) == (size == 1)
+    assert ("error: another process of this run has ended" in done.stderr) == (size == 2)
+
+
 def test_whoever_reads_the_output_may_leave(tmp_path: Path) -> None:
     command = f"{sys.executable} -m robust_backbones pretrain --list-recipes | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
