@@ -81,7 +81,7 @@ def find_set(text: str) -> AnnotatedSet:
     if ":" in text:
         return AnnotatedSet.parse(text)
     if os.path.exists(text):
-        raise InputError(f"{text} alone is no data set: give annotations.json:IMAGE_FOLDER, or VOC_FOLDER:LIST")
+        raise InputError(f"{text} alone is no data set: give annotations.json:IMAGES, or VOC_FOLDER:LIST")
     from robust_backbones.detection.datasets import annotated_set
 
     if (found := annotated_set(text)) is None:

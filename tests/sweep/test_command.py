@@ -80,7 +80,9 @@ def test_the_verb_from_setup_to_collect(
     assert run_tool("sweep", "pack", *where, "--to", tmp_path / "bundle")[0] == 0
     elsewhere = (manifest, "--output", tmp_path / "elsewhere")
     _, out, err = run_tool("sweep", "unpack", *elsewhere, "--bundle", tmp_path / "bundle")
-    assert out.splitlines()[-1] == f"2 runs are further than before; 2 of 2 are done in {elsewhere[-1]}", err
+    assert out.splitlines()[-1] == f"{len(stubbed)} runs are further than before; 2 of 2 are done in {elsewhere[-1]}", (
+        err
+    )
     assert run_tool("sweep", "launch", *elsewhere, "--minutes", 1)[0] == 0
 
 
