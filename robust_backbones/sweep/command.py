@@ -40,7 +40,7 @@ from robust_backbones.analysis.records import PRIMARY, Primary
 from robust_backbones.analysis.tables import Table
 from robust_backbones.commands import cli, report
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import atomic_path, remove_leftovers
 from robust_backbones.runs.locks import lock, owner_of
 from robust_backbones.runs.signals import STOP_SIGNALS, stop_on_signals
 from robust_backbones.sweep.bundle import pack, unpack
@@ -155,6 +155,7 @@ def main(arguments: list[str]) -> int:
     with stop_on_signals((*STOP_SIGNALS, signal.SIGINT)) as stop, lock(plan.output / "lock.json") as dead:
         if dead:
             print(f"taking over from {dead}, which ended without giving its lock back")
+        remove_leftovers((plan.output / "jobs").rglob("*.tmp*"))
         set_up(plan, manifest)
         print("\n".join(told))
         start = time.monotonic()
