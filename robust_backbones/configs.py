@@ -29,6 +29,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "MODEL.BACKBONE.ALLOW_PARTIAL": False,
     # The network of timm that "build_timm_fpn_backbone" of MODEL.BACKBONE.NAME puts under a feature pyramid.
     "MODEL.BACKBONE.TIMM": "",
+    # Stochastic depth: how often the last block is left out in training, the first never; not for ResNets.
+    "MODEL.BACKBONE.DROP_PATH": 0.0,
     # A detector that plain Detectron2 wrote does not say what its backbone is, and is refused unless this takes it.
     "MODEL.ALLOW_UNVERIFIED": False,
     # A norm (as RESNETS.NORM) after res5 in the ROI heads of C4 detectors, as in MoCo's detection protocol; "": none.
@@ -45,6 +47,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "SOLVER.OPTIMIZER": "SGD",
     # The learning rate of the backbone (without FPN) as a multiple of the rest's.
     "SOLVER.BACKBONE_MULTIPLIER": 1.0,
+    # Multiplies the learning rate of the backbone once for every layer above: detection/layer_decay.py. 1.0: none.
+    "SOLVER.LAYER_DECAY": 1.0,
     # Keys whose values a study chose for each backbone, on other images: reports compare runs whatever these are.
     "SOLVER.CHOSEN": (),
     # Set by --extend: rows of (iteration, MAX_ITER, STEPS), the schedules that were left at these iterations.

@@ -58,18 +58,28 @@ def timm_classifier(arch: str, network: nn.Module) -> str:
     raise InputError(f"the classifier of timm's {arch} is not one linear layer: it cannot be used here")
 
 
-def build_stages(arch: str) -> tuple[nn.Module, tuple[int, ...]]:
+def build_stages(arch: str, *, drop_path: float = 0.0) -> tuple[nn.Module, tuple[int, ...]]:
     """A convolutional network up to its last stage, with random weights, and which of its intermediate outputs lie at
     strides 4, 8, 16 and 32.
 
+    Args:
+        drop_path: how often its last block is left out in training (stochastic depth).
+
     Raises:
-        InputError: it has no such stages, or takes images of one size alone.
+        InputError: it has no such stages, takes images of one size alone, or leaves out no blocks.
     """
     import timm
+    from timm.layers import DropPath
 
     if timm_config(arch).fixed_input_size:
         raise InputError(f"timm's {arch} takes images of one size alone: no backbone of a detector is made of it")
-    network: Any = timm.create_model(arch, num_classes=0)
+    try:
+        network: Any = timm.create_model(arch, num_classes=0, drop_path_rate=drop_path or None)
+        dropping = any(isinstance(module, DropPath) for module in network.modules())
+    except TypeError:
+        dropping = False  # it knows no such argument
+    if drop_path and not dropping:
+        raise InputError(f"timm's {arch} leaves out no blocks: give MODEL.BACKBONE.DROP_PATH 0.0")
     places = {one["reduction"]: place for place, one in enumerate(network.feature_info)}
     if not (places.keys() >= set(STRIDES) and hasattr(network, "prune_intermediate_layers")):
         raise InputError(f"timm's {arch} has no stages at strides 4, 8, 16 and 32: no feature pyramid is made of it")
@@ -82,3 +92,14 @@ def stage_layers(network: Any) -> tuple[str, ...]:
     """The modules whose outputs are the stages at strides 4, 8, 16 and 32."""
     layers = {one["reduction"]: one["module"] for one in network.feature_info}
     return tuple(layers[stride] for stride in STRIDES)
+
+
+def keep_paths(network: nn.Module, *, frozen: bool = False) -> None:
+    """From now on training leaves out no block, and draws no random number for it; with ``frozen`` no frozen block."""
+    from timm.layers import DropPath
+
+    for block in network.modules():
+        if not (frozen and any(parameter.requires_grad for parameter in block.parameters())):
+            for path in block.children():
+                if isinstance(path, DropPath):
+                    path.drop_prob = 0.0

@@ -24,6 +24,7 @@ from robust_backbones.runs.identity import flat
 from robust_backbones.threat_models import ThreatModel
 
 _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
+    "MODEL.BACKBONE.DROP_PATH": (lambda rate: 0 <= rate < 1, "is not in [0, 1): give 0.0 for none"),
     "SOLVER.AMP.DTYPE": (("float16", "bfloat16").__contains__, "is not one of float16, bfloat16"),
     "SOLVER.EMA_DECAY": (lambda decay: 0 <= decay < 1, "is not in [0, 1): give 0.0 for none"),
     "SOLVER.OPTIMIZER": (("SGD", "AdamW").__contains__, "is not one of SGD, AdamW"),
@@ -31,6 +32,7 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda factor: 0 <= factor < math.inf,
         "is no factor of a learning rate: give 1.0 for the same as the rest's",
     ),
+    "SOLVER.LAYER_DECAY": (lambda factor: 0 < factor <= 1, "is not in (0, 1]: give 1.0 for none"),
     "ADVERSARIAL.KIND": (("", "free", "pgd").__contains__, 'is not one of free, pgd: give "" for none'),
     "ADVERSARIAL.REPLAYS": (lambda count: count >= 1, "is no number of updates a batch: give 1 or more"),
     "DATASETS.HELD_OUT": (lambda count: count >= 0, "is no number of images: give 0 for none"),
@@ -161,6 +163,8 @@ def check_config(cfg: CfgNode) -> None:
     AttackConfig(cfg.ADVERSARIAL.STEPS, cfg.ADVERSARIAL.RELATIVE_STEP_SIZE)
     if cfg.ADVERSARIAL.KIND and cfg.VIS_PERIOD > 0:
         raise InputError("VIS_PERIOD draws training images, which adversarial training cannot: give VIS_PERIOD 0")
+    if cfg.MODEL.BACKBONE.DROP_PATH and "resnet" in cfg.MODEL.BACKBONE.NAME:
+        raise InputError("MODEL.BACKBONE.DROP_PATH is set, but Detectron2's ResNet leaves out no block: give 0.0")
     if cfg.MODEL.FPN.NORM and cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
         mend = 'for C4 give protocols/syncbn_C4.yaml, for DC5 add MODEL.FPN.NORM ""'
         raise InputError(f"MODEL.FPN.NORM is set, but the detector has no FPN: {mend}")

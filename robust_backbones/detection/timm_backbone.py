@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_backbones.errors import InputError, check_choice
-from robust_backbones.timm_models import STRIDES, build_stages, is_timm
+from robust_backbones.timm_models import STRIDES, build_stages, is_timm, keep_paths
 from robust_backbones.transfer.networks import groups_of_timm
 
 STAGES = ("res2", "res3", "res4", "res5")
@@ -24,19 +24,20 @@ class TimmBackbone(Backbone):
     Args:
         norm: of its batch norms: ``FrozenBN``, ``BN`` or ``SyncBN``, as ``MODEL.RESNETS.NORM``.
         freeze_at: stages that are not learnt, as ``MODEL.BACKBONE.FREEZE_AT``: 1 the stem, 2 ``res2`` too, up to 5.
+        drop_path: as ``MODEL.BACKBONE.DROP_PATH``; blocks that are not learnt are never left out.
 
     Raises:
         InputError: another norm; timm has no such network, or it has no such stages.
     """
 
-    def __init__(self, arch: str, *, norm: str = "FrozenBN", freeze_at: int = 0) -> None:
+    def __init__(self, arch: str, *, norm: str = "FrozenBN", freeze_at: int = 0, drop_path: float = 0.0) -> None:
         super().__init__()
         from timm import layers
 
         check_choice("norm of a backbone of timm", norm, ("FrozenBN", "BN", "SyncBN"))
         if not is_timm(arch):
             raise InputError(f"timm has no network {arch!r}: give MODEL.BACKBONE.TIMM one of timm.list_models()")
-        self.network, self._indices = build_stages(arch)
+        self.network, self._indices = build_stages(arch, drop_path=drop_path)
         info: Any = self.network.feature_info
         channels = {one["reduction"]: one["num_chs"] for one in info}
         self._out_features = list(STAGES)
@@ -45,6 +46,7 @@ class TimmBackbone(Backbone):
         frozen = [module for group in groups_of_timm(self.network)[:freeze_at] for module in group]
         for module in frozen:
             module.requires_grad_(False)
+        keep_paths(self.network, frozen=True)
         for name, module in [*self.network.named_modules()]:
             if isinstance(module, _BatchNorm) and (norm == "FrozenBN" or module in frozen):
                 self.network.set_submodule(name, layers.freeze_batch_norm_2d(module))
@@ -62,7 +64,14 @@ class TimmBackbone(Backbone):
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.BACKBONE.TIMM`` under a feature pyramid, p2 to p6, as ``build_resnet_fpn_backbone``."""
     backbone = cfg.MODEL.BACKBONE
-    bottom_up = TimmBackbone(backbone.TIMM, norm=cfg.MODEL.RESNETS.NORM, freeze_at=backbone.FREEZE_AT)
+    bottom_up = TimmBackbone(
+        backbone.TIMM, norm=cfg.MODEL.RESNETS.NORM, freeze_at=backbone.FREEZE_AT, drop_path=backbone.DROP_PATH
+    )
+    return pyramid(bottom_up, cfg)
+
+
+def pyramid(bottom_up: Backbone, cfg: CfgNode) -> FPN:
+    """Levels p2 to p6 on the stages of a backbone, by the configuration's MODEL.FPN."""
     return FPN(
         bottom_up=bottom_up,
         in_features=cfg.MODEL.FPN.IN_FEATURES,

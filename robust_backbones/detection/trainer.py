@@ -36,6 +36,7 @@ from robust_backbones.detection.datasets import (
 from robust_backbones.detection.evaluators import build_evaluator
 from robust_backbones.detection.fast.metrics import DeferredAMPTrainer, DeferredTrainer
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, PreciseBN, WeightAverage
+from robust_backbones.detection.layer_decay import layer_factors
 from robust_backbones.detection.predictor import build_detector
 from robust_backbones.detection.run_folder import check_folder, runs_in_bfloat16, write_config, write_record
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
@@ -44,6 +45,8 @@ from robust_backbones.runs.files import write_jsonl
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
 _logger = logging.getLogger(__name__)
+_NOT_DECAYED = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "gamma")
+"""Embeddings, and the scales of ConvNeXt's blocks: their makers decay none of them."""
 
 
 class Trainer(DefaultTrainer):
@@ -114,15 +117,19 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Detectron2's, with SOLVER.OPTIMIZER and SOLVER.BACKBONE_MULTIPLIER."""
+        """Detectron2's, with SOLVER.OPTIMIZER, SOLVER.BACKBONE_MULTIPLIER and SOLVER.LAYER_DECAY."""
         solver, backbone = cfg.SOLVER, backbone_tensors(model)
+        factors = layer_factors(model, solver.LAYER_DECAY) if solver.LAYER_DECAY != 1 else {}
         groups = get_default_optimizer_params(
             model,
             base_lr=solver.BASE_LR,
             weight_decay_norm=solver.WEIGHT_DECAY_NORM,
             bias_lr_factor=solver.BIAS_LR_FACTOR,
             weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-            lr_factor_func=lambda name: solver.BACKBONE_MULTIPLIER if name in backbone else 1.0,
+            lr_factor_func=lambda name: (
+                factors.get(name, 1.0) * (solver.BACKBONE_MULTIPLIER if name in backbone else 1.0)
+            ),
+            overrides={name: {"weight_decay": 0.0} for name in _NOT_DECAYED},
         )
         shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "foreach": True}
         if solver.OPTIMIZER == "AdamW":
