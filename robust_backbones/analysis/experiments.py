@@ -85,8 +85,7 @@ class BackboneRuns:
     @property
     def family(self) -> tuple[Any, ...]:
         """Architecture and pre-training: what it shares with the standard backbone that it is compared with."""
-        backbone = next(iter(self.runs.values())).record.backbone
-        return tuple(backbone.get(key) for key in ("arch", "num_classes", "stem"))
+        return _family(next(iter(self.runs.values())))
 
     @property
     def label(self) -> str:
@@ -281,14 +280,17 @@ def metric_name(metric: str) -> str:
 
 def _backbones(runs: Sequence[RecordedRun]) -> tuple[tuple[BackboneRuns, ...], tuple[str, ...]]:
     """The runs of one experiment by backbone, and what had to be left out."""
-    families: dict[tuple[str, str | None], list[RecordedRun]] = {}
+    families: dict[tuple[str, str | None, tuple[Any, ...]], list[RecordedRun]] = {}
     for run in runs:
         backbone = run.record.backbone
         name = str(backbone.get("label") or backbone.get("arch") or run.weights_name or "unknown")
-        key = (_SCRATCH if run.is_from_scratch else name, run.record.threat_model)
-        families.setdefault(key, []).append(run)
+        name = _SCRATCH if run.is_from_scratch else name
+        families.setdefault((name, run.record.threat_model, _family(run)), []).append(run)
     backbones, notes = [], []
-    for (name, trained_at), members in families.items():
+    alike = Counter((name, trained_at) for name, trained_at, _ in families)
+    for (name, trained_at, family), members in families.items():
+        if alike[name, trained_at] > 1:  # of one architecture and threat model, pre-trained on other classes
+            name = f"{name} of {family[1] or 'no'} classes"
         threat_model = None if trained_at is None else ThreatModel.parse(trained_at)
         # Seeds may come with a pre-training of their own each; two files with one seed are two backbones.
         files = Counter((run.seed, run.weights) for run in members)
@@ -309,6 +311,10 @@ def _backbones(runs: Sequence[RecordedRun]) -> tuple[tuple[BackboneRuns, ...], t
             label = f"{name} ({own[0].weights_name or own[0].weights[:8]})" if split else name
             backbones.append(BackboneRuns(label, threat_model, chosen))
     return tuple(sorted(backbones, key=_order)), tuple(notes)
+
+
+def _family(run: RecordedRun) -> tuple[Any, ...]:
+    return tuple(run.record.backbone.get(key) for key in ("arch", "num_classes", "stem"))
 
 
 def _order(backbone: BackboneRuns) -> tuple[Any, ...]:

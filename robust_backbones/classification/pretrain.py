@@ -1,16 +1,29 @@
-"""Robust pre-training of a classifier from scratch."""
+"""Robust pre-training of a classifier, from scratch or from the weights of another network."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from robust_backbones.checkpoint import zoo
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.config import Execution, TrainingConfig
 from robust_backbones.classification.train import TrainingTask, train
 from robust_backbones.data.datasets import open_dataset
 from robust_backbones.errors import InputError
-from robust_backbones.models import NormalizedModel, build_backbone, fed_as, is_foreign, usual_spec
+from robust_backbones.models import (
+    BackboneSpec,
+    NormalizedModel,
+    backbone_with,
+    build_backbone,
+    fed_as,
+    is_foreign,
+    reference_shapes,
+    usual_spec,
+)
 from robust_backbones.runs.record import RunRecord
 
 
@@ -46,15 +59,23 @@ def recipe(name: str) -> PretrainConfig:
 
 
 def pretrain(
-    config: PretrainConfig, data: str | Path, output: str | Path, execution: Execution = Execution()
+    config: PretrainConfig,
+    data: str | Path,
+    output: str | Path,
+    execution: Execution = Execution(),
+    *,
+    start_from: str | Path | None = None,
 ) -> RunRecord:
     """Train on ``data/train``, evaluate on ``data/val``; ``train.train`` says what it writes, returns and raises.
 
     Args:
         data: holds train/ and val/ with the same classes, each as ``open_dataset`` takes it.
         output: folder of the run, new or of the same run.
+        start_from: a checkpoint of the same architecture; the network is fed as that one, and keeps its classifier where
+            there are as many classes. Without one it starts from random weights.
     """
-    data, spec = Path(data), usual_spec(config.arch, stem=config.stem)
+    data, start = Path(data), None if start_from is None else read_start(start_from, config)
+    spec = start.spec if start else usual_spec(config.arch, stem=config.stem)
     if is_foreign(config.arch):  # which is built for images of the size that is asked for
         asked = {name: getattr(config, name) for name in ("image_size", "val_resize", "interpolation")}
         spec = replace(spec, **{name: value for name, value in asked.items() if value})
@@ -64,17 +85,44 @@ def pretrain(
     if parts[0].classes != parts[1].classes:
         raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same")
     spec = replace(spec, num_classes=len(parts[0].classes))
+    origin = {"start_sha256": start.source_sha256} if start else {}
     task = TrainingTask(
         name="pretrain",
         dataset=data.name,
         train=parts[0],
         val=parts[1],
         spec=spec,
-        build=lambda: NormalizedModel(build_backbone(spec, seed=config.seed), spec),
+        build=lambda: NormalizedModel(_network(spec, start, config.seed), spec),
         parameter_groups=lambda model: [{"params": list(model.parameters())}],
-        identity={"data": data.name},
-        backbone=spec.to_dict(),
+        identity={"data": data.name, **origin},
+        backbone=spec.to_dict() | origin,
         threat_model=str(config.threat_model),
         stylize=config.stylize,
     )
     return train(config, task, output, execution)
+
+
+def read_start(path: str | Path, config: PretrainConfig) -> Checkpoint:
+    """The checkpoint that a run starts from, as a network that is fed RGB.
+
+    Raises:
+        InputError: it cannot be read, or is of another architecture.
+    """
+    start = read_checkpoint(Path(path)).in_rgb()
+    own = BackboneSpec(config.arch, stem=config.stem)
+    if (start.spec.arch, start.spec.stem) != (own.arch, own.stem):
+        stem = f" --stem {start.spec.stem}" if start.spec.stem != own.stem else ""
+        raise InputError(f"{path} holds a {start.spec.arch}, not a {own.arch}: give --arch {start.spec.arch}{stem}")
+    return start
+
+
+def _network(spec: BackboneSpec, start: Checkpoint | None, seed: int) -> nn.Module:
+    """Random weights, or those that the run starts from, with a new classifier for other classes."""
+    net = build_backbone(spec, seed=seed)
+    if start is None:
+        return net
+    weights = {**start.state_dict}
+    if start.spec.num_classes != spec.num_classes:
+        classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)[1]
+        weights |= {name: tensor for name, tensor in net.state_dict().items() if name.startswith(f"{classifier}.")}
+    return backbone_with(spec, weights)

@@ -6,6 +6,8 @@ Examples:
         --data imagenet --output runs/wrn50_4_l2_eps5 --precision bf16
     robust-backbones pretrain --recipe resnet50_l2_eps3 --data imagenet --output runs/r50_l2_eps3 \
         --cluster.executor slurm --cluster.nodes 2 --cluster.partition gpu
+    robust-backbones pretrain --arch convnext_tiny --start-from clean.safetensors --threat-model Linf:4/255 --epochs 5 \
+        --data imagenet --output runs/convnext_tiny_linf4
 
 DATA/train and DATA/val hold one folder of images a class, or shards (*.tar). A recipe is that of a published backbone
 (--list-recipes shows them); without one, the options' defaults are the paper's ResNet-50. OUTPUT gets checkpoint.pt,
@@ -36,6 +38,8 @@ class PretrainOptions:
     """Folder that holds train/ and val/."""
     output: Path
     """Folder for this run's results."""
+    start_from: Path | None = None
+    """Checkpoint, of --arch, whose weights the network starts from; without it they are random."""
     recipe: str = ""
     """Published backbone whose recipe the options start from."""
     list_recipes: bool = False
@@ -53,6 +57,7 @@ class PretrainJob:
     data: Path
     output: Path
     execution: Execution
+    start_from: Path | None = None
 
     def __call__(self) -> dict[str, float | None]:
         import submitit
@@ -61,7 +66,9 @@ class PretrainJob:
             # Each process keeps all GPUs in sight and takes the one of its local rank.
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         with cpu.fast(self.execution.device):
-            return pretrain(self.config, self.data, self.output, self.execution).metrics
+            return pretrain(
+                self.config, self.data, self.output, self.execution, start_from=self.start_from
+            ).metrics
 
     def checkpoint(self) -> Any:
         """What to submit when the scheduler takes the machine away: the same job, which resumes."""
@@ -95,14 +102,16 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     if not options.data.is_dir():
         raise InputError(f"no data folder {options.data}: give one that holds train/ and val/")
+    start = options.start_from
     if options.cluster.executor:
-        job = PretrainJob(options.config, options.data.absolute(), options.output.absolute(), options.execution)
+        paths = (options.data.absolute(), options.output.absolute())
+        job = PretrainJob(options.config, *paths, options.execution, start and start.absolute())
         submitted = submit(job, options.cluster)
         print(f"submitted as job {submitted.job_id}; its logs are in {log_folder(job.output)}, its results will be in")
         print(options.output)
         return 0
     with cpu.fast(options.execution.device):
-        record = pretrain(options.config, options.data, options.output, options.execution)
+        record = pretrain(options.config, options.data, options.output, options.execution, start_from=start)
     if not is_first_process():
         return 0
     clean, robust = record.metrics["clean_accuracy"], record.metrics["robust_accuracy"]

@@ -16,6 +16,7 @@ options of one.
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,6 +37,9 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import ProbeConfig, TransferConfig
 from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune
 from robust_backbones.transfer.linear_probe import linear_probe
+from robust_backbones.transfer.protocol import Backbones
+
+LABEL = r"\w[\w.-]*"
 
 
 @dataclass
@@ -58,11 +62,25 @@ class TransferOptions:
     """Folder for the results: LABEL/seed_S/record.json for every backbone and trial."""
     data_root: Path | None = None
     """Folder that holds the data sets."""
+    labels: tuple[str, ...] = ()
+    """What the backbones are called, in their order; by default as their files."""
     metric: Literal["", "top1", "mean_per_class"] = ""
     """Of a folder of your own; top1 when not given."""
     split: Literal["drawn", "first"] = "drawn"
     """Of caltech101 and caltech256: training images drawn once and for all, or the first 30 and 60 of each class, as in
     the public code; the data set is then called caltech101_first."""
+
+    @property
+    def backbones(self) -> Backbones:
+        """As ``linear_probe`` and ``full_finetune`` take them; ``InputError`` where the labels do not fit them."""
+        if not self.labels:
+            return self.checkpoints
+        if len(set(self.labels)) != len(self.checkpoints) or not all(re.fullmatch(LABEL, one) for one in self.labels):
+            raise InputError(
+                f"--labels names each of the {len(self.checkpoints)} backbones, each otherwise, as folders can be called: "
+                f"got {' '.join(self.labels)}"
+            )
+        return dict(zip(self.labels, self.checkpoints, strict=True))
 
 
 @dataclass(kw_only=True)
@@ -146,11 +164,11 @@ def transfer(options: ProbeOptions | FinetuneOptions) -> int:
         names = ("device", "workers", "checkpoint_minutes", "skip_unreadable")
         execution = {name: getattr(options, name) for name in names}
         with cpu.fast(options.device):
-            records = linear_probe(options.checkpoints, data, options.output, options.config, **execution)
+            records = linear_probe(options.backbones, data, options.output, options.config, **execution)
     else:
         recipe = (options.grid, options.config, options.execution)
         with cpu.fast(options.execution.device):
-            records = full_finetune(options.checkpoints, data, options.output, *recipe)
+            records = full_finetune(options.backbones, data, options.output, *recipe)
     if is_first_process():
         print(f"\n{classification_table(records).to_markdown()}\n\nrecords and networks written to {options.output}")
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -16,11 +16,12 @@ from typing import Any
 from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.checkpoint.sources import HUB, Statement, read_checkpoint
+from robust_backbones.classification.pretrain import read_start
 from robust_backbones.commands import evaluate, pretrain, transfer
 from robust_backbones.commands.evaluate import EXPECTED
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec
+from robust_backbones.models import BackboneSpec, usual_spec
 from robust_backbones.runs.identity import digest, flat
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.sweep.manifest import BackboneEntry, Choice, Manifest, Options, Task
@@ -29,6 +30,8 @@ from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.protocol import labels_of
 
 CHOSEN = "SOLVER.CHOSEN"
+EACH = "each"
+"""The ``seed`` of a pre-training of which each seed of the study has its own."""
 SCRATCH = "protocols/scratch.yaml"
 """The configuration of detectors whose backbone is random; it empties MODEL.WEIGHTS."""
 
@@ -86,20 +89,22 @@ class _Expansion:
         self.pending: dict[str, str] = {}
 
     def runs(self) -> tuple[Run, ...]:
-        sources = {backbone.name: self._source(backbone) for backbone in self._manifest.backbones}
-        for name, source in sources.items():
-            if same := [other for other in sources if other != name and sources[other].weights == source.weights]:
+        sources = {backbone.name: self._sources(backbone) for backbone in self._manifest.backbones}
+        for name, own in sources.items():
+            weights = [source.weights for source in own.values()]
+            others = {other: found.values() for other, found in sources.items() if other != name}
+            if same := [other for other, found in others.items() if any(one.weights in weights for one in found)]:
                 raise InputError(f"backbones {name} and {', '.join(same)} are the same weights: keep one")
         for task in self._manifest.tasks:
             chosen: dict[str, Options] = {name: {} for name in task.backbones or sources}
             if task.choose:
                 chosen = self._choose(task, task.choose)
             for name, values in chosen.items():
-                source = sources[name]
+                own = {seed: sources[name][seed] for seed in self._manifest.seeds_of(task)}
                 if not task.transfer:
-                    self._detect(task, name, source, values)
-                elif source.path:
-                    self._transfer(task, name, source)
+                    self._detect(task, name, own, values)
+                elif all(source.path for source in own.values()):
+                    self._transfer(task, name, own)
                 elif task.backbones:
                     raise InputError(f"task {task.name} is a transfer, and backbone {name} has nothing to transfer")
         return tuple(self._runs.values())
@@ -113,10 +118,19 @@ class _Expansion:
     def _folder(self, key: str) -> str:
         return str(self._manifest.output / "runs" / key)
 
-    def _source(self, backbone: BackboneEntry) -> _Source:
-        """The checkpoint of a backbone, before its conversion."""
+    def _sources(self, backbone: BackboneEntry) -> dict[int, _Source]:
+        """The checkpoints of a backbone by the seeds of the runs that use it: one, or a pre-training for each seed."""
+        manifest = self._manifest
+        tasks = [task for task in manifest.tasks if backbone.name in (task.backbones or (backbone.name,))]
+        seeds = sorted({seed for task in tasks for seed in manifest.seeds_of(task)}) or manifest.seeds
+        if manifest.pretraining.get(backbone.pretrain, {}).get("seed") == EACH:
+            return {seed: self._source(backbone, seed) for seed in seeds}
+        return dict.fromkeys(seeds, self._source(backbone))
+
+    def _source(self, backbone: BackboneEntry, seed: int | None = None) -> _Source:
+        """The checkpoint of a backbone, before its conversion; ``seed`` is that of a pre-training for one seed."""
         if backbone.pretrain:
-            run, spec = self._pretrain(backbone.pretrain)
+            run, spec = self._pretrain(backbone.pretrain, seed)
             return _Source(f"{self._folder(run.key)}/checkpoint.pt", run.key, spec, (run.key,))
         if backbone.published:
             published = zoo.find(backbone.published)
@@ -134,14 +148,19 @@ class _Expansion:
         }
         return _Source(str(path), [sha256(path), texts], spec, options=_words(texts))
 
-    def _pretrain(self, name: str) -> tuple[Run, BackboneSpec]:
-        argv = ("pretrain", "--output", "{folder}", *_words(self._manifest.pretraining[name]))
+    def _pretrain(self, name: str, seed: int | None) -> tuple[Run, BackboneSpec]:
+        options = self._manifest.pretraining[name] | ({} if seed is None else {"seed": seed})
+        argv = ("pretrain", "--output", "{folder}", *_words(options))
         parsed = _parsed(pretrain.parse, argv, f"pretraining {name}")
-        config = parsed.config
+        config, spec = parsed.config, usual_spec(parsed.config.arch, stem=parsed.config.stem)
         settings = {**config.to_dict(), "data": parsed.data.name}
+        if parsed.start_from:
+            start = read_start(parsed.start_from, config)
+            settings["start_sha256"], spec = start.source_sha256, start.spec
         defaults = type(config)().to_dict()
-        run = self._add("pretrain", f"pretrain-{name}", argv, settings, defaults, work=config.epochs)
-        return run, BackboneSpec(config.arch, stem=config.stem)
+        title, rest = f"pretrain-{name}", {"group": f"pretrain-{name}", "work": config.epochs}
+        title += "" if seed is None else f"-seed{seed}"
+        return self._add("pretrain", title, argv, settings, defaults, **rest), spec
 
     def _checks(self, name: str, source: _Source, accuracy: float) -> tuple[str, ...]:
         """Whether a published backbone has the accuracy that it is published with, where ImageNet is there.
@@ -207,14 +226,18 @@ class _Expansion:
         rest = {"group": "convert", "needs": source.needs, "results": results}
         return self._add("convert", f"convert-{name}", argv, settings, {}, **rest)
 
-    def _detect(self, task: Task, name: str, source: _Source, chosen: Options) -> None:
-        """Args: chosen: values of keys that were chosen for this backbone."""
-        manifest = self._manifest
+    def _detect(self, task: Task, name: str, sources: Mapping[int, _Source], chosen: Options) -> None:
+        """A run a seed, protocol and combination of the task's grid.
+
+        Args:
+            sources: by seed.
+            chosen: values of keys that were chosen for this backbone.
+        """
+        manifest, source = self._manifest, next(iter(sources.values()))
         needed = source.spec.detectron2_overrides()
-        convert = self._convert(name, source) if source.path else None
-        weights = ("MODEL.WEIGHTS", f"{self._folder(convert.key)}/backbone.pkl") if convert else ()
+        converts = {seed: self._convert(name, own) if own.path else None for seed, own in sources.items()}
         for protocol in task.protocols or manifest.protocols or ("",):
-            files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if convert else (SCRATCH,)))
+            files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if source.path else (SCRATCH,)))
             overrides = text_overrides(task) | as_texts({**chosen, **({CHOSEN: tuple(chosen)} if chosen else {})})
             settings = detector_settings(files, tuple(overrides.items()))
             # Of what the backbone needs, that which the files do not have: a ResNet-50's is in all of them.
@@ -224,17 +247,19 @@ class _Expansion:
                 own = overrides | as_texts(dict(values))
                 settings = detector_settings(files, tuple(own.items()))
                 title = "-".join((group, name, *(f"{key.rsplit('.')[-1]}{value}" for key, value in values)))
-                for seed in manifest.seeds_of(task):
+                for seed, own_source in sources.items():
+                    convert = converts[seed]
+                    weights = ("MODEL.WEIGHTS", f"{self._folder(convert.key)}/backbone.pkl") if convert else ()
                     words = [word for file in files for word in ("--config-file", file)]
                     words += [word for pair in (*own.items(), ("SEED", str(seed))) for word in pair]
                     run = self._add(
                         "detect",
                         f"{title}-seed{seed}",
                         ("train", "--resume", *words, *weights, "OUTPUT_DIR", "{folder}"),
-                        {**settings, "SEED": seed, "MODEL.WEIGHTS": convert.key if convert else source.weights},
+                        {**settings, "SEED": seed, "MODEL.WEIGHTS": convert.key if convert else own_source.weights},
                         DETECTOR_KEYS,
                         group=group,
-                        needs=(convert.key, *source.checks) if convert else (),
+                        needs=(convert.key, *own_source.checks) if convert else (),
                         work=settings["SOLVER.MAX_ITER"],
                     )
                     self._detectors.setdefault((task.name, name), {}).setdefault(values, []).append(run)
@@ -253,10 +278,17 @@ class _Expansion:
         rest = {"group": f"robustness-{group}", "needs": (detector.key,)}
         self._add("evaluate", f"robustness-{name}", argv, settings, defaults, **rest)
 
-    def _transfer(self, task: Task, name: str, source: _Source) -> None:
-        seeds = [str(seed) for seed in self._manifest.seeds_of(task)]
-        argv = ("transfer", task.transfer, task.dataset, source.path, "--output", "{folder}", "--seeds", *seeds)
-        argv = (*argv, *_words(task.options))
+    def _transfer(self, task: Task, name: str, sources: Mapping[int, _Source]) -> None:
+        """One run for all seeds, or for each whose backbone is its own."""
+        if len(set(source.path for source in sources.values())) > 1:
+            for seed, source in sources.items():
+                self._transfer_one(task, f"{name}-seed{seed}", source, [seed], label=name)
+        else:
+            self._transfer_one(task, name, next(iter(sources.values())), [*sources])
+
+    def _transfer_one(self, task: Task, name: str, source: _Source, seeds: Sequence[int], label: str = "") -> None:
+        argv = ("transfer", task.transfer, task.dataset, source.path, "--output", "{folder}")
+        argv = (*argv, "--seeds", *map(str, seeds), *(("--labels", label) if label else ()), *_words(task.options))
         parsed = _parsed(transfer.parse, argv, f"task {task.name}")
         settings: dict[str, Any] = {}
         defaults: dict[str, Any] = {}
@@ -271,7 +303,7 @@ class _Expansion:
         }
         defaults["split"] = "drawn"
         settings["weights"] = source.weights
-        label = labels_of([Path(source.path)])[0]
+        label = label or labels_of([Path(source.path)])[0]
         results = tuple(f"{label}/seed_{seed}/record.json" for seed in seeds)
         rest = {"group": task.name, "needs": (*source.needs, *source.checks), "results": results}
         self._add("transfer", f"{task.name}-{name}", argv, settings, defaults, **rest)

@@ -398,6 +398,12 @@ def test_a_pretraining_a_seed_is_one_backbone(tmp_path: Path) -> None:
     result = one_result(tmp_path / "own", *runs)
     assert [row.summary.n for row in result.rows] == [3, 3]
     assert not any("start from one pre-trained file" in remark for remark in result.experiment.remarks)
+    # The same architecture, trained on other classes: a backbone of its own, which has no standard one.
+    other = {"arch": "resnet50", "num_classes": 100, "source_sha256": "other"}
+    beside = one_result(tmp_path / "beside", *runs, *(record(BACKBONES[1], s, backbone=other) for s in range(3)))
+    compared = {row.backbone.name: (row.summary.n, row.comparison is not None) for row in beside.rows}
+    assert compared.pop("resnet50") == (3, False)
+    assert compared == {"resnet50 of 1000 classes": (3, True), "resnet50 of 100 classes": (3, False)}
 
 
 def test_runs_of_other_settings_are_not_pooled(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import robust_backbones.classification.train as training_module
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint import zoo
+from robust_backbones.checkpoint.format import sha256, write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.config import Execution
@@ -30,7 +31,7 @@ from robust_backbones.classification.engine import Learner
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain, recipe
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
-from robust_backbones.models import BackboneSpec, fed_as
+from robust_backbones.models import BackboneSpec, build_backbone, fed_as
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import ROOT
@@ -389,6 +390,29 @@ def test_averaged_weights_are_what_is_written(data: Path, tmp_path: Path) -> Non
     written = load_tensors(tmp_path / "run/checkpoint.pt")["state_dict"]["conv1.weight"]
     assert torch.equal(written, state["averaged"]["module.backbone.conv1.weight"])
     assert not torch.equal(written, state["model"]["backbone.conv1.weight"])
+
+
+@pytest.mark.parametrize("classes", [4, 10])
+def test_a_run_may_start_from_weights(classes: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a rate of next to nothing they stay what they are; a classifier of as many classes is kept."""
+    monkeypatch.setattr("robust_backbones.classification.pretrain.build_backbone", build_backbone)
+    fed = {"mean": (0.4, 0.4, 0.4), "std": (0.2, 0.2, 0.2), "channel_order": "BGR"}
+    spec = BackboneSpec("resnet18", classes, **fed)
+    given = build_backbone(spec, seed=7).state_dict()
+    write_checkpoint(tmp_path / "start.pt", spec=spec, state_dict=given, threat_model=ThreatModel())
+    config = replace(CONFIG, epochs=1, lr=1e-30, weight_decay=0.0)
+    record = pretrain(config, data, tmp_path / "run", HERE, start_from=tmp_path / "start.pt")
+    found = read_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert (found.spec.channel_order, found.spec.mean) == ("RGB", (0.4, 0.4, 0.4))
+    assert torch.equal(found.state_dict["layer4.1.conv2.weight"], given["layer4.1.conv2.weight"])
+    assert torch.equal(found.state_dict["conv1.weight"], given["conv1.weight"].flip(1))
+    assert found.state_dict["fc.weight"].shape == (4, 512)
+    assert (classes == 4) == torch.equal(found.state_dict["fc.weight"], given["fc.weight"][:4])
+    assert record.backbone["start_sha256"] == sha256(tmp_path / "start.pt")
+    with pytest.raises(InputError, match="holds another run|another"):
+        pretrain(config, data, tmp_path / "run", HERE)
+    with pytest.raises(InputError, match=r"start.pt holds a resnet18, not a resnet34: give --arch resnet18"):
+        pretrain(replace(config, arch="resnet34"), data, tmp_path / "other", HERE, start_from=tmp_path / "start.pt")
 
 
 def test_reduced_images_are_cached_once(data: Path, tmp_path: Path) -> None:

@@ -116,6 +116,26 @@ def test_the_graph_of_a_small_study(tmp_path: Path) -> None:
     assert "hub:resnet50_l2_eps0" in plan.run(key["flowers-standard"]).argv
 
 
+def test_each_seed_may_have_a_pretraining_of_its_own(tmp_path: Path) -> None:
+    plan = planned(tmp_path, with_(SMALL, "pretraining/robust/seed", "each"))
+    key = keys(plan)
+    assert Counter(run.kind for run in plan.runs) == {"pretrain": 2, "convert": 3, "detect": 4, "transfer": 3}
+    sources = set()
+    for seed in (0, 1):
+        pretraining, transfer = key[f"pretrain-robust-seed{seed}"], plan.run(key[f"flowers-robust-seed{seed}"])
+        assert plan.run(pretraining).argv[-2:] == ("--seed", str(seed))
+        assert plan.run(pretraining).group == "pretrain-robust"
+        (convert,) = plan.run(key[f"voc-robust-seed{seed}"]).needs
+        assert plan.run(convert).needs == transfer.needs == (pretraining,)
+        assert transfer.results == (f"robust/seed_{seed}/record.json",)
+        sources.add(convert)
+    assert len(sources) == 2
+    assert len({plan.run(key[f"voc-standard-seed{seed}"]).needs for seed in (0, 1)}) == 1
+    again = with_(with_(SMALL, "pretraining/robust/seed", "each"), "backbones/again", {"pretrain": "robust"})
+    with pytest.raises(InputError, match="again and robust|robust and again"):
+        planned(tmp_path, again)
+
+
 def test_the_graph_of_robustness_and_the_floor(tmp_path: Path) -> None:
     """Behind each detector its evaluation; a random backbone has no conversion, and is no transfer's."""
     options = {"corruptions": ["fog"], "severities": [1, 3], "limit": 8}
