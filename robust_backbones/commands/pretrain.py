@@ -66,9 +66,7 @@ class PretrainJob:
             # Each process keeps all GPUs in sight and takes the one of its local rank.
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         with cpu.fast(self.execution.device):
-            return pretrain(
-                self.config, self.data, self.output, self.execution, start_from=self.start_from
-            ).metrics
+            return pretrain(self.config, self.data, self.output, self.execution, start_from=self.start_from).metrics
 
     def checkpoint(self) -> Any:
         """What to submit when the scheduler takes the machine away: the same job, which resumes."""

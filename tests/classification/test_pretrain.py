@@ -393,7 +393,9 @@ def test_averaged_weights_are_what_is_written(data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("classes", [4, 10])
-def test_a_run_may_start_from_weights(classes: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_may_start_from_weights(
+    classes: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At a rate of next to nothing they stay what they are; a classifier of as many classes is kept."""
     monkeypatch.setattr("robust_backbones.classification.pretrain.build_backbone", build_backbone)
     fed = {"mean": (0.4, 0.4, 0.4), "std": (0.2, 0.2, 0.2), "channel_order": "BGR"}
@@ -409,7 +411,7 @@ def test_a_run_may_start_from_weights(classes: int, data: Path, tmp_path: Path, 
     assert found.state_dict["fc.weight"].shape == (4, 512)
     assert (classes == 4) == torch.equal(found.state_dict["fc.weight"], given["fc.weight"][:4])
     assert record.backbone["start_sha256"] == sha256(tmp_path / "start.pt")
-    with pytest.raises(InputError, match="holds another run|another"):
+    with pytest.raises(InputError, match="another run"):
         pretrain(config, data, tmp_path / "run", HERE)
     with pytest.raises(InputError, match=r"start.pt holds a resnet18, not a resnet34: give --arch resnet18"):
         pretrain(replace(config, arch="resnet34"), data, tmp_path / "other", HERE, start_from=tmp_path / "start.pt")
