@@ -280,7 +280,7 @@ class _Expansion:
 
     def _transfer(self, task: Task, name: str, sources: Mapping[int, _Source]) -> None:
         """One run for all seeds, or for each whose backbone is its own."""
-        if len(set(source.path for source in sources.values())) > 1:
+        if len({source.path for source in sources.values()}) > 1:
             for seed, source in sources.items():
                 self._transfer_one(task, f"{name}-seed{seed}", source, [seed], label=name)
         else:
