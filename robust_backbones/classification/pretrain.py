@@ -71,8 +71,8 @@ def pretrain(
     Args:
         data: holds train/ and val/ with the same classes, each as ``open_dataset`` takes it.
         output: folder of the run, new or of the same run.
-        start_from: a checkpoint of the same architecture; the network is fed as that one, and keeps its classifier where
-            there are as many classes. Without one it starts from random weights.
+        start_from: a checkpoint of the same architecture; the network is fed as that one, and keeps its classifier
+            where there are as many classes. Without one it starts from random weights.
     """
     data, start = Path(data), None if start_from is None else read_start(start_from, config)
     spec = start.spec if start else usual_spec(config.arch, stem=config.stem)

@@ -77,7 +77,7 @@ class TransferOptions:
             return self.checkpoints
         if len(set(self.labels)) != len(self.checkpoints) or not all(re.fullmatch(LABEL, one) for one in self.labels):
             raise InputError(
-                f"--labels names each of the {len(self.checkpoints)} backbones, each otherwise, as folders can be called: "
+                f"--labels gives each of the {len(self.checkpoints)} backbones a name of its own, as folders have: "
                 f"got {' '.join(self.labels)}"
             )
         return dict(zip(self.labels, self.checkpoints, strict=True))
