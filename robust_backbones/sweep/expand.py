@@ -149,7 +149,7 @@ class _Expansion:
         return _Source(str(path), [sha256(path), texts], spec, options=_words(texts))
 
     def _pretrain(self, name: str, seed: int | None) -> tuple[Run, BackboneSpec]:
-        options = self._manifest.pretraining[name] | ({} if seed is None else {"seed": seed})
+        options = {**self._manifest.pretraining[name], **({} if seed is None else {"seed": seed})}
         argv = ("pretrain", "--output", "{folder}", *_words(options))
         parsed = _parsed(pretrain.parse, argv, f"pretraining {name}")
         config, spec = parsed.config, usual_spec(parsed.config.arch, stem=parsed.config.stem)
