@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -114,7 +116,21 @@ def save_tensors(path: str | Path, content: dict[str, Any]) -> None:
     """
     # To a file, not a path: torch.save writes the path's name, here a temporary one, into the archive.
     with atomic_path(Path(path)) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
+        torch.save(_without_identity(content), file)
+
+
+def _without_identity(value: Any) -> Any:
+    """Equal strings as one object and containers as objects of their own: a pickle shows which of them are the same."""
+    if type(value) is str:
+        return sys.intern(value)
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.clear()
+        copied.update({_without_identity(key): _without_identity(item) for key, item in value.items()})
+        for name, item in getattr(value, "__dict__", {}).items():  # _metadata of a state_dict()
+            setattr(copied, name, _without_identity(item))
+        return copied
+    return type(value)(map(_without_identity, value)) if type(value) in (list, tuple) else value
 
 
 def sha256(path: str | Path) -> str:

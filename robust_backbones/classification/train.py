@@ -24,10 +24,11 @@ from robust_backbones.data.datasets import ClassificationDataset, find_unreadabl
 from robust_backbones.data.transforms import augmentation
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
+from robust_backbones.runs.clock import RunClock
 from robust_backbones.runs.distributed import Processes, join_processes, local_device, synchronize_batch_norms
 from robust_backbones.runs.files import write_json
 from robust_backbones.runs.folders import claimed
-from robust_backbones.runs.logs import RunLog
+from robust_backbones.runs.logs import RunLog, read_rows
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
@@ -92,17 +93,19 @@ def train(
         return _Run(config, task, Path(output), execution, device, processes, stop).run()
 
 
+_ACCURACIES = ("clean_accuracy", "robust_accuracy")
+
+
 @dataclass
 class _Progress:
     """How far a run has come: whole epochs, steps of the present one, and their results."""
 
     epoch: int = 0
     step: int = 0
-    seconds: float = 0.0
     totals: Totals = field(default_factory=Totals)
     """Of the present epoch."""
     best: dict[str, float] = field(default_factory=dict)
-    """The epoch's row with the highest robust accuracy."""
+    """The accuracies of the epoch with the highest robust one."""
 
 
 class _Run:
@@ -148,6 +151,7 @@ class _Run:
     def _train(self, settings: dict[str, Any]) -> RunRecord:
         if self.execution.skip_unreadable:
             self._skip_unreadable()
+        self.clock = RunClock(self.output)
         self.learner = self._build()
         rows = self._resume()
         self._print(self._plan())
@@ -218,6 +222,7 @@ class _Run:
             self._print(f"warning: {problem}; going back to the checkpoint before it")
         self.learner.load_state_dict(content["learner"])
         progress = content["progress"]
+        self.clock.resume(progress.pop("seconds", None))
         self.progress = _Progress(**progress | {"totals": Totals(**progress["totals"])})
         self._print(f"resuming from {path}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
         if (before := len(content["learner"]["processes"])) != self.processes.size:
@@ -225,7 +230,12 @@ class _Run:
                 f"the run was started by {before} processes and is resumed by {self.processes.size}: from here on it "
                 "draws other random numbers than the unbroken run"
             )
-        return cast(dict[str, list[dict[str, Any]]], content["rows"])
+        if "rows" in content:  # of before version 0.3
+            return cast(dict[str, list[dict[str, Any]]], content["rows"])
+        return {
+            "steps": read_rows(self.output, "steps", lambda row: row["step"] <= self.learner.step_count),
+            "metrics": read_rows(self.output, "metrics", lambda row: row["epoch"] <= self.progress.epoch),
+        }
 
     def _plan(self) -> str:
         config, size = self.config, self.processes.size
@@ -242,10 +252,10 @@ class _Run:
         config, progress = self.config, self.progress
         label = f"epoch {epoch + 1}/{config.epochs}"
         clock = time.perf_counter()
-        seconds_before, images_before = progress.seconds, progress.totals.images
+        seconds, images_before = 0.0, progress.totals.images
 
         def on_log(step: int, totals: Totals) -> None:
-            nonlocal clock
+            nonlocal clock, seconds
             now = time.perf_counter()
             elapsed, clock = now - clock, now
             row = {
@@ -258,7 +268,7 @@ class _Run:
             }
             progress.step = step
             progress.totals += totals
-            progress.seconds += elapsed
+            seconds += elapsed
             self._write_row("steps", row)
             stop = any(self.processes.gather(bool(self.stop)))
             due = time.monotonic() - self._last_save > 60 * self.execution.checkpoint_minutes
@@ -289,18 +299,17 @@ class _Run:
                 "give a lower learning rate and another --output"
             ) from None
         row = {"epoch": epoch + 1, "step": self.learner.step_count, **progress.totals.metrics()}
-        if seconds := progress.seconds - seconds_before:
+        if seconds:
             row["images_per_second"] = (progress.totals.images - images_before) / seconds
         if epoch + 1 == config.epochs or (epoch + 1) % config.eval_period == 0:
             row |= self._evaluate(f"{label} evaluate")
         self._write_row("metrics", row)
-        progress.seconds += time.perf_counter() - clock
         progress.epoch, progress.step, progress.totals = epoch + 1, 0, Totals()
         is_best = self.task.keep_best and row.get("robust_accuracy", -1.0) > progress.best.get("robust_accuracy", -1.0)
         # The checkpoint to resume from comes last: a run that resumes does not write the others of this epoch again.
         self._write_weights("checkpoint.pt")
         if is_best:
-            progress.best = row
+            progress.best = {name: row[name] for name in _ACCURACIES}
             self._write_weights("best.pt")
         self._save()
         self._print(f"{label}: {_summary(row, config)}" + f", {self._remaining()}" * (epoch + 1 < config.epochs))
@@ -344,15 +353,15 @@ class _Run:
     def _remaining(self) -> str:
         """The time that the rest of the run will take, at its pace so far."""
         done = self.progress.epoch * self.steps + self.progress.step
-        seconds = self.progress.seconds * (self.config.epochs * self.steps - done) / done
+        seconds = self.clock.seconds * (self.config.epochs * self.steps - done) / done
         hours, minutes = divmod(round(seconds / 60), 60)
         return f"{hours} h {minutes:02d} min to go"
 
     def _save(self) -> Path:
         step, learner = self.learner.step_count, self.learner.state_dict()  # all processes take part
         if self.processes.is_main:
-            content = {"learner": learner, "progress": asdict(self.progress), "rows": self.log.rows}
-            self.checkpoints.write(step, content)
+            self.checkpoints.write(step, {"learner": learner, "progress": asdict(self.progress)})
+            self.clock.save()
         self._last_save = time.monotonic()
         return self.checkpoints.path(step)
 
@@ -373,7 +382,7 @@ class _Run:
 
     def _write_record(self) -> RunRecord:
         last = self.processes.agree(self.log.rows["metrics"][-1] if self.processes.is_main else {})
-        metrics = {name: last[name] for name in ("clean_accuracy", "robust_accuracy")}
+        metrics = {name: last[name] for name in _ACCURACIES}
         if self.task.keep_best:
             metrics |= {f"best/{name}": self.progress.best[name] for name in metrics}
         record = RunRecord(
@@ -387,7 +396,7 @@ class _Run:
             config=self.config.to_dict()
             | {"processes": self.processes.size, "micro_batch_size": self.micro_batch_size}
             | ({"skipped_images": len(self.skipped)} if self.skipped else {}),
-            seconds=self.progress.seconds,
+            seconds=self.clock.seconds,
         )
         if self.processes.is_main:
             record.write(self.output / "record.json")

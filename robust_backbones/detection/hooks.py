@@ -107,28 +107,30 @@ class Evaluation(HookBase):
 
     def before_train(self) -> None:
         if self._is_due(self.trainer.start_iter) and self._evaluated_at < self.trainer.start_iter:
-            self._run(self.trainer.start_iter)
+            self._run(self.trainer.start_iter, self.trainer.start_iter - 1)
 
     def after_step(self) -> None:
         if self._is_due(self.trainer.iter + 1):
-            self._run(self.trainer.iter + 1)
+            self._run(self.trainer.iter + 1, self.trainer.iter)
 
     def after_train(self) -> None:
         if self.trainer.iter == self.trainer.max_iter and self.trainer.cfg.DATASETS.TEST:  # not after a failure
-            self._run(self.trainer.iter)
+            self._run(self.trainer.iter, self.trainer.iter)
 
     def _is_due(self, iteration: int) -> bool:
         period = self.trainer.cfg.TEST.EVAL_PERIOD if self.trainer.cfg.DATASETS.TEST else 0
         return period > 0 and 0 < iteration < self.trainer.max_iter and iteration % period == 0
 
-    def _run(self, iteration: int) -> None:
+    def _run(self, iteration: int, row: int) -> None:
+        """Evaluate after ``iteration`` iterations, logged as of number ``row``: one that was cut off as of the same."""
         self.trainer.read_losses()
         with undisturbed():
             self.results = flat_metrics(self.trainer.test(self.trainer.cfg, self.trainer.evaluated_model))
             if comm.is_main_process():
                 self._draw()
                 numbers = {name: value for name, value in self.results.items() if value is not None}
-                self.trainer.storage.put_scalars(**numbers, smoothing_hint=False)
+                self.trainer.storage.put_scalars(**numbers, smoothing_hint=False, cur_iter=row)
+                self.trainer.write_metrics()
                 self._keep_the_best(iteration)
         self._evaluated_at = iteration
         comm.synchronize()

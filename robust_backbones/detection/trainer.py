@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +15,7 @@ from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter, TensorboardXWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,11 +35,12 @@ from robust_backbones.detection.evaluators import build_evaluator
 from robust_backbones.detection.fast.metrics import DeferredAMPTrainer, DeferredTrainer
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, PreciseBN, WeightAverage
 from robust_backbones.detection.layer_decay import layer_factors
+from robust_backbones.detection.metrics_file import MetricsFile
 from robust_backbones.detection.predictor import build_detector
 from robust_backbones.detection.run_folder import check_folder, runs_in_bfloat16, write_config, write_record
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
+from robust_backbones.runs.clock import RunClock
 from robust_backbones.runs.distributed import synchronize_on_cpu
-from robust_backbones.runs.files import write_jsonl
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
 _logger = logging.getLogger(__name__)
@@ -84,8 +83,7 @@ class Trainer(DefaultTrainer):
             data_warnings = counted(warnings)
         match_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], class_names(cfg.DATASETS.TRAIN[0]))
         TrainerBase.__init__(self)
-        self._clock, self._seconds_before = time.perf_counter(), 0.0
-        self.cfg = cfg
+        self.cfg, self.clock = cfg, RunClock(cfg.OUTPUT_DIR)
         self._data_warnings = data_warnings or {}
         # In Detectron2's order: each of these draws random numbers.
         model = self.build_model(cfg)
@@ -109,6 +107,7 @@ class Trainer(DefaultTrainer):
         self._loaded = False
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self._random_states: list[dict[str, Any]] = []
+        self._metrics_file: MetricsFile | None = None
         self.register_hooks(self.build_hooks())
 
     @classmethod
@@ -151,15 +150,20 @@ class Trainer(DefaultTrainer):
             self.evaluation,
         ]
 
+    def build_writers(self) -> list[EventWriter]:
+        folder = Path(self.cfg.OUTPUT_DIR)
+        self._metrics_file = MetricsFile(folder / "metrics.json", self.start_iter)
+        return [CommonMetricPrinter(self.max_iter), self._metrics_file, TensorboardXWriter(str(folder))]
+
+    def write_metrics(self) -> None:
+        """What was logged goes into metrics.json; the first process has one."""
+        if self._metrics_file:
+            self._metrics_file.write()
+
     @property
     def evaluated_model(self) -> nn.Module:
         """The detector with the weights that count: their average where one is kept."""
         return self.average.model if self.average else self.checkpointer.model
-
-    @property
-    def seconds(self) -> float:
-        """What the run has taken, with those before the checkpoint that this process resumed from."""
-        return self._seconds_before + time.perf_counter() - self._clock
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load MODEL.WEIGHTS, or with ``resume`` the newest checkpoint in OUTPUT_DIR if there is one.
@@ -172,12 +176,6 @@ class Trainer(DefaultTrainer):
             # The optimiser's own rates are those of the schedule that the checkpoint was written with.
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
                 group["lr"] = rate
-        if self.start_iter and comm.is_main_process():
-            # What was logged after the checkpoint will be logged again.
-            path = Path(self.cfg.OUTPUT_DIR) / "metrics.json"
-            lines = path.read_text().splitlines() if path.exists() else []
-            rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one off
-            write_jsonl(path, [row for row in rows if row["iteration"] < self.start_iter])
 
     def train(self) -> dict[str, float | None]:
         """Train from ``start_iter`` to the end, evaluate, and write record.json to OUTPUT_DIR.
@@ -233,7 +231,7 @@ class Trainer(DefaultTrainer):
             metrics,
             backbone=backbone,
             threat_model=threat_model,
-            seconds=self.seconds,
+            seconds=self.clock.seconds,
             data_warnings=self._data_warnings,
         )
         return metrics
@@ -260,6 +258,7 @@ class Trainer(DefaultTrainer):
     def save(self, *, final: bool = False) -> None:
         """Write a checkpoint to resume from, or the final detector; every process has to call it."""
         self.read_losses()
+        self.write_metrics()  # before the checkpoint: what it covers is not logged again
         own = {"start": self.stream.random_state_at_start, "now": random_state()}
         if (count := self.checkpointer.model.__dict__.get("loss_normalizer")) is not None:
             own["loss_normalizer"] = count  # of a RetinaNet, which keeps it outside its state
@@ -269,6 +268,8 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save(name, model=self.average.model, resumable=False, categories=self.categories)
             name = f"model_{self.iter:07d}"
         self.checkpointer.save(name, categories=self.categories)
+        if comm.is_main_process():
+            self.clock.save()
         comm.synchronize()
 
     def save_best(self, best: Mapping[str, Any]) -> None:
@@ -282,11 +283,11 @@ class Trainer(DefaultTrainer):
         return categories(self.cfg.DATASETS.TRAIN[0])
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "random_states": self._random_states, "seconds": self.seconds}
+        return {**super().state_dict(), "random_states": self._random_states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._seconds_before = state_dict.get("seconds", 0.0)  # earlier files do not say
+        self.clock.resume(state_dict.get("seconds"))
         states = state_dict["random_states"]
         if len(states) == comm.get_world_size():
             own = states[comm.get_rank()]

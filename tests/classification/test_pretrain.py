@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import robust_backbones.classification.train as training_module
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint import zoo
-from robust_backbones.checkpoint.format import sha256, write_checkpoint
+from robust_backbones.checkpoint.format import save_tensors, sha256, write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.config import Execution
@@ -95,9 +95,10 @@ def rows(output: Path, name: str = "metrics") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / f"{name}.jsonl").read_text().splitlines()]
 
 
-def same_weights(first: Path, second: Path) -> bool:
-    one, other = (load_tensors(folder / "checkpoint.pt")["state_dict"] for folder in (first, second))
-    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+def same_checkpoints(first: Path, second: Path) -> bool:
+    """The last network, the best one, and the last state of the training, byte by byte."""
+    newest = max((second / "checkpoints").iterdir()).relative_to(second)
+    return all(sha256(first / name) == sha256(second / name) for name in ("checkpoint.pt", "best.pt", newest))
 
 
 def cut_off_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +164,7 @@ def test_a_run_cut_off_at_any_step_ends_the_same(
     monkeypatch.undo()
     record = pretrain(CONFIG, data, output, execution)
     assert record.metrics == finished[1].metrics
-    assert same_weights(output, finished[0])
+    assert same_checkpoints(output, finished[0])
     for name in ("metrics", "steps"):
         ours, whole = ([{**row, "images_per_second": 0} for row in rows(o, name)] for o in (output, finished[0]))
         assert ours == whole
@@ -178,8 +179,30 @@ def test_a_run_between_checkpoints_repeats_steps_and_ends_the_same(
         pretrain(CONFIG, data, tmp_path / "whole", HERE)
     monkeypatch.undo()
     pretrain(CONFIG, data, tmp_path / "whole", HERE)
-    assert same_weights(tmp_path / "whole", finished[0])
+    assert same_checkpoints(tmp_path / "whole", finished[0])
     assert [row["step"] for row in rows(tmp_path / "whole", "steps")] == list(range(1, 3 * STEPS + 1))
+
+
+def test_a_checkpoint_of_before_version_0_3_is_resumed(
+    finished: tuple[Path, RunRecord], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It held the rows that were logged, and the seconds."""
+    output = tmp_path / "whole"
+    cut_off_after(6, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(CONFIG, data, output, HERE)
+    monkeypatch.undo()
+    path = max((output / "checkpoints").iterdir())
+    content = load_tensors(path)
+    content["rows"] = {"metrics": rows(output), "steps": rows(output, "steps")[:STEPS]}
+    content["progress"] |= {"seconds": 7000.0, "best": rows(output)[0]}
+    save_tensors(path, content)
+    for name in ("metrics.jsonl", "steps.jsonl", "seconds.json"):
+        (output / name).unlink()
+    record = pretrain(CONFIG, data, output, HERE)
+    assert record.metrics == finished[1].metrics
+    assert 7000 < record.seconds < 7100
+    assert [row["step"] for row in rows(output, "steps")] == list(range(1, 3 * STEPS + 1))
 
 
 @pytest.mark.parametrize(
@@ -202,7 +225,7 @@ def test_options_resume_as_well(
         pretrain(config, data, tmp_path / "cut", replace(HERE, checkpoint_minutes=0))
     monkeypatch.undo()
     pretrain(config, data, tmp_path / "cut", HERE)
-    assert same_weights(tmp_path / "cut", tmp_path / "whole")
+    assert same_checkpoints(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_a_damaged_checkpoint_is_passed_over(
@@ -221,7 +244,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     newest.write_bytes(newest.read_bytes()[:1000])
     pretrain(CONFIG, data, output, HERE)
     assert "warning" in capsys.readouterr().out
-    assert same_weights(output, finished[0])
+    assert same_checkpoints(output, finished[0])
 
     (output / "record.json").unlink()
     for path in (output / "checkpoints").iterdir():
@@ -252,7 +275,7 @@ def test_a_run_asked_to_stop_says_so_and_resumes(
     assert signal.getsignal(signal.SIGTERM) == before
     monkeypatch.undo()
     pretrain(CONFIG, data, tmp_path / "whole", HERE)
-    assert same_weights(tmp_path / "whole", finished[0])
+    assert same_checkpoints(tmp_path / "whole", finished[0])
 
 
 def test_a_run_cut_off_before_its_record_gets_one(finished: tuple[Path, RunRecord], data: Path, tmp_path: Path) -> None:
@@ -340,7 +363,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(
     assert {path: path.read_bytes() for path in output.rglob("*.pt")} == before
     assert not list(output.rglob("*.tmp"))
     pretrain(CONFIG, data, output, HERE)
-    assert same_weights(output, finished[0])
+    assert same_checkpoints(output, finished[0])
 
 
 def test_a_disk_that_is_full_at_once_is_told_in_one_sentence(
@@ -423,7 +446,7 @@ def test_reduced_images_are_cached_once(data: Path, tmp_path: Path) -> None:
         pretrain(config, data, tmp_path / name, replace(HERE, cache=tmp_path / "cache")) for name in ("a", "b")
     )
     assert first.metrics == second.metrics
-    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert same_checkpoints(tmp_path / "a", tmp_path / "b")
     assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 48
 
 
@@ -517,5 +540,5 @@ def test_ten_kills_at_random_moments_change_nothing(data: Path, tmp_path: Path) 
             load_tensors(path)
     assert start(output).wait() == 0
     assert start(tmp_path / "unbroken").wait() == 0
-    assert same_weights(output, tmp_path / "unbroken")
+    assert same_checkpoints(output, tmp_path / "unbroken")
     assert [row["step"] for row in rows(output, "steps")] == list(range(1, 20 * STEPS + 1))

@@ -59,10 +59,6 @@ _TIMES = re.compile(r"seconds|time|(^|_)eta(_|$)|per_second|since|git_commit")
 _BINARY = {".pt", ".pth", ".pkl", ".png", ".svg", ".csv"}
 
 
-_STATE = re.compile(r"checkpoints/step_|model_")
-"""What a run resumes from, which holds how long it took."""
-
-
 class Lost(Exception):  # noqa: N818
     """Why."""
 
@@ -212,18 +208,22 @@ def limit_files(size: int) -> None:
 
 
 def written(folder: Path) -> dict[str, Any]:
-    """What a run has written, by file: the hash of weights and figures; the content of the rest, without times."""
+    """What a run has written, by file: the hash of weights and figures; the content of the rest, without times.
+
+    Of detection's metrics.json without losses, which are medians since the process started.
+    """
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if ".tmp" in name:
             found[name] = "a temporary file"
-        elif _STATE.search(name):
-            found[name] = timeless(torch.load(path, weights_only=True))
         elif path.suffix in _BINARY:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name == "metrics.json":
-            found[name] = evaluations(path.read_text())
+            found[name] = [
+                {key: value for key, value in json.loads(line).items() if "AP" in key or key in ("iteration", "lr")}
+                for line in path.read_text().splitlines()
+            ]
         elif path.suffix in (".json", ".jsonl") and not name.startswith("jobs/"):
             text = path.read_text()
             try:
@@ -233,19 +233,9 @@ def written(folder: Path) -> dict[str, Any]:
     return found
 
 
-def evaluations(text: str) -> dict[str, Any]:
-    """What Detectron2's log says of them, and whether a row is there twice; its losses are medians since the start."""
-    rows = [json.loads(line) for line in text.splitlines()]
-    evaluated = [{name: value for name, value in row.items() if "/AP" in name or name == "iteration"} for row in rows]
-    places = [(row["iteration"], len(row) > 1) for row in evaluated]
-    return {"rows": [row for row in evaluated if len(row) > 1], "twice": len({*places}) < len(places)}
-
-
 def timeless(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: timeless(item) for name, item in value.items() if not _TIMES.search(str(name))}
-    if isinstance(value, torch.Tensor):
-        return hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
     return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -1,0 +1,42 @@
+"""Detectron2's metrics.json, of which a kill loses no row that the last checkpoint covers, and doubles none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from detectron2.utils.events import EventWriter, get_event_storage
+
+from robust_backbones.runs.files import atomic_path
+
+
+class MetricsFile(EventWriter):
+    """As Detectron2's JSONWriter, a line an iteration, but the file is whole at any moment.
+
+    What is written later for the same iteration, such as its evaluation, joins its line. A resumed run keeps the lines
+    before ``start_iter``; what was logged after its checkpoint is logged again.
+
+    Args:
+        window: losses are medians over so many iterations.
+    """
+
+    def __init__(self, path: Path, start_iter: int, window: int = 20) -> None:
+        self._path, self._window = path, window
+        self._written: dict[str, int] = {}
+        self._lines: dict[int, str] = {}
+        for line in path.read_text().splitlines() if start_iter and path.exists() else ():
+            # A kill could cut off the last line of runs before version 0.3.
+            if line.endswith("}") and (iteration := json.loads(line)["iteration"]) < start_iter:
+                self._lines[iteration] = line
+
+    def write(self) -> None:
+        latest = get_event_storage().latest_with_smoothing_hint(self._window)
+        new = {name: pair for name, pair in latest.items() if pair[1] > self._written.get(name, -1)}
+        if not new:
+            return
+        for name, (value, iteration) in new.items():
+            row = json.loads(self._lines.get(iteration, "{}")) | {"iteration": iteration, name: value}
+            self._lines[iteration] = json.dumps(row, sort_keys=True)
+            self._written[name] = iteration
+        with atomic_path(self._path) as temporary:
+            temporary.write_text("".join(f"{self._lines[iteration]}\n" for iteration in sorted(self._lines)))
