@@ -31,6 +31,18 @@ DETECTOR_KEYS: dict[str, Any] = {
     "MODEL.BACKBONE.TIMM": "",
     # Stochastic depth: how often the last block is left out in training, the first never; not for ResNets.
     "MODEL.BACKBONE.DROP_PATH": 0.0,
+    # Activations of blocks are computed anew in the backward pass instead of being kept: slower, in less memory.
+    "MODEL.BACKBONE.USE_ACT_CHECKPOINT": False,
+    # Of "build_vit_sfp_backbone" of MODEL.BACKBONE.NAME: the square, in pixels, that position embeddings are for.
+    "MODEL.VIT.PRETRAIN_SIZE": 224,
+    # Side, in patches, of the windows that blocks attend within, but for the GLOBAL_BLOCKS (from 0 on); 0: all attend
+    # globally.
+    "MODEL.VIT.WINDOW_SIZE": 0,
+    "MODEL.VIT.GLOBAL_BLOCKS": (),
+    # Relative position embeddings, which no backbone file has: they begin at zero, as if they were not there.
+    "MODEL.VIT.REL_POS": False,
+    # Images are padded to a square of so many pixels; 0: to multiples of 32.
+    "MODEL.VIT.SQUARE_SIZE": 0,
     # A detector that plain Detectron2 wrote does not say what its backbone is, and is refused unless this takes it.
     "MODEL.ALLOW_UNVERIFIED": False,
     # A norm (as RESNETS.NORM) after res5 in the ROI heads of C4 detectors, as in MoCo's detection protocol; "": none.

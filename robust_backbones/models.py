@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.timm_models import build_timm, is_timm, timm_classifier, timm_config
+from robust_backbones.timm_vit import is_vit, vit_shape
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -146,7 +147,7 @@ class BackboneSpec:
             "MODEL.PIXEL_STD": [round(255 * value, 3) for value in self.std],
         }
         if is_foreign(self.arch):
-            return {**fed, "MODEL.BACKBONE.NAME": "build_timm_fpn_backbone", "MODEL.BACKBONE.TIMM": self.arch}
+            return {**fed, "MODEL.BACKBONE.TIMM": self.arch, **self._timm_overrides()}
         if shape is None:
             resnets = ", ".join(arch for arch, shape in ARCHITECTURES.items() if shape)
             raise InputError(f"Detectron2's ResNet has no such architecture: {self.arch}; it can be {resnets}")
@@ -161,6 +162,12 @@ class BackboneSpec:
             # A basic block does not expand its channels by 4 as a bottleneck does.
             "MODEL.RESNETS.RES2_OUT_CHANNELS": 256 if shape.has_bottlenecks else 64,
         }
+
+    def _timm_overrides(self) -> dict[str, object]:
+        if not is_vit(self.arch):
+            return {"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone"}
+        vit_shape(self.arch, self.image_size)  # raises
+        return {"MODEL.BACKBONE.NAME": "build_vit_sfp_backbone", "MODEL.VIT.PRETRAIN_SIZE": self.image_size}
 
 
 _EVALUATION = ("image_size", "val_resize", "interpolation")
@@ -186,6 +193,11 @@ def spec_from(content: Any) -> BackboneSpec:
 def is_foreign(arch: str) -> bool:
     """Whether a network is timm's, and none of ``ARCHITECTURES``."""
     return arch not in ARCHITECTURES and is_timm(arch)
+
+
+def only_size(spec: BackboneSpec) -> int:
+    """The side of the square images that a network takes alone; 0 where it takes any."""
+    return spec.image_size if is_foreign(spec.arch) and timm_config(spec.arch).fixed_input_size else 0
 
 
 def usual_spec(arch: str, num_classes: int = 1000, *, stem: str = "imagenet") -> BackboneSpec:
@@ -219,7 +231,7 @@ def fed_as(config: Config, *specs: BackboneSpec) -> Config:
             raise InputError(f"the networks were made for different {name}, {values}: give --{name.replace('_', '-')}")
         given[name] = found.pop()
     for spec in specs:
-        if given["image_size"] != spec.image_size and is_foreign(spec.arch) and timm_config(spec.arch).fixed_input_size:
+        if given["image_size"] != (only_size(spec) or given["image_size"]):
             raise InputError(
                 f"{spec.arch} takes images of {spec.image_size} pixels alone, not {given['image_size']}: leave out "
                 "--image-size"

@@ -15,6 +15,7 @@ FLOORS = (
     "threat_models",
     "attacks",
     "timm_models",
+    "timm_vit",
     "models",
     "configs",
     "runs",

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, BY_USER, READING, Checkpoint, reading
-from robust_backbones.checkpoint.names import translated
+from robust_backbones.checkpoint.names import of_vit, translated
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, is_foreign, reference_shapes, spec_from
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.timm_models import build_stages
+from robust_backbones.timm_vit import is_vit
 
 FORMAT = "robust_backbones.backbone/1"
 _WHO = (BY_FILE, BY_USER, ASSUMED)
@@ -112,10 +113,7 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
     checkpoint.spec.detectron2_overrides()  # raises: other networks' tensors have no names there
     spec = checkpoint.spec
     expected, classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)
-    of_backbone = {name for name in expected if not name.startswith(f"{classifier}.")}
-    if is_foreign(spec.arch):  # what comes after its last stage is of no use either
-        with torch.device("meta"):
-            of_backbone &= set(build_stages(spec.arch)[0].state_dict())
+    of_backbone = _detectron2_names(spec, [name for name in expected if not name.startswith(f"{classifier}.")])
     converted: dict[str, Tensor] = {}
     renamed: dict[str, str] = {}
     problems: dict[str, list[str]] = {"unexpected": [], "incorrect_shapes": [], "not_finite": []}
@@ -130,7 +128,7 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
         elif not tensor.isfinite().all():
             problems["not_finite"].append(name)
         else:
-            renamed[name] = name if is_foreign(spec.arch) else detectron2_name(name)
+            renamed[name] = of_backbone[name]
             converted[renamed[name]] = tensor.float().contiguous()
     report = ConversionReport(
         source=checkpoint.source,
@@ -139,10 +137,21 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
         reading=checkpoint.reading(),
         renamed=renamed,
         dropped=tuple(dropped),
-        missing=tuple(sorted(of_backbone - set(checkpoint.state_dict))),
+        missing=tuple(sorted(of_backbone.keys() - checkpoint.state_dict.keys())),
         **{problem: tuple(names) for problem, names in problems.items()},
     )
     return converted, report
+
+
+def _detectron2_names(spec: BackboneSpec, names: list[str]) -> dict[str, str]:
+    """The tensors of use to a detector, with their names there, among all but the classifier's."""
+    if not is_foreign(spec.arch):
+        return {name: detectron2_name(name) for name in names}
+    if is_vit(spec.arch):
+        return {name: new for name in names if (new := of_vit(name))}
+    with torch.device("meta"):
+        up_to_last_stage = build_stages(spec.arch)[0].state_dict()
+    return {name: name for name in names if name in up_to_last_stage}
 
 
 def convert_file(

@@ -165,3 +165,17 @@ def of_efficientnet(names: Collection[str], reference: Iterable[str]) -> dict[st
             layer, _, tensor = name.partition(".")
             renamed[name] = f"{_EFFICIENTNET.get(layer, layer)}.{tensor}"
     return renamed
+
+
+_VIT_LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+# timm's names -> those of Detectron2's ViT, whose layers have the same.
+_VIT = {r"pos_embed": "pos_embed", r"patch_embed\.proj\.(weight|bias)": r"patch_embed.proj.\1"} | {
+    rf"blocks\.(\d+)\.{re.escape(layer)}\.(weight|bias)": rf"blocks.\1.{layer}.\2" for layer in _VIT_LAYERS
+}
+
+
+def of_vit(name: str) -> str | None:
+    """The name in Detectron2's ViT of a tensor of timm's vision transformer; None of what has no place there: the class
+    token, the norm after the last block, pooling and the classifier."""
+    found = ((re.fullmatch(pattern, name), new) for pattern, new in _VIT.items())
+    return next((match.expand(new) for match, new in found if match), None)

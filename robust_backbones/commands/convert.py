@@ -69,15 +69,19 @@ def main(arguments: list[str]) -> int:
             say(f"uploaded to {push(options.dst, options.push, private=options.private)}")
     else:
 
-        def prove(checkpoint: Checkpoint, unproven: Path) -> None:
+        def prove(checkpoint: Checkpoint, written: Path) -> None:
             try:
-                from robust_backbones.detection import verify
+                from robust_backbones.detection import unproven, verify
             except MissingPackageError as error:
                 raise MissingPackageError(f"{error} (the proof needs it), or give --no-verify") from None
-            errors = verify.prove(checkpoint, unproven, image=options.image)
+            errors = verify.prove(checkpoint, written, image=options.image)
             result["errors"] = [asdict(error) for error in errors]
             say(verify.table(errors))
             say(f"features are equal (all < {verify.TOLERANCE:.0e}) against {errors[0].against}")
+            differences = unproven.differences(checkpoint, image=options.image)
+            result["not_proven"] = [asdict(difference) for difference in differences]
+            for difference in differences:
+                say(difference)
 
         report = convert_file(checkpoint, options.dst, prove=prove if options.verify else None)
         report.check()

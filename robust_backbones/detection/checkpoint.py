@@ -14,6 +14,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import ResNet
+from detectron2.modeling.backbone.vit import ViT
 from torch import Tensor, nn
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, metadata_in
@@ -25,6 +26,7 @@ from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.checkpoint.zoo import PREFIX
 from robust_backbones.detection.timm_backbone import TimmBackbone
+from robust_backbones.detection.vit_backbone import is_own
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
 from robust_backbones.runs.files import atomic_path
@@ -252,16 +254,18 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def backbone_tensors(model: nn.Module) -> dict[str, str]:
     """Each tensor that a backbone file must fill: its name in the detector -> its name in the file.
 
-    The ResNet's or timm's network's and, in C4 detectors, those of res5 in the ROI heads; not batch norm's counters.
+    The ResNet's, ViT's or timm's network's and, in C4 detectors, those of res5 in the ROI heads; not batch norm's
+    counters, nor a ViT's relative positions.
     """
-    prefixes = {f"{name}." if name else "": "" for name, module in model.named_modules() if isinstance(module, ResNet)}
+    own = ResNet | ViT
+    prefixes = {f"{name}." if name else "": "" for name, module in model.named_modules() if isinstance(module, own)}
     prefixes |= {f"{name}.network.": "" for name, module in model.named_modules() if isinstance(module, TimmBackbone)}
     prefixes |= {f"{name}.": "res5." for name, _ in model.named_modules() if name.endswith("roi_heads.res5")}
     return {
         name: short_prefix + name.removeprefix(prefix)
         for name in model.state_dict()
         for prefix, short_prefix in prefixes.items()
-        if name.startswith(prefix) and not name.endswith("num_batches_tracked")
+        if name.startswith(prefix) and not (name.endswith("num_batches_tracked") or is_own(name))
     }
 
 

@@ -17,7 +17,8 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.errors import ProofFailedError
 from robust_backbones.models import NormalizedModel, is_foreign
-from robust_backbones.timm_models import stage_layers
+from robust_backbones.timm_models import build_timm, stage_layers
+from robust_backbones.timm_vit import as_map, is_vit, vit_shape, without_class_token
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class SourceNetwork:
 
     model: NormalizedModel
     layers: tuple[str, ...]
-    """Its modules whose outputs are the stages res2 to res5."""
+    """Its modules whose outputs are the stages res2 to res5; of a ViT, its last block."""
     whose: str
     """As in ``timm's own network``."""
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Images in [0, 1], shape (N, 3, H, W) -> the outputs of ``layers``, at strides 4, 8, 16 and 32."""
+        """Images in [0, 1], shape (N, 3, H, W) -> outputs of ``layers``, at strides 4, 8, 16 and 32; a ViT's 16."""
         outputs: list[Tensor] = []
         modules = [self.model.backbone.get_submodule(layer) for layer in self.layers]
         hooks = [module.register_forward_hook(lambda *call: outputs.append(call[2])) for module in modules]
@@ -40,7 +41,7 @@ class SourceNetwork:
         finally:
             for hook in hooks:
                 hook.remove()
-        return outputs
+        return [as_map(output) if output.ndim == 3 else output for output in outputs]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ def source_network(checkpoint: Checkpoint) -> SourceNetwork:
 
 def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
     model = NormalizedModel(own.network.get_submodule(own.backbone), checkpoint.spec)
+    if is_foreign(checkpoint.spec.arch) and is_vit(checkpoint.spec.arch):
+        without_class_token(own.network)
+        last = vit_shape(checkpoint.spec.arch, checkpoint.spec.image_size).depth - 1
+        return SourceNetwork(model.eval(), (f"blocks.{last}",), f"{whose} without its class token")
     of_timm = stage_layers(own.network) if is_foreign(checkpoint.spec.arch) else ()
     return SourceNetwork(model.eval(), own.layers or of_timm or ("layer1", "layer2", "layer3", "layer4"), whose)
 
@@ -121,7 +126,7 @@ def _timm(checkpoint: Checkpoint) -> _Own:
     arch = next((name for name in said if isinstance(name, str)), "")
     if not timm.is_model(arch):
         raise _NotKnownError(f"timm has no {arch}" if arch else "it does not say its architecture")
-    return _Own(timm.create_model(arch, num_classes=checkpoint.spec.num_classes), checkpoint.state_dict)
+    return _Own(build_timm(arch, checkpoint.spec.num_classes, checkpoint.spec.image_size), checkpoint.state_dict)
 
 
 def _transformers(checkpoint: Checkpoint) -> _Own:

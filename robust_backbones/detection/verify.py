@@ -1,5 +1,7 @@
 """The proof of a conversion: Detectron2's res2-res5 equal the source's layer1-layer4, each fed in its own way.
 
+Of a ViT it is the last block's features, at the size that it was pre-trained at, without the class token on both sides.
+
 And ``MODEL.WEIGHTS robust://NAME``: a published backbone, downloaded, converted and proven at the first use.
 """
 
@@ -27,12 +29,12 @@ from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.detection.source_networks import source_network
 from robust_backbones.errors import InputError, ProofFailedError
+from robust_backbones.models import BackboneSpec, only_size
 from robust_backbones.runs.files import atomic_path
 
 TOLERANCE = 1e-4
 """Largest relative error that float32 rounding explains; a wrong stride, order or scale gives 0.01 and more."""
 
-_STAGES = ("res2", "res3", "res4", "res5")
 _NORMS = {"eval": "FrozenBN", "train": "BN"}
 # What comes after the backbone takes no part: as small as it can be.
 _SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]
@@ -95,6 +97,7 @@ def feature_errors(
         cfg = load_config(CONFIG_DIR / "Base-RCNN-FPN.yaml", [*own, *overrides])
         detector = build_model(cfg).train(mode == "train")
         BackboneCheckpointer(detector, cfg=cfg).load(str(converted))
+        network = detector.backbone.net if hasattr(detector.backbone, "net") else detector.backbone.bottom_up
         reference = source.model.train(mode == "train")
         if mode == "train":
             # The statistics of a few pixels, taken layer by layer, multiply float32's rounding a thousandfold, that of
@@ -107,10 +110,10 @@ def feature_errors(
                 (reference.std, spec.std),
             ):
                 buffer.copy_(torch.tensor(values, dtype=buffer.dtype)[:, None, None])
-        for name, for_detector, for_reference in _inputs(cfg.INPUT.FORMAT, checkpoint.spec.channel_order, image, size):
-            features = detector.backbone.bottom_up(detector.preprocess_image([{"image": for_detector}]).tensor)
+        for name, for_detector, for_reference in inputs(cfg.INPUT.FORMAT, checkpoint.spec, image, size):
+            features = network(detector.preprocess_image([{"image": for_detector}]).tensor)
             for stage, expected in zip(
-                _STAGES, source.stages(for_reference[None].to(reference.mean.dtype) / 255), strict=True
+                features, source.stages(for_reference[None].to(reference.mean.dtype) / 255), strict=True
             ):
                 if expected.shape != features[stage].shape:
                     raise ProofFailedError(
@@ -124,13 +127,21 @@ def feature_errors(
     return errors
 
 
-def _inputs(in_format: str, source_order: str, image: Path | None, size: int) -> Iterable[tuple[str, Tensor, Tensor]]:
+def inputs(
+    in_format: str, spec: BackboneSpec, image: Path | None = None, size: int = 224
+) -> Iterable[tuple[str, Tensor, Tensor]]:
     """The same pixels for the detector and for the source, each in its own order of channels: uint8, (3, H, W)."""
+    source_order, only = spec.channel_order, only_size(spec)
+    size = only or size
     pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     yield "random", _in_order(pixels, in_format), _in_order(pixels, source_order)
     if image is not None:
         for_detector = torch.from_numpy(read_image(str(image), in_format).copy()).permute(2, 0, 1)
-        yield image.name, _central_crop(for_detector), _in_order(_central_crop(_pixels_of(image)), source_order)
+        yield (
+            image.name,
+            _central_crop(for_detector, only),
+            _in_order(_central_crop(_pixels_of(image), only), source_order),
+        )
 
 
 def _pixels_of(image: Path) -> Tensor:
@@ -142,11 +153,15 @@ def _pixels_of(image: Path) -> Tensor:
         raise InputError(f"cannot read the image {image} ({error}): give a JPEG or PNG file") from None
 
 
-def _central_crop(image: Tensor) -> Tensor:
-    """At most 512 pixels a side, and multiples of 32: the detector would pad others, and the source has no padding."""
-    height, width = (min(side, _LARGEST_SIDE) // 32 * 32 for side in image.shape[1:])
-    if min(height, width) < _SMALLEST_SIDE:
-        raise InputError(f"the image has {image.shape[2]}x{image.shape[1]} pixels: give one of 64x64 or more")
+def _central_crop(image: Tensor, only: int) -> Tensor:
+    """At most 512 pixels a side, and multiples of 32: the detector would pad others, and the source has no padding.
+
+    The square of ``only`` where a network takes no other images.
+    """
+    least = only or _SMALLEST_SIDE
+    height, width = (only or min(side, _LARGEST_SIDE) // 32 * 32 for side in image.shape[1:])
+    if min(image.shape[1:]) < least:
+        raise InputError(f"the image has {image.shape[2]}x{image.shape[1]} pixels: give one of {least}x{least} or more")
     return center_crop(image, [height, width])
 
 

@@ -45,6 +45,8 @@ PROTOCOLS = {
     "FPN": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn", "frozen", "scratch", *ADVERSARIAL)],
     "C4": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn_C4", "frozen", "scratch", *ADVERSARIAL)],
 }
+OF_ONE_BACKBONE = {CONFIG_DIR / "protocols/vitdet.yaml"}
+"""Protocols that are tested with it."""
 DETECTORS = {family: CONFIG_DIR / f"COCO-InstanceSegmentation/mask_rcnn_R_50_{family}_1x.yaml" for family in FAMILIES}
 FAMILY = pytest.mark.parametrize("family", ["FPN", "C4"])
 
@@ -102,7 +104,7 @@ def test_there_are_files_of_every_kind() -> None:
     assert set(TASKS) == {*FAMILIES["FPN"], *FAMILIES["C4"], *OTHERS, CONFIG_DIR / "Base-RCNN.yaml"}
     resnets = {arch for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)}
     assert {path.stem for path in ARCHITECTURE_FILES} == resnets - {"resnet50"}
-    assert set((CONFIG_DIR / "protocols").iterdir()) == {*PROTOCOLS["FPN"], *PROTOCOLS["C4"]}
+    assert set((CONFIG_DIR / "protocols").iterdir()) == {*PROTOCOLS["FPN"], *PROTOCOLS["C4"], *OF_ONE_BACKBONE}
 
 
 @pytest.mark.parametrize("path", TASKS, ids=name_of)

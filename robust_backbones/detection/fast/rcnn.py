@@ -46,8 +46,10 @@ class BatchedRCNN(GeneralizedRCNN):
 
     def _images(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Normalised, in a tensor of the size that Detectron2 gives it, and ``corners`` as ``propose`` has them."""
-        step = max(self.backbone.size_divisibility, 1)
-        height, width = (-(-max(image.shape[axis] for image in images) // step) * step for axis in (1, 2))
+        constraints = self.backbone.padding_constraints
+        step = max(constraints.get("size_divisibility", self.backbone.size_divisibility), 1)
+        square = constraints.get("square_size", 0)
+        height, width = (-(-(square or max(image.shape[axis] for image in images)) // step) * step for axis in (1, 2))
         pixels = _upload(_stack(images, (3, height, width)), self.device)
         sizes = torch.tensor([[*image.shape[:0:-1]] * 2 for image in images], dtype=torch.float32)
         corners = _upload(sizes, self.device)

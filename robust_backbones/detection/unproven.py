@@ -1,0 +1,79 @@
+"""What the proof of a conversion leaves out, since a detector does it otherwise than the source: measured, and said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.modeling.backbone.utils import get_abs_pos
+from torch import Tensor
+
+from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.detection.verify import inputs
+from robust_backbones.models import NormalizedModel, is_foreign
+from robust_backbones.timm_vit import PATCH_SIZE, is_vit, vit_shape, without_class_token
+
+DETECTION_SIZE = 1024
+"""Of ViTDet's images, in pixels."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that the backbone of a detector does otherwise, and by how much."""
+
+    what: str
+    image: str
+    """``random``, or the image file's name; empty where no image has a part in it."""
+    relative: float
+    """max|difference| / max|of the source|."""
+
+    def __str__(self) -> str:
+        return f"not proven: {self.what}: {self.relative:.1e}{f' ({self.image})' if self.image else ''}"
+
+
+@torch.no_grad()
+def differences(checkpoint: Checkpoint, *, image: str | Path | None = None) -> list[Difference]:
+    """Of a ViT, what its class token and the interpolation of its position embeddings change; of others, nothing."""
+    spec = checkpoint.spec
+    if not (is_foreign(spec.arch) and is_vit(spec.arch)):
+        return []
+    found = []
+    if "cls_token" in checkpoint.state_dict:
+        whole, patches = checkpoint.model(), checkpoint.model()
+        without_class_token(patches.backbone)
+        for name, _, pixels in inputs(spec.channel_order, spec, Path(image) if image else None):
+            features = [_last_features(model, pixels[None] / 255) for model in (whole, patches)]
+            what = "the source's features with its class token, which no detector has, differ from those without it"
+            found.append(Difference(what, name, _relative(features[1], features[0])))
+    wanted, ours = position_embeddings(checkpoint, DETECTION_SIZE // PATCH_SIZE)
+    what = (
+        f"position embeddings at {DETECTION_SIZE} pixels, bicubic in Detectron2, differ from timm's antialiased bicubic"
+    )
+    return [*found, Difference(what, "", _relative(ours, wanted))]
+
+
+def position_embeddings(checkpoint: Checkpoint, side: int) -> tuple[Tensor, Tensor]:
+    """Those for ``side`` x ``side`` patches, each (1, side, side, C): as timm and as Detectron2 resize them."""
+    from timm.layers import resample_abs_pos_embed
+
+    embeds_class = vit_shape(checkpoint.spec.arch, checkpoint.spec.image_size).embeds_class
+    stored = checkpoint.state_dict["pos_embed"]
+    patches = stored[:, int(embeds_class) :]
+    of_timm = resample_abs_pos_embed(patches, [side, side], num_prefix_tokens=0).unflatten(1, (side, side))
+    return of_timm, get_abs_pos(stored, embeds_class, (side, side))
+
+
+def _last_features(model: NormalizedModel, images: Tensor) -> Tensor:
+    """Images in [0, 1] -> the last block's features, (N, C, H, W)."""
+    network: Any = model.backbone
+    last = len(network.blocks) - 1
+    outputs = network.forward_intermediates(
+        model.normalize(images), indices=[last], norm=False, output_fmt="NCHW", intermediates_only=True
+    )
+    return outputs[0]
+
+
+def _relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).abs().max() / wanted.abs().max()).item()

@@ -1,0 +1,134 @@
+"""timm's plain vision transformers as Detectron2's ViT has to be built to hold their tensors, or why it cannot be.
+
+Which one fits is found in the network that timm builds, not in its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robust_backbones.errors import InputError
+from robust_backbones.timm_models import build_timm, timm_config
+
+PATCH_SIZE = 16
+"""In pixels: the simple feature pyramid makes strides 4 to 32 of the stride 16 of these patches."""
+
+
+@dataclass(frozen=True)
+class ViTShape:
+    """What tells one plain vision transformer from another, in Detectron2's terms."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: float
+    qkv_bias: bool
+    epsilon: float
+    """Of its layer norms."""
+    embeds_class: bool
+    """Whether the first position embedding is that of the class token."""
+
+
+@cache
+def is_vit(arch: str) -> bool:
+    """Whether a network of timm is one of its plain vision transformers."""
+    return bool(timm_config(arch).fixed_input_size) and _plain(_built(arch, timm_config(arch).input_size[-1]))
+
+
+@cache
+def vit_shape(arch: str, image_size: int) -> ViTShape:
+    """The shape of timm's vision transformer for square images of so many pixels.
+
+    Raises:
+        InputError: it has what Detectron2's ViT lacks, which the message names; or it is no vision transformer.
+    """
+    network = _built(arch, image_size)
+    if not _plain(network):
+        raise InputError(f"timm's {arch} is no plain vision transformer, which Detectron2's ViT would be")
+    if found := [name for name, is_in in _FOREIGN.items() if any(map(is_in, [network, *network.blocks]))]:
+        raise InputError(f"Detectron2's ViT cannot be timm's {arch}, which has {', '.join(found)}")
+    block = network.blocks[0]
+    return ViTShape(
+        width=network.embed_dim,
+        depth=len(network.blocks),
+        heads=block.attn.num_heads,
+        mlp_ratio=block.mlp.fc1.out_features / network.embed_dim,
+        qkv_bias=block.attn.qkv.bias is not None,
+        epsilon=block.norm1.eps,
+        embeds_class=network.has_class_token and not network.no_embed_class,
+    )
+
+
+def without_class_token(network: Any) -> None:
+    """Take the class token out of a vision transformer of timm, in place: its blocks then attend to patches alone."""
+    if network.has_class_token and not network.no_embed_class:
+        network.pos_embed = nn.Parameter(network.pos_embed.detach()[:, network.num_prefix_tokens :])
+    network.cls_token, network.num_prefix_tokens, network.has_class_token = None, 0, False
+
+
+def as_map(tokens: Tensor) -> Tensor:
+    """Tokens of square images without a class token, (N, H * W, C) -> (N, C, H, W)."""
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
+
+
+def _built(arch: str, image_size: int) -> Any:
+    with torch.device("meta"):
+        return build_timm(arch, 1, image_size)
+
+
+def _plain(network: nn.Module) -> bool:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return isinstance(network, VisionTransformer)
+
+
+def _has(owner: Any, *names: str) -> bool:
+    """Whether one of these modules is there and does something."""
+    return any(not isinstance(getattr(owner, name, None), nn.Identity | None) for name in names)
+
+
+def _of_network(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda module: hasattr(module, "blocks") and check(module)
+
+
+def _of_block(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda module: hasattr(module, "attn") and check(module)
+
+
+# What to call it -> whether the network, or one of its blocks, has it.
+_FOREIGN: dict[str, Callable[[Any], bool]] = {
+    f"patches of other than {PATCH_SIZE} pixels": _of_network(
+        lambda net: {*net.patch_embed.patch_size} != {PATCH_SIZE}
+    ),
+    "a patch embedding that is more than a convolution with a bias": _of_network(
+        lambda net: getattr(net.patch_embed.proj, "bias", None) is None or _has(net.patch_embed, "norm", "backbone")
+    ),
+    "a norm before its blocks": _of_network(lambda net: _has(net, "norm_pre")),
+    "register tokens": _of_network(lambda net: net.num_reg_tokens > 0),
+    "a distillation token": _of_network(lambda net: hasattr(net, "dist_token")),
+    "no position embeddings of its own": _of_network(lambda net: net.pos_embed is None),
+    "images that are not square": _of_network(lambda net: len({*net.patch_embed.grid_size}) > 1),
+    "blocks of another kind": lambda module: not (hasattr(module, "blocks") or _is(module, "Block")),
+    "attention of another kind": _of_block(lambda block: not _is(block.attn, "Attention")),
+    "layer scale": _of_block(lambda block: _has(block, "ls1", "ls2")),
+    "norms of queries and keys": _of_block(lambda block: _has(block.attn, "q_norm", "k_norm")),
+    "norms within its attention": _of_block(lambda block: _has(block.attn, "norm")),
+    "norms within its MLP": _of_block(lambda block: _has(block.mlp, "norm")),
+    "an MLP of another kind": _of_block(lambda block: not _is(block.mlp, "Mlp")),
+    "an activation other than GELU": _of_block(
+        lambda block: type(block.mlp.act) is not nn.GELU or block.mlp.act.approximate != "none"
+    ),
+    "norms other than layer norms": _of_block(lambda block: not isinstance(block.norm1, nn.LayerNorm)),
+    "projections without a bias": _of_block(lambda block: block.attn.proj.bias is None),
+}
+
+
+def _is(module: nn.Module, kind: str) -> bool:
+    return type(module).__name__ == kind
