@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.timm_models import build_timm, is_timm, timm_classifier, timm_config
+from robust_backbones.timm_models import build_timm, is_timm, set_norm_epsilon, timm_classifier, timm_config
 from robust_backbones.timm_vit import is_vit, vit_shape
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -68,13 +68,14 @@ ARCHITECTURES: dict[str, ResNetShape | None] = {
 class BackboneSpec:
     """Everything needed to rebuild a backbone and to feed it; travels inside checkpoints and converted files.
 
-    ``num_classes`` is 0 for a ResNet without a classifier.
+    ``num_classes`` is 0 for a ResNet or a network of timm's without a classifier.
     ``mean`` and ``std`` are per channel, in [0, 1] pixel units, in the order of ``channel_order`` (RGB or BGR).
     ``stride_in_1x1`` tells where a bottleneck strides: in its 3x3 convolution (False, torchvision) or its first 1x1.
     ``stem`` is how a ResNet begins: ``imagenet``, a 7x7 convolution of stride 2 and a max-pool; ``cifar``, a 3x3
     convolution of stride 1 for images of 32 pixels (He et al. 2016, section 4.2).
     ``image_size``, ``val_resize`` and ``interpolation`` are how its makers evaluate it: the shorter side is resized to
     ``val_resize`` pixels, ``bilinear`` or ``bicubic``, and the central square of ``image_size`` is what it sees.
+    ``norm_epsilon`` is that of its layer norms where its makers' is not timm's (``timm_models.set_norm_epsilon``).
 
     Raises:
         InputError: unknown architecture, stem or channel order; a mean or std that pixels in [0, 1] cannot have; a
@@ -92,6 +93,7 @@ class BackboneSpec:
     image_size: int = 224
     val_resize: int = 256
     interpolation: str = "bilinear"
+    norm_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.arch, str) or not (self.arch in ARCHITECTURES or is_timm(self.arch)):
@@ -111,7 +113,7 @@ class BackboneSpec:
                 f"got {self.num_classes!r} and {self.stride_in_1x1!r}"
             )
         shape = self.resnet_shape
-        if self.num_classes < (0 if shape else 1):
+        if self.num_classes < (0 if shape or self.arch not in ARCHITECTURES else 1):
             raise InputError(f"a backbone needs at least one class, got {self.num_classes}")
         if self.stem != "imagenet" and not shape:
             raise InputError(
@@ -132,7 +134,7 @@ class BackboneSpec:
         """Plain values, the same before and after a trip through JSON; ``BackboneSpec(**...)`` reads them."""
         values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
         usual = {field.name: field.default for field in fields(self)}
-        return {name: value for name, value in values.items() if name not in _EVALUATION or value != usual[name]}
+        return {name: value for name, value in values.items() if name not in _NEWER or value != usual[name]}
 
     def detectron2_overrides(self) -> dict[str, object]:
         """The Detectron2 configuration keys this backbone needs, with their values (pixel units 0 to 255).
@@ -171,6 +173,7 @@ class BackboneSpec:
 
 
 _EVALUATION = ("image_size", "val_resize", "interpolation")
+_NEWER = (*_EVALUATION, "norm_epsilon")
 """Fields that files from before there was timm lack; they have the defaults."""
 
 
@@ -180,12 +183,12 @@ def spec_from(content: Any) -> BackboneSpec:
     if not isinstance(content, dict) or not content.keys() <= known:
         raise InputError(f"its spec is damaged: it has to hold {', '.join(sorted(known))}, and nothing else")
     kinds: dict[str, Any] = {"num_classes": int, "stride_in_1x1": bool, "mean": list | tuple, "std": list | tuple}
-    kinds |= {"image_size": int, "val_resize": int}
+    kinds |= {"image_size": int, "val_resize": int, "norm_epsilon": float}
     for name, value in content.items():
         if not isinstance(value, kinds.get(name, str)):
             raise InputError(f"its spec is damaged: its {name} is of type {type(value).__name__}")
     spec = BackboneSpec(**content)
-    if missing := known - {"stem", *_EVALUATION} - content.keys():  # files from before there was a choice lack it
+    if missing := known - {"stem", *_NEWER} - content.keys():  # files from before there was a choice lack it
         raise InputError(f"its spec is damaged: it lacks {', '.join(sorted(missing))}")
     return spec
 
@@ -280,7 +283,9 @@ def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if is_foreign(spec.arch):
-            return build_timm(spec.arch, spec.num_classes, spec.image_size)
+            net = build_timm(spec.arch, spec.num_classes, spec.image_size)
+            set_norm_epsilon(net, spec.norm_epsilon)
+            return net
         net = _build(spec.arch, spec.num_classes, spec.stem)
     if spec.stride_in_1x1:
         from torchvision.models.resnet import Bottleneck
@@ -344,58 +349,6 @@ def _mnasnet1_0(num_classes: int) -> nn.Module:
     return PlainMNASNet(1.0, num_classes)
 
 
-def identify(state_dict: dict[str, Tensor], named: BackboneSpec | None = None) -> BackboneSpec:
-    """The architecture, stem and number of classes of a torchvision-named network, recognised by its tensors' shapes.
-
-    What no tensor tells (``mean``, ``std``, ``channel_order``, ``stride_in_1x1``) is torchvision's in the spec.
-
-    Args:
-        named: the network of timm that the file names; the tensors then have to be its own, by timm's names.
-
-    Raises:
-        InputError: no known architecture has exactly these tensors.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if not _is_counter(name)}
-    stem = "cifar" if shapes.get("conv1.weight") == (64, 3, 3, 3) else "imagenet"
-    nearest: tuple[float, str] = (0.9, "")  # a share of equal tensors, and what differs
-    is_resnet = any(name.startswith("layer1.") for name in shapes)
-    candidates = [arch for arch, shape in ARCHITECTURES.items() if bool(shape) == is_resnet]
-    for arch in candidates if named is None else [named.arch]:
-        reference, classifier = reference_shapes(arch, stem, named.image_size if named else 224)
-        weight, bias = f"{classifier}.weight", f"{classifier}.bias"
-        body = {name: shape for name, shape in reference.items() if name not in (weight, bias)}
-        num_classes, *_ = shapes.get(weight) or (0,)
-        if num_classes and shapes == body | {weight: (num_classes, reference[weight][1]), bias: (num_classes,)}:
-            return replace(named, num_classes=num_classes) if named else BackboneSpec(arch, num_classes, stem=stem)
-        if shapes == body and ARCHITECTURES.get(arch):
-            return BackboneSpec(arch, 0, stem=stem)
-        equal = sum(shapes.get(name) == shape for name, shape in body.items()) / len(body)
-        nearest = max(nearest, (equal, f"it comes nearest to {arch}, but {_difference(shapes, body, (weight, bias))}"))
-    if nearest[1]:
-        raise InputError(nearest[1])
-    names = ", ".join(list(shapes)[:3])
-    raise InputError(
-        f"its tensors ({names} ...) are those of none of the known architectures ({', '.join(ARCHITECTURES)}) by "
-        "torchvision's names"
-        # No width or number of groups makes up for another stem.
-        + (
-            "; Detectron2's ResNet has no such architecture either"
-            if is_resnet and "conv1.weight" not in shapes
-            else ""
-        )
-    )
-
-
-def _difference(shapes: dict[str, tuple[int, ...]], body: dict[str, tuple[int, ...]], head: tuple[str, str]) -> str:
-    found = {
-        "lacks": [name for name in body if name not in shapes],
-        "has no place for": [name for name in shapes if name not in body and name not in head],
-        "differs in the shape of": [name for name, shape in body.items() if shapes.get(name, shape) != shape],
-    }
-    parts = [f"{what} {', '.join(names[:3])}" + " ..." * (len(names) > 3) for what, names in found.items() if names]
-    return " and ".join(parts) or f"its classifier {head[0].removesuffix('.weight')} is not one linear layer"
-
-
 @cache
 def reference_shapes(arch: str, stem: str, image_size: int = 224) -> tuple[dict[str, tuple[int, ...]], str]:
     """The shapes of an architecture's tensors with one class, without counters, and its classifier layer's name.
@@ -408,7 +361,7 @@ def reference_shapes(arch: str, stem: str, image_size: int = 224) -> tuple[dict[
         return _resnet_shapes(shape, stem), "fc"
     with torch.device("meta"):
         net = build_timm(arch, 1, image_size) if is_foreign(arch) else _build(arch, 1, stem)
-    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if not _is_counter(name)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if not is_counter(name)}
     if is_foreign(arch):
         return shapes, timm_classifier(arch, net)
     *_, classifier = (name for name, module in net.named_modules() if isinstance(module, nn.Linear))
@@ -444,7 +397,7 @@ def _resnet_shapes(shape: ResNetShape, stem: str) -> dict[str, tuple[int, ...]]:
     return {**shapes, "fc.weight": (1, inputs), "fc.bias": (1,)}
 
 
-def _is_counter(name: str) -> bool:
+def is_counter(name: str) -> bool:
     """Batch norm's counters, which old files lack."""
     return name.endswith("num_batches_tracked")
 

@@ -6,8 +6,9 @@ timm is imported where one of them is asked for: that takes seconds.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from robust_backbones.errors import InputError
@@ -19,16 +20,21 @@ STRIDES = (4, 8, 16, 32)
 @cache
 def is_timm(arch: str) -> bool:
     """Whether timm has a network of this name, with or without a tag of weights."""
+    return bool(_timm().is_model(arch))
+
+
+def _timm() -> Any:
+    """timm, with the networks of ``convstem`` in its registry."""
     import timm
 
-    return bool(timm.is_model(arch))
+    from robust_backbones import convstem  # noqa: F401
+
+    return timm
 
 
 def timm_config(arch: str) -> Any:
     """timm's configuration of a network, with ``mean``, ``input_size``, ``crop_pct``, ``classifier`` and more."""
-    import timm
-
-    return timm.get_pretrained_cfg(arch, allow_unregistered=True)
+    return _timm().get_pretrained_cfg(arch, allow_unregistered=True)
 
 
 def build_timm(arch: str, num_classes: int, image_size: int) -> nn.Module:
@@ -37,13 +43,40 @@ def build_timm(arch: str, num_classes: int, image_size: int) -> nn.Module:
     Raises:
         InputError: timm has none for such images.
     """
-    import timm
-
     made_for = {"img_size": image_size} if timm_config(arch).fixed_input_size else {}
     try:
-        return timm.create_model(arch, num_classes=num_classes, **made_for)
+        network: nn.Module = _timm().create_model(arch, num_classes=num_classes, **made_for)
+        return network
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"timm cannot build {arch} for images of {image_size} pixels ({error})") from None
+
+
+def set_norm_epsilon(network: nn.Module, epsilon: float) -> None:
+    """Give the layer norms this epsilon, where it is not 0: of a ConvNeXt the last one alone, as transformers does."""
+    from timm.models.convnext import ConvNeXt
+
+    for name, module in network.named_modules() if epsilon else ():
+        if isinstance(module, nn.LayerNorm) and (name == "head.norm" or not isinstance(network, ConvNeXt)):
+            module.eps = epsilon
+
+
+class NormAndHeads(NamedTuple):
+    """What a network of timm has, and its tensors do not show."""
+
+    norm_epsilon: float
+    """Of its last layer norm; 0 where it has none."""
+    heads: int
+    """Of its first attention; 0 where it has none."""
+
+
+@cache
+def norm_and_heads(arch: str) -> NormAndHeads:
+    """Of the network by this name."""
+    with torch.device("meta"):
+        modules = [*build_timm(arch, 1, timm_config(arch).input_size[-1]).modules()]
+    norms = [module.eps for module in modules if isinstance(module, nn.LayerNorm)]
+    heads = [heads for module in modules if isinstance(heads := getattr(module, "num_heads", None), int)]
+    return NormAndHeads(norms[-1] if norms else 0.0, heads[0] if heads else 0)
 
 
 def timm_classifier(arch: str, network: nn.Module) -> str:
@@ -68,13 +101,12 @@ def build_stages(arch: str, *, drop_path: float = 0.0) -> tuple[nn.Module, tuple
     Raises:
         InputError: it has no such stages, takes images of one size alone, or leaves out no blocks.
     """
-    import timm
     from timm.layers import DropPath
 
     if timm_config(arch).fixed_input_size:
         raise InputError(f"timm's {arch} takes images of one size alone: no backbone of a detector is made of it")
     try:
-        network: Any = timm.create_model(arch, num_classes=0, drop_path_rate=drop_path or None)
+        network: Any = _timm().create_model(arch, num_classes=0, drop_path_rate=drop_path or None)
         dropping = any(isinstance(module, DropPath) for module in network.modules())
     except TypeError:
         dropping = False  # it knows no such argument

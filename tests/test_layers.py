@@ -14,6 +14,7 @@ FLOORS = (
     "errors",
     "threat_models",
     "attacks",
+    "convstem",
     "timm_models",
     "timm_vit",
     "models",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from robust_backbones.checkpoint.identify import identify
 from robust_backbones.errors import InputError
 from robust_backbones.models import (
     ARCHITECTURES,
@@ -17,7 +18,6 @@ from robust_backbones.models import (
     NormalizedModel,
     ResNetShape,
     build_backbone,
-    identify,
     reference_shapes,
 )
 

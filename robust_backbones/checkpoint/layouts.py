@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robust_backbones.checkpoint.families import FAMILIES, joined, renamed, spec_of
+from robust_backbones.checkpoint.identify import identify
 from robust_backbones.checkpoint.names import NAMINGS, of_caffe2, of_efficientnet, translated, without_wrappers
 from robust_backbones.checkpoint.untrusted import SAVE_STATE_DICT, Inert
 from robust_backbones.errors import InputError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, identify, reference_shapes, usual_spec
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, reference_shapes, usual_spec
 
 _BATCH_NORM_EPSILON = 1e-5
 _RGB = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "channel_order": "RGB", "stride_in_1x1": False}
@@ -28,6 +30,7 @@ _CAFFE2 = {
 
 # Lines of what SOURCES' signs are searched in, beside the keys and names of the file.
 OWN, NORMALIZER = "our own format", "normalises by itself"
+NAMES = "names of "
 TIMM, BARE = "described by timm", "names of torchvision and nothing else"
 
 DILATED = "dilated"
@@ -55,7 +58,19 @@ SOURCES = {
     "robust_backbones": Source("a checkpoint of robust-backbones pretrain", f"^{OWN}$"),
     "msra": Source("a Caffe2 model of Detectron's zoo", r"/res2_0_branch2a_w$", _CAFFE2),
     "detectron2": Source("a Detectron2 model", r"[/.]stem\.conv1\.weight$"),
-    "transformers": Source("a ResNet of transformers", r"[/.]embedder\.embedder\.convolution\.weight$", _ORDER),
+    "transformers": Source(
+        "a network of transformers",
+        rf"[/.]embedder\.embedder\.convolution\.weight$|^{NAMES}transformers$",
+        _ORDER,
+    ),
+    "convstem": Source(
+        "a network with a ConvStem, as RobustBench's Singh2023Revisiting",
+        r"[/.](stem|patch_embed\.proj)\.stem\.0\.weight$",
+        _ORDER,
+    ),
+    # ares/model/imagenet_model_zoo.py: of all that they trained adversarially, also of ViTs.
+    "ares": Source("a file of ARES", r"^file ARES_(ConvNext|Swin|ViT)_\w+_AT\.pth$", _RGB),
+    "convnext": Source("a ConvNeXt of its authors", f"^{NAMES}the authors of ConvNeXt$", _RGB),
     "robustness": Source(
         "a checkpoint of MadryLab's robustness library", r"/(module\.)?(attacker\.|normalizer\.new_mean$)", _RGB
     ),
@@ -111,6 +126,8 @@ class Network:
     """All that the dictionary holds, by the file's names."""
     named: BackboneSpec | None = None
     """The network of timm that the file says it is; ``names`` then leads to timm's."""
+    library: str = ""
+    """Of ``families.FAMILIES``, by whose names it was found; no word of the file, but shapes then tell ``named``."""
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
@@ -118,7 +135,7 @@ class Network:
         state_dict = {short: self.tensors[name] for name, short in self.names.items()}
         if any(name.startswith("res2_0_branch") for name in self.names):
             _add_statistics(state_dict, self.tensors.get("conv1_b"))
-        return state_dict
+        return joined(state_dict) if self.library else state_dict
 
     @cached_property
     def spec(self) -> BackboneSpec:
@@ -222,7 +239,7 @@ def _nothing_known(content: dict[str, Any]) -> str:
         names = ", ".join(list(tensors)[:3])
         return (
             f"its tensors ({names} ...) are those of none of the known architectures by the names of torchvision, "
-            f"Detectron2, transformers or nn.Sequential{_in_parts(tensors)}"
+            f"Detectron2, transformers or nn.Sequential{_in_parts(tensors)}{_of_clip(tensors)}"
             + (f"; {inert[0]} cannot be read: save plain floats" if inert else "")
         )
     if inert:
@@ -235,6 +252,16 @@ def _inert_in(content: dict[Any, Any]) -> list[str]:
     """Keys of objects of unknown classes, at the top or among tensors."""
     inner = [value for value in content.values() if isinstance(value, dict)]
     return [str(key) for part in (content, *inner) for key, value in part.items() if isinstance(value, Inert)]
+
+
+def _of_clip(names: Collection[str]) -> str:
+    """Why the tower of a CLIP is not read: no tensor tells GELU from the QuickGELU of OpenAI's."""
+    if not any(name.endswith("visual.positional_embedding") for name in names):
+        return ""
+    return (
+        "; no tensor of a CLIP tells its activation: load it in timm as vit_base_patch16_clip_224, or "
+        "vit_base_patch16_clip_quickgelu_224 where it is OpenAI's, and save that with its pretrained_cfg"
+    )
 
 
 _IN_PARTS = {
@@ -272,7 +299,8 @@ def _networks_of(key: str, tensors: dict[str, Tensor], named: BackboneSpec | Non
         for prefix in (name.removesuffix(row.anchor) for name in plain.values() if name.endswith(row.anchor)):
             if prefix == "" or prefix.endswith("."):
                 found.append(Network(key, prefix, _names_of_resnet(plain, prefix, naming), tensors))
-    return found or _efficientnets(key, plain, tensors) or _networks_from(_OTHERS, key, plain, tensors)
+    found = found or _efficientnets(key, plain, tensors) or _of_families(key, plain, tensors)
+    return found or _networks_from(_OTHERS, key, plain, tensors)
 
 
 def _efficientnets(key: str, plain: dict[str, str], tensors: dict[str, Tensor]) -> list[Network]:
@@ -287,6 +315,29 @@ def _efficientnets(key: str, plain: dict[str, str], tensors: dict[str, Tensor]) 
             equal = sum(tuple(tensors[name].shape) == reference.get(own) for name, own in names.items())
             candidates.append((equal, replace(network, names=names, named=usual_spec(arch))))
         found.append(max(candidates, key=lambda pair: pair[0])[1])
+    return found
+
+
+def _of_families(key: str, plain: dict[str, str], tensors: dict[str, Tensor]) -> list[Network]:
+    """ConvNeXt, Swin and ViT by the names of those who make them."""
+    found: list[Network] = []
+    problems = []
+    for row in FAMILIES:
+        begins = [name.removesuffix(row.anchor) for name in plain.values() if f".{name}".endswith(f".{row.anchor}")]
+        for prefix in (begin.removesuffix(row.inside) for begin in begins):
+            if any(prefix.startswith(other.prefix) for other in found):
+                continue
+            own = {name: full.removeprefix(prefix) for name, full in plain.items() if full.startswith(prefix)}
+            short = renamed(own.values(), row)
+            names = {name: short[one] for name, one in own.items() if one in short}
+            try:
+                spec = spec_of(row, {one: tensors[name] for name, one in names.items()})
+            except InputError as problem:
+                problems.append(problem)
+            else:
+                found.append(Network(key, prefix, names, tensors, spec, row.library))
+    if problems and not found:
+        raise problems[0]
     return found
 
 

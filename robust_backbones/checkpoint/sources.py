@@ -29,6 +29,7 @@ from robust_backbones.checkpoint.layouts import (
     BARE,
     CAFFE2_RESNEXT,
     DILATED,
+    NAMES,
     NORMALIZER,
     OWN,
     SOURCES,
@@ -43,6 +44,7 @@ from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.models import BackboneSpec, check_normalization, is_foreign, is_number, spec_from, usual_spec
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.timm_models import norm_and_heads
 
 HUB = "hub:"
 
@@ -132,11 +134,14 @@ def _read(
     named = own if own and is_foreign(own.arch) else described.named()
     network = find_network(content, key=key, prefix=prefix, named=named)
     normalizer = _normalizer(network, content)
+    as_named = all(name == short for name, short in network.names.items())
     signs = {
         OWN: own,
         NORMALIZER: normalizer,
-        TIMM: described.by_timm and not metadata,
-        BARE: all(name == short for name, short in network.names.items()) and not network.key,
+        TIMM: (described.by_timm or network.library == "timm") and not metadata,
+        BARE: not network.key and (network.library == "torchvision" or (not network.library and as_named)),
+        f"{NAMES}{network.library}": network.library,
+        f"file {path.name}": True,
     }
     if path.suffix == ".safetensors" and not metadata:  # whose they are, nobody says
         signs[BARE] = False
@@ -162,9 +167,15 @@ def _read(
         in_file = _said_by(metadata.spec, metadata.threat_model)
     else:
         described.check(tensors_say.arch)
+        if network.library == "transformers":
+            tensors_say = replace(tensors_say, norm_epsilon=described.norm_epsilon(tensors_say.arch))
         in_file = described.values() | (normalizer or {})
-    if network.named:  # what its makers feed it with, where the file does not say it
-        convention = {"mean": network.named.mean, "std": network.named.std, "stride_in_1x1": False} | convention
+    if network.named:  # it has no bottlenecks of ours
+        convention = {"stride_in_1x1": False} | convention
+    if network.named and (
+        not network.library or layout == "convstem"
+    ):  # what its makers feed it with, where the file does not say it
+        convention = {"mean": network.named.mean, "std": network.named.std} | convention
     if layout == "msra" and tensors_say.arch.startswith("resnext"):
         convention = convention | CAFFE2_RESNEXT
     values, said = _agreed(in_file, convention, statement)
@@ -244,7 +255,7 @@ class _Description:
         inside = content | (header if isinstance(header, dict) else {})
         beside = _json_object(path.with_name("config.json"))
         # A folder may hold the configuration of something else.
-        self._config = beside if "architecture" in beside or beside.get("model_type") == "resnet" else {}
+        self._config = beside if "architecture" in beside or beside.get("model_type") in _OF_TRANSFORMERS else {}
         cfg: Any = next((inside[key] for key in ("pretrained_cfg", "default_cfg") if key in inside), None)
         cfg = self._config.get("pretrained_cfg") if cfg is None else cfg
         self._cfg: dict[str, Any] = _parsed(cfg, "pretrained_cfg") if cfg is not None else {}
@@ -291,6 +302,7 @@ class _Description:
 
         Variants by activation, dilation or blur have no tensors of their own, and other features.
         """
+        asked: dict[str, Any] = _OF_TRANSFORMERS.get(self._config.get("model_type", ""), {})
         for where, name, exact in self._architectures():
             if _differs(name, arch, exact=exact):
                 raise InputError(
@@ -300,7 +312,7 @@ class _Description:
         for where, fields, allowed in (
             ("config.json", self._config.get("model_args"), _HARMLESS),
             ("model_args", self._inside.get("model_args"), _HARMLESS),
-            ("config.json", {k: v for k, v in self._config.items() if k in _OF_TRANSFORMERS}, _OF_TRANSFORMERS),
+            ("config.json", {k: v for k, v in self._config.items() if k in asked}, asked),
         ):
             for name, value in fields.items() if isinstance(fields, dict) else ():
                 if name not in allowed or (allowed[name] is not None and value != allowed[name]):
@@ -308,6 +320,28 @@ class _Description:
                         f"{where} says that its {name} is {value!r}, which gives other features than {arch}'s: "
                         "Detectron2's ResNet cannot be it"
                     )
+
+    def norm_epsilon(self, arch: str) -> float:
+        """That of transformers' layer norms, which no tensor shows; 0 where it is timm's too."""
+        kind = self._config.get("model_type")
+        if kind not in _NORM_EPSILON:
+            raise InputError(
+                f"no tensor of transformers' {arch} shows the epsilon of its norms: put its config.json beside it"
+            )
+        heads, epsilon = (
+            self._config.get("num_attention_heads"),
+            self._config.get("layer_norm_eps", _NORM_EPSILON[kind]),
+        )
+        facts = norm_and_heads(arch)
+        if kind == "vit" and heads not in (None, facts.heads):
+            raise InputError(
+                f"config.json says that it has {heads} heads, timm's {arch} has {facts.heads}: it cannot be it"
+            )
+        if not (isinstance(epsilon, float) and 0 < epsilon < 1e-2):
+            raise InputError(
+                f"config.json says that its layer_norm_eps is {epsilon!r}: a number such as 1e-12 belongs there"
+            )
+        return 0.0 if epsilon == facts.norm_epsilon else epsilon
 
     def _architectures(self) -> Iterator[tuple[str, str, bool]]:
         """Who says it, the name, and whether nothing else than timm's names can stand there."""
@@ -330,7 +364,15 @@ _HARMLESS = {
     **dict.fromkeys(("num_classes", "global_pool", "drop_rate", "drop_path_rate", "drop_block_rate", "pretrained")),
     **{"in_chans": 3, "output_stride": 32, "act_layer": "relu", "zero_init_last": None, "img_size": None},
 }
-_OF_TRANSFORMERS = {"hidden_act": "relu", "downsample_in_first_stage": False}
+_GELU = {"hidden_act": "gelu"}
+_OF_TRANSFORMERS: dict[str, dict[str, Any]] = {
+    "resnet": {"hidden_act": "relu", "downsample_in_first_stage": False},
+    "convnext": _GELU,
+    "swin": _GELU | {"use_absolute_embeddings": False},
+    "vit": _GELU,
+}
+# Of transformers' configurations, which leave out what is the default.
+_NORM_EPSILON = {"convnext": 1e-12, "swin": 1e-5, "vit": 1e-12}
 
 
 def _differs(said: str, arch: str, *, exact: bool) -> bool:

@@ -48,7 +48,7 @@ def narrow() -> Iterator[None]:
         if shape != ResNetShape(18):
             return original_shapes(shape, stem)
         tensors = NarrowResNet(1).state_dict()
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not models._is_counter(name)}
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not models.is_counter(name)}
 
     def forget() -> None:
         reference_shapes.cache_clear()
