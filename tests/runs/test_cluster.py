@@ -14,7 +14,7 @@ from robust_backbones.commands.pretrain import PretrainJob, submit
 from robust_backbones.errors import InputError
 from robust_backbones.runs.cluster import ClusterConfig, log_folder
 from robust_backbones.runs.record import RunRecord
-from tests.classification.test_pretrain import CONFIG, HERE, same_weights
+from tests.classification.test_pretrain import CONFIG, HERE, same_checkpoints
 
 submitit = pytest.importorskip("submitit")
 
@@ -77,4 +77,4 @@ def test_an_interrupted_run_goes_on_where_it_was(shapes: Path, tmp_path: Path) -
     assert submitted.result() == RunRecord.read(tmp_path / "unbroken/record.json").metrics
     assert "Requeued job" in submitted.stdout()
     assert "resuming from" in submitted.stdout()
-    assert same_weights(tmp_path / "run", tmp_path / "unbroken")
+    assert same_checkpoints(tmp_path / "run", tmp_path / "unbroken")
