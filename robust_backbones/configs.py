@@ -27,7 +27,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "MODEL.BACKBONE.FROM_SCRATCH": False,
     # A backbone file that does not fill every tensor is refused, unless parts of the backbone are to be random.
     "MODEL.BACKBONE.ALLOW_PARTIAL": False,
-    # The network of timm that "build_timm_fpn_backbone" of MODEL.BACKBONE.NAME puts under a feature pyramid.
+    # The network of timm that "build_timm_fpn_backbone" of MODEL.BACKBONE.NAME puts under a feature pyramid, or the one
+    # that Detectron2's own network of its family is shaped as: "build_swin_fpn_backbone".
     "MODEL.BACKBONE.TIMM": "",
     # Stochastic depth: how often the last block is left out in training, the first never; not for ResNets.
     "MODEL.BACKBONE.DROP_PATH": 0.0,

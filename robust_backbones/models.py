@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.timm_models import build_timm, is_timm, set_norm_epsilon, timm_classifier, timm_config
+from robust_backbones.timm_models import (
+    build_timm,
+    is_swin,
+    is_timm,
+    set_norm_epsilon,
+    swin_shape,
+    timm_classifier,
+    timm_config,
+)
 from robust_backbones.timm_vit import is_vit, vit_shape
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -166,10 +174,13 @@ class BackboneSpec:
         }
 
     def _timm_overrides(self) -> dict[str, object]:
-        if not is_vit(self.arch):
-            return {"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone"}
-        vit_shape(self.arch, self.image_size)  # raises
-        return {"MODEL.BACKBONE.NAME": "build_vit_sfp_backbone", "MODEL.VIT.PRETRAIN_SIZE": self.image_size}
+        if is_swin(self.arch):
+            swin_shape(self.arch)  # raises
+            return {"MODEL.BACKBONE.NAME": "build_swin_fpn_backbone"}
+        if is_vit(self.arch):
+            vit_shape(self.arch, self.image_size)  # raises
+            return {"MODEL.BACKBONE.NAME": "build_vit_sfp_backbone", "MODEL.VIT.PRETRAIN_SIZE": self.image_size}
+        return {"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone"}
 
 
 _EVALUATION = ("image_size", "val_resize", "interpolation")

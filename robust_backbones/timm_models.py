@@ -5,6 +5,7 @@ timm is imported where one of them is asked for: that takes seconds.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -124,6 +125,54 @@ def stage_layers(network: Any) -> tuple[str, ...]:
     """The modules whose outputs are the stages at strides 4, 8, 16 and 32."""
     layers = {one["reduction"]: one["module"] for one in network.feature_info}
     return tuple(layers[stride] for stride in STRIDES)
+
+
+def is_swin(arch: str) -> bool:
+    """Whether a network of timm is one of its Swin Transformers, of the first version."""
+    return type(_without_weights(arch)).__name__ == "SwinTransformer"
+
+
+@cache
+def _without_weights(arch: str) -> nn.Module:
+    """The network without a classifier; its tensors have shapes alone."""
+    with torch.device("meta"):
+        network: nn.Module = _timm().create_model(arch, num_classes=0)
+    return network
+
+
+@dataclass(frozen=True)
+class SwinShape:
+    """What tells one Swin Transformer from another (Liu et al. 2021), in Detectron2's terms."""
+
+    embed_dim: int
+    """Channels of the first stage; each further stage has twice as many."""
+    depths: tuple[int, ...]
+    """Blocks of each stage."""
+    num_heads: tuple[int, ...]
+    window_size: int
+    """In tokens a side."""
+
+
+def swin_shape(arch: str) -> SwinShape:
+    """The shape of one of timm's Swin Transformers.
+
+    Raises:
+        InputError: its windows are not square and alike, as Detectron2's are.
+    """
+    stages: Any = _without_weights(arch).layers
+    windows = {block.attn.window_size for stage in stages for block in stage.blocks}
+    if len({side for window in windows for side in window}) != 1:
+        found = " and ".join("x".join(map(str, window)) for window in sorted(windows))
+        raise InputError(
+            f"timm's {arch} has windows of {found} tokens, and Detectron2's Swin has square ones of one size"
+        )
+    attention = [stage.blocks[0].attn for stage in stages]
+    return SwinShape(
+        embed_dim=attention[0].dim,
+        depths=tuple(len(stage.blocks) for stage in stages),
+        num_heads=tuple(one.num_heads for one in attention),
+        window_size=windows.pop()[0],
+    )
 
 
 def keep_paths(network: nn.Module, *, frozen: bool = False) -> None:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, BY_USER, READING, Checkpoint, reading
-from robust_backbones.checkpoint.names import of_vit, translated
+from robust_backbones.checkpoint.names import of_swin, of_vit, translated
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, is_foreign, reference_shapes, spec_from
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.timm_models import build_stages
+from robust_backbones.timm_models import build_stages, is_swin
 from robust_backbones.timm_vit import is_vit
 
 FORMAT = "robust_backbones.backbone/1"
@@ -147,8 +147,9 @@ def _detectron2_names(spec: BackboneSpec, names: list[str]) -> dict[str, str]:
     """The tensors of use to a detector, with their names there, among all but the classifier's."""
     if not is_foreign(spec.arch):
         return {name: detectron2_name(name) for name in names}
-    if is_vit(spec.arch):
-        return {name: new for name in names if (new := of_vit(name))}
+    for is_one, renamed in ((is_vit, of_vit), (is_swin, of_swin)):
+        if is_one(spec.arch):
+            return {name: new for name in names if (new := renamed(name))}
     with torch.device("meta"):
         up_to_last_stage = build_stages(spec.arch)[0].state_dict()
     return {name: name for name in names if name in up_to_last_stage}

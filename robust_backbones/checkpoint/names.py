@@ -179,3 +179,13 @@ def of_vit(name: str) -> str | None:
     token, the norm after the last block, pooling and the classifier."""
     found = ((re.fullmatch(pattern, name), new) for pattern, new in _VIT.items())
     return next((match.expand(new) for match, new in found if match), None)
+
+
+def of_swin(name: str) -> str | None:
+    """Detectron2's name of a tensor of timm's Swin; None of what no stage has: the last norm and the classifier.
+
+    timm merges patches where a stage begins, Detectron2 where the one before it ends.
+    """
+    if name.startswith(("head.", "norm.")):
+        return None
+    return re.sub(r"^layers\.(\d+)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", name)

@@ -6,6 +6,7 @@ Detectron2 loads 0 of 265 tensors, or a backbone with another stride, channel or
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.checkpoint.zoo import PREFIX
+from robust_backbones.detection.swin_backbone import SwinBackbone
 from robust_backbones.detection.timm_backbone import TimmBackbone
-from robust_backbones.detection.vit_backbone import is_own
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
 from robust_backbones.runs.files import atomic_path
@@ -38,6 +39,14 @@ _UNVERIFIED = "unverified_detector"
 # These use the file's four tensors as they are; with GN or LN the shapes fit too, and the features are others.
 _BATCH_NORMS = ("FrozenBN", "SyncBN", "BN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 _IN_FOLDERS = ("model_final.pth", "backbone.pkl", "checkpoint.pt")
+_COUNTERS = r"num_batches_tracked$"
+_NETWORKS: dict[type[nn.Module], tuple[str, str]] = {
+    ResNet: ("", _COUNTERS),
+    TimmBackbone: ("network.", _COUNTERS),
+    SwinBackbone: ("", r"^norm\d\.|relative_position_index$"),  # the norms after stages
+    ViT: ("", r"rel_pos_[hw]$"),
+}
+"""Class of a backbone -> where in it the names of files begin, and which of its tensors no source has."""
 _AGAIN = "convert its source again with `robust-backbones convert SRC DST.pkl` and give the .pkl"
 
 
@@ -254,18 +263,22 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def backbone_tensors(model: nn.Module) -> dict[str, str]:
     """Each tensor that a backbone file must fill: its name in the detector -> its name in the file.
 
-    The ResNet's, ViT's or timm's network's and, in C4 detectors, those of res5 in the ROI heads; not batch norm's
-    counters, nor a ViT's relative positions.
+    The network's and, in C4 detectors, those of res5 in the ROI heads; not what no source has: ``_NETWORKS``.
     """
-    own = ResNet | ViT
-    prefixes = {f"{name}." if name else "": "" for name, module in model.named_modules() if isinstance(module, own)}
-    prefixes |= {f"{name}.network.": "" for name, module in model.named_modules() if isinstance(module, TimmBackbone)}
-    prefixes |= {f"{name}.": "res5." for name, _ in model.named_modules() if name.endswith("roi_heads.res5")}
+    prefixes = {
+        (f"{name}." if name else "") + inner: ("", absent)
+        for name, module in model.named_modules()
+        for kind, (inner, absent) in _NETWORKS.items()
+        if isinstance(module, kind)
+    }
+    prefixes |= {
+        f"{name}.": ("res5.", _COUNTERS) for name, _ in model.named_modules() if name.endswith("roi_heads.res5")
+    }
     return {
-        name: short_prefix + name.removeprefix(prefix)
+        name: before + own
         for name in model.state_dict()
-        for prefix, short_prefix in prefixes.items()
-        if name.startswith(prefix) and not (name.endswith("num_batches_tracked") or is_own(name))
+        for prefix, (before, absent) in prefixes.items()
+        if name.startswith(prefix) and not re.search(absent, own := name.removeprefix(prefix))
     }
 
 

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.errors import ProofFailedError
 from robust_backbones.models import NormalizedModel, is_foreign
-from robust_backbones.timm_models import build_timm, stage_layers
+from robust_backbones.timm_models import build_timm, is_swin, keep_paths, stage_layers, swin_shape
 from robust_backbones.timm_vit import as_map, is_vit, vit_shape, without_class_token
 
 
@@ -42,6 +43,15 @@ class SourceNetwork:
             for hook in hooks:
                 hook.remove()
         return [as_map(output) if output.ndim == 3 else output for output in outputs]
+
+
+class _OfSwin(SourceNetwork):
+    """timm's Swin, whose stages are compared after a layer norm without parameters: what Detectron2's begin with."""
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        network: Any = self.model.backbone
+        network.set_input_size(images.shape[-2:], window_size=swin_shape(self.model.spec.arch).window_size)
+        return [F.layer_norm(stage, stage.shape[-1:]).permute(0, 3, 1, 2) for stage in super().stages(images)]
 
 
 @dataclass(frozen=True)
@@ -83,13 +93,17 @@ def source_network(checkpoint: Checkpoint) -> SourceNetwork:
 
 
 def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
-    model = NormalizedModel(own.network.get_submodule(own.backbone), checkpoint.spec)
-    if is_foreign(checkpoint.spec.arch) and is_vit(checkpoint.spec.arch):
+    model = NormalizedModel(own.network.get_submodule(own.backbone), checkpoint.spec).eval()
+    arch = checkpoint.spec.arch
+    if not is_foreign(arch):
+        return SourceNetwork(model, own.layers or ("layer1", "layer2", "layer3", "layer4"), whose)
+    keep_paths(model)
+    if is_vit(arch):
         without_class_token(own.network)
-        last = vit_shape(checkpoint.spec.arch, checkpoint.spec.image_size).depth - 1
-        return SourceNetwork(model.eval(), (f"blocks.{last}",), f"{whose} without its class token")
-    of_timm = stage_layers(own.network) if is_foreign(checkpoint.spec.arch) else ()
-    return SourceNetwork(model.eval(), own.layers or of_timm or ("layer1", "layer2", "layer3", "layer4"), whose)
+        last = vit_shape(arch, checkpoint.spec.image_size).depth - 1
+        return SourceNetwork(model, (f"blocks.{last}",), f"{whose} without its class token")
+    kind = _OfSwin if is_swin(arch) else SourceNetwork
+    return kind(model, own.layers or stage_layers(own.network), whose)
 
 
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -10,9 +10,13 @@ import torch
 from detectron2.modeling.backbone.utils import get_abs_pos
 from torch import Tensor
 
+from robust_backbones.checkpoint.convert import convert
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.detection.verify import inputs
+from robust_backbones.detection.source_networks import source_network
+from robust_backbones.detection.swin_backbone import SwinBackbone
+from robust_backbones.detection.verify import inputs, sides
 from robust_backbones.models import NormalizedModel, is_foreign
+from robust_backbones.timm_models import is_swin
 from robust_backbones.timm_vit import PATCH_SIZE, is_vit, vit_shape, without_class_token
 
 DETECTION_SIZE = 1024
@@ -35,8 +39,11 @@ class Difference:
 
 @torch.no_grad()
 def differences(checkpoint: Checkpoint, *, image: str | Path | None = None) -> list[Difference]:
-    """Of a ViT, what its class token and the interpolation of its position embeddings change; of others, nothing."""
+    """Of a ViT, what its class token and the interpolation of its position embeddings change; of a Swin, what sizes of
+    images change; of others, nothing."""
     spec = checkpoint.spec
+    if is_foreign(spec.arch) and is_swin(spec.arch):
+        return _of_swin(checkpoint)
     if not (is_foreign(spec.arch) and is_vit(spec.arch)):
         return []
     found = []
@@ -52,6 +59,24 @@ def differences(checkpoint: Checkpoint, *, image: str | Path | None = None) -> l
         f"position embeddings at {DETECTION_SIZE} pixels, bicubic in Detectron2, differ from timm's antialiased bicubic"
     )
     return [*found, Difference(what, "", _relative(ours, wanted))]
+
+
+def _of_swin(checkpoint: Checkpoint) -> list[Difference]:
+    """At the next size after the proof's, and at half of it, for both of which Detectron2 shifts windows otherwise."""
+    ours, source, proven = SwinBackbone(checkpoint.spec.arch).eval(), source_network(checkpoint), sides(checkpoint.spec)
+    ours.load_state_dict(convert(checkpoint)[0], strict=False)  # but for its own norms
+    why = {
+        proven.step: "the last stage is one window, which timm does not shift",
+        proven.step + 32: "windows do not divide the stages, which Detectron2 pads before it shifts them, timm after",
+    }
+    found = []
+    for size, reason in why.items():
+        _, pixels, _ = next(iter(inputs(checkpoint.spec.channel_order, checkpoint.spec, size=size)))
+        images = pixels[None] / 255
+        stages = zip(ours(source.model.normalize(images)).values(), source.stages(images), strict=True)
+        largest = max(_relative(one, other) for one, other in stages)
+        found.append(Difference(f"at {size} pixels ({reason}) features differ from the source's", "random", largest))
+    return found
 
 
 def position_embeddings(checkpoint: Checkpoint, side: int) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,9 @@ from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.detection.source_networks import source_network
 from robust_backbones.errors import InputError, ProofFailedError
-from robust_backbones.models import BackboneSpec, only_size
+from robust_backbones.models import BackboneSpec, is_foreign, only_size
 from robust_backbones.runs.files import atomic_path
+from robust_backbones.timm_models import is_swin, swin_shape
 
 TOLERANCE = 1e-4
 """Largest relative error that float32 rounding explains; a wrong stride, order or scale gives 0.01 and more."""
@@ -38,7 +39,6 @@ TOLERANCE = 1e-4
 _NORMS = {"eval": "FrozenBN", "train": "BN"}
 # What comes after the backbone takes no part: as small as it can be.
 _SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]
-_SMALLEST_SIDE, _LARGEST_SIDE = 64, 512
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,16 @@ def prove(checkpoint: Checkpoint, converted: str | Path, *, image: str | Path | 
 
 @torch.no_grad()
 def feature_errors(
-    checkpoint: Checkpoint, converted: str | Path, *, image: str | Path | None = None, size: int = 224
+    checkpoint: Checkpoint, converted: str | Path, *, image: str | Path | None = None, size: int = 0
 ) -> list[StageError]:
     """Compare all stages, on random pixels and on the image file if one is given, in both modes of batch norm.
 
     The converted file goes the way that training goes: configuration, model, checkpoint guard, image reader and the
     detector's own preprocessing of uint8 pixels. The reference is the source's network, of ``source_networks``, on the
     same pixels in [0, 1].
+
+    Args:
+        size: of the random image; by default 224 pixels, of a Swin the least where the networks are the same function.
 
     Raises:
         ProofFailedError: the network that the source names has other tensors.
@@ -127,21 +130,38 @@ def feature_errors(
     return errors
 
 
+@dataclass(frozen=True)
+class Sides:
+    """Of images for the proof, in pixels: the random one's, and the least, the step and the largest of a file's."""
+
+    random: int = 224
+    least: int = 64
+    step: int = 32
+    """The detector would pad others, and the source would not."""
+    largest: int = 512
+
+
+def sides(spec: BackboneSpec) -> Sides:
+    """The windows of a Swin have to divide the feature maps, and to be more than one a side: there alone Detectron2
+    shifts them as timm does. A ViT takes one square alone."""
+    if is_foreign(spec.arch) and is_swin(spec.arch):
+        step = 32 * swin_shape(spec.arch).window_size
+        return Sides(2 * step, 2 * step, step, max(2 * step, 512))
+    only = only_size(spec)
+    return Sides(only, only, only, only) if only else Sides()
+
+
 def inputs(
-    in_format: str, spec: BackboneSpec, image: Path | None = None, size: int = 224
+    in_format: str, spec: BackboneSpec, image: Path | None = None, size: int = 0
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
     """The same pixels for the detector and for the source, each in its own order of channels: uint8, (3, H, W)."""
-    source_order, only = spec.channel_order, only_size(spec)
-    size = only or size
+    source_order, size = spec.channel_order, size or sides(spec).random
     pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     yield "random", _in_order(pixels, in_format), _in_order(pixels, source_order)
     if image is not None:
         for_detector = torch.from_numpy(read_image(str(image), in_format).copy()).permute(2, 0, 1)
-        yield (
-            image.name,
-            _central_crop(for_detector, only),
-            _in_order(_central_crop(_pixels_of(image), only), source_order),
-        )
+        crops = (_central_crop(pixels, sides(spec)) for pixels in (for_detector, _pixels_of(image)))
+        yield image.name, next(crops), _in_order(next(crops), source_order)
 
 
 def _pixels_of(image: Path) -> Tensor:
@@ -153,16 +173,11 @@ def _pixels_of(image: Path) -> Tensor:
         raise InputError(f"cannot read the image {image} ({error}): give a JPEG or PNG file") from None
 
 
-def _central_crop(image: Tensor, only: int) -> Tensor:
-    """At most 512 pixels a side, and multiples of 32: the detector would pad others, and the source has no padding.
-
-    The square of ``only`` where a network takes no other images.
-    """
-    least = only or _SMALLEST_SIDE
-    height, width = (only or min(side, _LARGEST_SIDE) // 32 * 32 for side in image.shape[1:])
-    if min(image.shape[1:]) < least:
-        raise InputError(f"the image has {image.shape[2]}x{image.shape[1]} pixels: give one of {least}x{least} or more")
-    return center_crop(image, [height, width])
+def _central_crop(image: Tensor, sides: Sides) -> Tensor:
+    if min(image.shape[1:]) < sides.least:
+        found, least = f"{image.shape[2]}x{image.shape[1]}", sides.least
+        raise InputError(f"the image has {found} pixels: give one of {least}x{least} or more")
+    return center_crop(image, [min(side, sides.largest) // sides.step * sides.step for side in image.shape[1:]])
 
 
 def _in_order(rgb: Tensor, order: str) -> Tensor:

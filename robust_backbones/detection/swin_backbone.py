@@ -1,0 +1,69 @@
+"""Detectron2's own Swin Transformer under a feature pyramid, of the shape of one of timm's."""
+
+from __future__ import annotations
+
+import warnings
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import FPN
+from detectron2.modeling.backbone.swin import SwinTransformer
+from torch import Tensor
+
+from robust_backbones.detection.timm_backbone import STAGES, pyramid
+from robust_backbones.errors import InputError
+from robust_backbones.timm_models import STRIDES, is_swin, is_timm, keep_paths, swin_shape
+
+
+class SwinBackbone(SwinTransformer):
+    """Detectron2's Swin (Liu et al. 2021) with the stages' names of a ResNet: ``res2`` at stride 4 to ``res5`` at 32.
+
+    Each stage ends in a layer norm that no classifier has: it begins as the identity after normalisation, and learns
+    with the detector. Where the windows divide the feature maps, and there is more than one window a side, the stages
+    before these norms are timm's. Elsewhere they are not: Detectron2 pads before it shifts windows and timm after it,
+    and where there is one window timm does not shift it.
+
+    Args:
+        arch: timm's name, as ``swin_tiny_patch4_window7_224``.
+        freeze_at: stages that are not learnt, as ``MODEL.BACKBONE.FREEZE_AT``: 1 the stem, 2 ``res2`` too, up to 5; a
+            stage ends with the merging of its patches, and not with its norm.
+        drop_path: as ``MODEL.BACKBONE.DROP_PATH``; blocks that are not learnt are never left out.
+
+    Raises:
+        InputError: timm has no such Swin; or Detectron2 has none, for its windows differ.
+    """
+
+    def __init__(self, arch: str, *, freeze_at: int = 0, drop_path: float = 0.0) -> None:
+        if not (is_timm(arch) and is_swin(arch)):
+            raise InputError(
+                f"timm has no Swin {arch!r}: give MODEL.BACKBONE.TIMM one of timm.list_models('swin_*_patch4_*')"
+            )
+        shape = swin_shape(arch)
+        with warnings.catch_warnings():
+            # Detectron2 knows a layer of timm by its former place, and meshgrid's former default.
+            warnings.simplefilter("ignore")
+            super().__init__(
+                embed_dim=shape.embed_dim,
+                depths=shape.depths,
+                num_heads=shape.num_heads,
+                window_size=shape.window_size,
+                drop_path_rate=drop_path,
+                frozen_stages=freeze_at or -1,
+            )
+        keep_paths(self, frozen=True)
+        self._out_features = list(STAGES)
+        self._out_feature_channels = dict(zip(STAGES, self.num_features, strict=True))
+        self._out_feature_strides = dict(zip(STAGES, STRIDES, strict=True))
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (N, 3, H, W) -> stages (N, C, H / stride, W / stride) by name."""
+        return dict(zip(STAGES, super().forward(images).values(), strict=True))
+
+
+@BACKBONE_REGISTRY.register()
+def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """``MODEL.BACKBONE.TIMM``, a Swin, under a feature pyramid, p2 to p6, as ``build_resnet_fpn_backbone``."""
+    backbone = cfg.MODEL.BACKBONE
+    bottom_up = SwinBackbone(backbone.TIMM, freeze_at=backbone.FREEZE_AT, drop_path=backbone.DROP_PATH)
+    return pyramid(bottom_up, cfg)
