@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import pytest
 import timm
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
 from timm.layers import DropPath
 from torch import Tensor, nn
 
@@ -17,6 +20,7 @@ from robust_backbones.checkpoint.names import of_vit
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.config import load_config
+from robust_backbones.detection.predictor import build_detector
 from robust_backbones.detection.unproven import differences, position_embeddings
 from robust_backbones.detection.verify import feature_errors, prove
 from robust_backbones.detection.vit_backbone import build_vit, check_keys
@@ -24,7 +28,8 @@ from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import usual_spec
 from robust_backbones.runs.identity import flat
 from robust_backbones.timm_vit import vit_shape
-from tests.detection.conftest import SHAPES_CONFIG, SMALL
+from tests.detection.conftest import CASCADE, SHAPES_CONFIG, SMALL
+from tests.detection.test_trainer import run, same, weights
 
 VIT: list[object] = [
     *("MODEL.BACKBONE.NAME", "build_vit_sfp_backbone", "MODEL.BACKBONE.TIMM", "test_vit"),
@@ -277,3 +282,110 @@ def test_its_configurations_are_what_the_network_needs(size: str) -> None:
     depth = vit_shape(cfg.MODEL.BACKBONE.TIMM, 224).depth
     assert tuple(quarter * depth // 4 - 1 for quarter in (1, 2, 3, 4)) == cfg.MODEL.VIT.GLOBAL_BLOCKS
     check_keys(cfg, vit_shape(cfg.MODEL.BACKBONE.TIMM, 224))
+
+
+LAZY = Path(detectron2.__file__).parent / "model_zoo/configs/common/models"
+
+
+def lazy_detector(task: str) -> nn.Module:
+    """The detector of Detectron2's ViTDet by its own LazyConfig objects, with the small ViT and few regions."""
+    model = LazyConfig.load(str(LAZY / "mask_rcnn_vitdet.py")).model
+    net = model.backbone.net
+    net.update(img_size=128, embed_dim=64, depth=6, num_heads=2, mlp_ratio=3, pretrain_img_size=160, window_size=3)
+    net.window_block_indexes = [0, 2, 4]
+    model.backbone.square_pad = 128
+    model.pixel_mean = model.pixel_std = [127.5] * 3
+    if task == "cascade":
+        masks = {name: value for name, value in model.roi_heads.items() if name.startswith("mask_")}
+        model.roi_heads = LazyConfig.load(str(LAZY / "cascade_rcnn.py")).model.roi_heads
+        model.roi_heads.update(masks)
+        for head in model.roi_heads.box_heads:
+            head.update(conv_dims=[256] * 4, fc_dims=[1024], conv_norm="LN")
+    if task == "faster":
+        for name in ("mask_in_features", "mask_pooler", "mask_head"):
+            model.roi_heads.pop(name)
+    model.roi_heads.update(num_classes=4, batch_size_per_image=32)
+    return instantiate(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "file"),
+    [
+        ("mask", "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"),
+        ("cascade", "COCO-InstanceSegmentation/cascade_mask_rcnn_R_50_FPN_1x.yaml"),
+        ("faster", "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"),
+    ],
+)
+def test_losses_are_those_of_detectron2s_vitdet(task: str, file: str) -> None:
+    """The same weights, batch and draws: losses and gradients of one iteration, paths dropped as well."""
+    sizes = ["MODEL.VIT.SQUARE_SIZE", 128, "MODEL.VIT.WINDOW_SIZE", 3, "MODEL.VIT.GLOBAL_BLOCKS", (1, 3, 5)]
+    sizes += ["INPUT.SCALE_JITTER", (0.1, 2.0, 128), "INPUT.MAX_SIZE_TEST", 128, "SOLVER.AMP.ENABLED", False]
+    sizes += ["MODEL.ROI_HEADS.NUM_CLASSES", 4, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32]
+    sizes += ["MODEL.FAST_ROI_ALIGN", False]
+    files = [file, "protocols/vitdet.yaml", "architectures/vit_b.yaml"]
+    torch.manual_seed(0)
+    ours = build_detector(load_config(files, [*VIT, *sizes])).train()
+    theirs = lazy_detector(task).train()
+    theirs.load_state_dict(ours.state_dict())
+    batch = []
+    for height, width in ((128, 96), (100, 128)):
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.tensor([[10.0, 10.0, 60.0, 70.0], [30.0, 20.0, 90.0, 95.0]]))
+        instances.gt_classes = torch.tensor([1, 3])
+        instances.gt_masks = BitMasks(torch.rand(2, height, width) > 0.5)
+        batch.append({"image": 255 * torch.rand(3, height, width), "instances": instances})
+    found = []
+    for detector in (ours, theirs):
+        torch.manual_seed(1)
+        with EventStorage():
+            losses = detector(batch)
+        sum(losses.values()).backward()
+        gradients = {name: parameter.grad for name, parameter in detector.named_parameters()}
+        found.append(({name: loss.item() for name, loss in losses.items()}, gradients))
+    assert len(found[0][0]) == {"mask": 5, "cascade": 9, "faster": 4}[task]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert min(found[0][0].values()) > 0
+    for name, gradient in found[0][1].items():
+        assert (gradient - found[1][1][name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+# --- training ---
+
+
+@pytest.fixture
+def run_cfg(shapes: Path, backbone_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CfgNode:
+    """Two iterations of ViTDet in small, from the converted file, with AdamW, layer decay and dropped paths."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    overrides = ["MODEL.WEIGHTS", backbone_file, "OUTPUT_DIR", tmp_path / "run", "TEST.EXPECTED_RESULTS", []]
+    overrides += ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.IMS_PER_BATCH", 2]
+    overrides += ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.LAYER_DECAY", 0.7, "MODEL.BACKBONE.DROP_PATH", 0.5]
+    overrides += ["DATALOADER.NUM_WORKERS", 0, "TEST.VISUALIZE", 0, "SOLVER.AMP.ENABLED", False]
+    return configuration(*SQUARE, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(["MODEL.BACKBONE.USE_ACT_CHECKPOINT", True, "SOLVER.EMA_DECAY", 0.9], marks=pytest.mark.slow),
+        ["MODEL.FAST_STEP", True, "MODEL.MASK_ON", False],
+        pytest.param(["ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1], marks=pytest.mark.slow),
+        pytest.param(["ADVERSARIAL.KIND", "free", "ADVERSARIAL.REPLAYS", 1], marks=pytest.mark.slow),
+        pytest.param([*CASCADE, "SOLVER.AMP.ENABLED", True], marks=pytest.mark.slow),
+        pytest.param(["INPUT.SCALE_JITTER", (0.1, 2.0, 128)], marks=pytest.mark.slow),
+    ],
+    ids=["recomputed", "fast_step", "pgd", "free", "cascade_bfloat16", "jitter"],
+)
+def test_a_killed_run_resumes_as_the_unbroken_one(run_cfg: CfgNode, overrides: list[object]) -> None:
+    run_cfg.merge_from_list(overrides)
+    unbroken, _ = run(run_cfg)
+    run_cfg.OUTPUT_DIR += "_killed"
+    run(run_cfg, last=0)
+    resumed, _ = run(run_cfg, resume=True)
+    assert same(weights(resumed.model), weights(unbroken.model))
+    assert same(weights(resumed.evaluated_model), weights(unbroken.evaluated_model))
+    assert unbroken.evaluation.results == resumed.evaluation.results
+    start, _ = read_backbone(run_cfg.MODEL.WEIGHTS)
+    held = unbroken.checkpointer.model.backbone.net.state_dict()
+    assert not any(torch.equal(held[name], start[name]) for name in start if "blocks.0." in name or "embed" in name)
+    assert held["blocks.0.attn.rel_pos_h"].abs().max() > 0
