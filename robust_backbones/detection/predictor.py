@@ -20,6 +20,7 @@ from robust_backbones.data.annotations_images import check_image
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import categories, class_names, match_classes, number_of_classes
+from robust_backbones.detection.fast.frozen_norm import keep_scales
 from robust_backbones.detection.fast.rcnn import BatchedRCNN
 from robust_backbones.detection.roi_heads import use_float32_boxes
 from robust_backbones.errors import InputError
@@ -32,6 +33,8 @@ def build_detector(cfg: CfgNode) -> nn.Module:
         cfg.defrost()
         cfg.MODEL.META_ARCHITECTURE = BatchedRCNN.__name__
     model: nn.Module = build_model(cfg)
+    if cfg.MODEL.FAST_STEP:
+        keep_scales(model)
     use_float32_boxes(model, fast=cfg.MODEL.FAST_ROI_ALIGN)
     return model
 

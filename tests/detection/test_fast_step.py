@@ -1,5 +1,6 @@
 """MODEL.FAST_STEP: with the same boxes drawn, the losses and gradients of Detectron2's step."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from benchmarks.step_counts import DETECTORS, count, detector_step
 from benchmarks.step_counts import FAST as FAST_WAY
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import rpn as detectron2_rpn
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.data_stream import _MaskMapper
 from robust_backbones.detection.datasets import register_datasets
+from robust_backbones.detection.fast.frozen_norm import keep_scales
 from robust_backbones.detection.fast.matching import iou, match, sample
 from robust_backbones.detection.predictor import build_detector
 from robust_backbones.detection.trainer import Trainer
@@ -69,6 +72,34 @@ def test_a_sample_is_that_of_the_largest_keys(size: int, positive_fraction: floa
         positive = [box for box in ranked if labels[image, box] == 1][: int(size * positive_fraction)]
         negative = [box for box in ranked if labels[image, box] == 0][: size - len(positive)]
         assert chosen == positive + negative
+
+
+def test_kept_scales_are_those_of_the_buffers_whatever_happens_to_them() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm2d(4))
+    keep_scales(net)
+    kept, images = net[1], torch.rand(2, 3, 5, 5, requires_grad=True)
+    theirs = FrozenBatchNorm2d(4)
+
+    def check(module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+        theirs.load_state_dict(module.state_dict())
+        features = net[0](images).to(dtype)
+        for _ in range(2):
+            assert torch.equal(module(features), theirs(features))
+        assert torch.equal(module(features.detach()), theirs(features.detach()))
+
+    check(kept)
+    kept.load_state_dict({name: torch.rand(4) + 0.5 for name in theirs.state_dict()})
+    check(kept)
+    check(kept, torch.bfloat16)
+    kept.running_var.mul_(2)
+    check(kept)
+    kept.weight = torch.rand(4)
+    check(kept)
+    other = copy.deepcopy(kept)
+    other.bias.add_(1)
+    check(other)
+    check(kept)
 
 
 # --- the whole step, on photographs ---

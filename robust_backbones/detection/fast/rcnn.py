@@ -36,9 +36,7 @@ class BatchedRCNN(GeneralizedRCNN):
             return super().forward(batch)
         instances = [item["instances"] for item in batch]
         images, corners = self._images([item["image"] for item in batch])
-        most = max(1, *(len(each) for each in instances))
-        boxes = _upload(_stack([each.gt_boxes.tensor for each in instances], (most, 4)), self.device)
-        classes = _upload(_stack([each.gt_classes for each in instances], (most,), -1), self.device)
+        boxes, classes = (_upload(each, self.device) for each in objects_of(instances))
         features = self.backbone(images)
         (proposals, are_there), losses = propose_and_learn(self.proposal_generator, features, boxes, classes, corners)
         regions = sample_regions(self.roi_heads, proposals, are_there, boxes, classes)
@@ -50,7 +48,8 @@ class BatchedRCNN(GeneralizedRCNN):
         step = max(constraints.get("size_divisibility", self.backbone.size_divisibility), 1)
         square = constraints.get("square_size", 0)
         height, width = (-(-(square or max(image.shape[axis] for image in images)) // step) * step for axis in (1, 2))
-        pixels = _upload(_stack(images, (3, height, width)), self.device)
+        whole = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
+        pixels = _upload(torch.stack(whole), self.device)
         sizes = torch.tensor([[*image.shape[:0:-1]] * 2 for image in images], dtype=torch.float32)
         corners = _upload(sizes, self.device)
         right, down = (torch.arange(size, device=self.device) for size in (width, height))
@@ -84,6 +83,20 @@ class BatchedRCNN(GeneralizedRCNN):
             logits = logits.gather(1, classes[:, None, None, None].expand(-1, 1, *logits.shape[2:]))
         loss = F.binary_cross_entropy_with_logits(logits[:, 0].float(), targets.float())
         return losses | {"loss_mask": loss * heads.mask_head.loss_weight}
+
+
+def objects_of(instances: Sequence[Instances]) -> tuple[Tensor, Tensor]:
+    """Boxes (N, M, 4) and classes (N, M) of the images' objects; class -1 where an image has less than M."""
+    counts = [len(each) for each in instances]
+    most, absent = max(1, *counts), sum(counts)
+    places, first = [], 0
+    for count in counts:
+        places.append([*range(first, first + count), *[absent] * (most - count)])
+        first += count
+    chosen = torch.tensor(places)
+    boxes = torch.cat([*(each.gt_boxes.tensor for each in instances), torch.zeros(1, 4)])
+    classes = torch.cat([*(each.gt_classes for each in instances), torch.tensor([-1])])
+    return boxes[chosen], classes[chosen]
 
 
 class Regions(NamedTuple):
@@ -228,30 +241,18 @@ def mask_targets(
 ) -> Tensor:
     """The objects' bit masks within the regions: bool, (R, side, side), as Detectron2's BitMasks crops them."""
     canvases = []
-    height, width = size
+    down, right = (torch.arange(full, device=rois.device) for full in size)
     for each in instances:
         if len(each) > 0:
             masks = _upload(each.gt_masks.tensor, rois.device)
             # Beyond the image its last pixels go on, as they do where ROIAlign meets the end of a map.
-            down, right = (
-                torch.arange(full, device=rois.device).clamp(max=own - 1)
-                for full, own in zip((height, width), masks.shape[1:], strict=True)
-            )
-            canvases.append(masks[:, down[:, None], right])
+            height, width = masks.shape[1:]
+            canvases.append(masks[:, down.clamp(max=height - 1)[:, None], right.clamp(max=width - 1)])
     canvas = torch.cat(canvases)[:, None].float()
     return (
         ROIAlign((side, side), 1.0, 0, aligned=True)(canvas, torch.cat([objects[:, None], rois[:, 1:]], dim=1))[:, 0]
         >= 0.5
     )
-
-
-def _stack(tensors: Sequence[Tensor], shape: Sequence[int], value: float = 0) -> Tensor:
-    """Tensors, each filled up to ``shape`` with ``value`` at its ends, as one: (N, *shape)."""
-    filled = []
-    for tensor in tensors:
-        ends = [(0, full - own) for own, full in zip(tensor.shape, shape, strict=True)]
-        filled.append(F.pad(tensor, [width for end in reversed(ends) for width in end], value=value))
-    return torch.stack(filled)
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
