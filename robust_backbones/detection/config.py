@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,39 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
         raise InputError(f"cannot use {source}: {' '.join(str(error).split())}") from None
 
 
+_LEVELS = ("p2", "p3", "p4", "p5", "p6")
+_USES = {
+    "GeneralizedRCNN": ("MODEL.RPN.IN_FEATURES", "MODEL.ROI_HEADS.IN_FEATURES"),
+    "RetinaNet": ("MODEL.RETINANET.IN_FEATURES",),
+}
+"""MODEL.META_ARCHITECTURE -> the keys that say which levels of a backbone it uses."""
+_OF_RESNETS: dict[str, tuple[object, str]] = {
+    "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False] * 4, "deformable convolutions"),
+    "MODEL.RESNETS.RES5_DILATION": (1, "a dilated last stage"),
+}
+"""Of a ResNet's keys: what they are where they change nothing, and what they ask for otherwise."""
+
+
+def _check_backbone(cfg: CfgNode, values: Mapping[str, Any]) -> None:
+    """Raise InputError for what the network in MODEL.BACKBONE.NAME cannot do and would leave out, or fail at."""
+    name = cfg.MODEL.BACKBONE.NAME
+    if "resnet" in name:
+        if cfg.MODEL.BACKBONE.DROP_PATH:
+            raise InputError("MODEL.BACKBONE.DROP_PATH is set, but Detectron2's ResNet leaves out no block: give 0.0")
+        return
+    if not cfg.MODEL.BACKBONE.TIMM:
+        return
+    for key, (usual, asked) in _OF_RESNETS.items():
+        if values[key] != usual:
+            raise InputError(f"{key} asks for {asked}, which {name} does not have: give {key} {usual}")
+    for key in _USES.get(cfg.MODEL.META_ARCHITECTURE, ()):
+        if absent := [level for level in values[key] if level not in _LEVELS]:
+            raise InputError(
+                f"{key} asks for {absent[0]}, and {name} makes {', '.join(_LEVELS)}: give a detector with FPN; C4, DC5 "
+                "and RetinaNet are not made of it"
+            )
+
+
 def check_config(cfg: CfgNode) -> None:
     """Raise InputError for a value out of range of our keys, or a norm that the detector would leave out."""
     values = flat(cfg)
@@ -163,8 +196,7 @@ def check_config(cfg: CfgNode) -> None:
     AttackConfig(cfg.ADVERSARIAL.STEPS, cfg.ADVERSARIAL.RELATIVE_STEP_SIZE)
     if cfg.ADVERSARIAL.KIND and cfg.VIS_PERIOD > 0:
         raise InputError("VIS_PERIOD draws training images, which adversarial training cannot: give VIS_PERIOD 0")
-    if cfg.MODEL.BACKBONE.DROP_PATH and "resnet" in cfg.MODEL.BACKBONE.NAME:
-        raise InputError("MODEL.BACKBONE.DROP_PATH is set, but Detectron2's ResNet leaves out no block: give 0.0")
+    _check_backbone(cfg, values)
     if cfg.MODEL.FPN.NORM and cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
         mend = 'for C4 give protocols/syncbn_C4.yaml, for DC5 add MODEL.FPN.NORM ""'
         raise InputError(f"MODEL.FPN.NORM is set, but the detector has no FPN: {mend}")

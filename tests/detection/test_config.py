@@ -45,7 +45,7 @@ PROTOCOLS = {
     "FPN": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn", "frozen", "scratch", *ADVERSARIAL)],
     "C4": [CONFIG_DIR / f"protocols/{name}.yaml" for name in ("syncbn_C4", "frozen", "scratch", *ADVERSARIAL)],
 }
-OF_ONE_BACKBONE = {CONFIG_DIR / "protocols/vitdet.yaml"}
+OF_ONE_BACKBONE = {CONFIG_DIR / f"protocols/{name}.yaml" for name in ("vitdet", "swin", "swin_lsj", "convnext")}
 """Protocols that are tested with it."""
 DETECTORS = {family: CONFIG_DIR / f"COCO-InstanceSegmentation/mask_rcnn_R_50_{family}_1x.yaml" for family in FAMILIES}
 FAMILY = pytest.mark.parametrize("family", ["FPN", "C4"])

@@ -22,6 +22,9 @@ from tests.conftest import randomize_batch_norms
 from tests.detection.conftest import SHAPES_CONFIG, SMALL, flat_overrides
 from tests.detection.test_trainer import run, same, weights
 
+FAMILIES = ("timm_", "convnext_", "swin_")
+"""What the files of their architectures begin with."""
+
 
 def checkpoint_of(arch: str, folder: Path) -> Checkpoint:
     """A network of timm with random weights and statistics, as timm writes it."""
@@ -105,13 +108,48 @@ def test_frozen_stages_have_no_gradients_and_frozen_norms() -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("architectures/timm_*.yaml")), ids=lambda path: path.stem)
+NETWORKS = sorted(path for path in CONFIG_DIR.glob("architectures/*.yaml") if path.stem.startswith(FAMILIES))
+
+
+@pytest.mark.parametrize("path", NETWORKS, ids=lambda path: path.stem)
 def test_its_configuration_is_what_the_network_needs(path: Path) -> None:
     cfg = load_config([CONFIG_DIR / "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", path])
     values = flat(cfg)
     needed = usual_spec(cfg.MODEL.BACKBONE.TIMM).detectron2_overrides()
     assert {key: values[key] for key in needed} == needed
-    assert len(backbone_tensors(build_model(cfg))) > 100
+    if path.stem.endswith(("_t", "_lite0")):  # the larger ones take seconds
+        assert len(backbone_tensors(build_model(cfg))) > 100
+
+
+@pytest.mark.parametrize("task", ["mask_rcnn", "cascade_mask_rcnn"])
+def test_its_files_are_stacked_in_any_order(task: str) -> None:
+    """With the protocol of its makers and that of adversarial training, for detectors with and without masks."""
+    base = CONFIG_DIR / f"COCO-InstanceSegmentation/{task}_R_50_FPN_1x.yaml"
+    for path in NETWORKS:
+        family = path.stem.split("_")[0]
+        for protocol in sorted(CONFIG_DIR.glob(f"protocols/{family}*.yaml")):
+            on_cpu = ["SOLVER.AMP.DTYPE", "bfloat16"]
+            assert load_config([base, protocol, path], on_cpu) == load_config([base, path, protocol], on_cpu)
+        load_config([base, path, CONFIG_DIR / "protocols/adversarial_free.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x", r"MODEL\.RPN\.IN_FEATURES asks for res4, and build_swin"),
+        ("COCO-InstanceSegmentation/mask_rcnn_R_50_DC5_1x", "asks for a dilated last stage, which build_swin"),
+        ("COCO-Detection/retinanet_R_50_FPN_1x", r"MODEL\.RETINANET\.IN_FEATURES asks for p7, and build_swin"),
+    ],
+)
+def test_detectors_without_its_pyramid_are_refused_by_name(task: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config([CONFIG_DIR / f"{task}.yaml", CONFIG_DIR / "architectures/swin_t.yaml"])
+
+
+def test_deformable_convolutions_are_refused_by_name() -> None:
+    files = [CONFIG_DIR / "Base-RCNN-FPN.yaml", CONFIG_DIR / "architectures/convnext_t.yaml"]
+    with pytest.raises(InputError, match="deformable convolutions, which build_timm_fpn_backbone does not have"):
+        load_config(files, ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]])
 
 
 @pytest.mark.slow
