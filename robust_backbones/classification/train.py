@@ -230,7 +230,7 @@ class _Run:
                 f"the run was started by {before} processes and is resumed by {self.processes.size}: from here on it "
                 "draws other random numbers than the unbroken run"
             )
-        if "rows" in content:  # of before version 0.3
+        if "rows" in content:  # an older checkpoint
             return cast(dict[str, list[dict[str, Any]]], content["rows"])
         return {
             "steps": read_rows(self.output, "steps", lambda row: row["step"] <= self.learner.step_count),

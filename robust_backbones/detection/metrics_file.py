@@ -25,7 +25,7 @@ class MetricsFile(EventWriter):
         self._written: dict[str, int] = {}
         self._lines: dict[int, str] = {}
         for line in path.read_text().splitlines() if start_iter and path.exists() else ():
-            # A kill could cut off the last line of runs before version 0.3.
+            # A kill could cut off the last line of older files.
             if line.endswith("}") and (iteration := json.loads(line)["iteration"]) < start_iter:
                 self._lines[iteration] = line
 

@@ -25,7 +25,7 @@ class RunClock:
         write_json(self._path, {"seconds": self.seconds})
 
     def resume(self, held: float | None = None) -> None:
-        """Add the seconds that were saved; ``held`` are those in a checkpoint of before version 0.3, which had them."""
+        """Add the seconds that were saved; ``held`` are those in an older checkpoint."""
         if held is None:
             held = json.loads(self._path.read_text())["seconds"] if self._path.exists() else 0.0
         self._before += held

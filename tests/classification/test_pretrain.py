@@ -183,7 +183,7 @@ def test_a_run_between_checkpoints_repeats_steps_and_ends_the_same(
     assert [row["step"] for row in rows(tmp_path / "whole", "steps")] == list(range(1, 3 * STEPS + 1))
 
 
-def test_a_checkpoint_of_before_version_0_3_is_resumed(
+def test_an_older_checkpoint_is_resumed(
     finished: tuple[Path, RunRecord], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It held the rows that were logged, and the seconds."""

@@ -171,7 +171,7 @@ def test_a_stopped_run_resumes_as_the_unbroken_one(shapes: Path, converted: Make
     newest = newest_checkpoint(run)
     assert newest is not None
     content = torch.load(newest, weights_only=True)
-    content["trainer"]["seconds"] = 1000.0  # as checkpoints of before version 0.3
+    content["trainer"]["seconds"] = 1000.0  # as in older checkpoints
     torch.save(content, newest)
     train_net(shapes, "--resume", *overrides, "OUTPUT_DIR", run)
     record, held = (RunRecord.read(folder / "record.json") for folder in (run, unbroken))

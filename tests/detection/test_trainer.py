@@ -169,7 +169,7 @@ def test_a_killed_run_resumes_as_the_unbroken_one(cfg: CfgNode, overrides: list[
     log = Path(cfg.OUTPUT_DIR) / "metrics.json"
     assert max(logged(log)) <= 1 + (cfg.TEST.EVAL_PERIOD == 1)  # what the checkpoint covers, and an evaluation
     with open(log, "a") as file:
-        file.write('{"iteration": 3, "total_l')  # as before version 0.3, when a kill cut it off
+        file.write('{"iteration": 3, "total_l')  # as a kill could leave it before
     resumed, again = run(cfg, resume=True)
     assert rows(log) == rows(Path(unbroken.cfg.OUTPUT_DIR) / "metrics.json")
     assert isinstance(resumed, Trainer)

@@ -77,7 +77,7 @@ def arguments(name: str, root: Path, output: Path) -> Arguments:
             syncbn = f"--config-file {ROOT}/detectron_configs/protocols/syncbn.yaml --num-gpus 2"
             solver = "SOLVER.IMS_PER_BATCH 2 SOLVER.WARMUP_ITERS 1 SOLVER.MAX_ITER 4 SOLVER.STEPS () "
             solver += "SOLVER.CHECKPOINT_PERIOD 1 MODEL.DEVICE cpu DATALOADER.NUM_WORKERS 0 TEST.EXPECTED_RESULTS [] "
-            solver += "TEST.EVAL_PERIOD 2"
+            solver += "TEST.EVAL_PERIOD 2 TEST.PRECISE_BN.NUM_ITER 2"
             line = f"train --config-file {SHAPES_CONFIG} {syncbn * two} --resume "
             line += f"{solver} MODEL.WEIGHTS {root}/resnet18.pkl OUTPUT_DIR {output}"
             return [*line.split(), *map(str, SMALL)]  # some of whose values hold spaces
