@@ -30,7 +30,7 @@ from robust_backbones.detection.datasets import (
 )
 from robust_backbones.detection.predictor import load_detector
 from robust_backbones.errors import InputError
-from robust_backbones.runs.folders import claim
+from robust_backbones.runs.folders import shared
 from robust_backbones.runs.identity import identity
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
@@ -110,17 +110,17 @@ def evaluate_detector(
     job = CellJob(cfg, weights, output, cells, images, workers, _identity(cfg, weights, dataset, images))
     for cell in cells:
         cell.check(detector.model)
-    claim(output, job.identity, DETECTOR_KEYS)
-    job.check_settings()
-    with stop_on_signals() as stop:
-        if jobs == 1:
-            job.run(detector, stop)
-        else:
-            job.run_in_processes(jobs, stop)
-    # From here on a signal ends the process: what is left takes seconds.
-    if len(attacks := [cell for cell in cells if isinstance(cell, AttackCell)]) > 1:
-        job.evaluate_worst(attacks)
-    return _write_summary(job, counted(warnings))
+    with shared(output, job.identity, DETECTOR_KEYS):
+        job.check_settings()
+        with stop_on_signals() as stop:
+            if jobs == 1:
+                job.run(detector, stop)
+            else:
+                job.run_in_processes(jobs, stop)
+        # From here on a signal ends the process: what is left takes seconds.
+        if len(attacks := [cell for cell in cells if isinstance(cell, AttackCell)]) > 1:
+            job.evaluate_worst(attacks)
+        return _write_summary(job, counted(warnings))
 
 
 def summarize(cells: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:

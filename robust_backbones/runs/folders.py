@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -11,7 +13,7 @@ from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.distributed import ALONE, Processes
 from robust_backbones.runs.files import remove_leftovers, write_json
 from robust_backbones.runs.identity import check_same, differences, read_settings
-from robust_backbones.runs.locks import lock, remove_if_dead
+from robust_backbones.runs.locks import guard, lock, remove_if_dead
 
 Settings = Mapping[str, Any]
 LOCK = "lock.json"
@@ -47,10 +49,16 @@ def own_folder(folder: str | Path) -> Iterator[None]:
 
 def began(folder: Path) -> bool:
     """Whether a run has written more into its folder than its settings and logs: else it may start with others."""
-    return any(
-        path.name not in ("config.json", "config.yaml", LOCK, "tensorboard")
-        and not path.name.startswith((".", "log.txt", "events.out."))
-        for path in (folder.iterdir() if folder.exists() else ())
+    return any(_is_result(folder, path) for path in (folder.rglob("*") if folder.exists() else ()))
+
+
+def _is_result(folder: Path, path: Path) -> bool:
+    first = path.relative_to(folder).parts[0]
+    return not (
+        first in ("images", "tensorboard")  # which images are evaluated, and curves
+        or path.name in ("config.json", "config.yaml", LOCK)
+        or path.name.startswith((".", "log.txt", "events.out."))
+        or path.is_dir()
     )
 
 
@@ -77,10 +85,37 @@ def claimed(
                 remove_if_dead(folder / LOCK)
             else:
                 stack.enter_context(own_folder(folder))
-                if path.exists() and not began(folder) and differences(read_settings(path), config, defaults):
-                    write_json(path, config)
-                finished = claim(folder, config, defaults)
+                finished = _take(folder, config, defaults)
         yield processes.agree(finished)
+
+
+@contextmanager
+def shared(folder: Path, config: Settings, defaults: Settings | None = None) -> Iterator[None]:
+    """Claim ``folder`` with any number of processes of the same run, which share its work while the block runs.
+
+    A run that ended before it had begun leaves its folder to another, once none of its processes is there any more.
+
+    Raises:
+        InputError: the folder holds another run or something else.
+    """
+    if began(folder):
+        claim(folder, config, defaults)  # refuses what is not this run before anything is written
+    own = folder / f".{socket.gethostname()}~{os.getpid()}.{LOCK}"
+    with lock(own):
+        with guard(folder / ".config.guard"):
+            others = [path for path in folder.glob(f".*.{LOCK}") if path != own]
+            for path in others:
+                remove_if_dead(path)
+            (claim if any(path.exists() for path in others) else _take)(folder, config, defaults)
+        yield
+
+
+def _take(folder: Path, config: Settings, defaults: Settings | None) -> bool:
+    """``claim`` by the one process that writes ``folder``: a run that had not begun loses it."""
+    path = folder / "config.json"
+    if path.exists() and not began(folder) and differences(read_settings(path), config, defaults):
+        write_json(path, config)
+    return claim(folder, config, defaults)
 
 
 def claim(folder: Path, config: Settings, defaults: Settings | None = None) -> bool:

@@ -95,7 +95,7 @@ def remove_if_dead(path: Path) -> None:
 
 def _acquire(path: Path, own: Owner) -> Owner | None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _guard(path.with_name(f".{path.name}.guard")):  # of two that find a dead owner's file, one removes it
+    with guard(path.with_name(f".{path.name}.guard")):  # of two that find a dead owner's file, one removes it
         held = _read(path)
         if held is None or not _is_alive(held, path):
             path.unlink(missing_ok=True)
@@ -112,8 +112,8 @@ def _acquire(path: Path, own: Owner) -> Owner | None:
 
 
 @contextmanager
-def _guard(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine out of the block."""
+def guard(path: Path) -> Iterator[None]:
+    """Keep other processes of this machine out of the block, as long as it runs."""
     while True:
         with open(path, "a") as guard:
             with suppress(OSError):  # a file system may have no such locks

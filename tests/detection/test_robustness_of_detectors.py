@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -28,7 +29,7 @@ from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, 
 from robust_backbones.data.synthetic import CLASSES
 from robust_backbones.detection.attacks import DetectorAttack
 from robust_backbones.detection.cell_images import ImageChoice, find_domains, take_images
-from robust_backbones.detection.cell_jobs import metrics_of, worst_attacks
+from robust_backbones.detection.cell_jobs import CellJob, metrics_of, worst_attacks
 from robust_backbones.detection.cells import AttackCell, Cell, CellMapper, CorruptionCell, attack_cell, corruption_cells
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
@@ -627,6 +628,31 @@ def test_a_kill_loses_no_finished_cell(
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert_same_cells(output, few, CELLS)
     assert RunRecord.read(output / "record.json").metrics == RunRecord.read(few / "record.json").metrics
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_signal_in_the_last_cell_ends_it_with_the_stop_status(
+    run: Path, tmp_path: Path, run_tool: Run, monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    """In this process, or while the last of several jobs, here none, ends well all the same."""
+    original = CellJob._measure
+
+    def measure(self: CellJob, *arguments: Any) -> Any:
+        found = original(self, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    def join(timeout: float) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    monkeypatch.setattr(CellJob, "_measure", measure)
+    monkeypatch.setattr(torch.multiprocessing, "start_processes", lambda *_, **__: SimpleNamespace(join=join))
+    options = ["--corruptions", "none", "--jobs", jobs, "--workers", 0]
+    status, _, err = run_tool("evaluate", *command(run, tmp_path / "out", *options)[2:])
+    assert (status, err.splitlines()[-1][:22]) == (75, "error: asked to stop: ")
+    assert (tmp_path / "out/cells/clean/record.json").exists() == (jobs == 1)
+    assert not (tmp_path / "out/record.json").exists()
 
 
 def test_the_table(few: Path, run: Path, run_tool: Run) -> None:

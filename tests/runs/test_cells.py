@@ -57,3 +57,17 @@ def test_a_cells_own_error_is_not_taken_for_a_lock_of_another_process(tmp_path: 
     (tmp_path / "b/lock.json").write_text(json.dumps({}))
     with pytest.raises(InputError, match="no lock of ours"):
         run_cells("b", lambda cell: tmp_path / cell, run, StopRequest())
+
+
+def test_a_signal_in_the_last_cell_is_answered_too(tmp_path: Path) -> None:
+    stop = StopRequest()
+
+    def run(cell: str) -> str:
+        stop.signal = 15
+        (tmp_path / cell / "record.json").touch()
+        return cell
+
+    with pytest.raises(PreemptedError, match="finished cells are kept"):
+        run_cells("a", lambda cell: tmp_path / cell, run, stop)
+    assert (tmp_path / "a/record.json").exists()
+    run_cells("a", lambda cell: tmp_path / cell, run, StopRequest())

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from robust_backbones.errors import InputError, TrainingFailedError
-from robust_backbones.runs.folders import claim, claimed, own_folder
+from robust_backbones.runs.folders import claim, claimed, own_folder, shared
 from robust_backbones.runs.locks import HeldError, Owner
 from tests.conftest import ROOT
 
@@ -137,3 +137,21 @@ def test_of_what_is_refused_nothing_stays(tmp_path: Path) -> None:
         assert (tmp_path / "runs/first/lock.json").exists()
         raise InputError("data that cannot be used")
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_shared_folder_is_another_runs_only_where_nothing_was_measured_and_nobody_is(tmp_path: Path) -> None:
+    dead = replace(Owner.here(), born="5")
+    other = tmp_path / ".here~1.lock.json"
+    with shared(tmp_path, {"lr": 1}), shared(tmp_path / "other", {"lr": 1}):
+        (tmp_path / "cells/clean").mkdir(parents=True)  # of a cell that ended by an error
+    other.write_text(json.dumps(asdict(Owner.here())))
+    with pytest.raises(InputError, match="lr is 1 there"), shared(tmp_path, {"lr": 2}):
+        raise AssertionError
+    other.write_text(json.dumps(asdict(dead)))
+    with shared(tmp_path, {"lr": 2}):
+        assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 2}
+        assert not other.exists()
+    (tmp_path / "cells/clean/record.json").touch()
+    with pytest.raises(InputError, match="lr is 2 there"), shared(tmp_path, {"lr": 1}):
+        raise AssertionError
+    assert {path.name for path in tmp_path.iterdir()} == {"cells", "config.json", "other"}

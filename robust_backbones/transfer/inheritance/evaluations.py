@@ -24,7 +24,7 @@ from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, fed_as
 from robust_backbones.runs.cells import run_cells
-from robust_backbones.runs.folders import claim
+from robust_backbones.runs.folders import shared
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
 from robust_backbones.transfer.inheritance.job import accuracy_on, for_evaluation
@@ -110,7 +110,7 @@ def evaluate_corruptions(
     if reference is not None:
         _check_comparable(reference, about)
     usual = asdict(fed_as(CorruptionConfig(), BackboneSpec()))
-    claim(output, {**about, "checkpoint_sha256": checkpoint.source_sha256}, usual)
+    identity = {**about, "checkpoint_sha256": checkpoint.source_sha256}
     network = for_evaluation(checkpoint.in_rgb().model().to(compute.device), compute)
 
     fields = {**checkpoint.record_fields(), "dataset": data.name, "seed": config.seed}
@@ -131,7 +131,7 @@ def evaluate_corruptions(
         return f"{name}: {accuracy:.1f} %"
 
     names = ["clean", *(f"{corruption}-{severity}" for corruption in CORRUPTIONS for severity in SEVERITIES)]
-    with stop_on_signals() as stop:
+    with shared(output, identity, usual), stop_on_signals() as stop:
         run_cells(names, folder, run, stop)
     cells = {name: RunRecord.read(folder(name) / "record.json") for name in names}
     metrics = {f"accuracy/{name}": cell.metrics["accuracy"] for name, cell in cells.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -20,7 +21,7 @@ from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.cells import is_finished, run_cells
-from robust_backbones.runs.folders import claim
+from robust_backbones.runs.folders import shared
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
@@ -98,10 +99,11 @@ def run_protocol(
         "sets": {name: [len(related.images), len(related.classes)] for name, related in found.items()},
     }
     memory = Memory(memory_gb, workers)
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, ExitStack() as stack:
         for label, checkpoint in checkpoints.items():  # methods and seeds may be added to an output later
             identity = {**config.to_dict(), "checkpoint_sha256": checkpoint.source_sha256, **about}
-            claim(Path(output) / label, identity, fed_as(type(config)(), BackboneSpec()).to_dict())
+            defaults = fed_as(type(config)(), BackboneSpec()).to_dict()
+            stack.enter_context(shared(Path(output) / label, identity, defaults))
         run = _Run(config, checkpoints, train_images, found, Path(output), compute, memory, stop)
         cells = [MatrixCell(label, PRETRAINED) for label in checkpoints]
         cells += [MatrixCell(label, DISTANCES) for label in checkpoints if config.distance_images]
