@@ -36,6 +36,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "MODEL.BACKBONE.USE_ACT_CHECKPOINT": False,
     # Of "build_vit_sfp_backbone" of MODEL.BACKBONE.NAME: the square, in pixels, that position embeddings are for.
     "MODEL.VIT.PRETRAIN_SIZE": 224,
+    # Of its layer norms; 0.0: as timm has it.
+    "MODEL.VIT.NORM_EPSILON": 0.0,
     # Side, in patches, of the windows that blocks attend within, but for the GLOBAL_BLOCKS (from 0 on); 0: all attend
     # globally.
     "MODEL.VIT.WINDOW_SIZE": 0,

@@ -179,7 +179,8 @@ class BackboneSpec:
             return {"MODEL.BACKBONE.NAME": "build_swin_fpn_backbone"}
         if is_vit(self.arch):
             vit_shape(self.arch, self.image_size)  # raises
-            return {"MODEL.BACKBONE.NAME": "build_vit_sfp_backbone", "MODEL.VIT.PRETRAIN_SIZE": self.image_size}
+            own = {"MODEL.VIT.PRETRAIN_SIZE": self.image_size, "MODEL.VIT.NORM_EPSILON": self.norm_epsilon}
+            return {"MODEL.BACKBONE.NAME": "build_vit_sfp_backbone", **own}
         return {"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone"}
 
 

@@ -33,6 +33,8 @@ class ViTShape:
     """Of its layer norms."""
     embeds_class: bool
     """Whether the first position embedding is that of the class token."""
+    has_convstem: bool
+    """Whether its patches are cut by several convolutions, those of ``convstem``."""
 
 
 @cache
@@ -62,6 +64,7 @@ def vit_shape(arch: str, image_size: int) -> ViTShape:
         qkv_bias=block.attn.qkv.bias is not None,
         epsilon=block.norm1.eps,
         embeds_class=network.has_class_token and not network.no_embed_class,
+        has_convstem=_is(network.patch_embed.proj, "ConvStem"),
     )
 
 
@@ -107,8 +110,11 @@ _FOREIGN: dict[str, Callable[[Any], bool]] = {
     f"patches of other than {PATCH_SIZE} pixels": _of_network(
         lambda net: {*net.patch_embed.patch_size} != {PATCH_SIZE}
     ),
-    "a patch embedding that is more than a convolution with a bias": _of_network(
-        lambda net: getattr(net.patch_embed.proj, "bias", None) is None or _has(net.patch_embed, "norm", "backbone")
+    "a patch embedding that is neither a ConvStem nor a convolution with a bias": _of_network(
+        lambda net: (
+            not (_is(net.patch_embed.proj, "ConvStem") or getattr(net.patch_embed.proj, "bias", None) is not None)
+            or _has(net.patch_embed, "norm", "backbone")
+        )
     ),
     "a norm before its blocks": _of_network(lambda net: _has(net, "norm_pre")),
     "register tokens": _of_network(lambda net: net.num_reg_tokens > 0),

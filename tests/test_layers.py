@@ -114,6 +114,18 @@ def test_only_detection_imports_detectron2() -> None:
     assert importers == {"detection"}
 
 
+def test_whatever_registers_itself_is_imported_with_detection() -> None:
+    """Detectron2 finds a backbone by its name in the configuration, once the module has been imported."""
+    reached, left = set(), ["detection"]
+    while left:
+        if (name := left.pop()) not in reached:
+            reached.add(name)
+            left += own_imports(next(module for module in MODULES if dotted(module) == name))
+    registering = {dotted(module) for module in MODULES if "_REGISTRY.register()" in (PACKAGE / module).read_text()}
+    assert "detection.vit_backbone" in registering
+    assert registering <= reached
+
+
 def test_reading_tensors_does_not_wait_for_torchvision() -> None:
     code = "import sys, robust_backbones.checkpoint.sources; sys.exit('torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -169,7 +169,7 @@ def of_efficientnet(names: Collection[str], reference: Iterable[str]) -> dict[st
 
 _VIT_LAYERS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
 # timm's names -> those of Detectron2's ViT, whose layers have the same.
-_VIT = {r"pos_embed": "pos_embed", r"patch_embed\.proj\.(weight|bias)": r"patch_embed.proj.\1"} | {
+_VIT = {r"pos_embed": "pos_embed", r"patch_embed\.proj\.(.+)": r"patch_embed.proj.\1"} | {
     rf"blocks\.(\d+)\.{re.escape(layer)}\.(weight|bias)": rf"blocks.\1.{layer}.\2" for layer in _VIT_LAYERS
 }
 

@@ -18,7 +18,8 @@ with warnings.catch_warnings():
         raise MissingPackageError(
             "Detectron2 is not installed: run `robust-backbones doctor --install-detectron2`"
         ) from None
-    import robust_backbones.detection.verify  # noqa: F401  # makes robust://NAME a path
+    import robust_backbones.detection.verify  # makes robust://NAME a path
+    import robust_backbones.detection.vit_backbone  # noqa: F401  # which Detectron2 then knows by its name
     from robust_backbones.detection.config import add_config, load_config
     from robust_backbones.detection.evaluation import evaluate
     from robust_backbones.detection.predictor import Predictor

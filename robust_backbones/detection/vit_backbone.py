@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from robust_backbones.errors import InputError
-from robust_backbones.timm_models import is_timm
+from robust_backbones.timm_models import build_timm, is_timm
 from robust_backbones.timm_vit import PATCH_SIZE, ViTShape, vit_shape
 
 FEATURE = "last_feat"
@@ -95,7 +95,7 @@ def build_vit(cfg: CfgNode) -> ViT:
             mlp_ratio=shape.mlp_ratio,
             qkv_bias=shape.qkv_bias,
             drop_path_rate=backbone.DROP_PATH,
-            norm_layer=partial(nn.LayerNorm, eps=shape.epsilon),
+            norm_layer=partial(nn.LayerNorm, eps=keys.NORM_EPSILON or shape.epsilon),
             use_rel_pos=keys.REL_POS,
             window_size=keys.WINDOW_SIZE,
             window_block_indexes=tuple({*range(shape.depth)} - {*keys.GLOBAL_BLOCKS}),
@@ -103,6 +103,9 @@ def build_vit(cfg: CfgNode) -> ViT:
             pretrain_use_cls_token=shape.embeds_class,
             out_feature=FEATURE,
         )
+    if shape.has_convstem:
+        stem = build_timm(backbone.TIMM, 1, keys.PRETRAIN_SIZE).get_submodule("patch_embed.proj")
+        vit.set_submodule("patch_embed.proj", stem)
     freeze(vit, backbone.FREEZE_AT)
     if backbone.USE_ACT_CHECKPOINT:
         for block in vit.blocks:
@@ -152,11 +155,6 @@ def freeze(vit: ViT, freeze_at: int) -> None:
     frozen = [*vit.patch_embed.parameters(), vit.pos_embed] if freeze_at >= 1 else []
     for block in blocks:
         block.drop_path = nn.Identity()
-        frozen += [value for name, value in block.named_parameters() if not is_own(name)]
+        frozen += [value for name, value in block.named_parameters() if ".rel_pos_" not in name]
     for parameter in frozen:
         parameter.requires_grad_(False)
-
-
-def is_own(name: str) -> bool:
-    """Whether a tensor of a ViT is the detector's own, which no backbone file has: a relative position embedding."""
-    return name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w")

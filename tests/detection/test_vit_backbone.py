@@ -1,5 +1,6 @@
 """Vision transformers of timm as Detectron2's ViT: converted with proof, guarded, frozen; others are refused."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from robust_backbones.detection.unproven import differences, position_embeddings
 from robust_backbones.detection.verify import feature_errors, prove
 from robust_backbones.detection.vit_backbone import build_vit, check_keys
 from robust_backbones.errors import InputError, ProofFailedError
-from robust_backbones.models import usual_spec
+from robust_backbones.models import build_backbone, usual_spec
 from robust_backbones.runs.identity import flat
 from robust_backbones.timm_vit import vit_shape
 from tests.detection.conftest import CASCADE, SHAPES_CONFIG, SMALL
@@ -89,9 +90,29 @@ def test_the_features_are_those_of_the_source_without_its_class_token(
     assert max(error.relative for error in errors) < 1e-4
     other = dict(checkpoint.state_dict)
     other["blocks.2.mlp.fc1.bias"] = other["blocks.2.mlp.fc1.bias"] + 1
-    checkpoint = Checkpoint(**{**vars(checkpoint), "state_dict": other})
+    checkpoint = replace(checkpoint, state_dict=other)
     with pytest.raises(ProofFailedError, match="last_feat"):
         prove(checkpoint, backbone_file)
+
+
+@pytest.mark.parametrize(
+    ("arch", "norm_epsilon"),
+    [("test_vit", 0.1), pytest.param("vit_small_patch16_224_convstem", 0.0, marks=pytest.mark.slow)],
+)
+def test_other_epsilons_and_stems_are_the_sources_too(arch: str, norm_epsilon: float, tmp_path: Path) -> None:
+    """As transformers has the first, and Singh et al. 2023 the second; a file that hides the epsilon is refused."""
+    spec = replace(usual_spec(arch, 3), image_size=64, norm_epsilon=norm_epsilon)
+    network = build_backbone(spec)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, 1 if parameter.ndim == 1 else 0, 0.1)
+    source = Checkpoint(spec, network.state_dict(), None, "robust_backbones", "own.pt", "0")
+    report = convert_file(source, tmp_path / "backbone.pkl", prove=prove)
+    assert len(report.renamed) == len(source.state_dict) - 5
+    if norm_epsilon:
+        with pytest.raises(ProofFailedError, match="last_feat"):
+            prove(replace(source, spec=replace(spec, norm_epsilon=0.0)), tmp_path / "backbone.pkl")
+    else:
+        assert sum("patch_embed.proj.stem." in name for name in report.renamed) == 18
 
 
 def test_every_tensor_of_the_vit_is_one_of_timms() -> None:
@@ -109,7 +130,7 @@ def test_without_mixing_of_tokens_the_class_token_changes_nothing(checkpoint: Ch
     assert effect.relative > 1e-3
     assert "position embeddings at 1024 pixels" in interpolation.what
     tensors = {n: torch.zeros_like(t) if ".attn.proj." in n else t for n, t in checkpoint.state_dict.items()}
-    unmixed, _ = differences(Checkpoint(**{**vars(checkpoint), "state_dict": tensors}))
+    unmixed, _ = differences(replace(checkpoint, state_dict=tensors))
     assert unmixed.relative < 1e-6
 
 
@@ -121,7 +142,7 @@ def test_position_embeddings_are_interpolated_elsewhere_than_at_their_own_size(c
     of_timm, ours = position_embeddings(checkpoint, 16)
     assert (of_timm - ours).abs().max() > 1e-3
     tensors = {**checkpoint.state_dict, "pos_embed": torch.full_like(checkpoint.state_dict["pos_embed"], 0.5)}
-    of_timm, ours = position_embeddings(Checkpoint(**{**vars(checkpoint), "state_dict": tensors}), 16)
+    of_timm, ours = position_embeddings(replace(checkpoint, state_dict=tensors), 16)
     torch.testing.assert_close(of_timm, ours)
 
 
@@ -153,7 +174,7 @@ def test_relative_positions_begin_at_nothing_and_windows_do_not() -> None:
         ("test_vit4", "norms other than layer norms"),
         ("deit3_small_patch16_224", "layer scale"),
         ("deit_tiny_distilled_patch16_224", "a distillation token"),
-        ("vit_base_r50_s16_224", "a patch embedding that is more than a convolution"),
+        ("vit_base_r50_s16_224", "a patch embedding that is neither a ConvStem nor a convolution"),
         ("vit_small_patch16_18x2_224", "blocks of another kind"),
         ("vit_dlittle_patch16_reg1_gap_256", "attention of another kind"),
         ("resnet51q", "is no plain vision transformer"),
