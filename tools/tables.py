@@ -21,7 +21,7 @@ from robust_backbones.analysis.experiments import experiments, metric_name
 from robust_backbones.analysis.inheritance import summary_table
 from robust_backbones.analysis.paper.transfer_figures import best_table
 from robust_backbones.analysis.paper.transfer_results import Pretrainings, targets
-from robust_backbones.analysis.record_tables import classifier_table, detector_robustness_table
+from robust_backbones.analysis.record_tables import detector_robustness_table
 from robust_backbones.analysis.records import RecordedRun, find_runs
 from robust_backbones.analysis.results import results
 from robust_backbones.analysis.tables import Table
@@ -128,23 +128,8 @@ def visualization() -> Table:
     return Table.of(["command", "backbone", "measure", "mean", "95 % interval"], rows)
 
 
-def pretrained(folder: str) -> Table:
-    return classifier_table([run.record for run in _runs(folder, "pretrain")])
-
-
 def _runs(folder: str, task: str) -> list[RecordedRun]:
     return [run for run in find_runs([DOCS / folder]) if run.record.task == task]
-
-
-def study_detectors() -> Table:
-    """The highest AP50 that a study's detectors reached, and the minutes that each kind of run took."""
-    rows = []
-    for task in ("detection", "segmentation"):
-        runs = _runs("study", task)
-        highest = max(run.record.metrics["bbox/AP50"] or 0 for run in runs)
-        minutes = median(run.record.seconds / 60 for run in runs)
-        rows.append([runs[0].record.dataset, len(runs), f"{highest:.2f}", f"{minutes:.1f}"])
-    return Table.of(["data set", "detectors", "highest box AP50", "minutes each (median)"], rows)
 
 
 def kills() -> Table:
@@ -193,8 +178,6 @@ def soak() -> Table:
 TABLES: dict[str, Callable[[], Table]] = {
     "speed": speed,
     "small_study": lambda: of_experiments("small_study"),
-    "study_backbones": lambda: pretrained("study"),
-    "study_detectors": study_detectors,
     "detector_robustness": robustness,
     "inheritance": inheritance,
     "transfer_best": transfer_best,
