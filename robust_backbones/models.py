@@ -176,6 +176,8 @@ class BackboneSpec:
     def _timm_overrides(self) -> dict[str, object]:
         if is_swin(self.arch):
             swin_shape(self.arch)  # raises
+            if self.norm_epsilon:
+                raise InputError(f"Detectron2's Swin has norms of epsilon 1e-05, and this one of {self.norm_epsilon:g}")
             return {"MODEL.BACKBONE.NAME": "build_swin_fpn_backbone"}
         if is_vit(self.arch):
             vit_shape(self.arch, self.image_size)  # raises

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from robust_backbones.timm_vit import is_vit
 
 FORMAT = "robust_backbones.backbone/1"
 _WHO = (BY_FILE, BY_USER, ASSUMED)
+REST = "rest"
+"""Where a file has what ``rest_of`` gives; in a ``.safetensors`` it stands before the names, with a full stop."""
 SUFFIXES = (".pkl", ".pth", ".safetensors")
 
 
@@ -112,8 +114,8 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
     """
     checkpoint.spec.detectron2_overrides()  # raises: other networks' tensors have no names there
     spec = checkpoint.spec
-    expected, classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)
-    of_backbone = _detectron2_names(spec, [name for name in expected if not name.startswith(f"{classifier}.")])
+    expected, _ = reference_shapes(spec.arch, spec.stem, spec.image_size)
+    of_backbone = detectron2_names(spec)
     converted: dict[str, Tensor] = {}
     renamed: dict[str, str] = {}
     problems: dict[str, list[str]] = {"unexpected": [], "incorrect_shapes": [], "not_finite": []}
@@ -143,8 +145,10 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
     return converted, report
 
 
-def _detectron2_names(spec: BackboneSpec, names: list[str]) -> dict[str, str]:
+def detectron2_names(spec: BackboneSpec) -> dict[str, str]:
     """The tensors of use to a detector, with their names there, among all but the classifier's."""
+    expected, classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)
+    names = [name for name in expected if not name.startswith(f"{classifier}.")]
     if not is_foreign(spec.arch):
         return {name: detectron2_name(name) for name in names}
     for is_one, renamed in ((is_vit, of_vit), (is_swin, of_swin)):
@@ -153,6 +157,17 @@ def _detectron2_names(spec: BackboneSpec, names: list[str]) -> dict[str, str]:
     with torch.device("meta"):
         up_to_last_stage = build_stages(spec.arch)[0].state_dict()
     return {name: name for name in names if name in up_to_last_stage}
+
+
+def rest_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What a network of timm's has between its stages and its classifier, such as a last norm: no detector has a place
+    for it, and a file keeps it so that the network can be read again."""
+    spec = checkpoint.spec
+    if not is_foreign(spec.arch):
+        return {}
+    expected, classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)
+    names = expected.keys() - detectron2_names(spec) - {f"{classifier}.weight", f"{classifier}.bias"}
+    return {name: checkpoint.state_dict[name].float() for name in sorted(names & checkpoint.state_dict.keys())}
 
 
 def convert_file(
@@ -178,7 +193,7 @@ def convert_file(
     tensors, report = convert(checkpoint)
     if report.ok:
         with atomic_path(path) as unproven:
-            write_backbone(unproven, tensors, BackboneMetadata.of(checkpoint))
+            write_backbone(unproven, tensors, BackboneMetadata.of(checkpoint), rest_of(checkpoint))
             if prove is not None:
                 prove(checkpoint, unproven)
     return report
@@ -234,8 +249,12 @@ class BackboneMetadata:
         return {"format": FORMAT, **asdict(self), "spec": self.spec.to_dict()}
 
 
-def write_backbone(path: str | Path, tensors: dict[str, Tensor], metadata: BackboneMetadata) -> None:
+def write_backbone(
+    path: str | Path, tensors: dict[str, Tensor], metadata: BackboneMetadata, rest: Mapping[str, Tensor] | None = None
+) -> None:
     """Write a ``.pkl``, ``.pth`` or ``.safetensors`` by the suffix; identical input gives identical bytes.
+
+    ``rest`` is that of ``rest_of``.
 
     ``matching_heuristics`` lets Detectron2 put ``res2.*`` under whatever prefix the detector gives its backbone.
     """
@@ -243,13 +262,17 @@ def write_backbone(path: str | Path, tensors: dict[str, Tensor], metadata: Backb
     content = {"__author__": "robust-backbones", "matching_heuristics": True, "metadata": fields}
     with atomic_path(Path(path)) as temporary:
         if temporary.suffix == ".safetensors":
-            _save_safetensors(temporary, tensors, fields)
-        elif temporary.suffix == ".pth":
-            _save_torch(temporary, {"model": _own(tensors), **content})
+            _save_safetensors(
+                temporary, tensors | {f"{REST}.{name}": tensor for name, tensor in (rest or {}).items()}, fields
+            )
+            return
+        parts = {"model": tensors} | ({REST: dict(rest)} if rest else {})
+        if temporary.suffix == ".pth":
+            _save_torch(temporary, {**{part: _own(held) for part, held in parts.items()}, **content})
         else:
-            arrays = {name: tensors[name].numpy() for name in sorted(tensors)}
+            arrays = {part: {name: held[name].numpy() for name in sorted(held)} for part, held in parts.items()}
             with open(temporary, "wb") as file:
-                pickle.dump({"model": arrays, **content}, file, protocol=4)
+                pickle.dump({**arrays, **content}, file, protocol=4)
 
 
 def write_torchvision(path: str | Path, checkpoint: Checkpoint, **strings: str) -> None:
@@ -261,6 +284,8 @@ def write_torchvision(path: str | Path, checkpoint: Checkpoint, **strings: str) 
         InputError: torchvision's network is another one; or its inputs are, which a ``.pth`` cannot say.
     """
     path, spec = Path(path), checkpoint.spec
+    if is_foreign(spec.arch):
+        raise InputError(f"{spec.arch} is here by timm's names, not by torchvision's: give --to timm")
     if spec.stride_in_1x1 or spec.stem != "imagenet":
         raise InputError(f"torchvision has no {spec.arch} with this stem and stride: keep it in Detectron2's format")
     if path.suffix == ".pth" and (spec.mean, spec.std, spec.channel_order) != (IMAGENET_MEAN, IMAGENET_STD, "RGB"):
@@ -270,9 +295,14 @@ def write_torchvision(path: str | Path, checkpoint: Checkpoint, **strings: str) 
         )
     with atomic_path(path) as temporary:
         if path.suffix == ".safetensors":
-            _save_safetensors(temporary, checkpoint.state_dict, BackboneMetadata.of(checkpoint).to_dict(), **strings)
+            write_described(temporary, checkpoint, **strings)
         else:
             _save_torch(temporary, _own(checkpoint.state_dict))
+
+
+def write_described(path: Path, checkpoint: Checkpoint, **strings: str) -> None:
+    """Write a ``.safetensors`` of all tensors as they are named, with the metadata and further strings."""
+    _save_safetensors(path, checkpoint.state_dict, BackboneMetadata.of(checkpoint).to_dict(), **strings)
 
 
 def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -324,5 +354,13 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], BackboneMetadata
         raise InputError(f"{path}: {error}; convert it again with `robust-backbones convert`") from None
     if metadata is None:
         raise InputError(f"{path} does not say what backbone it holds: convert it with `robust-backbones convert`")
-    tensors = content.get("model", content)
+    tensors, _ = apart(content)
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}, metadata
+
+
+def apart(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A converted file's entries of the backbone, and those of ``rest_of`` by their own names."""
+    if "model" in content:
+        return content["model"], content.get(REST, {})
+    rest = {name.removeprefix(f"{REST}."): tensor for name, tensor in content.items() if name.startswith(f"{REST}.")}
+    return {name: value for name, value in content.items() if not name.startswith(f"{REST}.")}, rest

@@ -9,12 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from robust_backbones.checkpoint.convert import BackboneMetadata, write_torchvision
+from robust_backbones.checkpoint.convert import BackboneMetadata, write_described, write_torchvision
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.zoo import cache_folder
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec
+from robust_backbones.models import BackboneSpec, is_foreign
 from robust_backbones.runs.files import atomic_path
+from robust_backbones.timm_models import timm_config
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 """The files of a repository, by the names that the hub and timm know."""
@@ -28,14 +29,25 @@ def is_repository(name: str) -> bool:
 
 
 def write_timm(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a ``.safetensors`` under timm's tensor names, which for these ResNets are torchvision's.
+    """Write a ``.safetensors`` under timm's tensor names, which for the ResNets are torchvision's.
 
     Raises:
         InputError: timm has no such network.
     """
-    if not checkpoint.spec.resnet_shape:
-        raise InputError(f"timm names the tensors of {checkpoint.spec.arch} otherwise: give --to torchvision")
-    write_torchvision(path, checkpoint.in_rgb(), pretrained_cfg=json.dumps(_pretrained_cfg(checkpoint.in_rgb().spec)))
+    spec = checkpoint.in_rgb().spec
+    cfg = json.dumps(_pretrained_cfg(spec))
+    if is_foreign(spec.arch):
+        if spec.norm_epsilon:
+            raise InputError(
+                f"timm's {spec.arch} has layer norms of another epsilon than {spec.norm_epsilon:g}, that of this one: "
+                "keep its file"
+            )
+        with atomic_path(path) as temporary:
+            write_described(temporary, checkpoint.in_rgb(), pretrained_cfg=cfg)
+    elif not spec.resnet_shape:
+        raise InputError(f"timm names the tensors of {spec.arch} otherwise: give --to torchvision")
+    else:
+        write_torchvision(path, checkpoint.in_rgb(), pretrained_cfg=cfg)
 
 
 def describe(folder: Path, checkpoint: Checkpoint) -> None:
@@ -52,14 +64,24 @@ def describe(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _pretrained_cfg(spec: BackboneSpec) -> dict[str, Any]:
-    return {
+    cfg = {
         "architecture": spec.arch,
         "num_classes": spec.num_classes,
-        "input_size": [3, 224, 224],
+        "input_size": [3, spec.image_size, spec.image_size],
         "mean": list(spec.mean),
         "std": list(spec.std),
         "first_conv": "conv1",
         "classifier": "fc",
+    }
+    if not is_foreign(spec.arch):
+        return cfg
+    theirs = timm_config(spec.arch)
+    return cfg | {
+        "crop_pct": spec.image_size / spec.val_resize,
+        "interpolation": spec.interpolation,
+        "first_conv": theirs.first_conv,
+        "classifier": theirs.classifier,
+        "fixed_input_size": theirs.fixed_input_size,  # without it timm builds a ViT for 224 pixels
     }
 
 

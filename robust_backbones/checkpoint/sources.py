@@ -39,6 +39,7 @@ from robust_backbones.checkpoint.layouts import (
     layout_of,
     tensors_of,
 )
+from robust_backbones.checkpoint.readback import network_of
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.errors import InputError, check_choice
@@ -132,7 +133,10 @@ def _read(
     own = spec_from(content.get("spec")) if content.get("format") == FORMAT else None
     metadata, described = metadata_in(content), _Description(content, path)
     named = own if own and is_foreign(own.arch) else described.named()
-    network = find_network(content, key=key, prefix=prefix, named=named)
+    if metadata and is_foreign(metadata.spec.arch) and not described.by_timm:
+        network = network_of(content, metadata.spec)
+    else:
+        network = find_network(content, key=key, prefix=prefix, named=named)
     normalizer = _normalizer(network, content)
     as_named = all(name == short for name, short in network.names.items())
     signs = {
@@ -165,6 +169,7 @@ def _read(
         tensors_say, in_file = own, _said_by(own, content.get("threat_model"))
     elif metadata:
         in_file = _said_by(metadata.spec, metadata.threat_model)
+        tensors_say = replace(tensors_say, norm_epsilon=metadata.spec.norm_epsilon)
     else:
         described.check(tensors_say.arch)
         if network.library == "transformers":

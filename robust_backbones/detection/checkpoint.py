@@ -18,7 +18,7 @@ from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.modeling.backbone.vit import ViT
 from torch import Tensor, nn
 
-from robust_backbones.checkpoint.convert import BackboneMetadata, convert, metadata_in
+from robust_backbones.checkpoint.convert import REST, BackboneMetadata, apart, convert, metadata_in
 from robust_backbones.checkpoint.format import save_tensors, sha256
 from robust_backbones.checkpoint.hub import is_repository
 from robust_backbones.checkpoint.mistaken import refuse_mistaken
@@ -72,6 +72,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
         self.metadata: BackboneMetadata | None = None
         self.unfilled: list[str] = []
         """Backbone tensors that no file filled, which MODEL.BACKBONE.ALLOW_PARTIAL let through; they are random."""
+        self.rest: dict[str, Tensor] = {}
+        """What the backbone's file keeps beside its tensors (``convert.rest_of``), for the files that are saved."""
         self.unverified: dict[str, str] | None = None
         """Which plain detector MODEL.ALLOW_UNVERIFIED let through: its ``source`` and ``source_sha256``."""
         self._path = Path()
@@ -120,6 +122,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
         content = {"model": (model or self.model).state_dict(), **content}
         if self.metadata is not None:
             content[_METADATA] = self.metadata.to_dict()
+        if self.rest:
+            content[REST] = self.rest
         if self.unfilled:
             content[_UNFILLED] = self.unfilled
         if self.unverified is not None:
@@ -156,8 +160,9 @@ class BackboneCheckpointer(DetectionCheckpointer):
         except InputError as error:
             raise InputError(f"{self._path}: {error}; {_AGAIN}") from None
         if filename.endswith(".safetensors") and self.metadata is not None:
-            tensors = {name: tensor for name, tensor in content.items() if name != METADATA}
-            content = {"model": tensors, "matching_heuristics": True}
+            tensors, rest = apart(content)
+            tensors.pop(METADATA, None)
+            content = {"model": tensors, "matching_heuristics": True, REST: rest}
         if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
             content = {"model": content}  # a state_dict() alone
         if self.metadata is None and _is_caffe2(content):
@@ -171,6 +176,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
             raise InputError(f"{self._path} holds no Detectron2 weights: {_how_to_convert(self._path)}")
         self.unfilled = list(content.pop(_UNFILLED, []))
+        self.rest = content.pop(REST, {})
         self.unverified = content.pop(_UNVERIFIED, None)
         if self.metadata is None and not self.cfg.MODEL.BACKBONE.FROM_SCRATCH:
             self._check_unverified(content["model"])

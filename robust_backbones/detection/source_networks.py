@@ -14,6 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_backbones.checkpoint.families import TORCHVISION
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.errors import ProofFailedError
@@ -120,11 +121,29 @@ def _torchvision(checkpoint: Checkpoint) -> _Own:
     spec = checkpoint.spec
     if spec.stride_in_1x1 or not spec.num_classes:
         raise _NotKnownError("torchvision has no such network")
+    if spec.arch in TORCHVISION:
+        return _modern_torchvision(checkpoint)
     try:
         network = get_model(spec.arch, weights=None, num_classes=spec.num_classes)
     except ValueError:
         raise _NotKnownError(f"torchvision has no {spec.arch}") from None
     return _Own(network, checkpoint.state_dict)
+
+
+def _modern_torchvision(checkpoint: Checkpoint) -> _Own:
+    """A ConvNeXt, by the names that the file has, without stochastic depth."""
+    from torchvision.models import get_model
+
+    name, classes = TORCHVISION[checkpoint.spec.arch], checkpoint.spec.num_classes
+    if not name.startswith("convnext"):
+        raise _NotKnownError
+    network = get_model(name, weights=None, num_classes=classes, stochastic_depth_prob=0.0)
+    tensors = {
+        name.removeprefix(checkpoint.prefix): tensor
+        for name, tensor in _content(checkpoint).items()
+        if isinstance(tensor, Tensor) and name.startswith(checkpoint.prefix)
+    }
+    return _Own(network, tensors, layers=tuple(f"features.{place}" for place in (1, 3, 5, 7)))
 
 
 def _timm(checkpoint: Checkpoint) -> _Own:
@@ -144,16 +163,19 @@ def _timm(checkpoint: Checkpoint) -> _Own:
 
 
 def _transformers(checkpoint: Checkpoint) -> _Own:
-    from transformers import ResNetConfig, ResNetForImageClassification
+    import transformers
 
-    config = _config_beside(checkpoint)
-    if config.get("model_type") != "resnet":
-        raise _NotKnownError("no config.json beside it")
-    tensors = {name: tensor for name, tensor in _content(checkpoint).items() if isinstance(tensor, Tensor)}
-    network = ResNetForImageClassification(ResNetConfig.from_dict(config))
-    if not any(name.startswith("resnet.") for name in tensors):  # saved without its classifier
-        network = network.resnet
-    prefix = "resnet." if hasattr(network, "resnet") else ""
+    config, tensors = _config_beside(checkpoint), _content(checkpoint)
+    kind = str(config.get("model_type", ""))
+    name = {"resnet": "ResNet", "convnext": "ConvNext"}.get(kind)
+    if not name:
+        raise _NotKnownError("" if kind else "no config.json beside it")
+    own = getattr(transformers, f"{name}Config").from_dict({**config, "drop_path_rate": 0.0})
+    network = getattr(transformers, f"{name}ForImageClassification")(own)
+    if not any(name.startswith(f"{kind}.") for name in tensors):  # saved without its classifier
+        network = getattr(network, kind)
+    prefix = f"{kind}." if hasattr(network, kind) else ""
+    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     return _Own(network, tensors, layers=tuple(f"{prefix}encoder.stages.{stage}" for stage in range(4)))
 
 

@@ -1,0 +1,35 @@
+"""The network of timm in a file that was converted from it, or in a detector that was trained on one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from robust_backbones.checkpoint.convert import REST, apart, detectron2_names
+from robust_backbones.checkpoint.layouts import Network
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec
+
+
+def network_of(content: dict[str, Any], spec: BackboneSpec) -> Network:
+    """The network, by timm's names: its stages as the file has them, trained or not, and the rest as it was converted.
+
+    Args:
+        content: of a file whose metadata has this spec.
+
+    Raises:
+        InputError: it does not hold its stages.
+    """
+    tensors, rest = ({n: t for n, t in held.items() if isinstance(t, Tensor)} for held in apart(content))
+    own = {new: name for name, new in detectron2_names(spec).items()}
+    anchor = next(iter(own))
+    prefixes = [name.removesuffix(anchor) for name in tensors if f".{name}".endswith(f".{anchor}")]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + name in tensors for name in own), default=None)
+    if prefix is None:
+        raise InputError(f"it holds no {spec.arch}, which its metadata names: {anchor} is missing")
+    inside = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    names = {name: own.get(short, short) for name, short in inside.items()}
+    beside = {f"{REST}.{name}": tensor for name, tensor in rest.items()}
+    names |= {name: name.removeprefix(f"{REST}.") for name in beside}
+    return Network("", prefix, names, tensors | beside, spec)
