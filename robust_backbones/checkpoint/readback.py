@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,9 @@ from robust_backbones.checkpoint.convert import REST, apart, detectron2_names
 from robust_backbones.checkpoint.layouts import Network
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
+
+# Detectron2's Swin has a norm after each stage, on the way to the pyramid, and keeps an index in its files.
+_OF_DETECTORS = r"norm\d\.|layers\..*\.relative_position_index$"
 
 
 def network_of(content: dict[str, Any], spec: BackboneSpec) -> Network:
@@ -29,7 +33,7 @@ def network_of(content: dict[str, Any], spec: BackboneSpec) -> Network:
     if prefix is None:
         raise InputError(f"it holds no {spec.arch}, which its metadata names: {anchor} is missing")
     inside = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
-    names = {name: own.get(short, short) for name, short in inside.items()}
+    names = {name: own.get(short, short) for name, short in inside.items() if not re.match(_OF_DETECTORS, short)}
     beside = {f"{REST}.{name}": tensor for name, tensor in rest.items()}
     names |= {name: name.removeprefix(f"{REST}.") for name in beside}
     return Network("", prefix, names, tensors | beside, spec)

@@ -26,6 +26,7 @@ from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.checkpoint.zoo import PREFIX
+from robust_backbones.detection import vit_backbone  # noqa: F401  registers its builder with Detectron2
 from robust_backbones.detection.swin_backbone import SwinBackbone
 from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.errors import InputError

@@ -23,12 +23,16 @@ from robust_backbones.transfer.networks import feature_extractor
 from tests.detection.conftest import SHAPES_CONFIG, SMALL, flat_overrides
 from tests.detection.test_timm_backbone import checkpoint_of
 
-ARCHITECTURES = ("test_efficientnet", "test_convnext", "test_vit")
+ARCHITECTURES = (
+    *("test_efficientnet", "test_convnext", "test_vit"),
+    pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+)
 
 
 def features(checkpoint: Any) -> torch.Tensor:
     """What a classifier would see, of a random image."""
-    images = torch.rand(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    size = checkpoint.spec.image_size
+    images = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found: torch.Tensor = feature_extractor(checkpoint)(images)
     return found
@@ -66,7 +70,7 @@ def test_a_detector_gives_its_trained_stages(arch: str, tmp_path: Path) -> None:
     assert trained.spec == same.spec
     moved = [name for name, tensor in trained.state_dict.items() if not torch.equal(tensor, source.state_dict[name])]
     assert moved
-    assert not any(name.startswith(("head.", "conv_head", "bn2", "norm.")) for name in moved)
+    assert not any(name.startswith(("head.", "conv_head", "bn2", "norm.", "cls_token")) for name in moved)
     torch.testing.assert_close(trained.state_dict[moved[0]], source.state_dict[moved[0]] * 1.01)
     # A detector is resumed from what it saved, and keeps the rest.
     resumed = BackboneCheckpointer(build_model(cfg), str(tmp_path), cfg=cfg)
@@ -138,12 +142,13 @@ def test_timm_loads_what_is_written_for_it(arch: str, tmp_path: Path) -> None:
     write_timm(folder / "model.safetensors", source)
     describe(folder, source)
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = torch.rand(1, 3, 160, 160)
+    size = source.spec.image_size
+    images = torch.rand(1, 3, size, size)
     with torch.no_grad():
         assert torch.equal(network(images), source.build()(images))
     data = timm.data.resolve_data_config({}, model=network)
     assert (tuple(data["mean"]), data["interpolation"]) == (source.spec.mean, source.spec.interpolation)
-    assert int(160 / data["crop_pct"]) == source.spec.val_resize
+    assert int(size / data["crop_pct"]) == source.spec.val_resize
     back = read_checkpoint(folder / "model.safetensors")
     assert (back.spec, back.threat_model) == (source.spec, source.threat_model)
     assert isinstance(back.build(), nn.Module)
