@@ -18,6 +18,7 @@ from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.modeling.backbone.vit import ViT
 from torch import Tensor, nn
 
+import robust_backbones.detection.vit_backbone  # noqa: F401  registers its builder with Detectron2
 from robust_backbones.checkpoint.convert import REST, BackboneMetadata, apart, convert, metadata_in
 from robust_backbones.checkpoint.format import save_tensors, sha256
 from robust_backbones.checkpoint.hub import is_repository
@@ -26,7 +27,6 @@ from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.checkpoint.zoo import PREFIX
-from robust_backbones.detection import vit_backbone  # noqa: F401  registers its builder with Detectron2
 from robust_backbones.detection.swin_backbone import SwinBackbone
 from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.errors import InputError
