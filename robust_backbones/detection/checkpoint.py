@@ -18,7 +18,6 @@ from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.modeling.backbone.vit import ViT
 from torch import Tensor, nn
 
-import robust_backbones.detection.vit_backbone  # noqa: F401  registers its builder with Detectron2
 from robust_backbones.checkpoint.convert import REST, BackboneMetadata, apart, convert, metadata_in
 from robust_backbones.checkpoint.format import save_tensors, sha256
 from robust_backbones.checkpoint.hub import is_repository
