@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,6 +186,8 @@ def check_config(cfg: CfgNode) -> None:
         if not is_valid(values[key]):
             raise InputError(f"{key} {values[key]!r} {mend}")
     solver = cfg.SOLVER
+    log = logging.getLogger("detectron2.solver.build")  # it warns again where training builds its own
+    was, log.disabled = log.disabled, True
     try:
         build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))
     except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
@@ -192,6 +195,8 @@ def check_config(cfg: CfgNode) -> None:
             f"no schedule of {solver.MAX_ITER} iterations has SOLVER.STEPS {solver.STEPS} ({error}): give rising steps "
             "below SOLVER.MAX_ITER, or () for none"
         ) from None
+    finally:
+        log.disabled = was
     ThreatModel.parse(cfg.ADVERSARIAL.THREAT_MODEL)
     AttackConfig(cfg.ADVERSARIAL.STEPS, cfg.ADVERSARIAL.RELATIVE_STEP_SIZE)
     if cfg.ADVERSARIAL.KIND and cfg.VIS_PERIOD > 0:

@@ -384,26 +384,30 @@ def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[DataWar
     except FileNotFoundError as error:
         raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
     faults = [fault for fault in faults if fault.image not in left_out(name)]
-    _refuse_errors(name, faults, len(content.get("images", [])))
+    _refuse_errors(name, faults, len(content.get("images", [])), masks=use.masks)
     for kind, count in Counter(fault.kind for fault in faults).items():
         yield DataWarning(name, kind, count, str(next(fault for fault in faults if fault.kind == kind)))
 
 
-def _refuse_errors(name: str, faults: Sequence[Fault], images: int) -> None:
+def _refuse_errors(name: str, faults: Sequence[Fault], images: int, *, masks: bool = False) -> None:
     """InputError with the first of the errors; missing files come first, for then the path is likely wrong."""
-    if missing := sorted((fault.file, fault.mend) for fault in faults if fault.what == MISSING):
+    errors = [fault for fault in faults if fault.severity == "error"]
+    command = f"`robust-backbones check-data{' --masks' * masks}` lists them"
+    if missing := sorted((fault.file, fault.mend) for fault in errors if fault.what == MISSING):
         without = sum(file.endswith(".xml") for file, _ in missing)  # whose images are not in the content
         kind, total = "annotations" if without else "images", images + without
+        others = len(errors) - len(missing)
+        more = f" ({others} more error{'s' * (others > 1)}: {command})" if others else ""
         raise InputError(
             f"{name} lacks {len(missing)} of its {total} {kind}, {missing[0][0]} the first: {missing[0][1]}; "
-            + _layout(name)
+            f"{_layout(name)}{more}"
         )
-    if errors := [fault for fault in faults if fault.severity == "error"]:
+    if errors:
         if len(unreadable := [error for error in errors if error.kind == UNREADABLE]) == len(errors):
             mend = "or give --skip-unreadable to leave it out"
             more = f" ({len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
             raise InputError(f"{name} has images that cannot be used: {errors[0]}, {mend}{more}")
-        lists = "`robust-backbones check-data` lists them" if annotated_set(name) else "mend all of this kind"
+        lists = command if annotated_set(name) else "mend all of this kind"
         more = f" ({len(errors) - 1} more: {lists})" if len(errors) > 1 else ""
         raise InputError(f"the annotations or images of {name} are damaged: {errors[0]}{more}")
 

@@ -35,7 +35,10 @@ def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> Cfg
     """
     processes = _torchrun_size() or num_gpus * num_machines
     if processes < 1:
-        raise InputError(f"--num-gpus {num_gpus} on --num-machines {num_machines} is no process at all: give 1 or more")
+        raise InputError(
+            f"--num-gpus {num_gpus} on --num-machines {num_machines} is no process at all: give 1 or more; without "
+            "a GPU, --num-gpus 1 (the default) runs on the CPU"
+        )
     gpus = torch.cuda.device_count()
     if gpus and cfg.MODEL.DEVICE == "cpu" and processes > 1:
         raise InputError(

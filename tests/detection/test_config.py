@@ -12,6 +12,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
 from torch import nn
 
 from robust_backbones.detection.checkpoint import backbone_tensors
@@ -407,6 +408,14 @@ def test_wrong_overrides_are_refused(overrides: list[object], words: str) -> Non
     with pytest.raises(InputError, match=words) as error:
         load_config(BASE, overrides)
     assert "\n" not in str(error.value)
+
+
+def test_steps_after_the_end_are_detectron2s_warning_once_where_it_trains(caplog: pytest.LogCaptureFixture) -> None:
+    """Not before our errors, where the schedule is only looked at."""
+    cfg = load_config(BASE, ["SOLVER.MAX_ITER", 10])
+    assert not caplog.messages
+    build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))
+    assert len(caplog.messages) == 1
 
 
 def test_a_protocol_of_the_other_family_is_refused() -> None:

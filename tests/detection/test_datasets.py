@@ -71,6 +71,11 @@ def test_missing_images_are_counted_and_the_first_is_named(cfg: CfgNode, tmp_pat
     assert "shapes_train lacks 2 of its 12 images" in told
     assert str(tmp_path / "shapes/train/000003.jpg") in told
     assert "shapes/annotations/instances_train.json and shapes/train" in told
+    assert "more error" not in told
+    change(tmp_path, lambda content: content["annotations"][0].pop("bbox"))
+    told = refusal(cfg)  # those that a missing image would hide
+    assert "lacks 2 of its 12 images" in told
+    assert told.endswith("(1 more error: `robust-backbones check-data --masks` lists them)")
     shutil.rmtree(tmp_path / "shapes/train")
     assert "lacks 12 of its 12 images" in refusal(cfg)
     cfg.DATASETS.TRAIN = ()
