@@ -153,14 +153,20 @@ _OF_RESNETS: dict[str, tuple[object, str]] = {
     "MODEL.RESNETS.RES5_DILATION": (1, "a dilated last stage"),
 }
 """Of a ResNet's keys: what they are where they change nothing, and what they ask for otherwise."""
+_NOT_OF_RESNETS = {
+    "MODEL.BACKBONE.DROP_PATH": "leaves out no block",
+    "MODEL.BACKBONE.USE_ACT_CHECKPOINT": "recomputes nothing",
+}
+"""What a ResNet cannot do, by key."""
 
 
 def _check_backbone(cfg: CfgNode, values: Mapping[str, Any]) -> None:
     """Raise InputError for what the network in MODEL.BACKBONE.NAME cannot do and would leave out, or fail at."""
     name = cfg.MODEL.BACKBONE.NAME
     if "resnet" in name:
-        if cfg.MODEL.BACKBONE.DROP_PATH:
-            raise InputError("MODEL.BACKBONE.DROP_PATH is set, but Detectron2's ResNet leaves out no block: give 0.0")
+        for key, what in _NOT_OF_RESNETS.items():
+            if values[key]:
+                raise InputError(f"{key} is set, but Detectron2's ResNet {what}: give {type(values[key])()}")
         return
     if not cfg.MODEL.BACKBONE.TIMM:
         return

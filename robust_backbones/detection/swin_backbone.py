@@ -8,12 +8,21 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN
-from detectron2.modeling.backbone.swin import SwinTransformer
+from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from robust_backbones.detection.timm_backbone import STAGES, pyramid
 from robust_backbones.errors import InputError
 from robust_backbones.timm_models import STRIDES, is_swin, is_timm, keep_paths, swin_shape
+
+
+class RecomputedBlock(SwinTransformerBlock):
+    """A block that keeps its input alone, and computes the rest anew in the backward pass, with the same drop path."""
+
+    def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
+        """(N, tokens, C) -> the same shape."""
+        return checkpoint(super().forward, x, mask_matrix, use_reentrant=False)
 
 
 class SwinBackbone(SwinTransformer):
@@ -29,12 +38,13 @@ class SwinBackbone(SwinTransformer):
         freeze_at: stages that are not learnt, as ``MODEL.BACKBONE.FREEZE_AT``: 1 the stem, 2 ``res2`` too, up to 5; a
             stage ends with the merging of its patches, and not with its norm.
         drop_path: as ``MODEL.BACKBONE.DROP_PATH``; blocks that are not learnt are never left out.
+        recompute: as ``MODEL.BACKBONE.USE_ACT_CHECKPOINT``.
 
     Raises:
         InputError: timm has no such Swin; or Detectron2 has none, for its windows differ.
     """
 
-    def __init__(self, arch: str, *, freeze_at: int = 0, drop_path: float = 0.0) -> None:
+    def __init__(self, arch: str, *, freeze_at: int = 0, drop_path: float = 0.0, recompute: bool = False) -> None:
         if not (is_timm(arch) and is_swin(arch)):
             raise InputError(
                 f"timm has no Swin {arch!r}: give MODEL.BACKBONE.TIMM one of timm.list_models('swin_*_patch4_*')"
@@ -52,6 +62,8 @@ class SwinBackbone(SwinTransformer):
                 frozen_stages=freeze_at or -1,
             )
         keep_paths(self, frozen=True)
+        for block in (block for stage in self.layers for block in stage.blocks if recompute):
+            block.__class__ = RecomputedBlock
         self._out_features = list(STAGES)
         self._out_feature_channels = dict(zip(STAGES, self.num_features, strict=True))
         self._out_feature_strides = dict(zip(STAGES, STRIDES, strict=True))
@@ -65,5 +77,10 @@ class SwinBackbone(SwinTransformer):
 def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.BACKBONE.TIMM``, a Swin, under a feature pyramid, p2 to p6, as ``build_resnet_fpn_backbone``."""
     backbone = cfg.MODEL.BACKBONE
-    bottom_up = SwinBackbone(backbone.TIMM, freeze_at=backbone.FREEZE_AT, drop_path=backbone.DROP_PATH)
+    bottom_up = SwinBackbone(
+        backbone.TIMM,
+        freeze_at=backbone.FREEZE_AT,
+        drop_path=backbone.DROP_PATH,
+        recompute=backbone.USE_ACT_CHECKPOINT,
+    )
     return pyramid(bottom_up, cfg)

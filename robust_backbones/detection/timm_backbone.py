@@ -8,7 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from robust_backbones.errors import InputError, check_choice
@@ -25,25 +25,36 @@ class TimmBackbone(Backbone):
         norm: of its batch norms: ``FrozenBN``, ``BN`` or ``SyncBN``, as ``MODEL.RESNETS.NORM``.
         freeze_at: stages that are not learnt, as ``MODEL.BACKBONE.FREEZE_AT``: 1 the stem, 2 ``res2`` too, up to 5.
         drop_path: as ``MODEL.BACKBONE.DROP_PATH``; blocks that are not learnt are never left out.
+        recompute: as ``MODEL.BACKBONE.USE_ACT_CHECKPOINT``; not with batch norms that learn, which would count each
+            batch twice.
 
     Raises:
-        InputError: another norm; timm has no such network, or it has no such stages.
+        InputError: another norm; timm has no such network, or it has no such stages; it cannot be recomputed.
     """
 
-    def __init__(self, arch: str, *, norm: str = "FrozenBN", freeze_at: int = 0, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        arch: str,
+        *,
+        norm: str = "FrozenBN",
+        freeze_at: int = 0,
+        drop_path: float = 0.0,
+        recompute: bool = False,
+    ) -> None:
         super().__init__()
         from timm import layers
 
         check_choice("norm of a backbone of timm", norm, ("FrozenBN", "BN", "SyncBN"))
         if not is_timm(arch):
             raise InputError(f"timm has no network {arch!r}: give MODEL.BACKBONE.TIMM one of timm.list_models()")
+        self.arch = arch
         self.network, self._indices = build_stages(arch, drop_path=drop_path)
         info: Any = self.network.feature_info
         channels = {one["reduction"]: one["num_chs"] for one in info}
         self._out_features = list(STAGES)
         self._out_feature_channels = {name: channels[stride] for name, stride in zip(STAGES, STRIDES, strict=True)}
         self._out_feature_strides = dict(zip(STAGES, STRIDES, strict=True))
-        frozen = [module for group in groups_of_timm(self.network)[:freeze_at] for module in group]
+        frozen = _first_groups(arch, self.network, freeze_at)
         for module in frozen:
             module.requires_grad_(False)
         keep_paths(self.network, frozen=True)
@@ -52,12 +63,44 @@ class TimmBackbone(Backbone):
                 self.network.set_submodule(name, layers.freeze_batch_norm_2d(module))
         if norm == "SyncBN":
             self.network = layers.convert_sync_batchnorm(self.network)
+        if recompute:
+            _recompute(arch, self.network)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images (N, 3, H, W), sides multiples of 32 -> stages (N, C, H / stride, W / stride) by name."""
         network: Any = self.network
-        outputs = network.forward_intermediates(images, indices=[*self._indices], intermediates_only=True)
+        try:
+            outputs = network.forward_intermediates(images, indices=[*self._indices], intermediates_only=True)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise InputError(
+                f"batch norms of timm's {self.arch} see one number a channel and image, and a batch of one image has "
+                "no statistics: give MODEL.RESNETS.NORM FrozenBN, or two images a process (SOLVER.IMS_PER_BATCH)"
+            ) from None
         return dict(zip(STAGES, outputs, strict=True))
+
+
+def _first_groups(arch: str, network: nn.Module, freeze_at: int) -> list[nn.Module]:
+    try:
+        return [module for group in (groups_of_timm(network) if freeze_at else [])[:freeze_at] for module in group]
+    except StopIteration:
+        raise InputError(
+            f"timm does not tell where the stages of its {arch} begin: give MODEL.BACKBONE.FREEZE_AT 0"
+        ) from None
+
+
+def _recompute(arch: str, network: Any) -> None:
+    """Have the blocks keep their inputs alone; InputError where they cannot, or where that would be another network."""
+    if any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise InputError(
+            "MODEL.BACKBONE.USE_ACT_CHECKPOINT would have batch norms count each batch twice: give MODEL.RESNETS.NORM "
+            "FrozenBN, or no recomputing"
+        )
+    try:
+        network.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError):
+        raise InputError(f"timm's {arch} recomputes nothing: give MODEL.BACKBONE.USE_ACT_CHECKPOINT False") from None
 
 
 @BACKBONE_REGISTRY.register()
@@ -65,7 +108,11 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.BACKBONE.TIMM`` under a feature pyramid, p2 to p6, as ``build_resnet_fpn_backbone``."""
     backbone = cfg.MODEL.BACKBONE
     bottom_up = TimmBackbone(
-        backbone.TIMM, norm=cfg.MODEL.RESNETS.NORM, freeze_at=backbone.FREEZE_AT, drop_path=backbone.DROP_PATH
+        backbone.TIMM,
+        norm=cfg.MODEL.RESNETS.NORM,
+        freeze_at=backbone.FREEZE_AT,
+        drop_path=backbone.DROP_PATH,
+        recompute=backbone.USE_ACT_CHECKPOINT,
     )
     return pyramid(bottom_up, cfg)
 

@@ -1,26 +1,30 @@
 """Networks of timm under a feature pyramid: converted with proof, guarded, frozen, and resumed exactly."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from detectron2.modeling import build_model
-from torch import nn
+from torch import Tensor, nn
 
 from robust_backbones.checkpoint.convert import convert_file, read_backbone
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.config import CONFIG_DIR, load_config
+from robust_backbones.detection.swin_backbone import SwinBackbone
 from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.detection.verify import feature_errors, prove
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import usual_spec
 from robust_backbones.runs.identity import flat
 from tests.conftest import randomize_batch_norms
-from tests.detection.conftest import SHAPES_CONFIG, SMALL, flat_overrides
+from tests.detection.conftest import CASCADE, SHAPES_CONFIG, SMALL, flat_overrides
 from tests.detection.test_trainer import run, same, weights
+from tests.detection.tiny_networks import write_timm_file
 
 FAMILIES = ("timm_", "convnext_", "swin_")
 """What the files of their architectures begin with."""
@@ -152,23 +156,89 @@ def test_deformable_convolutions_are_refused_by_name() -> None:
         load_config(files, ["MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, True, True, True]])
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(SwinBackbone, "tiny_swin"),
+        partial(TimmBackbone, "test_convnext"),
+        partial(TimmBackbone, "test_efficientnet"),
+    ],
+    ids=["swin", "convnext", "efficientnet"],
+)
+def test_recomputing_changes_no_gradient(build: Callable[..., nn.Module]) -> None:
+    """Although paths are dropped; and fewer activations are kept."""
+    plain, recomputed = (build(drop_path=0.5, recompute=way).train() for way in (False, True))
+    recomputed.load_state_dict(plain.state_dict())
+    gradients, kept = [], []
+    for network in (plain, recomputed):
+        torch.manual_seed(0)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = sum(stage.square().sum() for stage in network(torch.rand(2, 3, 64, 64)).values())
+        total.backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+        kept.append(sum(sizes.values()))
+    assert kept[1] < 0.7 * kept[0]
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_what_cannot_be_recomputed_or_normalised_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="would have batch norms count each batch twice"):
+        TimmBackbone("test_efficientnet", norm="BN", recompute=True)
+    of_one_number = TimmBackbone("resnest14d", norm="BN").train()
+    with pytest.raises(InputError, match="batch norms of timm's resnest14d see one number a channel and image"):
+        of_one_number(torch.rand(1, 3, 64, 64))
+    assert of_one_number(torch.rand(2, 3, 64, 64)).keys() == {"res2", "res3", "res4", "res5"}
+
+
+# --- training ---
+
+
+ADAMW = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 1e-3, "MODEL.BACKBONE.FREEZE_AT", 0]
+ADAMW += ["SOLVER.LAYER_DECAY", 0.8, "MODEL.BACKBONE.DROP_PATH", 0.5]
+
+
+@pytest.mark.parametrize("arch", ["tiny_swin", pytest.param("test_convnext", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["MODEL.MASK_ON", False, "SOLVER.EMA_DECAY", 0.9],
+        pytest.param(["MODEL.FAST_STEP", True, "INPUT.MASK_FORMAT", "bitmask"], marks=pytest.mark.slow),
+        pytest.param(["MODEL.BACKBONE.USE_ACT_CHECKPOINT", True], marks=pytest.mark.slow),
+        pytest.param(["ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1], marks=pytest.mark.slow),
+        pytest.param(["ADVERSARIAL.KIND", "free", "ADVERSARIAL.REPLAYS", 2], marks=pytest.mark.slow),
+        pytest.param([*CASCADE, "SOLVER.AMP.ENABLED", True], marks=pytest.mark.slow),
+        pytest.param(["INPUT.SCALE_JITTER", (0.1, 2.0, 128)], marks=pytest.mark.slow),
+    ],
+    ids=["average", "fast_step", "recomputed", "pgd", "free", "cascade_bfloat16", "jitter"],
+)
 def test_a_killed_run_resumes_as_the_unbroken_one(
-    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arch: str, overrides: list[object], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also which blocks are left out; and every part of the backbone has learnt."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
-    checkpoint, path = checkpoint_of("test_convnext", tmp_path), tmp_path / "backbone.pkl"
+    write = write_timm_file if arch == "tiny_swin" else checkpoint_of
+    checkpoint, path = write(arch, tmp_path), tmp_path / "backbone.pkl"
     convert_file(checkpoint, path).check()
-    overrides = [*SMALL, *flat_overrides(checkpoint.spec), "MODEL.WEIGHTS", path, "OUTPUT_DIR", tmp_path / "run"]
-    overrides += ["SOLVER.MAX_ITER", 3, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.IMS_PER_BATCH", 2]
-    overrides += ["TEST.EXPECTED_RESULTS", [], "MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0]
-    cfg = load_config(CONFIG_DIR / SHAPES_CONFIG, overrides)
+    run_of = ["MODEL.WEIGHTS", path, "OUTPUT_DIR", tmp_path / "run", "SOLVER.MAX_ITER", 3, "SOLVER.STEPS", ()]
+    run_of += ["SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0]
+    run_of += ["TEST.EXPECTED_RESULTS", [], "TEST.VISUALIZE", 0, "MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", False]
+    own = flat_overrides(checkpoint.spec)
+    cfg = load_config(CONFIG_DIR / SHAPES_CONFIG, [*SMALL, *own, *run_of, *ADAMW, *overrides])
     unbroken, losses = run(cfg)
     cfg.OUTPUT_DIR += "_killed"
     run(cfg, last=1)
     resumed, again = run(cfg, resume=True)
     assert again.rows == {iteration: losses.rows[iteration] for iteration in again.rows}
     assert same(weights(resumed.model), weights(unbroken.model))
-    name = "backbone.bottom_up.network.stages.3.blocks.0.conv_dw.weight"
-    start = checkpoint.state_dict[name.removeprefix("backbone.bottom_up.network.")]
-    assert not torch.equal(unbroken.model.state_dict()[name], start)
+    assert same(weights(resumed.evaluated_model), weights(unbroken.evaluated_model))
+    start, _ = read_backbone(path)
+    state = unbroken.model.state_dict()
+    held = {own: state[name] for name, own in backbone_tensors(unbroken.model).items()}
+    moved = [name for name, tensor in start.items() if not torch.equal(held[name], tensor)]
+    assert len(moved) > 0.8 * len(start)
