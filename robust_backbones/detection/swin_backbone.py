@@ -17,7 +17,7 @@ from robust_backbones.errors import InputError
 from robust_backbones.timm_models import STRIDES, is_swin, is_timm, keep_paths, swin_shape
 
 
-class RecomputedBlock(SwinTransformerBlock):
+class RecomputedSwinBlock(SwinTransformerBlock):
     """A block that keeps its input alone, and computes the rest anew in the backward pass, with the same drop path."""
 
     def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class SwinBackbone(SwinTransformer):
             )
         keep_paths(self, frozen=True)
         for block in (block for stage in self.layers for block in stage.blocks if recompute):
-            block.__class__ = RecomputedBlock
+            block.__class__ = RecomputedSwinBlock
         self._out_features = list(STAGES)
         self._out_feature_channels = dict(zip(STAGES, self.num_features, strict=True))
         self._out_feature_strides = dict(zip(STAGES, STRIDES, strict=True))
