@@ -23,7 +23,7 @@ def identify(state_dict: dict[str, Tensor], named: BackboneSpec | None = None) -
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items() if not is_counter(name)}
     stem = "cifar" if shapes.get("conv1.weight") == (64, 3, 3, 3) else "imagenet"
-    nearest: tuple[float, str] = (0.9, "")  # a share of equal tensors, and what differs
+    nearest: tuple[float, str] = (-1.0 if named else 0.9, "")  # a share of equal tensors, and what differs
     is_resnet = any(name.startswith("layer1.") for name in shapes)
     candidates = [arch for arch, shape in ARCHITECTURES.items() if bool(shape) == is_resnet]
     for arch in candidates if named is None else [named.arch]:

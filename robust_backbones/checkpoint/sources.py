@@ -62,6 +62,8 @@ class Statement:
     stride_in_1x1: bool | None = None
     threat_model: str | ThreatModel | None = None
     """What it was trained against, as in ``"L2:3"``."""
+    arch: str | None = None
+    """timm's name of the network, where its tensors have timm's names and none of the file's shapes tell it."""
 
 
 def read_checkpoint(
@@ -118,11 +120,15 @@ def read_published(name: str, path: Path | None = None) -> Checkpoint:
         InputError: there is none of this name; it cannot be downloaded; the file is not what the name says.
     """
     published = zoo.find(name)
-    checkpoint = read_checkpoint(path or zoo.fetch(name), statement=Statement(threat_model=published.threat_model))
+    statement = Statement(threat_model=published.threat_model, **published.fed)
+    if published.source:
+        statement = replace(statement, arch=published.arch)
+    checkpoint = read_checkpoint(path or zoo.fetch(name), statement=statement)
     if checkpoint.spec.arch != published.arch:
         raise InputError(f"{checkpoint.source} holds a {checkpoint.spec.arch}, not the {published.arch} of its name")
     # Its authors say the rest: RGB, and the stride of torchvision.
-    return replace(checkpoint, said=dict.fromkeys(READING, BY_FILE))
+    spec = replace(checkpoint.spec, **published.evaluated)
+    return replace(checkpoint, spec=spec, said=dict.fromkeys(READING, BY_FILE))
 
 
 def _read(
@@ -133,10 +139,11 @@ def _read(
     own = spec_from(content.get("spec")) if content.get("format") == FORMAT else None
     metadata, described = metadata_in(content), _Description(content, path)
     named = own if own and is_foreign(own.arch) else described.named()
+    stated = statement.arch if statement.arch and is_foreign(statement.arch) else ""
     if metadata and is_foreign(metadata.spec.arch) and not described.by_timm:
         network = network_of(content, metadata.spec)
     else:
-        network = find_network(content, key=key, prefix=prefix, named=named)
+        network = _find(content, key, prefix, named, stated)
     normalizer = _normalizer(network, content)
     as_named = all(name == short for name, short in network.names.items())
     signs = {
@@ -203,6 +210,21 @@ def _read(
         left_out=tuple(name for name in network.tensors if name not in network.names),
         path=path,
     )
+
+
+def _find(
+    content: dict[str, Any], key: str | None, prefix: str | None, named: BackboneSpec | None, stated: str
+) -> Network:
+    """The network that the tensors or the file tell; that of timm which the user states where they do not."""
+    try:
+        network = find_network(content, key=key, prefix=prefix, named=named)
+        if not stated or network.spec.arch == stated:
+            return network
+    except InputError:
+        if not stated:
+            raise
+    network = find_network(content, key=key, prefix=prefix, named=usual_spec(stated))
+    return replace(network, library=network.library or "timm")
 
 
 def _check_values(network: Network) -> None:
@@ -426,7 +448,7 @@ def _agreed(
     in_file: dict[str, Any], convention: dict[str, Any], statement: Statement
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What the file, the user or the convention says, and which of them says each value of ``READING``."""
-    stated = {name: value for name, value in vars(statement).items() if value is not None}
+    stated = {name: value for name, value in vars(statement).items() if value is not None and name != "arch"}
     if "threat_model" in stated:
         stated["threat_model"] = ThreatModel.parse(stated["threat_model"])
     in_file = dict(in_file)

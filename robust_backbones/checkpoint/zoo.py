@@ -1,4 +1,4 @@
-"""The published robust ImageNet backbones of Salman et al. 2020: what each one is, and its file from the hub."""
+"""Published robust ImageNet backbones: the 67 of Salman et al. 2020, from the hub, and ConvNeXt, Swin, ViT and XCiT."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import csv
 import difflib
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from robust_backbones.checkpoint.format import sha256
+from robust_backbones.checkpoint.urls import fetch_url
 from robust_backbones.errors import InputError
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 
@@ -22,16 +26,24 @@ PREFIX = "robust://"
 
 # The accuracies are those that the authors publish beside the files; epsilon is in [0, 1] pixel units.
 _TABLE = Path(__file__).with_name("published_backbones.csv")
+# Of other authors: what they or RobustBench report, each with its source; a file keeps the name that it has there.
+_ROBUST = Path(__file__).with_name("published_robust.csv")
+_FED = {
+    "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+    # Images in [0, 1] as they are: no normalisation, in training or in front of the network.
+    "as_is": {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)},
+}
+_BY_ROBUSTBENCH = "robustbench"
 
 
 @dataclass(frozen=True)
 class PublishedBackbone:
-    """One backbone of "Do Adversarially Robust ImageNet Models Transfer Better?" (arXiv 2007.08489)."""
+    """A backbone of "Do Adversarially Robust ImageNet Models Transfer Better?" (arXiv 2007.08489), or of ``source``."""
 
     name: str
     """``file`` without its suffix, as in ``resnet50_l2_eps3``; epsilon is in 1/255 there where the norm is linf."""
     arch: str
-    """One of ``models.ARCHITECTURES``."""
+    """One of ``models.ARCHITECTURES``, or timm's."""
     threat_model: ThreatModel
     """What it was trained against; epsilon 0 is standard training."""
     imagenet_accuracy: float
@@ -40,6 +52,17 @@ class PublishedBackbone:
     """Its name in ``REPOSITORY``."""
     sha256: str = ""
     """Of the file, where the table has it; otherwise the file that is used first is the one that holds."""
+
+    robust_accuracy: float | None = None
+    """Accuracy under AutoAttack within ``threat_model``, 0-100, where ``source`` reports it."""
+    fed: dict[str, Any] = field(default_factory=dict)
+    """Mean and std, where the file does not hold them."""
+    evaluated: dict[str, Any] = field(default_factory=dict)
+    """``val_resize`` and ``interpolation`` of a spec, where its makers' are not the usual ones."""
+    where: str = ""
+    """A URL, or ``robustbench``, whose code downloads it; empty: on the hub."""
+    source: str = ""
+    """Who reports the accuracies, and the paper."""
 
     @property
     def pinning(self) -> str:
@@ -81,16 +104,41 @@ def published() -> dict[str, PublishedBackbone]:
     return {row.name: row for row in rows}
 
 
+@cache
+def published_robust() -> dict[str, PublishedBackbone]:
+    """Those of other authors than Salman et al., by RobustBench's names or their files'."""
+    with open(_ROBUST, newline="") as file:
+        rows = [
+            PublishedBackbone(
+                name=row["name"],
+                arch=row["arch"],
+                threat_model=ThreatModel.parse(f"{row['norm']}:{row['eps']}"),
+                imagenet_accuracy=float(row["imagenet_top1"]),
+                robust_accuracy=float(row["robust"]),
+                file=f"{row['name']}.pt",
+                fed=_FED[row["fed"]],
+                evaluated={"val_resize": int(row["val_resize"]), "interpolation": row["interpolation"]}
+                if row["val_resize"]
+                else {},
+                where=row["where"],
+                source=row["source"],
+            )
+            for row in csv.DictReader(file)
+        ]
+    return {row.name: row for row in rows}
+
+
 def find(name: str) -> PublishedBackbone:
     """The published backbone of this name.
 
     Raises:
         InputError: there is none; the message gives the names that come nearest.
     """
-    if name not in published():
-        nearest = ", ".join(difflib.get_close_matches(name, published(), n=4, cutoff=0))
+    known = published() | published_robust()
+    if name not in known:
+        nearest = ", ".join(difflib.get_close_matches(name, known, n=4, cutoff=0))
         raise InputError(f"no published backbone is called {name!r}: the nearest names are {nearest}")
-    return published()[name]
+    return known[name]
 
 
 def cache_folder() -> Path:
@@ -111,8 +159,25 @@ def fetch(name: str) -> Path:
     published = find(name)
     path = cache_folder() / "published" / published.file
     if not path.exists():
-        _download(path)
+        path = _fetch_elsewhere(published, path)
     published.hold(path)
+    return path
+
+
+def _fetch_elsewhere(published: PublishedBackbone, path: Path) -> Path:
+    """The file, downloaded to ``path``, or where a URL's is kept; InputError, saying how to get it, where it is not."""
+    if not published.where:
+        _download(path)
+    elif published.where.endswith(".pth"):
+        return fetch_url(published.where)
+    elif published.where == _BY_ROBUSTBENCH:
+        raise InputError(
+            f"{published.name} is downloaded by robustbench alone: robustbench.utils.load_model({published.name!r}, "
+            f"dataset='imagenet', threat_model='Linf') keeps it as models/imagenet/Linf/{published.file}; copy it to "
+            f"{path}"
+        )
+    else:
+        raise InputError(f"{published.name} has to be downloaded by hand: save {published.where} as {path}")
     return path
 
 
@@ -162,5 +227,23 @@ def table() -> str:
     lines += [
         (one.name, one.arch, str(one.threat_model), f"{one.imagenet_accuracy:.2f}") for one in published().values()
     ]
-    first, second, third, last = (max(map(len, column)) for column in zip(*lines, strict=True))
-    return "\n".join(f"{a:{first}}  {b:{second}}  {c:{third}}  {d:>{last}}" for a, b, c, d in lines)
+    return _aligned(lines)
+
+
+def robust_table() -> str:
+    """Of ``published_robust`` the name, architecture, threat model, clean and AutoAttack accuracy in %, and paper."""
+    lines = [("name", "architecture", "threat model", "paper", "clean", "AutoAttack")]
+    for one in published_robust().values():
+        accuracies = (f"{one.imagenet_accuracy:.2f}", f"{one.robust_accuracy:.2f}")
+        lines.append((one.name, one.arch, str(one.threat_model), one.source.split("; ")[-1], *accuracies))
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """In columns, the numbers of the last ones to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = len(widths) - (1 if len(widths) == 4 else 2)
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if place < texts else '>'}{widths[place]}}" for place, cell in enumerate(line))
+        for line in lines
+    )

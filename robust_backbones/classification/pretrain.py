@@ -55,6 +55,8 @@ def recipe(name: str) -> PretrainConfig:
         InputError: no backbone of that name was published.
     """
     backbone = zoo.find(name)
+    if backbone.source:
+        raise InputError(f"{name} has no recipe here: {backbone.source} says how it was trained")
     return PretrainConfig(threat_model=backbone.threat_model, arch=backbone.arch, augmentation="robustness")
 
 

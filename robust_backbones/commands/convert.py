@@ -111,6 +111,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", choices=SOURCES, default="", help="layout of SRC, instead of what its keys tell")
     parser.add_argument("--key", help="which of several networks in SRC: its key, as in teacher or state.model")
     parser.add_argument("--prefix", help="which of several networks in SRC: what its tensors' names begin with")
+    parser.add_argument("--arch", help="timm's name of the network, where no shape of SRC tells it")
     floats: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("C1", "C2", "C3")}
     parser.add_argument("--mean", **floats, help="what SRC was fed with, where it does not say: pixels in [0, 1]")
     parser.add_argument("--std", **floats)
@@ -154,6 +155,7 @@ def read(options: argparse.Namespace) -> Checkpoint:
         channel_order=options.channel_order,
         stride_in_1x1=options.stride_in_1x1 and options.stride_in_1x1 == "true",
         threat_model=options.threat_model and ThreatModel.parse(options.threat_model),
+        arch=options.arch,
     )
     return read_checkpoint(
         options.src,

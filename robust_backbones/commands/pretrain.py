@@ -95,7 +95,7 @@ def submit(job: PretrainJob, cluster: ClusterConfig) -> Any:
 
 def main(arguments: list[str]) -> int:
     if "--list-recipes" in arguments:
-        print(zoo.table())
+        print(f"{zoo.table()}\n\n{zoo.robust_table()}")
         return 0
     options = parse(arguments)
     if not options.data.is_dir():

@@ -13,7 +13,15 @@ from threading import Event, Timer
 
 import pytest
 
-from robust_backbones.checkpoint.zoo import PublishedBackbone, cache_folder, fetch, find, published, table
+from robust_backbones.checkpoint.zoo import (
+    PublishedBackbone,
+    cache_folder,
+    fetch,
+    find,
+    published,
+    published_robust,
+    table,
+)
 from robust_backbones.errors import InputError
 from robust_backbones.models import ARCHITECTURES
 from robust_backbones.threat_models import ThreatModel
@@ -119,7 +127,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(wrong: str, nearest: str) -
 def test_whatever_is_asked_for_some_names_are_offered(wrong: str) -> None:
     with pytest.raises(InputError) as error:
         find(wrong)
-    assert sum(name in str(error.value) for name in published()) >= 4
+    assert sum(name in str(error.value) for name in published() | published_robust()) >= 4
 
 
 def test_the_table_is_aligned_and_whole() -> None:

@@ -18,7 +18,7 @@ from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.verify import feature_errors, prove
 from robust_backbones.errors import InputError, ProofFailedError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
 from robust_backbones.transfer.networks import feature_extractor
 from tests.detection.conftest import SHAPES_CONFIG, SMALL, flat_overrides
 from tests.detection.test_timm_backbone import checkpoint_of
@@ -152,3 +152,26 @@ def test_timm_loads_what_is_written_for_it(arch: str, tmp_path: Path) -> None:
     back = read_checkpoint(folder / "model.safetensors")
     assert (back.spec, back.threat_model) == (source.spec, source.threat_model)
     assert isinstance(back.build(), nn.Module)
+
+
+@pytest.mark.slow
+def test_train_takes_a_published_convnext_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a file that its makers' code would have left there; converted and proven at the first use."""
+    monkeypatch.setenv("ROBUST_BACKBONES_CACHE", str(tmp_path))
+    name = "Debenedetti2022Light_ConvNeXt-T"
+    network = timm.create_model("convnext_tiny")
+    for key, parameter in network.named_parameters():
+        if key.endswith("gamma"):
+            nn.init.constant_(parameter, 0.5)
+    (tmp_path / "published").mkdir()
+    torch.save(network.state_dict(), tmp_path / "published" / f"{name}.pt")
+    spec = BackboneSpec("convnext_tiny", 1000, (0.0,) * 3, (1.0,) * 3)
+    weights = ["MODEL.WEIGHTS", f"robust://{name}", "MODEL.DEVICE", "cpu"]
+    cfg = load_config(SHAPES_CONFIG, [*SMALL, *flat_overrides(spec), *weights])
+    detector = build_model(cfg)
+    checkpointer = BackboneCheckpointer(detector, cfg=cfg)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
+    assert checkpointer.metadata is not None
+    assert checkpointer.metadata.threat_model == "Linf:4/255"
+    loaded = detector.backbone.bottom_up.network.state_dict()
+    assert all(torch.equal(tensor, network.state_dict()[key]) for key, tensor in loaded.items())
