@@ -12,8 +12,9 @@ from robust_backbones.checkpoint.layouts import Network
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
 
-# Detectron2's Swin has a norm after each stage, on the way to the pyramid, and keeps an index in its files.
-_OF_DETECTORS = r"norm\d\.|layers\..*\.relative_position_index$"
+# Detectron2's Swin has a norm after each stage, on the way to the pyramid, and keeps an index in its files; its ViT can
+# have relative positions.
+_OF_DETECTORS = r"norm\d\.|layers\..*\.relative_position_index$|blocks\..*\.rel_pos_[hw]$"
 
 
 def network_of(content: dict[str, Any], spec: BackboneSpec) -> Network:

@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from robust_backbones.checkpoint.convert import convert_file, read_backbone
+from robust_backbones.checkpoint.convert import convert_file, read_backbone, write_backbone
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.names import of_vit
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
@@ -224,7 +224,7 @@ def test_images_are_padded_to_what_the_vit_needs() -> None:
         assert [*detector.backbone(images)] == ["p2", "p3", "p4", "p5", "p6"]
 
 
-def test_the_guard_holds_the_configuration_to_the_file(backbone_file: Path) -> None:
+def test_the_guard_holds_configuration_and_tensors_to_the_file(backbone_file: Path, tmp_path: Path) -> None:
     def load(*overrides: object, path: Path = backbone_file) -> nn.Module:
         cfg = configuration(*SQUARE, *overrides)
         detector = build_model(cfg)
@@ -244,6 +244,25 @@ def test_the_guard_holds_the_configuration_to_the_file(backbone_file: Path) -> N
     }.items():
         with pytest.raises(InputError, match=rf"{key} is .* add the overrides"):
             load(key, value)
+    tensors, metadata = read_backbone(backbone_file)
+    del tensors["blocks.4.attn.qkv.weight"]
+    write_backbone(tmp_path / "half.pkl", tensors, metadata)
+    with pytest.raises(InputError, match=r"fills 74 of the backbone's 75 tensors \(not .*blocks\.4\.attn\.qkv\.weight"):
+        load(path=tmp_path / "half.pkl")
+
+
+def test_a_detector_gives_the_network_back(checkpoint: Checkpoint, backbone_file: Path, tmp_path: Path) -> None:
+    """But for its relative positions, which are listed as left out."""
+    cfg = configuration(*SQUARE)
+    checkpointer = BackboneCheckpointer(build_model(cfg), str(tmp_path), cfg=cfg)
+    checkpointer.load(str(backbone_file))
+    checkpointer.save("model_final")
+    back = read_checkpoint(tmp_path / "model_final.pth")
+    bare = {name for name in checkpoint.state_dict if not name.startswith("head.")}
+    assert back.spec == replace(checkpoint.spec, num_classes=0)
+    assert back.state_dict.keys() == bare
+    assert all(torch.equal(back.state_dict[name], checkpoint.state_dict[name]) for name in bare)
+    assert sum("rel_pos" in name for name in back.left_out) == 2 * 6
 
 
 def test_frozen_parts_have_no_gradients_and_drop_no_paths() -> None:
