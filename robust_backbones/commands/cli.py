@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from robust_backbones.errors import InputError, disk_error
+from robust_backbones.runs.signals import end_on_signals
 
 _registry = tyro.constructors.ConstructorRegistry()
 
@@ -59,7 +60,8 @@ def run(main: Callable[[list[str]], int]) -> None:
     warnings.filterwarnings("ignore", message="torch.meshgrid", category=UserWarning)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     try:
-        status = main(arguments)
+        with end_on_signals():
+            status = main(arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -53,6 +53,43 @@ def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterato
             signal.signal(number, handler)
 
 
+@contextmanager
+def end_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    """End the block at these signals, wherever it is: for what looks at no ``StopRequest``, such as a start.
+
+    Processes that the block forks die of them, as they would.
+
+    Raises:
+        PreemptedError: a signal came.
+    """
+    own = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        for other in signals:  # the first one is answered, and what it leads to is not disturbed
+            signal.signal(other, signal.SIG_IGN)
+        raise _Asked
+
+    try:
+        previous = {number: signal.signal(number, end) for number in signals}
+    except ValueError:  # as above
+        previous = {}
+    try:
+        yield
+    except _Asked:
+        raise PreemptedError("asked to stop: give the same command again") from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Asked(BaseException):
+    """Nobody who handles errors takes it for one."""
+
+
 @cache
 def stop_for_parent_only() -> None:
     """For data workers, called in each of them: end when the process that started this one asks, and for nobody else.

@@ -4,12 +4,10 @@ import errno
 import json
 import multiprocessing
 import os
-import random
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,7 +32,6 @@ from robust_backbones.errors import DivergedError, InputError, PreemptedError, T
 from robust_backbones.models import BackboneSpec, build_backbone, fed_as
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from tests.conftest import ROOT
 
 CONFIG = PretrainConfig(
     threat_model=ThreatModel("L2", 0.5),
@@ -504,41 +501,3 @@ def test_every_published_backbone_has_its_recipe() -> None:
         own = {"arch": backbone.arch, "threat_model": backbone.threat_model, "augmentation": "robustness"}
         assert recipe(name) == PretrainConfig(**own)
     assert len(zoo.published()) == 67
-
-
-@pytest.mark.slow
-def test_ten_kills_at_random_moments_change_nothing(data: Path, tmp_path: Path) -> None:
-    """kill -9 to the command itself: every restart resumes, no checkpoint is unreadable, the weights are the same."""
-    command = [
-        sys.executable, "tools/pretrain.py", "--data", data, "--threat-model", "L2:0.5", "--arch", "resnet18",
-        "--epochs", 20, "--batch-size", 8, "--image-size", 32, "--val-resize", 32, "--lr", 0.01, "--eval-period", 10,
-        "--attack.random-start", "--eval-attack.steps", 1, "--device", "cpu", "--workers", 1, "--checkpoint-minutes", 0,
-        "--log-period", 1, "--no-tensorboard", "--output",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def start(output: Path) -> subprocess.Popen[bytes]:
-        arguments = [str(part) for part in [*command, output]]
-        return subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-
-    moments, kills = random.Random(0), 0
-    output = tmp_path / "killed"
-    while kills < 10:
-        progress = len(rows(output, "steps")) if (output / "steps.jsonl").exists() else 0
-        process = start(output)
-        # Wait until it has begun to train, then a moment of chance: anywhere in a step or in writing a file.
-        while process.poll() is None and (
-            not (output / "steps.jsonl").exists() or len(rows(output, "steps")) <= progress
-        ):
-            time.sleep(0.02)
-        time.sleep(moments.uniform(0, 0.4))
-        assert process.poll() is None, "the run ended before its tenth kill"
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-        for path in (output / "checkpoints").glob("step_*.pt"):
-            load_tensors(path)
-    assert start(output).wait() == 0
-    assert start(tmp_path / "unbroken").wait() == 0
-    assert same_checkpoints(output, tmp_path / "unbroken")
-    assert [row["step"] for row in rows(output, "steps")] == list(range(1, 20 * STEPS + 1))

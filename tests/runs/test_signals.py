@@ -81,6 +81,31 @@ def test_a_worker_that_dies_of_the_signal_while_it_starts_is_no_failure(tmp_path
     assert result.returncode == 0, result.stderr
 
 
+ANYWHERE = """
+import os, signal, sys, time
+from robust_backbones.commands import cli
+def main(arguments):
+    if not (child := os.fork()):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(60)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun's second one, while the first is answered
+        print("cleaned up", flush=True)
+cli.run(main)
+"""
+
+
+def test_a_command_asked_to_stop_before_it_runs_says_so(tmp_path: Path) -> None:
+    """With the stop status, and what it had begun cleaned up; a process that it forked dies as it would."""
+    result = run_script(tmp_path, ANYWHERE)
+    assert (result.returncode, result.stdout) == (75, "cleaned up\n")
+    assert result.stderr == "error: asked to stop: give the same command again\n"
+
+
 HOST = """
 import atexit, importlib, multiprocessing, pkgutil, signal, sys, time
 import torch, torch.distributed, torch.distributed.nn.functional, torch.utils.data, yaml

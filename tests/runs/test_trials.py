@@ -24,8 +24,8 @@ def trial(name: str, *options: object) -> str:
 @pytest.mark.slow
 def test_kills_at_random_and_inside_writes_lose_nothing(tmp_path: Path) -> None:
     commands = ("pretrain", "train", "evaluate classifier", "convert")
-    said = trial("kill", "--random", 4, "--inside", 6, "--keep", tmp_path, "--commands", *commands)
-    assert "tried 10, survived 10, lost 0" in said
+    said = trial("kill", "--random", 8, "--inside", 8, "--keep", tmp_path, "--commands", *commands)
+    assert "tried 16, survived 16, lost 0" in said
 
 
 @pytest.mark.slow
