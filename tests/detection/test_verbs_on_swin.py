@@ -36,7 +36,14 @@ def test_from_the_file_to_the_report(
     record = RunRecord.read(runs / "swin/record.json")
     assert (record.backbone["arch"], record.threat_model) == ("tiny_swin", "Linf:4/255")
 
-    detector = [runs / "swin/config.yaml", runs / "swin/model_final.pth", "--output", tmp_path / "robust", "--workers", 0]
+    detector = [
+        runs / "swin/config.yaml",
+        runs / "swin/model_final.pth",
+        "--output",
+        tmp_path / "robust",
+        "--workers",
+        0,
+    ]
     attack = ["--threat-model", "Linf:4/255", "--attack-steps", 1, "--attacks", "total", "--limit", 2]
     corrupted = ["--corruptions", "contrast", "--severities", 3, "--device", "cpu"]
     run("evaluate", "detector", *detector, *attack, *corrupted)
