@@ -63,7 +63,7 @@ def pgd(
     Args:
         model: maps images in [0, 1] of shape (N, C, H, W) to logits of shape (N, classes).
         images: shape (N, C, H, W), float32 in [0, 1].
-        labels: shape (N,), class indices.
+        labels: shape (N,), class indices; or (N, classes), shares of them.
         threat_model: the ball around each image, as in ``"Linf:4/255"``; epsilon 0 returns ``images``.
         attack: its effort; the default is that of robust training in Salman et al. 2020.
         label_smoothing: that of the training loss, when it has one.

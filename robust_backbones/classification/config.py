@@ -42,10 +42,22 @@ class TrainingConfig:
     lr_scaling: str = "none"
     """none: the rate is ``lr``; linear: it is ``lr`` x batch_size / 512 (Goyal et al. 2017)."""
     schedule: str = "step"
-    """step: a tenth of the rate every ``lr_step`` epochs; one_cycle: up from ``lr`` / 25, then to 0, for short runs."""
+    """step: a tenth of the rate every ``lr_step`` epochs; one_cycle: up from ``lr`` / 25, then to 0, for short runs;
+    cosine: up over ``warmup_epochs``, then half a cosine to 0."""
     lr_step: int = 30
+    warmup_epochs: float = 0.0
+    optimizer: str = "sgd"
+    """sgd, or adamw, which leaves biases, norms and scales without weight decay."""
     momentum: float = 0.9
+    """Of sgd."""
+    beta2: float = 0.999
+    """Of adamw."""
     weight_decay: float = 1e-4
+    mixup: float = 0.0
+    """Alpha of mixup, whose shares are drawn from Beta(alpha, alpha); 0 is off. With cutmix each takes half the
+    micro-batches."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 is off."""
     epsilon_warmup_epochs: float = 0.0
     """Epochs over which epsilon grows linearly to its full size."""
     ema_decay: float = 0.0
@@ -54,8 +66,8 @@ class TrainingConfig:
     """Batch statistics over all processes instead of over each one's micro-batch."""
     augmentation: str = "resized_crop"
     """resized_crop: a crop of random size and shape (ImageNet); padded_crop: a crop after padding by 4 px (CIFAR);
-    robustness: resized_crop, colour jitter of 0.1 and PCA noise of 0.05, as the paper's library; all with a random
-    flip."""
+    robustness: resized_crop, colour jitter of 0.1 and PCA noise of 0.05, as the paper's library; color_jitter:
+    resized_crop and jitter of 0.4; heavy: resized_crop, RandAugment and random erasing; all with a random flip."""
     image_size: int = 0
     """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
     progressive_size: int = 0
@@ -85,7 +97,13 @@ class TrainingConfig:
         check_not_negative(
             self, "epsilon_warmup_epochs", "progressive_size", "progressive_epochs", "cache_short_side", "eval_images"
         )
-        check_choice("schedule", self.schedule, ("step", "one_cycle"))
+        check_not_negative(self, "warmup_epochs", "mixup", "cutmix")
+        check_choice("schedule", self.schedule, ("step", "one_cycle", "cosine"))
+        check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
+        if self.warmup_epochs and (self.schedule != "cosine" or self.warmup_epochs >= self.epochs):
+            raise InputError("warmup_epochs belong to the cosine schedule, and are fewer than epochs")
+        if not 0 <= self.beta2 < 1:
+            raise InputError(f"beta2 must be in [0, 1), got {self.beta2:g}")
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         check_choice("lr_scaling", self.lr_scaling, ("none", "linear"))
         self.compute(torch.device("cpu"))  # refuses a precision that it does not know

@@ -52,13 +52,14 @@ class Learner:
         epsilon_warmup_steps: int = 0,
         ema_decay: float = 0.0,
         stylize: float = 0.0,
+        mix: Callable[[Tensor, Tensor], Batch] | None = None,
         seed: int = 0,
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.objective = model, optimizer, scheduler, objective
         self.compute, self.processes = compute, processes
         self._threat_model, self._epsilon_warmup_steps = threat_model, epsilon_warmup_steps
-        self._stylize = stylize
+        self._stylize, self._mix = stylize, mix
         self._twin = twin_of(model, compute.attack_dtype)
         self._adversary = compute.compile(self._twin)
         network: nn.Module = model
@@ -120,7 +121,9 @@ class Learner:
 
     def _on_device(self, images: Tensor, labels: Tensor) -> Batch:
         images, labels = self.compute.to_unit_range(images), labels.to(self.compute.device, non_blocking=True)
-        return (stylize(images, self._stylize, generator=self._generator) if self._stylize else images), labels
+        if self._stylize:
+            images = stylize(images, self._stylize, generator=self._generator)
+        return self._mix(images, labels) if self._mix else (images, labels)
 
     def _forward(self, images: Tensor) -> Tensor:
         with self.compute.autocast():
@@ -201,6 +204,7 @@ class Meter:
     @torch.no_grad()
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, step: int) -> None:
         """Count one micro-batch of ``step``; remembers the first step whose loss is not finite."""
+        labels = labels.argmax(1) if labels.ndim == 2 else labels  # of mixed images, the class with the largest share
         right, images = (logits.argmax(1) == labels).sum(), torch.full_like(loss, len(labels))
         self._sums += torch.stack([loss * images, right, images])
         self._first_bad_step.clamp_(max=torch.where(loss.isfinite(), self._NEVER, step))

@@ -30,7 +30,7 @@ class MicroBatch:
     images: Tensor
     """Shape (N, 3, H, W), float32 in [0, 1]."""
     labels: Tensor
-    """Shape (N,), class indices."""
+    """Shape (N,), class indices; or (N, classes), shares of mixed images."""
     threat_model: ThreatModel
     part: int = 0
     """The micro-batch's place within its optimiser step."""

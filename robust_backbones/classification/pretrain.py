@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import nn
 
-from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.config import Execution, TrainingConfig
@@ -44,20 +43,6 @@ class PretrainConfig(TrainingConfig):
         if not 0 <= self.stylize <= 1:
             raise InputError(f"stylize is a largest share of other amplitudes, in [0, 1], got {self.stylize:g}")
         usual_spec(self.arch, stem=self.stem)  # refuses what it does not know
-
-
-def recipe(name: str) -> PretrainConfig:
-    """The config that trains a published backbone again, by its name in ``zoo``.
-
-    It is the defaults with its arch and ball, and with the augmentation of the paper's library.
-
-    Raises:
-        InputError: no backbone of that name was published.
-    """
-    backbone = zoo.find(name)
-    if backbone.source:
-        raise InputError(f"{name} has no recipe here: {backbone.source} says how it was trained")
-    return PretrainConfig(threat_model=backbone.threat_model, arch=backbone.arch, augmentation="robustness")
 
 
 def pretrain(

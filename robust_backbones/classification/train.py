@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 
 from robust_backbones.checkpoint.format import write_checkpoint
@@ -21,7 +22,7 @@ from robust_backbones.classification.config import PAPER_BATCH_SIZE, Execution, 
 from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
 from robust_backbones.data.datasets import ClassificationDataset, find_unreadable
-from robust_backbones.data.transforms import augmentation
+from robust_backbones.data.transforms import augmentation, mixing
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.clock import RunClock
@@ -191,12 +192,7 @@ class _Run:
         model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.sync_batch_norm:
             model = synchronize_batch_norms(model, device)
-        optimizer = torch.optim.SGD(
-            self.task.parameter_groups(model),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
+        optimizer = _optimizer(config, self.task.parameter_groups(model))
         return Learner(
             model,
             optimizer,
@@ -207,6 +203,7 @@ class _Run:
             epsilon_warmup_steps=round(config.epsilon_warmup_epochs * self.steps),
             ema_decay=config.ema_decay,
             stylize=self.task.stylize,
+            mix=mixing(config.mixup, config.cutmix, self.task.spec.num_classes),
             seed=config.seed,
             processes=self.processes,
         )
@@ -403,10 +400,35 @@ class _Run:
         return record
 
 
+def _optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """With the rate and the weight decay of the config, where a group has none of its own."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    decays = {True: config.weight_decay, False: 0.0}
+    parts = [
+        {**group, "params": params, "weight_decay": decay}
+        for group in groups
+        for is_matrix, decay in decays.items()
+        if (params := [one for one in group["params"] if (one.ndim > 1) == is_matrix])
+    ]
+    return torch.optim.AdamW(parts, lr=config.learning_rate, betas=(0.9, config.beta2))
+
+
 def _scheduler(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
     """The learning rate, stepped once a batch."""
     if config.schedule == "step":
         return StepLR(optimizer, config.lr_step * steps_per_epoch)
+    if config.schedule == "cosine":
+        warmup, total = round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch
+
+        def share(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+        return LambdaLR(optimizer, share)
     rates = [group["lr"] for group in optimizer.param_groups]
     return OneCycleLR(optimizer, rates, total_steps=config.epochs * steps_per_epoch + 1, cycle_momentum=False)
 

@@ -9,6 +9,9 @@ Examples:
     robust-backbones pretrain --arch convnext_tiny --start-from clean.safetensors --threat-model Linf:4/255 --epochs 5 \
         --data imagenet --output runs/convnext_tiny_linf4
 
+    robust-backbones pretrain --recipe robust_fine_tuning --arch convnext_tiny --start-from clean.safetensors \
+        --data imagenet --output runs/convnext_tiny_tuned
+
 DATA/train and DATA/val hold one folder of images a class, or shards (*.tar). A recipe is that of a published backbone
 (--list-recipes shows them); without one, the options' defaults are the paper's ResNet-50. OUTPUT gets checkpoint.pt,
 best.pt, metrics.jsonl (a row an epoch), steps.jsonl, tensorboard/ and record.json; a run that was cut off resumes when
@@ -23,9 +26,9 @@ from typing import Annotated, Any
 import tyro
 
 from robust_backbones import cpu
-from robust_backbones.checkpoint import zoo
+from robust_backbones.classification import recipes
 from robust_backbones.classification.config import Execution
-from robust_backbones.classification.pretrain import PretrainConfig, pretrain, recipe
+from robust_backbones.classification.pretrain import PretrainConfig, pretrain
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.runs.cluster import ClusterConfig, log_folder, open_executor, scheduler_errors
@@ -41,7 +44,7 @@ class PretrainOptions:
     start_from: Path | None = None
     """Checkpoint, of --arch, whose weights the network starts from; without it they are random."""
     recipe: str = ""
-    """Published backbone whose recipe the options start from."""
+    """Published backbone whose recipe the options start from, or robust_fine_tuning, of a clean network."""
     list_recipes: bool = False
     """Show the recipes with the ImageNet accuracy to expect, and stop."""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
@@ -95,7 +98,7 @@ def submit(job: PretrainJob, cluster: ClusterConfig) -> Any:
 
 def main(arguments: list[str]) -> int:
     if "--list-recipes" in arguments:
-        print(f"{zoo.table()}\n\n{zoo.robust_table()}")
+        print(recipes.table())
         return 0
     options = parse(arguments)
     if not options.data.is_dir():
@@ -121,6 +124,6 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: list[str]) -> PretrainOptions:
     options: PretrainOptions = cli.parse(PretrainOptions, arguments, description=__doc__)
     if options.recipe:  # once more, now with the recipe's values where no option is given
-        defaults = PretrainOptions(options.data, options.output, config=recipe(options.recipe))
+        defaults = PretrainOptions(options.data, options.output, config=recipes.recipe(options.recipe))
         options = cli.parse(PretrainOptions, arguments, description=__doc__, default=defaults)
     return options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from robust_backbones.errors import check_choice
 
-AUGMENTATIONS = ("resized_crop", "padded_crop", "robustness")
+AUGMENTATIONS = ("resized_crop", "padded_crop", "robustness", "color_jitter", "heavy")
 # Of the RGB values of ImageNet (Krizhevsky et al. 2012), as the library `robustness` has them: a column an eigenvector.
 PCA_VALUES = (0.2175, 0.0188, 0.0045)
 PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
@@ -24,13 +26,23 @@ def augmentation(name: str, size: int, *, min_crop_scale: float, interpolation: 
     check_choice("augmentation", name, AUGMENTATIONS)
     if name == "resized_crop":
         return train_transform(size, min_crop_scale=min_crop_scale, interpolation=interpolation)
-    if name == "robustness":
-        jitter = v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1)
+    if name in _AFTER_CROP:
         crop = train_transform(size, min_crop_scale=min_crop_scale, interpolation=interpolation)
-        return v2.Compose([crop, jitter, Lighting(0.05)])
+        return v2.Compose([crop, *_AFTER_CROP[name]()])
     # As CIFAR has it: the image with a black border, and flip; one whose shorter side is not ``size`` is resized first.
     resize = v2.Resize(size, InterpolationMode(interpolation), antialias=True)
     return v2.Compose([resize, v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()])
+
+
+def mixing(mixup: float, cutmix: float, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a batch, by their alphas, one of them drawn each time.
+
+    float images (N, 3, H, W) and class indices (N,) -> images and the classes' shares (N, classes). It draws from the
+    global generator. None where both are 0.
+    """
+    kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+    found = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
+    return v2.RandomChoice(found) if found else None
 
 
 def train_transform(size: int, *, min_crop_scale: float, interpolation: str = "bilinear") -> v2.Transform:
@@ -71,6 +83,15 @@ class Lighting(torch.nn.Module):
         weights = torch.empty(3).normal_(0, self.std) * torch.tensor(PCA_VALUES)
         shift = 255 * torch.tensor(PCA_VECTORS) @ weights
         return (image + shift[:, None, None]).round_().clamp_(0, 255).to(torch.uint8)
+
+
+_AFTER_CROP: dict[str, Callable[[], list[torch.nn.Module]]] = {
+    "robustness": lambda: [v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1), Lighting(0.05)],
+    "color_jitter": lambda: [v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)],
+    # timm's rand-m9: 9 of its 10 levels are 27 of torchvision's 30. Erased is what becomes 0, not noise as in timm.
+    "heavy": lambda: [v2.RandAugment(num_ops=2, magnitude=27), v2.RandomErasing(0.25)],
+}
+"""What comes after the crop and the flip."""
 
 
 def val_transform(size: int, *, resize: int, interpolation: str = "bilinear") -> v2.Transform:

@@ -27,7 +27,8 @@ from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.config import Execution
 from robust_backbones.classification.engine import Learner
 from robust_backbones.classification.objectives import ObjectiveConfig
-from robust_backbones.classification.pretrain import PretrainConfig, pretrain, recipe
+from robust_backbones.classification.pretrain import PretrainConfig, pretrain
+from robust_backbones.classification.recipes import recipe
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, TrainingFailedError
 from robust_backbones.models import BackboneSpec, build_backbone, fed_as
 from robust_backbones.runs.record import RunRecord
@@ -208,6 +209,14 @@ def test_an_older_checkpoint_is_resumed(
         {"objective": ObjectiveConfig("free", replays=2)},
         {"ema_decay": 0.9, "epsilon_warmup_epochs": 1.5},
         {"augmentation": "padded_crop", "objective": ObjectiveConfig("trades"), "image_size": 16},
+        {
+            "optimizer": "adamw",
+            "schedule": "cosine",
+            "warmup_epochs": 0.5,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "augmentation": "heavy",
+        },
         {"progressive_size": 32, "progressive_epochs": 1, "image_size": 64, "val_resize": 64},
     ],
     ids=lambda change: "-".join(change),
@@ -460,6 +469,11 @@ def test_schedules_sizes_and_rates() -> None:
         {"epochs": 0},
         {"lr": -1.0},
         {"schedule": "linear"},
+        {"warmup_epochs": 1.0},
+        {"warmup_epochs": 9.0, "schedule": "cosine"},
+        {"optimizer": "adam"},
+        {"beta2": 1.0},
+        {"mixup": -1.0},
         {"arch": "resnet51"},
         {"arch": "vgg16_bn", "stem": "cifar"},
         {"min_crop_scale": 0.0},
