@@ -17,6 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import torch
+from torch import nn
+
 from robust_backbones.analysis.experiments import experiments, metric_name
 from robust_backbones.analysis.inheritance import summary_table
 from robust_backbones.analysis.paper.transfer_figures import best_table
@@ -25,9 +28,15 @@ from robust_backbones.analysis.record_tables import detector_robustness_table
 from robust_backbones.analysis.records import RecordedRun, find_runs
 from robust_backbones.analysis.results import results
 from robust_backbones.analysis.tables import Table
+from robust_backbones.checkpoint.families import FAMILIES, SIZES
+from robust_backbones.checkpoint.layouts import SOURCES
+from robust_backbones.checkpoint.zoo import published_robust
+from robust_backbones.classification.recipes import RECIPES
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
+from robust_backbones.models import build_backbone, usual_spec
 from robust_backbones.runs.files import atomic_path
+from robust_backbones.timm_models import build_stages
 from robust_backbones.transfer.inheritance.matrix import matrices_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -128,6 +137,73 @@ def visualization() -> Table:
     return Table.of(["command", "backbone", "measure", "mean", "95 % interval"], rows)
 
 
+def layouts() -> Table:
+    """The layouts of checkpoints, by their names for ``--source``, and what their makers feed their networks."""
+    rows = []
+    for name, source in SOURCES.items():
+        convention = source.convention or {}
+        words = [str(convention["channel_order"])] if "channel_order" in convention else []
+        for key in ("mean", "std"):
+            if key in convention:
+                words.append(f"{key} {' '.join(f'{value:.4g}' for value in convention[key])}")
+        if "stride_in_1x1" in convention:
+            words.append(f"stride in the {'1x1' if convention['stride_in_1x1'] else '3x3'}")
+        rows.append([f"`{name}`", source.description, ", ".join(words) or "nothing"])
+    return Table.of(["source", "what it is", "assumed where neither the file nor you say it"], rows)
+
+
+def families() -> Table:
+    """Whose ConvNeXt, Swin and ViT are read, and which sizes are known by their shapes."""
+    rows = []
+    for family in dict.fromkeys(row.family for row in FAMILIES):
+        libraries = dict.fromkeys(row.library for row in FAMILIES if row.family == family)
+        rows.append(
+            [family, ", ".join(libraries), ", ".join(name for (kind, *_), name in SIZES.items() if kind == family)]
+        )
+    return Table.of(["family", "by the names of", "sizes"], rows)
+
+
+def support() -> Table:
+    """What a network of each kind can be here, as the code answers for one of its kind."""
+    rows = []
+    for arch in _KINDS:
+        spec = usual_spec(arch)
+        with torch.device("meta"):
+            norms = any(isinstance(module, nn.BatchNorm2d) for module in build_backbone(spec).modules())
+        try:
+            builder = spec.detectron2_overrides().get("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")
+            if builder == "build_timm_fpn_backbone":
+                build_stages(arch)  # raises
+            detector = f"`{builder}`"
+        except InputError as error:
+            detector = f"no: {str(error).partition('; ')[0]}"
+        rows.append([f"`{arch}`", "folded twin" if norms else "itself", detector])
+    return Table.of(["for example", "attacks run on", "backbone of a detector"], rows)
+
+
+_KINDS = (
+    *("resnet50", "densenet161", "tf_efficientnet_lite0", "convnext_tiny", "convnext_tiny_convstem"),
+    *("swin_tiny_patch4_window7_224", "vit_base_patch16_224", "vit_base_patch16_224_convstem"),
+    *("vit_base_patch32_224", "xcit_small_12_p16_224"),
+)
+
+
+def published_robust_table() -> Table:
+    rows = [
+        [f"`{one.name}`", one.arch, f"{one.imagenet_accuracy:.2f}", f"{one.robust_accuracy:.2f}", one.source]
+        for one in published_robust().values()
+    ]
+    return Table.of(["name", "network", "clean", "AutoAttack, 4/255", "reported by"], rows)
+
+
+def recipes() -> Table:
+    rows = [
+        [f"`{begin}`", row.source, "a clean network" if row.starts else "random weights", row.differs]
+        for begin, row in RECIPES.items()
+    ]
+    return Table.of(["names that begin with", "settings of", "starts from", "what differs"], rows)
+
+
 def _runs(folder: str, task: str) -> list[RecordedRun]:
     return [run for run in find_runs([DOCS / folder]) if run.record.task == task]
 
@@ -185,6 +261,11 @@ TABLES: dict[str, Callable[[], Table]] = {
     "kills": kills,
     "fuzz": fuzz,
     "soak": soak,
+    "layouts": layouts,
+    "families": families,
+    "support": support,
+    "published_robust": published_robust_table,
+    "recipes": recipes,
 }
 
 

@@ -216,7 +216,7 @@ FAMILIES = (
 )
 
 # Family, channels of its first blocks, blocks (of ConvNeXt and Swin: in the third stage) -> timm's name.
-_SIZES = {
+SIZES = {
     **{("convnext", 96, 9): "convnext_tiny", ("convnext", 96, 27): "convnext_small"},
     **{("convnext", 128, 27): "convnext_base", ("convnext", 192, 27): "convnext_large"},
     **{("convnext", 256, 27): "convnext_xlarge"},
@@ -308,7 +308,7 @@ def spec_of(row: FamilyNames, tensors: Mapping[str, Tensor]) -> BackboneSpec:
             "vit": lambda: tensors["pos_embed"].shape[-1],
         }[row.family]()
         depth = 1 + max(int(found[1]) for name in tensors if (found := re.match(_THIRD_STAGE[row.family], name)))
-        arch, size = _SIZES.get((row.family, width, depth), ""), 0
+        arch, size = SIZES.get((row.family, width, depth), ""), 0
         conv_stem = _CONV_STEM.get(row.family) in tensors
         if arch and row.family == "swin":
             window = (int(tensors["layers.0.blocks.0.attn.relative_position_bias_table"].shape[0] ** 0.5) + 1) // 2
