@@ -34,6 +34,9 @@ DETECTOR_KEYS: dict[str, Any] = {
     "MODEL.BACKBONE.DROP_PATH": 0.0,
     # Activations of blocks are computed anew in the backward pass instead of being kept: slower, in less memory.
     "MODEL.BACKBONE.USE_ACT_CHECKPOINT": False,
+    # Of "build_swin_fpn_backbone" of MODEL.BACKBONE.NAME: side of the windows in tokens; 0: as in pre-training. For
+    # others relative position biases are interpolated as timm does, which nothing proves.
+    "MODEL.SWIN.WINDOW_SIZE": 0,
     # Of "build_vit_sfp_backbone" of MODEL.BACKBONE.NAME: the square, in pixels, that position embeddings are for.
     "MODEL.VIT.PRETRAIN_SIZE": 224,
     # Of its layer norms; 0.0: as timm has it.

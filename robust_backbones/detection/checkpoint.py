@@ -26,7 +26,7 @@ from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.checkpoint.zoo import PREFIX
-from robust_backbones.detection.swin_backbone import SwinBackbone
+from robust_backbones.detection.swin_backbone import SwinBackbone, resized_biases
 from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec
@@ -35,6 +35,7 @@ from robust_backbones.runs.identity import flat
 
 _METADATA = "backbone_metadata"
 _UNFILLED = "unfilled_backbone_tensors"
+_INTERPOLATED = "interpolated_backbone_tensors"
 _UNVERIFIED = "unverified_detector"
 # These use the file's four tensors as they are; with GN or LN the shapes fit too, and the features are others.
 _BATCH_NORMS = ("FrozenBN", "SyncBN", "BN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
@@ -74,6 +75,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
         """Backbone tensors that no file filled, which MODEL.BACKBONE.ALLOW_PARTIAL let through; they are random."""
         self.rest: dict[str, Tensor] = {}
         """What the backbone's file keeps beside its tensors (``convert.rest_of``), for the files that are saved."""
+        self.interpolated: list[str] = []
+        """Backbone tensors that were made to fit MODEL.SWIN.WINDOW_SIZE; nothing proves them."""
         self.unverified: dict[str, str] | None = None
         """Which plain detector MODEL.ALLOW_UNVERIFIED let through: its ``source`` and ``source_sha256``."""
         self._path = Path()
@@ -126,6 +129,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
             content[REST] = self.rest
         if self.unfilled:
             content[_UNFILLED] = self.unfilled
+        if self.interpolated:
+            content[_INTERPOLATED] = self.interpolated
         if self.unverified is not None:
             content[_UNVERIFIED] = self.unverified
         if resumable:
@@ -137,6 +142,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
     def provenance(self) -> tuple[dict[str, Any], str | None]:
         """What records say of the backbone, and its threat model; None where its source did not say."""
         backbone: dict[str, Any] = {"unfilled_tensors": self.unfilled} if self.unfilled else {}
+        backbone |= {"interpolated_tensors": self.interpolated} if self.interpolated else {}
         backbone |= {_UNVERIFIED: self.unverified} if self.unverified else {}
         if self.metadata is None:
             return backbone, None
@@ -176,6 +182,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if not (isinstance(content, dict) and isinstance(content.get("model"), dict)):
             raise InputError(f"{self._path} holds no Detectron2 weights: {_how_to_convert(self._path)}")
         self.unfilled = list(content.pop(_UNFILLED, []))
+        self.interpolated = list(content.pop(_INTERPOLATED, []))
         self.rest = content.pop(REST, {})
         self.unverified = content.pop(_UNVERIFIED, None)
         if self.metadata is None and not self.cfg.MODEL.BACKBONE.FROM_SCRATCH:
@@ -199,6 +206,13 @@ class BackboneCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         if self.metadata is not None:
             check_config(self.cfg, self.metadata.spec, self._path)
+        if self.cfg.MODEL.SWIN.WINDOW_SIZE and (resized := resized_biases(checkpoint["model"], self.model)):
+            checkpoint["model"] = {**checkpoint["model"], **resized}
+            self.interpolated = sorted(resized)
+            self.logger.warning(
+                f"{self._path}: {len(resized)} tables of relative position biases do not fit MODEL.SWIN.WINDOW_SIZE "
+                f"{self.cfg.MODEL.SWIN.WINDOW_SIZE}, and are interpolated as timm does; what that changes is not proven"
+            )
         in_file = dict(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         names, state = backbone_tensors(self.model), self.model.state_dict()

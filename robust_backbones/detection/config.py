@@ -33,6 +33,7 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda factor: 0 <= factor < math.inf,
         "is no factor of a learning rate: give 1.0 for the same as the rest's",
     ),
+    "MODEL.SWIN.WINDOW_SIZE": (lambda side: side == 0 or side >= 2, "is no side of a window: give 2 or more, or 0"),
     "SOLVER.LAYER_DECAY": (lambda factor: 0 < factor <= 1, "is not in (0, 1]: give 1.0 for none"),
     "ADVERSARIAL.KIND": (("", "free", "pgd").__contains__, 'is not one of free, pgd: give "" for none'),
     "ADVERSARIAL.REPLAYS": (lambda count: count >= 1, "is no number of updates a batch: give 1 or more"),
@@ -163,6 +164,8 @@ _NOT_OF_RESNETS = {
 def _check_backbone(cfg: CfgNode, values: Mapping[str, Any]) -> None:
     """Raise InputError for what the network in MODEL.BACKBONE.NAME cannot do and would leave out, or fail at."""
     name = cfg.MODEL.BACKBONE.NAME
+    if cfg.MODEL.SWIN.WINDOW_SIZE and name != "build_swin_fpn_backbone":
+        raise InputError(f"MODEL.SWIN.WINDOW_SIZE is set, but {name} makes no Swin: give 0")
     if "resnet" in name:
         for key, what in _NOT_OF_RESNETS.items():
             if values[key]:

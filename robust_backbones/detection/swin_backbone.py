@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Mapping
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone.fpn import FPN
 from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBlock
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from robust_backbones.detection.timm_backbone import STAGES, pyramid
@@ -39,12 +41,21 @@ class SwinBackbone(SwinTransformer):
             stage ends with the merging of its patches, and not with its norm.
         drop_path: as ``MODEL.BACKBONE.DROP_PATH``; blocks that are not learnt are never left out.
         recompute: as ``MODEL.BACKBONE.USE_ACT_CHECKPOINT``.
+        window_size: as ``MODEL.SWIN.WINDOW_SIZE``; 0: timm's.
 
     Raises:
         InputError: timm has no such Swin; or Detectron2 has none, for its windows differ.
     """
 
-    def __init__(self, arch: str, *, freeze_at: int = 0, drop_path: float = 0.0, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        arch: str,
+        *,
+        freeze_at: int = 0,
+        drop_path: float = 0.0,
+        recompute: bool = False,
+        window_size: int = 0,
+    ) -> None:
         if not (is_timm(arch) and is_swin(arch)):
             raise InputError(
                 f"timm has no Swin {arch!r}: give MODEL.BACKBONE.TIMM one of timm.list_models('swin_*_patch4_*')"
@@ -57,7 +68,7 @@ class SwinBackbone(SwinTransformer):
                 embed_dim=shape.embed_dim,
                 depths=shape.depths,
                 num_heads=shape.num_heads,
-                window_size=shape.window_size,
+                window_size=window_size or shape.window_size,
                 drop_path_rate=drop_path,
                 frozen_stages=freeze_at or -1,
             )
@@ -82,5 +93,23 @@ def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         freeze_at=backbone.FREEZE_AT,
         drop_path=backbone.DROP_PATH,
         recompute=backbone.USE_ACT_CHECKPOINT,
+        window_size=cfg.MODEL.SWIN.WINDOW_SIZE,
     )
     return pyramid(bottom_up, cfg)
+
+
+def resized_biases(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Those relative position biases of a file that are of windows of another size than the model's, made to fit.
+
+    Interpolated as timm does; by the names of the file, which the model's end with.
+    """
+    from timm.layers import resize_rel_pos_bias_table
+
+    wanted = {name: t.shape for name, t in model.state_dict().items() if name.endswith("relative_position_bias_table")}
+    found = {}
+    for name, table in tensors.items():
+        shape = next((shape for full, shape in wanted.items() if f".{full}".endswith(f".{name}")), table.shape)
+        if shape != table.shape and shape[1] == table.shape[1]:
+            side = (math.isqrt(shape[0]) + 1) // 2
+            found[name] = resize_rel_pos_bias_table(table, (side, side), tuple(shape)).contiguous()
+    return found

@@ -124,3 +124,40 @@ def test_frozen_stages_are_not_learnt(freeze_at: int) -> None:
     frozen = [group for group in groups if not any(name.startswith(group) for name in learnt)]
     assert frozen == groups[:freeze_at]
     assert {"norm0.weight", "norm3.weight"} <= learnt
+
+
+def test_other_windows_have_their_biases_interpolated_as_timm_does(
+    source: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At 128 pixels with windows of 4, where all four stages are more than one window but the last, which is one."""
+    path, files = tmp_path / "backbone.pkl", tmp_path / "detector"
+    convert_file(source, path).check()
+    keys = [*SMALL, *flat_overrides(source.spec), "MODEL.DEVICE", "cpu"]
+    cfg = load_config(SHAPES_CONFIG, [*keys, "MODEL.SWIN.WINDOW_SIZE", 4])
+    checkpointer = BackboneCheckpointer(build_model(cfg).eval(), str(files), cfg=cfg)
+    with caplog.at_level("WARNING"):
+        checkpointer.load(str(path))
+    assert "is not proven" in caplog.text
+    assert len(checkpointer.provenance()[0]["interpolated_tensors"]) == 7
+    network = source.build()
+    network.set_input_size((128, 128), window_size=4)  # type: ignore[operator]
+    images = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        ours = checkpointer.model.backbone.bottom_up(images)
+        theirs = network.forward_intermediates(images, intermediates_only=True)  # type: ignore[operator]
+    for stage, wanted in zip(("res2", "res3", "res4"), theirs, strict=False):
+        wanted = nn.functional.layer_norm(wanted.permute(0, 2, 3, 1), wanted.shape[1:2]).permute(0, 3, 1, 2)
+        torch.testing.assert_close(ours[stage], wanted, rtol=1e-4, atol=1e-4)
+
+    # A detector that was trained with them is taken as it is, and still says it.
+    checkpointer.save("model_final")
+    again = BackboneCheckpointer(build_model(cfg), cfg=cfg)
+    with torch.no_grad():
+        again.load(str(files / "model_final.pth"))
+    assert again.interpolated == checkpointer.interpolated
+    state = checkpointer.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
+    with pytest.raises(
+        InputError, match=r"MODEL\.SWIN\.WINDOW_SIZE is set, but build_resnet_fpn_backbone makes no Swin"
+    ):
+        load_config(SHAPES_CONFIG, [*SMALL, "MODEL.SWIN.WINDOW_SIZE", 4])
