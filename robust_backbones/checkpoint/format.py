@@ -33,8 +33,9 @@ def reading(spec: BackboneSpec, said: Mapping[str, str]) -> str:
         "mean": "mean " + " ".join(f"{value:.6g}" for value in spec.mean),
         "std": "std " + " ".join(f"{value:.6g}" for value in spec.std),
         "channel_order": spec.channel_order,
-        "stride_in_1x1": f"stride in the {'1x1' if spec.stride_in_1x1 else '3x3'} convolution",
     }
+    if spec.resnet_shape and spec.resnet_shape.has_bottlenecks:
+        values["stride_in_1x1"] = f"stride in the {'1x1' if spec.stride_in_1x1 else '3x3'} convolution"
     return ", ".join(f"{value} ({said.get(name, BY_FILE)})" for name, value in values.items())
 
 

@@ -182,8 +182,8 @@ def _read(
         if network.library == "transformers":
             tensors_say = replace(tensors_say, norm_epsilon=described.norm_epsilon(tensors_say.arch))
         in_file = described.values() | (normalizer or {})
-    if network.named:  # it has no bottlenecks of ours
-        convention = {"stride_in_1x1": False} | convention
+    if not (tensors_say.resnet_shape and tensors_say.resnet_shape.has_bottlenecks):
+        in_file = {"stride_in_1x1": False, **in_file}  # without a 1x1 convolution that could stride
     if network.named and (
         not network.library or layout == "convstem"
     ):  # what its makers feed it with, where the file does not say it
@@ -193,9 +193,6 @@ def _read(
     values, said = _agreed(in_file, convention, statement)
     if metadata:  # an assumption stays one
         said |= {name: ASSUMED for name, who in metadata.said.items() if who == ASSUMED}
-    shape = tensors_say.resnet_shape
-    if said["stride_in_1x1"] == ASSUMED and not (shape and shape.has_bottlenecks):
-        said["stride_in_1x1"] = BY_FILE  # its blocks have no 1x1 convolution
     threat_model = values.pop("threat_model", None)
     return Checkpoint(
         spec=replace(tensors_say, **values),
@@ -462,14 +459,21 @@ def _agreed(
             )
     values = {**convention, **stated, **in_file}
     if any(name not in values for name in READING):
-        options = " ".join(_option(name) for name in READING if name not in stated and name not in in_file)
-        raise InputError(
-            f"it does not say what it was fed with: give {options} (ImageNet's usual ones are --mean 0.485 0.456 0.406 "
-            "--std 0.229 0.224 0.225 --channel-order RGB --stride-in-1x1 false)"
-        )
+        unsaid = [name for name in READING if name not in stated and name not in in_file]
+        options = " ".join(map(_option, unsaid))
+        usual = " ".join(f"{_option(name)} {_USUAL[name]}" for name in unsaid)
+        raise InputError(f"it does not say what it was fed with: give {options} (ImageNet's usual ones are {usual})")
     check_normalization(values["mean"], values["std"])
     who = {name: BY_FILE if name in in_file else BY_USER if name in stated else ASSUMED for name in READING}
     return values, who
+
+
+_USUAL = {
+    "mean": "0.485 0.456 0.406",
+    "std": "0.229 0.224 0.225",
+    "channel_order": "RGB",
+    "stride_in_1x1": "false",
+}
 
 
 def _option(name: str) -> str:
