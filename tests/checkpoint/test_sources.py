@@ -141,7 +141,10 @@ def test_a_stride_is_asked_for_where_there_is_a_choice(tmp_path: Path) -> None:
     torch.save({"state_dict": prefixed("model.", tensors)}, tmp_path / "file.pt")
     with pytest.raises(InputError, match=r"--stride-in-1x1 \(ImageNet's usual .* --stride-in-1x1 false\)"):
         read_checkpoint(tmp_path / "file.pt", statement=TWO)
-    assert "stride in the 3x3 convolution (said by you)" in read_checkpoint(tmp_path / "file.pt", statement=STATED).reading()
+    assert (
+        "stride in the 3x3 convolution (said by you)"
+        in read_checkpoint(tmp_path / "file.pt", statement=STATED).reading()
+    )
 
 
 def test_a_wrapped_network_that_nothing_tells_needs_all_or_its_source(tmp_path: Path, tensors: Tensors) -> None:
