@@ -154,6 +154,13 @@ _OF_RESNETS: dict[str, tuple[object, str]] = {
     "MODEL.RESNETS.RES5_DILATION": (1, "a dilated last stage"),
 }
 """Of a ResNet's keys: what they are where they change nothing, and what they ask for otherwise."""
+_OF_ONE_NETWORK = {
+    "MODEL.SWIN.": ("build_swin_fpn_backbone", "Swin"),
+    "MODEL.VIT.": ("build_vit_sfp_backbone", "ViT"),
+}
+"""Keys, by their beginning, of what one MODEL.BACKBONE.NAME alone makes; they ask for nothing while they are empty."""
+_NEUTRAL = ("MODEL.VIT.PRETRAIN_SIZE",)
+"""Of these keys, those that are never empty."""
 _NOT_OF_RESNETS = {
     "MODEL.BACKBONE.DROP_PATH": "leaves out no block",
     "MODEL.BACKBONE.USE_ACT_CHECKPOINT": "recomputes nothing",
@@ -164,8 +171,11 @@ _NOT_OF_RESNETS = {
 def _check_backbone(cfg: CfgNode, values: Mapping[str, Any]) -> None:
     """Raise InputError for what the network in MODEL.BACKBONE.NAME cannot do and would leave out, or fail at."""
     name = cfg.MODEL.BACKBONE.NAME
-    if cfg.MODEL.SWIN.WINDOW_SIZE and name != "build_swin_fpn_backbone":
-        raise InputError(f"MODEL.SWIN.WINDOW_SIZE is set, but {name} makes no Swin: give 0")
+    for group, (own_name, what) in _OF_ONE_NETWORK.items():
+        asked_for = [key for key in DETECTOR_KEYS if key.startswith(group) and key not in _NEUTRAL and values[key]]
+        if asked_for and name != own_name:
+            usual = DETECTOR_KEYS[asked_for[0]]
+            raise InputError(f"{asked_for[0]} is set, but {name} makes no {what}: give {usual!r}, or {own_name}")
     if "resnet" in name:
         for key, what in _NOT_OF_RESNETS.items():
             if values[key]:

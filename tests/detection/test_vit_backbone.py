@@ -214,6 +214,11 @@ def test_keys_that_do_not_fit_are_refused_by_name(overrides: list[object], messa
         vit(*SQUARE, *overrides)
 
 
+def test_keys_of_a_vit_are_refused_without_one() -> None:
+    with pytest.raises(InputError, match=r"MODEL\.VIT\.REL_POS is set, but build_resnet_fpn_backbone makes no ViT"):
+        load_config(["COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", "protocols/vitdet.yaml"])
+
+
 def test_images_are_padded_to_what_the_vit_needs() -> None:
     batch = [{"image": torch.full((3, *size), 255.0)} for size in ((70, 90), (40, 50))]
     for overrides, size in (([], (96, 96)), (SQUARE, (128, 128))):
