@@ -57,7 +57,7 @@ _ORDER = {"channel_order": "RGB"}
 SOURCES = {
     "robust_backbones": Source("a checkpoint of robust-backbones pretrain", f"^{OWN}$"),
     "msra": Source("a Caffe2 model of Detectron's zoo", r"/res2_0_branch2a_w$", _CAFFE2),
-    "detectron2": Source("a Detectron2 model", r"[/.]stem\.conv1\.weight$"),
+    "detectron2": Source("a Detectron2 model", rf"[/.]stem\.conv1\.weight$|^{NAMES}detectron2$"),
     "transformers": Source(
         "a network of transformers",
         rf"[/.]embedder\.embedder\.convolution\.weight$|^{NAMES}transformers$",
@@ -127,7 +127,7 @@ class Network:
     named: BackboneSpec | None = None
     """The network of timm that the file says it is; ``names`` then leads to timm's."""
     library: str = ""
-    """Of ``families.FAMILIES``, by whose names it was found; no word of the file, but shapes then tell ``named``."""
+    """By whose names it was found, as in ``families.FAMILIES``; ``named`` is then told by shapes or by our metadata."""
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:

@@ -37,4 +37,4 @@ def network_of(content: dict[str, Any], spec: BackboneSpec) -> Network:
     names = {name: own.get(short, short) for name, short in inside.items() if not re.match(_OF_DETECTORS, short)}
     beside = {f"{REST}.{name}": tensor for name, tensor in rest.items()}
     names |= {name: name.removeprefix(f"{REST}.") for name in beside}
-    return Network("", prefix, names, tensors | beside, spec)
+    return Network("", prefix, names, tensors | beside, spec, "detectron2")

@@ -326,6 +326,10 @@ class _Description:
 
         Variants by activation, dilation or blur have no tensors of their own, and other features.
         """
+        if _GELU_OF_ARES.fullmatch(self._path.name):
+            raise InputError(
+                f"ARES trained {self._path.stem} with GELU, which no tensor shows: no {arch} of ours can be it"
+            )
         asked: dict[str, Any] = _OF_TRANSFORMERS.get(self._config.get("model_type", ""), {})
         for where, name, exact in self._architectures():
             if _differs(name, arch, exact=exact):
@@ -388,6 +392,8 @@ _HARMLESS = {
     **dict.fromkeys(("num_classes", "global_pool", "drop_rate", "drop_path_rate", "drop_block_rate", "pretrained")),
     **{"in_chans": 3, "output_stride": 32, "act_layer": "relu", "zero_init_last": None, "img_size": None},
 }
+# Of act_gelu in ares/model/imagenet_model_zoo.py.
+_GELU_OF_ARES = re.compile(r"ARES_(ResNet152|Wide_ResNet50_2)_AT\.pth")
 _GELU = {"hidden_act": "gelu"}
 _OF_TRANSFORMERS: dict[str, dict[str, Any]] = {
     "resnet": {"hidden_act": "relu", "downsample_in_first_stage": False},

@@ -6,12 +6,12 @@ Examples:
     robust-backbones convert robust.pkl robust.pth --to torchvision
     robust-backbones convert robust.pkl robust --to timm --push USER/NAME
 
-SRC is a checkpoint that holds a ResNet, whatever wraps it: of `pretrain`, MadryLab's robustness library, RobustBench,
-torchvision, timm, transformers, self-supervised training, Lightning, MMDetection, Detectron2 and others; or hub:NAME,
-one of the published robust backbones. Of several networks in it, --key or --prefix chooses one. What SRC does not say
-about its input you say, or it is assumed, and marked so; --source names the layout where its keys do not tell it. It
-is read without running any code that it may hold. DST is a .pkl, .pth or
-.safetensors; it carries what the backbone is (architecture, mean, std, threat model, sha256 of SRC), which
+SRC is a checkpoint that holds a ResNet, ConvNeXt, Swin, ViT or another network of timm, whatever wraps it: of
+`pretrain`, MadryLab's robustness library, RobustBench, ARES, torchvision, timm, transformers, self-supervised training,
+Lightning, MMDetection, Detectron2 and others; or hub:NAME, one of the published robust backbones. Of several networks
+in it, --key or --prefix chooses one. What SRC does not say about its input you say, or it is assumed, and marked so;
+--source names the layout where its keys do not tell it. It is read without running any code that it may hold. DST is a
+.pkl, .pth or .safetensors; it says what the backbone is (architecture, mean, std, threat model, sha256 of SRC), which
 `train` checks against its configuration. Exit status: 0 done, 1 the proof failed, 2 bad input.
 """
 

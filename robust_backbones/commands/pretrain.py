@@ -19,6 +19,7 @@ the same command is given again. Exit status: 0 done, 1 the training failed, 2 b
 command again). --debug shows tracebacks.
 """
 
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,8 +123,11 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> PretrainOptions:
-    options: PretrainOptions = cli.parse(PretrainOptions, arguments, description=__doc__)
-    if options.recipe:  # once more, now with the recipe's values where no option is given
-        defaults = PretrainOptions(options.data, options.output, config=recipes.recipe(options.recipe))
-        options = cli.parse(PretrainOptions, arguments, description=__doc__, default=defaults)
+    # The recipe's values come first: an option may fit them, and not the defaults.
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--recipe", default="")
+    name = named.parse_known_args(arguments)[0].recipe
+    data: Any = tyro.MISSING
+    default = PretrainOptions(data, data, config=recipes.recipe(name)) if name else None
+    options: PretrainOptions = cli.parse(PretrainOptions, arguments, description=__doc__, default=default)
     return options
