@@ -162,9 +162,9 @@ def test_own_data_in_one_line(
 @pytest.mark.slow
 def test_a_stopped_run_resumes_as_the_unbroken_one(shapes: Path, converted: Maker, tmp_path: Path) -> None:
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 30]
+    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 20]
     train_net(shapes, *overrides, "OUTPUT_DIR", unbroken)
-    _, err = train_net(shapes, *overrides, "OUTPUT_DIR", run, stop=run / "model_0000003.pth", status=75)
+    _, err = train_net(shapes, *overrides, "OUTPUT_DIR", run, stop=run / "model_0000001.pth", status=75)
     assert_refused(err, "asked to stop after iteration", "--resume")
     assert not (run / "record.json").exists()
     (run / "last_checkpoint").unlink()  # the newest file is found without it
