@@ -33,6 +33,7 @@ from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import TrainedDetector, load_detector
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 from robust_backbones.runs.cells import check_stop, run_cells
+from robust_backbones.runs.distributed import fork_workers
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
@@ -184,6 +185,7 @@ class CellJob:
 
 
 def _run_in_process(rank: int, job: CellJob, errors: Any) -> None:
+    fork_workers()
     cfg = job.cfg
     if cfg.MODEL.DEVICE.startswith("cuda"):
         device = rank % torch.cuda.device_count()

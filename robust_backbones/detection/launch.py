@@ -21,7 +21,7 @@ from detectron2.engine import DefaultTrainer
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError, disk_error
-from robust_backbones.runs.distributed import end_process
+from robust_backbones.runs.distributed import end_process, fork_workers
 from robust_backbones.runs.signals import STOP_SIGNALS, StopRequest
 
 # The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one.
@@ -121,6 +121,7 @@ def _join(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
 
 def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     status = 0
+    fork_workers()
     try:
         function(*arguments)
     except (InputError, OSError) as problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -143,6 +144,15 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         normalized = centered * torch.rsqrt(variance + self.eps)[:, None, None]
         return (normalized * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+
+
+def fork_workers() -> None:
+    """For a process that was spawned: fork its data workers, as any other process does.
+
+    They would be spawned too, and each would import for seconds what it has.
+    """
+    if "fork" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_start_method("fork", force=True)
 
 
 def end_process(status: int) -> NoReturn:

@@ -1,6 +1,7 @@
 """Several processes train the detector of one, and evaluate as one; what they are started with is checked."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def configuration(protocol: str, weights: Path, output: Path) -> CfgNode:
 def train_and_evaluate(weights: Path, output: Path) -> None:
     """In each process: train by both protocols; the first writes weights and metrics down."""
     torch.set_num_threads(1)
+    assert multiprocessing.get_start_method() == "fork"  # data workers import nothing again
     for protocol in PROTOCOLS:
         cfg = configuration(protocol, weights, output / protocol)
         register_datasets(cfg)
