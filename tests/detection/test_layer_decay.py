@@ -14,6 +14,7 @@ from robust_backbones.detection.layer_decay import layer_factors, layer_of
 from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
+from tests.detection import tiny_networks  # noqa: F401
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 TIMM: list[object] = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.BACKBONE.TIMM"]
@@ -82,6 +83,16 @@ def test_rates_and_decay_in_the_optimiser() -> None:
         assert group["weight_decay"] == (0.1 if matrix else 0.0), name
     with pytest.raises(InputError, match=r"SOLVER\.LAYER_DECAY counts the layers of ConvNeXt"):
         Trainer.build_optimizer(cfg, Trainer.build_model(load_config(SHAPES_CONFIG, SMALL)))
+
+
+def test_relative_position_biases_of_swin_do_not_decay() -> None:
+    keys = ["MODEL.BACKBONE.NAME", "build_swin_fpn_backbone", "MODEL.BACKBONE.TIMM", "tiny_swin", "MODEL.DEVICE", "cpu"]
+    cfg = load_config(SHAPES_CONFIG, [*SMALL, *keys, "MODEL.BACKBONE.FREEZE_AT", 0, "SOLVER.WEIGHT_DECAY", 0.1])
+    model = Trainer.build_model(cfg)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = Trainer.build_optimizer(cfg, model).param_groups
+    still = {names[p] for group in groups for p in group["params"] if group["weight_decay"] == 0}
+    assert still == {name for name in names.values() if "norm" in name or name.endswith("bias_table")}
 
 
 def test_paths_are_dropped_in_training_alone_and_never_in_frozen_stages() -> None:
