@@ -227,6 +227,8 @@ def test_images_are_padded_to_what_the_vit_needs() -> None:
         assert images.shape[2:] == size
         assert images.sum() == 3 * (70 * 90 + 40 * 50)  # white is 1, and what is padded 0
         assert [*detector.backbone(images)] == ["p2", "p3", "p4", "p5", "p6"]
+        fast = build_detector(configuration(*overrides, "MODEL.FAST_STEP", True, "MODEL.MASK_ON", False))
+        assert torch.equal(fast._images([item["image"] for item in batch])[0], images)
 
 
 def test_the_guard_holds_configuration_and_tensors_to_the_file(backbone_file: Path, tmp_path: Path) -> None:
