@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from detectron2.utils.events import EventWriter, get_event_storage
@@ -11,10 +12,10 @@ from robust_backbones.runs.files import atomic_path
 
 
 class MetricsFile(EventWriter):
-    """As Detectron2's JSONWriter, a line an iteration, but the file is whole at any moment.
+    """As Detectron2's JSONWriter, but a line an iteration: what comes later for the same one, such as its evaluation,
+    joins its line. A kill can cut off the last line alone.
 
-    What is written later for the same iteration, such as its evaluation, joins its line. A resumed run keeps the lines
-    before ``start_iter``; what was logged after its checkpoint is logged again.
+    A resumed run keeps the lines before ``start_iter``; what was logged after its checkpoint is logged again.
 
     Args:
         window: losses are medians over so many iterations.
@@ -24,8 +25,9 @@ class MetricsFile(EventWriter):
         self._path, self._window = path, window
         self._written: dict[str, int] = {}
         self._lines: dict[int, str] = {}
+        self._end = -1
+        """The iteration of the file's last line; -1: the file is to be written anew."""
         for line in path.read_text().splitlines() if start_iter and path.exists() else ():
-            # A kill could cut off the last line of older files.
             if line.endswith("}") and (iteration := json.loads(line)["iteration"]) < start_iter:
                 self._lines[iteration] = line
 
@@ -38,5 +40,16 @@ class MetricsFile(EventWriter):
             row = json.loads(self._lines.get(iteration, "{}")) | {"iteration": iteration, name: value}
             self._lines[iteration] = json.dumps(row, sort_keys=True)
             self._written[name] = iteration
-        with atomic_path(self._path) as temporary:
-            temporary.write_text("".join(f"{self._lines[iteration]}\n" for iteration in sorted(self._lines)))
+        changed = sorted({iteration for _, iteration in new.values()})
+        if 0 <= self._end < changed[0]:  # a long run's file has megabytes, and this is called every few seconds
+            with open(self._path, "a") as file:
+                file.write(self._text(changed))
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            with atomic_path(self._path) as temporary:
+                temporary.write_text(self._text(sorted(self._lines)))
+        self._end = max(self._lines)
+
+    def _text(self, iterations: list[int]) -> str:
+        return "".join(f"{self._lines[iteration]}\n" for iteration in iterations)
