@@ -34,6 +34,11 @@ def network_of(content: dict[str, Any], spec: BackboneSpec) -> Network:
     if prefix is None:
         raise InputError(f"it holds no {spec.arch}, which its metadata names: {anchor} is missing")
     inside = {name: name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    if learnt := [name for name in inside if re.search(r"\.rel_pos_[hw]$", name) and tensors[name].any()]:
+        raise InputError(
+            f"its {len(learnt)} relative position embeddings ({learnt[0]} ...) are learnt, and timm's {spec.arch} has "
+            "none: without them it computes other features (train the detector with MODEL.VIT.REL_POS False)"
+        )
     names = {name: own.get(short, short) for name, short in inside.items() if not re.match(_OF_DETECTORS, short)}
     beside = {f"{REST}.{name}": tensor for name, tensor in rest.items()}
     names |= {name: name.removeprefix(f"{REST}.") for name in beside}

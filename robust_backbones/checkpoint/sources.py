@@ -40,7 +40,7 @@ from robust_backbones.checkpoint.layouts import (
     tensors_of,
 )
 from robust_backbones.checkpoint.readback import network_of
-from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
+from robust_backbones.checkpoint.untrusted import METADATA, Options, load_tensors
 from robust_backbones.checkpoint.urls import fetch_url, is_url
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.models import BackboneSpec, check_normalization, is_foreign, is_number, spec_from, usual_spec
@@ -179,6 +179,7 @@ def _read(
         tensors_say = replace(tensors_say, norm_epsilon=metadata.spec.norm_epsilon)
     else:
         described.check(tensors_say.arch)
+        described.check_heads(tensors_say.arch, layout, stated=bool(statement.arch))
         if network.library == "transformers":
             tensors_say = replace(tensors_say, norm_epsilon=described.norm_epsilon(tensors_say.arch))
         in_file = described.values() | (normalizer or {})
@@ -331,23 +332,41 @@ class _Description:
                 f"ARES trained {self._path.stem} with GELU, which no tensor shows: no {arch} of ours can be it"
             )
         asked: dict[str, Any] = _OF_TRANSFORMERS.get(self._config.get("model_type", ""), {})
+        usual = (layer for begin, layer in _ACTIVATIONS.items() if re.search(rf"(^|_)({begin})", arch))
+        harmless = _HARMLESS | {"act_layer": next(usual, _UNKNOWN)}
+        training = self._inside.get("args")  # of timm's train.py
+        training = training.values if isinstance(training, Options) else training
+        training = training if isinstance(training, dict) else {}
         for where, name, exact in self._architectures():
             if _differs(name, arch, exact=exact):
                 raise InputError(
-                    f"{where} says that it is {name}, which has the tensors of {arch} and other features: Detectron2's "
-                    f"ResNet cannot be it (if that is wrong, move the file to a folder of its own, or rename it)"
+                    f"{where} says that it is {name}, which has the tensors of {arch} and other features: it cannot be "
+                    f"read as one (if that is wrong, move the file to a folder of its own, or rename it)"
                 )
         for where, fields, allowed in (
-            ("config.json", self._config.get("model_args"), _HARMLESS),
-            ("model_args", self._inside.get("model_args"), _HARMLESS),
+            ("config.json", self._config.get("model_args"), harmless),
+            ("model_args", self._inside.get("model_args"), harmless),
+            ("args.model_kwargs", training.get("model_kwargs"), harmless),
             ("config.json", {k: v for k, v in self._config.items() if k in asked}, asked),
         ):
             for name, value in fields.items() if isinstance(fields, dict) else ():
                 if name not in allowed or (allowed[name] is not None and value != allowed[name]):
                     raise InputError(
-                        f"{where} says that its {name} is {value!r}, which gives other features than {arch}'s: "
-                        "Detectron2's ResNet cannot be it"
+                        f"{where} says that its {name} is {value!r}, which gives other features than {arch}'s: it "
+                        "cannot be read as one"
                     )
+
+    def check_heads(self, arch: str, layout: str, *, stated: bool) -> None:
+        """Refuse a ViT-S that may have 12 heads, as MoCo v3's: no tensor shows how many there are."""
+        if not arch.startswith("vit_small_") or self.by_timm:
+            return
+        if layout == "moco_v3":
+            raise InputError(f"MoCo v3's ViT-S has 12 heads, and timm's {arch} has 6: it cannot be read as one")
+        if self._inside.get("arch") in ("vit_small", "vit_conv_small") and not stated:
+            raise InputError(
+                f"its entry arch says {self._inside['arch']}, which has 12 heads in MoCo v3 and 6 elsewhere, and no "
+                f"tensor shows it: give --arch {arch} if it has 6; one with 12 cannot be read"
+            )
 
     def norm_epsilon(self, arch: str) -> float:
         """That of transformers' layer norms, which no tensor shows; 0 where it is timm's too."""
@@ -390,8 +409,11 @@ _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encode
 # None: any.
 _HARMLESS = {
     **dict.fromkeys(("num_classes", "global_pool", "drop_rate", "drop_path_rate", "drop_block_rate", "pretrained")),
-    **{"in_chans": 3, "output_stride": 32, "act_layer": "relu", "zero_init_last": None, "img_size": None},
+    **{"in_chans": 3, "output_stride": 32, "zero_init_last": None, "img_size": None},
 }
+# What names begin with, but for a maker's -> their activation.
+_ACTIVATIONS = {"res|wide_res": "relu", "convnext|swin|vit|deit": "gelu"}
+_UNKNOWN = object()
 # Of act_gelu in ares/model/imagenet_model_zoo.py.
 _GELU_OF_ARES = re.compile(r"ARES_(ResNet152|Wide_ResNet50_2)_AT\.pth")
 _GELU = {"hidden_act": "gelu"}

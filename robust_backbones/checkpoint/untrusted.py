@@ -63,6 +63,13 @@ class Inert:
     """Stands for an object of a class that the reader does not know; whatever a file does to it changes nothing."""
 
 
+class Options(Inert):
+    """An ``argparse.Namespace``: a training's options beside the weights."""
+
+    def __init__(self) -> None:
+        self.values: dict[Any, Any] = {}
+
+
 class _Array(Inert):
     """A numpy array before it is given its content, and where the pickle keeps it for later."""
 
@@ -287,6 +294,10 @@ def _dictionary(pairs: Any = ()) -> Any:
     return {_key(key): value for key, value in pairs} if isinstance(pairs, (list, tuple)) else Inert()
 
 
+def _options() -> Options:
+    return Options()
+
+
 def _defaultdict(_: Any = None, pairs: Any = ()) -> Any:
     return _dictionary(pairs)
 
@@ -304,6 +315,7 @@ _STORAGE_DTYPES = {
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _dictionary,
     ("collections", "defaultdict"): _defaultdict,
+    ("argparse", "Namespace"): _options,
     ("_codecs", "encode"): _encode,
     ("builtins", "bytes"): _no_bytes,
     ("__builtin__", "bytes"): _no_bytes,
@@ -447,7 +459,9 @@ class _Unpickler:
         return function(*arguments) if isinstance(function, FunctionType) else Inert()
 
     def _built(self, target: Any, state: Any) -> Any:
-        """``target`` in this state; only arrays and their types have one that matters."""
+        """``target`` in this state; only arrays, their types and options have one that matters."""
+        if isinstance(target, Options) and isinstance(state, dict):
+            target.values = state
         if isinstance(target, torch.dtype) and state[1] not in ("<", "=", "|"):
             raise ValueError("it holds big-endian arrays")
         if not isinstance(target, _Array):

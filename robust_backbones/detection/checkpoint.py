@@ -41,6 +41,7 @@ _UNVERIFIED = "unverified_detector"
 _BATCH_NORMS = ("FrozenBN", "SyncBN", "BN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 _IN_FOLDERS = ("model_final.pth", "backbone.pkl", "checkpoint.pt")
 _COUNTERS = r"num_batches_tracked$"
+_NO_WEIGHTS = ("num_batches_tracked", "relative_position_index")
 _NETWORKS: dict[type[nn.Module], tuple[str, str]] = {
     ResNet: ("", _COUNTERS),
     TimmBackbone: ("network.", _COUNTERS),
@@ -231,6 +232,16 @@ class BackboneCheckpointer(DetectionCheckpointer):
         if unfilled:
             self.unfilled = unfilled
             self.logger.warning(f"{self._path} fills only {filled}; random, as allowed: {', '.join(unfilled)}")
+        unknown = [
+            name
+            for name in incompatible.unexpected_keys
+            if name.startswith("backbone.") and not name.endswith(_NO_WEIGHTS)
+        ]
+        if unknown and not self.cfg.MODEL.BACKBONE.ALLOW_PARTIAL:
+            raise InputError(
+                f"{self._path} holds {len(unknown)} tensors of a backbone that the configuration's does not have "
+                f"({_some(unknown)}): give the configuration that it was trained with, as config.yaml beside it"
+            )
         absent = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         if self.whole_detector and absent:
             raise InputError(

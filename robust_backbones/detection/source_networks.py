@@ -94,7 +94,8 @@ def source_network(checkpoint: Checkpoint) -> SourceNetwork:
 
 
 def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
-    model = NormalizedModel(own.network.get_submodule(own.backbone), checkpoint.spec).eval()
+    # In float32, as the detector: the file may have halves.
+    model = NormalizedModel(own.network.float().get_submodule(own.backbone), checkpoint.spec).eval()
     arch = checkpoint.spec.arch
     if not is_foreign(arch):
         return SourceNetwork(model, own.layers or ("layer1", "layer2", "layer3", "layer4"), whose)

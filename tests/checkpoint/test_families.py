@@ -3,8 +3,10 @@
 The networks are those of the libraries, built here with random weights; what is read has to give their logits.
 """
 
+import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -365,3 +367,46 @@ def test_no_name_leads_to_two() -> None:
     for row in FAMILIES:
         assert len(set(row.names)) == len(row.names)
         assert row.library in ("torchvision", "transformers", "timm", "the authors of ConvNeXt")
+
+
+def of_timm(arch: str, path: Path, wrap: Callable[[dict[str, Tensor]], Any], **options: Any) -> Path:
+    torch.manual_seed(0)
+    torch.save(wrap(timm.create_model(arch, num_classes=3, **options).state_dict()), path)
+    return path
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny_patch16_224", "test_convnext", "test_efficientnet"])
+def test_another_activation_is_refused_wherever_timm_says_it(arch: str, tmp_path: Path) -> None:
+    """No tensor shows it; what is the family's own is no reason."""
+    args = {"args": argparse.Namespace(model_kwargs={"act_layer": "relu"}), "arch": arch}
+    path = of_timm(arch, tmp_path / "training.pth.tar", lambda tensors: {"state_dict": tensors} | args)
+    fed = Statement(mean=(0.5,) * 3, std=(0.5,) * 3, arch=arch)
+    with pytest.raises(InputError, match=r"args\.model_kwargs says that its act_layer is 'relu'"):
+        read_checkpoint(path, statement=fed)
+    path = of_timm(arch, tmp_path / "pytorch_model.bin", dict)
+    said = {"architecture": arch, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (tmp_path / "config.json").write_text(json.dumps(said | {"model_args": {"act_layer": "relu"}}))
+    with pytest.raises(InputError, match=r"config\.json says that its act_layer is 'relu'"):
+        read_checkpoint(path)
+    (tmp_path / "config.json").write_text(json.dumps(said | {"model_args": {"act_layer": "gelu"}}))
+    if arch == "test_efficientnet":
+        with pytest.raises(InputError, match="act_layer is 'gelu'"):
+            read_checkpoint(path)
+    else:
+        assert read_checkpoint(path).spec.arch == arch
+
+
+def test_heads_that_no_tensor_shows_are_asked_for(tmp_path: Path) -> None:
+    """MoCo v3's ViT-S has 12, all others 6."""
+
+    def moco(prefix: str) -> Callable[[dict[str, Tensor]], Any]:
+        return lambda tensors: {"arch": "vit_small", "state_dict": {prefix + name: t for name, t in tensors.items()}}
+
+    fed = Statement(mean=(0.5,) * 3, std=(0.5,) * 3, channel_order="RGB")
+    path = of_timm("vit_small_patch16_224", tmp_path / "linear.pth.tar", moco("module."), num_heads=12, depth=12)
+    with pytest.raises(InputError, match=r"12 heads in MoCo v3 and 6 elsewhere.*give --arch vit_small_patch16_224"):
+        read_checkpoint(path, statement=fed)
+    assert read_checkpoint(path, statement=replace(fed, arch="vit_small_patch16_224")).spec.num_classes == 3
+    path = of_timm("vit_small_patch16_224", tmp_path / "moco.pth.tar", moco("module.base_encoder."), num_heads=12)
+    with pytest.raises(InputError, match="MoCo v3's ViT-S has 12 heads"):
+        read_checkpoint(path)

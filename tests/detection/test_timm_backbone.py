@@ -26,6 +26,7 @@ from tests.detection.conftest import CASCADE, SHAPES_CONFIG, SMALL, flat_overrid
 from tests.detection.test_trainer import run, same, weights
 from tests.detection.tiny_networks import write_timm_file
 
+STATED = Statement(mean=(0.5,) * 3, std=(0.5,) * 3, channel_order="RGB")
 FAMILIES = ("timm_", "convnext_", "swin_")
 """What the files of their architectures begin with."""
 
@@ -242,3 +243,15 @@ def test_a_killed_run_resumes_as_the_unbroken_one(
     held = {own: state[name] for name, own in backbone_tensors(unbroken.model).items()}
     moved = [name for name, tensor in start.items() if not torch.equal(held[name], tensor)]
     assert len(moved) > 0.8 * len(start)
+
+
+@pytest.mark.parametrize("arch", ["test_vit", "test_convnext"])
+def test_files_of_halves_are_proven(arch: str, tmp_path: Path) -> None:
+    """By our reading too, where nobody's code builds the network."""
+    torch.manual_seed(0)
+    tensors = timm.create_model(arch, num_classes=3).half().state_dict()
+    torch.save({"state_dict": tensors, "architecture": arch}, tmp_path / "half.pth")
+    checkpoint = read_checkpoint(tmp_path / "half.pth", statement=STATED)
+    convert_file(checkpoint, tmp_path / "backbone.pkl", prove=prove)
+    held, _ = read_backbone(tmp_path / "backbone.pkl")
+    assert {tensor.dtype for tensor in held.values()} == {torch.float32}

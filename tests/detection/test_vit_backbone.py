@@ -271,6 +271,19 @@ def test_a_detector_gives_the_network_back(checkpoint: Checkpoint, backbone_file
     assert all(torch.equal(back.state_dict[name], checkpoint.state_dict[name]) for name in bare)
     assert sum("rel_pos" in name for name in back.left_out) == 2 * 6
 
+    with torch.no_grad():
+        checkpointer.model.backbone.net.blocks[2].attn.rel_pos_w[3] += 1
+    checkpointer.save("learnt")
+    with pytest.raises(
+        InputError, match=r"1 relative position embeddings \(.*blocks\.2\.attn\.rel_pos_w .*REL_POS False"
+    ):
+        read_checkpoint(tmp_path / "learnt.pth")
+    other = configuration(*SQUARE, "MODEL.VIT.REL_POS", False)
+    with pytest.raises(
+        InputError, match=r"12 tensors of a backbone that the configuration's does not have \(.*rel_pos"
+    ):
+        BackboneCheckpointer(build_model(other), cfg=other).load(str(tmp_path / "learnt.pth"))
+
 
 def test_frozen_parts_have_no_gradients_and_drop_no_paths() -> None:
     images = torch.rand(2, 3, 128, 128)
