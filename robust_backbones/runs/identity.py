@@ -49,7 +49,7 @@ def flat(config: Settings, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             values |= flat(value, f"{prefix}{name}.")
         else:
-            values[prefix + name] = _plain(value)
+            values[f"{prefix}{name}"] = _plain(value)  # YAML has names that are no texts
     return values
 
 

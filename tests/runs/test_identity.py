@@ -52,6 +52,8 @@ def test_a_file_gives_the_run_back(tmp_path_factory: pytest.TempPathFactory, con
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     assert read_settings(folder / "config.json") == read_settings(folder / "config.yaml") == flat(config)
+    (folder / "config.yaml").write_text("yes: 1\n2: {null: 3}\n")  # as no run writes it
+    assert read_settings(folder / "config.yaml") == {"True": 1, "2.None": 3}
 
 
 def test_names_are_full_and_tuples_are_lists() -> None:

@@ -362,7 +362,7 @@ def read_all(target: Target, seed: int, number: int, folder: Path, results: Conn
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     warnings.simplefilter("ignore")
     Image.init()  # imports Pillow's formats; below is what converting imports
-    for module in ("torch._subclasses.schema_check_mode", "timm"):
+    for module in ("torch._subclasses.schema_check_mode", "timm", "robust_backbones.convstem"):
         importlib.import_module(module)
     for encoding in ("cp437", "raw_unicode_escape"):  # of names in zip archives, of text in pickles
         codecs.lookup(encoding)
