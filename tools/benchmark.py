@@ -32,6 +32,7 @@ from benchmarks.growth import Growth
 from benchmarks.loading import Loading
 from benchmarks.mask_rcnn import MaskRCNN
 from benchmarks.memory import Memory
+from benchmarks.modern import Modern
 from benchmarks.page import summary, write_page
 from benchmarks.probe import Probe
 from benchmarks.robustness_gain import Robustness
@@ -75,6 +76,7 @@ Arguments = (
     | Annotated[CocoAP, tyro.conf.subcommand("coco-ap")]
     | Annotated[Loading, tyro.conf.subcommand("loading")]
     | Annotated[MaskRCNN, tyro.conf.subcommand("mask-rcnn")]
+    | Annotated[Modern, tyro.conf.subcommand("mask-rcnn-modern")]
     | Annotated[DetectorAttack, tyro.conf.subcommand("detector-attack")]
     | Annotated[Conversion, tyro.conf.subcommand("conversion")]
     | Annotated[Growth, tyro.conf.subcommand("growth")]
@@ -122,6 +124,7 @@ def every(options: All) -> list[Work]:
         PGD10(**shared),
         TrainingStep(**shared),
         MaskRCNN(**shared),
+        Modern(**shared),
         DetectorAttack(**shared),
         CocoAP(annotations=annotations, **shared),
         Growth(annotations=annotations, **shared),

@@ -18,7 +18,7 @@ def random_detector(
     *,
     images: int,
     device: str,
-    config: Path = CONFIG,
+    config: Path | Sequence[Path] = CONFIG,
     fast_roi_align: bool | None = True,
     overrides: Sequence[object] = (),
 ) -> tuple[Any, Any, list[dict[str, Any]]]:
