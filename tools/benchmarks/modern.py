@@ -65,7 +65,7 @@ class Modern(Work):
     def remark(self) -> str:
         size, batch_size = self._work
         return (
-            f"{batch_size} images of {size} x {size} px, random weights, drop path as in the architecture's file, AdamW; "
+            f"{batch_size} images of {size} x {size} px, random weights, drop path of the architecture, AdamW; "
             f"in {'bf16' if self.device == 'cuda' else 'fp32'}. Recomputed is `MODEL.BACKBONE.USE_ACT_CHECKPOINT True`."
         )
 
