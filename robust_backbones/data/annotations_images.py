@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from robust_backbones.data.annotations import MISSING, Fault
-from robust_backbones.data.decoding import ImageInputError
+from robust_backbones.data.decoding import ImageInputError, check_claim
 from robust_backbones.runs.files import atomic_path
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
@@ -42,6 +42,7 @@ def read_header(path: str | Path) -> Header:
     """The header of an image file; files that end too soon are decoded whole."""
     try:
         with Image.open(path) as image:
+            check_claim(image, os.path.getsize(path))
             width, height = image.size
             turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
             problem = _problem(image)

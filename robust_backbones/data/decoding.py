@@ -56,6 +56,7 @@ def decode(data: bytes, name: str) -> Tensor:
     if pixels is None:
         try:
             with Image.open(io.BytesIO(data)) as file:
+                check_claim(file, len(data))
                 if file.mode in ("I", "F"):
                     raise ValueError(f"pixels of 32 bits, Pillow's mode {file.mode}, without a known range")
                 image: Image.Image = file
@@ -65,6 +66,16 @@ def decode(data: bytes, name: str) -> Tensor:
         except Exception as error:  # on damaged bytes Pillow raises nearly every type there is
             raise ImageInputError.of(name, error) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def check_claim(image: Image.Image, size: int) -> None:
+    """Raise ValueError where a file of ``size`` bytes claims more pixels than any image has: decoding allocates them."""
+    width, height = image.size
+    if width * height > max(_ALWAYS, _PIXELS_A_BYTE * size):
+        raise ValueError(f"it claims {width} x {height} pixels in {size} bytes")
+
+
+_ALWAYS, _PIXELS_A_BYTE = 2**24, 2**12
 
 
 def _is_plain_jpeg(data: bytes) -> bool:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from robust_backbones.data.annotations_images import read_header
 from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode
 from robust_backbones.errors import InputError
 
@@ -131,6 +132,24 @@ def test_a_jpeg_cut_in_half_is_refused() -> None:
     data = PLAIN["420"]
     with pytest.raises(ImageInputError, match=r"cannot read the image a/b\.jpg \(.*truncated.*\): repair"):
         decode(data[: len(data) // 2], "a/b.jpg")
+
+
+def test_a_few_bytes_cannot_claim_a_hundred_million_pixels(tmp_path: Path) -> None:
+    """Decoding would allocate them, and find then that they are not there."""
+    file = io.BytesIO()
+    Image.new("L", (24, 20), 7).save(file, "TIFF")
+    data = file.getvalue()
+    claim = bytes.fromhex("0101 0400 0100 0000")  # ImageLength, of 32 bits, one value
+    short = bytes.fromhex("0101 0300 0100 0000")
+    place = max(data.find(claim), data.find(short))
+    damaged = data[:place] + claim + (2**22).to_bytes(4, "little") + data[place + 12 :]
+    with pytest.raises(ImageInputError, match=rf"claims 24 x {2**22} pixels in {len(damaged)} bytes"):
+        decode(damaged, "damaged.tif")
+    (tmp_path / "damaged.tif").write_bytes(damaged)
+    assert "claims 24 x" in read_header(tmp_path / "damaged.tif").problem
+    flat = io.BytesIO()
+    Image.new("RGB", (4500, 4000), (1, 2, 3)).save(flat, "PNG")  # of 18 million pixels, and compressed as far as can be
+    assert decode(flat.getvalue(), "flat.png").shape == (3, 4000, 4500)
 
 
 def test_a_stray_marker_is_refused() -> None:
