@@ -100,8 +100,15 @@ class TrainingConfig:
         check_not_negative(self, "warmup_epochs", "mixup", "cutmix")
         check_choice("schedule", self.schedule, ("step", "one_cycle", "cosine"))
         check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
-        if self.warmup_epochs and (self.schedule != "cosine" or self.warmup_epochs >= self.epochs):
-            raise InputError("warmup_epochs belong to the cosine schedule, and are fewer than epochs")
+        if self.warmup_epochs and self.schedule != "cosine":
+            raise InputError(f"warmup_epochs belong to the cosine schedule, not to {self.schedule}: leave them out")
+        for name in ("warmup_epochs", "epsilon_warmup_epochs"):
+            if getattr(self, name) > self.epochs - (name == "warmup_epochs"):
+                option = f"--{name.replace('_', '-')}"
+                raise InputError(
+                    f"{name} {getattr(self, name):g} are too many for {self.epochs} epochs, in which the run would "
+                    f"never come to its full size: give {option}, 0 for none"
+                )
         if not 0 <= self.beta2 < 1:
             raise InputError(f"beta2 must be in [0, 1), got {self.beta2:g}")
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)

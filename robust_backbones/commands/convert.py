@@ -34,7 +34,7 @@ from robust_backbones.checkpoint.hub import WEIGHTS, describe, is_repository, pu
 from robust_backbones.checkpoint.sources import HUB, SOURCES, Statement, read_checkpoint
 from robust_backbones.checkpoint.zoo import find
 from robust_backbones.commands import cli
-from robust_backbones.configs import CONFIG_DIR
+from robust_backbones.configs import CONFIG_DIR, find_file
 from robust_backbones.errors import InputError, MissingPackageError, ProofFailedError
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
@@ -143,6 +143,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise InputError("--image is for the proof of features: leave out --no-verify and --to torchvision, or --image")
     if options.write_config and options.to != "detectron2":
         raise InputError(f"--write-config is for Detectron2: leave out --to {options.to}")
+    options.base_config = find_file(options.base_config, CONFIG_DIR)
     if not options.base_config.is_file():
         raise InputError(f"no configuration at {options.base_config}: give one of detectron_configs/*/*.yaml")
     return options

@@ -69,7 +69,7 @@ def decode(data: bytes, name: str) -> Tensor:
 
 
 def check_claim(image: Image.Image, size: int) -> None:
-    """Raise ValueError where a file of ``size`` bytes claims more pixels than any image has: decoding allocates them."""
+    """Raise ValueError where a file of ``size`` bytes claims more pixels than any has: decoding allocates them."""
     width, height = image.size
     if width * height > max(_ALWAYS, _PIXELS_A_BYTE * size):
         raise ValueError(f"it claims {width} x {height} pixels in {size} bytes")

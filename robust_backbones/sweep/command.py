@@ -190,9 +190,9 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
         (plan.output / PRIMARY).unlink(missing_ok=True)
     kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(run.kind for run in plan.runs).items())
     print(f"{plan.name}: {len(plan.runs)} runs ({kinds}) in {plan.output}{'' if written else ', as before'}")
-    for name, options in manifest.pretraining.items():
-        if not Path(str(options["data"])).is_dir():
-            print(f"warning: pretraining {name} will need its data, {options['data']}", file=sys.stderr)
+    for data in dict.fromkeys(str(options["data"]) for options in manifest.pretraining.values()):
+        if not Path(data).is_dir():
+            print(f"warning: pre-training will need its data, {data}", file=sys.stderr)
     for task, choice in plan.choices.items():
         names = ", ".join(
             " ".join([name, *(f"{k} {v}" for k, v in values.items())]) for name, values in choice["chosen"]
@@ -203,7 +203,7 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
     if manifest.imagenet and not imagenet_folder(manifest):
         print(f"not checked: the ImageNet accuracy of published backbones, for want of {manifest.imagenet}/val")
     for line in missing_data(manifest):
-        print(f"warning: detectors will need their data: {line}", file=sys.stderr)
+        print(f"warning: tasks will need their data: {line}", file=sys.stderr)
     earlier = {path.name for path in (plan.output / "runs").glob("*")} - {run.key for run in plan.runs}
     if earlier:
         print(f"{len(earlier)} folders in {plan.output / 'runs'} are of other settings, and stay as they are")

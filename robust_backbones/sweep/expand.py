@@ -20,6 +20,7 @@ from robust_backbones.classification.pretrain import read_start
 from robust_backbones.commands import evaluate, pretrain, transfer
 from robust_backbones.commands.evaluate import EXPECTED
 from robust_backbones.configs import DETECTOR_KEYS
+from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, usual_spec
 from robust_backbones.runs.identity import digest, flat
@@ -325,12 +326,21 @@ def _parsed(parse: Callable[[list[str]], Any], argv: Sequence[str], where: str) 
 
 
 def missing_data(manifest: Manifest) -> list[str]:
-    """What the detectors' data sets lack on this machine, which need not be the one that trains."""
+    """What the tasks' data sets lack on this machine, which need not be the one that trains."""
     from robust_backbones.detection.datasets import missing_files
 
-    tasks = [task for task in manifest.tasks if not task.transfer]
-    configs = [_config(tuple(task.config_files), tuple(text_overrides(task).items())) for task in tasks]
-    return list(dict.fromkeys(line for cfg in configs for line in missing_files(cfg)))
+    lines = []
+    for task in manifest.tasks:
+        if not task.transfer:
+            lines += missing_files(_config(tuple(task.config_files), tuple(text_overrides(task).items())))
+        elif row := TRANSFER_DATASETS.get(task.dataset):
+            if "data_root" not in task.options:
+                raise InputError(f"task {task.name} names the data set {task.dataset}: give the options data_root")
+            state, detail = check(row, Path(str(task.options["data_root"])))
+            lines += [] if state == "present" else [detail]
+        elif not Path(task.dataset).is_dir():
+            lines.append(f"no folder {task.dataset}, with train/ and test/")
+    return list(dict.fromkeys(lines))
 
 
 def imagenet_folder(manifest: Manifest) -> Path | None:

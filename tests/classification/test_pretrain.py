@@ -485,6 +485,8 @@ def test_schedules_sizes_and_rates() -> None:
         {"progressive_size": 16},
         {"progressive_size": 64, "progressive_epochs": 2},
         {"epsilon_warmup_epochs": -1.0},
+        {"epsilon_warmup_epochs": 91.0},
+        {"schedule": "cosine", "warmup_epochs": 90.0},
     ],
 )
 def test_what_is_no_recipe_is_refused(wrong: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from robust_backbones.commands import evaluate, train
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.errors import InputError
 from robust_backbones.sweep import expand as expansion
-from robust_backbones.sweep.expand import expand
+from robust_backbones.sweep.expand import expand, missing_data
 from robust_backbones.sweep.manifest import read_manifest
 from robust_backbones.sweep.plan import Machines, Plan, Run
 from robust_backbones.sweep.power import check_power
@@ -369,6 +370,21 @@ def test_published_backbones_are_checked_where_imagenet_is(tmp_path: Path) -> No
     assert check.needs == (keys(after)["convert-standard"],)
     for name in ("voc-standard-seed0", "flowers-standard"):
         assert check.key in after.run(keys(after)[name]).needs
+
+
+def test_what_transfers_lack_is_told(tmp_path: Path) -> None:
+    def lines(dataset: str, options: dict[str, Any]) -> list[str]:
+        content = with_(SMALL, "tasks", {"own": {"transfer": "probe", "dataset": dataset, "options": options}})
+        (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+        return missing_data(read_manifest(tmp_path / "study.yaml"))
+
+    (tmp_path / "mine").mkdir()
+    assert lines(str(tmp_path / "mine"), {}) == []
+    assert lines("nowhere", {}) == ["no folder nowhere, with train/ and test/"]
+    (line,) = lines("flowers", {"data_root": str(tmp_path)})
+    assert "is not in" in line
+    with pytest.raises(InputError, match="task own names the data set flowers: give the options data_root"):
+        lines("flowers", {})
 
 
 def test_the_machines_of_a_run_find_each_other(tmp_path: Path) -> None:
