@@ -115,7 +115,8 @@ def test_recipes_are_listed_and_overridden(run_tool: Run, shapes: Path, tmp_path
     assert (config["arch"], config["threat_model"], config["eval_threat_model"]) == ("resnet18", *["Linf:4/255"] * 2)
     assert (config["lr"], config["momentum"], config["batch_size"]) == (0.01, 0.9, 8)
     # An option that fits the recipe's values alone.
-    tuned = ["--recipe", "robust_fine_tuning", "--arch", "test_convnext", "--warmup-epochs", "0.5", "--epochs", "1"]
+    warmups = ["--warmup-epochs", "0.5", "--epsilon-warmup-epochs", "0.5"]
+    tuned = ["--recipe", "robust_fine_tuning", "--arch", "test_convnext", *warmups, "--epochs", "1"]
     small = [
         "--batch-size",
         "8",
