@@ -102,13 +102,13 @@ class TrainingConfig:
         check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
         if self.warmup_epochs and self.schedule != "cosine":
             raise InputError(f"warmup_epochs belong to the cosine schedule, not to {self.schedule}: leave them out")
-        for name in ("warmup_epochs", "epsilon_warmup_epochs"):
-            if getattr(self, name) > self.epochs - (name == "warmup_epochs"):
-                option = f"--{name.replace('_', '-')}"
-                raise InputError(
-                    f"{name} {getattr(self, name):g} are too many for {self.epochs} epochs, in which the run would "
-                    f"never come to its full size: give {option}, 0 for none"
-                )
+        warmups = {"warmup_epochs": self.warmup_epochs >= self.epochs}
+        warmups["epsilon_warmup_epochs"] = self.epsilon_warmup_epochs > self.epochs
+        for name in (name for name, is_too_long in warmups.items() if is_too_long):
+            raise InputError(
+                f"{name} {getattr(self, name):g} are too many for {self.epochs} epochs: give fewer by "
+                f"--{name.replace('_', '-')}, or 0 for none"
+            )
         if not 0 <= self.beta2 < 1:
             raise InputError(f"beta2 must be in [0, 1), got {self.beta2:g}")
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
