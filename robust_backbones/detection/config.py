@@ -171,6 +171,8 @@ _NOT_OF_RESNETS = {
 def _check_backbone(cfg: CfgNode, values: Mapping[str, Any]) -> None:
     """Raise InputError for what the network in MODEL.BACKBONE.NAME cannot do and would leave out, or fail at."""
     name = cfg.MODEL.BACKBONE.NAME
+    if not isinstance(name, str):
+        raise InputError(f"MODEL.BACKBONE.NAME {name!r} is no name: give one such as build_resnet_fpn_backbone")
     for group, (own_name, what) in _OF_ONE_NETWORK.items():
         asked_for = [key for key in DETECTOR_KEYS if key.startswith(group) and key not in _NEUTRAL and values[key]]
         if asked_for and name != own_name:
@@ -187,7 +189,7 @@ def _check_backbone(cfg: CfgNode, values: Mapping[str, Any]) -> None:
         if values[key] != usual:
             raise InputError(f"{key} asks for {asked}, which {name} does not have: give {key} {usual}")
     for key in _USES.get(cfg.MODEL.META_ARCHITECTURE, ()):
-        if absent := [level for level in values[key] if level not in _LEVELS]:
+        if absent := [level for level in values[key] or () if level not in _LEVELS]:
             raise InputError(
                 f"{key} asks for {absent[0]}, and {name} makes {', '.join(_LEVELS)}: give a detector with FPN; C4, DC5 "
                 "and RetinaNet are not made of it"
@@ -202,7 +204,11 @@ def check_config(cfg: CfgNode) -> None:
             f"the configuration lacks {min(missing)}: call robust_backbones.detection.add_config(cfg) first"
         )
     for key, (is_valid, mend) in _VALID.items():
-        if not is_valid(values[key]):
+        try:
+            holds = is_valid(values[key])
+        except TypeError:  # of another kind, as null
+            holds = False
+        if not holds:
             raise InputError(f"{key} {values[key]!r} {mend}")
     solver = cfg.SOLVER
     log = logging.getLogger("detectron2.solver.build")  # it warns again where training builds its own

@@ -391,6 +391,8 @@ BASE_C4 = CONFIG_DIR / "Base-RCNN-C4.yaml"
         (["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True], "bfloat16"),
         (["SOLVER.EMA_DECAY", 1.0], r"SOLVER.EMA_DECAY 1.0 is not in \[0, 1\)"),
         (["SOLVER.EMA_DECAY", -0.5], "SOLVER.EMA_DECAY"),
+        (["SOLVER.LAYER_DECAY", None], r"SOLVER.LAYER_DECAY None is not in \(0, 1\]"),
+        (["MODEL.BACKBONE.NAME", None], "MODEL.BACKBONE.NAME None is no name"),
         (["SOLVER.EMA_DECAY", float("nan")], "SOLVER.EMA_DECAY"),
         (["TEST.VISUALIZE", -1], "TEST.VISUALIZE"),
         (["TEST.BEST_METRIC", "AP"], "TEST.BEST_METRIC 'AP' is no metric"),
