@@ -364,7 +364,12 @@ def read_all(target: Target, seed: int, number: int, folder: Path, results: Conn
     Image.init()  # imports Pillow's formats; below is what converting imports
     for module in ("torch._subclasses.schema_check_mode", "timm", "robust_backbones.convstem"):
         importlib.import_module(module)
-    for encoding in ("cp437", "raw_unicode_escape"):  # of names in zip archives, of text in pickles
+    # Of names in zip archives, of text in pickles, of JSON.
+    for encoding in (
+        "cp437",
+        "raw_unicode_escape",
+        *(f"utf_{bits}{end}" for bits in (16, 32) for end in ("", "_le", "_be")),
+    ):
         codecs.lookup(encoding)
     generator, reading, ran = random.Random(seed), False, list[str]()
     os.chdir(folder)
