@@ -14,7 +14,7 @@ from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBl
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robust_backbones.detection.timm_backbone import STAGES, pyramid
+from robust_backbones.detection.timm_backbone import STAGES, put_in_place, pyramid
 from robust_backbones.errors import InputError
 from robust_backbones.timm_models import STRIDES, is_swin, is_timm, keep_paths, swin_shape
 
@@ -73,8 +73,8 @@ class SwinBackbone(SwinTransformer):
                 frozen_stages=freeze_at or -1,
             )
         keep_paths(self, frozen=True)
-        for block in (block for stage in self.layers for block in stage.blocks if recompute):
-            block.__class__ = RecomputedSwinBlock
+        for stage in self.layers if recompute else ():
+            put_in_place(stage.blocks, RecomputedSwinBlock)
         self._out_features = list(STAGES)
         self._out_feature_channels = dict(zip(STAGES, self.num_features, strict=True))
         self._out_feature_strides = dict(zip(STAGES, STRIDES, strict=True))

@@ -103,6 +103,13 @@ def _recompute(arch: str, network: Any) -> None:
         raise InputError(f"timm's {arch} recomputes nothing: give MODEL.BACKBONE.USE_ACT_CHECKPOINT False") from None
 
 
+def put_in_place(blocks: nn.ModuleList, kind: type[nn.Module]) -> None:
+    """Modules of a subclass, with the same parts, in the places of ``blocks``."""
+    for place, block in enumerate(blocks):
+        blocks[place] = kind.__new__(kind)
+        blocks[place].__dict__.update(block.__dict__)
+
+
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.BACKBONE.TIMM`` under a feature pyramid, p2 to p6, as ``build_resnet_fpn_backbone``."""

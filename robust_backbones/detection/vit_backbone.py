@@ -18,6 +18,7 @@ from detectron2.modeling.backbone.vit import Block, SimpleFeaturePyramid, ViT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from robust_backbones.detection.timm_backbone import put_in_place
 from robust_backbones.errors import InputError
 from robust_backbones.timm_models import build_timm, is_timm
 from robust_backbones.timm_vit import PATCH_SIZE, ViTShape, vit_shape
@@ -108,8 +109,7 @@ def build_vit(cfg: CfgNode) -> ViT:
         vit.set_submodule("patch_embed.proj", stem)
     freeze(vit, backbone.FREEZE_AT)
     if backbone.USE_ACT_CHECKPOINT:
-        for block in vit.blocks:
-            block.__class__ = RecomputedBlock
+        put_in_place(vit.blocks, RecomputedBlock)
     return vit
 
 
