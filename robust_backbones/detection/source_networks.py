@@ -7,9 +7,10 @@ both sides of a comparison with itself. The makers' code is not ours to mistake.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.errors import ProofFailedError
 from robust_backbones.models import NormalizedModel, is_foreign
-from robust_backbones.timm_models import build_timm, is_swin, keep_paths, stage_layers, swin_shape
-from robust_backbones.timm_vit import as_map, is_vit, vit_shape, without_class_token
+from robust_backbones.timm_models import STRIDES, build_timm, is_swin, keep_paths, stage_layers, swin_shape
+from robust_backbones.timm_vit import PATCH_SIZE, is_vit, vit_shape, without_class_token
 
 
 @dataclass(frozen=True)
@@ -32,27 +33,65 @@ class SourceNetwork:
     """Its modules whose outputs are the stages res2 to res5; of a ViT, its last block."""
     whose: str
     """As in ``timm's own network``."""
+    strides: tuple[int, ...] = STRIDES
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Images in [0, 1], shape (N, 3, H, W) -> outputs of ``layers``, at strides 4, 8, 16 and 32; a ViT's 16."""
+        """Images in [0, 1], shape (N, 3, H, W) -> outputs of ``layers`` at their strides, (N, C, H / s, W / s)."""
         outputs: list[Tensor] = []
         modules = [self.model.backbone.get_submodule(layer) for layer in self.layers]
-        hooks = [module.register_forward_hook(lambda *call: outputs.append(call[2])) for module in modules]
+        hooks = [module.register_forward_hook(lambda *call: outputs.append(_first(call[2]))) for module in modules]
         try:
             self.model(images)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [as_map(output) if output.ndim == 3 else output for output in outputs]
+        heights = [images.shape[-2] // stride for stride in self.strides]
+        return [self._as_map(output, height) for output, height in zip(outputs, heights, strict=True)]
+
+    def _as_map(self, output: Tensor, height: int) -> Tensor:
+        return output if output.ndim == 4 else _from_tokens(output, height)
 
 
 class _OfSwin(SourceNetwork):
-    """timm's Swin, whose stages are compared after a layer norm without parameters: what Detectron2's begin with."""
+    """A Swin, whose stages are compared after a layer norm without parameters: what Detectron2's begin with."""
 
     def stages(self, images: Tensor) -> list[Tensor]:
         network: Any = self.model.backbone
-        network.set_input_size(images.shape[-2:], window_size=swin_shape(self.model.spec.arch).window_size)
-        return [F.layer_norm(stage, stage.shape[-1:]).permute(0, 3, 1, 2) for stage in super().stages(images)]
+        if hasattr(network, "set_input_size"):  # timm's is of one size
+            network.set_input_size(images.shape[-2:], window_size=swin_shape(self.model.spec.arch).window_size)
+        return super().stages(images)
+
+    def _as_map(self, output: Tensor, height: int) -> Tensor:
+        return _from_tokens(F.layer_norm(output, output.shape[-1:]), height)
+
+
+def _from_tokens(tokens: Tensor, height: int) -> Tensor:
+    """(N, H, W, C) or (N, H * W, C) -> (N, C, H, W)."""
+    return (tokens if tokens.ndim == 4 else tokens.unflatten(1, (height, -1))).permute(0, 3, 1, 2)
+
+
+class _Patches(nn.Module):
+    """A vision transformer whose blocks see patches alone, as in a detector; of torchvision or transformers."""
+
+    def __init__(self, network: nn.Module, blocks: str) -> None:
+        super().__init__()
+        self.network, self.blocks = network, blocks
+
+    def forward(self, images: Tensor) -> Tensor:
+        network: Any = self.network
+        if hasattr(network, "_process_input"):  # torchvision's
+            tokens, positions = network._process_input(images), network.encoder.pos_embedding
+        else:
+            tokens, positions = network.embeddings.patch_embeddings(images), network.embeddings.position_embeddings
+        tokens = tokens + positions[:, 1:]
+        for block in network.get_submodule(self.blocks).children():
+            tokens = _first(block(tokens))
+        return cast(Tensor, tokens)
+
+
+def _first(output: Any) -> Tensor:
+    """What a block gives to the next one: in some releases of transformers the first of a tuple."""
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 @dataclass(frozen=True)
@@ -65,6 +104,30 @@ class _Own:
     """The module in it that normalised images enter."""
     layers: tuple[str, ...] = ()
     """Those of its stages where they are not layer1 to layer4, or timm's."""
+    blocks: str = ""
+    """The module that holds the blocks of a ViT that is not timm's."""
+
+    def load(self) -> set[str]:
+        """Fill the network; returns the names in which the two differ, where it is left as it is."""
+        wanted, found = _shapes(self.network.state_dict()), _shapes(self.state_dict)
+        other = {name for name in wanted | found if wanted.get(name) != found.get(name)}
+        if not other:
+            self.network.load_state_dict(self.state_dict, strict=False)  # batch norm's counters may be absent
+        return other
+
+
+@dataclass(frozen=True)
+class _OfTransformers(_Own):
+    """Filled by transformers, whose releases name modules otherwise than their files name tensors."""
+
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> set[str]:
+        mismatched = {name for name, *_ in self.report["mismatched_keys"]}
+        # It may have been saved without its classifier; a pooler is of another kind of head.
+        missing = {name for name in self.report["missing_keys"] if not name.startswith("classifier.")}
+        unexpected = {name for name in self.report["unexpected_keys"] if "pooler." not in name}
+        return mismatched | missing | unexpected
 
 
 class _NotKnownError(Exception):
@@ -86,10 +149,8 @@ def source_network(checkpoint: Checkpoint) -> SourceNetwork:
     except ImportError:
         return _with(checkpoint, _Own(checkpoint.build(), {}), f"our reading of the file ({title} cannot be imported)")
     whose = f"{title}'{'' if title.endswith('s') else 's'} own network"
-    wanted, found = _shapes(own.network.state_dict()), _shapes(own.state_dict)
-    if other := sorted(name for name in wanted | found if wanted.get(name) != found.get(name)):
-        raise ProofFailedError(f"{whose} and {checkpoint.source} differ in {', '.join(other[:3])}")
-    own.network.load_state_dict(own.state_dict, strict=False)  # batch norm's counters may be absent
+    if other := own.load():
+        raise ProofFailedError(f"{whose} and {checkpoint.source} differ in {', '.join(sorted(other)[:3])}")
     return _with(checkpoint, own, whose)
 
 
@@ -101,9 +162,12 @@ def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
         return SourceNetwork(model, own.layers or ("layer1", "layer2", "layer3", "layer4"), whose)
     keep_paths(model)
     if is_vit(arch):
-        without_class_token(own.network)
-        last = vit_shape(arch, checkpoint.spec.image_size).depth - 1
-        return SourceNetwork(model, (f"blocks.{last}",), f"{whose} without its class token")
+        last = f"blocks.{vit_shape(arch, checkpoint.spec.image_size).depth - 1}"
+        if own.blocks:
+            model.backbone, last = _Patches(model.backbone, own.blocks), ""
+        else:
+            without_class_token(own.network)
+        return SourceNetwork(model, (last,), f"{whose} without its class token", strides=(PATCH_SIZE,))
     kind = _OfSwin if is_swin(arch) else SourceNetwork
     return kind(model, own.layers or stage_layers(own.network), whose)
 
@@ -132,18 +196,23 @@ def _torchvision(checkpoint: Checkpoint) -> _Own:
 
 
 def _modern_torchvision(checkpoint: Checkpoint) -> _Own:
-    """A ConvNeXt, by the names that the file has, without stochastic depth."""
+    """A ConvNeXt, Swin or ViT, by the names that the file has, without stochastic depth."""
     from torchvision.models import get_model
+    from torchvision.ops import StochasticDepth
 
-    name, classes = TORCHVISION[checkpoint.spec.arch], checkpoint.spec.num_classes
-    if not name.startswith("convnext"):
-        raise _NotKnownError
-    network = get_model(name, weights=None, num_classes=classes, stochastic_depth_prob=0.0)
+    spec = checkpoint.spec
+    square = {"image_size": spec.image_size} if is_vit(spec.arch) else {}
+    network = get_model(TORCHVISION[spec.arch], weights=None, num_classes=spec.num_classes, **square)
+    for module in network.modules():
+        if isinstance(module, StochasticDepth):
+            module.p = 0.0
     tensors = {
         name.removeprefix(checkpoint.prefix): tensor
         for name, tensor in _content(checkpoint).items()
         if isinstance(tensor, Tensor) and name.startswith(checkpoint.prefix)
     }
+    if square:
+        return _Own(network, tensors, blocks="encoder.layers")
     return _Own(network, tensors, layers=tuple(f"features.{place}" for place in (1, 3, 5, 7)))
 
 
@@ -168,16 +237,45 @@ def _transformers(checkpoint: Checkpoint) -> _Own:
 
     config, tensors = _config_beside(checkpoint), _content(checkpoint)
     kind = str(config.get("model_type", ""))
-    name = {"resnet": "ResNet", "convnext": "ConvNext"}.get(kind)
+    name = {"resnet": "ResNet", "convnext": "ConvNext", "swin": "Swin", "vit": "ViT"}.get(kind)
     if not name:
         raise _NotKnownError("" if kind else "no config.json beside it")
-    own = getattr(transformers, f"{name}Config").from_dict({**config, "drop_path_rate": 0.0})
-    network = getattr(transformers, f"{name}ForImageClassification")(own)
-    if not any(name.startswith(f"{kind}.") for name in tensors):  # saved without its classifier
-        network = getattr(network, kind)
-    prefix = f"{kind}." if hasattr(network, kind) else ""
-    tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    return _Own(network, tensors, layers=tuple(f"{prefix}encoder.stages.{stage}" for stage in range(4)))
+    # What leaves out or rounds is not of the proof.
+    zero = dict.fromkeys(("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    said = {key: value for key, value in {**config, **zero}.items() if key not in ("dtype", "torch_dtype")}
+    classifier = getattr(transformers, f"{name}ForImageClassification")
+    with _without_reports(transformers):
+        network, report = classifier.from_pretrained(
+            None,
+            config=getattr(transformers, f"{name}Config").from_dict(said),
+            state_dict={name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    if kind == "vit":
+        blocks = "layers" if hasattr(network.vit, "layers") else "encoder.layer"
+        return _OfTransformers(network, {}, backbone="vit", blocks=blocks, report=report)
+    if kind == "swin":  # the output of a whole stage comes after its reduction
+        depths = enumerate(network.config.depths)
+        layers = [f"swin.encoder.layers.{stage}.blocks.{depth - 1}" for stage, depth in depths]
+    else:
+        layers = [f"{kind}.encoder.stages.{stage}" for stage in range(4)]
+    return _OfTransformers(network, {}, layers=tuple(layers), report=report)
+
+
+@contextmanager
+def _without_reports(transformers: Any) -> Iterator[None]:
+    """Without its progress bar and its table of what the file lacks."""
+    logging = transformers.logging
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _robustness(checkpoint: Checkpoint) -> _Own:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision import models
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
 from robust_backbones.checkpoint.format import Checkpoint
@@ -18,6 +19,7 @@ from robust_backbones.detection.source_networks import source_network
 from robust_backbones.detection.verify import prove
 from robust_backbones.errors import ProofFailedError
 from robust_backbones.models import BackboneSpec, build_backbone
+from tests.checkpoint.test_families import of_transformers, save, shaken
 from tests.conftest import randomize_batch_norms
 
 Maker = Callable[[str], Path]
@@ -96,3 +98,36 @@ def test_the_stages_are_those_of_the_network(small_model: nn.Module, tmp_path: P
     for layer, found in zip(range(1, 5), source_network(checkpoint).stages(images), strict=True):
         x = getattr(network, f"layer{layer}")(x)
         torch.testing.assert_close(found, x)
+
+
+@pytest.mark.parametrize("kind", ["torchvision swin", "transformers swin", "transformers vit"])
+def test_swin_and_vit_are_compared_with_their_makers(kind: str, tmp_path: Path) -> None:
+    """Nor does a reading pass that gives two layers each other's tensors."""
+    library, family = kind.split()
+    if library == "torchvision":
+        source = shaken(models.swin_t(num_classes=3))
+        path = save(tmp_path / "source.pth", source.state_dict())
+    else:
+        of_transformers(family, tmp_path)
+        path = tmp_path / "model.safetensors"
+    checkpoint = read_checkpoint(path)
+    errors = prove(checkpoint, converted(checkpoint, tmp_path))
+    (against,) = {error.against for error in errors}
+    assert against.startswith(f"{library}'{'' if library.endswith('s') else 's'} own network")
+
+    block = "blocks.0" if family == "vit" else "layers.0.blocks.0"
+    first, second = f"{block}.norm1.weight", f"{block}.norm2.weight"
+    tensors = dict(checkpoint.state_dict)
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+    mistaken = replace(checkpoint, state_dict=tensors)
+    with pytest.raises(ProofFailedError, match="differ"):
+        prove(mistaken, converted(mistaken, tmp_path))
+
+
+def test_a_file_that_is_not_what_its_config_says_fails(tmp_path: Path) -> None:
+    of_transformers("vit", tmp_path)
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors")
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"num_hidden_layers": 12', '"num_hidden_layers": 11'))
+    with pytest.raises(ProofFailedError, match=r"transformers' own network and model\.safetensors differ in vit\."):
+        source_network(checkpoint)
