@@ -65,7 +65,7 @@ class ConversionReport:
         rows = [*Counter(name.split(".")[0] for name in self.renamed.values()).items()]
         rows += [("renamed", len(self.renamed)), ("dropped", len(self.dropped))]
         lines = [f"{part:8} {count:4} tensors" for part, count in rows]
-        counted = Counter("counters" if name.endswith("num_batches_tracked") else _part(name) for name in self.dropped)
+        counted = Counter(_part(name) for name in self.dropped)
         if counted:
             parts = [f"{part} ({count})" for part, count in counted.most_common(12)]
             lines.append(f"left out: {', '.join(parts)}{' ...' * (len(counted) > 12)}")
@@ -81,6 +81,9 @@ class ConversionReport:
 
 def _part(name: str) -> str:
     """What a tensor is a part of, such as ``module.projector`` of ``module.projector.0.weight``."""
+    for what, ending in {"counters": "num_batches_tracked", "index tables": "relative_position_index"}.items():
+        if name.endswith(ending):
+            return what
     parts = name.split(".")
     return ".".join(parts[:2] if parts[0] == "module" else parts[:1])
 

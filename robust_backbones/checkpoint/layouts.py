@@ -240,6 +240,7 @@ def _nothing_known(content: dict[str, Any]) -> str:
         return (
             f"its tensors ({names} ...) are those of none of the known architectures by the names of torchvision, "
             f"Detectron2, transformers or nn.Sequential{_in_parts(tensors)}{_of_clip(tensors)}"
+            + "; of another network of timm, give its name (--arch NAME, --mean, --std, --channel-order)"
             + (f"; {inert[0]} cannot be read: save plain floats" if inert else "")
         )
     if inert:

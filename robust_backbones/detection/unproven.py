@@ -14,7 +14,7 @@ from robust_backbones.checkpoint.convert import convert
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.detection.source_networks import source_network
 from robust_backbones.detection.swin_backbone import SwinBackbone
-from robust_backbones.detection.verify import inputs, sides
+from robust_backbones.detection.verify import TOLERANCE, inputs, sides
 from robust_backbones.models import NormalizedModel, is_foreign
 from robust_backbones.timm_models import is_swin
 from robust_backbones.timm_vit import PATCH_SIZE, is_vit, vit_shape, without_class_token
@@ -40,7 +40,7 @@ class Difference:
 @torch.no_grad()
 def differences(checkpoint: Checkpoint, *, image: str | Path | None = None) -> list[Difference]:
     """Of a ViT, what its class token and the interpolation of its position embeddings change; of a Swin, what sizes of
-    images change; of others, nothing."""
+    images change; of others, nothing. What is rounding is no difference."""
     spec = checkpoint.spec
     if is_foreign(spec.arch) and is_swin(spec.arch):
         return _of_swin(checkpoint)
@@ -66,8 +66,9 @@ def _of_swin(checkpoint: Checkpoint) -> list[Difference]:
     ours, source, proven = SwinBackbone(checkpoint.spec.arch).eval(), source_network(checkpoint), sides(checkpoint.spec)
     ours.load_state_dict(convert(checkpoint)[0], strict=False)  # but for its own norms
     why = {
-        proven.step: "the last stage is one window, which timm does not shift",
-        proven.step + 32: "windows do not divide the stages, which Detectron2 pads before it shifts them, timm after",
+        proven.step: "the last stage is one window, which the source does not shift",
+        proven.step
+        + 32: "windows do not divide the stages, which Detectron2 pads before it shifts them, the source after",
     }
     found = []
     for size, reason in why.items():
@@ -75,7 +76,9 @@ def _of_swin(checkpoint: Checkpoint) -> list[Difference]:
         images = pixels[None] / 255
         stages = zip(ours(source.model.normalize(images)).values(), source.stages(images), strict=True)
         largest = max(_relative(one, other) for one, other in stages)
-        found.append(Difference(f"at {size} pixels ({reason}) features differ from the source's", "random", largest))
+        if not largest < TOLERANCE:
+            what = f"at {size} pixels ({reason}) features differ from the source's"
+            found.append(Difference(what, "random", largest))
     return found
 
 

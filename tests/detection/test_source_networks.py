@@ -16,6 +16,7 @@ from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.detection.source_networks import source_network
+from robust_backbones.detection.unproven import differences
 from robust_backbones.detection.verify import prove
 from robust_backbones.errors import ProofFailedError
 from robust_backbones.models import BackboneSpec, build_backbone
@@ -114,6 +115,8 @@ def test_swin_and_vit_are_compared_with_their_makers(kind: str, tmp_path: Path) 
     errors = prove(checkpoint, converted(checkpoint, tmp_path))
     (against,) = {error.against for error in errors}
     assert against.startswith(f"{library}'{'' if library.endswith('s') else 's'} own network")
+    if library == "torchvision":  # it pads before it shifts, as Detectron2; timm does so after
+        assert [found.what.split(" pixels")[0] for found in differences(checkpoint)] == ["at 224"]
 
     block = "blocks.0" if family == "vit" else "layers.0.blocks.0"
     first, second = f"{block}.norm1.weight", f"{block}.norm2.weight"
