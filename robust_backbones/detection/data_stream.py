@@ -98,7 +98,9 @@ class _MaskMapper(DatasetMapper):
 
     def _transform_annotations(self, dataset_dict: dict[str, Any], transforms: Any, image_shape: Any) -> None:
         kept = self.instance_mask_format  # type: ignore[has-type]
-        if any(isinstance(thing.get("segmentation"), dict) for thing in dataset_dict["annotations"]):
+        # COCO's crowds are run lengths beside objects of polygons; training drops them.
+        learnt = [thing for thing in dataset_dict["annotations"] if not thing.get("iscrowd", 0)]
+        if any(isinstance(thing.get("segmentation"), dict) for thing in learnt):
             self.instance_mask_format = "bitmask"
         super()._transform_annotations(dataset_dict, transforms, image_shape)
         self.instance_mask_format = kept

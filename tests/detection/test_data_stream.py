@@ -12,6 +12,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_train_loader
 from detectron2.data import transforms as T
+from detectron2.structures import PolygonMasks
 from detectron2.utils.env import seed_all_rng
 from pycocotools import mask as mask_tools
 
@@ -215,3 +216,23 @@ def test_random_states_come_back() -> None:
     with undisturbed():
         draws()
     assert draws() == expected
+
+
+def test_an_image_with_a_crowd_keeps_its_polygons(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """COCO's crowds are run lengths, which training drops: the objects beside them are what Detectron2 makes of them."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    cfg = load_config(SHAPES_CONFIG, ["DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 1], classes=4)
+    register_datasets(cfg)
+    item = DatasetCatalog.get("shapes_train")[0]
+    first = item["annotations"][0]
+    rows = mask_tools.frPyObjects(first["segmentation"], item["height"], item["width"])
+    crowd = {**first, "iscrowd": 1, "segmentation": mask_tools.merge(rows)}
+    cfg.DATASETS.TRAIN = (NAME,)
+    DatasetCatalog.register(NAME, lambda: [{**item, "annotations": [*item["annotations"], crowd]}])
+    try:
+        sample = next(iter(TrainingStream(cfg)))[0]
+    finally:
+        DatasetCatalog.remove(NAME)
+        MetadataCatalog.remove(NAME)
+    assert len(sample["instances"]) == len(item["annotations"])
+    assert isinstance(sample["instances"].gt_masks, PolygonMasks)
