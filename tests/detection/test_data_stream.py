@@ -219,7 +219,7 @@ def test_random_states_come_back() -> None:
 
 
 def test_an_image_with_a_crowd_keeps_its_polygons(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """COCO's crowds are run lengths, which training drops: the objects beside them are what Detectron2 makes of them."""
+    """COCO's crowds are run lengths, which training drops: the masks beside them are those that Detectron2 makes."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     cfg = load_config(SHAPES_CONFIG, ["DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 1], classes=4)
     register_datasets(cfg)
