@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from robust_backbones.checkpoint.families import TORCHVISION
 from robust_backbones.checkpoint.format import Checkpoint
+from robust_backbones.checkpoint.layouts import tensors_of
+from robust_backbones.checkpoint.names import without_wrappers
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
 from robust_backbones.errors import ProofFailedError
 from robust_backbones.models import NormalizedModel, is_foreign
@@ -206,10 +208,11 @@ def _modern_torchvision(checkpoint: Checkpoint) -> _Own:
     for module in network.modules():
         if isinstance(module, StochasticDepth):
             module.p = 0.0
+    plain = {without_wrappers(name): tensor for name, tensor in tensors_of(_content(checkpoint)).items()}
     tensors = {
         name.removeprefix(checkpoint.prefix): tensor
-        for name, tensor in _content(checkpoint).items()
-        if isinstance(tensor, Tensor) and name.startswith(checkpoint.prefix)
+        for name, tensor in plain.items()
+        if name.startswith(checkpoint.prefix)
     }
     if square:
         return _Own(network, tensors, blocks="encoder.layers")
@@ -235,7 +238,7 @@ def _timm(checkpoint: Checkpoint) -> _Own:
 def _transformers(checkpoint: Checkpoint) -> _Own:
     import transformers
 
-    config, tensors = _config_beside(checkpoint), _content(checkpoint)
+    config, tensors = _config_beside(checkpoint), tensors_of(_content(checkpoint))
     kind = str(config.get("model_type", ""))
     name = {"resnet": "ResNet", "convnext": "ConvNext", "swin": "Swin", "vit": "ViT"}.get(kind)
     if not name:
@@ -248,7 +251,7 @@ def _transformers(checkpoint: Checkpoint) -> _Own:
         network, report = classifier.from_pretrained(
             None,
             config=getattr(transformers, f"{name}Config").from_dict(said),
-            state_dict={name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)},
+            state_dict=tensors,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

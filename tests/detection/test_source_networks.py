@@ -134,3 +134,9 @@ def test_a_file_that_is_not_what_its_config_says_fails(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"num_hidden_layers": 12', '"num_hidden_layers": 11'))
     with pytest.raises(ProofFailedError, match=r"transformers' own network and model\.safetensors differ in vit\."):
         source_network(checkpoint)
+
+
+def test_a_compiled_network_of_torchvision_is_compared_with_its_own(tmp_path: Path) -> None:
+    tensors = models.convnext_tiny(num_classes=3).state_dict()
+    path = save(tmp_path / "source.pth", {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()})
+    assert source_network(read_checkpoint(path)).whose == "torchvision's own network"
