@@ -85,7 +85,7 @@ class BackboneRuns:
     @property
     def family(self) -> tuple[Any, ...]:
         """Architecture and pre-training: what it shares with the standard backbone that it is compared with."""
-        return _family(next(iter(self.runs.values())))
+        return family(next(iter(self.runs.values())).record)
 
     @property
     def label(self) -> str:
@@ -285,12 +285,12 @@ def _backbones(runs: Sequence[RecordedRun]) -> tuple[tuple[BackboneRuns, ...], t
         backbone = run.record.backbone
         name = str(backbone.get("label") or backbone.get("arch") or run.weights_name or "unknown")
         name = _SCRATCH if run.is_from_scratch else name
-        families.setdefault((name, run.record.threat_model, _family(run)), []).append(run)
+        families.setdefault((name, run.record.threat_model, family(run.record)), []).append(run)
     backbones, notes = [], []
     alike = Counter((name, trained_at) for name, trained_at, _ in families)
-    for (name, trained_at, family), members in families.items():
+    for (name, trained_at, kind), members in families.items():
         if alike[name, trained_at] > 1:  # of one architecture and threat model, pre-trained on other classes
-            name = f"{name} of {family[1] or 'no'} classes"
+            name = f"{name} of {kind[1] or 'no'} classes"
         threat_model = None if trained_at is None else ThreatModel.parse(trained_at)
         # Seeds may come with a pre-training of their own each; two files with one seed are two backbones.
         files = Counter((run.seed, run.weights) for run in members)
@@ -313,8 +313,9 @@ def _backbones(runs: Sequence[RecordedRun]) -> tuple[tuple[BackboneRuns, ...], t
     return tuple(sorted(backbones, key=_order)), tuple(notes)
 
 
-def _family(run: RecordedRun) -> tuple[Any, ...]:
-    return tuple(run.record.backbone.get(key) for key in ("arch", "num_classes", "stem"))
+def family(record: RunRecord) -> tuple[Any, ...]:
+    """Architecture and pre-training of a run's backbone: (architecture, classes, stem), each None where not known."""
+    return tuple(record.backbone.get(key) for key in ("arch", "num_classes", "stem"))
 
 
 def _order(backbone: BackboneRuns) -> tuple[Any, ...]:

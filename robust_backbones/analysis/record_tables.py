@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from robust_backbones.analysis.experiments import family, setting
 from robust_backbones.analysis.tables import Table
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
@@ -80,17 +82,21 @@ def with_interval(name: str) -> tuple[str, str]:
 
 
 def classification_table(records: Sequence[RunRecord]) -> Table:
-    """One row an experiment of classification transfer: its trials' accuracies (0-100), and how it was set.
+    """One row a backbone in an experiment of classification transfer: its trials' accuracies, and how it was set.
+
+    Trials are alike in all but what ``setting`` leaves out; a backbone is known by label, training and ``family``, for
+    each seed may have a pre-training of its own. Accuracies are 0-100.
 
     Args:
-        records: of task ``transfer``, in any order.
+        records: of task ``transfer``, in any order; one that is given twice counts once.
     """
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.seed):
-        recipe = {name: value for name, value in record.config.items() if name not in _OF_A_TRIAL}
         on = record.config["selection"]["on"]
         key = (record.dataset, record.config["mode"], str(record.backbone["label"]), _deviations(record), on)
-        groups.setdefault((*key, str(recipe)), []).append(record)
+        alike = json.dumps([record.threat_model, family(record), setting(record)], sort_keys=True)
+        trials = groups.setdefault((*key, alike), [])
+        trials += [record] if record not in trials else []
     rows = []
     for (dataset, mode, label, deviations, on, _), trials in sorted(groups.items()):
         config = trials[0].config
@@ -121,10 +127,6 @@ def classification_table(records: Sequence[RunRecord]) -> Table:
     columns |= {"robust acc": "{robust acc:.1f} ({against})"}
     columns |= dict.fromkeys(("setting", "selected on", "epochs", "otherwise"), ":")
     return Table("Classification transfer, how it was set", rows, columns)
-
-
-_OF_A_TRIAL = ("selection", "seed", "run", "lr", "weight_decay")
-"""Of a record's config, what may differ between the trials of an experiment."""
 
 
 def _deviations(record: RunRecord) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +324,18 @@ def classification_rows(records: list[RunRecord]) -> list[dict[str, str]]:
 
     table = classification_table(records)
     return [dict(zip(table.columns, row, strict=True)) for row in table.cells]
+
+
+def test_trials_of_a_row_are_of_one_backbone_and_count_once() -> None:
+    """Each seed with a run and a pre-training of its own is one row; another network of the same name another."""
+    own = [trial(seed, 80.0 + seed, seeds=[seed]) for seed in range(3)]
+    for one in own:
+        one.backbone["source_sha256"] = f"weights of seed {one.seed}"
+    other = trial(0, 50.0)
+    other.backbone["arch"] = "resnet18"
+    again = replace(own[0], config=dict(reversed(own[0].config.items())))
+    rows = classification_rows([*own, other, again])
+    assert sorted((row["accuracy"], row["trials"]) for row in rows) == [("50.0", "1"), ("81.0", "3")]
 
 
 def test_table_of_classification_counts_its_trials() -> None:
