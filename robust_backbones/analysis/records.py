@@ -91,14 +91,15 @@ def find_primary(folders: Sequence[str | Path]) -> Primary | None:
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
-    """Every record.json in these folders, however deep, and every record in a report's records.jsonl, each once.
+    """Every record.json in these folders, however deep, and every record in a report's records.jsonl.
 
-    Such a file may also be given itself.
+    Such a file may also be given itself. What a report among its own runs holds of them counts once.
 
     Raises:
         InputError: a folder is missing or holds no record; a file is no record.
     """
     found: dict[Path, RecordedRun] = {}
+    reports: dict[Path, list[RecordedRun]] = {}
     for folder in map(Path, folders):
         if folder.is_file() and folder.name in ("record.json", RECORDS):
             paths, collected = ([], [folder]) if folder.name == RECORDS else ([folder], [])
@@ -112,15 +113,22 @@ def find_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
             if path.resolve() not in found:
                 found[path.resolve()] = RecordedRun(path.parent, _checked(RunRecord.read(path), path))
         for path in collected:
-            for run in _read_records(path):
-                found.setdefault(run.folder.resolve(), run)
-    return list(found.values())
+            if path.resolve() not in reports:
+                reports[path.resolve()] = _read_records(path)
+    runs, known = list(found.values()), {_line(run) for run in found.values()}
+    for own in reports.values():
+        runs += [run for run in own if _line(run) not in known]
+        known |= {_line(run) for run in own}
+    return runs
 
 
 def write_records(runs: Sequence[RecordedRun], path: Path) -> None:
     """All records in one file, from which ``find_runs`` reads them again: a line each, with its folder's name."""
-    lines = [json.dumps({"folder": run.folder.name, **asdict(run.record)}, sort_keys=True) for run in runs]
-    write_text(path, "\n".join(lines) + "\n")
+    write_text(path, "".join(f"{_line(run)}\n" for run in runs))
+
+
+def _line(run: RecordedRun) -> str:
+    return json.dumps({"folder": run.folder.name, **asdict(run.record)}, sort_keys=True)
 
 
 def _read_records(path: Path) -> list[RecordedRun]:
