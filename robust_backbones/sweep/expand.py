@@ -214,11 +214,8 @@ class _Expansion:
         return {name: dict(values_of[name]) for name in (*best, *choice.keep)}
 
     def _settings(self, task: Task) -> dict[str, Any]:
-        protocols = self._manifest.protocols
-        protocol = (*task.protocols, *protocols, "")[0]
-        return detector_settings(
-            (*task.config_files, *protocols.get(protocol, ())), tuple(text_overrides(task).items())
-        )
+        files = self._manifest.protocols.get(self._manifest.protocols_of(task)[0], ())
+        return detector_settings((*task.config_files, *files), tuple(text_overrides(task).items()))
 
     def _convert(self, name: str, source: _Source) -> Run:
         argv = ("convert", source.path, "{folder}/backbone.pkl", *source.options)
@@ -237,7 +234,7 @@ class _Expansion:
         manifest, source = self._manifest, next(iter(sources.values()))
         needed = source.spec.detectron2_overrides()
         converts = {seed: self._convert(name, own) if own.path else None for seed, own in sources.items()}
-        for protocol in task.protocols or manifest.protocols or ("",):
+        for protocol in manifest.protocols_of(task):
             files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if source.path else (SCRATCH,)))
             overrides = text_overrides(task) | as_texts({**chosen, **({CHOSEN: tuple(chosen)} if chosen else {})})
             settings = detector_settings(files, tuple(overrides.items()))

@@ -131,6 +131,10 @@ class Manifest:
     def seeds_of(self, task: Task) -> tuple[int, ...]:
         return task.seeds or self.seeds
 
+    def protocols_of(self, task: Task) -> tuple[str, ...]:
+        """Names under ``protocols``; an empty one where there are none."""
+        return task.protocols or tuple(self.protocols) or ("",)
+
     def task(self, name: str) -> Task:
         return next(task for task in self.tasks if task.name == name)
 
@@ -227,7 +231,7 @@ def _check_primary(primary: PrimaryComparison, manifest: Manifest) -> None:
         _known(f"the {name} of primary", getattr(primary, name), task.choose.keep if task.choose else compared)
     if primary.backbone == primary.standard:
         raise InputError(f"primary compares {primary.backbone} with itself: give another backbone or standard")
-    protocols = task.protocols or tuple(manifest.protocols) or ("",)
+    protocols = manifest.protocols_of(task)
     if len(protocols) > 1 or primary.protocol:
         _known("the protocol of primary", primary.protocol, protocols)
 
@@ -247,7 +251,7 @@ def _check_choice(task: Task, choice: Choice, manifest: Manifest) -> None:
             f"task {task.name} cannot choose by task {source.name}: both are detectors, the latter chooses nothing "
             "itself, and the former names no backbones"
         )
-    if len(source.protocols or manifest.protocols or ("",)) > 1:
+    if len(manifest.protocols_of(source)) > 1:
         raise InputError(f"task {task.name} chooses by task {source.name}, which has several protocols: give it one")
     if shared := sorted({*manifest.seeds_of(task)} & {*manifest.seeds_of(source)}):
         raise InputError(f"task {task.name} has seeds {shared} of task {source.name}, by which it chooses: give others")

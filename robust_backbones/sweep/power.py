@@ -102,7 +102,8 @@ def primary_of(manifest: Manifest, plan: Plan) -> Primary | None:
     backbone = primary.backbone
     if task.choose and task.name in plan.choices:
         backbone = plan.choices[task.name]["chosen"][0][0]
-    title = f"{'-'.join(filter(None, (primary.task, primary.protocol)))}-{backbone}"
+    protocol = primary.protocol or manifest.protocols_of(task)[0]
+    title = f"{'-'.join(filter(None, (primary.task, protocol)))}-{backbone}"
     names = [f"{title}-seed{seed}" for seed in manifest.seeds_of(task)] if backbone else []
     return Primary(primary.metric, tuple(run.key for run in plan.runs if run.key.rsplit("-", 1)[0] in names))
 
@@ -181,7 +182,7 @@ def _exploratory(manifest: Manifest) -> list[str]:
         if not task.transfer:
             backbones = (task.choose and task.choose.best) or len(task.backbones or manifest.backbones) - 1
             papers = _paper(task)
-            tests += backbones * len(task.protocols or manifest.protocols or ("",)) * max(1, len(papers))
+            tests += backbones * len(manifest.protocols_of(task)) * max(1, len(papers))
             found += [(task, paper.metric, one) for paper in papers if (one := of_paper(paper))]
     if not found:
         return ["no primary comparison is declared: all comparisons are exploratory"]

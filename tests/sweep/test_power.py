@@ -14,8 +14,8 @@ from robust_backbones.analysis.records import find_primary
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.sweep.manifest import Manifest, read_manifest
-from robust_backbones.sweep.power import Expected, check_power, of_paper
-from tests.sweep.conftest import SMALL, keys, planned, with_
+from robust_backbones.sweep.power import Expected, check_power, of_paper, primary_of
+from tests.sweep.conftest import SMALL, SYNCBN, keys, planned, with_
 
 PRIMARY = {"task": "voc", "backbone": "robust", "metric": "bbox/AP"}
 
@@ -116,6 +116,15 @@ def test_setup_declares_the_comparison_for_the_report(
         planned(tmp_path, changed)
         found, _, err = run_tool(*setup)
         assert (found, "declared before" in err) == (status, status == 2)
+
+
+@pytest.mark.parametrize("named", [{}, {"protocol": "syncbn"}], ids=["not named", "named"])
+def test_the_only_protocol_need_not_be_named(tmp_path: Path, named: dict[str, str]) -> None:
+    content = with_(with_(SMALL, "protocols", {"syncbn": [SYNCBN]}), "primary", {**PRIMARY, **named})
+    plan = planned(tmp_path, content)
+    declared = primary_of(study(tmp_path, content), plan)
+    assert declared is not None
+    assert set(declared.runs) == {keys(plan)[f"voc-syncbn-robust-seed{seed}"] for seed in (0, 1)}
 
 
 def test_a_primary_comparison_is_with_the_standard_backbone(tmp_path: Path) -> None:
