@@ -36,9 +36,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from robust_backbones.analysis.records import PRIMARY, Primary
+from robust_backbones.analysis.records import PRIMARY, Primary, find_runs
+from robust_backbones.analysis.report import write_report
 from robust_backbones.analysis.tables import Table
-from robust_backbones.commands import cli, report
+from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path, remove_leftovers
 from robust_backbones.runs.locks import lock, owner_of
@@ -174,10 +175,12 @@ def main(arguments: list[str]) -> int:
 
 
 def make_report(plan: Plan, manifest: Manifest) -> int:
-    folder = plan.output / "report"
-    return report.main(
-        [str(plan.output / "runs"), str(plan.output), "--title", manifest.report, "--output", str(folder)]
-    )
+    """The report of the plan's runs; folders beside theirs are of earlier settings."""
+    paths = [path for run in plan.runs for path in sorted(plan.folder(run).rglob("record.json"))]
+    primary = primary_of(manifest, plan)
+    page = write_report(find_runs(paths), plan.output / "report", title=manifest.report, primary=primary)
+    print(f"report of {len(paths)} records: {page}; tables and figures are beside it")
+    return 0
 
 
 def set_up(plan: Plan, manifest: Manifest) -> None:

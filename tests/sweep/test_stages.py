@@ -220,3 +220,12 @@ def test_one_launch_goes_through_both_and_reports(
     alone = compare(values["eps0"], {"eps0.5": values["eps0.5"]})["eps0.5"]
     assert f"Primary comparison, tested alone. {alone.sentence}" in (tmp_path / "output/report/report.html").read_text()
     assert run_tool("sweep", "status", *where)[1].splitlines()[-1] == "nobody is launching"
+
+    # Neither what another setting has left nor the report before has a part in the next one.
+    before = (tmp_path / "output/report/records.jsonl").read_bytes()
+    left = found["eps0"][0] | {"metrics": {"bbox/AP": 1.0}}
+    (folder := tmp_path / "output/runs/second-eps0-seed0-0123456789").mkdir()
+    (folder / "record.json").write_text(json.dumps(left))
+    status, out, err = run_tool("sweep", "launch", *where)
+    assert status == 0, err
+    assert (tmp_path / "output/report/records.jsonl").read_bytes() == before
