@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy import stats
 
+from robust_backbones.analysis.experiments import BackboneRuns, Experiment, setting_names
 from robust_backbones.analysis.figures import COLORS, MARKERS, Page, Picture, save
+from robust_backbones.analysis.records import RecordedRun
 from robust_backbones.analysis.results import Answer, conclude
 from robust_backbones.analysis.statistics import Comparison, compare_pairs
 from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
+from robust_backbones.runs.identity import identity
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.transfer.inheritance.config import DISTANCES
+from robust_backbones.transfer.inheritance.config import DISTANCES, InheritanceConfig
 from robust_backbones.transfer.inheritance.matrix import Matrix, matrices_of
 from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
@@ -254,16 +259,26 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
 
 
 def inheritance_pages(records: Sequence[RunRecord], folder: Path) -> list[tuple[Answer, Page]]:
-    """Answer and section of each group of sets that records of ``inheritance`` are over; figures go to ``folder``."""
-    by_label: dict[str, list[RunRecord]] = {}
+    """Answer and section of the records of ``inheritance`` of each setting and group of sets; figures go to ``folder``.
+
+    Raises:
+        InputError: two records are of one cell, with different results.
+    """
+    by_setting: dict[str, dict[str, list[RunRecord]]] = {}
     for record in records:
         if record.task == "inheritance":
+            by_label = by_setting.setdefault(json.dumps(_setting(record), sort_keys=True), {})
             by_label.setdefault(str(record.backbone.get("label")), []).append(record)
-    models = {label: ThreatModel.parse(own[0].threat_model or "L2:0") for label, own in by_label.items()}
-    matrices = [one for label, own in by_label.items() for one in matrices_of(label, own)]
+    parts = []
+    names = setting_names([json.loads(setting) for setting in by_setting])
+    for name, by_label in zip(names, by_setting.values(), strict=True):
+        matrices = [one for label, own in by_label.items() for one in matrices_of(label, own)]
+        backbones = [_backbone(label, own) for label, own in by_label.items()]
+        for sets in dict.fromkeys(one.sets for one in matrices):
+            title = f"Inheritance of robustness ({', '.join(filter(None, [*sets, name]))})"
+            parts.append((title, [one for one in matrices if one.sets == sets], backbones))
     pages = []
-    for place, sets in enumerate(dict.fromkeys(one.sets for one in matrices)):
-        own = [one for one in matrices if one.sets == sets]
+    for place, (title, own, backbones) in enumerate(parts):
         stem = f"inheritance{f'_{place}' if place else ''}"
         pictures = []
         for label in dict.fromkeys(one.label for one in own):
@@ -277,27 +292,42 @@ def inheritance_pages(records: Sequence[RunRecord], folder: Path) -> list[tuple[
             tables.append(correlation_table(found))
         if place:  # another file for each
             tables = [replace(table, title=f"{table.title} {place + 1}") for table in tables]
-        title = f"Inheritance of robustness ({', '.join(sets)})"
-        pages.append((_answer(own, models), Page(title, pictures, tables)))
+        pages.append((_answer(own, backbones), Page(title, pictures, tables)))
     return pages
 
 
-def _answer(matrices: Sequence[Matrix], models: Mapping[str, ThreatModel]) -> Answer:
-    """Robust backbones against the only standard one, method by method."""
+def _setting(record: RunRecord) -> dict[str, Any]:
+    """The configuration of a cell without what says which cell it is, and without that of distances."""
+    config = identity(record.config, InheritanceConfig().to_dict())
+    own = ("method", "target", "images")
+    return {k: v for k, v in config.items() if k not in own and not k.startswith(("distance", "sinkhorn"))}
+
+
+def _backbone(label: str, records: Sequence[RunRecord]) -> BackboneRuns:
+    model = records[0].threat_model
+    runs = {record.seed: RecordedRun(Path(record.run_id), record) for record in records}
+    return BackboneRuns(label, None if model is None else ThreatModel.parse(model), runs)
+
+
+def _answer(matrices: Sequence[Matrix], backbones: Sequence[BackboneRuns]) -> Answer:
+    """Each robust backbone against the one standard backbone of its architecture and pre-training, method by method."""
+    within = Experiment("inheritance", "", "", tuple(backbones), ())
+    references = {one.name: within.reference(one) for one in within.robust}
     seeds: dict[str, dict[str, dict[int, float]]] = {}
     for one in matrices:
         if (value := one.mean_robustness_improvement) is not None:
             seeds.setdefault(one.method, {}).setdefault(one.label, {})[one.seed] = value
-    standard = [label for label, model in models.items() if not model.epsilon]
     pairs = {
-        (method, label): (of_method[standard[0]], values)
+        (method, label): (of_method[standard.name], values)
         for method, of_method in seeds.items()
         for label, values in of_method.items()
-        if models[label].epsilon and len(standard) == 1 and standard[0] in of_method
+        if (standard := references.get(label)) and standard.name in of_method
     }
-    compared: dict[str, list[Comparison | None]] = {}
-    for (method, _), comparison in compare_pairs(pairs, bounds=(-200, 200)).items():
-        compared.setdefault(f"mRI of {method}", []).append(comparison)
+    found = compare_pairs(pairs, bounds=(-200, 200))
+    compared: dict[str, list[Comparison | None]] = {
+        f"mRI of {method}": [found.get((method, label)) for label in of_method if label in references]
+        for method, of_method in seeds.items()
+    }
     details = [
         f"{label}, {method}: mRI {fmean(values.values()):+.2f} (n = {len(values)})"
         for method, of_method in seeds.items()

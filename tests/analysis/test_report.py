@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -788,6 +788,48 @@ def test_every_task_of_the_documentations_records_has_an_answer(folder: str, tmp
         assert re.match("Better in|Worse in|Not distinguishable|Not tested|Not compared", answer.verdict)
         assert re.search(r"[-+][0-9]|Missing for an answer", answer.sentence)
         assert answer.details
+
+
+def cells(label: str, trained_at: str | None, gain: float, *, arch: str = "resnet18", **config: Any) -> list[RunRecord]:
+    """Of two sets, one method and two seeds: fine-tuning on either one moves the accuracy on the other by ``gain``."""
+    found = []
+    for method, target, seed in [("pretrained", "", 0), *product(["fine_tuning"], "ab", (0, 1))]:
+        value = 50.0 + (gain + 0.01 * seed * gain if target else 0.0)
+        metrics: dict[str, float | None] = {"accuracy/a": value, "accuracy/b": value, "accuracy/pretraining": 50.0}
+        backbone = {"arch": arch, "num_classes": 10, "stem": "imagenet", "label": label}
+        own = {"method": method, "target": target, **config}
+        where = f"{label}/{method}/{target}/{seed}"
+        found.append(RunRecord(where, "inheritance", backbone, trained_at, "a", metrics, seed, own, 1.0))
+    return found
+
+
+def inherited(folder: Path, *records: RunRecord) -> list[tuple[str, str, str]]:
+    pages = inheritance.inheritance_pages(records, folder)
+    return [(page.title, answer.verdict, answer.sentence) for answer, page in pages]
+
+
+def test_inheritance_is_compared_within_one_setting_and_one_kind_of_network(tmp_path: Path) -> None:
+    standard, robust = cells("standard", "L2:0", 1.0), cells("robust", "L2:3", 3.0)
+    ((title, verdict, sentence),) = inherited(tmp_path, *standard, *robust)
+    assert title == "Inheritance of robustness (a, b)"
+    assert "mRI of fine_tuning +2.01" in sentence
+    assert inherited(tmp_path, *standard, *robust, *robust) == [(title, verdict, sentence)]  # a copy counts once
+    # Another learning rate is another comparison, for which there is no standard backbone.
+    faster = inherited(tmp_path, *standard, *robust, *cells("robust", "L2:3", 9.0, lr=0.1))
+    assert [(one[0], one[1]) for one in faster] == [
+        ("Inheritance of robustness (a, b, lr 0.001)", verdict),
+        ("Inheritance of robustness (a, b, lr 0.1)", "Not compared"),
+    ]
+    # Of unknown training is not standard, and of another architecture none to compare with.
+    ((_, verdict, sentence),) = inherited(tmp_path, *cells("standard", None, 1.0), *robust)
+    assert verdict == "Not compared"
+    assert "no standard backbone of the same architecture" in sentence
+    ((_, verdict, _),) = inherited(tmp_path, *cells("standard", "L2:0", 1.0, arch="resnet50"), *robust)
+    assert verdict == "Not compared"
+    ((_, verdict, sentence),) = inherited(tmp_path, *standard, *robust, *cells("unknown", None, 2.0))
+    assert "mRI of fine_tuning +1.01 to +2.01" in sentence
+    with pytest.raises(InputError, match=r"robust/fine_tuning/a/0 have different results"):
+        inherited(tmp_path, *standard, *robust, *cells("robust", "L2:3", 9.0))
 
 
 @given(st.lists(st.sampled_from(["better", "worse", ALIKE, "not tested", None]), min_size=1, max_size=9))

@@ -675,6 +675,8 @@ def test_mri_from_the_raw_records(done: Path) -> None:
         assert one.mean_robustness_improvement == math.fsum(improvements) / len(improvements)
         assert [one.robustness_improvement(i) for i in sets] == improvements
     assert {one.method for one in read_matrices([done])} == {"fine_tuning", "wise_ft_0", "wise_ft_1"}
+    with pytest.raises(InputError, match=r"seed 0 is in 2 of these folders"):
+        read_matrices([done, done])
 
 
 def test_the_protocol_measures_what_its_networks_do(world: Path, start: Checkpoint, done: Path) -> None:

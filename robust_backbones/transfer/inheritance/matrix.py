@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
     """The matrices of finished cells in outputs of ``run_protocol``, by label, method and seed.
 
     Raises:
-        InputError: there is no output, or one without its ``pretrained`` cell.
+        InputError: there is no output, or one without its ``pretrained`` cell; two have the same cells.
     """
     matrices: list[Matrix] = []
     for folder in folders:
@@ -83,15 +84,26 @@ def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
         if not found:
             raise InputError(f"no finished cells in {folder}: give the --output of `run`")
         for path in found:
-            label = path.parents[1]
-            paths = [path, label / DISTANCES / "record.json", *sorted(label.glob("*/*/seed_*/record.json"))]
-            matrices += matrices_of(label.name, [RunRecord.read(path) for path in paths if path.exists()])
+            own = path.parents[1]
+            paths = [path, own / DISTANCES / "record.json", *sorted(own.glob("*/*/seed_*/record.json"))]
+            matrices += matrices_of(own.name, [RunRecord.read(path) for path in paths if path.exists()])
+    for (label, method, seed), count in Counter((one.label, one.method, one.seed) for one in matrices).items():
+        if count > 1:
+            raise InputError(f"{label}, {method}, seed {seed} is in {count} of these folders: give one of them")
     return matrices
 
 
 def matrices_of(label: str, records: Iterable[RunRecord]) -> list[Matrix]:
-    """Those of one backbone's records of task ``inheritance``, by method and seed; none before its ``pretrained``."""
-    cells = {(record.config["method"], record.config["target"], record.seed): record for record in records}
+    """Those of one backbone's records of task ``inheritance``, by method and seed; none before its ``pretrained``.
+
+    Raises:
+        InputError: two records are of one cell, with different results.
+    """
+    cells: dict[tuple[str, str, int], RunRecord] = {}
+    for record in records:
+        twin = cells.setdefault((record.config["method"], record.config["target"], record.seed), record)
+        if twin.metrics != record.metrics:
+            raise InputError(f"two records of {record.run_id} have different results: leave one of them out")
     single = {method: record for (method, target, _), record in cells.items() if not target}
     if PRETRAINED not in single:
         return []
