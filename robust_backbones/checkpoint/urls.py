@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import urllib.request
@@ -22,13 +23,18 @@ def is_url(path: str | Path) -> bool:
 def fetch_url(url: str) -> Path:
     """The file of a URL in Detectron2's cache (FVCORE_CACHE, else ~/.torch/iopath_cache), downloaded at the first use.
 
-    HF_HUB_OFFLINE=1 forbids the network.
+    Those of Detectron2's own server lie where it puts them; others in a folder of their server, since two may have
+    files of one name. HF_HUB_OFFLINE=1 forbids the network.
 
     Raises:
         InputError: it cannot be downloaded; the message says which file to put where.
     """
     address = url.replace("detectron2://", _DETECTRON2, 1)
-    name = urlparse(address).path.lstrip("/")
+    parts = urlparse(address)
+    name = parts.path.lstrip("/")
+    if not address.startswith(_DETECTRON2):
+        query = [hashlib.sha256(parts.query.encode()).hexdigest()[:16]] if parts.query else []
+        name = "/".join([parts.netloc.rpartition("@")[2], *query, name])  # no password becomes a name
     own = os.environ.get("FVCORE_CACHE", "")
     folders = (
         [Path(own).expanduser()] if own else [Path.home() / ".torch" / f"{who}_cache" for who in ("iopath", "fvcore")]

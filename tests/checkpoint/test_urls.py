@@ -32,7 +32,7 @@ class _Handler(SimpleHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Serves the folder ``files``; Detectron2's cache is ``cache``."""
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     (tmp_path / "files").mkdir()
@@ -49,7 +49,18 @@ def test_a_file_is_downloaded_once(server: str, tmp_path: Path, torchvision_file
     (tmp_path / "files/resnet18.pth").unlink()
     again = read_checkpoint(f"{server}/resnet18.pth")
     assert checkpoint.spec == again.spec == read_checkpoint(torchvision_file("resnet18")).spec
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["resnet18.pth"]
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == ["resnet18.pth"]
+
+
+@pytest.mark.parametrize("other", ["/download?id=b", "/download", "/folder/download?id=a"])
+def test_each_address_has_a_file_of_its_own(server: str, tmp_path: Path, other: str) -> None:
+    """Of two that end alike the second must not be the first one's weights; nor of two servers."""
+    (tmp_path / "files/folder").mkdir()
+    for file in ("download", "folder/download"):
+        (tmp_path / "files" / file).write_text(file)
+    first = fetch_url(f"{server}/download?id=a")
+    assert fetch_url(server + other) != first == fetch_url(f"{server}/download?id=a")
+    assert fetch_url(server.replace("127.0.0.1", "localhost") + "/download?id=a") != first
 
 
 def test_detectron2_s_own_cache_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -80,7 +91,7 @@ def test_what_cannot_be_had_is_named_with_its_place(
     address = url.replace("detectron2://", "https://dl.fbaipublicfiles.com/detectron2/")
     assert str(refused.value).startswith(f"cannot download {address} (")
     place = Path(str(refused.value).partition("put it at ")[2])
-    assert place == cache / name
+    assert place == (cache / name if url == R50 else cache / server.partition("//")[2] / name)
     # The advice, followed.
     place.parent.mkdir(parents=True, exist_ok=True)
     assert not list(place.parent.iterdir())
