@@ -213,13 +213,14 @@ def match_classes(names: Sequence[str], wanted: Sequence[str]) -> None:
     Raises:
         InputError: a set has other classes.
     """
-    for name in names:
-        found = class_names(name)
+    found_in = {name: class_names(name) for name in names}
+    for name, found in found_in.items():
         check_names(name, found, wanted, all_of_them=False)
-        if found == list(wanted):
-            continue
-        items: Items = copy.deepcopy(DatasetCatalog.get(name))
-        metadata = MetadataCatalog.get(name).as_dict()
+    others = [name for name, found in found_in.items() if found != list(wanted)]
+    # All are read before one changes: a set may be a part of another.
+    read: dict[str, Items] = {name: copy.deepcopy(DatasetCatalog.get(name)) for name in others}
+    for name, items in read.items():
+        metadata, found = MetadataCatalog.get(name).as_dict(), found_in[name]
         places = [list(wanted).index(title) for title in found]
         for item in items:
             for thing in item["annotations"]:

@@ -92,6 +92,13 @@ def write_config(cfg: CfgNode) -> None:
             temporary.write_text(cfg.dump())
 
 
+def seed_processes(cfg: CfgNode) -> None:
+    """Seed each process with SEED and its rank, after drawing SEED where none is set; every process calls it."""
+    if cfg.SEED < 0:
+        cfg.SEED = comm.all_gather(secrets.randbelow(2**31))[0]
+    seed_all_rng(cfg.SEED + comm.get_rank())
+
+
 def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
     """Log to OUTPUT_DIR, make it the folder of a training run, and seed each process with SEED and its rank.
 
@@ -106,10 +113,8 @@ def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
 
     cfg = cfg.clone()
     cfg.defrost()
-    if cfg.SEED < 0:
-        cfg.SEED = comm.all_gather(secrets.randbelow(2**31))[0]
+    seed_processes(cfg)
     cfg.freeze()
-    seed_all_rng(cfg.SEED + rank)
     if training:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
         write_config(cfg)

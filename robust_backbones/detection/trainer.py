@@ -35,9 +35,16 @@ from robust_backbones.detection.evaluators import build_evaluator
 from robust_backbones.detection.fast.metrics import DeferredAMPTrainer, DeferredTrainer
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, PreciseBN, WeightAverage
 from robust_backbones.detection.layer_decay import layer_factors
+from robust_backbones.detection.left_out import leave_out
 from robust_backbones.detection.metrics_file import MetricsFile
 from robust_backbones.detection.predictor import build_detector
-from robust_backbones.detection.run_folder import check_folder, runs_in_bfloat16, write_config, write_record
+from robust_backbones.detection.run_folder import (
+    check_folder,
+    runs_in_bfloat16,
+    seed_processes,
+    write_config,
+    write_record,
+)
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.runs.clock import RunClock
 from robust_backbones.runs.distributed import synchronize_on_cpu
@@ -56,7 +63,8 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: As ``load_config`` gives it, or Detectron2's ``get_cfg()`` after ``add_config``.
-        checked: The caller has checked the data sets and knows whose folder OUTPUT_DIR is.
+        checked: The caller has checked the data sets, knows whose folder OUTPUT_DIR is, and has seeded each process;
+            else each is seeded with SEED, which is drawn where none is set.
         data_warnings: What the caller's check has ``counted``, for the record.
 
     Raises:
@@ -75,12 +83,14 @@ class Trainer(DefaultTrainer):
             thawed = cfg.clone()
             thawed.defrost()
             check_folder(thawed, resume=True)
-            cfg = thawed  # with the seed and the history of the run there
-            cfg.freeze()
+            cfg = thawed  # with the seed, the skipped images and the history of the run there
+            leave_out(cfg)
             warnings = check_datasets(cfg) if comm.is_main_process() else []
             for warning in warnings:
                 _logger.warning(warning)
             data_warnings = counted(warnings)
+            seed_processes(cfg)
+            cfg.freeze()
         match_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], class_names(cfg.DATASETS.TRAIN[0]))
         TrainerBase.__init__(self)
         self.cfg, self.clock = cfg, RunClock(cfg.OUTPUT_DIR)

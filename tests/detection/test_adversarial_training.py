@@ -47,7 +47,7 @@ def cfg(small_cfg: CfgNode, shapes: Path, converted: Maker, tmp_path: Path, monk
     small_cfg.merge_from_list(["MODEL.WEIGHTS", str(converted("resnet18")), "OUTPUT_DIR", str(tmp_path / "run")])
     small_cfg.merge_from_list(["SOLVER.AMP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2])
     small_cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,), "DATALOADER.NUM_WORKERS", 0])
-    small_cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (64, 96), "TEST.VISUALIZE", 0])
+    small_cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (64, 96), "TEST.VISUALIZE", 0, "SEED", 5])
     return small_cfg
 
 
@@ -86,7 +86,6 @@ def train(
     cfg = cfg.clone()
     cfg.merge_from_list([*overrides, "OUTPUT_DIR", str(Path(cfg.OUTPUT_DIR).parent / name)])
     Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
-    seed_all_rng(5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "test", lambda *_: {"segm": {"AP": 1.0}})
         trainer, losses = Trainer(cfg), Losses(last, at)
@@ -424,11 +423,11 @@ def _train_by_both(output: Path) -> None:
     torch.set_num_threads(1)
     for kind in PROTOCOLS:
         cfg = load_config(
-            SHAPES_CONFIG, [*SMALL, *PLAIN, "MODEL.BACKBONE.FROM_SCRATCH", True, "OUTPUT_DIR", output / kind]
+            SHAPES_CONFIG,
+            [*SMALL, *PLAIN, "MODEL.BACKBONE.FROM_SCRATCH", True, "OUTPUT_DIR", output / kind, "SEED", 11],
         )
         cfg.merge_from_list(["ADVERSARIAL.KIND", kind, "ADVERSARIAL.REPLAYS", 2])
         register_datasets(cfg)
-        seed_all_rng(11)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": 1.0}})
             trainer = Trainer(cfg)

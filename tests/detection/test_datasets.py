@@ -237,6 +237,19 @@ def test_ids_and_order_of_classes_do_not_matter(cfg: CfgNode, tmp_path: Path) ->
     }
 
 
+def test_a_set_that_is_a_part_of_another_is_matched_too(cfg: CfgNode, tmp_path: Path) -> None:
+    named_objects("shapes_train")
+    classes = MetadataCatalog.get("shapes_train").thing_classes
+    change(tmp_path, rotated, "val")
+    cfg.merge_from_list(["DATASETS.TRAIN", ("shapes_train", "shapes_val"), "DATASETS.HELD_OUT", 2])
+    cfg.merge_from_list(["DATASETS.TEST", ("shapes_val_held_out",)])
+    register_datasets(cfg)
+    names = ["shapes_val", "shapes_val_held_out"]
+    before = {name: named_objects(name) for name in names}
+    match_classes(["shapes_train", *names], classes)
+    assert {name: named_objects(name) for name in names} == before
+
+
 def test_what_cannot_be_matched_is_refused_with_both_lists(cfg: CfgNode, tmp_path: Path) -> None:
     change(tmp_path, lambda content: content["categories"][1].update(name="unicorn"), "val")
     told = refusal(cfg)

@@ -44,7 +44,7 @@ PROTOCOLS = {"d2": [], "syncbn": [CONFIG_DIR / "protocols/syncbn.yaml"]}
 
 
 def configuration(protocol: str, weights: Path, output: Path) -> CfgNode:
-    overrides = [*SMALL, *PLAIN, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output]
+    overrides = [*SMALL, *PLAIN, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output, "SEED", 11]
     if protocol == "syncbn":
         overrides += ["TEST.PRECISE_BN.ENABLED", False]  # it draws other images with another number of processes
     return load_config([SHAPES_CONFIG, *PROTOCOLS[protocol]], overrides)
@@ -57,7 +57,6 @@ def train_and_evaluate(weights: Path, output: Path) -> None:
     for protocol in PROTOCOLS:
         cfg = configuration(protocol, weights, output / protocol)
         register_datasets(cfg)
-        seed_all_rng(11)
         trainer = Trainer(cfg)
         trainer.resume_or_load(False)
         trainer.train()

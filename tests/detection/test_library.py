@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
@@ -87,6 +88,25 @@ def test_a_set_of_the_catalog_is_trained_and_evaluated_on(
         Trainer(cfg)
 
 
+@pytest.mark.parametrize("seed", [1, -1])
+def test_a_seed_holds_whatever_was_drawn_before(
+    cfg: CfgNode, by_hand: list[dict[str, Any]], tmp_path: Path, seed: int
+) -> None:
+    """Heads and images; one is drawn, and said, where none is set."""
+    cfg.SEED = seed
+    runs = []
+    for name in ("one", "other"):
+        cfg.OUTPUT_DIR = str(tmp_path / name)
+        trainer = Trainer(cfg)
+        files = [item["file_name"] for _, batch in zip(range(3), trainer.stream, strict=False) for item in batch]
+        runs.append((trainer.checkpointer.model.state_dict(), files))
+        cfg.SEED = trainer.cfg.SEED
+        assert cfg.SEED >= 0
+    (one, images), (other, same_images) = runs
+    assert images == same_images
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
 def test_the_same_set_in_coco_format_has_the_same_ap(
     cfg: CfgNode, by_hand: list[dict[str, Any]], shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +180,7 @@ try:
 except ImportError as error:
     print(error)
 import pytest
+import torch
 try:
     pytest.importorskip("robust_backbones.detection")
 except pytest.skip.Exception:

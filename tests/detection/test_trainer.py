@@ -36,7 +36,7 @@ def configuration(weights: Path, output: Path) -> CfgNode:
     cfg.merge_from_list(["MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(output)])
     cfg.merge_from_list(["SOLVER.AMP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2])
     cfg.merge_from_list(["SOLVER.MAX_ITER", 5, "SOLVER.STEPS", (4,), "SOLVER.CHECKPOINT_PERIOD", 2])
-    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "INPUT.MIN_SIZE_TRAIN", (64, 96), "TEST.VISUALIZE", 0])
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "INPUT.MIN_SIZE_TRAIN", (64, 96), "TEST.VISUALIZE", 0, "SEED", 5])
     return cfg
 
 
@@ -82,7 +82,7 @@ def run(
     cfg: CfgNode, *, resume: bool = False, last: int | None = None, kind: type[DefaultTrainer] = Trainer
 ) -> tuple[DefaultTrainer, Losses]:
     Path(cfg.OUTPUT_DIR).mkdir(exist_ok=True)
-    seed_all_rng(5)
+    seed_all_rng(5)  # Detectron2's trainer leaves that to its command
     trainer, losses = kind(cfg), Losses(last)
     trainer.register_hooks([losses])
     trainer.resume_or_load(resume)
@@ -243,7 +243,6 @@ def test_the_best_and_the_average_are_kept(cfg: CfgNode, monkeypatch: pytest.Mon
                 mine[name] = tensor if first else mine[name] + 0.5 * (tensor - mine[name])
             averages[self.trainer.iter + 1] = dict(mine)
 
-    seed_all_rng(5)
     Path(cfg.OUTPUT_DIR).mkdir()
     trainer = Trainer(cfg)
     trainer._hooks.insert(0, Average())
