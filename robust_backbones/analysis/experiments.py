@@ -295,9 +295,11 @@ def _backbones(runs: Sequence[RecordedRun]) -> tuple[tuple[BackboneRuns, ...], t
         # Seeds may come with a pre-training of their own each; two files with one seed are two backbones.
         files = Counter((run.seed, run.weights) for run in members)
         split = len({seed for seed, _ in files}) < len(files)
-        for part in sorted({run.weights for run in members}) if split else [None]:
+        parts = {run.weights: run.weights_name for run in members} if split else {"": ""}
+        differ = all(parts.values()) and len({*parts.values()}) == len(parts)  # a study's are all called backbone.pkl
+        for weights, file in sorted(parts.items()):
             chosen: dict[int, RecordedRun] = {}
-            own = [run for run in members if part is None or run.weights == part]
+            own = [run for run in members if not split or run.weights == weights]
             for run in sorted(own, key=lambda run: run.seed):
                 twin = chosen.setdefault(run.seed, run)
                 if twin is run:
@@ -308,7 +310,7 @@ def _backbones(runs: Sequence[RecordedRun]) -> tuple[tuple[BackboneRuns, ...], t
                         "different results: leave one of them out"
                     )
                 notes.append(f"{run.folder.name} repeats {twin.folder.name} to the last digit and is counted once.")
-            label = f"{name} ({own[0].weights_name or own[0].weights[:8]})" if split else name
+            label = f"{name} ({file if differ else weights[:8]})" if split else name
             backbones.append(BackboneRuns(label, threat_model, chosen))
     return tuple(sorted(backbones, key=_order)), tuple(notes)
 

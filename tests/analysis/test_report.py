@@ -447,6 +447,18 @@ def test_a_run_counts_once(tmp_path: Path) -> None:
     assert run.record.seed == 0
 
 
+@pytest.mark.parametrize("names", [("a.pkl", "b.pkl"), ("a/backbone.pkl", "b/backbone.pkl")], ids=["names", "folders"])
+def test_two_files_of_one_seed_are_told_apart(names: tuple[str, str], tmp_path: Path) -> None:
+    runs = []
+    for number, file in enumerate(names):
+        backbone = {"arch": "resnet50", "num_classes": 1000, "source_sha256": f"{number}" * 64}
+        runs.append(record("L2:3", 0, backbone=backbone))
+        runs[-1].config["MODEL"]["WEIGHTS"] = file
+    (experiment,) = experiments(find_runs([write(tmp_path, *runs)]))
+    told = ("a", "b") if names[0] == "a.pkl" else ("00000000", "11111111")
+    assert [backbone.name for backbone in experiment.backbones] == [f"resnet50 ({one})" for one in told]
+
+
 def test_a_report_is_made_again_from_its_own_records(study: Path, report: Path, tmp_path: Path) -> None:
     (alone := tmp_path / "alone").mkdir()
     shutil.copy(report / "records.jsonl", alone)
