@@ -6,7 +6,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -318,6 +318,23 @@ def _backbones(runs: Sequence[RecordedRun]) -> tuple[tuple[BackboneRuns, ...], t
 def family(record: RunRecord) -> tuple[Any, ...]:
     """Architecture and pre-training of a run's backbone: (architecture, classes, stem), each None where not known."""
     return tuple(record.backbone.get(key) for key in ("arch", "num_classes", "stem"))
+
+
+def networks(families: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:
+    """Family -> the name of its architecture, with its stem, and with its classes where another has other ones.
+
+    What was pre-trained on ImageNet's 1000 classes keeps the bare name.
+    """
+    names = {family: _network(*family) for family in families}
+    shared = Counter(names.values())
+    return {
+        family: name if shared[name] == 1 or family[1] == 1000 else f"{name} of {family[1] or 'no'} classes"
+        for family, name in names.items()
+    }
+
+
+def _network(arch: str | None, classes: int | None, stem: str | None) -> str:
+    return (arch or "unknown") + (f" ({stem} stem)" if stem not in (None, "imagenet") else "")
 
 
 def _order(backbone: BackboneRuns) -> tuple[Any, ...]:

@@ -154,7 +154,7 @@ def _result(experiment: Experiment, metric: str, primary: Primary | None) -> Res
         if comparison is not None:
             sentence = f"Primary comparison, tested alone. {comparison.sentence}" if is_primary else comparison.sentence
         elif backbone.is_standard:
-            sentence = "The standard backbone, with which the others of its architecture are compared."
+            sentence = "The standard backbone: those of its architecture and pre-training are compared with it."
         else:
             several = "more than one" if experiment.standards(backbone) else "no"
             sentence = f"Not compared: there is {several} standard backbone of its architecture and pre-training."

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robust_backbones.analysis.experiments import BackboneRuns, Experiment, metric_name
+from robust_backbones.analysis.experiments import BackboneRuns, Experiment, metric_name, networks
 from robust_backbones.analysis.figures import (
     COLORS,
     MARKERS,
@@ -170,14 +170,14 @@ def _norms(experiment: Experiment, metric: str) -> list[str]:
 def _epsilon_panel(panel: Axes, experiment: Experiment, metric: str, norm: str) -> list[dict[str, Any]]:
     """Draw the backbones of a norm, and the standard ones; their rows."""
     shown = _on_epsilon_axis(experiment, metric)
-    families = list(dict.fromkeys(backbone.family for backbone, *_ in shown))
+    families = networks(backbone.family for backbone, *_ in shown)
     own = [one for one in shown if one[0].is_standard or one[1].norm == norm]
     epsilons = [model.epsilon for _, model, _ in own]
     places = dict(sorted(zip(epsilons, epsilon_places(epsilons), strict=True)))
     epsilon_axis(panel, norm, places)
     aside = 0.03 * (max(places.values()) - min(places.values()) or 1)
     rows = []
-    for index, family in enumerate(families):
+    for index, (family, network) in enumerate(families.items()):
         members = [one for one in own if one[0].family == family]
         if not members:
             continue
@@ -185,7 +185,7 @@ def _epsilon_panel(panel: Axes, experiment: Experiment, metric: str, norm: str) 
         xs = [places[model.epsilon] + aside * (index - (len(families) - 1) / 2) for _, model, _ in members]
         reach = [*zip(*(_reach(summary) for *_, summary in members), strict=True)]
         options: dict[str, Any] = {"color": color, "marker": marker, "linestyle": line, "capsize": 4}
-        label = NAMES.get(str(family[0]), str(family[0]))
+        label = NAMES.get(network, network)
         means = [summary.mean for *_, summary in members]
         panel.errorbar(xs, means, reach, markersize=6, linewidth=1, label=label, **options)
         for x, (backbone, model, summary) in zip(xs, members, strict=True):

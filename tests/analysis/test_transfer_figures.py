@@ -18,7 +18,7 @@ from scipy import stats
 from robust_backbones.analysis import figures
 from robust_backbones.analysis.figures import MARKERS, Picture, save
 from robust_backbones.analysis.paper import drawing
-from robust_backbones.analysis.paper.transfer_figures import transfer_pages
+from robust_backbones.analysis.paper.transfer_figures import best_table, transfer_pages
 from robust_backbones.analysis.paper.transfer_results import (
     STAND_IN,
     Curve,
@@ -256,6 +256,21 @@ def test_a_pretraining_a_seed_has_their_mean_accuracy(tmp_path: Path) -> None:
     assert [source.pretraining for source in target.sources] == [Pretraining(30.5, "tiny", stylized=False)]
     (target,) = targets(find_runs([tmp_path / "runs"]), Pretrainings(runs[:1]))
     assert target.sources[0].pretraining is None  # half of it is not known
+
+
+def test_networks_of_other_pretraining_are_apart(tmp_path: Path) -> None:
+    """A network as it is, and trained on for other classes: neither pooled, nor the standard of the other's robust."""
+    given = [("as_it_is", "L2:0", 90.0), ("clean", "L2:0", 50.0), ("robust", "L2:3", 60.0)]
+    records = [trial(name, "resnet18", model, "cifar10", seed, value) for name, model, value in given for seed in SEEDS]
+    for record in records[: len(SEEDS)]:
+        record.backbone["num_classes"] = 1000
+    (target,) = targets(write(tmp_path, *records), Pretrainings([]))
+    assert target.archs == ["resnet18", "resnet18 of 100 classes"]
+    (curve,) = curves(target, "resnet18 of 100 classes").values()
+    assert [(epsilon, trials.mean) for epsilon, trials in curve.points] == [(0.0, 50.0), (3.0, 60.0)]
+    assert curves(target, "resnet18") == {}
+    (row,) = best_table("linear_probe", [target]).rows
+    assert (row["standard"], row["best robust"], row["difference"]) == (50.0, 60.0, 10.0)
 
 
 # --- R² --------------------------------------------------------------------------------------------------------------

@@ -182,13 +182,14 @@ def _paper_of_kind(paper: PaperTransfer | None, kind: str) -> tuple[float, float
 
 
 def _table_1(target: Target) -> dict[str, Any] | None:
-    """The best of all architectures, and of all of the paper's; None where standard or robust backbones lack."""
+    """The best of all architectures that have both kinds, and of all of the paper's; None where none has."""
     row: dict[str, Any] = {"data set": target.dataset, "setting": target.setting or None}
+    archs = [arch for arch in target.archs if all(target.of_kind(arch, kind) for kind in BEST)]
+    if not archs:
+        return None
     best: list[TransferSource] = []
     for kind, head in BEST.items():
-        candidates = [source for arch in target.archs for source in target.of_kind(arch, kind)]
-        if not candidates:
-            return None
+        candidates = [source for arch in archs for source in target.of_kind(arch, kind)]
         best.append(max(candidates, key=lambda source: source.trials.mean))
         trials, of = best[-1].trials, f"{name(best[-1].arch)}, {best[-1].threat_model}"
         row |= {head: trials.mean, f"{head} min": trials.low, f"{head} max": trials.high, f"{head} of": of}

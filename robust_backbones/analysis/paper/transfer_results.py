@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from robust_backbones.analysis.experiments import BackboneRuns, experiments, is_stylized, setting
+from robust_backbones.analysis.experiments import BackboneRuns, experiments, is_stylized, networks, setting
 from robust_backbones.analysis.figures import NAMES, NORMS
 from robust_backbones.analysis.paper.values import PaperTransfer, paper_transfer
 from robust_backbones.analysis.records import RecordedRun
@@ -72,6 +72,7 @@ class TransferSource:
 
     name: str
     arch: str
+    """With what sets it apart from others of the target, as ``networks`` has it."""
     threat_model: ThreatModel | None
     pretraining: Pretraining | None
     trials: Trials
@@ -216,7 +217,9 @@ def targets(runs: Sequence[RecordedRun], pretrainings: Pretrainings) -> list[Tar
     """The experiments among runs of one mode, with the backbones that have a result."""
     found = []
     for experiment in experiments(runs):
-        sources = tuple(_source(backbone, pretrainings) for backbone in experiment.backbones if backbone.values(METRIC))
+        measured = [backbone for backbone in experiment.backbones if backbone.values(METRIC)]
+        names = networks([backbone.family for backbone in measured])
+        sources = tuple(_source(one, names[one.family], pretrainings) for one in measured)
         if sources:
             record = experiment.runs[0].record
             mode = str(record.config.get("mode"))
@@ -224,7 +227,7 @@ def targets(runs: Sequence[RecordedRun], pretrainings: Pretrainings) -> list[Tar
     return found
 
 
-def _source(backbone: BackboneRuns, pretrainings: Pretrainings) -> TransferSource:
+def _source(backbone: BackboneRuns, arch: str, pretrainings: Pretrainings) -> TransferSource:
     records = [run.record for run in backbone.runs.values()]
     # There may be a pre-training a seed: the source accuracy is then their mean.
     known = [found for record in records if (found := pretrainings.of(record))]
@@ -233,9 +236,7 @@ def _source(backbone: BackboneRuns, pretrainings: Pretrainings) -> TransferSourc
         pretraining = known[0]
         if len(set(known)) > 1:
             pretraining = replace(pretraining, accuracy=fmean(found.accuracy for found in known))
-    spec, model = records[0].backbone, backbone.threat_model
-    stem = spec.get("stem", "imagenet")
-    arch = str(spec.get("arch", "unknown")) + (f" ({stem} stem)" if stem != "imagenet" else "")
+    model = backbone.threat_model
     standard = ThreatModel() if model and model.epsilon == 0 else model  # whatever its norm
     return TransferSource(backbone.name, arch, standard, pretraining, Trials(tuple(backbone.values(METRIC).values())))
 
