@@ -16,7 +16,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.proposal_generator import rpn as detectron2_rpn
 from detectron2.modeling.roi_heads import roi_heads as detectron2_heads
-from detectron2.structures import Boxes, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from robust_backbones.detection.data_stream import _MaskMapper
 from robust_backbones.detection.datasets import register_datasets
 from robust_backbones.detection.fast.frozen_norm import keep_scales
 from robust_backbones.detection.fast.matching import iou, match, sample
+from robust_backbones.detection.fast.rcnn import objects_of
 from robust_backbones.detection.predictor import build_detector
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import DivergedError, InputError
@@ -232,6 +233,13 @@ def test_losses_and_gradients_are_detectron2s(
     for part in gradients:
         far = (gradients[part] - their_gradients[part]).norm() / their_gradients[part].norm()
         assert far < 1e-5, part
+
+
+def test_objects_may_lie_on_the_device_as_attacks_have_them() -> None:
+    """A device without memory stands for a GPU."""
+    boxes, classes = torch.zeros(2, 4, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    found = objects_of([Instances((9, 9), gt_boxes=Boxes(boxes), gt_classes=classes)])
+    assert [(tuple(each.shape), each.device.type) for each in found] == [((1, 2, 4), "meta"), ((1, 2), "meta")]
 
 
 # --- what the host waits for ---

@@ -94,8 +94,9 @@ def objects_of(instances: Sequence[Instances]) -> tuple[Tensor, Tensor]:
         places.append([*range(first, first + count), *[absent] * (most - count)])
         first += count
     chosen = torch.tensor(places)
-    boxes = torch.cat([*(each.gt_boxes.tensor for each in instances), torch.zeros(1, 4)])
-    classes = torch.cat([*(each.gt_classes for each in instances), torch.tensor([-1])])
+    all_boxes, all_classes = [each.gt_boxes.tensor for each in instances], [each.gt_classes for each in instances]
+    boxes = torch.cat([*all_boxes, all_boxes[0].new_zeros(1, 4)])
+    classes = torch.cat([*all_classes, all_classes[0].new_tensor([-1])])
     return boxes[chosen], classes[chosen]
 
 
