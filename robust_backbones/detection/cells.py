@@ -10,12 +10,13 @@ from typing import Any
 import detectron2.data.transforms as T
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
+from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 
+from robust_backbones.data.annotations import box_polygon
 from robust_backbones.data.corruptions import CORRUPTIONS, check_corruption, corrupt, image_seed
 from robust_backbones.detection.attacks import Detector, DetectorAttack, attack_image, sanity_check
-from robust_backbones.detection.data_stream import WorkerMapper
+from robust_backbones.detection.data_stream import MaskMapper, WorkerMapper
 from robust_backbones.errors import InputError
 
 Sample = dict[str, Any]
@@ -111,10 +112,13 @@ def attack_cell(attack: DetectorAttack) -> Cell:
 
 
 class CellMapper(WorkerMapper):
-    """Detectron2's mapper for tests, after what the cell does to the file; with ground truth where inputs change."""
+    """Detectron2's mapper for tests, after what the cell does to the file; with ground truth where inputs change.
+
+    There an object without a usable mask has one that fills its box, the size that mask AP gives it.
+    """
 
     def __init__(self, cfg: CfgNode, cell: Cell, seed: int) -> None:
-        mapper = DatasetMapper(cfg, is_train=False)
+        mapper = MaskMapper(cfg, is_train=False)
         mapper.is_train = cell.changes_inputs  # turns annotations into instances; the augmentation stays as it is
         super().__init__(mapper)
         self._cell, self._seed = cell, seed
@@ -132,4 +136,13 @@ class CellMapper(WorkerMapper):
 
         if self._changes_files:
             self.mapper.augmentations = T.AugmentationList([T.ColorTransform(change), *self._resize])
+        if self._cell.changes_inputs:
+            item = {**item, "annotations": [_with_mask(thing) for thing in item["annotations"]]}
         return super().__call__(item)
+
+
+def _with_mask(thing: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "segmentation" in thing:
+        return thing
+    box = BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYWH_ABS)
+    return {**thing, "segmentation": box_polygon(box)}

@@ -43,7 +43,7 @@ class TrainingStream:
 
     def __init__(self, cfg: CfgNode) -> None:
         self._mapper = _SkippingMapper(
-            _MaskMapper(cfg, True),
+            MaskMapper(cfg, True),
             batch_size=cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
             grouped=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         )
@@ -80,14 +80,16 @@ class TrainingStream:
             yield [self._mapper.read(sample) if isinstance(sample, _Skipped) else sample for sample in batch]
 
 
-class _MaskMapper(DatasetMapper):
-    """Detectron2's, which takes images whose masks are run lengths, too, whatever INPUT.MASK_FORMAT is, and has
-    large-scale jitter, as configs/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py in Detectron2's repository."""
+class MaskMapper(DatasetMapper):
+    """Detectron2's, which takes images whose masks are run lengths, too, whatever INPUT.MASK_FORMAT is.
+
+    In training it has large-scale jitter, as configs/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py of Detectron2.
+    """
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         found: dict[str, Any] = super().from_config(cfg, is_train)
-        if cfg.INPUT.SCALE_JITTER:
+        if is_train and cfg.INPUT.SCALE_JITTER:
             if cfg.MODEL.MASK_ON and cfg.INPUT.MASK_FORMAT == "polygon":
                 _check_shapely()
             least, greatest, side = cfg.INPUT.SCALE_JITTER

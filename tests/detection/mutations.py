@@ -28,7 +28,7 @@ from pycocotools.cocoeval import COCOeval
 from robust_backbones.data.annotations import Fault, Use
 from robust_backbones.data.annotations_repair import repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
-from robust_backbones.detection.data_stream import _MaskMapper
+from robust_backbones.detection.data_stream import MaskMapper
 from robust_backbones.detection.datasets import SHOWN_CLASSES, register_datasets
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator
 from robust_backbones.errors import InputError
@@ -199,7 +199,7 @@ def measured(cfg: CfgNode, annotations: Path, images: Path, *, train: bool) -> d
     items = DatasetCatalog.get(NAME)
     classes = MetadataCatalog.get(NAME).thing_classes
     evaluator = CocoEvaluator(NAME, ["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"])
-    mapper = _MaskMapper(cfg, True)
+    mapper = MaskMapper(cfg, True)
     for item in items:
         if train:
             mapper(copy.deepcopy(item))

@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 
 from robust_backbones.configs import CONFIG_DIR
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.data_stream import _MaskMapper
+from robust_backbones.detection.data_stream import MaskMapper
 from robust_backbones.detection.datasets import (
     categories,
     check_datasets,
@@ -426,7 +426,7 @@ def test_masks_of_run_lengths_train_without_an_override(cfg: CfgNode) -> None:
     for segmentation in (thing["segmentation"], code):
         np.random.seed(0)
         thing["segmentation"] = segmentation
-        sample = _MaskMapper(cfg, True)(item)
+        sample = MaskMapper(cfg, True)(item)
         boxes = sample["instances"].gt_boxes.tensor
         masks.append(sample["instances"].gt_masks.crop_and_resize(boxes, 28).float())
     assert masks[0].mean() > 0.2

@@ -22,7 +22,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.data_stream import _MaskMapper
+from robust_backbones.detection.data_stream import MaskMapper
 from robust_backbones.detection.datasets import register_datasets
 from robust_backbones.detection.fast.frozen_norm import keep_scales
 from robust_backbones.detection.fast.matching import iou, match, sample
@@ -153,7 +153,7 @@ def photographs(real_data: Path) -> dict[str, list[dict[str, Any]]]:
         items = DatasetCatalog.get(name)
         crowds = [item for item in items if any(thing.get("iscrowd") for thing in item["annotations"])][:2]
         seed_all_rng(0)
-        mapper: DatasetMapper = _MaskMapper(cfg, True)
+        mapper: DatasetMapper = MaskMapper(cfg, True)
         found[name] = [mapper(item) for item in [*crowds, *items[: 5 - len(crowds)]]]
         found[name][1]["instances"] = found[name][1]["instances"][:0]
     return found

@@ -22,12 +22,13 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.datasets.pascal_voc import register_pascal_voc
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, build_model
 from detectron2.structures import Boxes, ImageList, Instances
+from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from torch import nn
 
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed
 from robust_backbones.data.synthetic import CLASSES
-from robust_backbones.detection.attacks import DetectorAttack
+from robust_backbones.detection.attacks import DetectorAttack, attack_image
 from robust_backbones.detection.cell_images import ImageChoice, find_domains, take_images
 from robust_backbones.detection.cell_jobs import CellJob, metrics_of, worst_attacks
 from robust_backbones.detection.cells import AttackCell, Cell, CellMapper, CorruptionCell, attack_cell, corruption_cells
@@ -492,6 +493,26 @@ def test_crowds_are_no_objects_to_attack(run: Path, data: Path) -> None:
     assert len(sample["instances"]) == len(item["annotations"]) - 1
     kept = torch.tensor(item["annotations"][1]["bbox"][:2]) * 64 / 96
     assert torch.allclose(sample["instances"].gt_boxes.tensor[0, :2], kept, atol=1e-4)
+
+
+@pytest.mark.parametrize("masks", ["run lengths", "not of the first", "not of the last"])
+def test_objects_with_any_mask_and_with_none_are_attacked(run: Path, data: Path, masks: str) -> None:
+    """As training takes run lengths, and mask AP objects without a mask."""
+    cfg = load_config(run / "config.yaml")
+    register_datasets(cfg)
+    item = next(item for item in DatasetCatalog.get("shapes_val") if len(item["annotations"]) > 1)
+    things = item["annotations"]
+    if masks == "run lengths":
+        for thing in things:
+            rows = mask_tools.frPyObjects(thing["segmentation"], item["height"], item["width"])
+            thing["segmentation"] = mask_tools.merge(rows)
+    else:
+        del things[0 if masks == "not of the first" else -1]["segmentation"]
+    attack = DetectorAttack(threat_model=ThreatModel("Linf", 4 / 255), loss="mask", steps=1)
+    sample = CellMapper(cfg, attack_cell(attack), 0)(item)
+    assert len(sample["instances"]) == len(things)
+    found = attack_image(load_detector(cfg, run / "model_final.pth").model, sample, attack)
+    assert found.loss > found.clean_loss > 0
 
 
 def test_the_worst_attack_for_each_image_by_hand() -> None:
