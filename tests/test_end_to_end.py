@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: tools/install_detectron2.py")
+
+RunTool = Callable[..., tuple[int, str, str]]
 
 
 def run(*command: object, data: Path | None = None) -> str:
@@ -27,7 +30,7 @@ def run(*command: object, data: Path | None = None) -> str:
 
 
 @pytest.mark.slow
-def test_the_demo_learns(tmp_path: Path) -> None:
+def test_the_demo_learns(tmp_path: Path, run_tool: RunTool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own exit status says whether both detectors have the expected AP50; a second run repeats nothing.
 
     It stands first, for it takes longest.
@@ -40,7 +43,9 @@ def test_the_demo_learns(tmp_path: Path) -> None:
         record = RunRecord.read(tmp_path / "demo" / name / "detector/record.json")
         assert (record.metrics["bbox/AP50"] or 0) > 60
         assert (record.metrics["segm/AP50"] or 0) > 60
-    assert "$ robust-backbones" not in run("tools/demo.py", "--output", tmp_path / "demo")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "demo/data"))
+    status, out, err = run_tool("demo", "--output", tmp_path / "demo")
+    assert (status, "$ robust-backbones" in out, "| L2:0.5 |" in out) == (0, False, True), err
 
 
 def kill_once_written(path: Path, *command: object, data: Path) -> None:
