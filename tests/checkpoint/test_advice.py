@@ -39,7 +39,7 @@ def test_archives(pack: str, packed: str, unpacked: str, torchvision_file: Maker
         pytest.skip(f"{pack.split()[0]} is not installed")
     (tmp_path / "run").mkdir()
     for path in (tmp_path / "robust.pth", tmp_path / "run/robust.pth"):
-        shutil.copy(torchvision_file("resnet18"), path)
+        shutil.copy(torchvision_file("shufflenet_v2_x1_0"), path)
     subprocess.run(shlex.split(pack), cwd=tmp_path, check=True)
     if "tar" in pack or "zip -" in pack:
         shutil.rmtree(tmp_path / "run")
@@ -48,7 +48,7 @@ def test_archives(pack: str, packed: str, unpacked: str, torchvision_file: Maker
     commands = re.findall("`([^`]+)`", str(refused.value))
     command = commands[-1] if pack.startswith("tar") else commands[0]
     subprocess.run([*shlex.split(command), packed], cwd=tmp_path, check=True)
-    assert read_checkpoint(tmp_path / unpacked).spec.arch == "resnet18"
+    assert read_checkpoint(tmp_path / unpacked).spec.arch == "shufflenet_v2_x1_0"
 
 
 def test_the_file_that_the_advice_for_a_folder_names(torchvision_file: Maker, tmp_path: Path) -> None:

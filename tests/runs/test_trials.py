@@ -29,8 +29,8 @@ def test_kills_at_random_and_inside_writes_lose_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
-    said = trial("fuzz", "--inputs", 10_000, "--keep", tmp_path).splitlines()
+def test_thousands_of_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
+    said = trial("fuzz", "--inputs", 4_000, "--keep", tmp_path).splitlines()
     assert len(said) == 8
     assert all("'read': " in line and "'refused': " in line for line in said if not line.startswith(("coco", "voc")))
 
