@@ -100,7 +100,10 @@ def classification_table(records: Sequence[RunRecord]) -> Table:
     rows = []
     for (dataset, mode, label, deviations, on, _), trials in sorted(groups.items()):
         config = trials[0].config
-        values, robust = ([t.metrics.get(f"{kind}_accuracy") or 0.0 for t in trials] for kind in ("clean", "robust"))
+        values, robust = (
+            [value for t in trials if (value := t.metrics.get(f"{kind}_accuracy")) is not None]
+            for kind in ("clean", "robust")
+        )
         against = str(config.get("eval_threat_model") or "L2:0")
         attacked = not against.endswith(":0")
         rows.append(
@@ -109,12 +112,12 @@ def classification_table(records: Sequence[RunRecord]) -> Table:
                 "mode": mode,
                 "backbone": label,
                 "trained at": str(trials[0].threat_model),
-                "accuracy": mean(values),
+                "accuracy": mean(values) if values else None,
                 "trials": len(values),
-                "min": min(values),
-                "max": max(values),
+                "min": min(values, default=None),
+                "max": max(values, default=None),
                 "std": stdev(values) if len(values) > 1 else None,
-                "robust acc": mean(robust) if attacked else None,
+                "robust acc": mean(robust) if attacked and robust else None,
                 "against": against if attacked else None,
                 "setting": ", ".join(sorted({trial.config["selection"]["selected"] for trial in trials})),
                 "selected on": on,

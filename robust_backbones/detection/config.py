@@ -27,6 +27,8 @@ from robust_backbones.threat_models import ThreatModel
 _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     "MODEL.BACKBONE.DROP_PATH": (lambda rate: 0 <= rate < 1, "is not in [0, 1): give 0.0 for none"),
     "SOLVER.AMP.DTYPE": (("float16", "bfloat16").__contains__, "is not one of float16, bfloat16"),
+    "SOLVER.IMS_PER_BATCH": (lambda count: count >= 1, "is no number of images: give 1 or more"),
+    "SOLVER.CHECKPOINT_PERIOD": (lambda count: count >= 1, "is no number of iterations: give 1 or more"),
     "SOLVER.EMA_DECAY": (lambda decay: 0 <= decay < 1, "is not in [0, 1): give 0.0 for none"),
     "SOLVER.OPTIMIZER": (("SGD", "AdamW").__contains__, "is not one of SGD, AdamW"),
     "SOLVER.BACKBONE_MULTIPLIER": (

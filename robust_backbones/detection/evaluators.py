@@ -50,10 +50,12 @@ Array = NDArray[np.float64]
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> CocoEvaluator | VocEvaluator:
-    """The evaluator of a registered set; without an OUTPUT_DIR it writes nothing."""
+    """The evaluator of a registered set; without an OUTPUT_DIR it writes nothing, and of several sets a folder each."""
     if evaluator_kind(dataset_name) == "pascal_voc":
         return VocEvaluator(dataset_name)
     folder = Path(cfg.OUTPUT_DIR) / "inference" if cfg.OUTPUT_DIR else None
+    if folder and len(cfg.DATASETS.TEST) > 1:
+        folder /= dataset_name
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
     return CocoEvaluator(
         dataset_name, tasks, output_dir=folder, reference=cfg.TEST.REFERENCE_EVAL, max_dets=cfg.TEST.MAX_DETS

@@ -37,6 +37,9 @@ def draw_side_by_side(
         output: a ``.png`` or ``.jpg`` file.
         images: the first so many annotated ones.
         min_score: detections below it are left out.
+
+    Raises:
+        InputError: a detector has a class that neither the test set nor the first detector has.
     """
     predictors = {name: Predictor(folder, device=device) for name, folder in runs.items()}
     cfg = next(iter(predictors.values())).cfg
@@ -59,9 +62,12 @@ def draw_side_by_side(
 
 
 def _in_order_of(classes: list[str], names: list[str], objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Objects of a detector of the classes ``names``, numbered as ``classes`` where these are the same ones."""
-    if sorted(names) != sorted(classes):
-        return objects
+    """Objects of a detector of the classes ``names``, numbered as in ``classes``, which has all of them."""
+    if unknown := [name for name in names if name not in classes]:
+        raise InputError(
+            f"a detector of {unknown[0]!r} cannot be drawn beside the test set's classes {', '.join(classes)}: draw "
+            "detectors of the same classes"
+        )
     return [{**item, "category_id": classes.index(names[item["category_id"]])} for item in objects]
 
 

@@ -338,6 +338,15 @@ def test_trials_of_a_row_are_of_one_backbone_and_count_once() -> None:
     assert sorted((row["accuracy"], row["trials"]) for row in rows) == [("50.0", "1"), ("81.0", "3")]
 
 
+def test_a_trial_without_an_accuracy_counts_nowhere() -> None:
+    """It is not one of 0 %."""
+    lost = trial(1, 0.0)
+    lost.metrics.update(clean_accuracy=None, robust_accuracy=None)
+    (row,) = classification_rows([trial(0, 80.0), lost])
+    assert (row["accuracy"], row["trials"], row["min to max"]) == ("80.0", "1", "80.0 to 80.0")
+    assert [row["accuracy"] for row in classification_rows([lost])] == ["-"]
+
+
 def test_table_of_classification_counts_its_trials() -> None:
     """By hand: of 81, 84, 88.5 the mean is 84.5 and, around it, 3.5² + 0.5² + 4² = 28.5, half of which is 3.775²."""
     one, two = [trial(2, 88.5), trial(0, 81.0), trial(1, 84.0)], [trial(0, 70.25, on="test", label="standard")]

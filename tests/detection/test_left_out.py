@@ -197,3 +197,16 @@ def test_a_run_with_held_out_images(
         found.append((RunRecord.read(tmp_path / name / "record.json").metrics, weights))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
+
+
+def test_each_of_several_test_sets_has_a_folder_for_its_detections(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    cfg = load_config(SHAPES_CONFIG, ["DATASETS.TEST", ("shapes_val", "shapes_train"), "OUTPUT_DIR", tmp_path])
+    register_datasets(cfg)
+    for name in cfg.DATASETS.TEST:
+        evaluator = build_evaluator(cfg, name)
+        evaluator.process([], [])
+        evaluator.evaluate()
+    assert len(list(tmp_path.rglob("coco_instances_results.json"))) == 2

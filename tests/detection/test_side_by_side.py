@@ -13,7 +13,7 @@ from detectron2.modeling import build_model
 
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.visualize import TITLE_HEIGHT, draw_side_by_side, read_rgb
+from robust_backbones.detection.visualize import TITLE_HEIGHT, _in_order_of, draw_side_by_side, read_rgb
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
@@ -66,6 +66,14 @@ def test_the_standard_and_the_best_robust_detector(
     assert base64.b64decode(source) == file.read_bytes()
     assert "L2:0 seed 0, L2:3 seed 0" in html
     assert "Single images prove nothing" in html
+
+
+def test_objects_are_drawn_by_their_names_or_not_at_all() -> None:
+    objects = [{"category_id": 0}, {"category_id": 1}]
+    drawn = _in_order_of(["cat", "dog", "cow"], ["cow", "cat"], objects)
+    assert [item["category_id"] for item in drawn] == [2, 0]
+    with pytest.raises(InputError, match="a detector of 'sheep' cannot be drawn"):
+        _in_order_of(["cat", "dog"], ["dog", "sheep"], objects)
 
 
 def test_weights_that_are_not_there_are_named(study: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
