@@ -512,7 +512,7 @@ def test_objects_with_any_mask_and_with_none_are_attacked(run: Path, data: Path,
     sample = CellMapper(cfg, attack_cell(attack), 0)(item)
     assert len(sample["instances"]) == len(things)
     found = attack_image(load_detector(cfg, run / "model_final.pth").model, sample, attack)
-    assert found.loss > found.clean_loss > 0
+    assert found.loss >= found.clean_loss > 0
 
 
 def test_the_worst_attack_for_each_image_by_hand() -> None:
