@@ -27,6 +27,7 @@ from robust_backbones.analysis.paper.transfer_results import Pretrainings, targe
 from robust_backbones.analysis.record_tables import detector_robustness_table
 from robust_backbones.analysis.records import RecordedRun, find_runs
 from robust_backbones.analysis.results import results
+from robust_backbones.analysis.statistics import Summary, summarize
 from robust_backbones.analysis.tables import Table
 from robust_backbones.checkpoint.families import FAMILIES, SIZES
 from robust_backbones.checkpoint.layouts import SOURCES
@@ -36,7 +37,9 @@ from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.models import build_backbone, usual_spec
 from robust_backbones.runs.files import atomic_path
+from robust_backbones.threat_models import ThreatModel
 from robust_backbones.timm_models import build_stages
+from robust_backbones.transfer import linear_probe
 from robust_backbones.transfer.inheritance.matrix import matrices_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +101,45 @@ def of_experiments(folder: str) -> Table:
             heads = list(result.table.columns)[1:]
             rows += [[*head, *row[1:]] for row in result.table.cells if not row[0].startswith("paper: ")]
     return Table.of(["study", "result", *heads], rows)
+
+
+def study() -> Table:
+    """A row a result, a column a backbone: means and deviations over seeds, and what the report calls better or worse
+    than epsilon 0."""
+    runs = find_runs([DOCS / "study"])
+    own: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for record in (run.record for run in runs if run.record.task == "pretrain"):
+        for metric in ("clean_accuracy", "robust_accuracy"):
+            values = own.setdefault((f"its own task ({record.dataset})", metric), {})
+            values.setdefault(str(record.threat_model), []).append(record.metrics[metric] or 0.0)
+    cells = {
+        key: {model: _mean_and_std(summarize(values)) for model, values in found.items()} for key, found in own.items()
+    }
+    signs = {"better": " ▲", "worse": " ▼"}
+    for result in results(*experiments(runs)):
+        config = result.experiment.runs[0].record.config
+        mode = "fixed features" if config["mode"] == linear_probe.MODE else "full network"
+        if result.metric in result.experiment.headlines:
+            cells[f"{result.experiment.dataset}, {mode}", result.metric] = {
+                row.backbone.trained_at: _mean_and_std(row.summary)
+                + signs.get(row.comparison.verdict if row.comparison else "", "")
+                for row in result.rows
+                if row.summary
+            }
+    models = sorted({model for found in cells.values() for model in found} - {"unknown"}, key=_epsilon)
+    rows = [
+        [what, metric.split("_")[0], *(found.get(model, "-") for model in ["unknown", *models])]
+        for (what, metric), found in cells.items()
+    ]
+    return Table.of(["after", "accuracy", "as it is", *(f"ε = {_epsilon(model):g}" for model in models)], rows)
+
+
+def _epsilon(threat_model: str) -> float:
+    return ThreatModel.parse(threat_model).epsilon
+
+
+def _mean_and_std(summary: Summary) -> str:
+    return f"{summary.mean:.1f}" + (f" ± {summary.std:.1f}" if summary.std is not None else "")
 
 
 def robustness() -> Table:
@@ -253,6 +295,7 @@ def soak() -> Table:
 
 TABLES: dict[str, Callable[[], Table]] = {
     "speed": speed,
+    "study": study,
     "small_study": lambda: of_experiments("small_study"),
     "detector_robustness": robustness,
     "inheritance": inheritance,
