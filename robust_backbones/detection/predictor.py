@@ -55,7 +55,7 @@ class TrainedDetector:
     def match_classes(self, datasets: Sequence[str]) -> None:
         """As ``datasets.match_classes``, to the names of its own classes; if its file has none, their number counts."""
         names = [category["name"] for category in self.categories]
-        if names != _nameless(len(names)):
+        if names != nameless(len(names)):
             match_classes(datasets, names)
             return
         for dataset in datasets:
@@ -66,7 +66,8 @@ class TrainedDetector:
                 )
 
 
-def _nameless(count: int) -> list[str]:
+def nameless(count: int) -> list[str]:
+    """What the classes of a detector are called whose file does not say their names."""
     return [f"class {number}" for number in range(count)]
 
 
@@ -197,4 +198,4 @@ def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: str | Path) ->
     for dataset in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         if len(known := categories(dataset)) == count:
             return known
-    return [{"id": number, "name": name} for number, name in enumerate(_nameless(count), 1)]
+    return [{"id": number, "name": name} for number, name in enumerate(nameless(count), 1)]

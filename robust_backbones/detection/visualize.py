@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from robust_backbones.data.annotations_images import check_image
 from robust_backbones.detection.datasets import check_datasets, class_names, match_classes, register_datasets
-from robust_backbones.detection.predictor import Predictor
+from robust_backbones.detection.predictor import Predictor, nameless
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
@@ -62,7 +62,9 @@ def draw_side_by_side(
 
 
 def _in_order_of(classes: list[str], names: list[str], objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Objects of a detector of the classes ``names``, numbered as in ``classes``, which has all of them."""
+    """Objects of a detector of the classes ``names``, numbered as in ``classes``, which has all of them, or as many."""
+    if names == nameless(len(classes)):
+        return objects
     if unknown := [name for name in names if name not in classes]:
         raise InputError(
             f"a detector of {unknown[0]!r} cannot be drawn beside the test set's classes {', '.join(classes)}: draw "

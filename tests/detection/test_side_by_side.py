@@ -11,6 +11,7 @@ import torch
 import yaml
 from detectron2.modeling import build_model
 
+from robust_backbones.data.synthetic import CLASSES
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.visualize import TITLE_HEIGHT, _in_order_of, draw_side_by_side, read_rgb
@@ -30,7 +31,7 @@ def study(converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         checkpointer.load(str(converted("resnet18")))
         checkpointer.model.roi_heads.box_predictor.cls_score.weight.data.mul_(scale)
         if name != "worse":  # whose weights are not there
-            categories = [{"id": number, "name": f"shape {number}"} for number in range(1, 5)]
+            categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
             checkpointer.save("model_final", categories=categories, iteration=9)
         (root / name).mkdir(exist_ok=True)
         (root / name / "config.yaml").write_text(cfg.dump())
@@ -74,6 +75,7 @@ def test_objects_are_drawn_by_their_names_or_not_at_all() -> None:
     assert [item["category_id"] for item in drawn] == [2, 0]
     with pytest.raises(InputError, match="a detector of 'sheep' cannot be drawn"):
         _in_order_of(["cat", "dog"], ["dog", "sheep"], objects)
+    assert _in_order_of(["cat", "dog"], ["class 0", "class 1"], objects) == objects
 
 
 def test_weights_that_are_not_there_are_named(study: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:

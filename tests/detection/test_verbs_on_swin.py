@@ -26,7 +26,7 @@ def test_from_the_file_to_the_report(
     source, runs = write_timm_file("tiny_swin", tmp_path), tmp_path / "runs"
     said = run("convert", source.path, tmp_path / "swin.pkl", "--threat-model", "Linf:4/255")
     assert "features are equal" in said
-    assert said.count("not proven: at ") == 2
+    assert said.count("not proven: at ") == 1  # at the other size the difference is rounding
     keys = [*SMALL, "MODEL.BACKBONE.NAME", "build_swin_fpn_backbone", "MODEL.BACKBONE.TIMM", "tiny_swin"]
     keys += ["MODEL.PIXEL_MEAN", [127.5] * 3, "MODEL.PIXEL_STD", [127.5] * 3, "SOLVER.AMP.DTYPE", "bfloat16"]
     keys += ["MODEL.WEIGHTS", tmp_path / "swin.pkl", "OUTPUT_DIR", runs / "swin", "TEST.EXPECTED_RESULTS", []]
