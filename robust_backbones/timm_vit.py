@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from robust_backbones.errors import InputError
 from robust_backbones.timm_models import build_timm, timm_config
@@ -73,12 +73,6 @@ def without_class_token(network: Any) -> None:
     if network.has_class_token and not network.no_embed_class:
         network.pos_embed = nn.Parameter(network.pos_embed.detach()[:, network.num_prefix_tokens :])
     network.cls_token, network.num_prefix_tokens, network.has_class_token = None, 0, False
-
-
-def as_map(tokens: Tensor) -> Tensor:
-    """Tokens of square images without a class token, (N, H * W, C) -> (N, C, H, W)."""
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens.transpose(1, 2).unflatten(2, (side, side))
 
 
 def _built(arch: str, image_size: int) -> Any:
