@@ -257,6 +257,7 @@ class _Expansion:
                         {**settings, "SEED": seed, "MODEL.WEIGHTS": convert.key if convert else own_source.weights},
                         DETECTOR_KEYS,
                         group=group,
+                        task=task.name,
                         needs=(convert.key, *own_source.checks) if convert else (),
                         work=settings["SOLVER.MAX_ITER"],
                     )
@@ -273,7 +274,7 @@ class _Expansion:
         settings = {field.name: str(getattr(parsed, field.name)) for field in fields(parsed)}
         settings |= {"config": "", "weights": detector.key}
         defaults = {field.name: str(field.default) for field in fields(parsed)}
-        rest = {"group": f"robustness-{group}", "needs": (detector.key,)}
+        rest = {"group": f"robustness-{group}", "task": task.name, "needs": (detector.key,)}
         self._add("evaluate", f"robustness-{name}", argv, settings, defaults, **rest)
 
     def _transfer(self, task: Task, name: str, sources: Mapping[int, _Source]) -> None:
@@ -303,7 +304,8 @@ class _Expansion:
         settings["weights"] = source.weights
         label = label or labels_of([Path(source.path)])[0]
         results = tuple(f"{label}/seed_{seed}/record.json" for seed in seeds)
-        rest = {"group": task.name, "needs": (*source.needs, *source.checks), "results": results}
+        needs = (*source.needs, *source.checks)
+        rest = {"group": task.name, "task": task.name, "needs": needs, "results": results}
         self._add("transfer", f"{task.name}-{name}", argv, settings, defaults, **rest)
 
 

@@ -38,6 +38,8 @@ class Run:
     """Files of its folder that appear whole; the run is done once all are there."""
     work: int = 1
     """Iterations of a detector, epochs of a pre-training."""
+    task: str = ""
+    """Of the manifest; empty for what its tasks share."""
 
     def command(self, processes: int, machines: Machines | None = None) -> list[str]:
         """``argv`` for this many processes, one a GPU, on each of the machines."""
@@ -133,7 +135,7 @@ class Plan:
             if held == self:
                 return False
             for task, choice in held.choices.items():
-                begun = [run.key for run in held.runs if run.key.startswith(f"{task}-") and held.folder(run).exists()]
+                begun = [run.key for run in held.runs if run.task == task and held.folder(run).exists()]
                 if begun and self.choices.get(task) != choice:
                     raise InputError(
                         f"{begun[0]} has begun, and task {task} would now choose otherwise, or later: leave the tasks "

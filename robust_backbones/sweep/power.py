@@ -105,7 +105,8 @@ def primary_of(manifest: Manifest, plan: Plan) -> Primary | None:
     protocol = primary.protocol or manifest.protocols_of(task)[0]
     title = f"{'-'.join(filter(None, (primary.task, protocol)))}-{backbone}"
     names = [f"{title}-seed{seed}" for seed in manifest.seeds_of(task)] if backbone else []
-    return Primary(primary.metric, tuple(run.key for run in plan.runs if run.key.rsplit("-", 1)[0] in names))
+    own = (run.key for run in plan.runs if run.task == task.name)
+    return Primary(primary.metric, tuple(key for key in own if key.rsplit("-", 1)[0] in names))
 
 
 def _expected(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Path]) -> Expected | None:

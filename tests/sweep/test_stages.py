@@ -94,6 +94,19 @@ def test_the_best_are_taken_once_all_are_done(tmp_path: Path) -> None:
         planned(tmp_path, STAGES)
 
 
+def test_what_another_task_of_a_longer_name_has_begun_is_no_hindrance(tmp_path: Path) -> None:
+    content = with_(STAGES, "tasks/second-last", {"config_files": [FPN], "overrides": OVERRIDES, "seeds": [7]})
+    values = {"eps0": 40.0, "eps0.5": 44.0, "eps1": 41.0, "eps3": 43.0, "eps5": 42.0}
+    finish(planned(tmp_path, content), values)
+    plan = planned(tmp_path, content)
+    written(plan)
+    plan.folder(plan.run(keys(plan)["second-last-eps3-seed7"])).mkdir(parents=True)
+    finish(plan, {"eps1": 50.0})
+    changed = planned(tmp_path, content)
+    assert changed.choices != plan.choices
+    assert changed.set_up()
+
+
 def written(plan: Plan) -> Path:
     plan.write()
     return plan.output
