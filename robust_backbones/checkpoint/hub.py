@@ -70,6 +70,8 @@ def _pretrained_cfg(spec: BackboneSpec) -> dict[str, Any]:
         "input_size": [3, spec.image_size, spec.image_size],
         "mean": list(spec.mean),
         "std": list(spec.std),
+        "crop_pct": spec.image_size / spec.val_resize,
+        "interpolation": spec.interpolation,
         "first_conv": "conv1",
         "classifier": "fc",
     }
@@ -77,8 +79,6 @@ def _pretrained_cfg(spec: BackboneSpec) -> dict[str, Any]:
         return cfg
     theirs = timm_config(spec.arch)
     return cfg | {
-        "crop_pct": spec.image_size / spec.val_resize,
-        "interpolation": spec.interpolation,
         "first_conv": theirs.first_conv,
         "classifier": theirs.classifier,
         "fixed_input_size": theirs.fixed_input_size,  # without it timm builds a ViT for 224 pixels

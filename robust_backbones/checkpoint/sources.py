@@ -176,12 +176,15 @@ def _read(
         tensors_say, in_file = own, _said_by(own, content.get("threat_model"))
     elif metadata:
         in_file = _said_by(metadata.spec, metadata.threat_model)
-        tensors_say = replace(tensors_say, norm_epsilon=metadata.spec.norm_epsilon)
+        shapes = {name: getattr(tensors_say, name) for name in ("arch", "num_classes", "stem")}
+        tensors_say = replace(metadata.spec, **shapes)
     else:
         described.check(tensors_say.arch)
         described.check_heads(tensors_say.arch, layout, stated=bool(statement.arch))
         if network.library == "transformers":
             tensors_say = replace(tensors_say, norm_epsilon=described.norm_epsilon(tensors_say.arch))
+        elif not is_foreign(tensors_say.arch):
+            tensors_say = described.evaluated(tensors_say)
         in_file = described.values() | (normalizer or {})
     if not (tensors_say.resnet_shape and tensors_say.resnet_shape.has_bottlenecks):
         in_file = {"stride_in_1x1": False, **in_file}  # without a 1x1 convolution that could stride
@@ -314,7 +317,10 @@ class _Description:
         names = {name for name in names if not re.search("res(net|next)", name) and is_foreign(name)}
         if len(names) != 1:
             return None
-        spec = usual_spec(names.pop())
+        return self.evaluated(usual_spec(names.pop()))
+
+    def evaluated(self, spec: BackboneSpec) -> BackboneSpec:
+        """A network with the sizes and the interpolation of timm's configuration, as far as that has them."""
         size, crop, interpolation = (self._cfg.get(name) for name in ("input_size", "crop_pct", "interpolation"))
         if isinstance(size, list | tuple) and len(size) == 3:
             spec = replace(spec, image_size=size[-1], val_resize=size[-1])

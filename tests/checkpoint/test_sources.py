@@ -4,6 +4,7 @@ import argparse
 import json
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,15 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone, write_torchvision
+from robust_backbones.checkpoint.convert import (
+    BackboneMetadata,
+    convert,
+    convert_file,
+    write_backbone,
+    write_torchvision,
+)
 from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
+from robust_backbones.checkpoint.hub import write_timm
 from robust_backbones.checkpoint.sources import SOURCES, Statement, read_checkpoint
 from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, build_backbone
@@ -78,13 +86,15 @@ def assert_reads(
     tensors: Tensors,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
+    evaluated: dict[str, Any] | None = None,
     **options: Any,
 ) -> Checkpoint:
     checkpoint = read_checkpoint(path, **options)
     assert checkpoint.layout == layout
     assert checkpoint.state_dict.keys() == tensors.keys()
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in checkpoint.state_dict.items())
-    assert checkpoint.spec == BackboneSpec("resnet18", 7 if "fc.weight" in tensors else 0, mean=mean, std=std)
+    classes = 7 if "fc.weight" in tensors else 0
+    assert checkpoint.spec == BackboneSpec("resnet18", classes, mean=mean, std=std, **(evaluated or {}))
     return checkpoint
 
 
@@ -167,18 +177,42 @@ def test_torchvision(tmp_path: Path, tensors: Tensors) -> None:
 
 
 def test_timm_says_what_it_was_fed_with(tmp_path: Path, tensors: Tensors) -> None:
-    cfg = {"mean": list(MEAN), "std": list(STD), "interpolation": "bicubic"}
+    cfg = {
+        "mean": list(MEAN),
+        "std": list(STD),
+        "input_size": [3, 288, 288],
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+    }
+    said = {"evaluated": {"image_size": 288, "val_resize": 320, "interpolation": "bicubic"}}
     hub = tmp_path / "resnet18.a1_in1k"
     hub.mkdir()
     safetensors.torch.save_file(tensors, hub / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="give --mean --std"):
         read_checkpoint(hub / "model.safetensors")
     (hub / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": cfg}))
-    assert_reads(hub / "model.safetensors", "timm", tensors, MEAN, STD)
+    assert_reads(hub / "model.safetensors", "timm", tensors, MEAN, STD, **said)
     safetensors.torch.save_file(tensors, tmp_path / "own.safetensors", {"pretrained_cfg": json.dumps(cfg)})
-    assert_reads(tmp_path / "own.safetensors", "timm", tensors, MEAN, STD)
+    assert_reads(tmp_path / "own.safetensors", "timm", tensors, MEAN, STD, **said)
     torch.save({"state_dict": tensors, "arch": "resnet18", "pretrained_cfg": cfg}, tmp_path / "own.pth")
-    assert_reads(tmp_path / "own.pth", "timm", tensors, MEAN, STD)
+    assert_reads(tmp_path / "own.pth", "timm", tensors, MEAN, STD, **said)
+
+
+@pytest.mark.parametrize("written", ["detectron2.pkl", "detectron2.pth", "torchvision.safetensors", "timm.safetensors"])
+def test_how_a_resnet_is_evaluated_outlasts_its_conversion(tmp_path: Path, tensors: Tensors, written: str) -> None:
+    spec = BackboneSpec("resnet18", 7, image_size=192, val_resize=240, interpolation="bicubic")
+    write_checkpoint(tmp_path / "own.pt", spec=spec, state_dict=tensors, threat_model=None)
+    source, path = read_checkpoint(tmp_path / "own.pt"), tmp_path / written
+    if path.stem == "detectron2":
+        convert_file(source, path).check()
+    else:
+        (write_timm if path.stem == "timm" else write_torchvision)(path, source)
+    assert read_checkpoint(path).spec == replace(spec, num_classes=0 if path.stem == "detectron2" else 7)
+    if path.stem == "timm":  # and without what only this package reads
+        with safetensors.safe_open(path, "pt") as file:
+            cfg = file.metadata()["pretrained_cfg"]
+        safetensors.torch.save_file(tensors, path, {"pretrained_cfg": cfg})
+        assert read_checkpoint(path).spec == spec
 
 
 def test_moco_keeps_its_query_encoder_without_the_projection(tmp_path: Path, tensors: Tensors) -> None:
