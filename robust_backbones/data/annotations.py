@@ -60,7 +60,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and is_number(value, 2**53)
 
 
-def _is_id(value: Any) -> bool:
+def is_id(value: Any) -> bool:
     return _is_whole(value) or (isinstance(value, str) and bool(value))
 
 
@@ -85,20 +85,26 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, int | float) and value in (0, 1)
 
 
+def is_odd_area(area: Any, width: Any, height: Any) -> Any:
+    """Whether an object's area cannot be that of what its box encloses, in pixels; of numbers, or arrays of them."""
+    # Masks are whole pixels, boxes are not.
+    return (width * height > 4) & ((area < 1) | (area > (width + 1) * (height + 1)))
+
+
 _Test = Callable[[Any], bool]
 _ID = "a whole number below 2^53, or a text"
 _SIDE = "a whole number of pixels, which check-data --fix reads from the file"
 _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
     "categories": {"id": (_is_whole, "a whole number"), "name": (_is_text, "a name")},
     "images": {
-        "id": (_is_id, _ID),
+        "id": (is_id, _ID),
         "file_name": (_is_file_name, "a file's name, of at most 999 characters and without line breaks"),
         "width": (is_side, _SIDE),
         "height": (is_side, _SIDE),
     },
     "annotations": {
-        "id": (_is_id, _ID),
-        "image_id": (_is_id, _ID),
+        "id": (is_id, _ID),
+        "image_id": (is_id, _ID),
         "category_id": (_is_whole, "a whole number"),
         "bbox": (_is_box, "four finite numbers (x, y, width, height), with sides of at least 0"),
         "area": (lambda value: is_number(value, 1e10) and value >= 0, "a number of at least 0 and below 1e10"),
@@ -168,7 +174,7 @@ def _fault(
         row = row if isinstance(row, dict) else {}
         image = row.get("image_id") if name == "annotations" else row.get("id") if name == "images" else None
         annotation = row.get("id") if name == "annotations" else None
-        ids = [value if _is_id(value) else None for value in (image, annotation)]
+        ids = [value if is_id(value) else None for value in (image, annotation)]
         where = f"{file}, row {place} of {name}" if ids == [None, None] else file
         return Fault(severity, where, what, mend, ids[0], ids[1], (name, place), kind)
 
@@ -217,6 +223,8 @@ def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int
             if row[key] in seen:
                 what = f"{key} {short(row[key])} is that of another row of {name} too"
                 kind, mend = "images of the same file", "leave or rename one of them"
+                if name == "annotations":
+                    mend = "number them anew, as check-data --fix does"
                 yield _fault(severity, file, name, place, what, mend, kind)(row)  # type: ignore[arg-type]
             seen.add(row[key])
     names: dict[str, str] = {}
@@ -228,7 +236,7 @@ def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int
     if len({type(row["id"]) for _, row in sound["images"]}) > 1:
         yield Fault("error", file, "some ids of images are numbers and others texts", "use one kind")
     known = {
-        "image_id": {row.get("id") for row in content["images"] if isinstance(row, dict) and _is_id(row.get("id"))},
+        "image_id": {row.get("id") for row in content["images"] if isinstance(row, dict) and is_id(row.get("id"))},
         "category_id": {row["id"] for _, row in sound["categories"]},
     }
     written = {key: {str(number): number for number in numbers} for key, numbers in known.items()}
@@ -268,13 +276,12 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
     empty = (boxes[:, 2:] == 0).any(1)
     away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
     leaves = ~away & ((low < -1).any(1) | (high > sides + 1).any(1))  # a pixel is the rounding of annotations
-    areas = np.array([row["area"] for _, row in rows] if use.evaluation else np.zeros(len(rows)), np.float64)
-    larger = areas > 1.01 * sides.prod(1)
+    areas = np.array([row["area"] for _, row in rows] if use.evaluation else boxes[:, 2:].prod(1), np.float64)
     for found, kind, what, mend in (
         (
-            larger,
-            "areas larger than the image",
-            "its area is larger than its image",
+            is_odd_area(areas, boxes[:, 2], boxes[:, 3]),
+            "areas that do not fit their boxes",
+            "its area is less than a pixel, or larger than its box",
             "write it in pixels; AP by size uses it",
         ),
         (empty, NO_AREA, "its box has no area", "training drops it; remove it, or mend its box"),

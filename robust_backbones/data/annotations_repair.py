@@ -17,11 +17,14 @@ from robust_backbones.data.annotations import (
     Use,
     box_polygon,
     check_coco,
+    is_id,
     is_number,
+    is_odd_area,
     is_side,
     mask_problem,
     plain,
     read_json,
+    short,
     usable_mask,
 )
 from robust_backbones.data.annotations_images import Header, read_headers
@@ -53,13 +56,14 @@ def repair(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename = str) 
     """Write the annotations without their errors to the folder ``output``; the set there, and a list of what was done.
 
     Broken rows and images are left out, sizes are those of the files, boxes are clipped, classes renamed. In COCO's
-    format a missing area becomes the box's, with ``use.masks`` a missing mask too, and classes of one name become one.
+    format a missing or impossible area becomes the box's, with ``use.masks`` a missing mask too, classes of one name
+    become one, and annotations are numbered anew where their ids are missing or there twice.
     In VOC's, lines that are there twice go, corners are put in order, and an empty or unspecified ``difficult`` is 0;
     JPEGImages is a link to the images. What would have to be guessed is not changed.
 
     Raises:
-        InputError: the file is no COCO file, VOC's list is not there, boxes look like those of another layout, or
-            ``output`` exists.
+        InputError: the file is no COCO file, VOC's list is not there or names what is not in its folder, boxes look
+            like those of another layout, two images or classes share an id, or ``output`` exists.
     """
     if output.exists():
         raise InputError(f"{output} exists: give another folder to --fix")
@@ -81,6 +85,8 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
     if not content:
         raise InputError(str(faults[0]))
     _make_numbers(content, done)
+    _refuse_shared_ids(dataset.annotations, content)
+    _number_annotations(content, done)
     categories, ids = _repaired_classes(content["categories"], rename, done)
     images = [row for row in content["images"] if isinstance(row, dict)]
     paths = {number: str(dataset.images / str(row.get("file_name"))) for number, row in enumerate(images)}
@@ -145,6 +151,28 @@ def _make_numbers(content: Content, done: Counter[str]) -> None:
                     done["ids made whole numbers"] += 1
 
 
+def _refuse_shared_ids(file: Path, content: Content) -> None:
+    """Nothing says whose the objects of two images, or classes, of one id are."""
+    for name, key in (("images", "file_name"), ("categories", "name")):
+        seen: dict[Any, Any] = {}
+        for row in content[name]:
+            if isinstance(row, dict) and is_id(row.get("id")):
+                other = seen.setdefault(row["id"], row.get(key))
+                if other != row.get(key):
+                    what = f"{short(other)} and {short(row.get(key))} are {name} of the one id {short(row['id'])}"
+                    raise InputError(f"{file}: {what}: give one of them, and its objects, another id")
+
+
+def _number_annotations(content: Content, done: Counter[str]) -> None:
+    """Nothing else names annotations by their ids: those that are missing, or there twice, lose no object."""
+    rows = [row for row in content["annotations"] if isinstance(row, dict)]
+    ids = [row.get("id") for row in rows]
+    if not all(map(is_id, ids)) or len(set(ids)) < len(ids):
+        for number, row in enumerate(rows, 1):
+            row["id"] = number
+        done["annotations numbered anew"] += len(rows)
+
+
 def _repaired_classes(rows: Iterable[Any], rename: Rename, done: Counter[str]) -> tuple[list[Row], dict[Any, Any]]:
     """Categories with their new names, and the id of the one that each other of its name is now."""
     kept: dict[str, Row] = {}
@@ -175,7 +203,8 @@ def _repaired(row: Row, size: tuple[int, int] | None, use: Use, ids: Mapping[Any
     if clipped != corners:
         row, box = {**row, "bbox": [x1, y1, x2 - x1, y2 - y1]}, [x1, y1, x2 - x1, y2 - y1]
         done[_CLIPPED] += 1
-    if row.get("area") is None:
+    area = row.get("area")
+    if area is None or (is_number(area, 1e10) and is_odd_area(area, *box[2:])):
         row = {**row, "area": box[2] * box[3]}
         done["areas filled in from boxes"] += 1
     problem = mask_problem(row.get("segmentation"), *size) if use.masks else None

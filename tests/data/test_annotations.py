@@ -232,15 +232,21 @@ def test_what_is_odd_and_may_be_meant() -> None:
     content = sound()
     content["categories"] += [{"id": 9, "name": "Cat"}, {"id": 10, "name": "b ird"}]
     content["annotations"].append({**content["annotations"][0], "id": 99})
-    content["annotations"][1] |= {"category_id": 9, "area": 2500}
+    content["annotations"][1] |= {"category_id": 9, "area": 280}
+    content["annotations"][3]["area"] = 0.1  # a fraction of its image
+    content["annotations"][4]["area"] = 270  # masks are whole pixels
     assert [str(fault) for fault in check_coco("a.json", content)] == [
         'a.json, row 2 of categories: name "Cat" is "cat" but for case, spaces, - and _: if both are one class, give '
         "check-data --fix OUT --rename OLD=NEW",
         "a.json, image 1, annotation 99: its box and class are those of another object of the image: leave one of them",
-        "a.json, image 1, annotation 11: its area is larger than its image: write it in pixels; AP by size uses it",
+        *[
+            f"a.json, image {number // 10}, annotation {number}: its area is less than a pixel, or larger than its "
+            "box: write it in pixels; AP by size uses it"
+            for number in (11, 20)
+        ],
         'a.json, row 3 of categories: no object is of the class "b ird": training cannot learn it; annotate some',
     ]
-    assert len(check_coco("a.json", content, Use(training=False))) == 3
+    assert len(check_coco("a.json", content, Use(training=False))) == 4
 
 
 @pytest.mark.parametrize(
@@ -429,6 +435,34 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     assert mended["images"] == expected["images"]
     assert "1 masks filled in from boxes" in (tmp_path / "fixed/changes.txt").read_text()
     assert run_tool("check-data", where, "--fix", tmp_path / "fixed")[0] == 2
+
+
+@pytest.mark.parametrize("spoil", [lambda row: row.pop("id"), lambda row: row.update(id=row["id"] % 10)])
+def test_annotations_are_numbered_anew(tmp_path: Path, images: Path, spoil: Callable[[Any], Any]) -> None:
+    """Files of images put together count from 0 in each: no object is lost."""
+    content = sound()
+    for row in content["annotations"]:
+        spoil(row)
+    content["annotations"][1]["area"] = 0
+    repaired, done = repair(coco_set(tmp_path, images, content), Use(masks=True), tmp_path / "fixed")
+    meant = [{**row, "id": number} for number, row in enumerate(sound()["annotations"], 1)]
+    assert json.loads((tmp_path / "fixed/truth.json").read_text())["annotations"] == meant
+    assert done == ["9 annotations numbered anew", "1 areas filled in from boxes"]
+    assert repaired.check(Use(masks=True))[0] == []
+
+
+@pytest.mark.parametrize(("name", "words"), [("images", '"1.png" and "2.png"'), ("categories", '"cat" and "dog"')])
+def test_what_shares_an_id_is_not_repaired(tmp_path: Path, images: Path, name: str, words: str) -> None:
+    """The objects of one would become those of the other."""
+    content = sound()
+    for row in (content[name][1], *content["annotations"]):
+        row |= {"id": content[name][0]["id"]} if row is content[name][1] else {"image_id": 1, "category_id": 3}
+    with pytest.raises(InputError, match=words):
+        repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
+    content = sound()
+    content[name].append(content[name][0])  # the same twice is one
+    repaired, _ = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
+    assert repaired.check()[0] == []
 
 
 def test_boxes_of_another_layout_are_not_repaired(tmp_path: Path, images: Path) -> None:
