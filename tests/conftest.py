@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing
 import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from torch import Tensor
@@ -167,3 +170,42 @@ def run_tool(
         return int(exit_info.value.code or 0), captured.out, captured.err
 
     return run
+
+
+def start_ranks(function: Callable[[int, int], object], folder: Path, size: int = 2) -> str:
+    """Call ``function(rank, size)`` in forks of this process, which find each other as torchrun's do: what they print.
+
+    A fork has imported everything already, which takes a new Python seconds. All must end with status 0.
+    """
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with open(folder / "output", "w+") as output:
+        arguments = (function, size, port, output.fileno())
+        try:
+            torch.multiprocessing.start_processes(_enter, arguments, nprocs=size, start_method="fork")
+        finally:
+            output.seek(0)
+            print(said := output.read())
+    return said
+
+
+def _enter(rank: int, function: Callable[[int, int], object], size: int, port: int, output: int) -> None:
+    atexit._clear()  # what the parent is to do when it ends
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    sys.stdout, sys.stderr = (open(output, "a", buffering=1, closefd=False) for _ in range(2))  # noqa: SIM115
+    function(rank, size)
+
+
+def run_in_ranks(folder: Path, size: int, verb: str, *arguments: object) -> str:
+    """What ``size`` processes of a verb print, started as torchrun's are."""
+    from robust_backbones.__main__ import command
+    from robust_backbones.commands import cli
+
+    def run(rank: int, size: int) -> None:
+        sys.argv = [f"robust-backbones {verb}", *map(str, arguments)]
+        cli.run(command(verb))
+
+    return start_ranks(run, folder, size)

@@ -30,7 +30,7 @@ from robust_backbones.detection.datasets import SHOWN_CLASSES
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator, coco_metrics
 from robust_backbones.errors import InputError
 from robust_backbones.runs.distributed import join_processes
-from tests.runs.test_distributed import spawn
+from tests.runs.test_distributed import found_by_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # pycocotools under NumPy 2
@@ -645,7 +645,7 @@ def evaluate_part(rank: int, size: int, *, folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_processes_have_the_numbers_and_the_file_of_one(tmp_path: Path) -> None:
     worker = functools.partial(evaluate_part, folder=tmp_path)
-    one, (two, other) = worker(0, 1), spawn(worker, tmp_path)
+    one, (two, other) = worker(0, 1), found_by_ranks(worker, tmp_path)
     np.testing.assert_equal(two, one)
     assert 1 < one["coco"]["bbox"]["AP"] < 99
     assert 1 < one["voc"]["bbox"]["AP"] < 99

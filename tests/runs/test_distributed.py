@@ -3,7 +3,6 @@
 import functools
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig
@@ -23,24 +21,15 @@ from robust_backbones.runs.distributed import ALONE, join_processes, local_devic
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.classification.test_engine import batches, learner, noisy_batches, small
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_in_ranks, start_ranks
 
 CPU = torch.device("cpu")
 
 
-def spawn(function: Any, tmp_path: Path, size: int = 2) -> list[Any]:
-    """``function(rank, size)`` in processes that find each other as torchrun's do; what each returned, by rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(_enter, (function, size, port, tmp_path), nprocs=size)
+def found_by_ranks(function: Any, tmp_path: Path, size: int = 2) -> list[Any]:
+    """``function(rank, size)`` in processes of their own: what each returned, by rank."""
+    start_ranks(lambda rank, size: torch.save(function(rank, size), tmp_path / f"{rank}.pt"), tmp_path, size)
     return [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
-
-
-def _enter(rank: int, function: Any, size: int, port: int, tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
-    torch.save(function(rank, size), tmp_path / f"{rank}.pt")
 
 
 def exchange(rank: int, size: int) -> list[Any]:
@@ -61,7 +50,7 @@ def pair(trained: tuple[NormalizedModel, Tensor, Tensor], tmp_path_factory: pyte
     model, images, labels = trained
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     torch.save({"model": start, "batches": noisy_batches(images, labels, 4, 16)}, folder / "start.pt")
-    return folder / "start.pt", spawn(functools.partial(everything, start=folder / "start.pt"), folder)
+    return folder / "start.pt", found_by_ranks(functools.partial(everything, start=folder / "start.pt"), folder)
 
 
 def everything(rank: int, size: int, *, start: Path) -> dict[str, Any]:
@@ -242,20 +231,17 @@ def test_two_processes_are_one_process_of_the_same_batch(pair: Pair) -> None:
 
 
 def train(output: Path, data: Path, processes: int) -> RunRecord:
-    """The command itself, by torchrun."""
+    """The command itself."""
     recipe = (
         "--arch resnet18 --threat-model L2:0.5 --attack.steps 2 --eval-attack.steps 1 --attack.random-start "
         "--epochs 2 --batch-size 16 --lr 0.005 --image-size 32 --val-resize 32 --sync-batch-norm "
         "--device cpu --workers 0 --no-tensorboard --keep-checkpoints 9"
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*launch, "tools/pretrain.py", "--data", str(data), "--output", str(output), *recipe.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert f"batch 16 = {processes} process" in result.stdout
-    assert result.stdout.count("record written to") == 1
-    assert result.stdout.count("started by 2 processes and is resumed by 1") == (processes == 1)
+    where = ("--data", data, "--output", output)
+    out = run_in_ranks(output.with_name(f"{output.name}_said"), processes, "pretrain", *where, *recipe.split())
+    assert f"batch 16 = {processes} process" in out
+    assert out.count("record written to") == 1
+    assert out.count("started by 2 processes and is resumed by 1") == (processes == 1)
     return RunRecord.read(output / "record.json")
 
 

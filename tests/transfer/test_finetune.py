@@ -1,11 +1,7 @@
 """Full-network transfer: plain PyTorch's result, a grid that is kept, and test images that select nothing."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import resnet18
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.format import Checkpoint, sha256, write_checkpoint
@@ -34,7 +29,7 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.config import TransferConfig
 from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune
-from tests.conftest import ROOT
+from tests.conftest import run_in_ranks
 from tests.transfer.conftest import NarrowResNet
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
@@ -531,30 +526,20 @@ def test_nothing_is_written_for_what_cannot_be_run(checkpoint: Checkpoint, folde
 
 
 @pytest.mark.slow
-def test_two_processes_finish_and_give_each_record_once(folder: Path, tmp_path: Path) -> None:
-    """The command itself, by torchrun; an image that cannot be read is found by one process and left out by both."""
+def test_two_processes_finish_and_give_each_record_once(folder: Path, tmp_path: Path, narrow_resnet18: None) -> None:
+    """The command itself; an image that cannot be read is found by one process and left out by both."""
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged)
     victim = sorted((damaged / "train/circle").iterdir())[0]
     victim.write_bytes(victim.read_bytes()[:200])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     output, file = tmp_path / "run", tmp_path / "robust.pt"
-    write_checkpoint(
-        file, spec=BackboneSpec("resnet18", 4), state_dict=resnet18(num_classes=4).state_dict(), threat_model=None
-    )
+    write_checkpoint(file, spec=BackboneSpec("resnet18", 4), state_dict=NarrowResNet(4).state_dict(), threat_model=None)
     recipe = (
         "--epochs 1 --batch-size 8 --image-size 32 --val-resize 32 --lrs 0.01 1e6 --seeds 0 1 --eval-threat-model L2:1 "
         "--eval-attack.steps 1 --device cpu --workers 0 --no-tensorboard --skip-unreadable"
     )
-    launch = f"-m torch.distributed.run --nproc-per-node 2 --master-port {port} tools/transfer.py finetune"
-    command = [sys.executable, *launch.split(), str(damaged), str(file), "--output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *recipe.split()], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    options = (damaged, file, "--output", output, *recipe.split())
+    said = run_in_ranks(tmp_path / "said", 2, "transfer", "finetune", *options)
     found = sorted(path.relative_to(output).as_posix() for path in output.rglob("record.json"))
     assert found == [
         "robust/runs/lr0.01_wd0.0005_held_out_seed0/record.json",
@@ -573,4 +558,4 @@ def test_two_processes_finish_and_give_each_record_once(folder: Path, tmp_path: 
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [row["epoch"] for row in rows] == [1]
     for line in ("selected on held_out", "is out"):
-        assert sum(line in text for text in result.stdout.splitlines()) == 1
+        assert sum(line in text for text in said.splitlines()) == 1
