@@ -68,7 +68,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_file_name(value: Any) -> bool:
+def is_file_name(value: Any) -> bool:
     # Control characters and halves of pairs (surrogates) would break the sentence that names the file.
     return _is_text(value) and len(value) < 1000 and not re.search(r"[\x00-\x1f\ud800-\udfff]", value)
 
@@ -98,7 +98,7 @@ _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
     "categories": {"id": (_is_whole, "a whole number"), "name": (_is_text, "a name")},
     "images": {
         "id": (is_id, _ID),
-        "file_name": (_is_file_name, "a file's name, of at most 999 characters and without line breaks"),
+        "file_name": (is_file_name, "a file's name, of at most 999 characters and without line breaks"),
         "width": (is_side, _SIDE),
         "height": (is_side, _SIDE),
     },

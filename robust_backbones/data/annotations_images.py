@@ -32,8 +32,8 @@ class Header(NamedTuple):
     width: int
     """As shown, after the orientation tag of EXIF."""
     height: int
-    turned: bool
-    """Whether that tag exchanges width and height."""
+    orientation: int
+    """EXIF's: above 1 the image is shown mirrored or turned, from 5 on with its sides exchanged."""
     problem: str
     """Why its pixels cannot be had; "" where they can."""
 
@@ -44,13 +44,14 @@ def read_header(path: str | Path) -> Header:
         with Image.open(path) as image:
             check_claim(image, os.path.getsize(path))
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+            tag = image.getexif().get(_ORIENTATION, 1)
+            orientation = tag if tag in range(1, 9) else 1
             problem = _problem(image)
             if not problem and not _is_whole(path, _ENDS.get(image.format or "")):
                 image.load()
-            return Header(*((height, width) if turned else (width, height)), turned, problem)
+            return Header(*((height, width) if orientation > 4 else (width, height)), orientation, problem)
     except Exception as error:  # on damaged bytes Pillow raises nearly every type there is
-        return Header(0, 0, False, f"cannot be read ({ImageInputError.of('', error).reason})")
+        return Header(0, 0, 1, f"cannot be read ({ImageInputError.of('', error).reason})")
 
 
 def _problem(image: Image.Image) -> str:
@@ -114,7 +115,8 @@ def read_headers(paths: Iterable[str], *, workers: int = 8, cache: Path | None =
                         with suppress(OSError):  # a link to nowhere is no image
                             status = entry.stat()
                             stamps[path] = [status.st_size, status.st_mtime_ns]
-    digest = hashlib.sha256("\n".join(sorted({os.path.abspath(os.path.dirname(path)) for path in stamps})).encode())
+    folders = sorted({os.path.abspath(os.path.dirname(path)) for path in stamps})
+    digest = hashlib.sha256("\n".join([*Header._fields, *folders]).encode())
     store = cache / f"headers-{digest.hexdigest()[:16]}.json" if cache else None
     known = _stored(store)
     keys = {path: os.path.abspath(path) for path in stamps}
@@ -129,7 +131,9 @@ def read_headers(paths: Iterable[str], *, workers: int = 8, cache: Path | None =
         headers |= dict(zip(unread, found, strict=True))
     if store and unread:
         with suppress(OSError), atomic_path(store) as temporary:  # a cache that cannot be written costs time alone
-            temporary.write_text(json.dumps({keys[path]: [stamps[path], header] for path, header in headers.items()}))
+            # Several sets may share a folder of images.
+            known |= {keys[path]: [stamps[path], header] for path, header in headers.items()}
+            temporary.write_text(json.dumps(known))
     return headers
 
 
@@ -152,18 +156,21 @@ def check_images(
     faults, listings = [], dict[str, dict[str, str]]()
     images = list(images)
     headers = read_headers([path for _, path, *_ in images], workers=workers, cache=cache)
-    for number, (image, path, width, height) in enumerate(images):
-        place = ("images", number)
+    for image, path, width, height in images:
         if (header := headers.get(path)) is None:
             faults.append(Fault("error", path, MISSING, _mend_of_missing(path, listings), image))
         elif header.problem:
             mend = "convert or replace it, or remove it from the set"
-            faults.append(Fault("error", path, header.problem, mend, image, place=place, kind=UNREADABLE))
+            faults.append(Fault("error", path, header.problem, mend, image, kind=UNREADABLE))
         elif (header.width, header.height) != (width, height):
             what = f"is {header.width} x {header.height}, and {width} x {height} in the annotations"
-            if header.turned:
+            if header.orientation > 4:
                 what += "; its EXIF tag turns it"
             faults.append(Fault("error", path, what, "correct width and height, and look at the boxes", image))
+        elif header.orientation > 1 and (header.orientation < 5 or width == height):
+            what = "its EXIF tag mirrors or turns it, which its size does not tell"
+            mend = "see that its boxes are of the image as it is shown"
+            faults.append(Fault("warning", path, what, mend, image, kind="images that a tag mirrors or turns"))
     return faults
 
 

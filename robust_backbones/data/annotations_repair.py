@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -233,6 +234,8 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Count
         names = voc_names(listed, annotations)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{listed} cannot be read ({getattr(error, 'strerror', error)}): check the path") from None
+    if outside := next((name for name in names if os.path.isabs(name) or ".." in Path(name).parts), None):
+        raise InputError(f"{listed} names {outside}, which is not in {annotations}: list images by their names there")
     content, faults = read_voc(dataset.annotations, dataset.split, dataset.classes)
     _refuse_layout(check_voc(dataset.annotations, content, faults))
     done["lines of the list that were there twice left out"] += len(names) - len(set(names))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from robust_backbones.data.annotations import Content, Fault, Use, check_coco, read_json
 from robust_backbones.data.annotations_images import check_images
@@ -74,6 +72,14 @@ class AnnotatedSet:
         folder = locate(first)
         return cls(folder, locate(second)) if is_coco else cls(folder, folder / "JPEGImages", second)
 
+    def read(self) -> tuple[Content, list[Fault]]:
+        """The content in COCO's format, ``{}`` where it cannot be read, and what is wrong with its files.
+
+        Raises:
+            FileNotFoundError: of an annotation file or list.
+        """
+        return read_voc(self.annotations, self.split, self.classes) if self.split else read_json(self.annotations)
+
     def check(
         self, use: Use | None = None, *, workers: int = 8, cache: Path | None = None
     ) -> tuple[list[Fault], Content]:
@@ -82,16 +88,17 @@ class AnnotatedSet:
         Raises:
             FileNotFoundError: of an annotation file or list.
         """
+        content, faults = self.read()
         if self.split:
-            content, faults = read_voc(self.annotations, self.split, self.classes)
             faults = check_voc(self.annotations, content, faults, use)
-        else:
-            content, faults = read_json(self.annotations)
-            faults += check_coco(self.annotations, content, use) if content else []
+        elif content:
+            faults += check_coco(self.annotations, content, use)
         rows = content.get("images", [])
-        # Image rows that are named already have no size, or no file, to compare with.
-        named = {fault.place[1] for fault in faults if fault.place and fault.place[0] == "images"}
-        named |= {number for number, row in enumerate(rows) if self.split and _has_error(faults, row["id"])}
+        # Image rows with an error have no size, or no file, to compare with.
+        broken = (fault.place for fault in faults if fault.place and fault.severity == "error")
+        named = {number for part, number in broken if part == "images"}
+        unsized = {fault.image for fault in faults if self.split and fault.what.startswith("size/")}
+        named |= {number for number, row in enumerate(rows) if unsized and row["id"] in unsized}
         images = [
             (row["id"], str(self.images / row["file_name"]), row["width"], row["height"])
             for number, row in enumerate(rows)
@@ -99,7 +106,3 @@ class AnnotatedSet:
         ]
         found = check_images(images, workers=workers, cache=cache)
         return sorted([*faults, *found], key=lambda fault: fault.severity), content
-
-
-def _has_error(faults: Sequence[Fault], image: Any) -> bool:
-    return any(fault.image == image and fault.what.startswith("size/") for fault in faults)

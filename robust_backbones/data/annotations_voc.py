@@ -23,6 +23,7 @@ from robust_backbones.data.annotations import (
     is_side,
     short,
 )
+from robust_backbones.data.annotations_images import image_suffixes
 
 
 def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:
@@ -110,18 +111,24 @@ def voc_names(listed: Path, annotations: Path) -> list[str]:
 
 
 def voc_images(folder: Path) -> dict[str, str]:
-    """File names by image name, folders included; where there are several, the JPEG."""
+    """File names by image name, folders included; of several the JPEG, else an image of another format."""
     files = [
         os.path.relpath(os.path.join(place, file), folder) for place, _, names in os.walk(folder) for file in names
     ]
-    return {os.path.splitext(file)[0]: file for file in sorted(files, key=lambda file: file.endswith(".jpg"))}
+    suffixes = image_suffixes()
+
+    def rank(file: str) -> tuple[bool, bool, str]:
+        suffix = os.path.splitext(file)[1].lower()
+        return suffix in (".jpg", ".jpeg"), suffix in suffixes, file
+
+    return {os.path.splitext(file)[0]: file for file in sorted(files, key=rank)}
 
 
 def voc_classes(folder: str | Path) -> list[str]:
-    """The names of the objects in all XML files of a VOC folder, sorted; files that are no XML are left out."""
+    """The names of the objects in all XML files of a VOC folder, sorted; what is no XML file is left out."""
     names: set[str] = set()
     for file in (Path(folder) / "Annotations").rglob("*.xml"):
-        with suppress(ElementTree.ParseError, ValueError, RecursionError):
+        with suppress(OSError, ElementTree.ParseError, ValueError, RecursionError):
             names |= {
                 thing.findtext("name", "") for thing in ElementTree.fromstring(file.read_bytes()).findall("object")
             }

@@ -352,7 +352,7 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning
     """Load every annotation and look for every image that the run will read.
 
     Returns:
-        What is odd and stops nothing, such as boxes that have no area or leave their image.
+        What is odd and stops nothing, such as boxes that have no area, or test images that are trained on.
 
     Raises:
         InputError: an unknown or missing set, a missing image, a set without objects or with boxes that are no numbers,
@@ -362,7 +362,13 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning
     if not names:
         raise InputError(f"the configuration names no data set: set DATASETS.{'TEST' if eval_only else 'TRAIN'}")
     names = list(dict.fromkeys(names))
-    warnings = [warning for name in names for warning in _check(name, cfg, eval_only=eval_only)]
+    images: dict[str, set[str]] = {}
+    warnings = [warning for name in names for warning in _check(name, cfg, images, eval_only=eval_only)]
+    trained = () if eval_only else cfg.DATASETS.TRAIN
+    for name in [name for name in names if name not in trained]:
+        if shared := images[name] & set[str]().union(*(images[other] for other in trained)):
+            told = f"{min(shared)}; AP on them does not tell of others"
+            warnings.append(DataWarning(name, "images of a training set", len(shared), told))
     wanted = class_names(names[0])
     for name in names:
         found = class_names(name)
@@ -413,7 +419,8 @@ def _refuse_errors(name: str, faults: Sequence[Fault], images: int, *, masks: bo
         raise InputError(f"the annotations or images of {name} are damaged: {errors[0]}{more}")
 
 
-def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[DataWarning]:
+def _check(name: str, cfg: CfgNode, images: dict[str, set[str]], *, eval_only: bool) -> Iterator[DataWarning]:
+    """What is odd in a set; the files of its images become ``images[name]``."""
     dataset = annotated_set(name)
     if dataset is not None:
         training = name in cfg.DATASETS.TRAIN and not eval_only
@@ -428,6 +435,7 @@ def _check(name: str, cfg: CfgNode, *, eval_only: bool) -> Iterator[DataWarning]
         rows = [
             (item.get("image_id", i), item["file_name"], item["width"], item["height"]) for i, item in enumerate(items)
         ]
+        images[name] = {file for _, file, *_ in rows}
         numbers = {a["category_id"] for item in items for a in item["annotations"]}
         if name in cfg.DATASETS.TEST:
             evaluator_kind(name)

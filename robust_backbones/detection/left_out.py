@@ -13,6 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from robust_backbones.data.annotations import is_file_name, is_id
 from robust_backbones.data.annotations_images import undecodable
 from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.errors import InputError
@@ -32,9 +33,16 @@ def unreadable_rows(name: str, dataset: AnnotatedSet) -> list[tuple[str, int | s
     Raises:
         FileNotFoundError: of an annotation file or list.
     """
-    _, content = dataset.check()
-    files = {str(dataset.images / row["file_name"]): row for row in content.get("images", []) if "file_name" in row}
-    return [(name, files[path]["id"], files[path]["file_name"]) for path in sorted(undecodable(files))]
+    content, _ = dataset.read()
+    # The check names the other rows.
+    rows = [
+        (str(dataset.images / row["file_name"]), row)
+        for row in content.get("images", [])
+        if isinstance(row, dict) and is_file_name(row.get("file_name")) and is_id(row.get("id"))
+    ]
+    lost = set(undecodable({path for path, _ in rows}))
+    found = sorted((pair for pair in rows if pair[0] in lost), key=lambda pair: pair[0])
+    return [(name, row["id"], row["file_name"]) for _, row in found]
 
 
 def leave_out(cfg: CfgNode) -> None:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_tools
 
+from robust_backbones.data import annotations_images
 from robust_backbones.data.annotations import MISSING, Fault, Use, _runs_of, check_coco
 from robust_backbones.data.annotations_images import check_images, read_header
 from robust_backbones.data.annotations_repair import repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
-from robust_backbones.data.annotations_voc import read_voc, voc_classes
+from robust_backbones.data.annotations_voc import read_voc, voc_classes, voc_images
 from robust_backbones.errors import InputError
 
 Content = dict[str, Any]
@@ -304,6 +305,35 @@ def test_images(tmp_path: Path) -> None:
     assert read_header(tmp_path / "turned.jpg")[:2] == (40, 60)
 
 
+def test_sizes_do_not_tell_of_every_orientation(tmp_path: Path) -> None:
+    for name, tag, side in (("a", 3, 60), ("b", 6, 40), ("c", 6, 60), ("d", 1, 60)):
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        Image.new("RGB", (side, 40)).save(tmp_path / f"{name}.jpg", exif=exif)
+    sizes = {"a": (60, 40), "b": (40, 40), "c": (40, 60), "d": (60, 40)}
+    found = check_images([(name, str(tmp_path / f"{name}.jpg"), *size) for name, size in sizes.items()])
+    assert [(fault.severity, fault.image) for fault in found] == [("warning", "a"), ("warning", "b")]
+
+
+def test_sets_that_share_a_folder_share_what_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    for name in "abcd":
+        Image.new("RGB", (60, 40)).save(tmp_path / f"{name}.png")
+        rows.append((name, str(tmp_path / f"{name}.png"), 60, 40))
+    for part in (rows[:2], rows[2:]):
+        assert check_images(part, cache=tmp_path / "cache") == []
+    monkeypatch.setattr(annotations_images, "read_header", None)
+    for part in (rows[:2], rows[2:], rows):
+        assert check_images(part, cache=tmp_path / "cache") == []
+
+
+def test_images_of_one_file_are_each_compared_with_it(tmp_path: Path, images: Path) -> None:
+    content = sound()
+    content["images"][1] |= {"file_name": "1.png", "width": 80}
+    (fault,) = errors(coco_set(tmp_path, images, content).check()[0])
+    assert (fault.image, fault.what) == (2, "is 60 x 40, and 80 x 40 in the annotations")
+
+
 def voc(folder: Path) -> None:
     for part in ("ImageSets/Main", "Annotations", "JPEGImages"):
         (folder / part).mkdir(parents=True)
@@ -396,6 +426,29 @@ def test_voc_lists_of_one_class_names_with_spaces_folders_and_any_format_of_imag
         assert voc_classes(folder) == ["cat"]
         if folder == tmp_path:
             repair(AnnotatedSet(folder, folder / "JPEGImages", "cat_test"), Use(), folder / "fixed")
+
+
+@pytest.mark.parametrize(("suffix", "others"), [("JPG", "png xml"), ("jpeg", "bmp"), ("png", "json xml")])
+def test_other_files_beside_the_images_of_a_voc_set_are_not_taken_for_them(
+    tmp_path: Path, suffix: str, others: str
+) -> None:
+    """Masks and annotations of other programs; whatever order the file system lists them in."""
+    for name in "abcdefgh":
+        for other in (suffix, *others.split()):
+            (tmp_path / f"{name}.{other}").touch()
+    assert voc_images(tmp_path) == {name: f"{name}.{suffix}" for name in "abcdefgh"}
+
+
+def test_a_list_that_names_files_elsewhere_is_not_repaired(tmp_path: Path) -> None:
+    """The copy's annotations would be written over the originals."""
+    voc(tmp_path / "VOC")
+    voc(tmp_path / "else")
+    (tmp_path / "else/Annotations/sub.xml").mkdir()
+    assert voc_classes(tmp_path / "else") == ["cat"]
+    for name in (tmp_path / "else/Annotations/a", "../Annotations/a"):
+        (tmp_path / "VOC/ImageSets/Main/test.txt").write_text(f"{name}\n")
+        with pytest.raises(InputError, match="list images by their names"):
+            repair(AnnotatedSet.parse(f"{tmp_path / 'VOC'}:test"), Use(), tmp_path / "fixed")
 
 
 # The command

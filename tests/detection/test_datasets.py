@@ -136,6 +136,19 @@ def test_a_set_without_objects_is_refused(cfg: CfgNode, tmp_path: Path) -> None:
     assert "holds no annotated object" in refusal(cfg)
 
 
+def test_test_images_that_are_trained_on_are_counted(cfg: CfgNode, tmp_path: Path) -> None:
+    name, file, folder = cfg.DATASETS.COCO_FORMAT[0]
+    content = json.loads((tmp_path / file).read_text())
+    kept = content["images"][:3]
+    rows = [row for row in content["annotations"] if row["image_id"] in {row["id"] for row in kept}]
+    (tmp_path / "part.json").write_text(json.dumps({**content, "images": kept, "annotations": rows}))
+    cfg.DATASETS.COCO_FORMAT = (*cfg.DATASETS.COCO_FORMAT, ("part", "part.json", folder))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), (name, "part")
+    register_datasets(cfg)
+    assert counted(check_datasets(cfg)) == {"part": {"images of a training set": 3}}
+    assert check_datasets(cfg, eval_only=True) == []
+
+
 @pytest.fixture
 def voc(cfg: CfgNode, tmp_path: Path) -> Iterator[Path]:
     """A folder of VOC's layout with one object in each of three images."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import (
     SHOWN_CLASSES,
@@ -19,6 +20,7 @@ from robust_backbones.detection.datasets import (
     register_datasets,
 )
 from robust_backbones.detection.evaluators import build_evaluator, coco_metrics, ground_truth
+from robust_backbones.detection.left_out import unreadable_rows
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
@@ -118,6 +120,15 @@ def test_in_vocs_format_too(shapes: Path, converted: Maker, tmp_path: Path, run_
     assert [item["image_id"] for item in DatasetCatalog.get("mine_val")] == [f"val photo {n}" for n in (1, 2, 4, 5, 6)]
     evaluator = build_evaluator(cfg, "mine_val")
     assert set(evaluator.evaluate()) == {"bbox", "bbox-11point"}
+
+
+def test_broken_rows_are_left_to_the_check_and_rows_of_one_file_go_together(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"no image")
+    rows = [None, 5, {"id": 1}, {"id": 2, "file_name": 7}, {"id": [3], "file_name": "a.jpg"}]
+    rows += [{"id": number, "file_name": "a.jpg"} for number in (4, 5)]
+    (tmp_path / "a.json").write_text(json.dumps({"images": rows, "annotations": [], "categories": []}))
+    found = unreadable_rows("mine", AnnotatedSet(tmp_path / "a.json", tmp_path))
+    assert found == [("mine", 4, "a.jpg"), ("mine", 5, "a.jpg")]
 
 
 @pytest.mark.parametrize("kind", ["coco", "voc"])
