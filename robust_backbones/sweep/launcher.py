@@ -23,7 +23,7 @@ from typing import Any
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.runs.cluster import ClusterConfig, open_executor, scheduler_errors
 from robust_backbones.runs.files import write_json
-from robust_backbones.sweep.plan import Attempt, Machines, Plan, Run, count
+from robust_backbones.sweep.plan import ATTEMPT, Machines, Plan, Run, count
 
 KILLED = -signal.SIGKILL
 """Status of a run that ended without saying how."""
@@ -47,6 +47,8 @@ def start_process(
         command += [str(machines.count), str(machines.rank), machines.address]
         log = log.with_stem(f"log_{machines.rank}") if machines.rank else log
     with open(log, "ab") as file:
+        file.write(f"{ATTEMPT} {time.strftime('%Y-%m-%d %H:%M:%S')}: {key}\n".encode())
+        file.flush()
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -146,12 +148,15 @@ class _Submitted:
     note: Path
 
     def poll(self) -> int | None:
-        """By what the run itself has noted: the scheduler knows only whether there still is a job."""
+        """What the job's function returned, even where the run died too early to note it itself."""
         if not self.job.done():
             return None
-        attempt = Attempt.read(self.note.parent)
         self.note.unlink(missing_ok=True)
-        return KILLED if attempt is None or attempt.status is None else attempt.status
+        first = self.job.task(0)  # of several machines; only it has the run's lock
+        with suppress(RuntimeError):  # all of submitit's own: the scheduler has ended it, or it could not be put back
+            if first.paths.result_pickle.exists():
+                return int(first.result())
+        return KILLED
 
 
 Handle = subprocess.Popen[bytes] | _Submitted

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 from robust_backbones.runs.locks import HeldError, lock
-from robust_backbones.sweep.plan import ATTEMPT, Attempt, Machines, Plan
+from robust_backbones.sweep.plan import Attempt, Machines, Plan
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +33,6 @@ def main(arguments: Sequence[str]) -> int:
         with lock(job / "lock.json"):
             if plan.is_done(run):
                 return 0
-            print(f"{ATTEMPT} {time.strftime('%Y-%m-%d %H:%M:%S')}: {run.key}", flush=True)
             attempt = Attempt(time.time(), plan.progress(run))
             attempt.write(job)
             status = call(command)

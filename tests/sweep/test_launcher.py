@@ -201,11 +201,11 @@ def test_a_failure_is_named_by_its_error(tmp_path: Path) -> None:
 # The cluster
 
 
-def test_runs_as_jobs_of_the_debug_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_as_jobs_of_the_local_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
     plan = stubs(tmp_path, {"a": "once", "b": "go", "c": "fail", "d": "go"}, {"b": ("a",), "d": ("c",)})
     said: list[str] = []
-    executor = ClusterExecutor(plan, ClusterConfig("debug", processes=1))
+    executor = ClusterExecutor(plan, ClusterConfig("local", processes=1))
     assert launch(plan, executor, say=said.append, pause=0.02) == 1
     assert plan.states() == {"a": "done", "b": "done", "c": "failed", "d": "waiting"}
     assert Counter(ledger(plan)) == {"start a": 2, "start b": 1, "start c": 1}
@@ -337,6 +337,21 @@ def test_a_lost_job_is_submitted_again(slurm: Path, tmp_path: Path) -> None:
     assert launch(plan, ClusterExecutor(plan, ClusterConfig("slurm", processes=1)), say=said.append) == 0
     assert said.count("started: a") == 2
     assert ledger(plan) == ["start a"]
+
+
+def test_a_job_that_dies_before_its_first_note_has_failed(slurm: Path, tmp_path: Path) -> None:
+    """Its status and last line are its own, not those of the attempt before, which was interrupted."""
+    plan = stubs(tmp_path, {"a": "go"})
+    job = plan.job(plan.run("a"))
+    Attempt(0.0, 0.0, status=75).write(job)
+    plan.log(plan.run("a")).write_text("---- before: a\nerror: asked to stop\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n'robust_backbones.sweep.runner' in sys.orig_argv and (os.write(2, b'no disk\\n'), os._exit(1))"
+    )
+    said: list[str] = []
+    assert launch(plan, ClusterExecutor(plan, ClusterConfig("slurm", processes=1)), say=said.append, pause=0.1) == 1
+    assert [line for line in said if "a: no disk" in line]
+    assert said.count("started: a") == 1
 
 
 def test_a_preempted_job_is_put_back_with_its_state_written(slurm: Path, tmp_path: Path) -> None:
