@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import detectron2.utils.comm as comm
@@ -21,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from robust_backbones.detection.adversarial import replays
 from robust_backbones.detection.data_stream import TrainingStream, undisturbed
 from robust_backbones.detection.visualize import ground_truth_beside_detections
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, PreemptedError
 
 _logger = logging.getLogger(__name__)
 
@@ -111,7 +112,11 @@ class Evaluation(HookBase):
 
     def after_step(self) -> None:
         if self._is_due(self.trainer.iter + 1):
-            self._run(self.trainer.iter + 1, self.trainer.iter)
+            try:
+                self._run(self.trainer.iter + 1, self.trainer.iter)
+            except PreemptedError:
+                self.trainer.save()
+                raise
 
     def after_train(self) -> None:
         if self.trainer.iter == self.trainer.max_iter and self.trainer.cfg.DATASETS.TEST:  # not after a failure
@@ -124,7 +129,7 @@ class Evaluation(HookBase):
     def _run(self, iteration: int, row: int) -> None:
         """Evaluate after ``iteration`` iterations, logged as of number ``row``: one that was cut off as of the same."""
         self.trainer.read_losses()
-        with undisturbed():
+        with undisturbed(), self._stopped_between_images(iteration):
             self.results = flat_metrics(self.trainer.test(self.trainer.cfg, self.trainer.evaluated_model))
             if comm.is_main_process():
                 self._draw()
@@ -134,6 +139,24 @@ class Evaluation(HookBase):
                 self._keep_the_best(iteration)
         self._evaluated_at = iteration
         comm.synchronize()
+
+    @contextmanager
+    def _stopped_between_images(self, iteration: int) -> Iterator[None]:
+        """Not amid the replays of a batch, which no checkpoint knows, nor where other processes would wait for it."""
+        cfg, alone = self.trainer.cfg, comm.get_world_size() == 1
+
+        def check(*_: object) -> None:
+            if self.trainer.stop and alone and iteration % replays(cfg) == 0:
+                raise PreemptedError(
+                    f"asked to stop in the evaluation after iteration {iteration} of {self.trainer.max_iter}: the "
+                    f"state is in {cfg.OUTPUT_DIR}, and --resume continues from it"
+                )
+
+        handle = self.trainer.evaluated_model.register_forward_pre_hook(check)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _keep_the_best(self, iteration: int) -> None:
         cfg = self.trainer.cfg

@@ -116,6 +116,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = BackboneCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, trainer=weakref.proxy(self))
         self._loaded = False
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.stop = StopRequest()
         self._random_states: list[dict[str, Any]] = []
         self._metrics_file: MetricsFile | None = None
         self.register_hooks(self.build_hooks())
@@ -206,7 +207,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             self.register_hooks([hooks.PeriodicWriter(self.build_writers())])
         self.iter = self.start_iter
-        with EventStorage(self.start_iter) as self.storage, stop_on_signals() as stop:
+        with EventStorage(self.start_iter) as self.storage, stop_on_signals() as self.stop:
             try:
                 self.before_train()
                 while self.iter < self.max_iter:
@@ -214,7 +215,7 @@ class Trainer(DefaultTrainer):
                     self.run_step()
                     self.after_step()
                     between_batches = (self.iter + 1) % self._replays == 0
-                    if self.iter + 1 < self.max_iter and between_batches and self._asked_to_stop(stop):
+                    if self.iter + 1 < self.max_iter and between_batches and self._asked_to_stop():
                         self.save()
                         raise PreemptedError(
                             f"asked to stop after iteration {self.iter + 1} of {self.max_iter}: the state is in "
@@ -257,11 +258,11 @@ class Trainer(DefaultTrainer):
         if isinstance(self._trainer, DeferredTrainer | DeferredAMPTrainer):
             self._trainer.read_losses()
 
-    def _asked_to_stop(self, stop: StopRequest) -> bool:
+    def _asked_to_stop(self) -> bool:
         """Whether any process was: they stop together."""
         if comm.get_world_size() == 1:
-            return bool(stop)
-        asked = torch.tensor(int(bool(stop)), device=self.cfg.MODEL.DEVICE)
+            return bool(self.stop)
+        asked = torch.tensor(int(bool(self.stop)), device=self.cfg.MODEL.DEVICE)
         torch.distributed.all_reduce(asked)
         return bool(asked.item())
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,36 @@ def test_a_killed_run_resumes_as_the_unbroken_one(cfg: CfgNode, overrides: list[
     assert (resumed.average is not None) == (cfg.SOLVER.EMA_DECAY > 0)
 
 
+@pytest.mark.parametrize("iteration", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_signal_in_an_evaluation_is_answered_before_the_next_image(
+    cfg: CfgNode, unbroken: tuple[Trainer, dict[int, dict[str, float]]], iteration: int
+) -> None:
+    """One amid the training, and the last one; the resumed run is the unbroken one."""
+    cfg.merge_from_list(["TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 100])
+    trainer = Trainer(cfg)
+    seen: list[int] = []
+
+    def second_image_of_that_evaluation(model: nn.Module, *_: object) -> None:
+        done = trainer.iter + (trainer.iter < trainer.max_iter)
+        if not model.training and done == iteration:
+            seen.append(done)
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.checkpointer.model.register_forward_hook(second_image_of_that_evaluation)
+    trainer.resume_or_load(False)
+    with pytest.raises(PreemptedError, match=f"in the evaluation after iteration {iteration} of 5"):
+        trainer.train()
+    assert len(seen) == 2
+    resumed, losses = run(cfg, resume=True)
+    assert isinstance(resumed, Trainer)
+    assert losses.rows == {number: row for number, row in unbroken[1].items() if number >= iteration}
+    assert resumed.evaluation.best == unbroken[0].evaluation.best
+    assert same(weights(resumed.model), weights(unbroken[0].model))
+    numbers = [logged(Path(one.cfg.OUTPUT_DIR) / "metrics.json") for one in (resumed, unbroken[0])]
+    assert numbers[0] == numbers[1]
+
+
 @pytest.mark.slow
 def test_a_cut_off_evaluation_is_repeated(
     cfg: CfgNode, unbroken: tuple[Trainer, Any], monkeypatch: pytest.MonkeyPatch
@@ -215,7 +247,7 @@ def test_neither_evaluation_nor_a_signal_disturbs_training(
     cfg: CfgNode, unbroken: tuple[Trainer, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(PreemptedError, match="after iteration 2 of 5"):
-        patch.setattr(Trainer, "_asked_to_stop", lambda self, stop: self.iter == 1)
+        patch.setattr(Trainer, "_asked_to_stop", lambda self: self.iter == 1)
         run(cfg)
     _, again = run(cfg, resume=True)
     trainer, losses = unbroken
