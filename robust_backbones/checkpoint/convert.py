@@ -97,15 +97,6 @@ def detectron2_name(name: str) -> str:
     return translated(name, "torchvision", "detectron2")
 
 
-def torchvision_name(name: str) -> str:
-    """torchvision's name of a tensor of Detectron2's ResNet.
-
-    Raises:
-        KeyError: Detectron2's ResNet has no such tensor.
-    """
-    return translated(name, "detectron2", "torchvision")
-
-
 def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport]:
     """Rename a backbone's tensors; values are left as they are (as float32).
 

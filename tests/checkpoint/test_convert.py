@@ -20,11 +20,11 @@ from robust_backbones.checkpoint.convert import (
     convert_file,
     detectron2_name,
     read_backbone,
-    torchvision_name,
     write_backbone,
     write_torchvision,
 )
 from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
+from robust_backbones.checkpoint.names import translated
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import ARCHITECTURES, BackboneSpec, ResNetShape, build_backbone
@@ -40,7 +40,7 @@ def test_every_tensor_gets_its_own_name(arch: str) -> None:
     assert len(set(converted)) == len(converted)
     # Each convolution has its weight and the four tensors of its norm.
     assert len(converted) == 5 * sum(tensor.ndim == 4 for tensor in state_dict.values())
-    assert [torchvision_name(name) for name in converted] == names
+    assert [translated(name, "detectron2", "torchvision") for name in converted] == names
 
 
 @pytest.mark.parametrize(

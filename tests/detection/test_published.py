@@ -12,7 +12,8 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from robust_backbones.checkpoint.convert import read_backbone, torchvision_name
+from robust_backbones.checkpoint.convert import read_backbone
+from robust_backbones.checkpoint.names import translated
 from robust_backbones.checkpoint.sources import read_published
 from robust_backbones.checkpoint.zoo import cache_folder
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
@@ -48,7 +49,8 @@ def load(cfg: CfgNode, name: str = NAME) -> dict[str, Tensor]:
     detector = build_model(cfg)
     BackboneCheckpointer(detector, cfg=cfg).load(f"robust://{name}")
     state = detector.state_dict()
-    return {torchvision_name(short): state[full] for full, short in backbone_tensors(detector).items()}
+    names = backbone_tensors(detector).items()
+    return {translated(short, "detectron2", "torchvision"): state[full] for full, short in names}
 
 
 def assert_holds(loaded: dict[str, Tensor], published: nn.Module) -> None:
