@@ -225,11 +225,12 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
             else:
                 alternatives.append((own, [run]))
     order = list(TASKS)
+    named = {run.weights: run.named for run in runs if run.named}
     found = []
     for (task, dataset), alternatives in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         names = setting_names([own for own, _ in alternatives])
         for name, (_, members) in zip(names, alternatives, strict=True):
-            found.append(Experiment(task, dataset, name, *_backbones(members)))
+            found.append(Experiment(task, dataset, name, *_backbones(members, named)))
     return found
 
 
@@ -278,19 +279,29 @@ def metric_name(metric: str) -> str:
     return " ".join([*filter(None, dataset), text])
 
 
-def _backbones(runs: Sequence[RecordedRun]) -> tuple[tuple[BackboneRuns, ...], tuple[str, ...]]:
-    """The runs of one experiment by backbone, and what had to be left out."""
-    families: dict[tuple[str, str | None, tuple[Any, ...]], list[RecordedRun]] = {}
+def _backbones(
+    runs: Sequence[RecordedRun], named: Mapping[str, str]
+) -> tuple[tuple[BackboneRuns, ...], tuple[str, ...]]:
+    """The runs of one experiment by backbone, and what had to be left out.
+
+    Args:
+        named: weights -> what a sweep calls them: of pre-trainings for each seed it tells which belong together.
+    """
+    families: dict[tuple[str, str | None, tuple[Any, ...], str], list[RecordedRun]] = {}
     for run in runs:
         backbone = run.record.backbone
         name = str(backbone.get("label") or backbone.get("arch") or run.weights_name or "unknown")
         name = _SCRATCH if run.is_from_scratch else name
-        families.setdefault((name, run.record.threat_model, family(run.record)), []).append(run)
+        key = (name, run.record.threat_model, family(run.record), named.get(run.weights, ""))
+        families.setdefault(key, []).append(run)
     backbones, notes = [], []
-    alike = Counter((name, trained_at) for name, trained_at, _ in families)
-    for (name, trained_at, kind), members in families.items():
+    same = Counter(key[:3] for key in families)
+    alike = Counter(key[:2] for key in same)
+    for (name, trained_at, kind, own_name), members in families.items():
+        several = own_name and same[name, trained_at, kind] > 1
         if alike[name, trained_at] > 1:  # of one architecture and threat model, pre-trained on other classes
             name = f"{name} of {kind[1] or 'no'} classes"
+        name = f"{name} ({own_name})" if several else name
         threat_model = None if trained_at is None else ThreatModel.parse(trained_at)
         # Seeds may come with a pre-training of their own each; two files with one seed are two backbones.
         files = Counter((run.seed, run.weights) for run in members)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +34,18 @@ class RecordedRun:
 
     @property
     def weights_name(self) -> str:
+        return self._weights_path.stem
+
+    @property
+    def named(self) -> str:
+        """What a sweep calls its backbone, by the folder of the conversion; empty where there was none."""
+        found = re.fullmatch(r"convert-(.+)-[0-9a-f]{10}", self._weights_path.parent.name)
+        return found[1] if found else ""
+
+    @property
+    def _weights_path(self) -> Path:
         model = self.record.config.get("MODEL", {})
-        return Path(model.get("WEIGHTS", "")).stem if isinstance(model, Mapping) else ""
+        return Path(model.get("WEIGHTS", "") if isinstance(model, Mapping) else "")
 
     @property
     def seed(self) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 
-from robust_backbones.checkpoint.format import write_checkpoint
+from robust_backbones.checkpoint.format import sha256, write_checkpoint
 from robust_backbones.classification.checkpoints import CheckpointFolder
 from robust_backbones.classification.compute import available
 from robust_backbones.classification.config import PAPER_BATCH_SIZE, Execution, TrainingConfig
@@ -388,10 +388,11 @@ class _Run:
         metrics = {name: last[name] for name in _ACCURACIES}
         if self.task.keep_best:
             metrics |= {f"best/{name}": self.progress.best[name] for name in metrics}
+        files = [path for name in ("checkpoint.pt", "best.pt") if (path := self.output / name).is_file()]
         record = RunRecord(
             run_id=self.output.name,
             task=self.task.name,
-            backbone=self.task.backbone,
+            backbone=self.task.backbone | {f"{path.stem}_sha256": sha256(path) for path in files},
             threat_model=self.task.threat_model,
             dataset=self.task.dataset,
             metrics=metrics,

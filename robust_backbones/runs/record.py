@@ -38,7 +38,8 @@ class RunRecord:
     """``pretrain``, ``robustness``, ``detection``, ``segmentation``, ``detector_robustness``, ``transfer``,
     ``inheritance``, ``corruptions`` or ``visualization``."""
     backbone: dict[str, Any]
-    """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``."""
+    """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``, for a training
+    the ``checkpoint_sha256`` and ``best_sha256`` of what it wrote."""
     threat_model: str | None
     """As ``ThreatModel.parse`` reads it; None when the source did not say."""
     dataset: str

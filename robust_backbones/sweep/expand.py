@@ -278,14 +278,16 @@ class _Expansion:
         self._add("evaluate", f"robustness-{name}", argv, settings, defaults, **rest)
 
     def _transfer(self, task: Task, name: str, sources: Mapping[int, _Source]) -> None:
-        """One run for all seeds, or for each whose backbone is its own."""
+        """One run for all seeds, or for each whose backbone is its own; what the study trains itself has its name."""
+        first = next(iter(sources.values()))
+        label = name if first.needs else ""
         if len({source.path for source in sources.values()}) > 1:
             for seed, source in sources.items():
-                self._transfer_one(task, f"{name}-seed{seed}", source, [seed], label=name)
+                self._transfer_one(task, f"{name}-seed{seed}", source, [seed], label)
         else:
-            self._transfer_one(task, name, next(iter(sources.values())), [*sources])
+            self._transfer_one(task, name, first, [*sources], label)
 
-    def _transfer_one(self, task: Task, name: str, source: _Source, seeds: Sequence[int], label: str = "") -> None:
+    def _transfer_one(self, task: Task, name: str, source: _Source, seeds: Sequence[int], label: str) -> None:
         argv = ("transfer", task.transfer, task.dataset, source.path, "--output", "{folder}")
         argv = (*argv, "--seeds", *map(str, seeds), *(("--labels", label) if label else ()), *_words(task.options))
         parsed = _parsed(transfer.parse, argv, f"task {task.name}")

@@ -406,6 +406,20 @@ def test_a_pretraining_a_seed_is_one_backbone(tmp_path: Path) -> None:
     assert compared == {"resnet50 of 1000 classes": (3, True), "resnet50 of 100 classes": (3, False)}
 
 
+@pytest.mark.parametrize("seeds", [{"a": (0, 1), "b": (0, 1)}, {"a": (0, 1), "b": (2,)}], ids=["same", "other"])
+def test_two_pretrainings_a_seed_are_two_backbones(seeds: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    """Of one architecture, threat model and number of classes: the study's names tell them apart."""
+    records = []
+    for name, own in seeds.items():
+        for seed in own:
+            backbone = {"arch": "resnet50", "num_classes": 1000, "source_sha256": f"{name}{seed}"}
+            records.append(record("L2:3", seed, backbone=backbone))
+            records[-1].config["MODEL"]["WEIGHTS"] = f"runs/convert-{name}-{ord(name) + seed:010x}/backbone.pkl"
+    (experiment,) = experiments(find_runs([write(tmp_path, *records)]))
+    found = {backbone.name: tuple(backbone.runs) for backbone in experiment.backbones}
+    assert found == {f"resnet50 ({name})": own for name, own in seeds.items()}
+
+
 def test_runs_of_other_settings_are_not_pooled(tmp_path: Path) -> None:
     longer = record("L2:3", 0)
     longer.config["SOLVER"]["MAX_ITER"] = 90_000

@@ -208,6 +208,15 @@ def test_weights_tell_the_pretraining_whatever_they_are_called(tmp_path: Path) -
     assert found.of(of_file(b"older weights", tmp_path, label="own")) is None
 
 
+def test_a_record_names_its_weights_where_they_do_not_lie(tmp_path: Path) -> None:
+    """So a report's records.jsonl alone is enough, whatever transfer calls the backbone."""
+    record = classifier("own", "resnet18", "L2:0", 33.0)
+    record.backbone["best_sha256"] = of_file(b"best weights", tmp_path).backbone["source_sha256"]
+    found = Pretrainings([pretrained(tmp_path / "own", record)])
+    assert found.of(of_file(b"best weights", tmp_path)) == Pretraining(33.25, "tiny", stylized=False)
+    assert found.of(of_file(b"older weights", tmp_path, label="own")) is None
+
+
 def test_without_weights_the_name_tells_if_nothing_speaks_against_it(tmp_path: Path) -> None:
     run = pretrained(tmp_path / "own", classifier("own", "resnet18", "L2:0", 33.0))
     found = Pretrainings([run])

@@ -133,6 +133,7 @@ def test_a_run_leaves_checkpoints_metrics_and_record(finished: tuple[Path, RunRe
         checkpoint = load_tensors(output / name)
         assert (checkpoint["spec"]["arch"], checkpoint["spec"]["num_classes"]) == ("resnet18", 4)
         assert checkpoint["threat_model"] == "L2:0.5"
+        assert record.backbone[name.replace(".pt", "_sha256")] == sha256(output / name)
     assert [path.name for path in sorted((output / "checkpoints").iterdir())] == [
         "step_000000008.pt",
         "step_000000012.pt",

@@ -113,7 +113,7 @@ def test_the_graph_of_a_small_study(tmp_path: Path) -> None:
     assert "--resume" in detect
     assert "MODEL.RESNETS.DEPTH" not in plan.run(key["voc-standard-seed1"]).argv
     transfer = plan.run(key["flowers-robust"])
-    assert transfer.results == tuple(f"{key['pretrain-robust']}/seed_{seed}/record.json" for seed in (0, 1))
+    assert transfer.results == tuple(f"robust/seed_{seed}/record.json" for seed in (0, 1))
     assert "hub:resnet50_l2_eps0" in plan.run(key["flowers-standard"]).argv
 
 

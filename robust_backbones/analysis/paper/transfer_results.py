@@ -145,20 +145,19 @@ class Target:
 class Pretrainings:
     """Finds the pre-training of a backbone that a record of transfer names.
 
-    By the sha256 of the weights that lie beside the records of pre-training; where no weights lie there, by the name of
-    the run, if architecture, classes and threat model agree; else among the published backbones.
+    By the sha256 of the weights, which the records of pre-training name, or which lie beside them; without either by
+    the name of the run, if architecture, classes and threat model agree; else among the published backbones.
     """
 
     def __init__(self, runs: Sequence[RecordedRun]) -> None:
         self._by_weights: dict[str, Pretraining] = {}
         self._by_name: dict[str, list[RecordedRun]] = {}
         for run in runs:
-            files = {"": run.folder / "checkpoint.pt", "best/": run.folder / "best.pt"}
-            found = {prefix: path for prefix, path in files.items() if path.is_file()}
-            for prefix, path in found.items():
-                if pretraining := _pretraining(run.record, prefix):
-                    self._by_weights[sha256(path)] = pretraining
-            if not found:
+            found = {"": _weights(run, "checkpoint"), "best/": _weights(run, "best")}
+            for prefix, weights in found.items():
+                if weights and (pretraining := _pretraining(run.record, prefix)):
+                    self._by_weights[weights] = pretraining
+            if not any(found.values()):
                 self._by_name.setdefault(run.record.run_id, []).append(run)
 
     def of(self, record: RunRecord) -> Pretraining | None:
@@ -198,6 +197,12 @@ def _name_stand_in(run: RecordedRun, pretrainings: Pretrainings) -> RecordedRun:
     label = str(record.backbone.get("label") or record.backbone.get("arch"))
     backbone = {**record.backbone, "label": label + _NOTE}
     return replace(run, record=replace(record, run_id=record.run_id + _NOTE, backbone=backbone))
+
+
+def _weights(run: RecordedRun, name: str) -> str:
+    """The sha256 of a file of a pre-training; empty where it is not known."""
+    path, noted = run.folder / f"{name}.pt", run.record.backbone.get(f"{name}_sha256")
+    return str(noted) if noted else sha256(path) if path.is_file() else ""
 
 
 def _identity(record: RunRecord) -> tuple[Any, ...]:
