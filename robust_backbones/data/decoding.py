@@ -100,13 +100,17 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """Any but the restart markers, which belong in a scan; 0xFF 0x00 is an escaped byte and repeated 0xFF is padding."""
 
 
+_JPEG_SIDE = 65_500
+"""The longest side in pixels that libjpeg writes."""
+
+
 class ResizedCache:
     """Images reduced once so that their shorter side is ``short_side`` pixels, in files of their own.
 
     Training from large photographs then decodes a fraction of the pixels. Reduction is antialiased and bilinear, and
-    files are JPEG of quality 95; an image that is small enough already is kept byte for byte. The first access returns
-    what later ones will read, so results never depend on what the cache held. A source file that changes is reduced
-    anew, a damaged cache file is replaced, and any number of processes may share the folder.
+    files are JPEG of quality 95; an image that is small enough, or too long for JPEG, is kept byte for byte. The
+    first access returns what later ones will read, so results never depend on what the cache held. A source file that
+    changes is reduced anew, a damaged cache file is replaced, and any number of processes may share the folder.
     """
 
     def __init__(self, folder: Path, short_side: int) -> None:
@@ -146,7 +150,8 @@ class ResizedCache:
 
     def _reduce(self, data: bytes, name: str) -> bytes:
         image = decode(data, name)
-        if min(image.shape[1:]) <= self.short_side:
+        sides = sorted(image.shape[1:])
+        if sides[0] <= self.short_side or sides[1] * self.short_side > _JPEG_SIDE * sides[0]:
             return data
         reduced: NDArray[np.uint8] = v2.functional.resize(image, [self.short_side], antialias=True).numpy()
         _, encoded = cv2.imencode(".jpg", reduced[::-1].transpose(1, 2, 0), [cv2.IMWRITE_JPEG_QUALITY, 95])

@@ -77,7 +77,10 @@ def _classes(root: Path, labels: list[int], names: list[str]) -> list[str]:
     path = root / "classes.txt"
     present = set(labels)
     if path.exists():
-        classes = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        try:
+            classes = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path} is no text in UTF-8 ({error.reason}): write it anew") from None
         if max(present) >= len(classes):
             name = names[next(index for index, label in enumerate(labels) if label >= len(classes))]
             raise InputError(f"the label of {name} is not one of the {len(classes)} classes in {path}: correct either")
@@ -136,7 +139,8 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tuple[str, int, int]]:
         if file.read(4).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd")):
             raise InputError(f"{path} is compressed: unpack it, images hardly shrink anyway") from None
         raise InputError(f"{path} is damaged or no tar file ({error}): copy or pack it again") from None
-    # An archive ends with empty blocks; at a damaged header tarfile stops as if it had ended.
+    # An archive ends with empty blocks; at a damaged header, or where `cat` joined two, tarfile stops all the same.
     file.seek(end)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise InputError(f"{path} is damaged (at byte {end}): copy or pack it again")
+    rest = file.read(2**20)
+    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+        raise InputError(f"{path} is damaged or several archives in one (at byte {end}): copy or pack it again")

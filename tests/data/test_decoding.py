@@ -196,6 +196,16 @@ def test_the_first_access_returns_what_later_ones_do(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*"))) == 3  # two folders and the file
 
 
+def test_the_cache_keeps_images_that_are_too_long_for_jpeg_as_they_are(tmp_path: Path) -> None:
+    data = encoded(Image.new("RGB", (70_000, 4)), "PNG")
+    for _ in range(2):
+        assert ResizedCache(tmp_path, 2).load("a", (1,), returns(data)).shape == (3, 2, 35_000)
+        assert ResizedCache(tmp_path, 3).load("a", (1,), returns(data)).shape == (3, 3, 52_500)
+    data = encoded(Image.new("RGB", (88_000, 4)), "PNG")
+    for _ in range(2):
+        assert ResizedCache(tmp_path, 3).load("b", (1,), returns(data)).shape == (3, 4, 88_000)
+
+
 @pytest.mark.parametrize("name", ["padded", "transparent"])
 def test_the_cache_keeps_small_images_as_they_are(name: str, tmp_path: Path) -> None:
     data = {**PLAIN, **OTHER}[name]

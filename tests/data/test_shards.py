@@ -75,6 +75,11 @@ def test_samples_come_shard_by_shard(shards: Path) -> None:
 def test_classes_may_have_names(shards: Path) -> None:
     (shards / "classes.txt").write_text("tench\ngoldfish\ngreat white shark\n")
     assert open_dataset(shards, TRANSFORM).classes == ["tench", "goldfish", "great white shark"]
+    (shards / "classes.txt").write_bytes("\ufeffHünd\r\nb\r\nc\r\n".encode())  # as Windows writes it
+    assert open_dataset(shards, TRANSFORM).classes == ["Hünd", "b", "c"]
+    (shards / "classes.txt").write_bytes("Hünd\nb\nc\n".encode("latin1"))
+    with pytest.raises(InputError, match="is no text in UTF-8"):
+        open_dataset(shards, TRANSFORM)
 
 
 def test_shards_and_folders_give_the_same_items(shards: Path, tmp_path: Path) -> None:
@@ -209,6 +214,13 @@ def test_labels_and_class_names_must_belong_together(shards: Path) -> None:
 def test_a_compressed_shard_is_refused(shards: Path) -> None:
     (shards / "b.tar").write_bytes(gzip.compress((shards / "b.tar").read_bytes()))
     with pytest.raises(InputError, match=r"b\.tar is compressed"):
+        open_dataset(shards, TRANSFORM)
+
+
+def test_shards_that_were_put_together_byte_by_byte_are_refused(shards: Path) -> None:
+    """Tar sees the first alone."""
+    (shards / "b.tar").write_bytes((shards / "b.tar").read_bytes() + (shards / "a.tar").read_bytes())
+    with pytest.raises(InputError, match=r"b\.tar is damaged or several archives in one"):
         open_dataset(shards, TRANSFORM)
 
 
