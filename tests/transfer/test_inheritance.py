@@ -49,7 +49,11 @@ from robust_backbones.transfer.inheritance import evaluations
 from robust_backbones.transfer.inheritance.adapters import LowRankModel, PromptedModel
 from robust_backbones.transfer.inheritance.config import DISTANCES, InheritanceConfig
 from robust_backbones.transfer.inheritance.distances import gaussian, otdd, sinkhorn, wasserstein
-from robust_backbones.transfer.inheritance.evaluations import mean_corruption_error, with_own_classifier
+from robust_backbones.transfer.inheritance.evaluations import (
+    CorruptionConfig,
+    mean_corruption_error,
+    with_own_classifier,
+)
 from robust_backbones.transfer.inheritance.job import Job, accuracy_on, for_evaluation, rate, train
 from robust_backbones.transfer.inheritance.matrix import read_matrices
 from robust_backbones.transfer.inheritance.methods import (
@@ -794,6 +798,14 @@ def test_what_cannot_be_run_is_refused(world: Path, start: Checkpoint, done: Pat
 
 
 # --- corruptions and detectors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option", [("image_size", -1), ("val_resize", 200), ("limit", -1), ("precision", "fp16")], ids=str
+)
+def test_corruptions_of_no_images_are_refused(option: tuple[str, Any]) -> None:
+    with pytest.raises(InputError, match=option[0]):
+        CorruptionConfig(**{"image_size": 224, option[0]: option[1]})
 
 
 def test_mean_corruption_error_by_hand() -> None:

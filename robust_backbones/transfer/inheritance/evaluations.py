@@ -21,7 +21,7 @@ from robust_backbones.classification.robustness import RobustnessConfig, evaluat
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, load_library
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transforms import val_transform
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative
 from robust_backbones.models import BackboneSpec, fed_as
 from robust_backbones.runs.cells import run_cells
 from robust_backbones.runs.folders import shared
@@ -50,6 +50,11 @@ class CorruptionConfig:
     """fp32 or bf16."""
     seed: int = 0
     """Of the corruptions, with each image's name."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "image_size", "val_resize", "limit")
+        check_choice("precision", self.precision, ("fp32", "bf16"))
+        check_crop(self)
 
 
 class CorruptedImages(ClassificationDataset):
