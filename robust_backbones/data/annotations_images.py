@@ -71,7 +71,7 @@ def _is_whole(path: str | Path, end: bytes | None) -> bool:
         return end in file.read()
 
 
-def undecodable(paths: Iterable[str], *, workers: int = 8) -> list[str]:
+def undecodable(paths: Iterable[str]) -> list[str]:
     """Those of image files that exist whose pixels cannot be had; each is decoded whole."""
 
     def is_sound(path: str) -> bool:
@@ -82,7 +82,7 @@ def undecodable(paths: Iterable[str], *, workers: int = 8) -> list[str]:
         return not os.path.exists(path)
 
     paths = list(paths)
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(8) as pool:
         found = tqdm(pool.map(is_sound, paths, chunksize=64), "decoding images", len(paths), unit="img", disable=None)
         return [path for path, sound in zip(paths, found, strict=True) if not sound]
 

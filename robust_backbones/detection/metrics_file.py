@@ -16,13 +16,11 @@ class MetricsFile(EventWriter):
     joins its line. A kill can cut off the last line alone.
 
     A resumed run keeps the lines before ``start_iter``; what was logged after its checkpoint is logged again.
-
-    Args:
-        window: losses are medians over so many iterations.
+    Losses are medians over 20 iterations.
     """
 
-    def __init__(self, path: Path, start_iter: int, window: int = 20) -> None:
-        self._path, self._window = path, window
+    def __init__(self, path: Path, start_iter: int) -> None:
+        self._path = path
         self._written: dict[str, int] = {}
         self._lines: dict[int, str] = {}
         self._end = -1
@@ -32,7 +30,7 @@ class MetricsFile(EventWriter):
                 self._lines[iteration] = line
 
     def write(self) -> None:
-        latest = get_event_storage().latest_with_smoothing_hint(self._window)
+        latest = get_event_storage().latest_with_smoothing_hint(20)
         new = {name: pair for name, pair in latest.items() if pair[1] > self._written.get(name, -1)}
         if not new:
             return

@@ -27,21 +27,19 @@ TITLE_HEIGHT = 28
 PANEL_WIDTH = 400
 
 
-def draw_side_by_side(
-    runs: Mapping[str, Path], output: Path, *, images: int, min_score: float = 0.5, device: str = "cpu"
-) -> None:
-    """Write a picture with a row an image of the first run's test set: ground truth, then each detector's objects.
+def draw_side_by_side(runs: Mapping[str, Path], output: Path, *, images: int) -> None:
+    """Write a picture with a row an image of the first run's test set: ground truth, then what each detector finds
+    with a score of 0.5 or more.
 
     Args:
         runs: detector's name -> OUTPUT_DIR of its training, with model_final.pth.
         output: a ``.png`` or ``.jpg`` file.
         images: the first so many annotated ones.
-        min_score: detections below it are left out.
 
     Raises:
         InputError: a detector has a class that neither the test set nor the first detector has.
     """
-    predictors = {name: Predictor(folder, device=device) for name, folder in runs.items()}
+    predictors = {name: Predictor(folder, device="cpu") for name, folder in runs.items()}
     cfg = next(iter(predictors.values())).cfg
     register_datasets(cfg)
     check_datasets(cfg, eval_only=True)
@@ -53,7 +51,7 @@ def draw_side_by_side(
     for item in [item for item in DatasetCatalog.get(dataset) if item["annotations"]][:images]:
         file = item["file_name"]
         found = {
-            name: _in_order_of(classes, predict.class_names, objects_in(predict(file), min_score=min_score))
+            name: _in_order_of(classes, predict.class_names, objects_in(predict(file), min_score=0.5))
             for name, predict in predictors.items()
         }
         rows.append(_panels(file, {"ground truth": item["annotations"], **found}, MetadataCatalog.get(dataset)))

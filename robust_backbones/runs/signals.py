@@ -54,8 +54,8 @@ def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterato
 
 
 @contextmanager
-def end_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
-    """End the block at these signals, wherever it is: for what looks at no ``StopRequest``, such as a start.
+def end_on_signals() -> Iterator[None]:
+    """End the block at STOP_SIGNALS, wherever it is: for what looks at no ``StopRequest``, such as a start.
 
     Processes that the block forks die of them, as they would.
 
@@ -69,12 +69,12 @@ def end_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        for other in signals:  # the first one is answered, and what it leads to is not disturbed
+        for other in STOP_SIGNALS:  # the first one is answered, and what it leads to is not disturbed
             signal.signal(other, signal.SIG_IGN)
         raise _Asked
 
     try:
-        previous = {number: signal.signal(number, end) for number in signals}
+        previous = {number: signal.signal(number, end) for number in STOP_SIGNALS}
     except ValueError:  # as above
         previous = {}
     try:

@@ -298,10 +298,10 @@ def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
 
-def _tail(path: Path, size: int = 8192) -> str:
+def _tail(path: Path) -> str:
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
+            file.seek(max(0, path.stat().st_size - 8192))
             return file.read().decode(errors="replace")
     except FileNotFoundError:
         return ""
