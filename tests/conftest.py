@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ settings.load_profile("patient")
 # Small networks gain nothing from threads, and threads of several processes on two cores wait for each other.
 torch.set_num_threads(1)
 
+_start_processes = torch.multiprocessing.start_processes  # tests replace it
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))  # as a script of tools/ finds its package
 TINY_SHAPES = ShapesConfig(
@@ -172,19 +174,28 @@ def run_tool(
     return run
 
 
+def start_forks(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, **options: Any) -> object:
+    """torch's ``start_processes`` with forks: they have imported what takes a new Python seconds."""
+    return _start_processes(_fork, (function, *args), nprocs, **options, start_method="fork")
+
+
+def _fork(rank: int, function: Callable[..., None], *arguments: Any) -> None:
+    atexit._clear()  # what the parent is to do when it ends
+    function(rank, *arguments)
+
+
 def start_ranks(function: Callable[[int, int], object], folder: Path, size: int = 2) -> str:
     """Call ``function(rank, size)`` in forks of this process, which find each other as torchrun's do: what they print.
 
-    A fork has imported everything already, which takes a new Python seconds. All must end with status 0.
+    All must end with status 0.
     """
     folder.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with open(folder / "output", "w+") as output:
-        arguments = (function, size, port, output.fileno())
         try:
-            torch.multiprocessing.start_processes(_enter, arguments, nprocs=size, start_method="fork")
+            start_forks(_enter, (function, size, port, output.fileno()), size)
         finally:
             output.seek(0)
             print(said := output.read())
@@ -192,7 +203,6 @@ def start_ranks(function: Callable[[int, int], object], folder: Path, size: int 
 
 
 def _enter(rank: int, function: Callable[[int, int], object], size: int, port: int, output: int) -> None:
-    atexit._clear()  # what the parent is to do when it ends
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     sys.stdout, sys.stderr = (open(output, "a", buffering=1, closefd=False) for _ in range(2))  # noqa: SIM115

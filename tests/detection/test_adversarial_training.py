@@ -31,6 +31,7 @@ from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
+from tests.conftest import start_forks
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]
@@ -447,6 +448,7 @@ def test_two_processes_of_two_images_are_one_of_four(
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("torch.multiprocessing.start_processes", start_forks)
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
