@@ -176,7 +176,7 @@ def run_tool(
 
 def start_forks(function: Callable[..., None], args: tuple[Any, ...], nprocs: int, **options: Any) -> object:
     """torch's ``start_processes`` with forks: they have imported what takes a new Python seconds."""
-    return _start_processes(_fork, (function, *args), nprocs, **options, start_method="fork")
+    return _start_processes(_fork, (function, *args), nprocs, **{**options, "start_method": "fork"})
 
 
 def _fork(rank: int, function: Callable[..., None], *arguments: Any) -> None:

@@ -155,6 +155,22 @@ def test_a_training_step_of_ours_is_the_plain_one(
     assert "not measured" in out
 
 
+def test_a_probe_in_one_pass_gives_the_weights_of_single_runs(
+    run_tool: Run, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times are no test's business; the equality that the benchmark demands is."""
+    monkeypatch.setattr("benchmarks.turns.Worker", WorkerHere)
+    size = ["--arch", "resnet18", "--image-size", "32", "--images", "16", "--epochs", "2"]
+    arguments = ["--data", shapes / "shapes_classification", "--output", tmp_path, "--device", "cpu", *size]
+    status, _, err = run_tool("benchmark", "probe", *arguments)
+    assert status == 0, err
+    record = json.loads((tmp_path / "probe-32px-2epochs.json").read_text())
+    (check,) = record["checks"]
+    assert 0 <= check["found"] < 1e-5
+    ways = 3 if computes_bfloat16() else 2
+    assert [len(row["seconds"]) for row in record["rows"]] == [1] * ways
+
+
 def test_what_autograd_holds_is_counted() -> None:
     """Convolution and ReLU in place: the input, for the convolution, and the output, for both."""
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Flatten())

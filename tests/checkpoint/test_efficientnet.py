@@ -56,9 +56,9 @@ def real_file() -> Path:
 
 @pytest.fixture
 def photographs(real_data: Path) -> tuple[Tensor, Tensor]:
-    """A photograph of each of 100 classes of ImageNet, and the classes."""
+    """A photograph of each of 50 classes of ImageNet, and the classes."""
     folder = real_data / "imagenet_sample"
-    rows = [line.split("\t") for line in (folder / "labels.txt").read_text().splitlines()]
+    rows = [line.split("\t") for line in (folder / "labels.txt").read_text().splitlines()[::2]]
     see = val_transform(224, resize=256, interpolation="bicubic")
     files = [next((folder / "val" / wnid).iterdir()) for wnid, *_ in rows]
     images = [see(pil_to_tensor(Image.open(file).convert("RGB"))) for file in files]
@@ -67,12 +67,12 @@ def photographs(real_data: Path) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.slow
 def test_a_real_network_is_right_on_photographs_and_not_robust(photographs: tuple[Tensor, Tensor]) -> None:
-    """Most of 100 photographs are right; PGD at 4/255 leaves next to none (Madry et al. 2018)."""
+    """Most of 50 photographs are right; PGD at 4/255 leaves next to none (Madry et al. 2018)."""
     images, labels = photographs
     model = read_checkpoint(real_file()).model()
     with torch.no_grad():
         right = model(images).argmax(1) == labels
-    assert right.sum() >= 80
+    assert right.sum() >= 40
     attacked = pgd(model, images[:10], labels[:10], ThreatModel("Linf", 4 / 255), AttackConfig(steps=5))
     with torch.no_grad():
         assert (model(attacked).argmax(1) == labels[:10]).sum() <= 1

@@ -16,7 +16,6 @@ import torch
 
 from robust_backbones.__main__ import VERBS, main, unsupported
 from robust_backbones.checkpoint.zoo import published, published_robust
-from robust_backbones.classification.compute import computes_bfloat16
 from robust_backbones.classification.engine import Learner
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError, PreemptedError
@@ -171,20 +170,6 @@ def test_a_run_is_submitted(run_tool: Run, shapes: Path, tmp_path: Path) -> None
     assert status == 0
     assert "submitted as job" in out
     assert str(output) in out.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_a_probe_in_one_pass_gives_the_weights_of_single_runs(run_tool: Run, shapes: Path, tmp_path: Path) -> None:
-    """Times are no test's business; the equality that the benchmark demands is."""
-    size = ["--arch", "resnet18", "--image-size", "32", "--images", "16", "--epochs", "2"]
-    arguments = ["--data", shapes / "shapes_classification", "--output", tmp_path, "--device", "cpu", *size]
-    status, _, err = run_tool("benchmark", "probe", *arguments)
-    assert status == 0, err
-    record = json.loads((tmp_path / "probe-32px-2epochs.json").read_text())
-    (check,) = record["checks"]
-    assert 0 <= check["found"] < 1e-5
-    ways = 3 if computes_bfloat16() else 2
-    assert [len(row["seconds"]) for row in record["rows"]] == [1] * ways
 
 
 def test_an_unknown_option_is_refused(run_tool: Run) -> None:

@@ -44,7 +44,8 @@ def test_it_names_versions_and_folders(run_tool: Run, monkeypatch: pytest.Monkey
 @pytest.mark.slow
 def test_what_training_needs_is_missing(run_tool: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install_detectron2, "installed_state", lambda: "")
-    monkeypatch.setitem(doctor.NEEDED, "fvcore", "fvcore.no_such_module")
+    monkeypatch.setattr(doctor, "NEEDED", {"torch": "torch", "fvcore": "fvcore.no_such_module"})
+    monkeypatch.setattr(doctor, "OPTIONAL", {})
     status, out, _ = run_tool("doctor")
     assert status == 1
     lines = out.splitlines()

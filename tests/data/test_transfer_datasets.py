@@ -720,8 +720,15 @@ def test_a_real_subset_is_a_folder_of_ones_own(real_data: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_the_whole_of_a_real_data_set_passes_for_it_and_a_part_does_not(real_data: Path, tmp_path: Path) -> None:
+    """All of its files are there, and those with pixels that are looked at."""
     with tarfile.open(real_data / "cifar10.tar.gz") as archive:
-        archive.extractall(tmp_path / "cifar10", filter="data")
+        for member in archive:
+            path = tmp_path / "cifar10" / member.name
+            if not member.isfile() or member.name in ("train/truck/4999.jpg", "test/airplane/0000.jpg"):
+                archive.extract(member, tmp_path / "cifar10", filter="data")
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
     data = open_transfer_data("cifar10", tmp_path, val_transform(32, resize=32))
     assert (data.metric, len(data.train), len(data.test)) == ("top1", 50_000, 10_000)
     assert data.train[49_999][0].shape == (3, 32, 32)

@@ -30,8 +30,7 @@ from robust_backbones.detection.launch import launch
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.threat_models import ThreatModel
-from tests.conftest import randomize_batch_norms
-from tests.conftest import start_forks
+from tests.conftest import randomize_batch_norms, start_forks
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]

@@ -35,6 +35,7 @@ from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.errors import InputError
 from robust_backbones.threat_models import NORMS, ThreatModel
+from tests.benchmarks.test_benchmarks import WorkerHere
 from tests.detection.conftest import CASCADE, RETINANET, SHAPES_CONFIG, SMALL
 
 C4_CONFIG = CONFIG_DIR / "quick/mask_rcnn_R_50_C4_shapes_instant.yaml"
@@ -525,9 +526,10 @@ def test_what_does_not_go_with_the_detector_is_refused(samples: list[Sample]) ->
 
 @pytest.mark.slow
 def test_the_cost_of_attacks_is_measured_in_turns(
-    run_tool: Callable[..., tuple[int, str, str]], tmp_path: Path
+    run_tool: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Times are no test's business."""
+    monkeypatch.setattr("benchmarks.turns.Worker", WorkerHere)
     size = ["--height", "64", "--width", "96", "--steps", "1", "--rounds", "1"]
     status, out, err = run_tool("benchmark", "detector-attack", *size, "--device", "cpu", "--output", tmp_path)
     assert status == 0, err

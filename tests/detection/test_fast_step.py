@@ -249,7 +249,7 @@ def test_objects_may_lie_on_the_device_as_attacks_have_them() -> None:
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_waits_and_calls_hardly_grow_with_the_batch(detector: str) -> None:
     """Losses are read in the step that is counted, which is one of twenty."""
-    small, large = (count(detector_step(detector, FAST_WAY, batch=batch, size=64, device="cpu")) for batch in (2, 16))
+    small, large = (count(detector_step(detector, FAST_WAY, batch=batch, size=32, device="cpu")) for batch in (2, 16))
     assert small.waits == large.waits <= 8
     assert large.calls <= 1.1 * small.calls
     assert large.calls <= 4000

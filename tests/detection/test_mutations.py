@@ -13,7 +13,7 @@ Check = Callable[[CfgNode, Path, Path, int], str]
 
 
 @pytest.mark.parametrize("check", [check_coco_mutation, check_voc_mutation])
-@pytest.mark.parametrize("count", [40, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
 def test_mutations_are_measured_as_meant_or_refused(tmp_path: Path, check: Check, count: int) -> None:
     write_images(tmp_path)

@@ -43,7 +43,7 @@ from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from tests.conftest import ROOT
+from tests.conftest import ROOT, start_forks
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 from tests.detection.test_evaluators import write_voc
 
@@ -757,6 +757,7 @@ def test_an_unreadable_image_is_named(
     with pytest.raises(InputError, match=r"^cannot read \S*000004.jpg: [^\n]*$"):
         CellMapper(load_config(run / "config.yaml"), Cell("clean"), 0)({"file_name": str(path)})
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setattr("torch.multiprocessing.start_processes", start_forks)
     with pytest.raises(InputError) as error:
         evaluate(run, tmp_path / "out", jobs=jobs, workers=1)
     assert "cannot be read" in str(error.value)

@@ -160,23 +160,25 @@ def test_own_data_in_one_line(
 
 
 @pytest.mark.slow
-def test_a_stopped_run_resumes_as_the_unbroken_one(shapes: Path, converted: Maker, tmp_path: Path) -> None:
-    run, unbroken = tmp_path / "run", tmp_path / "unbroken"
+def test_a_stopped_run_resumes_as_the_unbroken_one(
+    run: Callable[..., tuple[str, str]], shapes: Path, converted: Maker, tmp_path: Path
+) -> None:
+    stopped, unbroken = tmp_path / "run", tmp_path / "unbroken"
     overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 20]
-    train_net(shapes, *overrides, "OUTPUT_DIR", unbroken)
-    _, err = train_net(shapes, *overrides, "OUTPUT_DIR", run, stop=run / "model_0000001.pth", status=75)
+    run(*overrides, "OUTPUT_DIR", unbroken)
+    _, err = train_net(shapes, *overrides, "OUTPUT_DIR", stopped, stop=stopped / "model_0000001.pth", status=75)
     assert_refused(err, "asked to stop after iteration", "--resume")
-    assert not (run / "record.json").exists()
-    (run / "last_checkpoint").unlink()  # the newest file is found without it
-    newest = newest_checkpoint(run)
+    assert not (stopped / "record.json").exists()
+    (stopped / "last_checkpoint").unlink()  # the newest file is found without it
+    newest = newest_checkpoint(stopped)
     assert newest is not None
     content = torch.load(newest, weights_only=True)
     content["trainer"]["seconds"] = 1000.0  # as in older checkpoints
     torch.save(content, newest)
-    train_net(shapes, "--resume", *overrides, "OUTPUT_DIR", run)
-    record, held = (RunRecord.read(folder / "record.json") for folder in (run, unbroken))
+    run("--resume", *overrides, "OUTPUT_DIR", stopped)
+    record, held = (RunRecord.read(folder / "record.json") for folder in (stopped, unbroken))
     assert record.seconds > 1000  # those before the stop count
-    assert sha256(run / "model_final.pth") == sha256(unbroken / "model_final.pth")
+    assert sha256(stopped / "model_final.pth") == sha256(unbroken / "model_final.pth")
     assert record.metrics == held.metrics
 
 

@@ -96,16 +96,16 @@ def test_a_run_started_by_hand_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_500_runs_and_20_kills(tmp_path: Path) -> None:
+def test_200_runs_and_20_kills(tmp_path: Path) -> None:
     """Children and launchers die at random moments: everything is done in the end, once."""
     chance = random.Random(0)
-    modes = {f"run{i:03d}": "moment" for i in range(500)}
+    modes = {f"run{i:03d}": "moment" for i in range(200)}
     # A few depend on others, so that order is at stake too.
-    needs = {f"run{i:03d}": (f"run{i - 7:03d}",) for i in range(20, 500, 5)}
+    needs = {f"run{i:03d}": (f"run{i - 7:03d}",) for i in range(20, 200, 5)}
     plan = stubs(tmp_path, modes, needs)
     launcher, kills, launchers = in_process(plan), 0, 0
     while launcher.poll() is None or kills < 20:
-        time.sleep(chance.uniform(0.1, 0.8))
+        time.sleep(chance.uniform(0.05, 0.35))
         if kills < 20 and launcher.poll() is None:
             if kills % 4 == 3:
                 launcher.kill()
@@ -128,7 +128,7 @@ def test_500_runs_and_20_kills(tmp_path: Path) -> None:
     assert not {"AGAIN", "TWICE"} & {line.split()[0] for line in ledger(plan)}
     starts = Counter(line.split()[1] for line in ledger(plan))
     assert set(starts) == set(modes)
-    assert sum(starts.values()) <= 500 + 15  # each kill of a run costs one more start at most
+    assert sum(starts.values()) <= 200 + 15  # each kill of a run costs one more start at most
     first = {key: place for place, key in reversed(list(enumerate(line.split()[1] for line in ledger(plan))))}
     assert all(first[need[0]] < first[key] for key, need in needs.items())
     assert not [path for path in plan.output.glob("**/lock.json") if owner_of(path)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ SHAPES = ShapesConfig(
 Arguments = list[str]
 
 
-def prepare(root: Path) -> None:
-    """Write what the commands read: shapes, a small classifier, a ResNet-18, its conversion and a detector."""
+def prepare(root: Path, commands: Sequence[str]) -> None:
+    """Write what the commands read: shapes, a small classifier, a ResNet-18, a detector, shifted sets."""
     write_shapes(root / "data", SHAPES)
     for arch in ("shufflenet_v2_x1_0", "resnet18"):
         spec = BackboneSpec(arch, 4)
@@ -39,11 +40,12 @@ def prepare(root: Path) -> None:
         (root / "transfer" / part).symlink_to(root / "data/shapes_classification" / source)
     sets = ["--output", str(root / "sets"), "--kinds", "sketch", "fog-1", "--workers", "0"]
     (root / "study.yaml").write_text(yaml.safe_dump(_study(root)))
-    for command_line in (
-        arguments("convert", root, root),
-        arguments("train", root, root / "detector"),
-        ["inheritance", "make-sets", str(root / "data/shapes_classification/val"), *sets],
-    ):
+    lines = [arguments("convert", root, root)]
+    if "evaluate detector" in commands:
+        lines.append(arguments("train", root, root / "detector"))
+    if "inheritance" in commands:
+        lines.append(["inheritance", "make-sets", str(root / "data/shapes_classification/val"), *sets])
+    for command_line in lines:
         if status := call(command_line, root):
             raise SystemExit(f"{command_line} cannot prepare the trials: status {status}")
 

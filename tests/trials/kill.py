@@ -418,7 +418,7 @@ def main() -> int:
     tried, lost = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     root = Path(tempfile.mkdtemp(prefix="kill-"))  # forks that run atexit's handlers would remove a TemporaryDirectory
     log = root / "prepared.txt"
-    if wait(fork(lambda: prepare(root) or 0, log)):
+    if wait(fork(lambda: prepare(root, options.commands) or 0, log)):
         sys.exit(log.read_text()[-3000:])
     for name in options.commands:
         generator = random.Random(f"{options.seed} {name}")

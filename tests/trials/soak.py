@@ -136,7 +136,7 @@ def soak(minutes: float, record: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="soak-") as place:
         root, log = Path(place), record.with_suffix(".log")
         with open(log, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            commands.prepare(root)
+            commands.prepare(root, commands.COMMANDS)
             while (time.monotonic() - start) / 60 < minutes:
                 resumed += one_round(root, root / "round")
                 shutil.rmtree(root / "round")
