@@ -314,6 +314,16 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
             if severity == "warning" and use.training and not row.get("iscrowd"):
                 severity = "error"
             yield _fault(severity, file, "annotations", place, what, mend, "objects without a usable mask")(row)
+    corners = [
+        _extent(None if found else row.get("segmentation")) for (_, row), found in zip(rows, problems, strict=True)
+    ]
+    lowest, highest = np.array(corners).reshape(-1, 2, 2).transpose(1, 0, 2)
+    shared = (np.minimum(high, highest) - np.maximum(low, lowest)).clip(0).prod(1)
+    total = (highest - lowest).prod(1) + (high - low).prod(1) - shared
+    for index in np.flatnonzero(~empty & (shared < 0.5 * total)):
+        place, row = rows[index]
+        what, mend = "its mask and its box share less than half of what both cover", "write both in pixels of the image"
+        yield _fault("warning", file, "annotations", place, what, mend, "masks that do not fit their boxes")(row)
 
 
 def _guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:
@@ -360,6 +370,15 @@ def box_polygon(box: Iterable[float]) -> list[list[float]]:
     """``(x, y, width, height)`` as COCO's polygon that fills it."""
     x, y, width, height = box
     return [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+def _extent(segmentation: Any) -> tuple[float, float, float, float]:
+    """(x1, y1, x2, y2) of polygons without a problem; NaN of all else."""
+    polygons = usable_mask(segmentation)
+    if not isinstance(polygons, list):
+        return (math.nan,) * 4
+    x, y = [[value for polygon in polygons for value in polygon[start::2]] for start in (0, 1)]
+    return min(x), min(y), max(x), max(y)
 
 
 def mask_problem(segmentation: Any, width: int, height: int) -> tuple[Literal["error", "warning"], str] | None:

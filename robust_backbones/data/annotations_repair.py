@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ from robust_backbones.data.annotations_images import Header, read_headers
 from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.data.annotations_voc import check_voc, number_in, read_voc, voc_images, voc_names
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import atomic_path, write_json
+from robust_backbones.runs.files import atomic_path
 
 Rename = Callable[[str], str]
 _GONE = "images that are missing or cannot be read left out"
@@ -122,7 +123,8 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
     for name in ("images", "annotations"):
         done[f"{name} left out in all"] += len(content[name]) - len(mended[name])
     output.mkdir(parents=True)
-    write_json(output / dataset.annotations.name, mended)
+    with atomic_path(output / dataset.annotations.name) as temporary:  # an indent would make it twice as large
+        temporary.write_text(json.dumps(mended))
 
 
 def _is_resized(width: Any, height: Any, header: Header) -> bool:
@@ -259,7 +261,7 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Count
         kept.append(name)
     place = output / "ImageSets/Main"
     place.mkdir(parents=True, exist_ok=True)
-    (place / f"{dataset.split}.txt").write_text("".join(f"{name}\n" for name in kept))
+    (place / f"{dataset.split}.txt").write_text("".join(f"{name}\n" for name in kept), "utf-8")
     (output / "JPEGImages").symlink_to(dataset.images.absolute(), target_is_directory=True)
 
 

@@ -229,6 +229,20 @@ def test_what_no_row_shows_alone(content: Content, words: str) -> None:
     assert any(words in str(fault) for fault in errors(check_coco("a.json", content, Use(masks=True))))
 
 
+def test_masks_elsewhere_than_their_boxes_are_told() -> None:
+    """As fractions of the image, or with x and y exchanged."""
+    content = sound()
+    (mask,), (other,) = (content["annotations"][place]["segmentation"] for place in (0, 3))
+    mask[:] = [value / 60 for value in mask]
+    other[::2], other[1::2] = other[1::2], other[::2]
+    content["annotations"][4]["segmentation"][0][0] += 3
+    for use in (MASKS, Use(masks=True)):
+        found = check_coco("a.json", content, use)
+        assert [(fault.severity, fault.annotation) for fault in found] == [("warning", 10), ("warning", 20)]
+    assert "share less than half" in found[0].what
+    assert check_coco("a.json", content, Use()) == []  # boxes alone
+
+
 def test_what_is_odd_and_may_be_meant() -> None:
     content = sound()
     content["categories"] += [{"id": 9, "name": "Cat"}, {"id": 10, "name": "b ird"}]
