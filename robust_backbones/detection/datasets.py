@@ -20,16 +20,15 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
-from numpy.typing import NDArray
 from pycocotools import mask as mask_tools
 
 from robust_backbones.checkpoint.zoo import cache_folder
 from robust_backbones.data.annotations import (
-    LEAVES,
     MISSING,
-    NO_AREA,
+    Content,
     Fault,
     Use,
+    box_polygon,
     check_coco,
     is_number,
     mask_problem,
@@ -372,8 +371,6 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning
     wanted = class_names(names[0])
     for name in names:
         found = class_names(name)
-        if not found:
-            raise InputError(f"{name} has no classes: name them in MetadataCatalog.get({name!r}).thing_classes")
         # A detector that is only evaluated has classes of its own, with which TrainedDetector compares.
         check_names(name, found, found if eval_only else wanted, all_of_them=name in cfg.DATASETS.TRAIN)
     if not eval_only and len(wanted) != number_of_classes(cfg):
@@ -384,14 +381,9 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning
     return warnings
 
 
-def _check_files(name: str, dataset: AnnotatedSet, use: Use) -> Iterator[DataWarning]:
-    """The checks of ``robust-backbones check-data``."""
-    try:
-        faults, content = dataset.check(use, cache=cache_folder() / "headers")
-    except FileNotFoundError as error:
-        raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
-    faults = [fault for fault in faults if fault.image not in left_out(name)]
-    _refuse_errors(name, faults, len(content.get("images", [])), masks=use.masks)
+def _warnings(name: str, faults: Sequence[Fault], images: int, use: Use) -> Iterator[DataWarning]:
+    """The warnings among a set's faults; raises ``InputError`` for an error."""
+    _refuse_errors(name, faults, images, masks=use.masks)
     for kind, count in Counter(fault.kind for fault in faults).items():
         yield DataWarning(name, kind, count, str(next(fault for fault in faults if fault.kind == kind)))
 
@@ -421,42 +413,62 @@ def _refuse_errors(name: str, faults: Sequence[Fault], images: int, *, masks: bo
 
 def _check(name: str, cfg: CfgNode, images: dict[str, set[str]], *, eval_only: bool) -> Iterator[DataWarning]:
     """What is odd in a set; the files of its images become ``images[name]``."""
-    dataset = annotated_set(name)
-    if dataset is not None:
-        training = name in cfg.DATASETS.TRAIN and not eval_only
-        yield from _check_files(name, dataset, Use(training, name in cfg.DATASETS.TEST, cfg.MODEL.MASK_ON))
+    dataset, headers = annotated_set(name), cache_folder() / "headers"
+    use = Use(name in cfg.DATASETS.TRAIN and not eval_only, name in cfg.DATASETS.TEST, cfg.MODEL.MASK_ON)
     try:
+        if dataset is not None:  # as `robust-backbones check-data` does
+            faults, content = dataset.check(use, cache=headers)
+            faults = [fault for fault in faults if fault.image not in left_out(name)]
+            yield from _warnings(name, faults, len(content.get("images", [])), use)
         items: Items = DatasetCatalog.get(name)
-        boxes = [
-            (*BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS), item["width"], item["height"])
-            for item in items
-            for a in item["annotations"]
-        ]
-        rows = [
-            (item.get("image_id", i), item["file_name"], item["width"], item["height"]) for i, item in enumerate(items)
-        ]
-        images[name] = {file for _, file, *_ in rows}
+        images[name] = {item["file_name"] for item in items}
         numbers = {a["category_id"] for item in items for a in item["annotations"]}
-        if name in cfg.DATASETS.TEST:
+        classes = class_names(name)
+        if use.evaluation:
             evaluator_kind(name)
-            for item in items:
-                item["image_id"]
+        content = {} if dataset else _content(items, classes, use)
     except FileNotFoundError as error:
         raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
     except (OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ParseError) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"the annotations of {name} are damaged ({told}): {_layout(name)}") from None
-    if dataset is None:
-        _refuse_errors(name, check_images(rows, cache=cache_folder() / "headers"), len(rows))
     if not numbers:
         raise InputError(f"{name} holds no annotated object: nothing can be learnt from or measured on it")
-    classes = len(class_names(name))
-    if wrong := numbers - set(range(classes)) if classes else set():
-        raise InputError(f"{name} has objects of class {min(wrong)}: its {classes} classes are 0 to {classes - 1}")
-    if cfg.MODEL.MASK_ON and not any("segmentation" in a for item in items for a in item["annotations"]):
-        raise InputError(f"{name} has boxes but no masks: give MODEL.MASK_ON False")
+    if not classes:
+        raise InputError(f"{name} has no classes: name them in MetadataCatalog.get({name!r}).thing_classes")
+    if wrong := numbers - set(range(len(classes))):
+        raise InputError(f"{name} has objects of class {min(wrong)}: its classes are 0 to {len(classes) - 1}")
     if dataset is None:
-        yield from _check_boxes(name, np.array(boxes, np.float64))
+        rows = [(row["id"], row["file_name"], row["width"], row["height"]) for row in content["images"]]
+        faults = [*check_images(rows, cache=headers), *check_coco(name, content, use)]
+        yield from _warnings(name, faults, len(items), use)
+
+
+def _content(items: Items, classes: Sequence[str], use: Use) -> Content:
+    """Detectron2's dictionaries as COCO's content; run lengths and bit masks, which it may hold as arrays, as boxes."""
+    content: Content = {"images": [], "annotations": []}
+    content["categories"] = [{"id": number, "name": name} for number, name in enumerate(classes)]
+    for number, item in enumerate(items):
+        image = _plain(item["image_id"]) if use.evaluation else number  # else nothing needs the name
+        sides = {side: _plain(item[side]) for side in ("width", "height")}
+        content["images"].append({"id": image, "file_name": str(item["file_name"]), **sides})
+        for thing in item["annotations"]:
+            x1, y1, x2, y2 = map(float, BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYXY_ABS))
+            box = [x1, y1, x2 - x1, y2 - y1]
+            mask = thing.get("segmentation") if use.masks else None
+            if isinstance(mask, list):
+                mask = [list(polygon) for polygon in mask]
+            elif mask is not None:
+                mask = box_polygon(box)
+            row = {"id": len(content["annotations"]), "image_id": image, "bbox": box, "area": box[2] * box[3]}
+            row |= {"category_id": _plain(thing["category_id"]), "iscrowd": _plain(thing.get("iscrowd", 0))}
+            content["annotations"].append({**row, "segmentation": mask})
+    return content
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _layout(name: str) -> str:
@@ -479,20 +491,3 @@ def _layout(name: str) -> str:
 
 def _voc_layout(folder: str, split: str) -> str:
     return f"{folder} must hold ImageSets/Main/{split}.txt, an image a line, Annotations/*.xml and JPEGImages"
-
-
-def _check_boxes(name: str, boxes: NDArray[np.float64]) -> Iterator[DataWarning]:
-    """``boxes``: rows of (x1, y1, x2, y2, width of the image, height of the image)."""
-    left, top, right, bottom, width, height = boxes.T
-    if broken := int((~np.isfinite(left + top + right + bottom)).sum()):
-        raise InputError(f"{name} has {broken} boxes that are no numbers: mend or remove them")
-    empty = (right <= left) | (bottom <= top)
-    # A pixel is the rounding of annotations.
-    outside = (left < -1) | (top < -1) | (right > width + 1) | (bottom > height + 1)
-    if empty.all() or ((left >= width) | (top >= height) | (right <= 0) | (bottom <= 0)).all():
-        raise InputError(
-            f"none of the {len(boxes)} boxes of {name} has any area within its image: mend the annotations"
-        )
-    for kind, found, done in ((NO_AREA, empty, "drops"), (LEAVES, outside & ~empty, "clips")):
-        if found.any():
-            yield DataWarning(name, kind, int(found.sum()), f"{boxes[found.argmax(), :4].tolist()}; training {done} it")

@@ -110,7 +110,8 @@ def test_boxes_without_area_or_outside_are_counted(cfg: CfgNode, tmp_path: Path)
 
     change(tmp_path, spoil)
     warnings = check_datasets(cfg)
-    assert counted(warnings) == {"shapes_train": {"boxes without area": 2, "boxes that leave their image": 1}}
+    kinds = {"boxes without area": 2, "boxes that leave their image": 1, "masks that do not fit their boxes": 2}
+    assert counted(warnings) == {"shapes_train": kinds}
     number = json.loads((tmp_path / "shapes/annotations/instances_train.json").read_text())["annotations"][0]["id"]
     assert "shapes_train: 2 boxes without area, the first: " in str(warnings[0])
     assert f"annotation {number}" in str(warnings[0])
@@ -147,6 +148,44 @@ def test_test_images_that_are_trained_on_are_counted(cfg: CfgNode, tmp_path: Pat
     register_datasets(cfg)
     assert counted(check_datasets(cfg)) == {"part": {"images of a training set": 3}}
     assert check_datasets(cfg, eval_only=True) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda items: None, ""),
+        (lambda items: items[0]["annotations"][0].pop("segmentation"), "it has no usable mask"),
+        (lambda items: items[0]["annotations"][0].update(segmentation=[[1, 2, 3, 4]]), "it has no usable mask"),
+        (lambda items: items[0]["annotations"][0].update(bbox=[200, 5, 9, 9]), "lies outside its image"),
+        (lambda items: items[1].update(image_id=items[0]["image_id"]), "is that of another row of images"),
+        (
+            lambda items: [a.update(bbox=[v / 96 for v in a["bbox"]]) for i in items for a in i["annotations"]],
+            "fraction",
+        ),
+        (lambda items: [a.update(bbox_mode=0) for i in items for a in i["annotations"]], "sides of at least 0"),
+    ],
+)
+def test_sets_in_detectron2s_format_are_checked_as_files_are(
+    cfg: CfgNode, spoil: Callable[[list[dict[str, Any]]], Any], words: str
+) -> None:
+    items, name = DatasetCatalog.get("shapes_train"), "by_hand"
+    first = next(item["annotations"] for item in items if len(item["annotations"]) > 1)
+    size = items[0]["height"], items[0]["width"]
+    first[1]["segmentation"] = mask_tools.merge(mask_tools.frPyObjects(first[1]["segmentation"], *size))
+    first[1]["category_id"], items[0]["width"] = np.int64(first[1]["category_id"]), np.int64(size[1])
+    items.sort(key=lambda item: not item["annotations"])
+    spoil(items)
+    DatasetCatalog.register(name, lambda: items)
+    MetadataCatalog.get(name).thing_classes = MetadataCatalog.get("shapes_train").thing_classes
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    try:
+        if words:
+            assert words in refusal(cfg)
+        else:
+            assert check_datasets(cfg) == []
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @pytest.fixture

@@ -137,6 +137,10 @@ def test_what_cannot_be_trained_or_evaluated_on_is_refused_before(
     first["annotations"][0] |= {"segmentation": masks[0], "category_id": 4}
     refused("objects of class 4")
     first["annotations"][0]["category_id"] = 3
+    refused("has no usable mask")
+    for item in by_hand:
+        for annotation in item["annotations"]:
+            annotation["segmentation"] = masks.pop(0)
     image_id = first.pop("image_id")
     refused("KeyError: 'image_id'")
     first["image_id"] = image_id
