@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DEVICE, check_device
-from robust_backbones.data.annotations_images import image_suffixes
+from robust_backbones.data.decoding import image_suffixes
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
 

@@ -87,13 +87,6 @@ def undecodable(paths: Iterable[str]) -> list[str]:
         return [path for path, sound in zip(paths, found, strict=True) if not sound]
 
 
-def image_suffixes() -> tuple[str, ...]:
-    """Suffixes, as ``.jpg``, of the image files that Pillow reads by itself."""
-    Image.init()
-    kinds = Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # need other programs
-    return tuple(suffix for suffix, kind in sorted(Image.registered_extensions().items()) if kind in kinds)
-
-
 def check_image(path: str | Path) -> None:
     """Refuse an image file whose pixels Pillow would not give whole and right.
 

@@ -23,7 +23,7 @@ from robust_backbones.data.annotations import (
     is_side,
     short,
 )
-from robust_backbones.data.annotations_images import image_suffixes
+from robust_backbones.data.decoding import image_suffixes
 
 
 def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:

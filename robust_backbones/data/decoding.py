@@ -68,6 +68,13 @@ def decode(data: bytes, name: str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+def image_suffixes() -> tuple[str, ...]:
+    """Suffixes, as ``.jpg``, of the image files that Pillow reads by itself."""
+    Image.init()
+    kinds = Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # need other programs
+    return tuple(suffix for suffix, kind in sorted(Image.registered_extensions().items()) if kind in kinds)
+
+
 def check_claim(image: Image.Image, size: int) -> None:
     """Raise ValueError where a file of ``size`` bytes claims more pixels than any has: decoding allocates them."""
     width, height = image.size

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets import ImageFolder
 
+from robust_backbones.data.decoding import image_suffixes
 from robust_backbones.errors import InputError
 
 
@@ -23,13 +24,15 @@ class ImageFiles:
 
     @classmethod
     def scan(cls, root: Path) -> ImageFiles:
-        """List the images in one folder a class without opening them, in torchvision's order.
+        """List the images in one folder a class without opening them, in torchvision's order; of any format that Pillow
+        reads, such as .jfif and .gif, which torchvision passes over.
 
         Raises:
             InputError: a class folder holds no image.
         """
+        suffixes = image_suffixes()
         try:
-            listing = ImageFolder(str(root))
+            listing = ImageFolder(str(root), is_valid_file=lambda path: path.lower().endswith(suffixes))
         except FileNotFoundError as error:  # torchvision says which classes are empty, in several lines
             raise InputError(f"cannot use {root}: {str(error).splitlines()[0].rstrip('. ')}; add or remove") from None
         names = [os.path.relpath(path, root) for path, _ in listing.samples]

@@ -59,6 +59,14 @@ def test_classes_order_labels_and_pixels_are_those_of_torchvision(pictures: Path
         assert label == target
 
 
+def test_images_of_formats_that_torchvision_passes_over_are_listed_too(pictures: Path) -> None:
+    for name in ("a.jfif", "b.GIF"):
+        Image.new("RGB", (40, 30), (200, 0, 0)).save(pictures / "b" / name)
+    ours = open_dataset(pictures, v2.Identity())
+    assert ours.names[3:] == ["b/10.jpg", "b/2.jpg", "b/a.jfif", "b/b.GIF", "b/deep/er/1.JPEG"]
+    assert abs(ours[6][0].float() - torch.tensor([200, 0, 0])[:, None, None]).max() < 5
+
+
 def test_an_image_is_augmented_anew_each_epoch_and_seed_and_the_global_generator_is_left_alone(shapes: Path) -> None:
     dataset = open_dataset(shapes / "shapes_classification/train", AUGMENT)
     state = torch.random.get_rng_state()

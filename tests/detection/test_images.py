@@ -12,8 +12,8 @@ from numpy.random import default_rng
 from PIL import Image, ImageOps
 
 from robust_backbones.commands.predict import find_images
-from robust_backbones.data.annotations_images import check_image, image_suffixes, read_header
-from robust_backbones.data.decoding import ImageInputError
+from robust_backbones.data.annotations_images import check_image, read_header
+from robust_backbones.data.decoding import ImageInputError, image_suffixes
 from robust_backbones.detection.visualize import read_rgb
 from tests.detection.conftest import base_config
 
