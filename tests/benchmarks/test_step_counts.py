@@ -47,7 +47,7 @@ def test_the_backward_pass_is_counted_and_the_first_step_is_not() -> None:
 
 @pytest.mark.slow
 def test_the_last_line_is_json(run_tool: Callable[..., tuple[int, str, str]]) -> None:
-    arguments = ["--steps", "pgd-3", "faster-rcnn-fpn", "--batches", "2", "3"]
+    arguments = ["--steps", "pgd-3", "faster-rcnn-fpn", "--batches", "2", "3", "--size", "32"]
     status, out, _ = run_tool("benchmark", "step-counts", *arguments)
     assert status == 0
     rows = {(row["step"], row["way"], row["batch"]): row for row in json.loads(out.splitlines()[-1])["step_counts"]}

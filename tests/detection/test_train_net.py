@@ -164,7 +164,7 @@ def test_a_stopped_run_resumes_as_the_unbroken_one(
     run: Callable[..., tuple[str, str]], shapes: Path, converted: Maker, tmp_path: Path
 ) -> None:
     stopped, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 20]
+    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 12]
     run(*overrides, "OUTPUT_DIR", unbroken)
     _, err = train_net(shapes, *overrides, "OUTPUT_DIR", stopped, stop=stopped / "model_0000001.pth", status=75)
     assert_refused(err, "asked to stop after iteration", "--resume")

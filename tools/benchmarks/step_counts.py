@@ -37,8 +37,11 @@ DETECTORS = {
 DETECTRON2, OURS, FAST, PLAIN = "Detectron2", "ours", "ours, MODEL.FAST_STEP True", "plain PyTorch"
 READS_LOSSES_AT = 19
 """The iteration that is counted: the one of 20 at which losses are read, if they are not read at each."""
-# How many boxes there are changes no count. Random weights must not move far.
-_OPTIONS = ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4, "INPUT.MASK_FORMAT", "bitmask", "SOLVER.BASE_LR", 1e-9)
+# How many boxes there are, and of how many pixels, changes no count. Random weights must not move far.
+_OPTIONS: tuple[object, ...] = (
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 4),
+    *("INPUT.MASK_FORMAT", "bitmask", "SOLVER.BASE_LR", 1e-9),
+)
 # Operators whose result, or its shape, the host needs before it can continue.
 _WAITING = {
     "aten::_local_scalar_dense",
