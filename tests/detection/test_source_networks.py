@@ -101,7 +101,13 @@ def test_the_stages_are_those_of_the_network(small_model: nn.Module, tmp_path: P
         torch.testing.assert_close(found, x)
 
 
-@pytest.mark.parametrize("kind", ["torchvision swin", "transformers swin", "transformers vit"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("torchvision swin", "transformers swin")),
+        "transformers vit",
+    ],
+)
 def test_swin_and_vit_are_compared_with_their_makers(kind: str, tmp_path: Path) -> None:
     """Nor does a reading pass that gives two layers each other's tensors."""
     library, family = kind.split()
