@@ -49,17 +49,19 @@ def write_shapes(root: Path, config: ShapesConfig = ShapesConfig()) -> None:
     """
     for name, writer in (("shapes_classification", _write_classification), ("shapes", _write_detection)):
         final = root / name
-        if final.exists():
-            if json.loads((final / "config.json").read_text()) != asdict(config):
-                raise InputError(f"{final} was made with other settings: choose another folder, or remove it")
-            continue
-        temporary = root / f".{name}.{os.getpid()}.tmp"
-        try:
-            writer(temporary, config)
-            write_json(temporary / "config.json", asdict(config))
-            temporary.rename(final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if not final.exists():
+            temporary = root / f".{name}.{os.getpid()}.tmp"
+            try:
+                writer(temporary, config)
+                write_json(temporary / "config.json", asdict(config))
+                temporary.rename(final)
+            except OSError:
+                if not final.exists():
+                    raise  # else another process was sooner
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        if json.loads((final / "config.json").read_text()) != asdict(config):
+            raise InputError(f"{final} was made with other settings: choose another folder, or remove it")
 
 
 def _write_classification(root: Path, config: ShapesConfig) -> None:

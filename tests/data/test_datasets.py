@@ -18,9 +18,10 @@ from pycocotools.coco import COCO
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from robust_backbones.data import synthetic
 from robust_backbones.data.datasets import ClassificationDataset, find_unreadable, mix, open_dataset
 from robust_backbones.data.decoding import ImageInputError, ResizedCache
-from robust_backbones.data.synthetic import CLASSES, write_shapes
+from robust_backbones.data.synthetic import CLASSES, ShapesConfig, write_shapes
 from robust_backbones.data.transforms import augmentation, train_transform, val_transform
 from robust_backbones.errors import InputError
 from tests.conftest import TINY_SHAPES
@@ -297,6 +298,19 @@ def test_shapes_are_reproducible_and_kept(tmp_path: Path, shapes: Path) -> None:
         json.loads((tmp_path / f"shapes/annotations/instances_{part}.json").read_text()) for part in ("train", "val")
     )
     assert (len(train["images"]), len(val["images"])) == (TINY_SHAPES.train_scenes, TINY_SHAPES.val_scenes)
+
+
+def test_the_shapes_of_who_was_sooner_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, write = ShapesConfig(1, 1, 1, 1), synthetic._write_detection
+
+    def overtaken(root: Path, config: ShapesConfig) -> None:
+        monkeypatch.setattr(synthetic, "_write_detection", write)
+        write_shapes(tmp_path, config)
+        write(root, config)
+
+    monkeypatch.setattr(synthetic, "_write_detection", overtaken)
+    write_shapes(tmp_path, config)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes", "shapes_classification"]
 
 
 @given(
