@@ -96,7 +96,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.data_warnings = {}  # of the check of the data, once it was made
     if not options.config_file:
         raise InputError("give --config-file, one of detectron_configs/*/*.yaml")
-    if options.extend and (options.eval_only or not options.resume):
+    if options.eval_only and options.resume:
+        raise InputError("--eval-only evaluates MODEL.WEIGHTS and resumes nothing: leave out --resume")
+    if options.extend and not options.resume:
         raise InputError("--extend continues training: give --resume with it")
     if len(options.opts) % 2:
         raise InputError(f"configuration overrides come as KEY VALUE pairs, got: {' '.join(options.opts)}")
@@ -174,6 +176,8 @@ def own_sets(options: argparse.Namespace) -> list[Any]:
                 voc.append((name, first, second, *([classes] if classes else [])))
         if names or options.train:  # --train alone: nothing to evaluate on
             overrides += [key, tuple(names)]
+    if classes and not voc:
+        raise InputError("--classes is of sets in VOC's format, and neither --train nor --test gives one: leave it out")
     if coco:
         overrides += ["DATASETS.COCO_FORMAT", tuple(coco)]
     return [*overrides, *(["DATASETS.VOC_FORMAT", tuple(voc)] if voc else [])]

@@ -34,7 +34,7 @@ def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> Cfg
     Detectron2 then keeps the images per process: batch and learning rate grow with the processes, iterations shrink.
     """
     processes = _torchrun_size() or num_gpus * num_machines
-    if processes < 1:
+    if processes < 1 or min(num_gpus, num_machines) < 1:
         raise InputError(
             f"--num-gpus {num_gpus} on --num-machines {num_machines} is no process at all: give 1 or more; without "
             "a GPU, --num-gpus 1 (the default) runs on the CPU"
@@ -77,14 +77,14 @@ def launch(
     if _torchrun_size() > 1:
         _join(function, arguments)
         return
-    if num_gpus * num_machines == 1:
-        function(*arguments)
-        return
-    if num_machines > 1 and (dist_url == "auto" or not 0 <= machine_rank < num_machines):
+    if (num_machines > 1 and dist_url == "auto") or not 0 <= machine_rank < num_machines:
         raise InputError(
             f"on {num_machines} machines give --dist-url tcp://FIRST_MACHINE:PORT, the same everywhere, and a "
             f"--machine-rank from 0 to {num_machines - 1}"
         )
+    if num_gpus * num_machines == 1:
+        function(*arguments)
+        return
     with _stop_signals_for_children() as stop:
         try:
             detectron2.engine.launch(

@@ -39,8 +39,8 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
     folder = Path(cfg.OUTPUT_DIR)
     path = folder / "config.yaml"
     if not path.exists() or not began(folder):
-        if folder.exists() and any(folder.glob("model_*.pth")):
-            raise InputError(f"{folder} holds checkpoints of no run of ours: give another OUTPUT_DIR")
+        if began(folder):
+            raise InputError(f"{folder} is not empty and holds no detector's run of ours: give another OUTPUT_DIR")
         if extend:
             raise InputError(f"{folder} holds no run to extend: check OUTPUT_DIR, or leave out --extend")
         return False

@@ -146,6 +146,11 @@ def test_machines_have_to_know_each_other(rank: int, url: str) -> None:
         launch(fail, (), num_gpus=1, num_machines=2, machine_rank=rank, dist_url=url)
 
 
+def test_one_machine_has_rank_0() -> None:
+    with pytest.raises(InputError, match="--machine-rank from 0 to 0"):
+        launch(fail, (), num_gpus=1, num_machines=1, machine_rank=1, dist_url="auto")
+
+
 @pytest.mark.slow
 def test_torchrun_starts_it_too(shapes: Path, converted: Maker, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -98,8 +98,9 @@ def test_a_damaged_configuration_is_an_error_of_one_line(cfg: CfgNode, content: 
     assert "\n" not in str(error.value)
 
 
-def test_checkpoints_of_somebody_else_are_not_written_over(cfg: CfgNode) -> None:
+@pytest.mark.parametrize("name", ["model_0000099.pth", "record.json"])
+def test_results_of_something_else_are_not_written_over(cfg: CfgNode, name: str) -> None:
     Path(cfg.OUTPUT_DIR).mkdir()
-    (Path(cfg.OUTPUT_DIR) / "model_0000099.pth").touch()
-    with pytest.raises(InputError, match="no run of ours"):
+    (Path(cfg.OUTPUT_DIR) / name).touch()
+    with pytest.raises(InputError, match="no detector's run of ours"):
         check_folder(cfg, resume=True)

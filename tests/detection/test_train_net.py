@@ -239,6 +239,8 @@ def test_what_the_configuration_gets_wrong_is_refused(
     assert "KEY VALUE" in refused(*config, "MODEL.WEIGHTS")
     assert "DETECTRON2_DATASETS" in refused(*config, *output)  # not set here: ./datasets does not exist
     assert "unknown data set" in refused(*config, "DATASETS.TEST", "('coco_2077',)", "DATASETS.TRAIN", "()", *output)
+    assert "leave out --resume" in refused(*config, "--eval-only", "--resume", *output)
+    assert "VOC's format" in refused(*config, "--classes", "circle,square", *output)
     assert not (tmp_path / "run").exists()
 
 
