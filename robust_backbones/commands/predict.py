@@ -21,7 +21,7 @@ from tqdm import tqdm
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DEVICE, check_device
 from robust_backbones.data.decoding import image_suffixes
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_not_negative
 from robust_backbones.runs.files import write_json
 
 RESULTS = "coco_results.json"
@@ -56,18 +56,18 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"no image can be read, the first: {left_out[0]}")
     for reason in left_out:
         print(f"warning: left out: {reason}", file=sys.stderr)
-    rows, pictures = [], name_pictures(images, options.output)
-    for image, picture, number in zip(
-        tqdm(images, "detecting", unit="img", disable=hidden, leave=False), pictures, image_ids(images), strict=True
-    ):
+    pictures, rows, drawn = name_pictures(images, options.output), [], []
+    detecting = tqdm(images, "detecting", unit="img", disable=hidden, leave=False)
+    for image, number in zip(detecting, image_ids(images), strict=True):
         objects = objects_in(predictor(image))
-        drawn = [item for item in objects if item["score"] >= options.min_score]
-        write_picture(picture, draw_objects(read_rgb(image), drawn, predictor.metadata))
+        drawn.append([item for item in objects if item["score"] >= options.min_score])
         for item in objects:
             category = predictor.categories[item["category_id"]]["id"]
             row = {"image_id": number, "file_name": str(image), "category_id": category}
             rows.append(row | {key: item[key] for key in ("bbox", "score", "segmentation") if key in item})
-    write_json(options.output / RESULTS, rows)
+    write_json(options.output / RESULTS, rows)  # before the pictures, which it says are ours
+    for image, picture, objects in zip(images, pictures, drawn, strict=True):
+        write_picture(picture, draw_objects(read_rgb(image), objects, predictor.metadata))
     print(f"{len(rows)} detections in {len(images)} images: pictures and {RESULTS} are in {options.output}")
     return 0
 
@@ -84,6 +84,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default=DEVICE)
     options = parser.parse_args(arguments)
     check_device(options.device)
+    check_not_negative(options, "min_score")
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"{options.output} is not a folder: choose another --output")
     return options

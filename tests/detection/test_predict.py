@@ -24,8 +24,8 @@ from robust_backbones.commands import predict as predict_command
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.predictor import Predictor, categories_of
-from robust_backbones.detection.visualize import read_rgb
-from robust_backbones.errors import InputError
+from robust_backbones.detection.visualize import read_rgb, write_picture
+from robust_backbones.errors import InputError, PreemptedError
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 RunTool = Callable[..., tuple[int, str, str]]
@@ -305,6 +305,7 @@ def test_what_is_refused(
     assert "turned.jpg exists" in refused(folder, *right, output=folder)
     assert "is not a folder" in refused(image, *right, output=tmp_path / "file")
 
+    assert "min_score" in refused(image, *right, "--min-score", "nan")
     assert "no run at" in refused(image, "--weights", tmp_path / "none")
     assert "no config.yaml in" in refused(image, "--weights", tmp_path / "no_config")
     assert "no config.yaml in" in refused(image, "--weights", tmp_path / "no_config/model_final.pth")
@@ -324,6 +325,23 @@ def _with_a_picture(folder: Path) -> Path:
     folder.mkdir()
     (folder / "grey.jpg").write_bytes(b"of somebody's")
     return folder
+
+
+def test_the_same_command_goes_on_after_a_stop(
+    run: Path, odd_images: list[Path], tmp_path: Path, run_tool: RunTool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_at_the_second(path: Path, image: np.ndarray) -> None:
+        if list(tmp_path.glob("out/*.jpg")):
+            raise PreemptedError("asked to stop: give the same command again")
+        write_picture(path, image)
+
+    command = ["predict", *odd_images, "--weights", run, "--output", tmp_path / "out", "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr("robust_backbones.detection.visualize.write_picture", stop_at_the_second)
+        assert run_tool(*command)[0] == 75
+    status, _, err = run_tool(*command)
+    assert (status, err) == (0, "")
+    assert len(list(tmp_path.glob("out/*.jpg"))) == len(odd_images)
 
 
 def test_a_given_image_is_never_replaced(run: Path, odd_images: list[Path], tmp_path: Path, run_tool: RunTool) -> None:
