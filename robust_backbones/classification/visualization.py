@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, Losses, Strongest, ascend, frozen_eval
 from robust_backbones.data.datasets import mix
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_positive
 from robust_backbones.models import NormalizedModel
 from robust_backbones.threat_models import ThreatModel
 
@@ -48,10 +48,7 @@ class AscentConfig:
     """Stay in this ball around the start, as NORM:EPSILON; without it every image in [0, 1] can be reached."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.step_size <= 0:
-            raise InputError(
-                f"steps must be >= 1 and the step size > 0, got {self.steps} and {self.step_size:g}: choose others"
-            )
+        check_positive(self, "steps", "step_size")
         if self.ball is not None and self.ball.epsilon == 0:
             raise InputError("a ball of radius 0 holds the start alone: leave it out, or choose a greater one")
 
@@ -297,17 +294,17 @@ def gradients_as_images(gradients: Tensor) -> Tensor:
 
 
 def _module(backbone: nn.Module, name: str) -> nn.Module:
-    modules = dict(backbone.named_modules())
-    if not name or name not in modules:
+    modules = {place: module for place, module in backbone.named_modules() if place}
+    if name not in modules:
         near = difflib.get_close_matches(name, modules, 3) or [child for child, _ in backbone.named_children()]
         raise InputError(f"no layer {name!r}: choose {PENULTIMATE}, {LOGITS}, or a module such as {', '.join(near)}")
     return modules[name]
 
 
 def _classifier(model: NormalizedModel) -> nn.Linear | None:
-    """The last linear layer; None where there is none, as in the backbone of a detector."""
+    """The last linear layer; None of a network without a classifier, as the backbone of a detector."""
     linear = [module for module in model.backbone.modules() if isinstance(module, nn.Linear)]
-    return linear[-1] if linear else None
+    return linear[-1] if linear and model.spec.num_classes else None
 
 
 def _check_classifier(model: NormalizedModel) -> None:

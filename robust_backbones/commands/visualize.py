@@ -12,7 +12,7 @@ A backbone is NAME=PATH or NAME=hub:PUBLISHED, of any source that `robust-backbo
 model_final.pth too, which has no logits. OUTPUT gets picture.png, numbers.csv (a row an image and backbone) and
 record.json, with measures in their own units.
 `robust-backbones visualize inversion --help` lists the options of one command.
-Exit status: 0 done, 2 bad input. --debug shows tracebacks.
+Exit status: 0 done, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> int:
         "data": "noise" if photographs is None else options.data.name,
         "images": count,
     }
-    with claimed(options.output, identity) as finished:
+    with claimed(options.output, identity, {"pictures": PhotographOptions.pictures}) as finished:
         if finished:
             record = RunRecord.read(options.output / "record.json")
         else:
@@ -192,7 +192,7 @@ def compare(options: Any, models: dict[str, NormalizedModel], photographs: Photo
 
 
 def check(options: Any) -> None:
-    for name in ("image_size", "batch_size", "images", "pictures"):
+    for name in ("image_size", "batch_size", "images", "val_resize", "pictures"):
         if getattr(options, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be > 0, got {getattr(options, name)}")
     check_device(options.device)
@@ -231,6 +231,8 @@ def check_layer(options: Any, models: Mapping[str, NormalizedModel]) -> None:
             activation_losses(model, units, layer)(start)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
+        except (AssertionError, RuntimeError) as error:  # as a ViT's, of other images than it was made for
+            raise InputError(f"{name} takes no images of this size ({error}): give another --image-size") from None
 
 
 def open_photographs(options: PhotographOptions) -> Photographs:
@@ -264,5 +266,5 @@ def settings(options: VisualizeOptions) -> dict[str, Any]:
         ascent["ball"] = str(ThreatModel(**ascent["ball"]))
     if "units" in values:
         values["units"] = list(values["units"])
-    other = ("backbones", "output", "data", "device", "pictures")
+    other = ("backbones", "output", "data", "device")
     return {name: value for name, value in (values | ascent).items() if name not in other}

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
-from robust_backbones.checkpoint.format import write_checkpoint
+from robust_backbones.checkpoint.convert import BackboneMetadata, convert, rest_of, write_backbone
+from robust_backbones.checkpoint.format import Checkpoint, write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.visualization import (
     AscentConfig,
@@ -26,7 +26,7 @@ from robust_backbones.classification.visualization import (
     saliency_alignment,
     ssim,
 )
-from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone, usual_spec
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
@@ -215,11 +215,49 @@ def test_a_detectors_backbone_is_inverted_and_has_no_logits(
     assert not refused.exists()
 
 
+@pytest.mark.parametrize("arch", ["test_convnext", "test_vit"])
+def test_what_a_detector_keeps_of_a_network_with_linear_layers_has_no_logits(
+    run_tool: Run, arch: str, tmp_path: Path
+) -> None:
+    spec = usual_spec(arch, 4)
+    checkpoint = Checkpoint(spec, build_backbone(spec).state_dict(), None, "", "", "")
+    tensors, _ = convert(checkpoint)
+    write_backbone(tmp_path / "a.pkl", tensors, BackboneMetadata.of(checkpoint), rest_of(checkpoint))
+    output = tmp_path / "run"
+    size = ["--image-size", spec.image_size, "--device", "cpu", "--units", "0", "--steps", "1"]
+    found = run_tool("visualize", "activation", f"a={tmp_path / 'a.pkl'}", *size, "--output", output)
+    assert_refused(found, "a: the network has no classifier")
+
+
+def test_images_that_a_network_cannot_take_are_refused(run_tool: Run, tmp_path: Path) -> None:
+    spec, output = usual_spec("test_convnext", 4), tmp_path / "run"
+    state = build_backbone(spec).state_dict()
+    write_checkpoint(tmp_path / "net.pt", spec=spec, state_dict=state, threat_model=None)
+    options = [f"a={tmp_path / 'net.pt'}", "--image-size", "16", "--units", "0", "--output", output]
+    found = run_tool("visualize", "activation", *options)
+    assert_refused(found, "a takes no images of this size", "Kernel size")
+    assert not output.exists()
+
+
+def test_a_finished_run_is_of_its_number_of_pictures(
+    run_tool: Run, backbones: list[str], photographs: Path, tmp_path: Path
+) -> None:
+    command = ["visualize", "saliency", *backbones, "--data", photographs, "--images", "2", *SIZE]
+    command += ["--output", tmp_path / "run"]
+    assert run_tool(*command)[0] == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pictures"}))
+    assert run_tool(*command)[0] == 0  # of before it was noted
+    assert_refused(run_tool(*command, "--pictures", "1"), "pictures is 8 there and 1 here")
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "words"),
     [
-        ("inversion", ["--steps", "0"], ["steps must be >= 1"]),
-        ("inversion", ["--step-size", "0"], ["step size > 0"]),
+        ("inversion", ["--steps", "0"], ["steps must be > 0"]),
+        ("inversion", ["--step-size", "0"], ["step_size must be > 0"]),
+        ("inversion", ["--step-size", "nan"], ["step_size must be > 0"]),
+        ("inversion", ["--val-resize", "0"], ["--val-resize must be > 0"]),
         ("inversion", ["--ball", "L2:0"], ["radius 0"]),
         ("inversion", ["--ball", "L3:1"], ["L3"]),
         ("inversion", ["--layer", "layer5"], ["standard: no layer 'layer5'"]),
