@@ -73,6 +73,8 @@ def _convolution(
             for size, pad, side, step in zip(input.shape[2:], border, window, steps, strict=True)
         ),
     )
+    if min(output) < 1:  # PyTorch says that the image is too small
+        return F.conv2d(input, weight, bias, stride, padding)
     if math.prod(output) < _FEW_PIXELS:
         return _over_windows(input, weight, bias, steps, border, output)
     strided = steps[0] == steps[1] > 1 and weight.shape[1] <= _FEW_CHANNELS

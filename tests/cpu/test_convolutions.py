@@ -48,6 +48,13 @@ def test_a_convolution_of_few_pixels_is_a_matrix_product(
         torch.testing.assert_close(found.double(), exact, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("side", "window", "stride"), [(1, 2, 2), (2, 4, 4), (2, 3, 1), (2, 5, 1)])
+def test_an_image_smaller_than_the_window_is_refused_as_by_pytorch(side: int, window: int, stride: int) -> None:
+    convolution, inputs = nn.Conv2d(3, 4, window, stride), torch.zeros(2, 3, side, side, requires_grad=True)
+    with cpu.fast(), pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+        convolution(inputs)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 8), (10, 13), (31, 22)])
 @pytest.mark.parametrize(
     ("window", "stride", "padding"),
