@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,9 @@ def verify(src: str | Path | Checkpoint, dst: str | Path, *, image: str | Path |
 
 
 def _read(source: str | Path | Checkpoint, threat_model: str | ThreatModel | None) -> Checkpoint:
-    if isinstance(source, Checkpoint):
-        return source
-    return read_checkpoint(source, statement=Statement(threat_model=threat_model))
+    if not isinstance(source, Checkpoint):
+        return read_checkpoint(source, statement=Statement(threat_model=threat_model))
+    stated = source.threat_model if threat_model is None else ThreatModel.parse(threat_model)
+    if source.threat_model not in (None, stated):
+        raise InputError(f"{source.source} says that its threat model is {source.threat_model}, not {stated}")
+    return replace(source, threat_model=stated)

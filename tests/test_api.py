@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,20 @@ def test_a_loaded_backbone_is_the_network_of_the_file(madry_file: Path, images: 
     assert (model.spec.arch, model.threat_model) == ("resnet18", ThreatModel("L2", 3))
     again = robust_backbones.load_backbone(robust_backbones.read_checkpoint(madry_file))
     assert again.threat_model is None
+    checkpoint = replace(robust_backbones.read_checkpoint(madry_file), threat_model=None)
+    stated = robust_backbones.load_backbone(checkpoint, threat_model="L2:3")
+    assert stated.threat_model == ThreatModel("L2", 3)
+    with pytest.raises(InputError, match="threat model is L2:3, not L2:1"):
+        robust_backbones.load_backbone(replace(checkpoint, threat_model=stated.threat_model), threat_model="L2:1")
     assert torch.equal(again(images), expected)
 
 
 def test_convert_and_verify(madry_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "backbone.pkl"
     assert robust_backbones.convert(str(madry_file), str(target)).ok
+    state = torch.get_rng_state()
     errors = robust_backbones.verify(str(madry_file), str(target))
+    assert torch.equal(torch.get_rng_state(), state)
     assert {error.stage for error in errors} == {"res2", "res3", "res4", "res5"}
     assert all(error.relative < 1e-4 for error in errors)
     assert capsys.readouterr().out == ""

@@ -41,7 +41,7 @@ from robust_backbones.checkpoint.layouts import (
 )
 from robust_backbones.checkpoint.readback import network_of
 from robust_backbones.checkpoint.untrusted import METADATA, Options, load_tensors
-from robust_backbones.checkpoint.urls import fetch_url, is_url
+from robust_backbones.checkpoint.urls import as_url, fetch_url
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.models import BackboneSpec, check_normalization, is_foreign, is_number, spec_from, usual_spec
 from robust_backbones.threat_models import ThreatModel
@@ -97,8 +97,8 @@ def read_checkpoint(
         if source or key or prefix or statement not in (None, Statement()):
             raise InputError("a published backbone says all there is to know: leave out what describes it")
         return read_published(str(path).removeprefix(HUB))
-    if is_url(path):
-        path = fetch_url(str(path))
+    if url := as_url(path):
+        path = fetch_url(url)
     if source:
         check_choice("source", source, SOURCES)
     path, content = Path(path), load_tensors(path)

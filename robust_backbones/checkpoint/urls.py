@@ -16,8 +16,10 @@ _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2/"  # what detectron2://
 _SECONDS = 60  # that a server may be silent
 
 
-def is_url(path: str | Path) -> bool:
-    return str(path).startswith(("https://", "http://", "detectron2://"))
+def as_url(path: str | Path) -> str:
+    """The URL that ``path`` is, of whose two slashes a Path keeps one; "" where it is none."""
+    scheme, slash, rest = str(path).partition(":/")
+    return f"{scheme}://{rest.lstrip('/')}" if slash and scheme in ("https", "http", "detectron2") else ""
 
 
 def fetch_url(url: str) -> Path:

@@ -24,7 +24,7 @@ from robust_backbones.checkpoint.hub import is_repository
 from robust_backbones.checkpoint.mistaken import refuse_mistaken
 from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
-from robust_backbones.checkpoint.urls import fetch_url, is_url
+from robust_backbones.checkpoint.urls import as_url, fetch_url
 from robust_backbones.checkpoint.zoo import PREFIX
 from robust_backbones.detection.swin_backbone import SwinBackbone, resized_biases
 from robust_backbones.detection.timm_backbone import TimmBackbone
@@ -104,7 +104,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             if is_repository(name):
                 raise InputError(f"{weights} is a repository: {_how_to_convert(weights)}")
             raise InputError(f"{weights} is a name for the converter: give MODEL.WEIGHTS {PREFIX}{name}")
-        path = fetch_url(weights) if is_url(weights) else Path(weights)
+        path = fetch_url(url) if (url := as_url(weights)) else Path(weights)
         if path.is_dir():
             for name in _IN_FOLDERS:
                 if (path / name).is_file():

@@ -73,7 +73,9 @@ def nameless(count: int) -> list[str]:
 
 def load_detector(cfg: CfgNode, weights: str | Path) -> TrainedDetector:
     """The detector in a .pth file of a training run; InputError if that lacks a tensor of this configuration's."""
-    checkpointer = BackboneCheckpointer(build_detector(cfg).eval(), cfg=cfg, whole_detector=True)
+    with torch.random.fork_rng(devices=[]):  # of the weights that are then replaced
+        model = build_detector(cfg).eval()
+    checkpointer = BackboneCheckpointer(model, cfg=cfg, whole_detector=True)
     content = checkpointer.load(str(weights))
     return TrainedDetector(checkpointer.model, categories_of(content, cfg, weights), *checkpointer.provenance())
 

@@ -98,7 +98,8 @@ def feature_errors(
         overrides = ["MODEL.RESNETS.NORM", norm, "MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.DEVICE", "cpu", *_SMALL_HEADS]
         own = [item for pair in metadata.spec.detectron2_overrides().items() for item in pair]
         cfg = load_config(CONFIG_DIR / "Base-RCNN-FPN.yaml", [*own, *overrides])
-        detector = build_model(cfg).train(mode == "train")
+        with torch.random.fork_rng(devices=[]):  # of the first weights
+            detector = build_model(cfg).train(mode == "train")
         BackboneCheckpointer(detector, cfg=cfg).load(str(converted))
         network = detector.backbone.net if hasattr(detector.backbone, "net") else detector.backbone.bottom_up
         reference = source.model.train(mode == "train")
