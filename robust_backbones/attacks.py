@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_positive
 from robust_backbones.threat_models import ThreatModel
 
 # Directions do not depend on the loss's scale, and a power of two changes no digit in float32; in float16 it keeps
@@ -37,10 +37,7 @@ class AttackConfig:
     """Keep the strongest of this many runs for each image; more than one needs a random start."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.restarts < 1:
-            raise InputError(f"an attack needs steps and restarts >= 1, got {self.steps} and {self.restarts}")
-        if self.relative_step_size <= 0:
-            raise InputError(f"an attack's relative step size must be > 0, got {self.relative_step_size:g}")
+        check_positive(self, "steps", "restarts", "relative_step_size")
         if self.restarts > 1 and not self.random_start:
             raise InputError("several restarts without a random start would be the same run: set random_start")
 

@@ -1,6 +1,7 @@
 """The exceptions that speak to the user, and checks of a config's values that raise them."""
 
 import errno
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -53,8 +54,9 @@ _MENDS = {
     errno.EFBIG: "raise the limit of file sizes (ulimit -f) and give the same command again",
     errno.EIO: "the disk fails: copy what is there, and choose another one",
     errno.ESTALE: "the network's file system was lost: give the same command again",
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG), _ELSEWHERE),
-    **dict.fromkeys((errno.ENOENT, errno.EISDIR), "check the path"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG), _ELSEWHERE),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _ELSEWHERE),  # a file where a folder is to be
+    **dict.fromkeys((errno.ENOENT, errno.EISDIR, errno.ELOOP), "check the path"),
 }
 _FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
 
@@ -68,17 +70,17 @@ def disk_error(error: OSError) -> InputError | None:
 
 
 def check_positive(config: object, *names: str) -> None:
-    """Raise ``InputError`` unless these attributes of ``config`` are > 0 or None."""
+    """Raise ``InputError`` unless these attributes of ``config`` are finite and > 0, or None."""
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise InputError(f"{name} must be > 0, got {value}")
 
 
 def check_not_negative(config: object, *names: str) -> None:
-    """Raise ``InputError`` unless these attributes of ``config`` are >= 0."""
+    """Raise ``InputError`` unless these attributes of ``config`` are finite and >= 0."""
     for name in names:
-        if not getattr(config, name) >= 0:
+        if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"{name} must be >= 0, got {getattr(config, name)}")
 
 

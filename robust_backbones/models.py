@@ -247,6 +247,7 @@ def fed_as(config: Config, *specs: BackboneSpec) -> Config:
             values = " and ".join(str(getattr(spec, name)) + f" ({spec.arch})" for spec in specs)
             raise InputError(f"the networks were made for different {name}, {values}: give --{name.replace('_', '-')}")
         given[name] = found.pop()
+    check_choice("interpolation", given["interpolation"], INTERPOLATIONS)
     for spec in specs:
         if given["image_size"] != (only_size(spec) or given["image_size"]):
             raise InputError(

@@ -97,7 +97,7 @@ class TrainingConfig:
         check_not_negative(
             self, "epsilon_warmup_epochs", "progressive_size", "progressive_epochs", "cache_short_side", "eval_images"
         )
-        check_not_negative(self, "warmup_epochs", "mixup", "cutmix")
+        check_not_negative(self, "warmup_epochs", "mixup", "cutmix", "momentum", "weight_decay")
         check_choice("schedule", self.schedule, ("step", "one_cycle", "cosine"))
         check_choice("optimizer", self.optimizer, ("sgd", "adamw"))
         if self.warmup_epochs and self.schedule != "cosine":
@@ -190,6 +190,8 @@ class Execution:
     """Weights & Biases project to log to; empty is none."""
 
     def __post_init__(self) -> None:
+        check_choice("device", self.device, ("cpu", "cuda"))
         check_positive(self, "keep_checkpoints", "log_period")
+        check_not_negative(self, "workers", "micro_batch_size")
         if self.compile and self.device != "cuda":
             raise InputError("--compile pays on GPUs only (on CPUs eager mode is faster): leave it out")

@@ -22,7 +22,7 @@ from robust_backbones.commands import cli
 from robust_backbones.data.annotations import Use
 from robust_backbones.data.annotations_repair import renaming, repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_not_negative, check_positive
 
 
 def main(arguments: list[str]) -> int:
@@ -33,10 +33,17 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"--rename {broken[0]} renames nothing: give OLD=NEW")
     if (classes or options.rename) and not options.fix:
         raise InputError("--classes and --rename are of the repaired copy: give --fix OUT too")
+    check_positive(options, "workers")
+    check_not_negative(options, "most")
     rename = renaming(classes, dict(pair.split("=", 1) for pair in options.rename))
     errors = 0
-    for name in options.sets:
-        dataset = find_set(name)
+    datasets = [find_set(name) for name in options.sets]
+    places = ["-".join(filter(None, (one.annotations.stem, one.split))) for one in datasets]
+    if options.fix and (
+        same := [name for name, place in zip(options.sets, places, strict=True) if places.count(place) > 1]
+    ):
+        raise InputError(f"{' and '.join(same)} would be repaired in one folder: give --fix with one of them at a time")
+    for name, dataset, place in zip(options.sets, datasets, places, strict=True):
         try:
             faults, content = dataset.check(use, workers=options.workers, cache=cache_folder() / "headers")
         except OSError as error:
@@ -51,7 +58,6 @@ def main(arguments: list[str]) -> int:
         print(f"{name}: {size}, {', '.join(told)}")
         errors += counts["error"]
         if options.fix:
-            place = "-".join(filter(None, (dataset.annotations.stem, dataset.split)))
             folder = options.fix if len(options.sets) == 1 else options.fix / place
             repaired, done = repair(dataset, use, folder, rename)
             (folder / "changes.txt").write_text("".join(f"{line}\n" for line in done))

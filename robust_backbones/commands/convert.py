@@ -139,13 +139,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise InputError(f"DST must {wanted}, got {options.dst}")
     if options.push and (options.dst.suffix or not is_repository(options.push)):
         raise InputError("--push USER/NAME uploads a folder: give --to timm and a DST without a suffix")
+    if options.private and not options.push:
+        raise InputError("--private is of an upload: give --push USER/NAME too")
     if options.image and not (options.verify and options.to == "detectron2"):
-        raise InputError("--image is for the proof of features: leave out --no-verify and --to torchvision, or --image")
+        raise InputError(
+            "--image is for the proof of features: leave out --no-verify and --to torchvision or timm, or --image"
+        )
     if options.write_config and options.to != "detectron2":
         raise InputError(f"--write-config is for Detectron2: leave out --to {options.to}")
     options.base_config = find_file(options.base_config, CONFIG_DIR)
     if not options.base_config.is_file():
         raise InputError(f"no configuration at {options.base_config}: give one of detectron_configs/*/*.yaml")
+    if options.base_config != BASE_CONFIG and not options.write_config:
+        raise InputError("--base-config is what --write-config is based on: give that too")
+    files = [Path(options.src), options.dst if options.dst.suffix else options.dst / WEIGHTS, options.base_config]
+    files = [path.resolve() for path in [*files, *filter(None, [options.write_config])]]
+    if twice := [path for path in files if files.count(path) > 1]:
+        raise InputError(f"{twice[0]} would be overwritten by what is made of it: give another DST or --write-config")
     return options
 
 

@@ -80,6 +80,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--install-detectron2", action="store_true", help="get Detectron2, which is not on PyPI")
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="check the published backbones in a folder")
     options = parser.parse_args(arguments)
+    if options.install_detectron2 and (options.json or options.published):
+        raise InputError("--install-detectron2 installs, which is no part of a --json document or of --published")
     if options.published:
         return check_published(options.published, in_json=options.json)
     if options.install_detectron2 and (status := install_detectron2.install()):

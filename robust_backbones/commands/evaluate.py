@@ -59,7 +59,7 @@ EXPECTED = "expected.json"
 
 @dataclass(kw_only=True)
 class DetectorOptions(DeviceOptions):
-    """Clean AP of a trained detector, its AP on corrupted images (P, mPC, rPC), in other domains and under attack.
+    r"""Clean AP of a trained detector, its AP on corrupted images (P, mPC, rPC), in other domains and under attack.
 
     Example, on 500 images, in 2 processes:
         robust-backbones evaluate detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_robustness \
@@ -120,6 +120,8 @@ Arguments = (
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     check_device(options.device)
+    if isinstance(options, ClassifierOptions) and not 0 <= (options.expected or 0) <= 100:
+        raise InputError(f"--expected is an accuracy in percent, 0 to 100, got {options.expected:g}")
     return classifier(options) if isinstance(options, ClassifierOptions) else detector(options)
 
 
@@ -171,8 +173,8 @@ def cells_of(options: DetectorOptions) -> tuple[list[Cell], ImageChoice]:
     if targeted and options.attacks:
         raise InputError("--attack-target is an attack of its own: give it without --attacks")
     losses = ("classification",) if targeted else tuple(dict.fromkeys(options.attacks))
-    if losses and options.threat_model is None:
-        raise InputError("an attack needs --threat-model, such as Linf:4/255")
+    if bool(losses) != (options.threat_model is not None):
+        raise InputError("an attack needs both --attacks (or --attack-target) and --threat-model, such as Linf:4/255")
     cells = corruption_cells(options.corruptions, options.severities)
     cells += [
         attack_cell(

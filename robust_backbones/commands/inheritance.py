@@ -28,8 +28,8 @@ from robust_backbones.analysis import inheritance as analysis
 from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.classification.robustness import RobustnessConfig
 from robust_backbones.commands import cli
-from robust_backbones.commands.options import DEVICE, DeviceOptions, EvaluationOptions
-from robust_backbones.errors import InputError
+from robust_backbones.commands.options import DeviceOptions, EvaluationOptions
+from robust_backbones.errors import InputError, check_not_negative
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.evaluations import (
@@ -42,8 +42,8 @@ from robust_backbones.transfer.inheritance.run import DEFAULT_METHODS, run_proto
 from robust_backbones.transfer.inheritance.sets import KNOWN_SETS, check_kind, make_set
 
 
-@dataclass
-class InheritanceOptions:
+@dataclass(kw_only=True)
+class InheritanceOptions(DeviceOptions):
     """Evaluate on every set, fine-tune on one, evaluate on every set again, for each set, method and seed.
 
     Example:
@@ -63,11 +63,8 @@ class InheritanceOptions:
     output: Path
     """Folder for the results: LABEL/METHOD/SET/seed_S/record.json."""
     config: Annotated[InheritanceConfig, tyro.conf.arg(name="")] = field(default_factory=InheritanceConfig)
-    device: str = DEVICE
-    workers: int = 2
-    """Processes that decode images, each of which is decoded once."""
     memory_gb: float = 8.0
-    """Room for decoded images; sets that find none are decoded at every use."""
+    """Room for decoded images, each of which is decoded once; sets that find none are decoded at every use."""
     methods: tuple[str, ...] = DEFAULT_METHODS
     """fine_tuning linear_probe lp_ft lwf ewc l2_init l2_sp lora visual_prompt wise_ft uniform_soup greedy_soup, and
     wise_ft_0.3 for WiSE-FT at another alpha than 0.5."""
@@ -120,7 +117,7 @@ class MakeSetsOptions:
 
 @dataclass(kw_only=True)
 class CorruptionsOptions(EvaluationOptions):
-    """Accuracy of a classifier under the 15 common corruptions at 5 severities, and mCE against a reference.
+    r"""Accuracy of a classifier under the 15 common corruptions at 5 severities, and mCE against a reference.
 
     Example, a fine-tuned network against the one before:
         robust-backbones inheritance corruptions runs/r50/checkpoint.pt --data imagenet/val --output runs/r50_c
@@ -135,7 +132,7 @@ class CorruptionsOptions(EvaluationOptions):
 
 @dataclass(kw_only=True)
 class DetectorInheritanceOptions(DeviceOptions):
-    """Accuracy of a backbone under its own classifier, clean and attacked, before and after detection training.
+    r"""Accuracy of a backbone under its own classifier, clean and attacked, before and after detection training.
 
     Example:
         robust-backbones inheritance detector runs/voc_robust/model_final.pth runs/robust/checkpoint.pt \
@@ -175,6 +172,8 @@ def main(arguments: list[str]) -> int:
 
 
 def run(options: InheritanceOptions) -> int:
+    if not (options.methods and options.seeds):
+        raise InputError("--methods and --seeds need one or more each")
     sets = {}
     for name in options.sets:
         folder = Path(name)
@@ -195,11 +194,14 @@ def run(options: InheritanceOptions) -> int:
 
 
 def table(options: InheritanceTableOptions) -> int:
+    if not options.runs:
+        raise InputError("give one or more outputs of `run`")
     matrices = read_matrices(options.runs)
     if options.methods:
         matrices = [one for one in matrices if one.method in options.methods]
     if not matrices:
-        raise InputError(f"nothing has been fine-tuned in {', '.join(map(str, options.runs))} yet: `run` it")
+        what = f"nothing has been fine-tuned{' by ' * bool(options.methods)}{', '.join(options.methods)}"
+        raise InputError(f"{what} in {', '.join(map(str, options.runs))} yet: `run` it")
     tables = {"inheritance": analysis.summary_table(matrices)}
     if found := analysis.correlations(matrices):
         tables["correlations"] = analysis.correlation_table(found)
@@ -217,6 +219,9 @@ def table(options: InheritanceTableOptions) -> int:
 
 
 def make_sets(options: MakeSetsOptions) -> int:
+    check_not_negative(options, "images_per_class", "workers")
+    if not options.kinds or len(set(options.kinds)) < len(options.kinds):
+        raise InputError("--kinds needs one or more different kinds of sets, such as sketch fog-3")
     for kind in options.kinds:
         check_kind(kind)
     if options.disjoint and not options.images_per_class:

@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from robust_backbones.classification.compute import available
+from robust_backbones.errors import check_not_negative
 
 Device = Literal["cpu", "cuda"]
 check_device = available
@@ -21,6 +22,9 @@ class DeviceOptions:
     device: Device = DEVICE
     workers: int = 2
     """Processes that read and change images; results do not depend on it."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "workers")
 
 
 @dataclass(kw_only=True)

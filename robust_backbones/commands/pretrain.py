@@ -105,9 +105,13 @@ def main(arguments: list[str]) -> int:
     if not options.data.is_dir():
         raise InputError(f"no data folder {options.data}: give one that holds train/ and val/")
     start = options.start_from
+    if options.cluster != ClusterConfig() and not options.cluster.executor:
+        raise InputError("--cluster options are of a run that is submitted: give --cluster.executor too")
     if options.cluster.executor:
         paths = (options.data.absolute(), options.output.absolute())
-        job = PretrainJob(options.config, *paths, options.execution, start and start.absolute())
+        job = PretrainJob(
+            options.config, *paths, options.execution, start and (start.absolute() if start.exists() else start)
+        )
         submitted = submit(job, options.cluster)
         print(f"submitted as job {submitted.job_id}; its logs are in {log_folder(job.output)}, its results will be in")
         print(options.output)

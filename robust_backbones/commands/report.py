@@ -53,6 +53,8 @@ def main(arguments: list[str]) -> int:
         for experiment in experiments(runs):
             if (picture := draw(experiment, options.output / "figures", options.pictures)) is not None:
                 pictures[experiment.slug] = [picture]
+        if not pictures:
+            print("no pictures: none of these experiments has a standard and a robust detector")
     page = write_report(
         runs, options.output, title=options.title, pictures=pictures, primary=find_primary(options.runs)
     )

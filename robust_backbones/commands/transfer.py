@@ -175,6 +175,8 @@ def transfer(options: ProbeOptions | FinetuneOptions) -> int:
 
 
 def table(options: TransferTableOptions) -> int:
+    if not options.runs:
+        raise InputError("give one or more folders of experiments")
     records: list[RunRecord] = []
     for folder in options.runs:
         found = [RunRecord.read(path) for path in sorted(folder.glob("*/seed_*/record.json"))]

@@ -55,6 +55,8 @@ def draw_side_by_side(runs: Mapping[str, Path], output: Path, *, images: int) ->
             for name, predict in predictors.items()
         }
         rows.append(_panels(file, {"ground truth": item["annotations"], **found}, MetadataCatalog.get(dataset)))
+    if not rows:
+        raise InputError(f"{dataset} has no annotated image to draw: leave out the picture")
     widest = max(row.shape[1] for row in rows)
     write_picture(output, np.vstack([np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0))) for row in rows]))
 

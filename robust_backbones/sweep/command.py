@@ -40,7 +40,7 @@ from robust_backbones.analysis.records import PRIMARY, Primary, find_runs
 from robust_backbones.analysis.report import write_report
 from robust_backbones.analysis.tables import Table
 from robust_backbones.commands import cli
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_not_negative
 from robust_backbones.runs.files import atomic_path, remove_leftovers
 from robust_backbones.runs.locks import lock, owner_of
 from robust_backbones.runs.signals import STOP_SIGNALS, stop_on_signals
@@ -88,6 +88,9 @@ class LaunchOptions(SetupOptions):
     """--no-gpus: jobs of the cluster ask for none."""
     minutes: float = math.inf
     """Start only runs that end within so many minutes, as far as earlier ones tell, and end by then; not with slurm."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "jobs", "processes")
 
 
 @dataclass
@@ -232,7 +235,7 @@ def check_declared(plan: Plan, primary: Primary | None) -> None:
 
 def executor_for(plan: Plan, manifest: Manifest, options: LaunchOptions) -> LocalExecutor | ClusterExecutor:
     processes = options.processes or manifest.cluster.processes
-    if options.minutes <= 0 or (options.executor == "slurm" and options.minutes < math.inf):
+    if not options.minutes > 0 or (options.executor == "slurm" and options.minutes < math.inf):
         raise InputError(
             f"--minutes {options.minutes:g} is for runs of this machine, and above 0: leave it out, on Slurm set hours "
             "under cluster: of the manifest"

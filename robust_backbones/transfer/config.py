@@ -134,7 +134,7 @@ class ProbeConfig(TransferConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "epochs", "batch_size", "lr_step")
-        check_not_negative(self, "image_size", "val_resize", "views", "eval_images")
+        check_not_negative(self, "image_size", "val_resize", "views", "eval_images", "momentum")
         check_choice("solver", self.solver, ("sgd", "lbfgs"))
         check_choice("batch_norm", self.batch_norm, ("eval", "train"))
         check_choice("augmentation", self.augmentation, (*AUGMENTATIONS, "none"))

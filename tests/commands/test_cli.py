@@ -71,6 +71,14 @@ def test_pretrain_then_convert(run_tool: Run, shapes: Path, tmp_path: Path) -> N
         (["--precision", "fp4"], ["fp4"]),
         (["--epochs", "0"], ["epochs"]),
         (["--attack.steps", "0"], ["steps"]),
+        (["--attack.relative-step-size", "nan"], ["relative_step_size"]),
+        (["--weight-decay", "nan"], ["weight_decay"]),
+        (["--momentum", "-1"], ["momentum"]),
+        (["--interpolation", "lanczos"], ["lanczos"]),
+        (["--workers", "-1"], ["workers"]),
+        (["--micro-batch-size", "-1"], ["micro_batch_size"]),
+        (["--device", "gpu"], ["gpu"]),
+        (["--cluster.nodes", "2"], ["--cluster.executor"]),
     ],
 )
 def test_pretrain_refuses(run_tool: Run, shapes: Path, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
@@ -192,6 +200,61 @@ def test_convert_refuses_another_network_and_another_suffix(run_tool: Run, tmp_p
     torch.save({"cls_token": torch.ones(1)}, source)
     assert_refused(run_tool("convert", source, tmp_path / "out.pkl"), "cls_token")
     assert_refused(run_tool("convert", source, tmp_path / "out.onnx"), ".pkl")
+
+
+def test_options_that_would_be_ignored_are_refused(run_tool: Run, tmp_path: Path) -> None:
+    output = ["--output", tmp_path / "out"]
+    detector = ["evaluate", "detector", "config.yaml", "model_final.pth", *output]
+    assert_refused(run_tool(*detector, "--threat-model", "Linf:4/255"), "--attacks")
+    assert_refused(run_tool("doctor", "--install-detectron2", "--json"), "--json")
+    made = ["inheritance", "make-sets", tmp_path, *output]
+    assert_refused(run_tool(*made, "--kinds"), "--kinds")
+    assert_refused(run_tool(*made, "--kinds", "fog-1", "--images-per-class", "-3"), "images_per_class")
+    protocol = ["inheritance", "run", "x.pt", "--pretraining", tmp_path, "--sets", "a", "b", *output]
+    assert_refused(run_tool(*protocol, "--methods"), "one or more")
+    assert_refused(run_tool("transfer", "table"), "one or more folders")
+    classifier = ["evaluate", "classifier", "x.pt", "--data", tmp_path, "--threat-model", "L2:1", *output]
+    for wrong in ("nan", "101"):
+        assert_refused(run_tool(*classifier, "--expected", wrong), "in percent")
+    assert_refused(run_tool("sweep", "launch", "studies/small.yaml", "--jobs", "-1", *output), "jobs")
+    same = [f"{tmp_path}/{part}/all.json:{part}" for part in ("train", "val")]
+    assert_refused(run_tool("check-data", *same, "--fix", tmp_path / "out"), "one folder")
+    assert_refused(run_tool("check-data", *same, "--workers", "0"), "workers")
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_replaces_nothing_that_it_reads_or_writes(
+    run_tool: Run, tmp_path: Path, torchvision_file: Callable[[str], Path]
+) -> None:
+    source = tmp_path / "net.pth"
+    source.write_bytes(torchvision_file("resnet18").read_bytes())
+    base = tmp_path / "base.yaml"
+    base.write_text("MODEL: {MASK_ON: True}")
+    unproven = ["--no-verify", "--write-config"]
+    for arguments in (
+        [source],
+        [tmp_path / "out.pkl", *unproven, tmp_path / "out.pkl"],
+        [tmp_path / "out.pkl", *unproven, base, "--base-config", base],
+    ):
+        assert_refused(run_tool("convert", source, *arguments), "would be overwritten")
+    assert_refused(run_tool("convert", source, tmp_path / "out.pkl", "--base-config", base), "--write-config")
+    assert_refused(run_tool("convert", source, tmp_path / "out", "--to", "timm", "--private"), "--push")
+    assert source.read_bytes() == torchvision_file("resnet18").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"net.pth", "base.yaml"}
+
+
+def test_a_file_where_a_folder_is_to_be_is_named(
+    run_tool: Run, shapes: Path, tmp_path: Path, torchvision_file: Callable[[str], Path]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("somebody's")
+    converted = run_tool("convert", torchvision_file("resnet18"), file / "robust.pkl", "--no-verify")
+    assert_refused(converted, f"{file}: file exists")
+    data = shapes / "shapes_classification"
+    assert_refused(run_tool("pretrain", "--data", data, "--output", file, *FAST), f"{file}: file exists")
+    made = run_tool("inheritance", "make-sets", data / "val", "--output", file, "--kinds", "photograph")
+    assert_refused(made, "not a directory")
+    assert file.read_text() == "somebody's"
 
 
 def test_a_failed_proof_leaves_no_file(

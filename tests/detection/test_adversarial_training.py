@@ -543,7 +543,7 @@ def test_a_protocol_is_the_recipe_of_its_paper(kind: str) -> None:
         (["ADVERSARIAL.THREAT_MODEL", "four"], "cannot read the threat model"),
         (["ADVERSARIAL.REPLAYS", 0], r"ADVERSARIAL\.REPLAYS 0"),
         (["ADVERSARIAL.STEPS", 0], "steps"),
-        (["ADVERSARIAL.RELATIVE_STEP_SIZE", 0.0], "relative step size"),
+        (["ADVERSARIAL.RELATIVE_STEP_SIZE", 0.0], "relative_step_size"),
         ([*PGD, "VIS_PERIOD", 10], "VIS_PERIOD 0"),
         (["ADVERSARIAL.EPSILON", 1], "unknown configuration key"),
         (["SOLVER.OPTIMIZER", "Adam"], "SOLVER.OPTIMIZER 'Adam' is not one of SGD, AdamW"),

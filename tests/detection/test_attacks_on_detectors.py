@@ -472,7 +472,7 @@ def test_masked_gradients_are_exposed_and_honest_ones_are_not(
         ({"loss": "boxes"}, "classification, localization, objectness, mask, total"),
         ({"steps": 0}, "steps"),
         ({"steps": 101}, "at most 100"),
-        ({"relative_step_size": 0.0}, "step size"),
+        ({"relative_step_size": 0.0}, "step_size"),
         ({"restarts": 2}, "random_start"),
         ({"schedule": "cosine"}, "fixed, apgd"),
         ({"target": 1}, "classification"),

@@ -86,3 +86,18 @@ def test_weights_that_are_not_there_are_named(study: Path, shapes: Path, monkeyp
     with pytest.raises(InputError, match="shapes_val lacks"):
         draw_side_by_side({"robust": study / "robust"}, study / "x.jpg", images=1)
     assert not (study / "x.jpg").exists()
+
+
+def test_where_nothing_can_be_drawn_it_says_so(
+    study: Path,
+    shapes: Path,
+    tmp_path: Path,
+    run_tool: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    status, out, _ = run_tool("report", study / "standard", "--output", tmp_path / "report", "--pictures", 1)
+    assert status == 0
+    assert "no pictures: " in out
+    with pytest.raises(InputError, match="no annotated image"):
+        draw_side_by_side({"standard": study / "standard"}, tmp_path / "picture.jpg", images=0)

@@ -275,6 +275,7 @@ def make_set(
             return len(dataset)
         raise InputError(f"{target} holds another set: remove it, or choose another --output")
     shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)  # of what cannot be made a worker would not say why
     loader = DataLoader(
         _Maker(dataset, unfinished, kind, seed),
         batch_size=16,
