@@ -437,22 +437,3 @@ class NormalizedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1], shape (N, 3, H, W) -> logits (N, classes)."""
         return self.backbone(self.normalize(images))
-
-    def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Images in [0, 1] -> the outputs of a ResNet's layer1 to layer4, by name.
-
-        Their strides are 4, 8, 16 and 32; 1, 2, 4 and 8 with the cifar stem.
-
-        Raises:
-            InputError: the backbone is no ResNet.
-        """
-        from torchvision.models.resnet import ResNet
-
-        net = self.backbone
-        if not isinstance(net, ResNet):
-            raise InputError(f"only a ResNet has the stages layer1 to layer4, this backbone is a {type(net).__name__}")
-        x = net.maxpool(net.relu(net.bn1(net.conv1(self.normalize(images)))))
-        outputs = {}
-        for name in ("layer1", "layer2", "layer3", "layer4"):
-            outputs[name] = x = getattr(net, name)(x)
-        return outputs

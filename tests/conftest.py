@@ -139,6 +139,13 @@ def randomize_batch_norms(module: torch.nn.Module, seed: int = 0) -> None:
                 layer.running_var.uniform_(0.5, 1.5, generator=generator)
 
 
+def resnet_stages(model: NormalizedModel, images: Tensor) -> dict[str, Tensor]:
+    """The outputs of a ResNet's layer1 to layer4, by the forward pass written out."""
+    net = model.backbone
+    x = net.maxpool(net.relu(net.bn1(net.conv1(model.normalize(images)))))
+    return {name: (x := getattr(net, name)(x)) for name in ("layer1", "layer2", "layer3", "layer4")}
+
+
 @pytest.fixture(scope="session")
 def torchvision_file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Maker of torchvision-style files with trained-looking batch norms, one an architecture."""

@@ -20,6 +20,7 @@ from robust_backbones.models import (
     build_backbone,
     reference_shapes,
 )
+from tests.conftest import resnet_stages
 
 RESNETS = [arch for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)]
 OTHERS = [arch for arch in ARCHITECTURES if arch not in RESNETS]
@@ -166,7 +167,7 @@ def test_a_cifar_stem_keeps_the_resolution(images: Tensor) -> None:
     """He et al. 2016, section 4.2: 32-pixel images enter the first stage as they are."""
     spec = BackboneSpec("resnet18", 4, stem="cifar")
     model = NormalizedModel(build_backbone(spec), spec).eval()
-    stages = model.stages(images)
+    stages = resnet_stages(model, images)
     assert [tuple(stage.shape) for stage in stages.values()] == [
         (4, 64, 32, 32),
         (4, 128, 16, 16),
@@ -203,19 +204,6 @@ def test_images_are_normalised_inside(small_model: NormalizedModel, images: Tens
     torch.testing.assert_close(model(images), model.backbone(by_hand))
 
 
-def test_stages_are_those_of_the_forward_pass(small_model: NormalizedModel, images: Tensor) -> None:
-    model = small_model.eval()
-    stages = model.stages(images)
-    assert [tuple(stage.shape) for stage in stages.values()] == [
-        (4, 64, 8, 8),
-        (4, 128, 4, 4),
-        (4, 256, 2, 2),
-        (4, 512, 1, 1),
-    ]
-    logits = model.backbone.fc(stages["layer4"].mean(dim=(2, 3)))
-    torch.testing.assert_close(logits, model(images))
-
-
 def test_detectron2_overrides_of_resnet50() -> None:
     assert BackboneSpec().detectron2_overrides() == {
         "INPUT.FORMAT": "RGB",
@@ -238,14 +226,6 @@ def test_detectron2_cannot_be_what_is_no_resnet(arch: str) -> None:
 def test_detectron2_has_no_cifar_stem() -> None:
     with pytest.raises(InputError, match="Detectron2's ResNet has no cifar stem"):
         BackboneSpec("resnet18", stem="cifar").detectron2_overrides()
-
-
-def test_only_a_resnet_has_stages(images: Tensor) -> None:
-    spec = BackboneSpec("mobilenet_v2", 4)
-    with pytest.raises(
-        InputError, match="only a ResNet has the stages layer1 to layer4, this backbone is a MobileNetV2"
-    ):
-        NormalizedModel(build_backbone(spec), spec).stages(images)
 
 
 def test_a_spec_goes_through_a_file_and_old_ones_are_read() -> None:

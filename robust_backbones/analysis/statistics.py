@@ -198,9 +198,8 @@ def seeds_needed(effect: float, alpha: float = ALPHA) -> int | None:
 
 @dataclass(frozen=True)
 class LinearFit:
-    """The least-squares line through ``n`` points."""
+    """The least-squares line through points."""
 
-    n: int
     slope: float
     intercept: float
     r_squared: float
@@ -212,7 +211,7 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit | None:
     if len(x) < 3 or max(x) - min(x) <= _ROUNDING or max(y) - min(y) <= _ROUNDING:
         return None
     fit = stats.linregress(x, y)
-    return LinearFit(len(x), float(fit.slope), float(fit.intercept), float(fit.rvalue) ** 2)
+    return LinearFit(float(fit.slope), float(fit.intercept), float(fit.rvalue) ** 2)
 
 
 def p_value(p: float) -> str:

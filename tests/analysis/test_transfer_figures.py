@@ -297,14 +297,13 @@ def test_r_squared_is_the_share_of_variance_that_numpys_line_explains(points: li
     assert fit.slope == pytest.approx(slope, rel=1e-6, abs=1e-9)
     assert fit.intercept == pytest.approx(intercept, rel=1e-6, abs=1e-6)
     assert fit.r_squared == pytest.approx(1 - (residuals**2).mean() / np.var(y), abs=1e-6)
-    assert fit.n == len(points)
 
 
 def test_r_squared_by_hand() -> None:
     # Means 2 and 4; slope (-1 * -2 + 0 * -1 + 1 * 3) / 2 = 2.5; residuals 0.5, -1, 0.5; 1 - 1.5 / 14.
     fit = linear_fit([1, 2, 3], [2, 3, 7])
     assert fit is not None
-    assert (fit.n, fit.slope, fit.intercept) == (3, 2.5, -1.0)
+    assert (fit.slope, fit.intercept) == (2.5, -1.0)
     assert fit.r_squared == pytest.approx(1 - 1.5 / 14)
 
 
@@ -318,7 +317,7 @@ def test_the_papers_table_2_has_the_r_squared_that_it_prints() -> None:
     for points in table_2().values():
         fit = linear_fit(*zip(*points.values(), strict=True))
         assert fit is not None
-        found.append((fit.n, round(fit.r_squared, 2)))
+        found.append((len(points), round(fit.r_squared, 2)))
     assert found == [(6, 0.79), (6, 0.97)]
 
 

@@ -29,7 +29,7 @@ from robust_backbones.classification.visualization import (
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel
-from tests.conftest import randomize_batch_norms
+from tests.conftest import randomize_batch_norms, resnet_stages
 from tests.transfer.conftest import narrow_resnet18  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
@@ -89,7 +89,7 @@ def test_layers_are_what_the_network_computes(trained_like: NormalizedModel, ima
     model = trained_like.eval()
     net, normalized = model.backbone, model.normalize(images)
     with torch.no_grad():
-        stages = model.stages(images)
+        stages = resnet_stages(model, images)
         expected = {
             **stages,
             "bn1": net.bn1(net.conv1(normalized)),  # the ReLU after it works in place
@@ -117,7 +117,7 @@ def test_the_penultimate_layer_of_any_architecture_is_the_classifiers_input(arch
 def test_a_backbone_without_a_classifier_has_features_and_no_logits(images: Tensor) -> None:
     spec = BackboneSpec("resnet18", 0)
     model = NormalizedModel(build_backbone(spec), spec).eval()
-    torch.testing.assert_close(activations(model, images), model.stages(images)["layer4"].mean((2, 3)))
+    torch.testing.assert_close(activations(model, images), resnet_stages(model, images)["layer4"].mean((2, 3)))
     labels = torch.zeros(4, dtype=torch.long)
     for call in (
         lambda: activations(model, images, LOGITS),
