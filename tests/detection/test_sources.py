@@ -192,10 +192,9 @@ def test_a_fine_tuned_backbone_goes_to_torchvision_and_timm_and_back_bit_for_bit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["wide_resnet101_2", "resnext101_64x4d"])
-def test_the_widest_networks_are_proven(
-    run_tool: Callable[..., tuple[int, str, str]], torchvision_file: Maker, tmp_path: Path, arch: str
+def test_the_widest_network_is_proven(
+    run_tool: Callable[..., tuple[int, str, str]], torchvision_file: Maker, tmp_path: Path
 ) -> None:
-    status, out, _ = run_tool("convert", torchvision_file(arch), tmp_path / "out.pkl")
+    status, out, _ = run_tool("convert", torchvision_file("wide_resnet101_2"), tmp_path / "out.pkl")
     assert status == 0
     assert "features are equal" in out
