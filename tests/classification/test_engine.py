@@ -113,7 +113,7 @@ def test_fifty_steps_follow_a_slow_reference_of_the_recipe(trained: tuple[Normal
     plain PyTorch departs from itself as soon as only its memory format changes.
     """
     start, images, labels = trained
-    data, rate, epsilon = noisy_batches(images, labels, 50, 10), 5e-4, 0.05
+    data, rate, epsilon = noisy_batches(images, labels, 50, 16), 5e-4, 0.05
     expected = list(reference_losses(copy.deepcopy(start), data, epsilon, rate))
     model = copy.deepcopy(start).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=1e-4)
