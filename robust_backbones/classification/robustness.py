@@ -141,17 +141,17 @@ def evaluate_robustness(
         "checkpoint_sha256": checkpoint.source_sha256,
     }
     with claimed(output, settings, fed_as(type(config)(config.threat_model), BackboneSpec()).to_dict()) as finished:
-        if finished:
-            return RunRecord.read(output / "record.json")
-
-        model = NormalizedModel(checkpoint.build(), spec)
-        model.to(device=compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         places = [
             {"index": index, "name": name, "label": label}
             for index, name, label in zip(images.indices, images.names, images.labels, strict=True)
         ]
         path, total = output / "outcomes.jsonl", len(images)
         rows = _resume(path, places, config.batch_size)
+        if finished:
+            return RunRecord.read(output / "record.json")
+
+        model = NormalizedModel(checkpoint.build(), spec)
+        model.to(device=compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if 0 < len(rows) < total:
             print(f"resuming at image {len(rows) + 1} of {total}")
         rest = val_batches(images.take(range(len(rows), total)), config.batch_size, workers=workers)
@@ -212,7 +212,8 @@ def _resume(path: Path, places: Sequence[dict[str, Any]], batch_size: int) -> li
         rows.append(row)
         ends.append(ends[-1] + len(line))
     whole = len(rows) if len(rows) == len(places) else len(rows) // batch_size * batch_size
-    os.truncate(path, ends[whole])
+    if ends[whole] < path.stat().st_size:  # a finished evaluation is only read
+        os.truncate(path, ends[whole])
     return rows[:whole]
 
 

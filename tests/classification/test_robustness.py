@@ -469,11 +469,13 @@ def test_another_run_is_never_overwritten(
         evaluate_robustness(CONFIG, checkpoint, data, tmp_path, workers=0)
 
 
+@pytest.mark.parametrize("has_finished", [False, True])
 def test_outcomes_of_other_images_are_refused(
-    finished: tuple[Path, RunRecord], data: Path, checkpoint: Checkpoint, tmp_path: Path
+    finished: tuple[Path, RunRecord], data: Path, checkpoint: Checkpoint, tmp_path: Path, has_finished: bool
 ) -> None:
     output = copy_of(finished[0], tmp_path)
-    (output / "record.json").unlink()
+    if not has_finished:
+        (output / "record.json").unlink()
     path = output / "outcomes.jsonl"
     path.write_text(path.read_text().replace("circle/0000", "circle/9999"))
     with pytest.raises(InputError, match="other images"):
