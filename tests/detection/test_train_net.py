@@ -131,10 +131,10 @@ def test_own_data_in_one_line(
     voc = ["--train", f"mine={tmp_path}/voc:train", "--test", f"v={tmp_path}/voc:val"]
     weights, boxes = [], []
     for kind, sets in (("coco", coco), ("voc", voc)):
-        run(*sets, *overrides, "OUTPUT_DIR", tmp_path / kind)
-        record = RunRecord.read(tmp_path / kind / "record.json")
+        run(*sets, *overrides, "OUTPUT_DIR", tmp_path / f"run_{kind}")
+        record = RunRecord.read(tmp_path / f"run_{kind}/record.json")
         assert record.dataset == "v"
-        weights.append(torch.load(tmp_path / kind / "model_final.pth", weights_only=True)["model"])
+        weights.append(torch.load(tmp_path / f"run_{kind}/model_final.pth", weights_only=True)["model"])
         items = sorted(DatasetCatalog.get("mine"), key=lambda item: int(str(item["image_id"]).split()[-1]))
         things = [thing for item in items for thing in item["annotations"]]
         corners = [BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYXY_ABS) for thing in things]
