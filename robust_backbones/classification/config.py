@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ class Execution:
     """Weights & Biases project to log to; empty is none."""
 
     def __post_init__(self) -> None:
-        check_choice("device", self.device, ("cpu", "cuda"))
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"device must be cpu, cuda or cuda:NUMBER, got {self.device!r}")
         check_positive(self, "keep_checkpoints", "log_period")
         check_not_negative(self, "workers", "micro_batch_size")
         if self.compile and self.device != "cuda":

@@ -58,6 +58,7 @@ def _is_result(folder: Path, path: Path) -> bool:
         first in ("images", "tensorboard")  # which images are evaluated, and curves
         or path.name in ("config.json", "config.yaml", LOCK)
         or path.name.startswith((".", "log.txt", "events.out."))
+        or path.suffix in (".log", ".out", ".err")  # of shells and schedulers
         or path.is_dir()
     )
 

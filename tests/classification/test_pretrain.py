@@ -495,7 +495,9 @@ def test_what_is_no_recipe_is_refused(wrong: dict[str, Any]) -> None:
         replace(CONFIG, **wrong)
 
 
-@pytest.mark.parametrize("wrong", [{"log_period": 0}, {"keep_checkpoints": 0}, {"compile": "default"}])
+@pytest.mark.parametrize(
+    "wrong", [{"log_period": 0}, {"keep_checkpoints": 0}, {"compile": "default"}, {"device": "gpu"}]
+)
 def test_what_cannot_be_executed_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         replace(HERE, **wrong)

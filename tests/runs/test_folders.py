@@ -97,6 +97,7 @@ def test_a_run_that_never_began_leaves_its_folder_to_another(tmp_path: Path) -> 
         (tmp_path / "tensorboard").mkdir()
         1 / 0  # noqa: B018
     (tmp_path / ".config.1-1.tmp.json").touch()  # as version 0.1 left them
+    (tmp_path / "slurm-12.out").touch()
     with claimed(tmp_path, {"lr": 2}) as finished:
         assert not finished
     assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 2}
