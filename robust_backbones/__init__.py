@@ -1,7 +1,6 @@
-"""Adversarially robust backbones for Detectron2: train, convert with proof, plug in, measure.
+"""Adversarially robust backbones for Detectron2: train, convert with proof, plug in, measure."""
 
-The functions of ``robust_backbones.api`` are imported, and torch with them, when they are first asked for.
-"""
+# The functions of ``robust_backbones.api`` are imported, and torch with them, when they are first asked for.
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any

@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
             errors = verify.prove(checkpoint, written, image=options.image)
             result["errors"] = [asdict(error) for error in errors]
             say(verify.table(errors))
-            say(f"features are equal (all < {verify.TOLERANCE:.0e}) against {errors[0].against}")
+            say(f"features are equal (relative errors < {verify.TOLERANCE:.0e}) against {errors[0].against}")
             differences = unproven.differences(checkpoint, image=options.image)
             result["not_proven"] = [asdict(difference) for difference in differences]
             for difference in differences:

@@ -51,6 +51,8 @@ def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> Cfg
         raise InputError(
             f"SOLVER.IMS_PER_BATCH {batch} cannot be divided among {reference or processes} processes: give a multiple"
         )
+    if not gpus and num_gpus > (cores := os.cpu_count() or 1):  # each is a detector: they would fill the memory
+        raise InputError(f"--num-gpus {num_gpus}, but no GPU was found, and {cores} CPU cores: give --num-gpus 1")
     return DefaultTrainer.auto_scale_workers(cfg, processes)
 
 

@@ -182,6 +182,8 @@ class ClusterExecutor:
     def running(self) -> dict[str, Handle]:
         if self._cluster.executor != "slurm":
             return {}
+        # Says before the conversions, not after them, that Slurm or submitit is missing.
+        open_executor(self._cluster, self._folder, name=self._plan.name, tasks=1, gpus=0, cpus_per_task=1)
         import submitit
 
         found: dict[str, Handle] = {}

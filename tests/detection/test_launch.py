@@ -128,6 +128,11 @@ def test_batches_that_cannot_be_divided_are_refused(batch: int, reference: int, 
         scale_to_processes(cfg, num_gpus=gpus, num_machines=1)
 
 
+def test_more_processes_than_the_machine_has_places_for_are_refused() -> None:
+    with pytest.raises(InputError, match="--num-gpus 1024, but"):
+        scale_to_processes(load_config(SHAPES_CONFIG, ["SOLVER.IMS_PER_BATCH", 1024]), num_gpus=1024, num_machines=1)
+
+
 def test_a_recipe_for_eight_is_scaled_to_two_and_sixteen() -> None:
     overrides = ["SOLVER.IMS_PER_BATCH", 16, "SOLVER.BASE_LR", 0.02, "SOLVER.REFERENCE_WORLD_SIZE", 8]
     cfg = load_config(

@@ -379,9 +379,18 @@ def test_what_is_put_back_is_the_same_job(tmp_path: Path) -> None:
     assert again.function == job
 
 
-def test_without_slurm_one_sentence_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("missing", "words"), [("slurm", "cannot submit to slurm"), ("submitit", "pip install")])
+def test_without_slurm_one_sentence_says_so_before_a_run_starts(
+    missing: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("submitit")
-    plan = stubs(tmp_path, {"a": "go"})
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(InputError, match="cannot submit to slurm"):
+    plan = stubs(tmp_path, {"a": "go", "b": "go"}, {"b": ("a",)})
+    plan = replace(plan, runs=(replace(plan.runs[0], kind="convert"), plan.runs[1]))
+    plan.write()
+    if missing == "slurm":
+        monkeypatch.setenv("PATH", "")
+    else:
+        monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(InputError, match=words):
         launch(plan, ClusterExecutor(plan, ClusterConfig("slurm")), say=lambda text: None)
+    assert ledger(plan) == []
