@@ -118,7 +118,11 @@ def get_config_file(name: str) -> str:
     """
     path = CONFIG_DIR / name
     if not path.is_file():
-        names = [file.relative_to(CONFIG_DIR).as_posix() for file in CONFIG_DIR.glob("**/*.yaml")]
-        near = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))
-        raise InputError(f"no configuration is called {name!r}: the nearest names are {near}")
+        raise InputError(f"no configuration is called {name!r}: the nearest names are {nearest_names(name)}")
     return str(path.absolute())
+
+
+def nearest_names(name: str) -> str:
+    """The three names of configurations within ``detectron_configs`` that come nearest to ``name``."""
+    names = [file.relative_to(CONFIG_DIR).as_posix() for file in CONFIG_DIR.glob("**/*.yaml")]
+    return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))

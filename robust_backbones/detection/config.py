@@ -17,7 +17,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.solver import build_lr_scheduler
 
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS, find_file
+from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS, find_file, nearest_names
 from robust_backbones.detection.roi_heads import BackboneRes5ROIHeads
 from robust_backbones.detection.yaml_files import read_yaml
 from robust_backbones.errors import InputError
@@ -107,7 +107,7 @@ def load_config(
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = classes
     for file in files:
         if not file.is_file():
-            raise InputError(f"no configuration file {file}: see {CONFIG_DIR.name}/ for those that exist")
+            raise InputError(f"no configuration file {file}: the nearest names here are {nearest_names(str(file))}")
         with _one_sentence(cfg, f"the configuration {file}"):
             _merge_file(cfg, file)
     with _one_sentence(cfg, "the overrides"):

@@ -452,6 +452,8 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     with pytest.raises(InputError, match="no configuration file"):
         load_config(path)
+    with pytest.raises(InputError, match="nearest names here are COCO-Detection"):
+        load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yml")
     with pytest.raises(InputError, match="no configuration file"):
         load_config([])
     for text in ("MODEL: [", "MODEL:\n  RESNET_DEPTH: 50\n", "_BASE_: none.yaml\n", "just text"):
