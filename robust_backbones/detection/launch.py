@@ -51,8 +51,6 @@ def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> Cfg
         raise InputError(
             f"SOLVER.IMS_PER_BATCH {batch} cannot be divided among {reference or processes} processes: give a multiple"
         )
-    if not gpus and num_gpus > (cores := os.cpu_count() or 1):  # each is a detector: they would fill the memory
-        raise InputError(f"--num-gpus {num_gpus}, but no GPU was found, and {cores} CPU cores: give --num-gpus 1")
     return DefaultTrainer.auto_scale_workers(cfg, processes)
 
 
@@ -87,6 +85,8 @@ def launch(
     if num_gpus * num_machines == 1:
         function(*arguments)
         return
+    if not torch.cuda.is_available() and num_gpus > (cores := os.cpu_count() or 1):  # each holds a detector
+        raise InputError(f"--num-gpus {num_gpus}, but no GPU was found, and {cores} CPU cores: give --num-gpus 1")
     with _stop_signals_for_children() as stop:
         try:
             detectron2.engine.launch(

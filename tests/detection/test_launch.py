@@ -130,7 +130,7 @@ def test_batches_that_cannot_be_divided_are_refused(batch: int, reference: int, 
 
 def test_more_processes_than_the_machine_has_places_for_are_refused() -> None:
     with pytest.raises(InputError, match="--num-gpus 1024, but"):
-        scale_to_processes(load_config(SHAPES_CONFIG, ["SOLVER.IMS_PER_BATCH", 1024]), num_gpus=1024, num_machines=1)
+        launch(fail, (), num_gpus=1024, num_machines=1, machine_rank=0, dist_url="auto")
 
 
 def test_a_recipe_for_eight_is_scaled_to_two_and_sixteen() -> None:
