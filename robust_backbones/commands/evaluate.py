@@ -173,8 +173,10 @@ def cells_of(options: DetectorOptions) -> tuple[list[Cell], ImageChoice]:
     if targeted and options.attacks:
         raise InputError("--attack-target is an attack of its own: give it without --attacks")
     losses = ("classification",) if targeted else tuple(dict.fromkeys(options.attacks))
-    if bool(losses) != (options.threat_model is not None):
-        raise InputError("an attack needs both --attacks (or --attack-target) and --threat-model, such as Linf:4/255")
+    if losses and options.threat_model is None:
+        raise InputError("an attack needs --threat-model, such as Linf:4/255")
+    if options.threat_model is not None and not losses:
+        raise InputError("--threat-model is of an attack: give --attacks or --attack-target too")
     cells = corruption_cells(options.corruptions, options.severities)
     cells += [
         attack_cell(
