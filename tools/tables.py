@@ -27,7 +27,7 @@ from robust_backbones.analysis.paper.transfer_results import Pretrainings, targe
 from robust_backbones.analysis.record_tables import detector_robustness_table
 from robust_backbones.analysis.records import RecordedRun, find_runs
 from robust_backbones.analysis.results import results
-from robust_backbones.analysis.statistics import Summary, summarize
+from robust_backbones.analysis.statistics import Summary, compare_pairs, summarize
 from robust_backbones.analysis.tables import Table
 from robust_backbones.checkpoint.families import FAMILIES, SIZES
 from robust_backbones.checkpoint.layouts import SOURCES
@@ -140,6 +140,26 @@ def _epsilon(threat_model: str) -> float:
 
 def _mean_and_std(summary: Summary) -> str:
     return f"{summary.mean:.1f}" + (f" ± {summary.std:.1f}" if summary.std is not None else "")
+
+
+def fast_step() -> Table:
+    """AP of detectors trained by Detectron2's step and by MODEL.FAST_STEP, and the differences of paired seeds."""
+    steps: dict[bool, dict[int, RecordedRun]] = {False: {}, True: {}}
+    for run in find_runs([DOCS / "fast_step"]):
+        steps[run.record.config["MODEL"]["FAST_STEP"]][run.seed] = run
+    pairs = {}
+    for metric in ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50"):
+        theirs, ours = (
+            {seed: run.record.metrics[metric] or 0.0 for seed, run in found.items()} for found in steps.values()
+        )
+        pairs[metric] = (theirs, ours)
+    rows = []
+    for metric, found in compare_pairs(pairs, bounds=(-100, 100)).items():
+        means = [_mean_and_std(summarize([*values.values()])) for values in pairs[metric]]
+        difference = f"{found.difference:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
+        rows.append([metric_name(metric), *means, difference, f"{found.p_holm:.2f}", found.verdict])
+    heads = ["Detectron2's step", "`MODEL.FAST_STEP`", "difference (95 %)", "p (Holm)", "in words"]
+    return Table.of(["result", *heads], rows)
 
 
 def robustness() -> Table:
@@ -296,6 +316,7 @@ def soak() -> Table:
 TABLES: dict[str, Callable[[], Table]] = {
     "speed": speed,
     "study": study,
+    "fast_step": fast_step,
     "small_study": lambda: of_experiments("small_study"),
     "detector_robustness": robustness,
     "inheritance": inheritance,
