@@ -6,12 +6,14 @@ import atexit
 import fcntl
 import importlib
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import pytest
 import torch
 import torch.multiprocessing
@@ -226,3 +228,11 @@ def run_in_ranks(folder: Path, size: int, verb: str, *arguments: object) -> str:
         cli.run(command(verb))
 
     return start_ranks(run, folder, size)
+
+
+def negatives(folder: Path, place: Path) -> Path:
+    """A folder of the same name in ``place``, with the same files of other images."""
+    copied = Path(shutil.copytree(folder, place / folder.name))
+    for path in [*copied.rglob("*.png"), *copied.rglob("*.jpg")]:
+        assert cv2.imwrite(str(path), 255 - cv2.imread(str(path)))
+    return copied

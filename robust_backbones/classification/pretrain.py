@@ -23,6 +23,7 @@ from robust_backbones.models import (
     reference_shapes,
     usual_spec,
 )
+from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 
 
@@ -81,7 +82,11 @@ def pretrain(
         spec=spec,
         build=lambda: NormalizedModel(_network(spec, start, config.seed), spec),
         parameter_groups=lambda model: [{"params": list(model.parameters())}],
-        identity={"data": data.name, **origin},
+        identity={
+            "data": data.name,
+            FINGERPRINT: {"train": parts[0].fingerprint(), "val": parts[1].fingerprint()},
+            **origin,
+        },
         backbone=spec.to_dict() | origin,
         threat_model=str(config.threat_model),
         stylize=config.stylize,

@@ -26,6 +26,7 @@ from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.folders import claimed
+from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
@@ -138,6 +139,7 @@ def evaluate_robustness(
         **config.to_dict(),
         "data": data.name,
         "images": len(images),
+        FINGERPRINT: images.fingerprint(),
         "checkpoint_sha256": checkpoint.source_sha256,
     }
     with claimed(output, settings, fed_as(type(config)(config.threat_model), BackboneSpec()).to_dict()) as finished:

@@ -51,6 +51,7 @@ from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, check_crop
 from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.folders import claimed
+from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
@@ -136,7 +137,7 @@ def main(arguments: list[str]) -> int:
         for name, checkpoint in checkpoints.items()
     }
     check_layer(options, models)
-    photographs = open_photographs(options) if isinstance(options, PhotographOptions) else None
+    photographs, fingerprint = open_photographs(options) if isinstance(options, PhotographOptions) else (None, "")
     count = len(options.units if photographs is None else photographs.names)
     identity = {
         **settings(options),
@@ -144,6 +145,7 @@ def main(arguments: list[str]) -> int:
         "backbones": {name: checkpoint.source_sha256 for name, checkpoint in checkpoints.items()},
         "data": "noise" if photographs is None else options.data.name,
         "images": count,
+        FINGERPRINT: fingerprint,
     }
     with claimed(options.output, identity, {"pictures": PhotographOptions.pictures}) as finished:
         if finished:
@@ -235,8 +237,8 @@ def check_layer(options: Any, models: Mapping[str, NormalizedModel]) -> None:
             raise InputError(f"{name} takes no images of this size ({error}): give another --image-size") from None
 
 
-def open_photographs(options: PhotographOptions) -> Photographs:
-    """From a folder, or from its class folders or shards."""
+def open_photographs(options: PhotographOptions) -> tuple[Photographs, str]:
+    """From a folder, or from its class folders or shards, with their fingerprint."""
     folder = options.data
     transform = val_transform(options.image_size, resize=options.val_resize)
     if folder.is_dir() and not any(path.is_dir() or path.suffix == ".tar" for path in folder.iterdir()):
@@ -250,7 +252,7 @@ def open_photographs(options: PhotographOptions) -> Photographs:
     if isinstance(options, InversionOptions) and options.start == "image" and len(dataset) < 2:
         raise InputError("--start image needs two images or more: give a greater --images, or --start noise")
     pixels = torch.stack([dataset[place][0] for place in range(len(dataset))])
-    return Photographs(dataset.names, pixels.float() / 255)
+    return Photographs(dataset.names, pixels.float() / 255), dataset.fingerprint()
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import heapq
+import os
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -104,6 +108,25 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         """``count`` items in an order that ``seed`` draws; a greater count adds to a smaller's."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self.take(order[:count].tolist())
+
+    def fingerprint(self) -> str:
+        """What ``runs.identity`` knows the images by, wherever they lie: four hexadecimal digits of each of up to 16.
+
+        They are the images whose names hash lowest (MinHash, Broder 1997), which is a random choice that the same
+        names make again. To ask for the sizes or the bytes of all of ImageNet takes minutes where disks are shared;
+        of 16 files the bytes tell other data, though not one changed image among many.
+        """
+
+        def name(position: int) -> bytes:
+            return os.fsencode(self.names[position])
+
+        found = ""
+        for position in heapq.nsmallest(16, range(len(self)), key=lambda place: hashlib.sha256(name(place)).digest()):
+            with suppress(OSError):  # one that cannot be read stops the run, or is left out
+                content = self._source.read(self.indices[position])
+                labelled = b"%s\0%d\0%s" % (name(position), self.labels[position], content)
+                found += hashlib.sha256(labelled).hexdigest()[:4]
+        return found
 
     def without(self, names: Collection[str]) -> ClassificationDataset:
         """The data set less the named images; every other item stays what it is.

@@ -18,6 +18,7 @@ from robust_backbones.data.datasets import find_unreadable, mix
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.files import write_json
+from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import TransferConfig
 
@@ -152,6 +153,7 @@ def identity(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], data
         "dataset": data.name,
         "metric": data.metric,
         "images": [len(data.train), len(data.test)],
+        FINGERPRINT: {"train": data.train.fingerprint(), "test": data.test.fingerprint()},
     }
 
 

@@ -33,6 +33,7 @@ from robust_backbones.errors import DivergedError, InputError, PreemptedError, T
 from robust_backbones.models import BackboneSpec, build_backbone, fed_as
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
+from tests.conftest import negatives
 
 CONFIG = PretrainConfig(
     threat_model=ThreatModel("L2", 0.5),
@@ -302,6 +303,10 @@ def test_a_finished_run_is_not_run_again(finished: tuple[Path, RunRecord], data:
 def test_another_run_is_never_overwritten(finished: tuple[Path, RunRecord], data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another run \(lr is"):
         pretrain(replace(CONFIG, lr=0.5), data, finished[0], HERE)
+    with pytest.raises(InputError, match=r"another run \(data_fingerprint.train is .*, data_fingerprint.val is"):
+        pretrain(CONFIG, negatives(data, tmp_path / "other"), finished[0], HERE)
+    moved = shutil.copytree(data, tmp_path / "moved" / data.name)
+    assert pretrain(CONFIG, moved, finished[0], HERE) == finished[1]
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(InputError, match="no run of ours"):
         pretrain(CONFIG, data, tmp_path, HERE)

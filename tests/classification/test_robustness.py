@@ -32,6 +32,7 @@ from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
+from tests.conftest import negatives
 from tests.transfer.conftest import narrow_resnet18  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
@@ -464,6 +465,8 @@ def test_another_run_is_never_overwritten(
             evaluate_robustness(config, checkpoint, data, output, workers=0)
     with pytest.raises(InputError, match="checkpoint_sha256"):
         evaluate_robustness(CONFIG, replace(checkpoint, source_sha256="0"), data, output, workers=0)
+    with pytest.raises(InputError, match="data_fingerprint"):
+        evaluate_robustness(CONFIG, checkpoint, negatives(data, tmp_path / "other"), output, workers=0)
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(InputError, match="no run of ours"):
         evaluate_robustness(CONFIG, checkpoint, data, tmp_path, workers=0)

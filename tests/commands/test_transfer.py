@@ -18,6 +18,7 @@ from robust_backbones.models import BackboneSpec, build_backbone
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.commands.test_cli import Run, assert_refused
+from tests.conftest import negatives
 from tests.hub import FakeHub, hub_fixture, robustness_file  # noqa: F401
 from tests.transfer.conftest import narrow_resnet18  # noqa: F401
 
@@ -198,6 +199,8 @@ def test_images_of_less_detail_are_another_experiment(
         run_tool(*arguments, "--output", tmp_path / "0", "--downscale", 4), "downscale is 0 there and 4 here"
     )
     assert_refused(run_tool(*arguments, "--output", tmp_path / "new", "--downscale", -1), "downscale must be >= 0")
+    arguments[2] = negatives(folder, tmp_path / "other")
+    assert_refused(run_tool(*arguments, "--output", tmp_path / "0", "--downscale", 0), "data_fingerprint.test is")
 
 
 def learnt(output: Path, mode: str) -> torch.Tensor:

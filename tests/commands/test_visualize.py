@@ -29,7 +29,7 @@ from robust_backbones.classification.visualization import (
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone, usual_spec
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from tests.conftest import randomize_batch_norms
+from tests.conftest import negatives, randomize_batch_norms
 from tests.transfer.conftest import narrow_resnet18  # noqa: F401
 
 pytest.importorskip("skimage")
@@ -249,6 +249,16 @@ def test_a_finished_run_is_of_its_number_of_pictures(
     (tmp_path / "run/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "pictures"}))
     assert run_tool(*command)[0] == 0  # of before it was noted
     assert_refused(run_tool(*command, "--pictures", "1"), "pictures is 8 there and 1 here")
+
+
+def test_a_finished_run_is_of_its_images(
+    run_tool: Run, backbones: list[str], photographs: Path, tmp_path: Path
+) -> None:
+    command = ["visualize", "saliency", *backbones, "--images", "2", *SIZE, "--output", tmp_path / "run", "--data"]
+    assert run_tool(*command, photographs)[0] == 0
+    moved = shutil.copytree(photographs, tmp_path / "moved" / photographs.name)
+    assert run_tool(*command, moved)[0] == 0
+    assert_refused(run_tool(*command, negatives(photographs, tmp_path)), "another run (data_fingerprint is")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import pickle
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torchvision.transforms import v2
 from robust_backbones.data import synthetic
 from robust_backbones.data.datasets import ClassificationDataset, find_unreadable, mix, open_dataset
 from robust_backbones.data.decoding import ImageInputError, ResizedCache
+from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.synthetic import CLASSES, ShapesConfig, write_shapes
 from robust_backbones.data.transforms import augmentation, train_transform, val_transform
 from robust_backbones.errors import InputError
@@ -111,6 +114,39 @@ def test_items_stay_what_they_are_when_others_are_left_out(pictures: Path) -> No
     assert torch.equal(again[1][0], dataset[3][0])
     assert len(dataset) == 6
     assert same_items(dataset.without([]), dataset)
+
+
+def test_data_are_known_by_their_images_wherever_they_lie(pictures: Path, tmp_path: Path) -> None:
+    """Of few images all count, with their labels; one that cannot be read counts for nothing."""
+    own = open_dataset(pictures, AUGMENT).fingerprint()
+    assert len(own) == 4 * 6
+    moved = Path(shutil.copytree(pictures, tmp_path / "elsewhere"))
+    for path in moved.rglob("*"):
+        os.utime(path, (0, 0))
+    dataset = open_dataset(moved, TRANSFORM, seed=3)
+    assert dataset.fingerprint() == own == dataset.take([3, 1, 0, 2, 5, 4]).fingerprint()
+    (moved / "A/y.jpg").unlink()
+    assert len(dataset.fingerprint()) == 4 * 5
+    write_noise(moved / "A/y.jpg", seed=9)
+    assert sorted(dataset.fingerprint()) != sorted(own)
+    assert (
+        len({dataset.fingerprint()[place : place + 4] for place in range(0, 24, 4)} & {*re.findall("....", own)}) == 5
+    )
+    (moved / "A").rename(moved / "c")  # now the second class
+    assert not {*re.findall("....", open_dataset(moved, TRANSFORM).fingerprint())} & {*re.findall("....", own)}
+
+
+def test_a_fingerprint_is_of_few_images_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(40):
+        write_noise(tmp_path / f"a/{index}.png", index, 8, 8)
+    dataset, read = open_dataset(tmp_path, TRANSFORM), list[int]()
+    original = ImageFiles.read
+    monkeypatch.setattr(ImageFiles, "read", lambda self, index: read.append(index) or original(self, index))
+    whole = dataset.fingerprint()
+    assert len(whole) == 64
+    assert len({*read}) == len(read) == 16
+    rest = [index for index in range(40) if index not in read]
+    assert dataset.take(rest[4:] + read).fingerprint() == whole  # others may go
 
 
 def test_what_cannot_be_left_out_is_named(pictures: Path) -> None:

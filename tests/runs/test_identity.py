@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_backbones.runs.identity import FREE, differences, digest, flat, read_settings
+from robust_backbones.runs.identity import FINGERPRINT, FREE, differences, digest, flat, read_settings
 
 NAMES = st.sampled_from(["lr", "SEED", "a.b", "c", "label-1"])
 VALUES = st.none() | st.integers(-3, 3) | st.sampled_from([0.5, 1e-5]) | st.text("ab:0", max_size=3)
@@ -44,6 +44,18 @@ def test_digests_differ_where_runs_do(one: Any, other: Any, defaults: Any) -> No
 @given(CONFIGS, NAMES, st.integers(4, 9))
 def test_every_other_setting_makes_another_run(config: dict[str, Any], name: str, value: int) -> None:
     assert name in differences(config, {**config, name: value})
+
+
+def test_data_are_the_same_where_most_of_their_images_are() -> None:
+    """In any order; a folder of before there were fingerprints may hold any."""
+    held = {FINGERPRINT: {"train": "".join(f"{number:04x}" for number in range(16)), "val": "ffff"}, "data": "shapes"}
+    repaired = "".join(f"{number:04x}" for number in reversed(range(4, 20)))
+    other = "".join(f"{number:04x}" for number in range(5, 21))
+    for train, differ in ((repaired, []), (other, [f"{FINGERPRINT}.train"])):
+        own = {**held, FINGERPRINT: {"train": train, "val": "ffff"}}
+        assert differences(held, own) == differences(own, held) == differ
+        assert not differences({"data": "shapes"}, own)
+    assert differences({"data": "shapes"}, {**held, "data": "others"}) == ["data"]
 
 
 @given(CONFIGS)

@@ -69,7 +69,7 @@ from robust_backbones.transfer.inheritance.methods import (
 )
 from robust_backbones.transfer.inheritance.run import run_protocol
 from robust_backbones.transfer.inheritance.sets import PRETRAINING, Memory, RelatedSet, apply, open_related_set
-from tests.conftest import randomize_batch_norms
+from tests.conftest import negatives, randomize_batch_norms
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 Run = Callable[..., tuple[int, str, str]]
@@ -783,6 +783,12 @@ def test_what_cannot_be_run_is_refused(world: Path, start: Checkpoint, done: Pat
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
     with pytest.raises(InputError, match=r"holds another run \(lr is 0.01 there"):
         protocol(world, start, done, ["fine_tuning"], lr=0.5)
+    other = tmp_path / "other"
+    for name in ("pretraining", "negative", "mirrored"):
+        negatives(world / name, other) if name == "negative" else shutil.copytree(world / name, other / name)
+    with pytest.raises(InputError, match=r"another run \(data_fingerprint.negative is [^,]*\): choose"):
+        protocol(other, start, done, ["fine_tuning"])
+    shutil.rmtree(other)
     with pytest.raises(InputError, match="16 images to train on, less than a batch"):
         protocol(world, start, tmp_path, ["fine_tuning"], batch_size=17)
     with pytest.raises(InputError, match="classifier"):
@@ -985,6 +991,10 @@ def test_the_tool_measures_corruptions_and_detectors(
     cells = [RunRecord.read(path).metrics["accuracy"] for path in (tmp_path / "a/cells").glob("*-*/record.json")]
     assert len(cells) == 4
     assert reference.metrics["mean_accuracy"] == pytest.approx(np.mean([cell or 0.0 for cell in cells]))
+    given = ["inheritance", "corruptions", second, *data, "--reference", tmp_path / "a/record.json"]
+    given[4] = negatives(world / "pretraining/val", tmp_path)
+    status, _, err = run_tool(*given, "--output", tmp_path / "b")
+    assert (status, "other images (it differs in data_fingerprint)" in err) == (2, True)
 
     backbone = read_checkpoint(first)
     detector = detector_file(backbone, dict(fine_tuned), tmp_path / "model_final.pth")

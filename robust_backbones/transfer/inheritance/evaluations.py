@@ -25,6 +25,7 @@ from robust_backbones.errors import InputError, check_choice, check_crop, check_
 from robust_backbones.models import BackboneSpec, fed_as
 from robust_backbones.runs.cells import run_cells
 from robust_backbones.runs.folders import shared
+from robust_backbones.runs.identity import FINGERPRINT, differences
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
 from robust_backbones.transfer.inheritance.job import accuracy_on, for_evaluation
@@ -111,7 +112,7 @@ def evaluate_corruptions(
         )
     everything = tuple(range(known.num_classes))
     images = RelatedSet(data.name, dataset, everything).limited(config.limit, seed=config.seed).images
-    about = {**asdict(config), "data": data.name, "images": len(images)}
+    about = {**asdict(config), "data": data.name, "images": len(images), FINGERPRINT: images.fingerprint()}
     if reference is not None:
         _check_comparable(reference, about)
     usual = asdict(fed_as(CorruptionConfig(), BackboneSpec()))
@@ -176,8 +177,9 @@ def _check_comparable(reference: RunRecord, about: Mapping[str, Any]) -> None:
     """Raise ``InputError`` where the reference is a record of something else, or of other images."""
     if reference.task != TASK:
         raise InputError(f"the reference is a record of task {reference.task}, not of {TASK}")
-    names = ("data", "images", "image_size", "val_resize", "seed")
-    if different := [name for name in names if reference.config.get(name) != about[name]]:
+    names = ("data", "images", "image_size", "val_resize", "seed", FINGERPRINT)
+    held, own = ({name: config.get(name) for name in names} for config in (reference.config, about))
+    if different := differences(held, own):
         raise InputError(f"the reference was measured on other images (it differs in {', '.join(different)})")
 
 

@@ -22,6 +22,7 @@ from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.cells import is_finished, run_cells
 from robust_backbones.runs.folders import shared
+from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
@@ -97,6 +98,8 @@ def run_protocol(
     about = {
         "pretraining": Path(pretraining).name,
         "sets": {name: [len(related.images), len(related.classes)] for name, related in found.items()},
+        FINGERPRINT: {f"{PRETRAINING}/train": train_images.fingerprint()}
+        | {name: related.images.fingerprint() for name, related in found.items()},
     }
     memory = Memory(memory_gb, workers)
     with stop_on_signals() as stop, ExitStack() as stack:
