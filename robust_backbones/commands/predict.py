@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DEVICE, check_device
-from robust_backbones.data.decoding import image_suffixes
+from robust_backbones.data.decoding import image_suffixes, visible
 from robust_backbones.errors import InputError, check_not_negative
 from robust_backbones.runs.files import write_json
 
@@ -99,7 +99,7 @@ def find_images(paths: list[Path]) -> list[Path]:
             raise InputError(f"no image and no folder at {path}: check the path")
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.name[0] != ".")
+            files = [file for file in visible(path) if file.suffix.lower() in suffixes]
         if not files:
             raise InputError(f"no image (.jpg, .png or another format of Pillow's) in {path}: give a folder with some")
         for file in files:

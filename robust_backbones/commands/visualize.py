@@ -46,6 +46,7 @@ from robust_backbones.classification.visualization import (
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DEVICE, Device, check_device
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
+from robust_backbones.data.decoding import visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, check_crop
@@ -241,8 +242,8 @@ def open_photographs(options: PhotographOptions) -> tuple[Photographs, str]:
     """From a folder, or from its class folders or shards, with their fingerprint."""
     folder = options.data
     transform = val_transform(options.image_size, resize=options.val_resize)
-    if folder.is_dir() and not any(path.is_dir() or path.suffix == ".tar" for path in folder.iterdir()):
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in IMG_EXTENSIONS)
+    if folder.is_dir() and not any(path.is_dir() or path.suffix == ".tar" for path in visible(folder)):
+        names = [path.name for path in visible(folder) if path.suffix.lower() in IMG_EXTENSIONS]
         if not names:
             raise InputError(f"no image in {folder}: give a folder of images, or of a folder of images a class")
         dataset = ClassificationDataset(ImageFiles(folder, ["any"], [0] * len(names), names), transform)

@@ -31,7 +31,7 @@ from robust_backbones.data.annotations import (
 )
 from robust_backbones.data.annotations_images import Header, read_headers
 from robust_backbones.data.annotations_sets import AnnotatedSet
-from robust_backbones.data.annotations_voc import check_voc, number_in, read_voc, voc_images, voc_names
+from robust_backbones.data.annotations_voc import check_voc, number_in, read_voc, text_in, voc_images, voc_names
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
@@ -278,18 +278,18 @@ def _repair_xml(
         for side, value in sides.items():
             ElementTree.SubElement(size, side).text = str(value)
         done[_SIZES] += 1
-    for thing in root.findall("object"):
-        name, difficult = thing.find("name"), thing.find("difficult")
-        if name is not None and name.text and (new := rename(name.text)) != name.text:
-            name.text = new
-            done["objects of classes renamed"] += 1
-        if difficult is not None and (difficult.text or "").strip() in ("", "Unspecified"):
+    for above, thing in [(element, thing) for element in root.iter() for thing in element.findall("object")]:
+        name, difficult, text = thing.find("name"), thing.find("difficult"), text_in(thing, "name")
+        if name is not None and text:
+            name.text = rename(text)
+            done["objects of classes renamed"] += name.text != text
+        if difficult is not None and text_in(thing, "difficult") in ("", "Unspecified"):
             difficult.text = "0"
             done["values of difficult set to 0"] += 1
-        known = name is not None and bool((name.text or "").strip()) and (classes is None or name.text in classes)
-        sound = difficult is None or difficult.text in ("0", "1")
+        known = bool(text) and (classes is None or text_in(thing, "name") in classes)
+        sound = text_in(thing, "difficult", "0") in ("0", "1")
         if not (known and sound and _repair_corners(thing, (header.width, header.height), done)):
-            root.remove(thing)
+            above.remove(thing)
             done["objects left out"] += 1
 
 

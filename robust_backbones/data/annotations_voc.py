@@ -23,7 +23,7 @@ from robust_backbones.data.annotations import (
     is_side,
     short,
 )
-from robust_backbones.data.decoding import image_suffixes
+from robust_backbones.data.decoding import image_suffixes, is_hidden
 
 
 def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:
@@ -78,7 +78,7 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
             if not is_side(image[key]):
                 text = root.findtext(f"size/{key}")
                 faults.append(Fault("error", str(file), f"size/{key} is {short(text)}", "write the image's", name))
-        for number, thing in enumerate(root.findall("object")):
+        for number, thing in enumerate(root.iter("object")):
             row, problems = _voc_object(thing, numbers, open_list=classes is None)
             faults += [Fault("error", str(file), what, mend, name, number) for what, mend in problems]
             if not problems:
@@ -127,23 +127,29 @@ def voc_images(folder: Path) -> dict[str, str]:
 def voc_classes(folder: str | Path) -> list[str]:
     """The names of the objects in all XML files of a VOC folder, sorted; what is no XML file is left out."""
     names: set[str] = set()
-    for file in (Path(folder) / "Annotations").rglob("*.xml"):
+    annotations = Path(folder) / "Annotations"
+    for file in annotations.rglob("*.xml"):
+        if is_hidden(str(file.relative_to(annotations))):
+            continue
         with suppress(OSError, ElementTree.ParseError, ValueError, RecursionError):
-            names |= {
-                thing.findtext("name", "") for thing in ElementTree.fromstring(file.read_bytes()).findall("object")
-            }
+            names |= {text_in(thing, "name") for thing in ElementTree.fromstring(file.read_bytes()).iter("object")}
     return sorted(names - {""})
+
+
+def text_in(thing: ElementTree.Element, key: str, default: str = "") -> str:
+    """What an object's element says, without the blanks and line breaks that programs write around it."""
+    return thing.findtext(key, default).strip()
 
 
 def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tuple[Row, list[tuple[str, str]]]:
     problems = []
-    name = thing.findtext("name") or ""
-    if open_list and name.strip():
+    name = text_in(thing, "name")
+    if open_list and name:
         numbers.setdefault(name, len(numbers) + 1)
     if name not in numbers:
         known = ", ".join(numbers) or "none"
         problems.append((f"name is {short(name)}", f"it has to be one of the classes, {known}"))
-    difficult = thing.findtext("difficult", "0")
+    difficult = text_in(thing, "difficult", "0")
     if difficult not in ("0", "1"):
         problems.append((f"difficult is {short(difficult)}", "it has to be 0 or 1"))
     texts = {side: thing.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")}
@@ -177,4 +183,10 @@ def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use
     for fault in check_coco(Path(folder) / "Annotations", content, use):
         if fault.image not in named or fault.image is None:
             found.append(fault)
+    for row in rows:
+        if min(row["bbox"][:2]) < 0:
+            what = "its xmin or ymin is below 1, the first pixel of VOC"
+            mend = "if the set counts from 0, all its boxes are read a pixel too far left and up: add 1 to every corner"
+            file, ids = str(Path(folder) / "Annotations"), (row["image_id"], row["id"])
+            found.append(Fault("warning", file, what, mend, *ids, kind="boxes that may count pixels from 0"))
     return sorted(found, key=lambda fault: fault.severity)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode
+from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode, visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.shards import ShardImages
 from robust_backbones.errors import InputError
@@ -156,8 +156,8 @@ def open_dataset(
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"no folder {root}: expected one folder of images a class in it, or shards (*.tar)")
-    shards = any(root.glob("*.tar"))
-    folders = any(path.is_dir() for path in root.iterdir())
+    shards = any(path.suffix == ".tar" for path in visible(root))
+    folders = any(path.is_dir() for path in visible(root))
     if shards == folders:
         found = "both class folders and shards" if shards else "neither class folders nor shards"
         raise InputError(f"{root} holds {found} (*.tar, not compressed): expected one of the two")

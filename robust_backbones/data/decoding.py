@@ -75,6 +75,20 @@ def image_suffixes() -> tuple[str, ...]:
     return tuple(suffix for suffix, kind in sorted(Image.registered_extensions().items()) if kind in kinds)
 
 
+def is_hidden(path: str) -> bool:
+    """Whether a file, by its path within a data set, is none of its own: ``.DS_Store``, ``._cat.jpg`` and what lies in
+    ``.ipynb_checkpoints``, ``@eaDir`` or ``__MACOSX``."""
+    return _HIDDEN.search(path) is not None
+
+
+_HIDDEN = re.compile(r"(^|/)(\.|@eaDir(/|$)|__MACOSX(/|$))")
+
+
+def visible(folder: Path) -> list[Path]:
+    """The files and folders in a folder that are not hidden, sorted."""
+    return sorted(path for path in folder.iterdir() if not is_hidden(path.name))
+
+
 def check_claim(image: Image.Image, size: int) -> None:
     """Raise ValueError where a file of ``size`` bytes claims more pixels than any has: decoding allocates them."""
     width, height = image.size

@@ -8,8 +8,14 @@ from pathlib import Path
 
 from torchvision.datasets import ImageFolder
 
-from robust_backbones.data.decoding import image_suffixes
+from robust_backbones.data.decoding import image_suffixes, is_hidden
 from robust_backbones.errors import InputError
+
+
+class _ClassFolders(ImageFolder):
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
+        return classes, {name: number for number, name in enumerate(classes)}
 
 
 @dataclass(frozen=True)
@@ -25,14 +31,18 @@ class ImageFiles:
     @classmethod
     def scan(cls, root: Path) -> ImageFiles:
         """List the images in one folder a class without opening them, in torchvision's order; of any format that Pillow
-        reads, such as .jfif and .gif, which torchvision passes over.
+        reads, such as .jfif and .gif, which torchvision passes over. Hidden folders and files are left out.
 
         Raises:
             InputError: a class folder holds no image.
         """
-        suffixes = image_suffixes()
+        suffixes, start = image_suffixes(), len(str(root))
+
+        def is_image(path: str) -> bool:
+            return path.lower().endswith(suffixes) and not is_hidden(path[start:])
+
         try:
-            listing = ImageFolder(str(root), is_valid_file=lambda path: path.lower().endswith(suffixes))
+            listing = _ClassFolders(str(root), is_valid_file=is_image)
         except FileNotFoundError as error:  # torchvision says which classes are empty, in several lines
             raise InputError(f"cannot use {root}: {str(error).splitlines()[0].rstrip('. ')}; add or remove") from None
         names = [os.path.relpath(path, root) for path, _ in listing.samples]

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from robust_backbones.data.decoding import visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.errors import InputError
 
@@ -48,7 +49,7 @@ class ShardImages(ImageFiles):
             InputError: a shard is damaged or compressed; a sample lacks its image or label; a label is no class; a
                 class has no sample.
         """
-        paths = sorted(root.glob("*.tar"))
+        paths = [path for path in visible(root) if path.suffix == ".tar"]
         labels, names, places = [], [], []
         for shard, path in enumerate(paths):
             for member, label, offset, size in _samples(path):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from robust_backbones.data.decoding import visible
 from robust_backbones.detection.datasets import evaluator_kind
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
@@ -85,8 +86,9 @@ def find_domains(folder: Path) -> list[tuple[str, str, str]]:
     if not folder.is_dir():
         raise InputError(f"no folder of domains at {folder}: check --domains")
     rows = []
-    for domain in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
-        files = [file for place in (domain / "annotations", domain) for file in sorted(place.glob("*.json"))]
+    for domain in filter(Path.is_dir, visible(folder)):
+        places = [place for place in (domain / "annotations", domain) if place.is_dir()]
+        files = [file for place in places for file in visible(place) if file.suffix == ".json"]
         if len(files) != 1:
             raise InputError(
                 f"the domain {domain} has {len(files)} annotation files: leave one .json in it or in its annotations/"
@@ -95,7 +97,7 @@ def find_domains(folder: Path) -> list[tuple[str, str, str]]:
             first = json.loads(files[0].read_bytes())["images"][0]["file_name"]
         except (OSError, ValueError, LookupError, TypeError):
             raise InputError(f"{files[0]} names no images: give an annotation file in COCO's format") from None
-        places = [place for place in (domain, *sorted(domain.iterdir())) if (place / first).is_file()]
+        places = [place for place in (domain, *visible(domain)) if (place / first).is_file()]
         if not places:
             raise InputError(f"the domain {domain} lacks its image {first}: put the images in a folder in it")
         rows.append((f"domain-{domain.name}", str(files[0].resolve()), str(places[0].resolve())))

@@ -33,7 +33,7 @@ from pycocotools.cocoeval import COCOeval
 
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.annotations import box_polygon, usable_mask
-from robust_backbones.data.annotations_voc import voc_names
+from robust_backbones.data.annotations_voc import text_in, voc_names
 from robust_backbones.detection.datasets import SHOWN_CLASSES, categories, evaluator_kind
 from robust_backbones.detection.left_out import left_out
 from robust_backbones.errors import InputError
@@ -329,9 +329,9 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
         with PathManager.open(self._anno_file_template.format(image), "rb") as file:  # XML says its encoding itself
             tree = ElementTree.parse(file)
         objects: dict[str, list[list[float]]] = {}
-        for item in tree.findall("object"):
+        for item in tree.iter("object"):
             row = [float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")]
-            objects.setdefault(item.findtext("name", ""), []).append([*row, float(item.findtext("difficult", "0"))])
+            objects.setdefault(text_in(item, "name"), []).append([*row, float(text_in(item, "difficult", "0"))])
         return {name: np.array(rows) for name, rows in objects.items()}
 
     def _summary(self, aps: Array) -> dict[str, float]:

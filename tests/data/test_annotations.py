@@ -370,6 +370,38 @@ def test_a_sound_voc_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("<difficult>0<", "<difficult>\n 0 <"),
+        ("<name>cat<", "<name>\n\t cat\n<"),
+        ("<object>", "<objects><object>"),
+    ],
+)
+def test_blanks_and_groups_in_xml_change_nothing(tmp_path: Path, old: str, new: str) -> None:
+    """As programs write it that indent, and those that keep the objects in an element of their own."""
+    voc(tmp_path)
+    meant = read_voc(tmp_path, "test")
+    file = tmp_path / "Annotations/b.xml"
+    end = ("</object>", "</object></objects>" if "objects" in new else "</object>")
+    file.write_text(file.read_text().replace(old, new).replace(*end))
+    dataset = AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test")
+    repaired, done = repair(dataset, Use(), tmp_path / "fixed")
+    assert done == []
+    assert dataset.read() == repaired.read() == meant
+    assert voc_classes(tmp_path) == ["cat"]
+
+
+def test_boxes_that_may_count_from_zero_are_told(tmp_path: Path) -> None:
+    """A box of the first pixel is a sign that all are read a pixel too far left and up."""
+    voc(tmp_path)
+    file = tmp_path / "Annotations/b.xml"
+    file.write_text(file.read_text().replace("<ymin>1<", "<ymin>0<"))
+    (fault,) = AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test").check()[0]
+    assert (fault.severity, fault.image, fault.annotation) == ("warning", "b", "b/0")
+    assert "below 1" in fault.what
+
+
+@pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         ("<difficult>0", "<difficult>", "difficult is"),

@@ -71,6 +71,21 @@ def test_images_of_formats_that_torchvision_passes_over_are_listed_too(pictures:
     assert abs(ours[6][0].float() - torch.tensor([200, 0, 0])[:, None, None]).max() < 5
 
 
+@pytest.mark.parametrize("other", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".DS_Store", "b/.cache", "b/@eaDir"])
+def test_hidden_folders_are_no_classes_and_hidden_files_no_images(pictures: Path, other: str) -> None:
+    """As notebooks, macOS and file servers leave them; the folder of the data itself may lie in a hidden one."""
+    meant = open_dataset(pictures, v2.Identity())
+    for name in (f"{other}/2-checkpoint.jpg", "b/._2.jpg", "._0.tar", "A/.z.png"):
+        write_noise(pictures / name, 0) if name[-3:] != "tar" else (pictures / name).touch()
+    root = pictures.rename(pictures.parent / ".train")
+    found = open_dataset(root, v2.Identity())
+    assert (found.classes, found.labels, found.names) == (meant.classes, meant.labels, meant.names)
+    for name in ("A", "b"):
+        shutil.rmtree(root / name)
+    with pytest.raises(InputError, match="neither class folders nor shards"):
+        open_dataset(root, v2.Identity())
+
+
 def test_an_image_is_augmented_anew_each_epoch_and_seed_and_the_global_generator_is_left_alone(shapes: Path) -> None:
     dataset = open_dataset(shapes / "shapes_classification/train", AUGMENT)
     state = torch.random.get_rng_state()

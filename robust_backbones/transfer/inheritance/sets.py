@@ -24,6 +24,7 @@ from robust_backbones.data.batches import val_batches
 from robust_backbones.data.corruptions import check_corruption, corrupt, image_seed
 from robust_backbones.data.corruptions import load_library as load_corruptions
 from robust_backbones.data.datasets import ClassificationDataset, init_worker, open_dataset
+from robust_backbones.data.decoding import is_hidden, visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
@@ -85,7 +86,11 @@ def open_related_set(root: Path, class_names: Sequence[str], transform: v2.Trans
     position = {index: label for label, index in enumerate(classes)}
     names, labels = [], []
     for index, folder in found:
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+        files = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in IMG_EXTENSIONS and not is_hidden(str(path.relative_to(folder)))
+        )
         if not files:
             raise InputError(f"the class folder {folder} holds no image, and would widen the mask: remove it")
         names += [str(path.relative_to(root)) for path in files]
@@ -115,7 +120,7 @@ def open_pretraining_set(
 
 def _class_folders(folder: Path, known: dict[str, int], parts: int) -> list[tuple[int, Path]]:
     """Index and folder of every class below ``folder``, in the order of names."""
-    inside = sorted(path for path in folder.iterdir() if path.is_dir())
+    inside = [path for path in visible(folder) if path.is_dir()]
     if not inside:
         raise InputError(f"{folder} holds no class folders")
     numbered = not any(path.name in known for path in inside) and all(path.name.isdigit() for path in inside)
@@ -131,7 +136,7 @@ def _class_folders(folder: Path, known: dict[str, int], parts: int) -> list[tupl
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.iterdir())
+    return any(path.suffix.lower() in IMG_EXTENSIONS for path in visible(folder))
 
 
 class DecodedImages(ClassificationDataset):
