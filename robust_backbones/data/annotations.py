@@ -314,10 +314,12 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
             if severity == "warning" and use.training and not row.get("iscrowd"):
                 severity = "error"
             yield _fault(severity, file, "annotations", place, what, mend, "objects without a usable mask")(row)
-    corners = [
-        _extent(None if found else row.get("segmentation")) for (_, row), found in zip(rows, problems, strict=True)
+    # A crowd's mask says where nothing counts, whatever its box.
+    masks = [
+        None if problem or row.get("iscrowd") else row.get("segmentation")
+        for (_, row), problem in zip(rows, problems, strict=True)
     ]
-    lowest, highest = np.array(corners).reshape(-1, 2, 2).transpose(1, 0, 2)
+    lowest, highest = np.array([*map(mask_extent, masks)]).reshape(-1, 2, 2).transpose(1, 0, 2)
     shared = (np.minimum(high, highest) - np.maximum(low, lowest)).clip(0).prod(1)
     total = (highest - lowest).prod(1) + (high - low).prod(1) - shared
     for index in np.flatnonzero(~empty & (shared < 0.5 * total)):
@@ -372,13 +374,25 @@ def box_polygon(box: Iterable[float]) -> list[list[float]]:
     return [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
-def _extent(segmentation: Any) -> tuple[float, float, float, float]:
-    """(x1, y1, x2, y2) of polygons without a problem; NaN of all else."""
-    polygons = usable_mask(segmentation)
-    if not isinstance(polygons, list):
+def mask_extent(segmentation: Any) -> tuple[float, float, float, float]:
+    """(x1, y1, x2, y2) of a mask without a problem; NaN where there is none, zeros of run lengths without a pixel."""
+    mask = usable_mask(segmentation)
+    if mask is None:
         return (math.nan,) * 4
-    x, y = [[value for polygon in polygons for value in polygon[start::2]] for start in (0, 1)]
-    return min(x), min(y), max(x), max(y)
+    if isinstance(mask, list):
+        x, y = [[value for polygon in mask for value in polygon[start::2]] for start in (0, 1)]
+        return min(x), min(y), max(x), max(y)
+    runs = mask["counts"] if isinstance(mask["counts"], list) else _runs_of(mask["counts"]) or []
+    ends, height = np.cumsum(runs), mask["size"][0]
+    drawn = np.diff(ends)[::2] > 0  # zeros and ones take turns
+    firsts, lasts = ends[:-1:2][drawn], ends[1::2][drawn] - 1
+    if not firsts.size:
+        return (0.0,) * 4
+    (left, *_), rows = firsts // height, firsts % height  # down one column after the other
+    right = lasts // height
+    whole = bool((firsts // height < right).any())
+    top, bottom = (0, height) if whole else (rows.min(), (lasts % height).max() + 1)
+    return float(left), float(top), float(right[-1] + 1), float(bottom)
 
 
 def mask_problem(segmentation: Any, width: int, height: int) -> tuple[Literal["error", "warning"], str] | None:

@@ -23,6 +23,7 @@ from robust_backbones.data.annotations import (
     is_number,
     is_odd_area,
     is_side,
+    mask_extent,
     mask_problem,
     plain,
     read_json,
@@ -199,6 +200,11 @@ def _repaired(row: Row, size: tuple[int, int] | None, use: Use, ids: Mapping[Any
     if isinstance(row.get("category_id"), int) and row["category_id"] in ids:
         row = {**row, "category_id": ids[row["category_id"]]}
     box = row.get("bbox")
+    problem = mask_problem(row.get("segmentation"), *size) if size and (use.masks or not box) else None
+    if size and not box and not problem:
+        x1, y1, x2, y2 = mask_extent(row.get("segmentation"))
+        row = {**row, "bbox": (box := [x1, y1, x2 - x1, y2 - y1])}
+        done["boxes filled in from masks"] += 1
     if size is None or not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and min(box[2:]) >= 0):
         return row
     corners = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
@@ -210,8 +216,7 @@ def _repaired(row: Row, size: tuple[int, int] | None, use: Use, ids: Mapping[Any
     if area is None or (is_number(area, 1e10) and is_odd_area(area, *box[2:])):
         row = {**row, "area": box[2] * box[3]}
         done["areas filled in from boxes"] += 1
-    problem = mask_problem(row.get("segmentation"), *size) if use.masks else None
-    if problem and not usable_mask(None if problem[0] == "error" else row.get("segmentation")):
+    if use.masks and problem and not usable_mask(None if problem[0] == "error" else row.get("segmentation")):
         row = {**row, "segmentation": box_polygon(box)}
         done["masks filled in from boxes"] += 1
     return row

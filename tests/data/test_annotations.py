@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as mask_tools
 
 from robust_backbones.data import annotations_images
-from robust_backbones.data.annotations import MISSING, Fault, Use, _runs_of, check_coco
+from robust_backbones.data.annotations import MISSING, Fault, Use, _runs_of, check_coco, mask_extent
 from robust_backbones.data.annotations_images import check_images, read_header
 from robust_backbones.data.annotations_repair import repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
@@ -185,7 +185,11 @@ def test_compressed_runs_are_read_as_pycocotools_writes_them(seed: int) -> None:
     mask = (rng.random((rng.integers(1, 50), rng.integers(1, 50))) < rng.random()).astype(np.uint8)
     text = mask_tools.encode(np.asfortranarray(mask))["counts"].decode()
     changes = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=0))
-    assert _runs_of(text) == np.diff([0, *changes, mask.size]).tolist()
+    runs = np.diff([0, *changes, mask.size]).tolist()
+    assert _runs_of(text) == runs
+    x, y, width, height = mask_tools.toBbox({"size": mask.shape, "counts": text})
+    for counts in (text, runs):
+        assert mask_extent({"size": list(mask.shape), "counts": counts}) == (x, y, x + width, y + height)
 
 
 def change_all(key: str, change: Callable[[Any], Any]) -> Content:
@@ -241,6 +245,32 @@ def test_masks_elsewhere_than_their_boxes_are_told() -> None:
         assert [(fault.severity, fault.annotation) for fault in found] == [("warning", 10), ("warning", 20)]
     assert "share less than half" in found[0].what
     assert check_coco("a.json", content, Use()) == []  # boxes alone
+
+
+def test_run_lengths_elsewhere_than_their_boxes_are_told() -> None:
+    """As in another image's place, or without a pixel; crowds say where nothing counts, whatever their boxes."""
+    content, mask = sound(), np.zeros((40, 60), np.uint8, order="F")
+    mask[5:25, 40:52] = 1
+    counts = mask_tools.encode(mask)["counts"].decode()
+    for place, runs in ((0, counts), (2, counts), (4, [2400])):
+        content["annotations"][place]["segmentation"] = {"size": [40, 60], "counts": runs}
+    found = check_coco("a.json", content, MASKS)
+    assert [(fault.severity, fault.annotation) for fault in found] == [("warning", 10), ("warning", 21)]
+    assert check_coco("a.json", content, Use()) == []  # boxes alone
+
+
+def test_a_box_that_is_not_there_is_that_of_its_mask(tmp_path: Path, images: Path) -> None:
+    content = sound()
+    rows = content["annotations"]
+    del rows[0]["bbox"]
+    rows[2]["bbox"], rows[3]["bbox"] = None, []
+    rows[4] |= {"bbox": None, "segmentation": []}
+    repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
+    assert "3 boxes filled in from masks" in done
+    assert errors(repaired.check(Use(masks=True))[0]) == []
+    meant = {row["id"]: row["bbox"] for row in sound()["annotations"]} | {12: [0, 0, 40, 40]}
+    del meant[21]  # without a mask nothing says where it is
+    assert {row["id"]: row["bbox"] for row in repaired.read()[0]["annotations"]} == meant
 
 
 def test_what_is_odd_and_may_be_meant() -> None:
