@@ -238,7 +238,7 @@ def fed_as(config: Config, *specs: BackboneSpec) -> Config:
     """A config whose sizes of 0 and empty interpolation are those of the networks.
 
     Raises:
-        InputError: the networks have different ones; one of them takes images of another size alone.
+        InputError: the networks have different ones; one of them takes images of another size alone, or larger ones.
     """
     given = {name: getattr(config, name) for name in _EVALUATION}
     for name in (name for name, value in given.items() if not value):
@@ -254,7 +254,25 @@ def fed_as(config: Config, *specs: BackboneSpec) -> Config:
                 f"{spec.arch} takes images of {spec.image_size} pixels alone, not {given['image_size']}: leave out "
                 "--image-size"
             )
+        usual, size = usual_spec(spec.arch).image_size, given["image_size"]
+        # Where the usual size fails too, the network cannot be asked without weights.
+        if size != usual and (problem := _size_problem(spec.arch, size)) and not _size_problem(spec.arch, usual):
+            raise InputError(f"{spec.arch} takes no images of {size} pixels ({problem}): give another --image-size")
     return replace(config, **given)  # type: ignore[type-var]
+
+
+@cache
+def _size_problem(arch: str, size: int) -> str:
+    """Why a network's forward pass fails on square images of ``size`` pixels, of which none is computed; else ""."""
+    if ARCHITECTURES.get(arch):  # a ResNet takes any
+        return ""
+    with torch.device("meta"):
+        net = build_timm(arch, 1, size) if is_foreign(arch) else _build(arch, 1, "imagenet")
+        try:
+            net.eval()(torch.empty(1, 3, size, size))
+        except (RuntimeError, AssertionError) as error:
+            return str(error).splitlines()[0]
+    return ""
 
 
 def check_normalization(mean: Any, std: Any) -> None:

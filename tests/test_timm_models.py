@@ -63,6 +63,8 @@ def test_the_configuration_is_timm_s_own() -> None:
         ("resnet51", 0, "unknown architecture 'resnet51'.*timm"),
         ("deit_tiny_distilled_patch16_224", 0, "classifier .* is not one linear layer"),
         ("test_vit", 64, "takes images of 160 pixels alone, not 64"),
+        ("test_convnext", 16, "takes no images of 16 pixels .*: give another --image-size"),
+        ("vgg16_bn", 16, "takes no images of 16 pixels .*: give another --image-size"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name(arch: str, size: int, message: str) -> None:

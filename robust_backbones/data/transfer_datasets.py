@@ -39,6 +39,7 @@ class TransferData:
     """An opened data set; train and test have the same classes, each with an image in both."""
 
     name: str
+    """As records have it: of the table, or that of one's own folder, with ``own_`` before what the table has too."""
     metric: str
     train: ClassificationDataset
     test: ClassificationDataset
@@ -100,7 +101,11 @@ def open_transfer_data(
     check_choice("metric", metric, sorted({row.metric for row in TRANSFER_DATASETS.values()}))
     train, test = _open_folders(root, transform, seed)
     _check_classes(root, train, test)
-    return TransferData(root.resolve().name, metric, train, test)
+    name = root.resolve().name
+    official = TRANSFER_DATASETS.get(name.removesuffix(f"_{SPLITS[1]}"))
+    if official and (name != official.name or metric != official.metric or _unlike(official, train, test)):
+        name = f"own_{name}"  # else tables put the paper's numbers beside it
+    return TransferData(name, metric, train, test)
 
 
 def check(row: TransferDataset, data_root: Path) -> tuple[str, str]:
@@ -136,18 +141,23 @@ def _open_row(
     else:
         sources = _open_official(row, data_root, split)
         train, test = (ClassificationDataset(source, transform, seed=seed) for source in sources)
-    counts = (
-        ("classes", len({*train.classes, *test.classes}), row.num_classes),
-        ("training images", len(train), row.train_images),
-        ("test images", len(test), row.test_images),
-    )
-    if wrong := [f"{found:,} {what} instead of {due:,}" for what, found, due in counts if found != due]:
+    if wrong := _unlike(row, train, test):
         raise DifferentDataError(
             f"{place} is not {row.title}, it has {', '.join(wrong)}: complete it, or give a subset by its path, as a "
             "folder of your own"
         )
     _check_classes(place, train, test)
     return train, test
+
+
+def _unlike(row: TransferDataset, train: ClassificationDataset, test: ClassificationDataset) -> list[str]:
+    """How a data set's counts differ from those of the table."""
+    counts = (
+        ("classes", len({*train.classes, *test.classes}), row.num_classes),
+        ("training images", len(train), row.train_images),
+        ("test images", len(test), row.test_images),
+    )
+    return [f"{found:,} {what} instead of {due:,}" for what, found, due in counts if found != due]
 
 
 def _open_folders(

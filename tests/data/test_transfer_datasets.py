@@ -654,6 +654,13 @@ def test_a_folder_of_ones_own_has_two_parts_and_either_metric(tmp_path: Path, pa
         open_pixels(root, metric="top5")
 
 
+@pytest.mark.parametrize(("folder", "name"), [("cifar10", "own_cifar10"), ("caltech101_first", "own_caltech101_first")])
+def test_a_folder_of_ones_own_is_not_called_as_a_data_set_of_the_table(tmp_path: Path, folder: str, name: str) -> None:
+    """Tables put the paper's numbers beside that name."""
+    root = write_folders(tmp_path / folder, {part: {"cat": 2, "dog": 1} for part in ("train", "test")})
+    assert open_pixels(root).name == name
+
+
 def test_test_comes_before_val(tmp_path: Path) -> None:
     write_folders(tmp_path, {"train": {"a": 1}, "test": {"a": 2}, "val": {"a": 3}})
     assert len(open_pixels(tmp_path).test) == 2
