@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,35 +13,19 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
-import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.structures import BoxMode
 from detectron2.utils.colormap import colormap
-from pycocotools import mask as mask_tools
 
 from robust_backbones.checkpoint.zoo import cache_folder
-from robust_backbones.data.annotations import (
-    MISSING,
-    Content,
-    Fault,
-    Use,
-    box_polygon,
-    check_coco,
-    is_number,
-    mask_problem,
-    read_json,
-    usable_mask,
-)
+from robust_backbones.data.annotations import MISSING, Fault, Use, check_coco, read_json
 from robust_backbones.data.annotations_images import UNREADABLE, check_images
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
-from robust_backbones.data.annotations_voc import read_voc, voc_classes
+from robust_backbones.data.annotations_voc import voc_classes
 from robust_backbones.detection.left_out import SHOWN_CLASSES, hold_out, leave_out, left_out, unreadable_rows
+from robust_backbones.detection.standard_format import Items, content_of, listed, load_coco, load_voc
 from robust_backbones.errors import InputError
-
-Items = list[dict[str, Any]]
-"""Images and their objects, in Detectron2's standard format."""
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -60,7 +43,7 @@ def register_datasets(cfg: CfgNode) -> None:
             raise InputError(f"DATASETS.COCO_FORMAT wants rows of (name, annotation file, image folder), got {row}")
         name, annotations, images = row
         file, folder = str(locate(annotations)), str(locate(images))
-        _register(name, partial(_load_coco, file, folder, name), json_file=file, image_root=folder)
+        _register(name, partial(load_coco, file, folder, name), json_file=file, image_root=folder)
     for row in cfg.DATASETS.VOC_FORMAT:
         if len(row) not in (3, 4):
             raise InputError(f"DATASETS.VOC_FORMAT wants rows of (name, folder, list) or (..., classes), got {row}")
@@ -68,7 +51,7 @@ def register_datasets(cfg: CfgNode) -> None:
         folder = str(locate(folder))
         if not (classes := list(*given) or voc_classes(folder)):
             raise InputError(f"{name} has no classes, for no object in an XML file: {_voc_layout(folder, split)}")
-        load = partial(_load_voc, folder, split, classes)
+        load = partial(load_voc, folder, split, classes)
         # By area under the curve, as VOC since 2010.
         about = {"dirname": folder, "split": split, "year": 2012, "thing_classes": classes}
         _register(name, load, evaluator_type="pascal_voc", **about, **{SHOWN_CLASSES: True})
@@ -84,9 +67,9 @@ def _load_by_ours(name: str) -> None:
     module = getattr(DatasetCatalog[name], "__module__", "") if name in DatasetCatalog else ""
     metadata = MetadataCatalog.get(name).as_dict() if module else {}
     if module == "detectron2.data.datasets.coco" and "json_file" in metadata:
-        load = partial(_load_coco, metadata["json_file"], metadata["image_root"], name)
+        load = partial(load_coco, metadata["json_file"], metadata["image_root"], name)
     elif module == "detectron2.data.datasets.pascal_voc":
-        load = partial(_load_voc, metadata["dirname"], metadata["split"], metadata["thing_classes"])
+        load = partial(load_voc, metadata["dirname"], metadata["split"], metadata["thing_classes"])
     else:
         return
     DatasetCatalog.remove(name)
@@ -101,65 +84,6 @@ def _register(name: str, load: Callable[[], Items], *, evaluator_type: str = "co
     # One colour a class in pictures; without it every object gets a random one.
     colors = [tuple(color) for color in colormap(rgb=True, maximum=255).astype(int).tolist()]
     MetadataCatalog.get(name).set(evaluator_type=evaluator_type, thing_colors=colors, **metadata)
-
-
-def _load_voc(folder: str, split: str, classes: Sequence[str]) -> Items:
-    """As Detectron2's ``load_voc_instances``, with images of any format and names with spaces."""
-    content, _ = read_voc(folder, split, classes)
-    items: dict[str, dict[str, Any]] = {
-        row["id"]: {
-            "file_name": os.path.join(folder, "JPEGImages", row["file_name"]),
-            "height": row["height"],
-            "width": row["width"],
-            "image_id": row["id"],
-            "annotations": [],
-        }
-        for row in content["images"]
-    }
-    for row in content["annotations"]:
-        x, y, width, height = row["bbox"]
-        box = {"bbox": [x, y, x + width, y + height], "bbox_mode": BoxMode.XYXY_ABS}
-        items[row["image_id"]]["annotations"].append({**box, "category_id": row["category_id"] - 1})
-    return list(items.values())
-
-
-def _load_coco(file: str, folder: str, name: str) -> Items:
-    """As Detectron2's ``load_coco_json``, which leaves out or dies of objects without a usable polygon."""
-    content = json.loads(Path(file).read_bytes())
-    rows = sorted(content["categories"], key=lambda row: row["id"])
-    numbers = {row["id"]: number for number, row in enumerate(rows)}
-    classes, metadata = [row["name"] for row in rows], MetadataCatalog.get(name)
-    if (declared := list(metadata.get("thing_classes", classes))) != classes:
-        raise InputError(
-            f"{name} is registered with the classes {_listed(declared)}, but {file} has {_listed(classes)}, by their "
-            "ids: register it without thing_classes"
-        )
-    metadata.set(thing_classes=metadata.get("thing_classes", classes), thing_dataset_id_to_contiguous_id=numbers)
-    items = {
-        row["id"]: {
-            "file_name": os.path.join(folder, row["file_name"]),
-            "height": row["height"],
-            "width": row["width"],
-            "image_id": row["id"],
-            "annotations": [],
-        }
-        for row in sorted(content["images"], key=lambda row: row["id"])
-    }
-    for row in content.get("annotations", []):
-        thing = {key: row[key] for key in ("iscrowd", "bbox") if key in row}
-        thing |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": numbers[row["category_id"]]}
-        image = items[row["image_id"]]
-        mask = usable_mask(row.get("segmentation"))
-        # Where masks are used, the check has refused broken ones; boxes alone do without.
-        if mask is not None and not mask_problem(mask, image["width"], image["height"]):
-            if isinstance(mask, dict) and isinstance(mask["counts"], list):
-                mask = mask_tools.frPyObjects(mask, *mask["size"])
-            thing["segmentation"] = mask
-        points = row.get("keypoints")  # pixel indices, but for the visibility
-        if points and isinstance(points, list) and all(map(is_number, points)):
-            thing["keypoints"] = [value + 0.5 if place % 3 != 2 else value for place, value in enumerate(points)]
-        image["annotations"].append(thing)
-    return list(items.values())
 
 
 def class_names(name: str) -> list[str]:
@@ -239,16 +163,12 @@ def check_names(name: str, found: Sequence[str], wanted: Sequence[str], *, all_o
     if twice := [title for title, count in Counter(found).items() if count > 1]:
         raise InputError(f"{name} has two classes called {twice[0]!r}: rename one of them")
     if unknown := [title for title in found if title not in wanted]:
-        mend = f"{_listed(unknown)} cannot be matched; rename or remove what differs (ids and order do not matter)"
+        mend = f"{listed(unknown)} cannot be matched; rename or remove what differs (ids and order do not matter)"
     elif missing := [title for title in wanted if all_of_them and title not in found]:
-        mend = f"its objects of {_listed(missing)} would be background in training; annotate them, or leave it out"
+        mend = f"its objects of {listed(missing)} would be background in training; annotate them, or leave it out"
     else:
         return
-    raise InputError(f"{name} has the classes {_listed(found)}, but {_listed(wanted)} are wanted: {mend}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names)) or "none"
+    raise InputError(f"{name} has the classes {listed(found)}, but {listed(wanted)} are wanted: {mend}")
 
 
 def categories(dataset: str) -> list[dict[str, Any]]:
@@ -426,7 +346,7 @@ def _check(name: str, cfg: CfgNode, images: dict[str, set[str]], *, eval_only: b
         classes = class_names(name)
         if use.evaluation:
             evaluator_kind(name)
-        content = {} if dataset else _content(items, classes, use)
+        content = {} if dataset else content_of(items, classes, use)
     except FileNotFoundError as error:
         raise InputError(f"{name} lacks {error.filename}: {_layout(name)}") from None
     except (OSError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ParseError) as error:
@@ -442,33 +362,6 @@ def _check(name: str, cfg: CfgNode, images: dict[str, set[str]], *, eval_only: b
         rows = [(row["id"], row["file_name"], row["width"], row["height"]) for row in content["images"]]
         faults = [*check_images(rows, cache=headers), *check_coco(name, content, use)]
         yield from _warnings(name, faults, len(items), use)
-
-
-def _content(items: Items, classes: Sequence[str], use: Use) -> Content:
-    """Detectron2's dictionaries as COCO's content; run lengths and bit masks, which it may hold as arrays, as boxes."""
-    content: Content = {"images": [], "annotations": []}
-    content["categories"] = [{"id": number, "name": name} for number, name in enumerate(classes)]
-    for number, item in enumerate(items):
-        image = _plain(item["image_id"]) if use.evaluation else number  # else nothing needs the name
-        sides = {side: _plain(item[side]) for side in ("width", "height")}
-        content["images"].append({"id": image, "file_name": str(item["file_name"]), **sides})
-        for thing in item["annotations"]:
-            x1, y1, x2, y2 = map(float, BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYXY_ABS))
-            box = [x1, y1, x2 - x1, y2 - y1]
-            mask = thing.get("segmentation") if use.masks else None
-            if isinstance(mask, list):
-                mask = [list(polygon) for polygon in mask]
-            elif mask is not None:
-                mask = box_polygon(box)
-            row = {"id": len(content["annotations"]), "image_id": image, "bbox": box, "area": box[2] * box[3]}
-            row |= {"category_id": _plain(thing["category_id"]), "iscrowd": _plain(thing.get("iscrowd", 0))}
-            content["annotations"].append({**row, "segmentation": mask})
-    return content
-
-
-def _plain(value: Any) -> Any:
-    """A number of NumPy's as Python's."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _layout(name: str) -> str:

@@ -13,8 +13,10 @@ from robust_backbones.detection.config import check_config
 from robust_backbones.detection.datasets import check_datasets, counted, register_datasets
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import load_detector, read_run
-from robust_backbones.detection.run_folder import write_record
+from robust_backbones.detection.run_folder import keep_other_record, write_record
 from robust_backbones.detection.trainer import Trainer
+
+NAME = "eval_record.json"
 
 
 def evaluate(
@@ -25,6 +27,8 @@ def evaluate(
     data_warnings: Mapping[str, dict[str, int]] | None = None,
 ) -> dict[str, float | None]:
     """Evaluate a trained detector on DATASETS.TEST, and write eval_record.json and the detections to OUTPUT_DIR.
+
+    An eval_record.json of other weights or settings that is there is kept as eval_record_1.json, or the next number.
 
     Args:
         detector: The OUTPUT_DIR of a training run, a .pth file in one, or a configuration.
@@ -47,12 +51,17 @@ def evaluate(
     register_datasets(cfg)
     if not checked:
         data_warnings = counted(check_datasets(cfg, eval_only=True))
-    trained = load_detector(cfg, weights or found)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = str(weights or found)
+    cfg.freeze()
+    trained = load_detector(cfg, cfg.MODEL.WEIGHTS)
     trained.match_classes(cfg.DATASETS.TEST)
     metrics = flat_metrics(Trainer.test(cfg, trained.model))
     if comm.is_main_process():
+        keep_other_record(NAME, cfg)
         write_record(
-            "eval_record.json",
+            NAME,
             cfg,
             metrics,
             backbone=trained.backbone,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -134,6 +136,17 @@ def runs_in_bfloat16(cfg: CfgNode) -> bool:
     """Whether it is asked for, and this device multiplies in bfloat16 no slower than in float32."""
     wanted = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
     return wanted and arithmetic("bf16", torch.device(cfg.MODEL.DEVICE)) == torch.bfloat16
+
+
+def keep_other_record(name: str, cfg: CfgNode) -> None:
+    """Rename a record ``name`` of other settings than ``cfg`` in OUTPUT_DIR, with the next number after its stem."""
+    path = Path(cfg.OUTPUT_DIR) / name
+    # Seeds decide nothing in an evaluation.
+    if path.exists() and {*differences(RunRecord.read(path).config, cfg, DETECTOR_KEYS)} - {"SEED"}:
+        places = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
+        kept = next(place for place in places if not place.exists())
+        path.rename(kept)
+        logging.getLogger(__name__).warning(f"{path} was of other weights or settings, and is now {kept}")
 
 
 def write_record(

@@ -301,8 +301,15 @@ def test_a_record_says_what_was_measured(unbroken: tuple[Trainer, Any]) -> None:
 
     cfg.merge_from_list(["MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth"])
     evaluate(cfg)
-    measured = RunRecord.read(Path(cfg.OUTPUT_DIR) / "eval_record.json").metrics
-    assert measured == {name: value for name, value in record.metrics.items() if not name.startswith("best/")}
+    measured = RunRecord.read(Path(cfg.OUTPUT_DIR) / "eval_record.json")
+    assert measured.metrics == {name: value for name, value in record.metrics.items() if not name.startswith("best/")}
+    evaluate(cfg)
+    best = Path(cfg.OUTPUT_DIR) / "model_best.pth"
+    evaluate(best)
+    places = [Path(cfg.OUTPUT_DIR) / f"eval_record{number}.json" for number in ("", "_1", "_2")]
+    assert RunRecord.read(places[0]).config["MODEL"]["WEIGHTS"] == str(best)
+    assert RunRecord.read(places[1]).config == measured.config  # of another detector: nothing is lost
+    assert not places[2].exists()
 
 
 def test_results_are_held_against_the_expected_ones(small_cfg: CfgNode) -> None:
