@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -220,13 +221,14 @@ def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int
     ):
         seen: set[Any] = set()
         for place, row in sound[name]:
-            if row[key] in seen:
+            value = os.path.normpath(row[key]) if key == "file_name" else row[key]
+            if value in seen:
                 what = f"{key} {short(row[key])} is that of another row of {name} too"
                 kind, mend = "images of the same file", "leave or rename one of them"
                 if name == "annotations":
                     mend = "number them anew, as check-data --fix does"
                 yield _fault(severity, file, name, place, what, mend, kind)(row)  # type: ignore[arg-type]
-            seen.add(row[key])
+            seen.add(value)
     names: dict[str, str] = {}
     for place, row in sound["categories"]:
         if (other := names.setdefault(plain(row["name"]), row["name"])) != row["name"]:
@@ -268,11 +270,19 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
     if not any(not row.get("iscrowd") for _, row in rows):
         yield Fault("error", file, "holds no annotated object that is not a crowd", "annotate objects, or leave it out")
         return
+    crowds = sum(bool(row.get("iscrowd")) for _, row in rows)
+    if crowds > len(rows) / 2:
+        what = f"{crowds} of its {len(rows)} objects are crowds, which training drops and AP leaves out"
+        mend = 'write "iscrowd": 0 for single objects (some programs write 1 for every mask of run lengths)'
+        yield Fault("warning", file, what, mend, kind="files of more crowds than other objects")
     boxes = np.array([row["bbox"] for _, row in rows], np.float64)
     sides = np.array([sizes[row["image_id"]] for _, row in rows], np.float64)
     if guess := _guess_of_boxes(boxes, sides):
         yield Fault("error", file, *guess, kind=LAYOUT)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    if len(rows) > 9 and high.max() <= 101 and np.median(sides) > 200:
+        what = f"all its {len(rows)} boxes lie within 100 pixels of the upper left corner of larger images"
+        yield Fault("warning", file, what, "if they are percents, write them in pixels", kind="files of small boxes")
     empty = (boxes[:, 2:] == 0).any(1)
     away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
     leaves = ~away & ((low < -1).any(1) | (high > sides + 1).any(1))  # a pixel is the rounding of annotations
@@ -430,7 +440,7 @@ def _polygons_problem(polygons: list[Any], width: int, height: int) -> str:
 
 def _rle_problem(rle: Row, width: int, height: int) -> str:
     size, counts = rle.get("size"), rle.get("counts")
-    if size != [height, width]:
+    if size != [height, width] or not all(map(_is_whole, size)):
         return f"its run-length mask has size {short(size)}, its image [{height}, {width}]"
     if isinstance(counts, str):
         runs = _runs_of(counts)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from PIL import Image
 from tqdm import tqdm
@@ -183,5 +184,5 @@ def _mend_of_missing(path: str, listings: dict[str, dict[str, str]]) -> str:
 
 
 def _plain_stem(name: str) -> str:
-    """A file's name without what file systems and programs often change: case, the form of accents, the suffix."""
-    return unicodedata.normalize("NFC", os.path.splitext(name)[0]).casefold()
+    """A file's name without what file systems and programs often change: case, the form of accents, the suffix, %20."""
+    return unicodedata.normalize("NFC", unquote(os.path.splitext(name)[0])).casefold()

@@ -92,6 +92,11 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
     _number_annotations(content, done)
     categories, ids = _repaired_classes(content["categories"], rename, done)
     images = [row for row in content["images"] if isinstance(row, dict)]
+    for row in images:
+        name, folders = str(row.get("file_name")), str(row.get("file_name")).replace("\\", "/")
+        if name != folders and not os.path.exists(dataset.images / name) and os.path.exists(dataset.images / folders):
+            row["file_name"] = folders
+            done["names of files written with / between folders"] += 1
     paths = {number: str(dataset.images / str(row.get("file_name"))) for number, row in enumerate(images)}
     headers = read_headers(list(paths.values()))
     kept_images = []

@@ -341,7 +341,7 @@ def _check(name: str, cfg: CfgNode, images: dict[str, set[str]], *, eval_only: b
             faults = [fault for fault in faults if fault.image not in left_out(name)]
             yield from _warnings(name, faults, len(content.get("images", [])), use)
         items: Items = DatasetCatalog.get(name)
-        images[name] = {item["file_name"] for item in items}
+        images[name] = {os.path.abspath(item["file_name"]) for item in items}
         numbers = {a["category_id"] for item in items for a in item["annotations"]}
         classes = class_names(name)
         if use.evaluation:

@@ -161,6 +161,7 @@ POLYGON = [5, 5, 20, 5, 20, 20]
         ([[x + 100 for x in POLYGON]], "lies outside its image"),
         ("mask", 'segmentation is "mask"'),
         ({"size": [60, 40], "counts": [2400]}, "size [60, 40]"),
+        ({"size": [40.0, 60], "counts": [2400]}, "size [40.0, 60]"),
         ({"size": [40, 60], "counts": [2399]}, "does not cover"),
         ({"size": [40, 60], "counts": [2500, -100]}, "does not cover"),
         ({"size": [40, 60], "counts": "zzz"}, "does not cover"),
@@ -257,6 +258,44 @@ def test_run_lengths_elsewhere_than_their_boxes_are_told() -> None:
     found = check_coco("a.json", content, MASKS)
     assert [(fault.severity, fault.annotation) for fault in found] == [("warning", 10), ("warning", 21)]
     assert check_coco("a.json", content, Use()) == []  # boxes alone
+
+
+def test_names_of_files_as_windows_writes_them_are_mended(tmp_path: Path, images: Path) -> None:
+    content = sound()
+    content["images"][1]["file_name"] = f"..\\{images.name}\\2.png"
+    content["images"][2]["file_name"] = "gone\\3.png"
+    repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
+    assert "1 names of files written with / between folders" in done
+    assert [row["file_name"] for row in repaired.read()[0]["images"]] == ["1.png", f"../{images.name}/2.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda content: [row.update(iscrowd=1) for row in content["annotations"][:4]],
+            "6 of its 9 objects are crowds",
+        ),
+        (
+            lambda content: content["images"].append({**content["images"][0], "id": 9, "file_name": "./1.png"}),
+            "./1.png",
+        ),
+        (
+            lambda content: (
+                [row.update(width=600, height=400) for row in content["images"]],
+                content["annotations"].append({**content["annotations"][3], "id": 9, "bbox": [88, 60, 12, 20]}),
+            ),
+            "all its 10 boxes lie within 100 pixels",
+        ),
+    ],
+)
+def test_what_a_whole_set_shows(change: Callable[[Content], Any], words: str) -> None:
+    """Masks that a program calls crowds, a file under two names, and percents: AP would be of something else."""
+    content = sound()
+    change(content)
+    (fault,) = check_coco("a.json", content)
+    assert fault.severity == "warning"
+    assert words in fault.what
 
 
 def test_a_box_that_is_not_there_is_that_of_its_mask(tmp_path: Path, images: Path) -> None:
