@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as mask_tools
 
 Row = dict[str, Any]
 Content = dict[str, Any]
@@ -392,17 +393,9 @@ def mask_extent(segmentation: Any) -> tuple[float, float, float, float]:
     if isinstance(mask, list):
         x, y = [[value for polygon in mask for value in polygon[start::2]] for start in (0, 1)]
         return min(x), min(y), max(x), max(y)
-    runs = mask["counts"] if isinstance(mask["counts"], list) else _runs_of(mask["counts"]) or []
-    ends, height = np.cumsum(runs), mask["size"][0]
-    drawn = np.diff(ends)[::2] > 0  # zeros and ones take turns
-    firsts, lasts = ends[:-1:2][drawn], ends[1::2][drawn] - 1
-    if not firsts.size:
-        return (0.0,) * 4
-    (left, *_), rows = firsts // height, firsts % height  # down one column after the other
-    right = lasts // height
-    whole = bool((firsts // height < right).any())
-    top, bottom = (0, height) if whole else (rows.min(), (lasts % height).max() + 1)
-    return float(left), float(top), float(right[-1] + 1), float(bottom)
+    rle = mask if isinstance(mask["counts"], str) else mask_tools.frPyObjects(mask, *mask["size"])
+    left, top, width, height = mask_tools.toBbox(rle).tolist()
+    return left, top, left + width, top + height
 
 
 def mask_problem(segmentation: Any, width: int, height: int) -> tuple[Literal["error", "warning"], str] | None:
