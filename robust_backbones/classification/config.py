@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.transforms import v2
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.data.decoding import ResizedCache
-from robust_backbones.data.transforms import AUGMENTATIONS, val_transform
-from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
+from robust_backbones.data.transforms import AUGMENTATIONS, EvaluationImages
+from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
 from robust_backbones.threat_models import ThreatModel
 
 PAPER_BATCH_SIZE = 512
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(EvaluationImages):
     """How a network is trained: same config, network and data, same result. Defaults: the paper's ImageNet recipe."""
 
     threat_model: ThreatModel = field(default_factory=ThreatModel)
@@ -69,15 +68,9 @@ class TrainingConfig:
     """resized_crop: a crop of random size and shape (ImageNet); padded_crop: a crop after padding by 4 px (CIFAR);
     robustness: resized_crop, colour jitter of 0.1 and PCA noise of 0.05, as the paper's library; color_jitter:
     resized_crop and jitter of 0.4; heavy: resized_crop, RandAugment and random erasing; all with a random flip."""
-    image_size: int = 0
-    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
     progressive_size: int = 0
     """Image size of the first epoch in progressive resizing, which grows over ``progressive_epochs``; 0 is off."""
     progressive_epochs: int = 0
-    val_resize: int = 0
-    """Shorter side of validation images before the central crop of ``image_size``; 0: the network's own, 256."""
-    interpolation: str = ""
-    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
     min_crop_scale: float = 0.08
     """Least share of an image's area that a resized crop keeps."""
     cache_short_side: int = 0
@@ -93,8 +86,8 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "epochs", "batch_size", "lr", "lr_step", "eval_period")
-        check_not_negative(self, "image_size", "val_resize")
         check_not_negative(
             self, "epsilon_warmup_epochs", "progressive_size", "progressive_epochs", "cache_short_side", "eval_images"
         )
@@ -119,7 +112,6 @@ class TrainingConfig:
             raise InputError(f"ema_decay must be in [0, 1), got {self.ema_decay:g}")
         if not 0 < self.min_crop_scale <= 1:
             raise InputError(f"min_crop_scale is a share of the area, in (0, 1], got {self.min_crop_scale:g}")
-        check_crop(self)
         for threat_model in (self.threat_model, self.eval_threat_model or self.threat_model):
             threat_model.check_radius((3, self.image_size or 224, self.image_size or 224))
         if 0 < self.image_size < self.progressive_size:
@@ -138,10 +130,6 @@ class TrainingConfig:
 
     def compute(self, device: torch.device, compile_mode: str = "") -> Compute:
         return Compute(device, self.precision, self.attack_precision, compile_mode)
-
-    def val_transform(self) -> v2.Transform:
-        """What images go through before their evaluation."""
-        return val_transform(self.image_size, resize=self.val_resize, interpolation=self.interpolation)
 
     def image_cache(self, folder: Path | None) -> ResizedCache | None:
         """The cache of reduced images in ``folder`` that a run reads through, if the config asks for one."""

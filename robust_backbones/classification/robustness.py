@@ -22,8 +22,8 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.classification.compute import Compute
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import mix, open_dataset
-from robust_backbones.data.transforms import val_transform
-from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
+from robust_backbones.data.transforms import EvaluationImages
+from robust_backbones.errors import InputError, check_choice, check_positive
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.identity import FINGERPRINT
@@ -44,7 +44,7 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class RobustnessConfig:
+class RobustnessConfig(EvaluationImages):
     """The identity of an evaluation: same config, same checkpoint, same images, same outcome for every image."""
 
     threat_model: ThreatModel
@@ -61,22 +61,15 @@ class RobustnessConfig:
     """Evaluate this many images, drawn from all classes by ``seed``; a greater limit adds to a smaller one's."""
     batch_size: int = 128
     """Images attacked together; part of the identity, since an attack's random numbers depend on it."""
-    image_size: int = 0
-    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
-    val_resize: int = 0
-    """Shorter side of images before the central crop of ``image_size``; 0: the network's own, 256."""
-    interpolation: str = ""
-    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
     precision: str = "fp32"
     """fp32 or bf16 (autocast; images, perturbations and losses stay float32)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive(self, "apgd_steps", "square_queries", "limit", "batch_size")
-        check_not_negative(self, "image_size", "val_resize")
         # float16 loses small gradients: a network would look robust
         check_choice("precision for attacks", self.precision, ("fp32", "bf16"))
-        check_crop(self)
         self.threat_model.check_radius((3, self.image_size or 224, self.image_size or 224))
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,8 +117,7 @@ def evaluate_robustness(
             message = "AutoAttack needs its authors' package: pip install pyautoattack, or --no-autoattack"
             raise InputError(message) from None
     config = fed_as(config, spec)
-    transform = val_transform(config.image_size, resize=config.val_resize, interpolation=config.interpolation)
-    images = open_dataset(data, transform)
+    images = open_dataset(data, config.val_transform())
     images = images.sample(config.limit or len(images), seed=config.seed)
     if len(images.classes) != spec.num_classes:
         raise InputError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from robust_backbones.errors import check_choice
+from robust_backbones.errors import check_choice, check_crop, check_not_negative
 
 AUGMENTATIONS = ("resized_crop", "padded_crop", "robustness", "color_jitter", "heavy")
 # Of the RGB values of ImageNet (Krizhevsky et al. 2012), as the library `robustness` has them: a column an eigenvector.
@@ -97,3 +98,23 @@ _AFTER_CROP: dict[str, Callable[[], list[torch.nn.Module]]] = {
 def val_transform(size: int, *, resize: int, interpolation: str = "bilinear") -> v2.Transform:
     """Shorter side to ``resize``, then the central ``size`` x ``size`` pixels."""
     return v2.Compose([v2.Resize(resize, InterpolationMode(interpolation), antialias=True), v2.CenterCrop(size)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationImages:
+    """How images are resized and cropped in evaluation: the part of a config that ``models.fed_as`` fills."""
+
+    image_size: int = 0
+    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
+    val_resize: int = 0
+    """Shorter side of images before the central crop of ``image_size`` in evaluation; 0: the network's own, 256."""
+    interpolation: str = ""
+    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
+
+    def __post_init__(self) -> None:
+        check_not_negative(self, "image_size", "val_resize")
+        check_crop(self)
+
+    def val_transform(self) -> v2.Transform:
+        """What images go through before their evaluation."""
+        return val_transform(self.image_size, resize=self.val_resize, interpolation=self.interpolation)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from robust_backbones.attacks import AttackConfig
-from robust_backbones.data.transforms import AUGMENTATIONS
-from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
+from robust_backbones.data.transforms import AUGMENTATIONS, EvaluationImages
+from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
 from robust_backbones.threat_models import ThreatModel
 
 
@@ -92,7 +92,7 @@ class TransferConfig:
 
 
 @dataclass(frozen=True)
-class ProbeConfig(TransferConfig):
+class ProbeConfig(EvaluationImages, TransferConfig):
     """The identity of a linear probe. The defaults are the paper's fixed-feature recipe, but for the selection."""
 
     solver: str = "sgd"
@@ -112,12 +112,6 @@ class ProbeConfig(TransferConfig):
     batch_norm: str = "eval"
     """eval: the backbone is frozen. train: its batch norms go by each batch's statistics and keep updating their own
     (over the held-out images too), as in the public code; seeds then share the order of the images."""
-    image_size: int = 0
-    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
-    val_resize: int = 0
-    """Shorter side of images before the central crop of ``image_size``, in evaluation; 0: the network's own, 256."""
-    interpolation: str = ""
-    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
     min_crop_scale: float = 0.08
     """Least share of an image's area that a resized crop keeps."""
     precision: str = "fp32"
@@ -132,9 +126,10 @@ class ProbeConfig(TransferConfig):
     """Robust accuracy is that of this many test images, drawn by ``data_seed``; 0: of all."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        EvaluationImages.__post_init__(self)
+        TransferConfig.__post_init__(self)
         check_positive(self, "epochs", "batch_size", "lr_step")
-        check_not_negative(self, "image_size", "val_resize", "views", "eval_images", "momentum")
+        check_not_negative(self, "views", "eval_images", "momentum")
         check_choice("solver", self.solver, ("sgd", "lbfgs"))
         check_choice("batch_norm", self.batch_norm, ("eval", "train"))
         check_choice("augmentation", self.augmentation, (*AUGMENTATIONS, "none"))
@@ -142,7 +137,6 @@ class ProbeConfig(TransferConfig):
         object.__setattr__(self, "penalties", tuple(self.penalties))
         if not self.penalties or not all(math.isfinite(value) and value > 0 for value in self.penalties):
             raise InputError(f"penalties must be one or more numbers > 0, got {self.penalties}")
-        check_crop(self)
         if not 0 < self.min_crop_scale <= 1:
             raise InputError(f"min_crop_scale is a share of the area, in (0, 1], got {self.min_crop_scale:g}")
         if self.batch_norm == "train" and (self.views or self.augmentation == "none" or self.solver == "lbfgs"):

@@ -23,7 +23,7 @@ from robust_backbones.classification.metrics import accuracy
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transfer_datasets import TransferData
-from robust_backbones.data.transforms import augmentation, val_transform
+from robust_backbones.data.transforms import augmentation
 from robust_backbones.errors import PreemptedError, TrainingFailedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, fed_as
 from robust_backbones.runs.folders import claimed
@@ -144,9 +144,7 @@ class _Probe:
 
     def _plain(self, images: ClassificationDataset) -> ClassificationDataset:
         """Images as they are evaluated."""
-        config = self.config
-        fed = val_transform(config.image_size, resize=config.val_resize, interpolation=config.interpolation)
-        return images.seen_through(fed)
+        return images.seen_through(self.config.val_transform())
 
     def _features(self, images: ClassificationDataset, description: str, **options: Any) -> list[Tensor]:
         options = {"batch_size": _BATCH, **options}

@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative, check_positive
+from robust_backbones.data.transforms import EvaluationImages
+from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
 
 DISTANCES = {
     "w2": "2-Wasserstein distance",
@@ -17,8 +18,11 @@ DISTANCES = {
 
 
 @dataclass(frozen=True)
-class InheritanceConfig:
-    """How a backbone is fine-tuned on each set and measured on all. The defaults are ImageNet-RIB's."""
+class InheritanceConfig(EvaluationImages):
+    """How a backbone is fine-tuned on each set and measured on all, on images as in evaluation.
+
+    The defaults are ImageNet-RIB's.
+    """
 
     epochs: int = 10
     batch_size: int = 64
@@ -27,13 +31,6 @@ class InheritanceConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 196
     """Steps over which the rate grows to ``lr`` before its cosine to 0; at most a fifth of all steps."""
-    image_size: int = 0
-    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
-    val_resize: int = 0
-    """Shorter side of images before the central crop of ``image_size``, in training as in evaluation; 0: the network's
-    own, 256."""
-    interpolation: str = ""
-    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
     keep_last: bool = False
     """Train on the incomplete last batch of an epoch too, as the public code does."""
     precision: str = "fp32"
@@ -78,15 +75,15 @@ class InheritanceConfig:
     """Of the entropy in the Sinkhorn distance, as a share of the mean cost."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "soup", tuple(self.soup))  # a list comes from a file
         check_positive(self, "epochs", "batch_size", "lr", "lora_rank", "fisher_images")
         check_positive(self, "lwf_temperature", "sinkhorn_regularization")
         check_not_negative(self, "momentum", "weight_decay", "warmup_steps", "limit", "lwf_weight", "ewc_strength")
         check_not_negative(self, "fisher_labels", "l2_init_strength", "l2_sp_strength", "prompt_width", "prompt_lr")
-        check_not_negative(self, "distance_images", "image_size", "val_resize")
+        check_not_negative(self, "distance_images")
         check_choice("precision", self.precision, ("fp32", "bf16"))
         check_choice("distance", self.distance, DISTANCES)
-        check_crop(self)
         if self.image_size and 2 * self.frame >= self.image_size:
             raise InputError(f"a prompt of {self.frame} pixels covers the whole image of {self.image_size}")
         if not 0 < self.held_out < 1:

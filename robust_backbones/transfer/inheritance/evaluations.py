@@ -20,8 +20,8 @@ from robust_backbones.classification.compute import Compute, available
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, load_library
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
-from robust_backbones.data.transforms import val_transform
-from robust_backbones.errors import InputError, check_choice, check_crop, check_not_negative
+from robust_backbones.data.transforms import EvaluationImages
+from robust_backbones.errors import InputError, check_choice, check_not_negative
 from robust_backbones.models import BackboneSpec, fed_as
 from robust_backbones.runs.cells import run_cells
 from robust_backbones.runs.folders import shared
@@ -35,16 +35,12 @@ TASK = "corruptions"
 
 
 @dataclass(frozen=True)
-class CorruptionConfig:
-    """The identity of an evaluation: the same config, checkpoint and images have the same accuracies."""
+class CorruptionConfig(EvaluationImages):
+    """The identity of an evaluation: the same config, checkpoint and images have the same accuracies.
 
-    image_size: int = 0
-    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
-    val_resize: int = 0
-    """Shorter side of images before the central crop of ``image_size``, which is what is corrupted; 0: the network's
-    own, 256."""
-    interpolation: str = ""
-    """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
+    What is corrupted is the crop.
+    """
+
     limit: int = 0
     """Only so many images, drawn by ``seed``; 0: all."""
     precision: str = "fp32"
@@ -53,9 +49,9 @@ class CorruptionConfig:
     """Of the corruptions, with each image's name."""
 
     def __post_init__(self) -> None:
-        check_not_negative(self, "image_size", "val_resize", "limit")
+        super().__post_init__()
+        check_not_negative(self, "limit")
         check_choice("precision", self.precision, ("fp32", "bf16"))
-        check_crop(self)
 
 
 class CorruptedImages(ClassificationDataset):
@@ -104,8 +100,7 @@ def evaluate_corruptions(
     data, output, compute = Path(data), Path(output), Compute(available(device), config.precision)
     known = checkpoint.spec
     config = fed_as(config, known)
-    transform = val_transform(config.image_size, resize=config.val_resize, interpolation=config.interpolation)
-    dataset = open_dataset(data, transform)
+    dataset = open_dataset(data, config.val_transform())
     if len(dataset.classes) != known.num_classes:
         raise InputError(
             f"{data} holds {len(dataset.classes)} classes, but {checkpoint.source} knows {known.num_classes}"

@@ -17,7 +17,6 @@ from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute, available
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
-from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.cells import is_finished, run_cells
@@ -88,7 +87,7 @@ def run_protocol(
         raise InputError("the backbones must have the classifier of the pre-training set, all with the same classes")
     compute = Compute(available(device), config.precision)
     config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
-    transform = val_transform(config.image_size, resize=config.val_resize, interpolation=config.interpolation)
+    transform = config.val_transform()
     train_images, validation = open_pretraining_set(Path(pretraining), num_classes, transform)
     classes = validation.images.classes
     opened = [open_related_set(Path(path), classes, transform, name=name) for name, path in sets.items()]
