@@ -68,7 +68,14 @@ from robust_backbones.transfer.inheritance.methods import (
     ordered,
 )
 from robust_backbones.transfer.inheritance.run import run_protocol
-from robust_backbones.transfer.inheritance.sets import PRETRAINING, Memory, RelatedSet, apply, open_related_set
+from robust_backbones.transfer.inheritance.sets import (
+    PRETRAINING,
+    Memory,
+    RelatedSet,
+    apply,
+    make_set,
+    open_related_set,
+)
 from tests.conftest import negatives, randomize_batch_norms
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
@@ -348,8 +355,11 @@ def test_a_strong_term_keeps_the_network(
     assert away(kept) < 0.8 * away(after)
 
 
-def test_linear_probe_is_sgd_on_the_classifier_of_a_frozen_network(world: Path, start: Checkpoint) -> None:
-    job = job_on(world, start, lr=0.1)
+@pytest.mark.parametrize("change", [{}, {"keep_last": True, "batch_size": 7}])
+def test_linear_probe_is_sgd_on_the_classifier_of_a_frozen_network(
+    world: Path, start: Checkpoint, change: dict[str, Any]
+) -> None:
+    job = job_on(world, start, lr=0.1, **change)
     found = METHODS["linear_probe"].run(job).backbone.state_dict()
     others = {name: tensor for name, tensor in found.items() if not name.startswith("fc.")}
     assert_same(others, {name: start.state_dict[name] for name in others})
@@ -453,6 +463,14 @@ def test_a_uniform_soup_is_the_mean(world: Path, start: Checkpoint, fine_tuned: 
             torch.testing.assert_close(tensor, (start.state_dict[name] + fine_tuned[name] + other[name]) / 3)
     assert_same(mean([fine_tuned]), fine_tuned)
     assert find("uniform_soup", job.config).needs == ("lwf", "fine_tuning")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_mean_with_a_file_of_another_precision_is_float32s(dtype: torch.dtype) -> None:
+    start, end = {"w": torch.linspace(0, 1, 7, dtype=dtype)}, {"w": torch.rand(7)}
+    wanted = (start["w"].float() + end["w"]) / 2
+    for found in (mean([start, end]), interpolate(start, end, 0.5)):
+        torch.testing.assert_close(found["w"], wanted)
 
 
 vectors = st.lists(st.floats(-4, 4, width=16), min_size=3, max_size=3)
@@ -945,6 +963,14 @@ def test_disjoint_sets_share_no_photograph(run_tool: Run, world: Path, tmp_path:
     for path in (tmp_path / "apart/photograph").glob("*/*.png"):
         original = val / path.parent.name / path.stem
         assert np.array_equal(cv2.imread(str(path)), cv2.imread(str(original)))
+
+
+def test_images_of_one_name_in_folders_of_a_class_are_all_made(tmp_path: Path) -> None:
+    for level, place in enumerate(["cat/0.png", "cat/left/0.png", "cat/left/1.png", "dog/0.png"]):
+        _write(tmp_path / "source" / place, np.full((8, 8, 3), 50 * level, np.uint8))
+    assert make_set(tmp_path / "source", tmp_path, "photograph", workers=0) == 4
+    made = open_related_set(tmp_path / "photograph", ("cat", "dog"), val_transform(8, resize=8)).images
+    assert [(int(made[i][0][0, 0, 0]), made.labels[i]) for i in range(4)] == [(100, 0), (0, 0), (50, 0), (150, 1)]
 
 
 def test_the_tool_says_what_is_wrong(run_tool: Run, world: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def linear_probe(job: Job) -> NormalizedModel:
         order = order_of(job.seed, epoch, len(images)).to(device)
         for batch in order.split(config.batch_size)[: job.steps // config.epochs]:
             share = rate(config, job.steps, step)
-            bank.train_epoch(features, labels, batch[None], batch_size=config.batch_size, rate=share)
+            bank.train_epoch(features, labels, batch[None], batch_size=len(batch), rate=share)
             step += 1
     if not bank.finite.all():
         raise DivergedError(f"the linear probe on {job.target.name} diverges: give a lower --lr")
@@ -175,9 +175,10 @@ def visual_prompt(job: Job) -> NormalizedModel:
 
 
 def combine(networks: Sequence[Weights], rule: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
-    """``rule`` of every weight and batch-norm statistic over the networks; batch norms' counters are the last one's."""
+    """``rule`` of every weight and batch-norm statistic over the networks, in float32, whatever a file holds them in;
+    batch norms' counters are the last one's."""
     return {
-        name: rule([network[name] for network in networks]) if tensor.is_floating_point() else tensor
+        name: rule([network[name].float() for network in networks]) if tensor.is_floating_point() else tensor
         for name, tensor in networks[-1].items()
     }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -302,6 +304,9 @@ class _Maker(Dataset[int]):
 
     def __init__(self, dataset: ClassificationDataset, output: Path, kind: str, seed: int) -> None:
         self.dataset, self.output, self.kind, self.seed = dataset, output, kind, seed
+        files = [(Path(name).name, label) for name, label in zip(dataset.names, dataset.labels, strict=True)]
+        count = Counter(files)  # a class may have folders, or lie in several shards
+        self.files = [f if count[f, c] == 1 else quote(n, "") for n, (f, c) in zip(dataset.names, files, strict=True)]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -310,7 +315,7 @@ class _Maker(Dataset[int]):
         name = self.dataset.names[position]
         image = self.dataset.load(position).permute(1, 2, 0).contiguous().numpy()
         made = apply(image, self.kind, name=name, seed=self.seed)
-        path = self.output / self.dataset.classes[self.dataset.labels[position]] / f"{Path(name).name}.png"
+        path = self.output / self.dataset.classes[self.dataset.labels[position]] / f"{self.files[position]}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         encoded, data = cv2.imencode(".png", made[..., ::-1])
         assert encoded
