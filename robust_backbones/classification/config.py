@@ -183,5 +183,5 @@ class Execution:
             raise InputError(f"device must be cpu, cuda or cuda:NUMBER, got {self.device!r}")
         check_positive(self, "keep_checkpoints", "log_period")
         check_not_negative(self, "workers", "micro_batch_size")
-        if self.compile and self.device != "cuda":
+        if self.compile and self.device == "cpu":
             raise InputError("--compile pays on GPUs only (on CPUs eager mode is faster): leave it out")

@@ -508,6 +508,10 @@ def test_what_cannot_be_executed_is_refused(wrong: dict[str, Any]) -> None:
         replace(HERE, **wrong)
 
 
+def test_one_of_several_gpus_can_be_compiled_for() -> None:
+    assert Execution(device="cuda:1", compile="default").device == "cuda:1"
+
+
 def test_the_defaults_are_the_papers_recipe() -> None:
     """Salman et al. 2020, appendix A.1: SGD 0.1, momentum 0.9, decay 1e-4, batch 512, 90 epochs, PGD-3 of 2ε/3."""
     config = PretrainConfig()
