@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from robust_backbones.attacks import AttackConfig, ascend, leaves, random_point, step
-from robust_backbones.detection.attacks import frozen_losses
+from robust_backbones.detection.attacks import frozen_losses, same_normalizer
 from robust_backbones.threat_models import ThreatModel
 
 Batch = list[dict[str, Any]]
@@ -92,7 +92,7 @@ class AttackedDetector(nn.Module):
 
         clean, start = _clean_and_start(batch, threat_model, self._cfg)
         # Detectors count what they sample and how often they are right: not here, where nothing is trained.
-        with frozen_losses(detector), EventStorage():
+        with frozen_losses(detector), same_normalizer(detector), EventStorage():
             attack = AttackConfig(adversary.STEPS, adversary.RELATIVE_STEP_SIZE)
             points = ascend(loss, clean, threat_model, attack, start=start)
         return _with_images(batch, [255 * point for point in points])

@@ -205,7 +205,7 @@ def loss_function(model: Detector, sample: Mapping[str, Any], attack: DetectorAt
 
     def losses(points: Tensor) -> Tensor:
         # A storage of its own: training's must not log an attack. Its iteration is not 0, at which VIS_PERIOD draws.
-        with _same_draws(seed, model.device), _same_normalizer(model), EventStorage(1):
+        with _same_draws(seed, model.device), same_normalizer(model), EventStorage(1):
             values = model([{**sample, "image": 255 * points[0], "instances": instances}])
         # Cascade R-CNN has a loss for each stage: loss_cls_stage0, ...
         loss = sum(value for name, value in values.items() if name.partition("_stage")[0] in LOSSES[attack.loss])
@@ -236,7 +236,7 @@ def _number_of_classes(model: Detector) -> int:
 
 
 @contextmanager
-def _same_normalizer(model: Detector) -> Iterator[None]:
+def same_normalizer(model: Detector) -> Iterator[None]:
     """Give back the running number of positive anchors by which a RetinaNet divides its losses: each call moves it."""
     before = model.__dict__.get("loss_normalizer")
     try:

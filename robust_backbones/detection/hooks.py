@@ -31,8 +31,17 @@ class WeightAverage(HookBase):
     """Keeps the exponential moving average of a model's weights and of its batch norms' statistics."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        average = get_ema_multi_avg_fn(decay)
+
+        def update(averages: Any, values: Any, count: Any) -> None:  # those of one type
+            # PyTorch's rounds whole numbers down: of a Swin the places in its table of relative positions.
+            if averages[0].is_floating_point():
+                average(averages, values, count)
+            else:
+                torch._foreach_copy_(averages, values)
+
         self._model = model
-        self._average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self._average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
     @property
     def model(self) -> nn.Module:

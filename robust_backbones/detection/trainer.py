@@ -134,10 +134,12 @@ class Trainer(DefaultTrainer):
             model,
             base_lr=solver.BASE_LR,
             weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-            bias_lr_factor=solver.BIAS_LR_FACTOR,
             weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+            # Detectron2's bias_lr_factor would take the place of the other factors.
             lr_factor_func=lambda name: (
-                factors.get(name, 1.0) * (solver.BACKBONE_MULTIPLIER if name in backbone else 1.0)
+                factors.get(name, 1.0)
+                * (solver.BACKBONE_MULTIPLIER if name in backbone else 1.0)
+                * (solver.BIAS_LR_FACTOR if name.endswith(".bias") else 1.0)
             ),
             overrides={name: {"weight_decay": 0.0} for name in _NOT_DECAYED},
         )
@@ -156,7 +158,7 @@ class Trainer(DefaultTrainer):
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             self.average,
-            PreciseBN.build(cfg, model),
+            PreciseBN.build(cfg, self.evaluated_model),
             Checkpoints(),
             self.evaluation,
         ]

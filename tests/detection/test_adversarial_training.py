@@ -31,7 +31,7 @@ from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms, start_forks
-from tests.detection.conftest import SHAPES_CONFIG, SMALL
+from tests.detection.conftest import RETINANET, SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]
 PROTOCOLS = {kind: CONFIG_DIR / f"protocols/adversarial_{kind}.yaml" for kind in ("free", "pgd")}
@@ -302,6 +302,15 @@ def test_pgd_leaves_weights_norms_gradients_and_counts_alone(cfg: CfgNode) -> No
     assert not any(item["image"].requires_grad for item in attacked)
 
 
+def test_pgd_leaves_the_normalizer_of_a_retinanet_alone(cfg: CfgNode) -> None:
+    """Each call in train mode moves Detectron2's running count of positive anchors, which divides the losses."""
+    cfg.merge_from_list([*RETINANET, *PGD])
+    model = build_model(cfg).train()
+    model.loss_normalizer = 7.0
+    AttackedDetector(model, cfg).attack(some_batches(cfg, 1)[0])
+    assert model.loss_normalizer == 7.0
+
+
 @pytest.mark.parametrize("kind", ["free", "pgd"])
 def test_batch_norms_see_what_the_weights_learn_from_and_see_it_once(
     cfg: CfgNode, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -507,6 +516,17 @@ def test_adamw_trains_the_backbone_at_a_tenth(family: str) -> None:
             kinds.add((name in backbone, norm, "res5" in name))
     assert not found
     assert {(True, False, True), (True, True, True), (False, False, False)} <= kinds
+
+
+def test_the_rate_of_biases_multiplies_that_of_the_backbone(small_cfg: CfgNode) -> None:
+    """Detectron2 gives it in place of the others: a frozen backbone (multiplier 0) would have moving biases."""
+    small_cfg.merge_from_list([*TRAINED_NORMS, "SOLVER.BIAS_LR_FACTOR", 2.0, "SOLVER.BACKBONE_MULTIPLIER", 0.1])
+    model = build_model(small_cfg)
+    groups = Trainer.build_optimizer(small_cfg, model).param_groups
+    found = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        factor = (0.1 if name in backbone_tensors(model) else 1.0) * (2.0 if name.endswith(".bias") else 1.0)
+        assert found[id(parameter)] == pytest.approx(factor * small_cfg.SOLVER.BASE_LR)
 
 
 def test_gradients_are_clipped_before_adamw(small_cfg: CfgNode) -> None:

@@ -1,5 +1,6 @@
 """Training: it is Detectron2's, it resumes exactly, and it keeps and records what it measured."""
 
+import copy
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import HookBase
+from detectron2.modeling.backbone.swin import WindowAttention
 from detectron2.utils.env import seed_all_rng
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.datasets import register_datasets
 from robust_backbones.detection.evaluation import evaluate
+from robust_backbones.detection.hooks import PreciseBN, WeightAverage
 from robust_backbones.detection.run_folder import check_expected
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import DivergedError, PreemptedError, TrainingFailedError
@@ -241,6 +244,32 @@ def test_a_cut_off_evaluation_is_repeated(
     assert evaluated == [2, 3, 5]  # before iteration 2, after iteration 3 (both after a multiple of 2), at the end
     assert isinstance(resumed, Trainer)
     assert resumed.evaluation.best == unbroken[0].evaluation.best
+
+
+def test_an_average_keeps_whole_numbers() -> None:
+    """Of a Swin the places in its table of relative positions, a buffer of integers."""
+    net = WindowAttention(4, window_size=(7, 7), num_heads=1)
+    average = WeightAverage(net, 0.9999)
+    for _ in range(2):
+        average.after_step()
+    assert torch.equal(average.model.relative_position_index, net.relative_position_index)
+
+
+def test_precise_statistics_are_those_of_what_is_evaluated(cfg: CfgNode) -> None:
+    """Of the average, where one is kept: computed again from its weights and the same images they are the same."""
+    cfg.merge_from_list([*TRAINED_NORMS, *PRECISE_BN, "MODEL.MASK_ON", False, "SOLVER.EMA_DECAY", 0.9])
+    cfg.merge_from_list(["SOLVER.MAX_ITER", 1, "SOLVER.STEPS", (), "DATASETS.TEST", ()])
+    trainer = run(cfg)[0]
+    again = copy.deepcopy(trainer.evaluated_model)
+    (hook,) = (one for one in trainer._hooks if isinstance(one, PreciseBN))
+    trainer.iter, hook._model = 0, again
+    hook.update_stats()
+    found, wanted = (
+        {name: tensor for name, tensor in model.state_dict().items() if ".running_" in name}
+        for model in (trainer.evaluated_model, again)
+    )
+    assert found
+    assert same(found, wanted)
 
 
 def test_neither_evaluation_nor_a_signal_disturbs_training(
