@@ -185,7 +185,7 @@ def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
                 if value is not None:  # cells that have not run are blank
                     color = "white" if abs(value) > 0.6 * largest else "black"
                     panel.text(j, i, f"{value:+.1f}", ha="center", va="center", fontsize="x-small", color=color)
-            panel.add_patch(_frame(i))
+            panel.add_patch(Rectangle((i - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=COLORS[0], linewidth=1.5))
         panel.axvline(len(sets) - 0.5, color=COLORS[0], linewidth=1.5)
         panel.set_title(method, fontsize="medium")
         panel.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize="small")
@@ -232,14 +232,8 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
             x, y, MARKERS[index % len(MARKERS)], color=color, markersize=5, mfc=face, label=f"{label}, {method}{fit}"
         )
         cells += [
-            {
-                "backbone": label,
-                "method": method,
-                "set": name,
-                "distance": distance,
-                "value": value,
-                "accuracy_lost": loss,
-            }
+            {"backbone": label, "method": method, "set": name, "distance": distance}
+            | {"value": value, "accuracy_lost": loss}
             for name, (value, loss) in points.items()
         ]
         named |= {name: value for name, (value, _) in points.items()}
@@ -335,10 +329,6 @@ def _answer(matrices: Sequence[Matrix], backbones: Sequence[BackboneRuns]) -> An
     ]
     question = "Do robust backbones gain more robustness on other sets when they are fine-tuned on one?"
     return Answer(question, *conclude(compared), details)
-
-
-def _frame(place: int) -> Rectangle:
-    return Rectangle((place - 0.5, place - 0.5), 1, 1, fill=False, edgecolor=COLORS[0], linewidth=1.5)
 
 
 def _seeds(matrices: Sequence[Matrix]) -> str:

@@ -130,10 +130,9 @@ def figure_4(found: Sequence[Experiment], path: Path) -> Picture | None:
         return None
     most = max(len(_norms(*one)) for one in shown)
     figure = Figure(figsize=(0.8 + 4.2 * most, 3.6 * len(shown)), layout="constrained")
-    rows: list[dict[str, Any]] = []
+    rows, words = list[dict[str, Any]](), list[str]()
     for (experiment, metric), panels in zip(shown, figure.subplots(len(shown), most, squeeze=False), strict=True):
-        norms = _norms(experiment, metric)
-        own = []
+        norms, own = _norms(experiment, metric), list[dict[str, Any]]()
         for panel, norm in zip(panels, norms, strict=False):
             own += _epsilon_panel(panel, experiment, metric, norm)
             panel.set_title(experiment.title, fontsize="medium", wrap=True)
@@ -141,9 +140,9 @@ def figure_4(found: Sequence[Experiment], path: Path) -> Picture | None:
             panel.set_axis_off()
         panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {_count(own)}")
         rows += [{"experiment": experiment.title, "metric": metric, **row} for row in own]
+        words.append(f"{experiment.title}, {metric_name(metric)}: {_points(own)}")
     caption = f"AP of detectors against the ε of pre-training, as figure 4 of Salman et al. 2020. {_EPSILON_CAPTION}"
-    alt = "; ".join(f"{e.title}, {metric_name(m)}: {_points(_rows_of(rows, e, m))}" for e, m in shown)
-    return save(figure, path, rows, caption, f"{alt}.")
+    return save(figure, path, rows, caption, f"{'; '.join(words)}.")
 
 
 _EPSILON_CAPTION = (
@@ -208,10 +207,6 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> str:
     """Each backbone's mean and interval, once."""
     told = {(row["backbone"], row["trained_at"]): Summary(*(row[f.name] for f in fields(Summary))) for row in rows}
     return "; ".join(f"{name} at {trained_at} {_in_words(one)}" for (name, trained_at), one in told.items())
-
-
-def _rows_of(rows: Sequence[Mapping[str, Any]], experiment: Experiment, metric: str) -> list[Mapping[str, Any]]:
-    return [row for row in rows if (row["experiment"], row["metric"]) == (experiment.title, metric)]
 
 
 def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture | None:

@@ -14,7 +14,7 @@ from detectron2.modeling.backbone.swin import SwinTransformer, SwinTransformerBl
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robust_backbones.detection.timm_backbone import STAGES, put_in_place, pyramid
+from robust_backbones.detection.timm_backbone import STAGES, options, pyramid
 from robust_backbones.errors import InputError
 from robust_backbones.timm_models import STRIDES, is_swin, is_timm, keep_paths, swin_shape
 
@@ -74,7 +74,8 @@ class SwinBackbone(SwinTransformer):
             )
         keep_paths(self, frozen=True)
         for stage in self.layers if recompute else ():
-            put_in_place(stage.blocks, RecomputedSwinBlock)
+            for block in stage.blocks:
+                block.__class__ = RecomputedSwinBlock  # with the same parts
         self._out_features = list(STAGES)
         self._out_feature_channels = dict(zip(STAGES, self.num_features, strict=True))
         self._out_feature_strides = dict(zip(STAGES, STRIDES, strict=True))
@@ -87,15 +88,8 @@ class SwinBackbone(SwinTransformer):
 @BACKBONE_REGISTRY.register()
 def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.BACKBONE.TIMM``, a Swin, under a feature pyramid, p2 to p6, as ``build_resnet_fpn_backbone``."""
-    backbone = cfg.MODEL.BACKBONE
-    bottom_up = SwinBackbone(
-        backbone.TIMM,
-        freeze_at=backbone.FREEZE_AT,
-        drop_path=backbone.DROP_PATH,
-        recompute=backbone.USE_ACT_CHECKPOINT,
-        window_size=cfg.MODEL.SWIN.WINDOW_SIZE,
-    )
-    return pyramid(bottom_up, cfg)
+    network = SwinBackbone(cfg.MODEL.BACKBONE.TIMM, window_size=cfg.MODEL.SWIN.WINDOW_SIZE, **options(cfg))
+    return pyramid(network, cfg)
 
 
 def resized_biases(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

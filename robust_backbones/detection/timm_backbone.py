@@ -103,25 +103,17 @@ def _recompute(arch: str, network: Any) -> None:
         raise InputError(f"timm's {arch} recomputes nothing: give MODEL.BACKBONE.USE_ACT_CHECKPOINT False") from None
 
 
-def put_in_place(blocks: nn.ModuleList, kind: type[nn.Module]) -> None:
-    """Modules of a subclass, with the same parts, in the places of ``blocks``."""
-    for place, block in enumerate(blocks):
-        blocks[place] = kind.__new__(kind)
-        blocks[place].__dict__.update(block.__dict__)
-
-
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """``MODEL.BACKBONE.TIMM`` under a feature pyramid, p2 to p6, as ``build_resnet_fpn_backbone``."""
-    backbone = cfg.MODEL.BACKBONE
-    bottom_up = TimmBackbone(
-        backbone.TIMM,
-        norm=cfg.MODEL.RESNETS.NORM,
-        freeze_at=backbone.FREEZE_AT,
-        drop_path=backbone.DROP_PATH,
-        recompute=backbone.USE_ACT_CHECKPOINT,
-    )
-    return pyramid(bottom_up, cfg)
+    network = TimmBackbone(cfg.MODEL.BACKBONE.TIMM, norm=cfg.MODEL.RESNETS.NORM, **options(cfg))
+    return pyramid(network, cfg)
+
+
+def options(cfg: CfgNode) -> dict[str, Any]:
+    """What the configuration asks of a backbone, as ``TimmBackbone`` and ``SwinBackbone`` take it."""
+    asked = cfg.MODEL.BACKBONE
+    return {"freeze_at": asked.FREEZE_AT, "drop_path": asked.DROP_PATH, "recompute": asked.USE_ACT_CHECKPOINT}
 
 
 def pyramid(bottom_up: Backbone, cfg: CfgNode) -> FPN:

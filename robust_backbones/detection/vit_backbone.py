@@ -18,7 +18,6 @@ from detectron2.modeling.backbone.vit import Block, SimpleFeaturePyramid, ViT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from robust_backbones.detection.timm_backbone import put_in_place
 from robust_backbones.errors import InputError
 from robust_backbones.timm_models import build_timm, is_timm
 from robust_backbones.timm_vit import PATCH_SIZE, ViTShape, vit_shape
@@ -108,8 +107,8 @@ def build_vit(cfg: CfgNode) -> ViT:
         stem = build_timm(backbone.TIMM, 1, keys.PRETRAIN_SIZE).get_submodule("patch_embed.proj")
         vit.set_submodule("patch_embed.proj", stem)
     freeze(vit, backbone.FREEZE_AT)
-    if backbone.USE_ACT_CHECKPOINT:
-        put_in_place(vit.blocks, RecomputedBlock)
+    for block in vit.blocks if backbone.USE_ACT_CHECKPOINT else ():
+        block.__class__ = RecomputedBlock  # with the same parts
     return vit
 
 
