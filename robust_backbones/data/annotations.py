@@ -281,9 +281,10 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
     if guess := _guess_of_boxes(boxes, sides):
         yield Fault("error", file, *guess, kind=LAYOUT)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    if len(rows) > 9 and high.max() <= 101 and np.median(sides) > 200:
-        what = f"all its {len(rows)} boxes lie within 100 pixels of the upper left corner of larger images"
-        yield Fault("warning", file, what, "if they are percents, write them in pixels", kind="files of small boxes")
+    if len(rows) > 9 and (high <= sides / 2 + 1).all():
+        what = f"all its {len(rows)} boxes lie in the upper left quarter of their images"
+        mend = "if they are percents, or of smaller images, write them in pixels of these"
+        yield Fault("warning", file, what, mend, kind="files of boxes in one quarter of the images")
     empty = (boxes[:, 2:] == 0).any(1)
     away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
     leaves = ~away & ((low < -1).any(1) | (high > sides + 1).any(1))  # a pixel is the rounding of annotations

@@ -285,12 +285,12 @@ def test_names_of_files_as_windows_writes_them_are_mended(tmp_path: Path, images
                 [row.update(width=600, height=400) for row in content["images"]],
                 content["annotations"].append({**content["annotations"][3], "id": 9, "bbox": [88, 60, 12, 20]}),
             ),
-            "all its 10 boxes lie within 100 pixels",
+            "all its 10 boxes lie in the upper left quarter",
         ),
     ],
 )
 def test_what_a_whole_set_shows(change: Callable[[Content], Any], words: str) -> None:
-    """Masks that a program calls crowds, a file under two names, and percents: AP would be of something else."""
+    """Masks that a program calls crowds, a file under two names, and percents, or boxes of smaller images."""
     content = sound()
     change(content)
     (fault,) = check_coco("a.json", content)
