@@ -63,7 +63,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def is_id(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, str) and bool(value))
+    # Hashes have 64 bits.
+    return (isinstance(value, int) and is_number(value, 2**64)) or (isinstance(value, str) and bool(value))
 
 
 def _is_text(value: Any) -> bool:
@@ -94,7 +95,7 @@ def is_odd_area(area: Any, width: Any, height: Any) -> Any:
 
 
 _Test = Callable[[Any], bool]
-_ID = "a whole number below 2^53, or a text"
+_ID = "a whole number below 2^64, or a text"
 _SIDE = "a whole number of pixels, which check-data --fix reads from the file"
 _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
     "categories": {"id": (_is_whole, "a whole number"), "name": (_is_text, "a name")},

@@ -93,7 +93,7 @@ def harmless(content: Content, rng: random.Random) -> None:
         lambda: rng.shuffle(content["images"]),
         lambda: rng.shuffle(content["categories"]),
         lambda: renumber("categories", "category_id", "x", lambda number: 90 - 7 * number),
-        lambda: renumber("images", "image_id", "x", lambda number: 10**12 - number),
+        lambda: renumber("images", "image_id", "x", lambda number: 2**64 - 1 - number),
         lambda: renumber("images", "image_id", "x", lambda number: f"photo {number}"),
         lambda: renumber("images", "image_id", "x", lambda number: number - 1),
         lambda: renumber("annotations", "id", "", lambda number: number),
