@@ -186,7 +186,10 @@ def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use
     for row in rows:
         if min(row["bbox"][:2]) < 0:
             what = "its xmin or ymin is below 1, the first pixel of VOC"
-            mend = "if the set counts from 0, all its boxes are read a pixel too far left and up: add 1 to every corner"
+            mend = (
+                "if the set counts from 0, all its boxes begin a pixel too far left and up: add 1 to every xmin and "
+                "ymin, and to xmax and ymax where these are a box's last pixel"
+            )
             file, ids = str(Path(folder) / "Annotations"), (row["image_id"], row["id"])
             found.append(Fault("warning", file, what, mend, *ids, kind="boxes that may count pixels from 0"))
     return sorted(found, key=lambda fault: fault.severity)
