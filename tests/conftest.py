@@ -6,14 +6,18 @@ import atexit
 import fcntl
 import importlib
 import os
+import random
 import shutil
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
@@ -236,3 +240,20 @@ def negatives(folder: Path, place: Path) -> Path:
     for path in [*copied.rglob("*.png"), *copied.rglob("*.jpg")]:
         assert cv2.imwrite(str(path), 255 - cv2.imread(str(path)))
     return copied
+
+
+@contextmanager
+def disk_of(options: str, place: Path) -> Iterator[Path]:
+    """A file system in memory with the options of mount, such as ``size=64k``; the test is skipped without one."""
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=False).returncode:
+        pytest.skip("only root makes file systems, and not everywhere")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def global_generators() -> str:
+    """Where Python's, NumPy's and PyTorch's stand."""
+    return str((random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state().tolist()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from contextlib import suppress
@@ -64,13 +65,16 @@ def describe(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def _pretrained_cfg(spec: BackboneSpec) -> dict[str, Any]:
+    crop = spec.image_size / spec.val_resize
+    if spec.image_size / crop < spec.val_resize:  # timm rounds the quotient down
+        crop = math.nextafter(crop, 0)
     cfg = {
         "architecture": spec.arch,
         "num_classes": spec.num_classes,
         "input_size": [3, spec.image_size, spec.image_size],
         "mean": list(spec.mean),
         "std": list(spec.std),
-        "crop_pct": spec.image_size / spec.val_resize,
+        "crop_pct": crop,
         "interpolation": spec.interpolation,
         "first_conv": "conv1",
         "classifier": "fc",

@@ -196,7 +196,9 @@ def _download(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot keep downloads in {path.parent} ({error}): set ROBUST_BACKBONES_CACHE") from None
+        raise InputError(
+            f"cannot keep downloads in {path.parent} ({error.strerror}): set ROBUST_BACKBONES_CACHE"
+        ) from None
     # hf_hub_download would start again after a process was killed.
     with FileLock(path.with_name(f".{path.name}.lock")):
         if path.exists():  # another process had the lock

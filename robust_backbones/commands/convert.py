@@ -63,6 +63,8 @@ def main(arguments: list[str]) -> int:
             if options.verify:
                 check_equal(checkpoint, unproven)
                 say("every tensor reads back equal")
+        if options.dst.suffix == ".pth":
+            say(f"{options.dst} holds tensors alone: threat model, mean and std are lost, which .safetensors keep")
         if not options.dst.suffix:
             describe(options.dst, checkpoint)
         if options.push:

@@ -198,7 +198,15 @@ def cells_of(options: DetectorOptions) -> tuple[list[Cell], ImageChoice]:
 def detector(options: DetectorOptions) -> int:
     cells, images = cells_of(options)
 
+    from robust_backbones.detection.cell_images import find_domains
     from robust_backbones.detection.robust_evaluation import evaluate_detector
+
+    domains = [name for name, *_ in find_domains(options.domains)] if options.domains else []
+    worst = ["attack-worst"] if len(options.attacks) > 1 else []
+    earlier = [path.parent.name for path in sorted(options.output.glob("cells/*/record.json"))]
+    known = dict.fromkeys(["clean", *(cell.name for cell in cells), *worst, *domains, *earlier])
+    if unknown := [name for name in options.errors if name not in known]:
+        raise InputError(f"no cell {unknown[0]} was evaluated: choose --errors among {', '.join(known)}")
 
     record = evaluate_detector(
         options.config,
@@ -231,10 +239,7 @@ def draw_errors(output: Path, images: ImageChoice, record: RunRecord, names: Seq
     from robust_backbones.detection.cell_images import take_images
     from robust_backbones.detection.evaluators import ground_truth
 
-    cells = record.config["cells"]
-    if unknown := sorted({*names} - {*cells}):
-        raise InputError(f"no cell {unknown[0]} was evaluated: choose --errors among {', '.join(cells)}")
-    chosen = names or ["clean", *(cell for cell in cells if cell.startswith(("domain-", "attack-")))]
+    chosen = names or ["clean", *(cell for cell in record.config["cells"] if cell.startswith(("domain-", "attack-")))]
     errors = {}
     for cell in chosen[:MOST_CURVES]:
         folder = output / "cells" / cell

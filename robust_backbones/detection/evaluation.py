@@ -10,6 +10,7 @@ import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
 
 from robust_backbones.detection.config import check_config
+from robust_backbones.detection.data_stream import undisturbed
 from robust_backbones.detection.datasets import check_datasets, counted, register_datasets
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import load_detector, read_run
@@ -19,6 +20,7 @@ from robust_backbones.detection.trainer import Trainer
 NAME = "eval_record.json"
 
 
+@undisturbed()
 def evaluate(
     detector: CfgNode | str | Path,
     weights: str | Path | None = None,

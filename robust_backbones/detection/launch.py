@@ -77,6 +77,11 @@ def launch(
     if _torchrun_size() > 1:
         _join(function, arguments)
         return
+    if num_machines == 1 and machine_rank:
+        raise InputError(
+            f"of one machine there is no --machine-rank {machine_rank}: give --num-machines too, or a --machine-rank "
+            "from 0 to 0"
+        )
     if (num_machines > 1 and dist_url == "auto") or not 0 <= machine_rank < num_machines:
         raise InputError(
             f"on {num_machines} machines give --dist-url tcp://FIRST_MACHINE:PORT, the same everywhere, and a "

@@ -19,6 +19,7 @@ from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.data.annotations_images import check_image
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
+from robust_backbones.detection.data_stream import undisturbed
 from robust_backbones.detection.datasets import categories, class_names, match_classes, number_of_classes
 from robust_backbones.detection.fast.frozen_norm import keep_scales
 from robust_backbones.detection.fast.rcnn import BatchedRCNN
@@ -161,6 +162,7 @@ class Predictor:
         self.metadata = Metadata(thing_classes=self.class_names)
         self._mapper = DatasetMapper(self.cfg, is_train=False)
 
+    @undisturbed()  # Detectron2's mapper draws a size where there is one
     @torch.no_grad()
     def __call__(self, image: str | Path) -> Instances:
         """What is in an image file, on the CPU and in pixels of the image as ``visualize.read_rgb`` reads it.

@@ -21,6 +21,7 @@ from robust_backbones.detection.cell_images import ImageChoice, find_domains
 from robust_backbones.detection.cell_jobs import CellJob
 from robust_backbones.detection.cells import AttackCell, Cell, CorruptionCell
 from robust_backbones.detection.config import load_config
+from robust_backbones.detection.data_stream import undisturbed
 from robust_backbones.detection.datasets import (
     check_datasets,
     counted,
@@ -40,6 +41,7 @@ MEASURES = ("bbox/AP", "bbox/AP50", "segm/AP")
 CLEAN = "clean"
 
 
+@undisturbed()
 def evaluate_detector(
     config_file: str | Path,
     weights: str | Path,

@@ -25,6 +25,7 @@ from robust_backbones.checkpoint import zoo
 from robust_backbones.checkpoint.convert import convert_file, read_backbone
 from robust_backbones.checkpoint.format import Checkpoint, sha256
 from robust_backbones.checkpoint.sources import read_published
+from robust_backbones.data.decoding import ImageInputError
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.detection.source_networks import source_network
@@ -171,7 +172,8 @@ def _pixels_of(image: Path) -> Tensor:
         with Image.open(image) as file:
             return pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the image {image} ({error}): give a JPEG or PNG file") from None
+        reason = ImageInputError.of(image.name, error).reason
+        raise InputError(f"cannot read the image {image} ({reason}): give a JPEG or PNG file") from None
 
 
 def _central_crop(image: Tensor, sides: Sides) -> Tensor:

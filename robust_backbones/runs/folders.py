@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.distributed import ALONE, Processes
 from robust_backbones.runs.files import remove_leftovers, write_json
-from robust_backbones.runs.identity import check_same, differences, read_settings
+from robust_backbones.runs.identity import Settings, check_same, differences, read_settings
 from robust_backbones.runs.locks import guard, lock, remove_if_dead
 
-Settings = Mapping[str, Any]
 LOCK = "lock.json"
 
 

@@ -91,6 +91,18 @@ class LaunchOptions(SetupOptions):
 
     def __post_init__(self) -> None:
         check_not_negative(self, "jobs", "processes")
+        on_cluster = self.executor == "slurm"
+        if not self.minutes > 0 or (on_cluster and self.minutes < math.inf):
+            raise InputError(
+                f"--minutes {self.minutes:g} is for runs of this machine, and above 0: leave it out, on Slurm set "
+                "hours under cluster: of the manifest"
+            )
+        if self.executor == "here" and self.jobs > 1:
+            raise InputError(f"--jobs {self.jobs} needs --executor local or slurm")
+        if self.executor != "local" and self.share != 1:
+            raise InputError(f"--share {self.share} is for runs side by side on this machine: give --executor local")
+        if not on_cluster and not self.gpus:
+            raise InputError("--no-gpus is for jobs of a cluster: give --executor slurm, or CUDA_VISIBLE_DEVICES= here")
 
 
 @dataclass
@@ -98,7 +110,7 @@ class StatusOptions(StudyOptions):
     """How far the runs are, and when all will be done."""
 
     watch: bool = False
-    """Refresh until nothing is left to wait for."""
+    """Refresh until nothing is left to wait for: all is done, or no run is at work and nobody launches."""
 
 
 @dataclass
@@ -206,7 +218,10 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
         print(f"task {task} has, by {choice['by']}: {names}")
     for task, by in plan.pending.items():
         print(f"task {task} will choose its backbones once task {by} is done")
-    if manifest.imagenet and not imagenet_folder(manifest):
+    images, checks = imagenet_folder(manifest), sum(run.group == "check" for run in plan.runs)
+    if images and checks:
+        print(f"the ImageNet accuracy of {checks} published backbones is checked on {images.absolute()}")
+    if manifest.imagenet and not images:
         print(f"not checked: the ImageNet accuracy of published backbones, for want of {manifest.imagenet}/val")
     for line in missing_data(manifest):
         print(f"warning: tasks will need their data: {line}", file=sys.stderr)
@@ -235,18 +250,11 @@ def check_declared(plan: Plan, primary: Primary | None) -> None:
 
 def executor_for(plan: Plan, manifest: Manifest, options: LaunchOptions) -> LocalExecutor | ClusterExecutor:
     processes = options.processes or manifest.cluster.processes
-    if not options.minutes > 0 or (options.executor == "slurm" and options.minutes < math.inf):
-        raise InputError(
-            f"--minutes {options.minutes:g} is for runs of this machine, and above 0: leave it out, on Slurm set hours "
-            "under cluster: of the manifest"
-        )
     if options.executor == "slurm":
         cluster = replace(manifest.cluster, executor="slurm", processes=processes)
         return ClusterExecutor(plan, cluster, jobs=options.jobs or 256, gpus=options.gpus)
     found = torch.cuda.device_count()
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))).split(",")[:found]
-    if options.executor == "here" and options.jobs > 1:
-        raise InputError(f"--jobs {options.jobs} needs --executor local or slurm")
     if options.share < 1 or options.share > 1 < processes:
         raise InputError(f"--share {options.share} is for runs of one process, not of {processes}: give 1 or more")
     gpus *= options.share
@@ -275,7 +283,12 @@ def show(output: Path, *, watch: bool) -> int:
                 print(text)
                 return 0
             print(f"\x1b[2J\x1b[H{time.strftime('%H:%M:%S')}\n{text}", flush=True)
-            if not plan.pending and all(state == "done" for state in plan.states().values()):
+            states = plan.states()
+            if not plan.pending and all(state == "done" for state in states.values()):
+                return 0
+            queued = [run for run in plan.runs if states[run.key] not in ("failed", "done") and plan.note(run).exists()]
+            if not (queued or "running" in states.values() or owner_of(output / "lock.json")):
+                print("no run is at work, and nobody is launching: `robust-backbones sweep launch` continues")
                 return 0
             time.sleep(5)
     return 0

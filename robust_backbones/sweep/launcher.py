@@ -188,7 +188,7 @@ class ClusterExecutor:
 
         found: dict[str, Handle] = {}
         for run in self._plan.runs:
-            note = self._note(run)
+            note = self._plan.note(run)
             if note.exists() and not self._plan.is_done(run):
                 job = submitit.SlurmJob(self._folder, json.loads(note.read_text())["job"])
                 if job.state.split()[0] in _QUEUED:
@@ -218,16 +218,13 @@ class ClusterExecutor:
             jobs = [executor.submit(ClusterJob(output, run.key, processes, cluster.nodes)) for run in runs]
         started: dict[str, Handle] = {}
         for run, job in zip(runs, jobs, strict=True):
-            write_json(self._note(run), {"job": job.job_id})
-            started[run.key] = _Submitted(job, self._note(run))
+            write_json(self._plan.note(run), {"job": job.job_id})
+            started[run.key] = _Submitted(job, self._plan.note(run))
         return started
 
     @property
     def _folder(self) -> Path:
         return self._plan.output / "cluster"
-
-    def _note(self, run: Run) -> Path:
-        return self._plan.job(run) / "job.json"
 
 
 def launch(

@@ -135,7 +135,8 @@ class Plan:
             if held == self:
                 return False
             for task, choice in held.choices.items():
-                begun = [run.key for run in held.runs if run.task == task and held.folder(run).exists()]
+                # A plan of before ``task`` was noted has it as the group, where no protocol follows it.
+                begun = [r.key for r in held.runs if task == (r.task or r.group) and held.folder(r).exists()]
                 if begun and self.choices.get(task) != choice:
                     raise InputError(
                         f"{begun[0]} has begun, and task {task} would now choose otherwise, or later: leave the tasks "
@@ -165,6 +166,10 @@ class Plan:
 
     def log(self, run: Run) -> Path:
         return self.job(run) / "log.txt"
+
+    def note(self, run: Run) -> Path:
+        """Which job of a cluster the run is, as long as it is one."""
+        return self.job(run) / "job.json"
 
     def is_done(self, run: Run) -> bool:
         return all((self.folder(run) / result).exists() for result in run.results)

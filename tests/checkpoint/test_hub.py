@@ -1,6 +1,7 @@
 """Backbones on the Hugging Face hub: what is pushed comes back bit-identical, and timm loads it."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, read_backbone, write_backbone
-from robust_backbones.checkpoint.hub import CONFIG, PROCESSOR, WEIGHTS, fetch
+from robust_backbones.checkpoint.hub import CONFIG, PROCESSOR, WEIGHTS, _pretrained_cfg, fetch
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.models import BackboneSpec
 from robust_backbones.threat_models import ThreatModel
 from tests.hub import FakeHub, hub_fixture  # noqa: F401
 
@@ -26,6 +28,15 @@ def robust(torchvision_file: Maker, tmp_path: Path) -> Path:
     path = tmp_path / "robust.pkl"
     write_backbone(path, convert(checkpoint)[0], BackboneMetadata.of(replace(checkpoint, spec=spec)))
     return path
+
+
+def test_timm_resizes_to_the_size_that_is_meant() -> None:
+    """It divides by the quotient that config.json has, and rounds down."""
+    for size in (32, 45, 224, 245, 299):
+        for resize in range(size, 2 * size):
+            quotient = _pretrained_cfg(BackboneSpec(image_size=size, val_resize=resize))["crop_pct"]
+            assert math.floor(size / quotient) == round(size / quotient) == resize
+            assert quotient == pytest.approx(size / resize, abs=1e-15)
 
 
 def test_what_is_pushed_comes_back(hub: FakeHub, run_tool: RunTool, robust: Path, tmp_path: Path) -> None:

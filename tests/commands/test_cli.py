@@ -20,7 +20,7 @@ from robust_backbones.classification.engine import Learner
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.runs.record import RunRecord
-from tests.conftest import ROOT
+from tests.conftest import ROOT, disk_of
 
 Run = Callable[..., tuple[int, str, str]]
 SMALL = ["--arch", "resnet18", "--image-size", "32", "--val-resize", "32", "--batch-size", "8", "--epochs", "1"]
@@ -534,20 +534,13 @@ def test_whoever_reads_the_output_may_leave(tmp_path: Path) -> None:
     assert (done.stderr, done.returncode) in [("", 0), ("", 1)]  # 0 where all was written before it left
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes file systems")
 @pytest.mark.parametrize("options", ["size=64k", "size=1m,ro"])
 def test_a_disk_that_is_full_or_read_only_is_one_sentence(
     options: str, torchvision_file: Callable[[str], Path], tmp_path: Path, run_tool: Callable[..., tuple[int, str, str]]
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("no file system can be made here")
-    try:
+    with disk_of(options, tmp_path / "disk") as disk:
         status, _, err = run_tool("convert", torchvision_file("resnet18"), disk / "robust.pkl", "--no-verify")
         left = [*disk.iterdir()]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
     reason = "read-only file system: choose" if "ro" in options else "no space left on device: make room"
     assert err.splitlines()[-1].startswith(f"error: {disk / 'robust.pkl'}: {reason}"), err
     assert (status, left) == (2 if "ro" in options else 1, [])

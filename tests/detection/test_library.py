@@ -19,6 +19,7 @@ from robust_backbones.detection import Predictor, Trainer, add_config, evaluate,
 from robust_backbones.errors import InputError
 from robust_backbones.runs.identity import flat
 from robust_backbones.runs.record import RunRecord
+from tests.conftest import global_generators
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]
@@ -75,6 +76,7 @@ def test_a_set_of_the_catalog_is_trained_and_evaluated_on(
     assert {"bbox/AP", "segm/AP50", "bbox/AP-cross"} <= metrics.keys()
     record = RunRecord.read(Path(cfg.OUTPUT_DIR) / "record.json")
     assert (record.dataset, record.metrics, record.seed) == (NAME, metrics, 1)
+    drawn = global_generators()
     assert evaluate(cfg.OUTPUT_DIR) == metrics
     cfg.MODEL.WEIGHTS = f"{cfg.OUTPUT_DIR}/model_final.pth"
     assert evaluate(cfg) == metrics
@@ -82,6 +84,7 @@ def test_a_set_of_the_catalog_is_trained_and_evaluated_on(
     predictor = Predictor(cfg.OUTPUT_DIR)
     assert [category["name"] for category in predictor.categories] == list(MetadataCatalog.get(NAME).thing_classes)
     assert predictor(by_hand[0]["file_name"]).has("pred_masks")
+    assert global_generators() == drawn
 
     cfg.SOLVER.MAX_ITER = 3
     with pytest.raises(InputError, match="holds another run"):

@@ -43,7 +43,7 @@ from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from tests.conftest import ROOT, start_forks
+from tests.conftest import ROOT, global_generators, start_forks
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 from tests.detection.test_evaluators import write_voc
 
@@ -168,7 +168,9 @@ def test_finished_cells_are_not_run_again_and_others_join_them(few: Path, run: P
     output = tmp_path / "out"
     shutil.copytree(few, output)
     before = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/*")}
+    drawn = global_generators()
     record = evaluate(run, output, corruption_cells(("brightness",), (1,)))
+    assert global_generators() == drawn
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert sorted(record.config["cells"]) == ["brightness-1", *CELLS]
     assert record.metrics["contrast-3/bbox/AP"] == metrics(few, "contrast-3")["bbox/AP"]
@@ -695,6 +697,8 @@ def test_the_table(few: Path, run: Path, run_tool: Run) -> None:
     [
         (["--corruptions", "fogg"], "did you mean fog?"),
         (["--severities", "6"], "no severity 6"),
+        (["--corruptions", "none", "--severities", "9"], "no severity 9"),
+        (["--corruptions", "none", "--errors", "clean", "fog-3"], "no cell fog-3 was evaluated: choose --errors among"),
         (["--limit", "0"], "a limit of 0"),
         (["--jobs", "0"], "0 jobs"),
         (["--domains", "nowhere"], "no folder of domains at nowhere"),

@@ -156,6 +156,7 @@ def test_what_is_no_image_is_refused(
     assert status == 2
     assert err.count("\n") == 1
     assert "image" in err
+    assert err.count(str(image)) == (content is not None)
     assert not target.exists()
 
 

@@ -106,6 +106,18 @@ def test_setup_says_which_data_is_missing(
     assert run_tool(*setup)[2] == ""
 
 
+def test_setup_says_where_published_backbones_are_checked(
+    tmp_path: Path, run_tool: Run_, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For it is whatever has the name in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("imagenet/val").mkdir(parents=True)
+    Path("study.yaml").write_text(yaml.safe_dump({**SMALL, "imagenet": "imagenet"}))
+    status, out, err = run_tool("sweep", "setup", "study.yaml", "--output", "output")
+    assert status == 0, err
+    assert f"accuracy of 1 published backbones is checked on {tmp_path / 'imagenet/val'}" in out
+
+
 def test_status_names_what_failed(tmp_path: Path, run_tool: Run_) -> None:
     plan = stubs(tmp_path, {"a": "fail", "b": "go"}, {"b": ("a",)})
     launched(plan)
@@ -113,6 +125,60 @@ def test_status_names_what_failed(tmp_path: Path, run_tool: Run_) -> None:
     out = run_tool("sweep", "status", tmp_path / "study.yaml", "--output", plan.output)[1]
     assert f"failed: a: error: this one fails (see {plan.log(plan.run('a'))})" in out
     assert "nobody is launching" in out
+
+
+def test_watching_ends_where_nothing_is_to_come(
+    tmp_path: Path, run_tool: Run_, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on while somebody launches, or a job of a cluster is queued whose launcher has ended."""
+    plan = stubs(tmp_path, {"a": "go", "b": "go"})
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL))
+    looks: list[float] = []
+
+    def look(seconds: float) -> None:
+        looks.append(seconds)
+        raise KeyboardInterrupt  # as a reader ends it
+
+    monkeypatch.setattr("time.sleep", look)
+
+    def watch() -> str:
+        looks.clear()
+        status, out, _ = run_tool("sweep", "status", tmp_path / "study.yaml", "--output", plan.output, "--watch")
+        assert status == 0
+        return "goes on" if looks else out.splitlines()[-1]
+
+    assert watch().startswith("no run is at work, and nobody is launching")
+    with lock(plan.output / "lock.json"):
+        assert watch() == "goes on"
+    with lock(plan.job(plan.run("a")) / "lock.json"):
+        assert watch() == "goes on"
+    plan.note(plan.run("b")).parent.mkdir(parents=True)
+    plan.note(plan.run("b")).touch()
+    assert watch() == "goes on"
+    for run in plan.runs:
+        plan.folder(run).mkdir(parents=True)
+        (plan.folder(run) / "record.json").write_text('{"seconds": 1.0}')
+    assert watch() == "nobody is launching"  # of the last state
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--executor", "slurm", "--share", 2], "--share 2 is for runs side by side"),
+        (["--share", 2], "--share 2 is for runs side by side"),
+        (["--no-gpus"], "--no-gpus is for jobs of a cluster"),
+        (["--executor", "local", "--no-gpus"], "--no-gpus is for jobs of a cluster"),
+        (["--executor", "slurm", "--minutes", 5], "--minutes 5 is for runs of this machine"),
+    ],
+    ids=str,
+)
+def test_what_a_launch_would_ignore_is_refused(
+    tmp_path: Path, run_tool: Run_, options: list[object], words: str
+) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL))
+    status, _, err = run_tool("sweep", "launch", tmp_path / "study.yaml", "--output", tmp_path / "output", *options)
+    assert (status, words in err, err.count("\n")) == (2, True, 1)
+    assert not (tmp_path / "output").exists()
 
 
 def test_runs_side_by_side_have_gpus_of_their_own(tmp_path: Path) -> None:

@@ -83,6 +83,12 @@ def test_the_best_are_taken_once_all_are_done(tmp_path: Path) -> None:
         finish(plan, {"eps1": 50.0})
         with pytest.raises(InputError, match=r"second-eps3-seed0.* has begun"):
             planned(tmp_path, content).set_up()
+    held = json.loads((plan.output / "plan.json").read_text())
+    older = {**held, "runs": [{key: value for key, value in run.items() if key != "task"} for run in held["runs"]]}
+    (plan.output / "plan.json").write_text(json.dumps(older))  # of before it was noted
+    with pytest.raises(InputError, match=r"second-eps3-seed0.* has begun"):
+        planned(tmp_path, STAGES).set_up()
+    (plan.output / "plan.json").write_text(json.dumps(held))
     finish(plan, values)
     assert not planned(tmp_path, STAGES).set_up()
 

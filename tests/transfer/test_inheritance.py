@@ -76,7 +76,7 @@ from robust_backbones.transfer.inheritance.sets import (
     make_set,
     open_related_set,
 )
-from tests.conftest import negatives, randomize_batch_norms
+from tests.conftest import disk_of, negatives, randomize_batch_norms
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 Run = Callable[..., tuple[int, str, str]]
@@ -943,6 +943,18 @@ def test_the_whole_tool(run_tool: Run, world: Path, start: Checkpoint, tmp_path:
     assert {(row[1], row[2], PRETRAINING): -float(row[5]) for row in drawn} == {
         key: change for key, change in changes.items() if key[2] == PRETRAINING
     }
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_without_room_for_a_set_is_one_sentence(
+    run_tool: Run, world: Path, tmp_path: Path, workers: int
+) -> None:
+    with disk_of("size=16k", tmp_path / "disk") as disk:
+        make = ["make-sets", world / "pretraining/val", "--output", disk, "--kinds", "photograph"]
+        status, _, err = run_tool("inheritance", *make, "--workers", workers)
+    assert (status, err.count("\n")) == (1, 1), err
+    assert err.startswith(f"error: {disk}/.photograph.unfinished/")
+    assert "no space left on device: make room" in err
 
 
 def test_disjoint_sets_share_no_photograph(run_tool: Run, world: Path, tmp_path: Path) -> None:

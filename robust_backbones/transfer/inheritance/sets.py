@@ -282,28 +282,34 @@ def make_set(
             return len(dataset)
         raise InputError(f"{target} holds another set: remove it, or choose another --output")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)  # of what cannot be made a worker would not say why
+    unfinished.mkdir(parents=True)
     loader = DataLoader(
-        _Maker(dataset, unfinished, kind, seed),
+        _Maker(dataset, kind, seed),
         batch_size=16,
         num_workers=workers,
-        collate_fn=len,
+        collate_fn=list,
         worker_init_fn=init_worker,
         generator=torch.Generator(),
     )
     with tqdm(total=len(dataset), desc=kind, unit="img", disable=None, leave=False) as progress:
-        for count in loader:
-            progress.update(count)
+        for images in loader:
+            for path, data in images:  # written here: of what fails a worker would not say why
+                (unfinished / path).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    (unfinished / path).write_bytes(data)
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(unfinished / path)) from error
+            progress.update(len(images))
     write_json(unfinished / NOTE, note)
     unfinished.rename(target)
     return len(dataset)
 
 
-class _Maker(Dataset[int]):
-    """Items are written, and give their position."""
+class _Maker(Dataset[tuple[Path, bytes]]):
+    """Items are files of a set: path in it, content."""
 
-    def __init__(self, dataset: ClassificationDataset, output: Path, kind: str, seed: int) -> None:
-        self.dataset, self.output, self.kind, self.seed = dataset, output, kind, seed
+    def __init__(self, dataset: ClassificationDataset, kind: str, seed: int) -> None:
+        self.dataset, self.kind, self.seed = dataset, kind, seed
         files = [(Path(name).name, label) for name, label in zip(dataset.names, dataset.labels, strict=True)]
         count = Counter(files)  # a class may have folders, or lie in several shards
         self.files = [f if count[f, c] == 1 else quote(n, "") for n, (f, c) in zip(dataset.names, files, strict=True)]
@@ -311,13 +317,10 @@ class _Maker(Dataset[int]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, position: int) -> int:
+    def __getitem__(self, position: int) -> tuple[Path, bytes]:
         name = self.dataset.names[position]
         image = self.dataset.load(position).permute(1, 2, 0).contiguous().numpy()
         made = apply(image, self.kind, name=name, seed=self.seed)
-        path = self.output / self.dataset.classes[self.dataset.labels[position]] / f"{self.files[position]}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         encoded, data = cv2.imencode(".png", made[..., ::-1])
         assert encoded
-        path.write_bytes(data.tobytes())
-        return position
+        return Path(self.dataset.classes[self.dataset.labels[position]], f"{self.files[position]}.png"), data.tobytes()
