@@ -24,7 +24,7 @@ from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import mix, open_dataset
 from robust_backbones.data.transforms import EvaluationImages
 from robust_backbones.errors import InputError, check_choice, check_positive
-from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
+from robust_backbones.models import BackboneSpec, fed_as
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
@@ -144,7 +144,7 @@ def evaluate_robustness(
         if finished:
             return RunRecord.read(output / "record.json")
 
-        model = NormalizedModel(checkpoint.build(), spec)
+        model = checkpoint.in_rgb().model()
         model.to(device=compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if 0 < len(rows) < total:
             print(f"resuming at image {len(rows) + 1} of {total}")

@@ -355,6 +355,18 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
 
 
+def test_a_bgr_network_gets_bgr(
+    finished: tuple[Path, RunRecord], data: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The same function of the same images, whose stem expects another order of channels."""
+    flipped = {**checkpoint.state_dict, "conv1.weight": checkpoint.state_dict["conv1.weight"].flip(1)}
+    spec = checkpoint.spec
+    spec = replace(spec, channel_order="BGR", mean=spec.mean[::-1], std=spec.std[::-1])
+    config = replace(CONFIG, threat_model=ThreatModel("Linf", 0), autoattack=False)
+    evaluate_robustness(config, replace(checkpoint, spec=spec, state_dict=flipped), data, tmp_path / "run", workers=0)
+    assert [row["clean"] for row in read_rows(tmp_path / "run")] == [row["clean"] for row in read_rows(finished[0])]
+
+
 def test_an_evaluation_leaves_outcomes_and_a_record(finished: tuple[Path, RunRecord], checkpoint: Checkpoint) -> None:
     output, record = finished
     assert RunRecord.read(output / "record.json") == record
