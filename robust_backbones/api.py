@@ -47,8 +47,8 @@ def load_backbone(source: str | Path | Checkpoint, *, threat_model: str | Threat
     """The network of a checkpoint, in eval mode on the CPU.
 
     Args:
-        source: a file of any known layout, ``hub:NAME`` of a published robust backbone, or what ``read_checkpoint``
-            returned.
+        source: a file of any known layout or its URL, ``hub:NAME`` or ``robust://NAME`` of a published robust
+            backbone, or what ``read_checkpoint`` returned.
         threat_model: what it was trained against, as in ``"L2:3"``, where the file does not say.
 
     Returns:
@@ -76,13 +76,14 @@ def convert(
         What became of every tensor. Nothing is written unless ``report.ok``; ``report.check()`` raises then.
 
     Raises:
-        InputError: as ``read_checkpoint``; another suffix; Detectron2's ResNet cannot be this backbone.
+        InputError: as ``read_checkpoint``; another suffix; ``dst`` is ``src``; Detectron2 cannot have this backbone.
     """
     return convert_file(_read(src, threat_model), dst)
 
 
 def verify(src: str | Path | Checkpoint, dst: str | Path, *, image: str | Path | None = None) -> list[StageError]:
-    """How far Detectron2's features res2-res5 of a converted backbone lie from the source's layer1-layer4.
+    """How far Detectron2's features res2-res5 of a converted backbone lie from the source's four stages, or a ViT's
+    last block.
 
     Args:
         src: as for ``load_backbone``.

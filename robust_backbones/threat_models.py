@@ -44,7 +44,7 @@ class ThreatModel:
         """Read ``"L2:3"``, ``"L2:0.25"`` or ``"Linf:4/255"``; a ThreatModel is returned as it is."""
         if isinstance(text, ThreatModel):
             return text
-        norm, separator, epsilon = text.partition(":")
+        norm, separator, epsilon = str(text).partition(":")
         if not separator or not re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?(/\d+)?", epsilon.strip()):
             raise InputError(f"cannot read the threat model {text!r}: write NORM:EPSILON, as in L2:3 or Linf:4/255")
         try:

@@ -77,6 +77,17 @@ def test_convert_and_verify(madry_file: Path, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == ""
     with pytest.raises(InputError, match=r"\.pkl or \.pth or \.safetensors"):
         robust_backbones.convert(madry_file, tmp_path / "backbone.npz")
+    with pytest.raises(InputError, match="would be overwritten"):
+        robust_backbones.convert(target, tmp_path / "." / target.name)
+
+
+def test_slips_are_answered_with_what_was_likely_meant(madry_file: Path) -> None:
+    with pytest.raises(InputError, match="did you mean hub:resnet50_l2_eps3"):
+        robust_backbones.load_backbone("resnet50_l2_eps3")
+    with pytest.raises(InputError, match="no published backbone is called 'resnet50'"):
+        robust_backbones.load_backbone("robust://resnet50")
+    with pytest.raises(InputError, match="cannot read the threat model 3: write NORM:EPSILON"):
+        robust_backbones.load_backbone(madry_file, threat_model=3)  # type: ignore[arg-type]
 
 
 def test_what_is_no_whole_backbone_is_reported_and_not_written(tmp_path: Path) -> None:

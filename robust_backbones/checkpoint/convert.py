@@ -179,11 +179,13 @@ def convert_file(
         The report. Nothing is written unless ``report.ok``.
 
     Raises:
-        InputError: another suffix; or as ``convert``.
+        InputError: another suffix; the checkpoint's own file; or as ``convert``.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise InputError(f"a converted backbone ends in {' or '.join(SUFFIXES)}, got {path}")
+    if checkpoint.path is not None and path.resolve() == checkpoint.path.resolve():
+        raise InputError(f"{path} would be overwritten by what is made of it: give another file")
     tensors, report = convert(checkpoint)
     if report.ok:
         with atomic_path(path) as unproven:

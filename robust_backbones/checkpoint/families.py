@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from robust_backbones.checkpoint.names import pattern_of
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, usual_spec
 from robust_backbones.timm_models import is_timm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FamilyNames:
     """How one library names the tensors of one family."""
 
@@ -262,17 +263,9 @@ def renamed(names: Iterable[str], row: FamilyNames) -> dict[str, str]:
 
 
 @cache
-def _patterns_of(names: tuple[tuple[str, str], ...]) -> tuple[tuple[re.Pattern[str], str], ...]:
-    def pattern(name: str) -> re.Pattern[str]:
-        return re.compile(
-            re.sub(r"\\\{(\w+)\\\}", lambda field: f"(?P<{field[1]}>{_FIELDS[field[1]][0]})", re.escape(name))
-        )
-
-    return tuple((pattern(name), target) for name, target in names)
-
-
 def _patterns(row: FamilyNames) -> tuple[tuple[re.Pattern[str], str], ...]:
-    return _patterns_of(tuple(row.names.items()))
+    fields = {field: pattern for field, (pattern, _) in _FIELDS.items()}
+    return tuple((pattern_of(name, fields), target) for name, target in row.names.items())
 
 
 def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

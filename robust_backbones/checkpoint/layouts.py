@@ -217,19 +217,12 @@ def find_network(
 
 def _listed(networks: list[Network]) -> str:
     """How to choose each of them, and what it is."""
-    keys, prefixes = ({getattr(network, name) for network in networks} for name in ("key", "prefix"))
-    options = []
+    keys, options = [network.key for network in networks], []
     for network in networks:
-        by_key, by_prefix = f"--key {network.key or repr('')}", f"--prefix {network.prefix or repr('')}"
-        same_key = sum(other.key == network.key for other in networks) > 1
-        choice = (
-            f"{by_key} {by_prefix}"
-            if same_key and len(keys) > 1
-            else by_prefix
-            if len(prefixes) > 1 and same_key
-            else by_key
-        )
-        options.append(f"{choice} ({network})")
+        by_prefix = keys.count(network.key) > 1
+        choice = [f"--key {network.key or repr('')}"] if not by_prefix or len({*keys}) > 1 else []
+        choice += [f"--prefix {network.prefix or repr('')}"] if by_prefix else []
+        options.append(f"{' '.join(choice)} ({network})")
     return " and ".join([", ".join(options[:-1]), options[-1]]) if len(options) > 1 else options[0]
 
 
@@ -286,14 +279,13 @@ def _in_parts(names: Collection[str]) -> str:
 
 def _networks_of(key: str, tensors: dict[str, Tensor], named: BackboneSpec | None) -> list[Network]:
     """The networks in one dictionary."""
+    plain = {name: without_wrappers(name) for name in tensors}
     if named is not None:
-        plain = {name: without_wrappers(name) for name in tensors}
         first, *_ = reference_shapes(named.arch, named.stem, named.image_size)[0]
         return _networks_from((first,), key, plain, tensors, named)
     blobs = {name: short for name in tensors if (short := of_caffe2(name))}
     if any(name.startswith("res2_0_branch") for name in blobs):
         return [Network(key, "", blobs, tensors)]
-    plain = {name: without_wrappers(name) for name in tensors}
     _check_once(plain, tensors)
     found = []
     for naming, row in NAMINGS.items():
@@ -372,8 +364,21 @@ def _names_of_resnet(plain: dict[str, str], prefix: str, naming: str) -> dict[st
                 names[name] = translated(short, naming, "torchvision")
             except KeyError:  # no ResNet has it; what the network then is not, its shapes tell
                 names[name] = short
+    names |= _between(plain, prefix, names)
     head = {name: full.removeprefix(prefix) for name, full in plain.items() if full.startswith(f"{prefix}fc.")}
     return names | head if set(head.values()) == {"fc.weight", "fc.bias"} else names
+
+
+def _between(plain: dict[str, str], prefix: str, names: dict[str, str]) -> dict[str, str]:
+    """What else stands between a network's layers, such as attention or an activation that learns: it is no head.
+
+    A state dict has the order in which its modules were made; one that was sorted begins with no stem.
+    """
+    if next(iter(names.values()), "") != "conv1.weight":
+        return {}
+    places = [place for place, name in enumerate(plain) if name in names]
+    inside = [*plain.items()][places[0] : places[-1]]
+    return {name: full.removeprefix(prefix) for name, full in inside if full.startswith(prefix) and name not in names}
 
 
 def _check_once(plain: dict[str, str], tensors: dict[str, Tensor]) -> None:

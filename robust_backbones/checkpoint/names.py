@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -101,12 +101,14 @@ def translated(name: str, source: str, target: str) -> str:
 
 @cache
 def _patterns(naming: str) -> tuple[re.Pattern[str], ...]:
-    in_braces = re.compile(r"\\\{(\w+)\\\}")
-    number = {"tensor": r"(?P<tensor>\w+)"}
-    return tuple(
-        re.compile(in_braces.sub(lambda field: number.get(field[1], rf"(?P<{field[1]}>\d+)"), re.escape(name)))
-        for name in NAMINGS[naming].names
-    )
+    fields = {"tensor": r"\w+", **dict.fromkeys(("stage", "block", "i"), r"\d+")}
+    return tuple(pattern_of(name, fields) for name in NAMINGS[naming].names)
+
+
+def pattern_of(name: str, fields: Mapping[str, str]) -> re.Pattern[str]:
+    """Of a name with fields in braces, each with the pattern of what can stand there; they are the pattern's groups."""
+    groups = {rf"\{{{field}\}}": f"(?P<{field}>{pattern})" for field, pattern in fields.items()}
+    return re.compile(re.sub(r"\\\{\w+\\\}", lambda field: groups[field[0]], re.escape(name)))
 
 
 def without_wrappers(name: str) -> str:

@@ -91,6 +91,8 @@ def read_checkpoint(
         InputError: the file is missing, is no checkpoint, or its layout, architecture or normalisation is not known;
             it holds several networks, and none is chosen.
     """
+    if str(path).startswith(zoo.PREFIX):
+        path = str(path).replace(zoo.PREFIX, HUB, 1)
     if str(path).startswith(HUB) and hub.is_repository(str(path).removeprefix(HUB)):
         path = hub.fetch(str(path).removeprefix(HUB))
     if str(path).startswith(HUB):
@@ -101,6 +103,8 @@ def read_checkpoint(
         path = fetch_url(url)
     if source:
         check_choice("source", source, SOURCES)
+    if not Path(path).exists() and str(path) in zoo.published() | zoo.published_robust():
+        raise InputError(f"no file at {path}: did you mean {HUB}{path}, the published backbone?")
     path, content = Path(path), load_tensors(path)
     try:
         checkpoint = _read(content, path, source, key, prefix, statement or Statement())
@@ -166,6 +170,8 @@ def _read(
         names = {name: short for name, short in network.names.items() if not short.startswith("fc.")}
         network = replace(network, names=names)
     _check_values(network)
+    if statement.arch and statement.arch != network.spec.arch:
+        raise InputError(f"its tensors are those of {network.spec.arch}, not of {statement.arch}: leave out --arch")
 
     tensors_say, convention = network.spec, SOURCES[layout].convention or {}
     if own:
@@ -194,7 +200,9 @@ def _read(
         convention = {"mean": network.named.mean, "std": network.named.std} | convention
     if layout == "msra" and tensors_say.arch.startswith("resnext"):
         convention = convention | CAFFE2_RESNEXT
-    values, said = _agreed(in_file, convention, statement)
+    if not ("mean" in in_file or (statement.mean and statement.std)):
+        _check_normalizer_is_known(network)
+    values, said = _agreed(in_file, convention, statement, tensors_say)
     if metadata:  # an assumption stays one
         said |= {name: ASSUMED for name, who in metadata.said.items() if who == ASSUMED}
     threat_model = values.pop("threat_model", None)
@@ -264,6 +272,15 @@ def _normalizer(network: Network, content: dict[str, Any]) -> dict[str, Any] | N
     return nearest[0] if nearest else None
 
 
+def _check_normalizer_is_known(network: Network) -> None:
+    """Refuse to assume a mean where the file may have one, by a name that ``_normalizer`` does not know."""
+    for name, tensor in network.tensors.items():
+        of_channels = (tensor.numel() == 3 and tensor.ndim > 2) or re.search("mean|std|sigma", name.split(".")[-1])
+        if of_channels and name not in network.names and "attacker" not in name and (numbers := _triple(tensor)):
+            values = " ".join(f"{value:.6g}" for value in numbers)
+            raise InputError(f"it holds {name} ({values}), which may normalise its input: give --mean and --std")
+
+
 def _is_triple(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
 
@@ -281,13 +298,16 @@ class _Description:
     def __init__(self, content: dict[str, Any], path: Path) -> None:
         header = content.get(METADATA)
         inside = content | (header if isinstance(header, dict) else {})
-        beside = _json_object(path.with_name("config.json"))
+        beside = json_object(path.with_name("config.json"))
         # A folder may hold the configuration of something else.
         self._config = beside if "architecture" in beside or beside.get("model_type") in _OF_TRANSFORMERS else {}
         cfg: Any = next((inside[key] for key in ("pretrained_cfg", "default_cfg") if key in inside), None)
         cfg = self._config.get("pretrained_cfg") if cfg is None else cfg
-        self._cfg: dict[str, Any] = _parsed(cfg, "pretrained_cfg") if cfg is not None else {}
-        self._processor = _json_object(path.with_name("preprocessor_config.json")) if self._config else {}
+        self._cfg: dict[str, Any] = dictionary_of(cfg, "pretrained_cfg") if cfg is not None else {}
+        self._processor = json_object(path.with_name("preprocessor_config.json")) if self._config else {}
+        entries = [content.get(key) for key in _OPTION_KEYS]
+        options = [one.values if isinstance(one, Options) else one for one in entries]
+        self._options: list[dict[Any, Any]] = [one for one in options if isinstance(one, dict)]
         more = content.get("hyper_parameters")
         self._inside = (more if isinstance(more, dict) else {}) | inside
         self._path = path
@@ -296,6 +316,9 @@ class _Description:
     def values(self) -> dict[str, Any]:
         """What is said of ``READING``."""
         said: dict[str, Any] = {}
+        for options in self._options:  # of a training, where anything may stand
+            if _is_triple(options.get("mean")) and _is_triple(options.get("std")):
+                said |= {name: tuple(options[name]) for name in ("mean", "std")}
         for where, fields, names in (
             ("pretrained_cfg", self._cfg, ("mean", "std")),
             ("preprocessor_config.json", self._processor, ("image_mean", "image_std")),
@@ -305,6 +328,15 @@ class _Description:
                     if not _is_triple(value):
                         raise InputError(f"{where} says that its {name} is {value!r}: three numbers belong there")
                     said[name] = tuple(value)
+        # transformers multiplies pixels of 0 to 255 by a factor first, and may leave out the rest.
+        factor: Any = self._processor.get("rescale_factor")
+        scaled = is_number(factor) and factor > 0 and self._processor.get("do_rescale") is not False
+        if scaled and not math.isclose(255 * factor, 1, rel_tol=1e-4):
+            said |= {name: tuple(v / (255 * factor) for v in said[name]) for name in ("mean", "std") if name in said}
+        if self._processor.get("do_normalize") is False:
+            said |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        if self._processor.get("do_flip_channel_order") is True:
+            said["channel_order"] = "BGR"
         if isinstance(stride := self._config.get("downsample_in_bottleneck"), bool):
             said["stride_in_1x1"] = stride
         elif self.by_timm and "architecture" in {**self._cfg, **self._config}:
@@ -340,9 +372,6 @@ class _Description:
         asked: dict[str, Any] = _OF_TRANSFORMERS.get(self._config.get("model_type", ""), {})
         usual = (layer for begin, layer in _ACTIVATIONS.items() if re.search(rf"(^|_)({begin})", arch))
         harmless = _HARMLESS | {"act_layer": next(usual, _UNKNOWN)}
-        training = self._inside.get("args")  # of timm's train.py
-        training = training.values if isinstance(training, Options) else training
-        training = training if isinstance(training, dict) else {}
         for where, name, exact in self._architectures():
             if _differs(name, arch, exact=exact):
                 raise InputError(
@@ -352,7 +381,7 @@ class _Description:
         for where, fields, allowed in (
             ("config.json", self._config.get("model_args"), harmless),
             ("model_args", self._inside.get("model_args"), harmless),
-            ("args.model_kwargs", training.get("model_kwargs"), harmless),
+            *(("args.model_kwargs", options.get("model_kwargs"), harmless) for options in self._options),  # timm's
             ("config.json", {k: v for k, v in self._config.items() if k in asked}, asked),
         ):
             for name, value in fields.items() if isinstance(fields, dict) else ():
@@ -403,13 +432,23 @@ class _Description:
             ("its pretrained_cfg", self._cfg.get("architecture"), True),
             *((f"its entry {key}", self._inside.get(key), key == "architecture") for key in _NAME_KEYS),
             *(
-                ("its path", name, False)
-                for name in re.findall(r"res(?:net|next)(?:aa|blur)\d+", str(self._path.absolute()))
+                (where, name, False)
+                for where, text in (
+                    ("its path", str(self._path.absolute())),
+                    *(
+                        ("an option of its training", str(options.get(key)))
+                        for options in self._options
+                        for key in _NAME_KEYS
+                    ),
+                )
+                for name in re.findall(r"res(?:net|next)(?:aa|blur)\d+", text)
             ),
         ]
         return (one for one in said if isinstance(one[1], str))
 
 
+_OPTION_KEYS = ("args", "opt", "options", "config", "cfg", "hparams", "hyper_parameters", "normalize", "transform")
+"""Of a file's entries: how the training was run, as a dictionary or an ``argparse.Namespace``."""
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
 # Arguments of timm's networks, and settings of transformers', with the value that leaves the features as they are;
 # None: any.
@@ -444,7 +483,7 @@ def _differs(said: str, arch: str, *, exact: bool) -> bool:
     return len(names) == 2 and names[0] != names[1]
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file or it holds something else."""
     if not path.is_file():
         return {}
@@ -455,7 +494,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _parsed(value: Any, name: str) -> dict[str, Any]:
+def dictionary_of(value: Any, name: str) -> dict[str, Any]:
     """A dictionary, or its JSON as a safetensors header has it."""
     if isinstance(value, str):
         try:
@@ -476,7 +515,7 @@ def _said_by(spec: BackboneSpec, threat_model: Any) -> dict[str, Any]:
 
 
 def _agreed(
-    in_file: dict[str, Any], convention: dict[str, Any], statement: Statement
+    in_file: dict[str, Any], convention: dict[str, Any], statement: Statement, usual: BackboneSpec
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What the file, the user or the convention says, and which of them says each value of ``READING``."""
     stated = {name: value for name, value in vars(statement).items() if value is not None and name != "arch"}
@@ -495,8 +534,16 @@ def _agreed(
     if any(name not in values for name in READING):
         unsaid = [name for name in READING if name not in stated and name not in in_file]
         options = " ".join(map(_option, unsaid))
-        usual = " ".join(f"{_option(name)} {_USUAL[name]}" for name in unsaid)
-        raise InputError(f"it does not say what it was fed with: give {options} (ImageNet's usual ones are {usual})")
+        imagenet = " ".join(f"{_option(name)} {_USUAL[name]}" for name in unsaid)
+        of_timm = {name: " ".join(f"{value:.6g}" for value in getattr(usual, name)) for name in ("mean", "std")}
+        other = [
+            f"{_option(name)} {of_timm[name]}" for name in unsaid if of_timm.get(name, _USUAL[name]) != _USUAL[name]
+        ]
+        raise InputError(
+            f"it does not say what it was fed with: give {options} (ImageNet's usual ones are {imagenet}"
+            + (f"; of timm's own {usual.arch} {' '.join(other)}" if other else "")
+            + ")"
+        )
     check_normalization(values["mean"], values["std"])
     who = {name: BY_FILE if name in in_file else BY_USER if name in stated else ASSUMED for name in READING}
     return values, who

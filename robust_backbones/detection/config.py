@@ -25,6 +25,13 @@ from robust_backbones.runs.identity import flat
 from robust_backbones.threat_models import ThreatModel
 
 _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
+    **dict.fromkeys(
+        ("MODEL.WEIGHTS", "OUTPUT_DIR"), (lambda path: isinstance(path, str), "is no text: give it as str(PATH)")
+    ),
+    **dict.fromkeys(
+        ("DATASETS.TRAIN", "DATASETS.TEST"),
+        (lambda names: not isinstance(names, str), "is one text, not a tuple: give (NAME,), with a comma"),
+    ),
     "MODEL.BACKBONE.DROP_PATH": (lambda rate: 0 <= rate < 1, "is not in [0, 1): give 0.0 for none"),
     "SOLVER.AMP.DTYPE": (("float16", "bfloat16").__contains__, "is not one of float16, bfloat16"),
     "SOLVER.IMS_PER_BATCH": (lambda count: count >= 1, "is no number of images: give 1 or more"),
@@ -51,7 +58,7 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "TEST.BEST_METRIC": (re.compile(r"(\w+/\S+)?").fullmatch, "is no metric: give one like bbox/AP50"),
 }
-"""Of our keys: what is valid, and what to say of the rest."""
+"""What is valid of our keys, and of those that a notebook sets otherwise; and what to say of the rest."""
 
 _FAST_STEP: dict[str, tuple[object, ...]] = {
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),

@@ -6,7 +6,6 @@ both sides of a comparison with itself. The makers' code is not ours to mistake.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,8 +18,9 @@ from robust_backbones.checkpoint.families import TORCHVISION
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.layouts import tensors_of
 from robust_backbones.checkpoint.names import without_wrappers
+from robust_backbones.checkpoint.sources import dictionary_of, json_object
 from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
-from robust_backbones.errors import ProofFailedError
+from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import NormalizedModel, is_foreign
 from robust_backbones.timm_models import STRIDES, build_timm, is_swin, keep_paths, stage_layers, swin_shape
 from robust_backbones.timm_vit import PATCH_SIZE, is_vit, vit_shape, without_class_token
@@ -40,7 +40,10 @@ class SourceNetwork:
     def stages(self, images: Tensor) -> list[Tensor]:
         """Images in [0, 1], shape (N, 3, H, W) -> outputs of ``layers`` at their strides, (N, C, H / s, W / s)."""
         outputs: list[Tensor] = []
-        modules = [self.model.backbone.get_submodule(layer) for layer in self.layers]
+        try:
+            modules = [self.model.backbone.get_submodule(layer) for layer in self.layers]
+        except AttributeError:
+            raise self._no_stages() from None
         hooks = [module.register_forward_hook(lambda *call: outputs.append(_first(call[2]))) for module in modules]
         try:
             self.model(images)
@@ -51,7 +54,14 @@ class SourceNetwork:
         return [self._as_map(output, height) for output, height in zip(outputs, heights, strict=True)]
 
     def _as_map(self, output: Tensor, height: int) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise self._no_stages()
         return output if output.ndim == 4 else _from_tokens(output, height)
+
+    def _no_stages(self) -> InputError:
+        return InputError(
+            f"timm's {self.model.spec.arch} does not show its stages, so nothing proves them: give --no-verify"
+        )
 
 
 class _OfSwin(SourceNetwork):
@@ -247,14 +257,18 @@ def _transformers(checkpoint: Checkpoint) -> _Own:
     zero = dict.fromkeys(("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     said = {key: value for key, value in {**config, **zero}.items() if key not in ("dtype", "torch_dtype")}
     classifier = getattr(transformers, f"{name}ForImageClassification")
-    with _without_reports(transformers):
-        network, report = classifier.from_pretrained(
-            None,
-            config=getattr(transformers, f"{name}Config").from_dict(said),
-            state_dict=tensors,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    try:
+        with _without_reports(transformers):
+            network, report = classifier.from_pretrained(
+                None,
+                config=getattr(transformers, f"{name}Config").from_dict(said),
+                state_dict=tensors,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # a value that it does not take, each release in its own way
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"transformers builds no network of {checkpoint.source} by config.json ({reason})") from None
     if kind == "vit":
         blocks = "layers" if hasattr(network.vit, "layers") else "encoder.layer"
         return _OfTransformers(network, {}, backbone="vit", blocks=blocks, report=report)
@@ -313,19 +327,11 @@ def _config_beside(checkpoint: Checkpoint) -> dict[str, Any]:
     path = checkpoint.path
     if path is None or path.stem not in ("model", "pytorch_model"):
         return {}
-    return _dictionary(path.with_name("config.json").read_text() if path.with_name("config.json").is_file() else "")
+    return json_object(path.with_name("config.json"))
 
 
 def _pretrained_cfg(content: dict[Any, Any]) -> dict[str, Any]:
     """timm's, in the file or in the strings of a safetensors file."""
     if isinstance(content.get("pretrained_cfg"), dict):
         return content["pretrained_cfg"]
-    return _dictionary(content.get(METADATA, {}).get("pretrained_cfg", ""))
-
-
-def _dictionary(text: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    return dictionary_of(content.get(METADATA, {}).get("pretrained_cfg", {}), "pretrained_cfg")

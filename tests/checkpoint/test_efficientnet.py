@@ -11,8 +11,9 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.data.transforms import val_transform
+from robust_backbones.errors import InputError
 from robust_backbones.threat_models import ThreatModel
 
 
@@ -45,6 +46,9 @@ def test_the_makers_names_are_read(number: int, tmp_path: Path) -> None:
     assert (checkpoint.spec.mean, checkpoint.spec.num_classes) == ((0.5, 0.5, 0.5), 10)
     assert checkpoint.state_dict.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoint.state_dict.items())
+    torch.save(expected, tmp_path / "lite.pth")
+    with pytest.raises(InputError, match=rf"tf_efficientnet_lite{number} --mean 0\.5 0\.5 0\.5 --std 0\.5 0\.5 0\.5"):
+        read_checkpoint(tmp_path / "lite.pth", statement=Statement(arch=checkpoint.spec.arch))
 
 
 def real_file() -> Path:

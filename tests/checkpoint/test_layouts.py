@@ -389,6 +389,17 @@ def test_a_resnet_of_transformers(tmp_path: Path, layer_type: str) -> None:
     assert (checkpoint.layout, checkpoint.spec.mean) == ("transformers", (0.5, 0.4, 0.3))
     assert checkpoint.spec.stride_in_1x1 == (layer_type == "bottleneck")
     assert checkpoint.said["stride_in_1x1"] == "said by the file"
+    for change, mean, std in (
+        ({"do_normalize": False}, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        ({"rescale_factor": 1 / 255}, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
+        ({"rescale_factor": 2 / 255}, (0.25, 0.2, 0.15), (0.1, 0.15, 0.2)),
+        ({"rescale_factor": 2 / 255, "do_rescale": False}, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
+    ):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | change))
+        spec = read_checkpoint(path).spec
+        assert (spec.mean, spec.std) == (pytest.approx(mean), pytest.approx(std))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | {"do_flip_channel_order": True}))
+    assert read_checkpoint(path).spec.channel_order == "BGR"
     pixels = torch.rand(1, 3, 64, 64)
     ours = checkpoint.build()
     features = ours.layer4(ours.layer3(ours.layer2(ours.layer1(ours.maxpool(ours.relu(ours.bn1(ours.conv1(pixels))))))))

@@ -1,5 +1,6 @@
 """Nothing about a file is taken for granted: values, variants and second networks are said, chosen or refused."""
 
+import argparse
 import json
 import shlex
 from pathlib import Path
@@ -160,3 +161,51 @@ def test_weights_that_no_network_has_are_refused_by_name(
     with pytest.raises(InputError, match=f"{name} holds .*" if message.startswith("a ") else name) as refused:
         read_checkpoint(tmp_path / "file.pth")
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["_mean", "normalize.loc", "image_mean", "0.means"])
+def test_a_normaliser_by_another_name_is_asked_for(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({name: torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)} | tensors, path)
+    with pytest.raises(InputError, match=rf"holds {name} \(0\.5 0\.4 0\.3\), which may normalise its input"):
+        read_checkpoint(path)
+    assert read_checkpoint(path, statement=STATED).said["mean"] == BY_USER
+
+
+@pytest.mark.parametrize(
+    ("inside", "name"), [("bn1", "ca.fc1.weight"), ("layer2", "denoise2.conv.weight"), ("layer3", "swish.beta")]
+)
+def test_what_stands_between_the_layers_is_no_head(tmp_path: Path, tensors: Tensors, inside: str, name: str) -> None:
+    after = max(place for place, key in enumerate(tensors) if key.startswith(f"{inside}."))
+    names = [*tensors]
+    path = tmp_path / "file.pth"
+    more = tensors | {name: torch.ones(1)}
+    torch.save({key: more[key] for key in [*names[: after + 1], name, *names[after + 1 :]]}, path)
+    with pytest.raises(InputError, match=f"has no place for {name}"):
+        read_checkpoint(path)
+    torch.save(more, path)  # after the classifier
+    assert read_checkpoint(path).left_out == (name,)
+    torch.save(dict(sorted(more.items())), path)
+    assert read_checkpoint(path).left_out == (name,)
+
+
+@pytest.mark.parametrize("options", [dict, lambda **values: argparse.Namespace(**values)])
+def test_the_options_of_the_training_count(tmp_path: Path, tensors: Tensors, options: Any) -> None:
+    path = tmp_path / "file.pth"
+    own = options(model="resnet18", backbone="resnet50", mean=[0.5] * 3, std=[0.25] * 3, lr=None)
+    torch.save({"state_dict": tensors, "args": own}, path)
+    checkpoint = read_checkpoint(path, statement=Statement(channel_order="RGB"))
+    assert (checkpoint.spec.mean, checkpoint.said["std"]) == ((0.5,) * 3, BY_FILE)
+    with pytest.raises(InputError, match="says that its mean is"):
+        read_checkpoint(path, statement=STATED)
+    torch.save({"state_dict": tensors, "config": options(model="resnetblur18.a1_in1k", mean=None)}, path)
+    with pytest.raises(InputError, match="option of its training says that it is resnetblur18"):
+        read_checkpoint(path, statement=STATED)
+
+
+@pytest.mark.parametrize("arch", ["resnet34", "resnet"])
+def test_another_network_than_the_stated_one_is_refused(tmp_path: Path, tensors: Tensors, arch: str) -> None:
+    torch.save(tensors, tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth", statement=Statement(arch="resnet18")).spec.arch == "resnet18"
+    with pytest.raises(InputError, match=arch):
+        read_checkpoint(tmp_path / "file.pth", statement=Statement(arch=arch))

@@ -18,7 +18,7 @@ from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.detection.source_networks import source_network
 from robust_backbones.detection.unproven import differences
 from robust_backbones.detection.verify import prove
-from robust_backbones.errors import ProofFailedError
+from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import BackboneSpec, build_backbone
 from tests.checkpoint.test_families import of_transformers, save, shaken
 from tests.conftest import randomize_batch_norms
@@ -99,6 +99,8 @@ def test_the_stages_are_those_of_the_network(small_model: nn.Module, tmp_path: P
     for layer, found in zip(range(1, 5), source_network(checkpoint).stages(images), strict=True):
         x = getattr(network, f"layer{layer}")(x)
         torch.testing.assert_close(found, x)
+    with pytest.raises(InputError, match="does not show its stages"):  # as of timm's HRNet
+        replace(source_network(checkpoint), layers=("stage1",)).stages(images)
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,9 @@ def test_a_file_that_is_not_what_its_config_says_fails(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace('"num_hidden_layers": 12', '"num_hidden_layers": 11'))
     with pytest.raises(ProofFailedError, match=r"transformers' own network and model\.safetensors differ in vit\."):
+        source_network(checkpoint)
+    path.write_text(path.read_text().replace('"num_hidden_layers": 11', '"num_hidden_layers": "many"'))
+    with pytest.raises(InputError, match=r"builds no network of model\.safetensors by config\.json"):
         source_network(checkpoint)
 
 
