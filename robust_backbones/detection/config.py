@@ -26,9 +26,6 @@ from robust_backbones.threat_models import ThreatModel
 
 _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(
-        ("MODEL.WEIGHTS", "OUTPUT_DIR"), (lambda path: isinstance(path, str), "is no text: give it as str(PATH)")
-    ),
-    **dict.fromkeys(
         ("DATASETS.TRAIN", "DATASETS.TEST"),
         (lambda names: not isinstance(names, str), "is one text, not a tuple: give (NAME,), with a comma"),
     ),
