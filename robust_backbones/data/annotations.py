@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,8 +201,8 @@ def _faults_of_row(
 
 
 def plain(name: str) -> str:
-    """A class's name without case, spaces, hyphens and underscores."""
-    return re.sub(r"[\s_-]+", "", name).casefold()
+    """A class's name without case, spaces, hyphens and underscores, and with accents in one form."""
+    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFC", name)).casefold()
 
 
 def short(value: Any) -> str:

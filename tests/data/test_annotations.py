@@ -287,6 +287,12 @@ def test_names_of_files_as_windows_writes_them_are_mended(tmp_path: Path, images
             ),
             "all its 10 boxes lie in the upper left quarter",
         ),
+        (
+            lambda content: [
+                row.update(name=name) for row, name in zip(content["categories"], ("é", "e\u0301"), strict=True)
+            ],
+            'name "e\\u0301" is "\\u00e9" but for case',
+        ),
     ],
 )
 def test_what_a_whole_set_shows(change: Callable[[Content], Any], words: str) -> None:
