@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError, disk_error
 from robust_backbones.runs.distributed import end_process, fork_workers
-from robust_backbones.runs.signals import STOP_SIGNALS, StopRequest
+from robust_backbones.runs.signals import STOP_SIGNALS, StopRequest, handled
 
 # The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one.
 _TIMEOUT = timedelta(minutes=30)
@@ -154,9 +153,5 @@ def _stop_signals_for_children() -> Iterator[StopRequest]:
             if child.pid is not None:
                 os.kill(child.pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
+    with handled(forward, STOP_SIGNALS):
         yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

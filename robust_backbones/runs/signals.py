@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
@@ -27,6 +27,18 @@ class StopRequest:
 
 
 @contextmanager
+def handled(handler: Callable[[int, FrameType | None], None], signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Answer signals by ``handler`` while the block runs; in a thread, which may set none, by what there is."""
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in (signals if is_main else ())}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[StopRequest]:
     """Turn these signals into a flag to look at, while the block runs.
 
@@ -39,18 +51,12 @@ def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterato
         request.signal = number
 
     try:
-        previous = {number: signal.signal(number, remember) for number in signals}
-    except ValueError:  # only the main thread may set handlers; in another one nothing can be asked
-        previous = {}
-    try:
-        yield request
+        with handled(remember, signals):
+            yield request
     except RuntimeError as error:
         if request and str(error).startswith("DataLoader worker"):
             raise PreemptedError("asked to stop: give the same command again to resume") from None
         raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -74,16 +80,10 @@ def end_on_signals() -> Iterator[None]:
         raise _Asked
 
     try:
-        previous = {number: signal.signal(number, end) for number in STOP_SIGNALS}
-    except ValueError:  # as above
-        previous = {}
-    try:
-        yield
+        with handled(end, STOP_SIGNALS):
+            yield
     except _Asked:
         raise PreemptedError("asked to stop: give the same command again") from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 class _Asked(BaseException):
