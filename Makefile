@@ -24,15 +24,19 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/python -m robust_backbones demo --output demo_output
 
-# Each test process on a core of its own: threads of several that share cores wait for each other.
+# Each test process on a core of its own: threads of several that share cores wait for each other. Compiled files are
+# kept, whatever the environment says: else every process that a test starts compiles the package again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
+	--maxschedchunk 1
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --maxschedchunk 1
+	$(PYTEST)
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --maxprocesses 4 --maxschedchunk 1
+	$(PYTEST) -m 'not slow'
 
 # Hours; a short form is among the slow tests.
 trials: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import fcntl
 import importlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,36 @@ def _fork(rank: int, function: Callable[..., None], *arguments: Any) -> None:
     function(rank, *arguments)
 
 
+def start_fork(function: Callable[[], object], output: Path) -> BaseProcess:
+    """``function`` in a fork of this process, which has imported what takes a new Python seconds.
+
+    It is the first of a session of its own, ends with the status of a command, and prints to ``out`` and ``err`` of
+    the folder ``output``.
+    """
+
+    def enter() -> None:
+        os.setsid()
+        atexit._clear()  # what the parent is to do when it ends
+        for descriptor, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))  # noqa: SIM115
+        function()
+
+    output.mkdir(exist_ok=True)
+    process = multiprocessing.get_context("fork").Process(target=enter)
+    process.start()
+    return process
+
+
+def call_verb(verb: str, *arguments: object) -> None:
+    """As a command line does; it ends with SystemExit."""
+    from robust_backbones.__main__ import command
+    from robust_backbones.commands import cli
+
+    sys.argv = [f"robust-backbones {verb}", *map(str, arguments)]
+    cli.run(command(verb))
+
+
 def start_ranks(function: Callable[[int, int], object], folder: Path, size: int = 2) -> str:
     """Call ``function(rank, size)`` in forks of this process, which find each other as torchrun's do: what they print.
 
@@ -224,14 +256,7 @@ def _enter(rank: int, function: Callable[[int, int], object], size: int, port: i
 
 def run_in_ranks(folder: Path, size: int, verb: str, *arguments: object) -> str:
     """What ``size`` processes of a verb print, started as torchrun's are."""
-    from robust_backbones.__main__ import command
-    from robust_backbones.commands import cli
-
-    def run(rank: int, size: int) -> None:
-        sys.argv = [f"robust-backbones {verb}", *map(str, arguments)]
-        cli.run(command(verb))
-
-    return start_ranks(run, folder, size)
+    return start_ranks(lambda rank, size: call_verb(verb, *arguments), folder, size)
 
 
 def negatives(folder: Path, place: Path) -> Path:

@@ -12,9 +12,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
+import scipy
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from scipy import stats
 
 from robust_backbones.analysis.experiments import BackboneRuns, Experiment, setting_names
 from robust_backbones.analysis.figures import COLORS, MARKERS, Page, Picture, save
@@ -124,7 +124,7 @@ def correlate(points: Sequence[tuple[float, float]]) -> Correlation:
     x, y = zip(*points, strict=True) if points else ((), ())
     if n < 3 or len(set(x)) == 1 or len(set(y)) == 1:
         return Correlation(n)
-    pearson, spearman = stats.pearsonr(x, y), stats.spearmanr(x, y)
+    pearson, spearman = scipy.stats.pearsonr(x, y), scipy.stats.spearmanr(x, y)
     interval = pearson.confidence_interval(0.95)
     low, high = (None, None) if n == 3 else (float(interval.low), float(interval.high))
     p = permutation_p(x, y) if n <= MOST_EXACT else float(spearman.pvalue)
@@ -133,7 +133,7 @@ def correlate(points: Sequence[tuple[float, float]]) -> Correlation:
 
 def permutation_p(x: Sequence[float], y: Sequence[float]) -> float:
     """The share of all n! orders of y whose rank correlation with x is at least as far from 0 as that of this one."""
-    a, b = stats.rankdata(x), stats.rankdata(y)
+    a, b = scipy.stats.rankdata(x), scipy.stats.rankdata(y)
     a = a - a.mean()
     products = np.array(list(permutations(b))) @ a  # proportional to Spearman's coefficients
     return float((np.abs(products) >= abs(a @ b) - 1e-9).mean())

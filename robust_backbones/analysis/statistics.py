@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import TypeVar
 
-from scipy import stats
+import scipy  # scipy.stats, which takes half a second to import, where it is first asked for
 
 K = TypeVar("K", bound=Hashable)
 
@@ -155,7 +155,7 @@ def _compare_one(standard: Mapping[int, float], other: Mapping[int, float], boun
         low=low,
         high=high,
         effect=fmean(differences) / stdev(differences),
-        p=float(stats.ttest_rel([other[s] for s in seeds], [standard[s] for s in seeds]).pvalue),
+        p=float(scipy.stats.ttest_rel([other[s] for s in seeds], [standard[s] for s in seeds]).pvalue),
     )
 
 
@@ -177,10 +177,10 @@ def power(effect: float, n: int, alpha: float = ALPHA) -> float:
     t then follows the noncentral t distribution with n - 1 degrees of freedom and noncentrality d_z sqrt(n) (Cohen
     1988; Faul et al. 2007, "G*Power 3").
     """
-    critical = stats.t.ppf(1 - alpha / 2, n - 1)
+    critical = scipy.stats.t.ppf(1 - alpha / 2, n - 1)
     shift = min(abs(effect) * math.sqrt(n), _LARGEST_SHIFT)
     # The lower tail by symmetry: scipy's nct.cdf is NaN there from a shift of 6 on.
-    return float(stats.nct.sf(critical, n - 1, shift) + stats.nct.sf(critical, n - 1, -shift))
+    return float(scipy.stats.nct.sf(critical, n - 1, shift) + scipy.stats.nct.sf(critical, n - 1, -shift))
 
 
 def seeds_needed(effect: float, alpha: float = ALPHA) -> int | None:
@@ -210,7 +210,7 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit | None:
     """The line through the points; None where it would say nothing: of fewer than 3, or where x or y is constant."""
     if len(x) < 3 or max(x) - min(x) <= _ROUNDING or max(y) - min(y) <= _ROUNDING:
         return None
-    fit = stats.linregress(x, y)
+    fit = scipy.stats.linregress(x, y)
     return LinearFit(float(fit.slope), float(fit.intercept), float(fit.rvalue) ** 2)
 
 
@@ -222,7 +222,7 @@ def p_value(p: float) -> str:
 def _interval(values: Sequence[float], bounds: tuple[float, float]) -> tuple[float | None, float | None]:
     if len(values) < 2:
         return None, None
-    half = float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    half = float(scipy.stats.t.ppf(1 - ALPHA / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return max(bounds[0], fmean(values) - half), min(bounds[1], fmean(values) + half)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import operator
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +25,7 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     if path in above:
         raise ValueError(f"_BASE_ of {above[-1].name} leads in a circle, to {path.name}")
-    content = yaml.load(path.read_text(), _Loader)
+    content = copy.deepcopy(_parsed(path.read_text()))
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds no settings")
     bases = content.pop("_BASE_", [])
@@ -37,6 +39,11 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         _merge(read_yaml(file, (*above, path)), merged)
     _merge(content, merged)
     return merged
+
+
+@functools.lru_cache(maxsize=64)  # most files share a few bases, and a study reads each of them for every run
+def _parsed(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def _merge(own: Mapping[str, Any], settings: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, build_backbone
 
-MUTATIONS = 2000
+MUTATIONS = 600
 STATED = Statement(channel_order="RGB", stride_in_1x1=False)
 # What a file could hold where something else belongs.
 MEAN, STD = [0.4, 0.4, 0.4], [0.2, 0.2, 0.2]

@@ -47,7 +47,7 @@ def cfg(small_cfg: CfgNode, shapes: Path, converted: Maker, tmp_path: Path, monk
     small_cfg.merge_from_list(["MODEL.WEIGHTS", str(converted("resnet18")), "OUTPUT_DIR", str(tmp_path / "run")])
     small_cfg.merge_from_list(["SOLVER.AMP.ENABLED", False, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.WARMUP_ITERS", 2])
     small_cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (1,), "DATALOADER.NUM_WORKERS", 0])
-    small_cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (64, 96), "TEST.VISUALIZE", 0, "SEED", 5])
+    small_cfg.merge_from_list(["INPUT.MIN_SIZE_TRAIN", (64, 96), "SEED", 5])
     return small_cfg
 
 
@@ -403,7 +403,7 @@ PLAIN: list[Any] = [
     *("MODEL.MASK_ON", False, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.AMP.ENABLED", False, "SOLVER.WARMUP_ITERS", 0),
     *("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "SOLVER.BASE_LR", 0.005, "SOLVER.CLIP_GRADIENTS.ENABLED", False),
     *("DATALOADER.NUM_WORKERS", 0, "DATALOADER.ASPECT_RATIO_GROUPING", False, "INPUT.RANDOM_FLIP", "none"),
-    *("INPUT.MIN_SIZE_TRAIN", (96,), "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", 0, "TEST.VISUALIZE", 0),
+    *("INPUT.MIN_SIZE_TRAIN", (96,), "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", 0),
     *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 100_000, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 100_000),
     *("MODEL.RPN.NMS_THRESH", 1.0, "MODEL.RPN.PRE_NMS_TOPK_TRAIN", 40, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 30),
     *("MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False, "ADVERSARIAL.THREAT_MODEL", "L2:2", "MODEL.DEVICE", "cpu"),

@@ -50,7 +50,7 @@ def cfg(converted: Maker, tmp_path: Path) -> CfgNode:
     cfg.merge_from_list([*SMALL, "MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(converted("resnet18"))])
     cfg.merge_from_list(["DATASETS.TRAIN", (NAME,), "DATASETS.TEST", (NAME,), "TEST.EXPECTED_RESULTS", []])
     cfg.merge_from_list(["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "SOLVER.IMS_PER_BATCH", 2, "SEED", 1])
-    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "TEST.VISUALIZE", 0, "OUTPUT_DIR", str(tmp_path / "run")])
+    cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path / "run")])
     return cfg
 
 

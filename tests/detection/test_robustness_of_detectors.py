@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +41,7 @@ from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from tests.conftest import ROOT, global_generators, start_forks
+from tests.conftest import call_verb, global_generators, start_fork, start_forks
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 from tests.detection.test_evaluators import write_voc
 
@@ -392,11 +390,11 @@ def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
     assert found.pop("loss") == found.pop("clean_loss")
     assert found == metrics(few, "clean")
     options = ["--corruptions", "none", "--workers", "0", "--threat-model", "Linf:4/255", "--attack-steps", "4"]
-    status, _, err = run_tool("evaluate", *command(run, output, *options, "--attacks", "objectness")[2:])
+    status, _, err = run_tool(*command(run, output, *options, "--attacks", "objectness"))
     assert (status, "attack-objectness was measured with other settings" in err) == (2, True)
     output = tmp_path / "limited"
     attacks = ["--limit", "2", "--attacks", "classification", "objectness"]
-    status, out, _ = run_tool("evaluate", *command(run, output, *options, *attacks)[2:])
+    status, out, _ = run_tool(*command(run, output, *options, *attacks))
     assert status == 0
     for name in attacks[3:]:
         attacked = metrics(output, f"attack-{name}")
@@ -407,7 +405,7 @@ def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
             attacked[key] for key in ("clean_loss", "loss")
         ]
     assert sum(metrics(output, "attack-worst")[f"images/attack-{name}"] or 0 for name in attacks[3:]) == 2
-    status, _, err = run_tool("evaluate", *command(run, output, "--attacks", "total")[2:])
+    status, _, err = run_tool(*command(run, output, "--attacks", "total"))
     assert (status, "an attack needs --threat-model" in err) == (2, True)
     # Honest gradients: nothing is flagged, and the losses of the check are in order.
     assert "warning: attack" not in out
@@ -421,9 +419,7 @@ def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
     assert sorted(row["condition"] for row in table) == sorted(cells)
     for row in table:
         assert float(row["AP50"]) == pytest.approx(metrics(output, row["condition"])["bbox/AP50"])
-    status, _, err = run_tool(
-        "evaluate", *command(run, output, "--limit", "2", "--corruptions", "none", "--errors", "fog-3")[2:]
-    )
+    status, _, err = run_tool(*command(run, output, "--limit", "2", "--corruptions", "none", "--errors", "fog-3"))
     assert (status, "no cell fog-3 was evaluated" in err) == (2, True)
 
 
@@ -432,14 +428,14 @@ def test_a_target_is_an_attack_of_its_own(run: Path, tmp_path: Path, run_tool: R
     output = tmp_path / "out"
     options = ["--corruptions", "none", "--workers", "0", "--limit", "3", "--attack-target", "1"]
     options += ["--threat-model", "Linf:8/255"]
-    status, out, _ = run_tool("evaluate", *command(run, output, *options, "--attack-steps", "3")[2:])
+    status, out, _ = run_tool(*command(run, output, *options, "--attack-steps", "3"))
     assert (status, "attack-target-1" in out) == (0, True)
     found = metrics(output, "attack-target-1")
     assert found["clean_loss"] < found["loss"] <= 0  # minus the loss of the targets
     clean, attacked = (json.loads(detections(output, name)) for name in ("clean", "attack-target-1"))
     taken = [sum(row["score"] for row in rows if row["category_id"] == 2) for rows in (clean, attacked)]
     assert taken[0] < taken[1]
-    status, _, err = run_tool("evaluate", *command(run, output, *options, "--attacks", "total")[2:])
+    status, _, err = run_tool(*command(run, output, *options, "--attacks", "total"))
     assert (status, "give it without --attacks" in err) == (2, True)
 
 
@@ -464,7 +460,7 @@ def test_masked_gradients_are_flagged(run: Path, tmp_path: Path, run_tool: Run) 
     output = tmp_path / "out"
     options = ["--corruptions", "none", "--workers", "0", "--attacks", "total", "--threat-model", "Linf:4/255"]
     options += ["--limit", "3"]
-    status, out, _ = run_tool("evaluate", *command(masked, output, *options, "--attack-steps", "3")[2:])
+    status, out, _ = run_tool(*command(masked, output, *options, "--attack-steps", "3"))
     assert status == 0
     assert "warning: attack-total: random noise is stronger than the white-box attack on " in out
     assert "warning: attack-total: a larger epsilon is not stronger on 3 of 3 images" in out
@@ -481,7 +477,7 @@ def test_masks_cannot_be_attacked_where_there_are_none(run: Path, tmp_path: Path
     content = torch.load(boxes / "model_final.pth", weights_only=True)
     content["model"] = {name: value for name, value in content["model"].items() if "mask_head" not in name}
     torch.save(content, boxes / "model_final.pth")
-    status, _, err = run_tool("evaluate", *command(boxes, tmp_path / "out", *options)[2:])
+    status, _, err = run_tool(*command(boxes, tmp_path / "out", *options))
     assert (status, "the mask loss needs a detector with masks" in err) == (2, True)
     assert not (tmp_path / "out").exists()
 
@@ -615,9 +611,9 @@ def test_domains_are_found_by_their_first_image(domains: Path) -> None:
 # The command
 
 
-def command(run: Path, output: Path, *arguments: object) -> list[str]:
-    head = [sys.executable, str(ROOT / "tools/evaluate.py"), "detector", run / "config.yaml", run / "model_final.pth"]
-    return [*map(str, head), "--output", str(output), *map(str, arguments), "--device", "cpu"]
+def command(run: Path, output: Path, *arguments: object) -> list[object]:
+    detector = ("detector", run / "config.yaml", run / "model_final.pth")
+    return ["evaluate", *detector, "--output", output, *arguments, "--device", "cpu"]
 
 
 CHOICE = ["--corruptions", "contrast", "impulse_noise", "--severities", "0", "3"]
@@ -630,22 +626,20 @@ def test_a_kill_loses_no_finished_cell(
 ) -> None:
     """All its processes, in the middle; the same command then gives what was never broken off."""
     output = tmp_path / few.name
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command(run, output, *CHOICE, "--jobs", "1", "--workers", "1"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
-    )  # fmt: skip
-    while not (output / "cells/contrast-0/record.json").exists() and process.poll() is None:
+    line = command(run, output, *CHOICE, "--jobs", 1, "--workers", 1)
+    process = start_fork(lambda: call_verb(*line), tmp_path / "said")
+    while not (output / "cells/contrast-0/record.json").exists() and process.is_alive():
         time.sleep(0.01)
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 75), err
+    process.join(600)
+    err = (tmp_path / "said/err").read_text()
+    assert process.exitcode == (-signal.SIGKILL if number == signal.SIGKILL else 75), err
     finished = {path: path.stat().st_mtime_ns for path in output.glob("cells/*/record.json")}
     assert 2 <= len(finished) < len(CELLS)
     assert not (output / "record.json").exists()
     if number == signal.SIGTERM:
         assert err.splitlines()[-1].startswith("error: asked to stop")
-    status, out, _ = run_tool("evaluate", *command(run, output, *CHOICE, "--workers", 0)[2:])
+    status, out, _ = run_tool(*command(run, output, *CHOICE, "--workers", 0))
     assert status == 0
     assert str(output / "record.json") in out.splitlines()[-1]
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
@@ -672,14 +666,14 @@ def test_a_signal_in_the_last_cell_ends_it_with_the_stop_status(
     monkeypatch.setattr(CellJob, "_measure", measure)
     monkeypatch.setattr(torch.multiprocessing, "start_processes", lambda *_, **__: SimpleNamespace(join=join))
     options = ["--corruptions", "none", "--jobs", jobs, "--workers", 0]
-    status, _, err = run_tool("evaluate", *command(run, tmp_path / "out", *options)[2:])
+    status, _, err = run_tool(*command(run, tmp_path / "out", *options))
     assert (status, err.splitlines()[-1][:22]) == (75, "error: asked to stop: ")
     assert (tmp_path / "out/cells/clean/record.json").exists() == (jobs == 1)
     assert not (tmp_path / "out/record.json").exists()
 
 
 def test_the_table(few: Path, run: Path, run_tool: Run) -> None:
-    status, out, err = run_tool("evaluate", *command(run, few, *CHOICE)[2:])
+    status, out, err = run_tool(*command(run, few, *CHOICE))
     assert status == 0, err
     first, *lines = out.splitlines()
     assert first.startswith("shapes_val, 6 images, 5 cells in ")
@@ -705,7 +699,7 @@ def test_the_table(few: Path, run: Path, run_tool: Run) -> None:
     ],
 )
 def test_refuses(run: Path, tmp_path: Path, run_tool: Run, arguments: list[str], words: str) -> None:
-    status, _, err = run_tool("evaluate", *command(run, tmp_path / "out", *arguments)[2:])
+    status, _, err = run_tool(*command(run, tmp_path / "out", *arguments))
     assert status == 2
     assert len(err.splitlines()) == 1
     assert words in err

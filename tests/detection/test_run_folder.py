@@ -47,7 +47,7 @@ def test_another_configuration_is_refused_by_its_keys(cfg: CfgNode, key: str, va
 
 def test_what_changes_no_result_may_change(cfg: CfgNode) -> None:
     begin(cfg)
-    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 7, "TEST.VISUALIZE", 0, "TEST.REFERENCE_EVAL", True])
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 7, "TEST.REFERENCE_EVAL", True])
     cfg.DATALOADER.NUM_WORKERS += 1
     assert not check_folder(cfg, resume=True)
 

@@ -4,8 +4,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from robust_backbones.checkpoint.format import sha256
 from robust_backbones.detection.checkpoint import newest_checkpoint
 from robust_backbones.runs.folders import own_folder
 from robust_backbones.runs.record import RunRecord
-from tests.conftest import ROOT
+from tests.conftest import call_verb, start_fork, start_forks
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
 Maker = Callable[[str], Path]
@@ -31,18 +30,21 @@ TINY += ["TEST.EXPECTED_RESULTS", "[]"]
 
 def train_net(data: Path, *arguments: object, status: int = 0, stop: Path | None = None) -> tuple[str, str]:
     """What the command prints; once ``stop`` exists, all its processes get SIGTERM, as from a scheduler."""
-    command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(SHAPES_CONFIG)]
-    environment = {**os.environ, "DETECTRON2_DATASETS": str(data), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
-    )  # fmt: skip
-    while stop is not None and not stop.exists() and process.poll() is None:
-        time.sleep(0.01)
-    if stop is not None:
-        os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=1200)
-    assert process.returncode == status, out[-3000:] + err[-3000:]
+
+    def train() -> None:
+        os.environ["DETECTRON2_DATASETS"] = str(data)
+        torch.multiprocessing.start_processes = start_forks
+        call_verb("train", "--config-file", SHAPES_CONFIG, *arguments)
+
+    with tempfile.TemporaryDirectory() as folder:
+        process = start_fork(train, Path(folder))
+        while stop is not None and not stop.exists() and process.is_alive():
+            time.sleep(0.01)
+        if stop is not None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.join(1200)
+        out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
+    assert process.exitcode == status, out[-3000:] + err[-3000:]
     return out, err
 
 

@@ -82,7 +82,7 @@ def arguments(name: str, root: Path, output: Path) -> Arguments:
             solver += "TEST.EVAL_PERIOD 2 TEST.PRECISE_BN.NUM_ITER 2"
             line = f"train --config-file {SHAPES_CONFIG} {syncbn * two} --resume "
             line += f"{solver} MODEL.WEIGHTS {root}/resnet18.pkl OUTPUT_DIR {output}"
-            return [*line.split(), *map(str, SMALL)]  # some of whose values hold spaces
+            return [*line.split(), *map(str, SMALL), "TEST.VISUALIZE", "1"]  # some of whose values hold spaces
         case "probe":
             recipe = "--epochs 4 --seeds 0 1 --lrs 0.01 --batch-size 16"
             recipe += " --checkpoint-minutes 0 --image-size 32 --val-resize 32 --device cpu --workers 0"
