@@ -377,8 +377,9 @@ def _between(plain: dict[str, str], prefix: str, names: dict[str, str]) -> dict[
     if next(iter(names.values()), "") != "conv1.weight":
         return {}
     places = [place for place, name in enumerate(plain) if name in names]
-    inside = [*plain.items()][places[0] : places[-1]]
-    return {name: full.removeprefix(prefix) for name, full in inside if full.startswith(prefix) and name not in names}
+    inside = [(name, full) for name, full in [*plain.items()][places[0] : places[-1]] if name not in names]
+    own = re.compile(re.escape(prefix) + r"(?!fc\.)")
+    return {name: full.removeprefix(prefix) for name, full in inside if own.match(full)}
 
 
 def _check_once(plain: dict[str, str], tensors: dict[str, Tensor]) -> None:

@@ -183,6 +183,8 @@ def test_what_stands_between_the_layers_is_no_head(tmp_path: Path, tensors: Tens
     torch.save({key: more[key] for key in [*names[: after + 1], name, *names[after + 1 :]]}, path)
     with pytest.raises(InputError, match=f"has no place for {name}"):
         read_checkpoint(path)
+    torch.save({key.replace(name, "fc.0.weight"): more[key] for key in [*names[:6], name, *names[6:-2]]}, path)
+    assert read_checkpoint(path).left_out == ("fc.0.weight",)
     torch.save(more, path)  # after the classifier
     assert read_checkpoint(path).left_out == (name,)
     torch.save(dict(sorted(more.items())), path)
