@@ -25,7 +25,7 @@ from robust_backbones.analysis.inheritance import summary_table
 from robust_backbones.analysis.paper.transfer_figures import best_table
 from robust_backbones.analysis.paper.transfer_results import Pretrainings, targets
 from robust_backbones.analysis.record_tables import detector_robustness_table
-from robust_backbones.analysis.records import RecordedRun, find_runs
+from robust_backbones.analysis.records import RecordedRun, find_primary, find_runs
 from robust_backbones.analysis.results import results
 from robust_backbones.analysis.statistics import Summary, compare_pairs, summarize
 from robust_backbones.analysis.tables import Table
@@ -110,28 +110,32 @@ def study() -> Table:
     own: dict[tuple[str, str], dict[str, list[float]]] = {}
     for record in (run.record for run in runs if run.record.task == "pretrain"):
         for metric in ("clean_accuracy", "robust_accuracy"):
-            values = own.setdefault((f"its own task ({record.dataset})", metric), {})
+            values = own.setdefault((f"its own task ({record.dataset})", metric.split("_")[0]), {})
             values.setdefault(str(record.threat_model), []).append(record.metrics[metric] or 0.0)
     cells = {
         key: {model: _mean_and_std(summarize(values)) for model, values in found.items()} for key, found in own.items()
     }
     signs = {"better": " ▲", "worse": " ▼"}
-    for result in results(*experiments(runs)):
-        config = result.experiment.runs[0].record.config
-        mode = "fixed features" if config["mode"] == linear_probe.MODE else "full network"
-        if result.metric in result.experiment.headlines:
-            cells[f"{result.experiment.dataset}, {mode}", result.metric] = {
-                row.backbone.trained_at: _mean_and_std(row.summary)
-                + signs.get(row.comparison.verdict if row.comparison else "", "")
-                for row in result.rows
-                if row.summary
-            }
+    of_detectors = {"bbox/AP50": "AP50", "attack-classification/bbox/AP50": "robust AP50"}
+    detectors = {}
+    for result in results(*experiments(runs), primary=find_primary([DOCS / "study"])):
+        experiment, metric = result.experiment, result.metric
+        found = {
+            row.backbone.trained_at: _mean_and_std(row.summary)
+            + signs.get(row.comparison.verdict if row.comparison else "", "")
+            for row in result.rows
+            if row.summary
+        }
+        if experiment.task == "transfer" and metric in experiment.headlines:
+            fixed = experiment.runs[0].record.config["mode"] == linear_probe.MODE
+            mode = "fixed features" if fixed else "full network"
+            cells[f"{experiment.dataset}, {mode}", metric.split("_")[0]] = found
+        elif metric in of_detectors:
+            detectors[f"Faster R-CNN, {experiment.dataset}", of_detectors[metric]] = found
+    cells |= detectors
     models = sorted({model for found in cells.values() for model in found} - {"unknown"}, key=_epsilon)
-    rows = [
-        [what, metric.split("_")[0], *(found.get(model, "-") for model in ["unknown", *models])]
-        for (what, metric), found in cells.items()
-    ]
-    return Table.of(["after", "accuracy", "as it is", *(f"ε = {_epsilon(model):g}" for model in models)], rows)
+    rows = [[*key, *(found.get(model, "-") for model in ["unknown", *models])] for key, found in cells.items()]
+    return Table.of(["after", "result", "as it is", *(f"ε = {_epsilon(model):g}" for model in models)], rows)
 
 
 def _epsilon(threat_model: str) -> float:
