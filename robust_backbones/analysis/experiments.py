@@ -225,7 +225,15 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
             else:
                 alternatives.append((own, [run]))
     order = list(TASKS)
-    named = {run.weights: run.named for run in runs if run.named}
+    # What a sweep calls a backbone tells two of one family apart. Of one, the files of some seeds may have no name yet.
+    called: dict[tuple[Any, ...], set[str]] = {}
+    for run in runs:
+        if run.named:
+            called.setdefault((run.record.threat_model, family(run.record)), set()).add(run.named)
+    several = {kind for kind, names in called.items() if len(names) > 1}
+    named = {
+        run.weights: run.named for run in runs if run.named and (run.record.threat_model, family(run.record)) in several
+    }
     found = []
     for (task, dataset), alternatives in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         names = setting_names([own for own, _ in alternatives])

@@ -420,6 +420,18 @@ def test_two_pretrainings_a_seed_are_two_backbones(seeds: dict[str, tuple[int, .
     assert found == {f"resnet50 ({name})": own for name, own in seeds.items()}
 
 
+def test_seeds_of_one_backbone_stay_together_where_some_have_no_name(tmp_path: Path) -> None:
+    """As in a study half done, whose detectors have run for some seeds and whose transfer for all."""
+    records = []
+    for seed in range(3):
+        backbone = {"arch": "resnet50", "num_classes": 1000, "source_sha256": f"sha{seed}"}
+        records.append(record("L2:3", seed, backbone=backbone))
+        if seed < 2:
+            records[-1].config["MODEL"]["WEIGHTS"] = f"runs/convert-a-{seed:010x}/backbone.pkl"
+    (experiment,) = experiments(find_runs([write(tmp_path, *records)]))
+    assert [tuple(backbone.runs) for backbone in experiment.backbones] == [(0, 1, 2)]
+
+
 def test_runs_of_other_settings_are_not_pooled(tmp_path: Path) -> None:
     longer = record("L2:3", 0)
     longer.config["SOLVER"]["MAX_ITER"] = 90_000
