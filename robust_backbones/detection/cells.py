@@ -77,7 +77,7 @@ def corruption_cells(names: Iterable[str], severities: Iterable[int]) -> list[Ce
     chosen, severities = tuple(dict.fromkeys(names)), sorted(set(severities))
     if chosen in (("all",), ("none",)):
         chosen = CORRUPTIONS if chosen == ("all",) else ()
-    for name in chosen or CORRUPTIONS[:1]:
+    for name in chosen or CORRUPTIONS[:1]:  # without a corruption its severities are checked all the same
         for severity in severities:
             check_corruption(name, severity)
     return [
