@@ -6,6 +6,7 @@ built: that takes seconds, which what only reads tensors need not wait for.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
@@ -25,6 +26,7 @@ from robust_backbones.timm_models import (
     swin_shape,
     timm_classifier,
     timm_config,
+    timm_names,
 )
 from robust_backbones.timm_vit import is_vit, vit_shape
 
@@ -105,9 +107,10 @@ class BackboneSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.arch, str) or not (self.arch in ARCHITECTURES or is_timm(self.arch)):
+            nearest = difflib.get_close_matches(str(self.arch), [*ARCHITECTURES, *timm_names()], cutoff=0)
             raise InputError(
-                f"unknown architecture {self.arch!r}: choose one of {', '.join(ARCHITECTURES)}, or a classifier "
-                "of timm (timm.list_models() names them)"
+                f"unknown architecture {self.arch!r}, nearest to {', '.join(nearest)}: choose one of "
+                f"{', '.join(ARCHITECTURES)}, or a classifier of timm (timm.list_models() names them)"
             )
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if not all(type(size) is int and size > 0 for size in (self.image_size, self.val_resize)):

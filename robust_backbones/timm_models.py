@@ -24,6 +24,12 @@ def is_timm(arch: str) -> bool:
     return bool(_timm().is_model(arch))
 
 
+def timm_names() -> list[str]:
+    """Of all its networks, without tags of weights."""
+    names: list[str] = _timm().list_models()
+    return names
+
+
 def _timm() -> Any:
     """timm, with the networks of ``convstem`` in its registry."""
     import timm

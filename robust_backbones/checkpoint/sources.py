@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from robust_backbones.checkpoint import hub, zoo
+from robust_backbones.checkpoint.beside import check_beside
 from robust_backbones.checkpoint.convert import metadata_in
 from robust_backbones.checkpoint.format import (
     ASSUMED,
@@ -103,6 +104,8 @@ def read_checkpoint(
         path = fetch_url(url)
     if source:
         check_choice("source", source, SOURCES)
+    if statement and statement.arch:
+        usual_spec(statement.arch)  # refuses what it does not know
     if not Path(path).exists() and str(path) in zoo.published() | zoo.published_robust():
         raise InputError(f"no file at {path}: did you mean {HUB}{path}, the published backbone?")
     path, content = Path(path), load_tensors(path)
@@ -185,6 +188,8 @@ def _read(
         shapes = {name: getattr(tensors_say, name) for name in ("arch", "num_classes", "stem")}
         tensors_say = replace(metadata.spec, **shapes)
     else:
+        if layout != "msra" and not statement.arch:  # which keeps all blobs side by side
+            check_beside(network)
         described.check(tensors_say.arch)
         described.check_heads(tensors_say.arch, layout, stated=bool(statement.arch))
         if network.library == "transformers":

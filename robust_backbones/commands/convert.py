@@ -113,7 +113,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", choices=SOURCES, default="", help="layout of SRC, instead of what its keys tell")
     parser.add_argument("--key", help="which of several networks in SRC: its key, as in teacher or state.model")
     parser.add_argument("--prefix", help="which of several networks in SRC: what its tensors' names begin with")
-    parser.add_argument("--arch", help="timm's name of the network, where no shape of SRC tells it")
+    parser.add_argument(
+        "--arch", help="timm's name of the network, where no shape of SRC tells it, or a head is doubted"
+    )
     floats: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("C1", "C2", "C3")}
     parser.add_argument("--mean", **floats, help="what SRC was fed with, where it does not say: pixels in [0, 1]")
     parser.add_argument("--std", **floats)

@@ -185,10 +185,11 @@ def test_what_stands_between_the_layers_is_no_head(tmp_path: Path, tensors: Tens
         read_checkpoint(path)
     torch.save({key.replace(name, "fc.0.weight"): more[key] for key in [*names[:6], name, *names[6:-2]]}, path)
     assert read_checkpoint(path).left_out == ("fc.0.weight",)
-    torch.save(more, path)  # after the classifier
-    assert read_checkpoint(path).left_out == (name,)
-    torch.save(dict(sorted(more.items())), path)
-    assert read_checkpoint(path).left_out == (name,)
+    for content in (more, dict(sorted(more.items()))):  # after the classifier, and in no order that tells
+        torch.save(content, path)
+        with pytest.raises(InputError, match=f"{name}, which by its name .* give --arch resnet18"):
+            read_checkpoint(path)
+        assert read_checkpoint(path, statement=Statement(arch="resnet18")).left_out == (name,)
 
 
 @pytest.mark.parametrize("options", [dict, lambda **values: argparse.Namespace(**values)])
@@ -205,9 +206,18 @@ def test_the_options_of_the_training_count(tmp_path: Path, tensors: Tensors, opt
         read_checkpoint(path, statement=STATED)
 
 
-@pytest.mark.parametrize("arch", ["resnet34", "resnet"])
-def test_another_network_than_the_stated_one_is_refused(tmp_path: Path, tensors: Tensors, arch: str) -> None:
+@pytest.mark.parametrize(
+    ("arch", "message"),
+    [
+        ("resnet34", "those of resnet18, not of resnet34"),
+        ("resnet", "unknown architecture 'resnet', nearest to resnet"),
+        ("convnext_tny", "unknown architecture 'convnext_tny', nearest to convnext_tiny, "),
+    ],
+)
+def test_another_network_than_the_stated_one_is_refused(
+    tmp_path: Path, tensors: Tensors, arch: str, message: str
+) -> None:
     torch.save(tensors, tmp_path / "file.pth")
     assert read_checkpoint(tmp_path / "file.pth", statement=Statement(arch="resnet18")).spec.arch == "resnet18"
-    with pytest.raises(InputError, match=arch):
+    with pytest.raises(InputError, match=message):
         read_checkpoint(tmp_path / "file.pth", statement=Statement(arch=arch))
