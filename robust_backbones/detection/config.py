@@ -233,6 +233,8 @@ def check_config(cfg: CfgNode) -> None:
     if cfg.ADVERSARIAL.KIND and cfg.VIS_PERIOD > 0:
         raise InputError("VIS_PERIOD draws training images, which adversarial training cannot: give VIS_PERIOD 0")
     _check_backbone(cfg, values)
+    if cfg.INPUT.SCALE_JITTER and cfg.INPUT.CROP.ENABLED:
+        raise InputError("INPUT.SCALE_JITTER crops by itself: give INPUT.CROP.ENABLED False, or INPUT.SCALE_JITTER ()")
     if cfg.MODEL.FPN.NORM and cfg.MODEL.BACKBONE.NAME == "build_resnet_backbone":
         mend = 'for C4 give protocols/syncbn_C4.yaml, for DC5 add MODEL.FPN.NORM ""'
         raise InputError(f"MODEL.FPN.NORM is set, but the detector has no FPN: {mend}")

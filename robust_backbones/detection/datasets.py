@@ -288,6 +288,11 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning
         if shared := images[name] & set[str]().union(*(images[other] for other in trained)):
             told = f"{min(shared)}; AP on them does not tell of others"
             warnings.append(DataWarning(name, "images of a training set", len(shared), told))
+    for asked, kind, told in (
+        (cfg.MODEL.KEYPOINT_ON, "measure left out", "AP of keypoints, which Detectron2's COCOEvaluator has"),
+        (cfg.TEST.AUG.ENABLED, "augmentation left out", "TEST.AUG, which Detectron2's GeneralizedRCNNWithTTA does"),
+    ):
+        warnings += [DataWarning(name, kind, 1, told) for name in cfg.DATASETS.TEST if asked]
     wanted = class_names(names[0])
     for name in names:
         found = class_names(name)

@@ -167,6 +167,11 @@ def test_its_recipe_has_detectron2s_values() -> None:
     for wrong in ((0.1, 2.0), (2.0, 0.1, 64), (0.1, 2.0, 0)):
         with pytest.raises(InputError, match="SCALE_JITTER"):
             load_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml", ["INPUT.SCALE_JITTER", wrong])
+    with pytest.raises(InputError, match=r"give INPUT\.CROP\.ENABLED False"):
+        load_config(
+            "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_100ep_LSJ.yaml",
+            ["INPUT.CROP.ENABLED", True, "MODEL.DEVICE", "meta"],
+        )
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -64,6 +64,13 @@ def test_a_sound_set_is_passed_in_silence(cfg: CfgNode) -> None:
     assert check_datasets(cfg) == []
 
 
+@pytest.mark.parametrize(("key", "told"), [("MODEL.KEYPOINT_ON", "AP of keypoints"), ("TEST.AUG.ENABLED", "TEST.AUG")])
+def test_what_an_evaluation_would_leave_out_is_said_before(cfg: CfgNode, key: str, told: str) -> None:
+    cfg.merge_from_list([key, True])
+    for eval_only in (False, True):
+        assert [told in str(warning) for warning in check_datasets(cfg, eval_only=eval_only)] == [True]
+
+
 def test_missing_images_are_counted_and_the_first_is_named(cfg: CfgNode, tmp_path: Path) -> None:
     for number in (3, 5):
         (tmp_path / f"shapes/train/{number:06}.jpg").unlink()
