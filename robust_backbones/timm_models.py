@@ -117,6 +117,8 @@ def build_stages(arch: str, *, drop_path: float = 0.0) -> tuple[nn.Module, tuple
         dropping = any(isinstance(module, DropPath) for module in network.modules())
     except TypeError:
         dropping = False  # it knows no such argument
+    if not drop_path:
+        keep_paths(network)  # some leave out blocks by themselves
     if drop_path and not dropping:
         raise InputError(f"timm's {arch} leaves out no blocks: give MODEL.BACKBONE.DROP_PATH 0.0")
     places = {one["reduction"]: place for place, one in enumerate(network.feature_info)}

@@ -278,7 +278,7 @@ def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if part := re.fullmatch(r"(.+)\[(\d)\](.*)", name):
             parts.setdefault(part[1] + part[3], {})[int(part[2])] = tensor
         else:
-            found[name] = tensor.flatten() if name.endswith(".gamma") else tensor
+            found[name] = tensor.flatten() if re.fullmatch(r"stages\.\d\.blocks\.\d+\.gamma", name) else tensor
     for name, pieces in parts.items():
         if sorted(pieces) != [0, 1, 2]:
             raise InputError(f"it holds only a part of {name}: query, key and value belong together")

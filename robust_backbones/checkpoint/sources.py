@@ -264,8 +264,11 @@ def _normalizer(network: Network, content: dict[str, Any]) -> dict[str, Any] | N
         *layers, last = name.split(".")
         numbers = [_triple(values.get(one)) for one in (name, ".".join([*layers, partners.get(last, "")]))]
         if last in partners and "attacker" not in layers and all(numbers):
-            # Detectron2's are in units of 0-255.
-            scale = 255 if last == "pixel_mean" and max(numbers[0]) > 1 else 1
+            # Detectron2's are in units of 0-255, in which 0 and 1 leave pixels as they are; numbers that could be in
+            # either are nobody's word (``_check_normalizer_is_known``).
+            if last == "pixel_mean" and max(numbers[0]) <= 1 and max(numbers[1]) <= 1:
+                continue
+            scale = 255 if last == "pixel_mean" else 1
             mean, std = (tuple(round(value / scale, 6) for value in three) for three in numbers)
             shared = takewhile(lambda pair: pair[0] == pair[1], zip(layers, network.prefix.split("."), strict=False))
             found.append((len(list(shared)), {"mean": mean, "std": std}))

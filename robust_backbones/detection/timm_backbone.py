@@ -71,6 +71,12 @@ class TimmBackbone(Backbone):
         network: Any = self.network
         try:
             outputs = network.forward_intermediates(images, indices=[*self._indices], intermediates_only=True)
+        except AssertionError:
+            height, width = images.shape[-2:]
+            raise InputError(
+                f"timm's {self.arch} takes no images of {width}x{height} pixels, those of a detector have any sides "
+                "that 32 divides: give another network"
+            ) from None
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

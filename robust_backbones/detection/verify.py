@@ -19,6 +19,7 @@ from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms.functional import center_crop, pil_to_tensor
 
 from robust_backbones.checkpoint import zoo
@@ -104,6 +105,8 @@ def feature_errors(
         BackboneCheckpointer(detector, cfg=cfg).load(str(converted))
         network = detector.backbone.net if hasattr(detector.backbone, "net") else detector.backbone.bottom_up
         reference = source.model.train(mode == "train")
+        # Some of timm's batch norms see one number a channel and image: one image has no statistics.
+        in_pairs = is_foreign(checkpoint.spec.arch) and any(isinstance(one, _BatchNorm) for one in network.modules())
         if mode == "train":
             # The statistics of a few pixels, taken layer by layer, multiply float32's rounding a thousandfold, that of
             # mean and std as well.
@@ -115,11 +118,11 @@ def feature_errors(
                 (reference.std, spec.std),
             ):
                 buffer.copy_(torch.tensor(values, dtype=buffer.dtype)[:, None, None])
-        for name, for_detector, for_reference in inputs(cfg.INPUT.FORMAT, checkpoint.spec, image, size):
-            features = network(detector.preprocess_image([{"image": for_detector}]).tensor)
-            for stage, expected in zip(
-                features, source.stages(for_reference[None].to(reference.mean.dtype) / 255), strict=True
-            ):
+        for name, *pixels in inputs(cfg.INPUT.FORMAT, checkpoint.spec, image, size):
+            for_detector, for_reference = ([one, one.flip(-1)] if in_pairs else [one] for one in pixels)
+            features = network(detector.preprocess_image([{"image": one} for one in for_detector]).tensor)
+            wanted = source.stages(torch.stack(for_reference).to(reference.mean.dtype) / 255)
+            for stage, expected in zip(features, wanted, strict=True):
                 if expected.shape != features[stage].shape:
                     raise ProofFailedError(
                         f"{stage} of {checkpoint.source} and of what was made from it differ in size"

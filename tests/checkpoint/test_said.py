@@ -173,6 +173,24 @@ def test_a_normaliser_by_another_name_is_asked_for(tmp_path: Path, tensors: Tens
 
 
 @pytest.mark.parametrize(
+    ("mean", "std", "fed"),
+    [(123.675, 58.395, (0.485, 0.229)), (103.53, 1.0, (0.406, 1 / 255)), (0.0, 255.0, (0.0, 1.0)), (0.0, 1.0, ())],
+)
+def test_detectron2s_pixels_are_of_0_255_where_they_cannot_be_others(
+    tmp_path: Path, tensors: Tensors, mean: float, std: float, fed: tuple[float, ...]
+) -> None:
+    path = tmp_path / "file.pth"
+    torch.save({n: torch.full((3, 1, 1), v) for n, v in (("pixel_mean", mean), ("pixel_std", std))} | tensors, path)
+    if fed:
+        spec = read_checkpoint(path).spec
+        assert (spec.mean, spec.std) == tuple(pytest.approx((value,) * 3, abs=1e-6) for value in fed)
+    else:
+        with pytest.raises(InputError, match=r"pixel_mean \(0 0 0\), which may normalise .* give --mean and --std"):
+            read_checkpoint(path)
+        assert read_checkpoint(path, statement=STATED).said["mean"] == BY_USER
+
+
+@pytest.mark.parametrize(
     ("inside", "name"), [("bn1", "ca.fc1.weight"), ("layer2", "denoise2.conv.weight"), ("layer3", "swish.beta")]
 )
 def test_what_stands_between_the_layers_is_no_head(tmp_path: Path, tensors: Tensors, inside: str, name: str) -> None:

@@ -21,6 +21,7 @@ from robust_backbones.detection.verify import feature_errors, prove
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import usual_spec
 from robust_backbones.runs.identity import flat
+from robust_backbones.timm_models import build_stages
 from tests.conftest import randomize_batch_norms
 from tests.detection.conftest import CASCADE, SHAPES_CONFIG, SMALL, flat_overrides
 from tests.detection.test_trainer import run, same, weights
@@ -195,6 +196,17 @@ def test_what_cannot_be_recomputed_or_normalised_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="batch norms of timm's resnest14d see one number a channel and image"):
         of_one_number(torch.rand(1, 3, 64, 64))
     assert of_one_number(torch.rand(2, 3, 64, 64)).keys() == {"res2", "res3", "res4", "res5"}
+    with pytest.raises(InputError, match="timm's bat_resnext26ts takes no images of 96x64 pixels"):
+        TimmBackbone("bat_resnext26ts").eval()(torch.rand(1, 3, 64, 96))
+
+
+def test_no_block_is_left_out_unless_asked_for() -> None:
+    """timm's FocalNet leaves out blocks where nothing is said."""
+    for asked in (0.0, 0.2):
+        with torch.device("meta"):
+            network, _ = build_stages("focalnet_tiny_srf", drop_path=asked)
+        rates = {one.drop_prob for one in network.modules() if isinstance(one, timm.layers.DropPath)}
+        assert max(rates) == pytest.approx(asked)
 
 
 # --- training ---
@@ -245,7 +257,7 @@ def test_a_killed_run_resumes_as_the_unbroken_one(
     assert len(moved) > 0.8 * len(start)
 
 
-@pytest.mark.parametrize("arch", ["test_vit", "test_convnext"])
+@pytest.mark.parametrize("arch", ["test_vit", "test_convnext", pytest.param("resnest14d", marks=pytest.mark.slow)])
 def test_files_of_halves_are_proven(arch: str, tmp_path: Path) -> None:
     """By our reading too, where nobody's code builds the network."""
     torch.manual_seed(0)
