@@ -6,6 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from robust_backbones.errors import InputError
 
 CONFIG_DIR = Path(__file__).with_name("detectron_configs")
@@ -20,6 +22,18 @@ def find_file(path: str | Path, folder: Path) -> Path:
     path = Path(path)
     name = path.relative_to(folder.name) if path.parts[:1] == (folder.name,) else path
     return folder / name if not path.exists() and (folder / name).is_file() else path
+
+
+class StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which of a key that is there twice takes the last without a word; this one refuses it."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys: dict[str, yaml.Node] = {}
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if keys.setdefault(key.value, key) is not key and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.YAMLError(f"{key.value} is there twice, again in line {key.start_mark.line + 1}: leave one")
+        return node
 
 
 DETECTOR_KEYS: dict[str, Any] = {

@@ -7,7 +7,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -124,6 +124,8 @@ class Experiment:
     backbones: tuple[BackboneRuns, ...]
     """The standard ones first, then by norm and epsilon."""
     notes: tuple[str, ...]
+    number: int = 1
+    """Among those whose titles make the same name of a file."""
 
     @property
     def title(self) -> str:
@@ -133,7 +135,8 @@ class Experiment:
     def slug(self) -> str:
         """The title as the beginning of file names, short enough for one."""
         name = re.sub(r"[^a-z0-9]+", "_", f"{self.task} {self.dataset} {self.setting}".lower()).strip("_")
-        return name if len(name) <= 100 else f"{name[:90]}_{zlib.crc32(name.encode()):08x}"
+        name = name if len(name) <= 100 else f"{name[:90]}_{zlib.crc32(name.encode()):08x}"
+        return name if self.number == 1 else f"{name}_{self.number}"
 
     @property
     def runs(self) -> list[RecordedRun]:
@@ -168,6 +171,8 @@ class Experiment:
         # Without an adversary, robust accuracy is the clean one once more.
         if str(self.runs[0].record.config.get("eval_threat_model") or "L2:0").endswith(":0"):
             names.pop("robust_accuracy", None)
+        if self.task == "detector_robustness":  # of single corruptions none has a table; elsewhere such are test sets
+            names = {name: None for name in names if name.split("/")[0].split("-")[0] not in CORRUPTIONS}
         return [name for name in names if is_reported(name) and any(b.values(name) for b in self.backbones)]
 
     @property
@@ -234,11 +239,14 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
     named = {
         run.weights: run.named for run in runs if run.named and (run.record.threat_model, family(run.record)) in several
     }
-    found = []
+    found: list[Experiment] = []
     for (task, dataset), alternatives in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         names = setting_names([own for own, _ in alternatives])
         for name, (_, members) in zip(names, alternatives, strict=True):
-            found.append(Experiment(task, dataset, name, *_backbones(members, named)))
+            one, taken = Experiment(task, dataset, name, *_backbones(members, named)), {other.slug for other in found}
+            while one.slug in taken:
+                one = replace(one, number=one.number + 1)
+            found.append(one)
     return found
 
 
@@ -262,12 +270,11 @@ def _defaults(mode: str) -> dict[str, Any]:
 def is_reported(metric: str) -> bool:
     """Whether a metric gets a table of its own: AP, AP50 and AP75 of boxes and masks, clean and robust accuracy.
 
-    Of single corruptions none has one, of their mean and of attacks each.
+    Of corruptions and attacks those of their cells.
     """
     # The best of several evaluations on the test images is no result.
     is_average = re.search(rf"(^|/)({'|'.join(METRICS)})/AP(50|75)?$", metric) and not metric.startswith("best/")
-    is_corruption = metric.split("/")[0].split("-")[0] in CORRUPTIONS
-    return metric in ("clean_accuracy", "robust_accuracy") or (bool(is_average) and not is_corruption)
+    return metric in ("clean_accuracy", "robust_accuracy") or bool(is_average)
 
 
 def bounds(metric: str) -> tuple[float, float]:

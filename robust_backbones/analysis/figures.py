@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.runs.files import atomic_path
@@ -63,6 +64,13 @@ class Page:
     tables: Sequence[Table] = ()
 
 
+def as_written(figure: Figure) -> Figure:
+    """The figure with its texts as they are: a ``$`` in a name begins no formula."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    return figure
+
+
 def save(figure: Figure, path: Path, rows: Sequence[Mapping[str, Any]], caption: str, alt: str) -> Picture:
     """Write a figure as SVG and PNG, and its numbers as CSV.
 
@@ -72,7 +80,7 @@ def save(figure: Figure, path: Path, rows: Sequence[Mapping[str, Any]], caption:
     """
     # A fixed salt and no date: the same numbers give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "robust-backbones"}):
-        if engine := figure.get_layout_engine():  # once for both
+        if engine := as_written(figure).get_layout_engine():  # once for both
             engine.execute(figure)
             figure.set_layout_engine("none")
         for suffix, options in ((".svg", {"metadata": {"Date": None}}), (".png", {"dpi": DPI})):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -70,7 +69,7 @@ class Result:
 
     @property
     def slug(self) -> str:
-        return f"{self.experiment.slug}_{re.sub(r'[^a-zA-Z0-9]+', '_', self.metric)}"
+        return f"{self.experiment.slug}_{self.metric.replace('/', '_')}"
 
     @property
     def notes(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from robust_backbones.analysis.figures import as_written
 from robust_backbones.analysis.statistics import summarize
 from robust_backbones.analysis.tables import Table
 from robust_backbones.runs.files import atomic_path
@@ -78,4 +79,4 @@ def draw_grid(path: Path, rows: Mapping[str, Tensor], titles: Sequence[str]) -> 
     for axes, title in zip(grid[0], titles, strict=False):
         axes.set_title(title, fontsize=8)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)
+        as_written(figure).savefig(temporary, format="png", dpi=200)

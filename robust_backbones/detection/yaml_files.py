@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from robust_backbones.configs import StrictLoader
+
 _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -55,8 +57,8 @@ def _merge(own: Mapping[str, Any], settings: dict[str, Any]) -> None:
             settings[key] = value
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, and the one expression that Detectron2's files ask ``eval`` for: a list of anchor sizes."""
+class _Loader(StrictLoader):
+    """YAML, and the one expression that Detectron2's files ask ``eval`` for: a list of anchor sizes."""
 
 
 def _expression(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> Any:

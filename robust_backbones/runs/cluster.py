@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from robust_backbones.errors import InputError, check_choice
+from robust_backbones.errors import InputError, check_choice, check_positive
 
 EXECUTORS = ("slurm", "local", "debug")
 
@@ -31,8 +31,10 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.executor:
             check_choice("executor", self.executor, EXECUTORS)
-        if self.nodes < 1 or self.processes < 1 or self.hours <= 0 or self.restarts < 0:
-            raise InputError("a submission needs nodes and processes >= 1, hours > 0 and restarts >= 0")
+        counts = (self.nodes, self.processes, self.restarts)
+        if not all(isinstance(count, int) for count in counts) or min(counts[:2]) < 1 or self.restarts < 0:
+            raise InputError("a submission needs whole numbers of nodes and processes >= 1 and of restarts >= 0")
+        check_positive(self, "hours")
 
 
 def open_executor(

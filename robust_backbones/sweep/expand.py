@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -151,6 +151,7 @@ class _Expansion:
 
     def _pretrain(self, name: str, seed: int | None) -> tuple[Run, BackboneSpec]:
         options = {**self._manifest.pretraining[name], **({} if seed is None else {"seed": seed})}
+        _refuse_own(f"pretraining {name}", options, ("output", "list_recipes"))
         argv = ("pretrain", "--output", "{folder}", *_words(options))
         parsed = _parsed(pretrain.parse, argv, f"pretraining {name}")
         config, spec = parsed.config, usual_spec(parsed.config.arch, stem=parsed.config.stem)
@@ -231,6 +232,7 @@ class _Expansion:
             sources: by seed.
             chosen: values of keys that were chosen for this backbone.
         """
+        _refuse_own(f"task {task.name}", (*task.overrides, *task.grid), ("OUTPUT_DIR", "SEED", "MODEL.WEIGHTS"))
         manifest, source = self._manifest, next(iter(sources.values()))
         needed = source.spec.detectron2_overrides()
         converts = {seed: self._convert(name, own) if own.path else None for seed, own in sources.items()}
@@ -238,6 +240,8 @@ class _Expansion:
             files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if source.path else (SCRATCH,)))
             overrides = text_overrides(task) | as_texts({**chosen, **({CHOSEN: tuple(chosen)} if chosen else {})})
             settings = detector_settings(files, tuple(overrides.items()))
+            if task.robustness and len(settings["DATASETS.TEST"]) != 1:
+                raise InputError(f"robustness of task {task.name} is on one set: leave one in DATASETS.TEST")
             # Of what the backbone needs, that which the files do not have: a ResNet-50's is in all of them.
             overrides |= {key: str(value) for key, value in needed.items() if settings.get(key) != value}
             group = "-".join(filter(None, (task.name, protocol)))
@@ -267,6 +271,7 @@ class _Expansion:
 
     def _evaluate(self, task: Task, name: str, group: str, detector: Run) -> None:
         """How robust a detector of the study is."""
+        _refuse_own(f"robustness of task {task.name}", task.robustness, ("output",))
         folder = self._folder(detector.key)
         paths = (f"{folder}/config.yaml", f"{folder}/model_final.pth", "--output", "{folder}")
         argv = ("evaluate", "detector", *paths, *_words(task.robustness))
@@ -288,6 +293,7 @@ class _Expansion:
             self._transfer_one(task, name, first, [*sources], label)
 
     def _transfer_one(self, task: Task, name: str, source: _Source, seeds: Sequence[int], label: str) -> None:
+        _refuse_own(f"task {task.name}", task.options, ("output", "seeds", "labels"))
         argv = ("transfer", task.transfer, task.dataset, source.path, "--output", "{folder}")
         argv = (*argv, "--seeds", *map(str, seeds), *(("--labels", label) if label else ()), *_words(task.options))
         parsed = _parsed(transfer.parse, argv, f"task {task.name}")
@@ -305,10 +311,17 @@ class _Expansion:
         defaults["split"] = "drawn"
         settings["weights"] = source.weights
         label = label or labels_of([Path(source.path)])[0]
-        results = tuple(f"{label}/seed_{seed}/record.json" for seed in seeds)
+        trials = seeds[:1] if settings.get("solver") == "lbfgs" else seeds  # its optimum is no matter of seeds
+        results = tuple(f"{label}/seed_{seed}/record.json" for seed in trials)
         needs = (*source.needs, *source.checks)
         rest = {"group": task.name, "task": task.name, "needs": needs, "results": results}
         self._add("transfer", f"{task.name}-{name}", argv, settings, defaults, **rest)
+
+
+def _refuse_own(where: str, names: Iterable[str], own: Sequence[str]) -> None:
+    """Raise InputError for options or keys whose values are the study's own, which the last word would be."""
+    if taken := [name for name in names if name.replace("-", "_") in own or name.startswith("cluster.")]:
+        raise InputError(f"{where} gives {taken[0]}, which the study sets itself: leave it out")
 
 
 def _parsed(parse: Callable[[list[str]], Any], argv: Sequence[str], where: str) -> Any:

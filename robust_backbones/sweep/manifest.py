@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from robust_backbones.checkpoint import zoo
-from robust_backbones.configs import STUDY_DIR, find_file
+from robust_backbones.configs import STUDY_DIR, StrictLoader, find_file
 from robust_backbones.errors import InputError
 from robust_backbones.runs.cluster import ClusterConfig
 
@@ -151,7 +152,7 @@ def read_manifest(path: str | Path, output: str | Path | None = None) -> Manifes
     """
     path = find_file(path, STUDY_DIR)
     try:
-        return _manifest(path, yaml.safe_load(path.read_text()), output)
+        return _manifest(path, yaml.load(path.read_text(), StrictLoader), output)
     except OSError as error:
         raise InputError(f"cannot read the manifest {path} ({error.strerror}): see studies/ for examples") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -173,7 +174,7 @@ def _manifest(path: Path, content: Any, output: str | Path | None) -> Manifest:
         path=path,
         name=(name := _name(content.get("name", path.stem))),
         output=Path(output or content.get("output") or f"runs/{name}"),
-        cost=str(content.get("cost", "")).strip(),
+        cost=str(content.get("cost") or "").strip(),
         seeds=_seeds(content.get("seeds", [0])),
         pretraining={run: _mapping(run, options) for run, options in sections["pretraining"].items()},
         backbones=tuple(_backbone(key, entry) for key, entry in sections["backbones"].items()),
@@ -208,7 +209,8 @@ def _primary(content: Any) -> PrimaryComparison:
         raise InputError(f"primary needs {', '.join(missing)}: it is one comparison, declared before the runs")
     for name in ("difference", "std"):
         value = values.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 < abs(value) < math.inf):
             raise InputError(f"{name} of primary must be a number of points, not 0, got {value!r}")
     if (values.get("std") or 1) < 0 or ("difference" in values) != ("std" in values):
         raise InputError("primary has both difference and std (above 0), of paired differences over seeds, or neither")

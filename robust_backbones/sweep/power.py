@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from robust_backbones.analysis.experiments import experiments
+from robust_backbones.analysis.experiments import METRICS, experiments
 from robust_backbones.analysis.paper.values import PAPER, PaperResult
 from robust_backbones.analysis.records import Primary, find_runs
 from robust_backbones.analysis.results import results
@@ -49,7 +49,7 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
 
     Raises:
         InputError: the primary comparison is with a robust backbone; it has less than 80 % power, unless
-            ``allow_underpowered``; the pilot does not have it.
+            ``allow_underpowered``; the pilot does not have it; reports have no table of its metric.
     """
     if manifest.primary is None:
         if pilot:
@@ -57,6 +57,15 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
         return _exploratory(manifest)
     primary = manifest.primary
     task = manifest.task(primary.task)
+    settings = detector_settings(tuple(task.config_files), tuple(text_overrides(task).items()))
+    kinds = [kind for kind in METRICS if kind != "segm" or settings["MODEL.MASK_ON"]]
+    sets = [f"{one}/" for one in settings["DATASETS.TEST"]] if len(settings["DATASETS.TEST"]) > 1 else [""]
+    reported = [f"{one}{kind}/{ap}" for one in sets for kind in kinds for ap in ("AP", "AP50", "AP75")]
+    if primary.metric not in reported:
+        raise InputError(
+            f"{manifest.path}: reports have no {primary.metric} of task {task.name}: give primary one of "
+            f"{', '.join(reported)}"
+        )
     count, name = len(manifest.seeds_of(task)), primary.backbone or "the best backbone"
     standard = _threat_model(manifest, primary.standard)
     if standard is not None and standard.epsilon > 0:

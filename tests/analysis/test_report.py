@@ -441,6 +441,23 @@ def test_runs_of_other_settings_are_not_pooled(tmp_path: Path) -> None:
     assert len({experiment.slug for experiment in found}) == 2
 
 
+def test_sets_whose_names_are_alike_in_files_have_tables_of_their_own(tmp_path: Path) -> None:
+    """Sets named with other letters alone, and test sets of one run called as corruptions are."""
+    runs = [record("L2:0", 0, dataset=name, metrics={"bbox/AP": ap}) for name, ap in (("夜", 1.0), ("昼", 2.0))]
+    weather = {"fog/bbox/AP": 3.0, "昼/bbox/AP": 4.0, "夜/bbox/AP": 5.0}
+    runs.append(record("L2:0", 0, dataset="fog, 昼, 夜", metrics=weather))
+    runs[0].backbone["label"] = r"net$\x$"  # no formula, and broken as one
+    write_report(find_runs([write(tmp_path / "runs", *runs)]), tmp_path / "report", title="t")
+    files = (tmp_path / "report/tables").glob("segmentation*.csv")
+    assert sorted(float(row["mean"]) for file in files for row in table(tmp_path / "report", file.stem)) == [
+        1.0,
+        2.0,
+        3.0,
+        4.0,
+        5.0,
+    ]
+
+
 def test_settings_are_named_by_the_few_keys_that_tell_them_apart() -> None:
     probe = {"mode": "linear_probe", "solver": "sgd", "augmentation": "none", "batch_norm": "eval", "epochs": 9}
     settings: list[dict[str, Any]] = [

@@ -448,6 +448,9 @@ def test_files_merge_from_left_to_right_and_overrides_come_last(tmp_path: Path) 
     assert load_config([BASE]) == load_config(BASE)
 
 
+TWICE = "SOLVER:\n  BASE_LR: 0.1\nSOLVER:\n  MAX_ITER: 10\n"
+
+
 def test_wrong_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     with pytest.raises(InputError, match="no configuration file"):
@@ -456,7 +459,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yml")
     with pytest.raises(InputError, match="no configuration file"):
         load_config([])
-    for text in ("MODEL: [", "MODEL:\n  RESNET_DEPTH: 50\n", "_BASE_: none.yaml\n", "just text"):
+    for text in ("MODEL: [", "MODEL:\n  RESNET_DEPTH: 50\n", "_BASE_: none.yaml\n", "just text", TWICE):
         path.write_text(text)
         for files in (path, [BASE, path]):
             with pytest.raises(InputError) as error:

@@ -1,5 +1,6 @@
 """Submitted runs, by submitit's executors for one machine."""
 
+import math
 import os
 import signal
 import time
@@ -52,7 +53,7 @@ def test_a_machine_without_slurm_says_so(shapes: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"executor": "pbs"}, {"nodes": 0}, {"processes": 0}, {"hours": 0.0}])
+@pytest.mark.parametrize("wrong", [{"executor": "pbs"}, {"nodes": 0}, {"processes": 2.5}, {"hours": math.nan}])
 def test_what_cannot_be_asked_for_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError):
         ClusterConfig(**wrong)

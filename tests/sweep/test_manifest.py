@@ -65,11 +65,21 @@ PRIMARY = {"task": "voc", "backbone": "robust", "metric": "bbox/AP"}
         ("primary", {**PRIMARY, "task": "flowers"}, ["flowers", "transfer"]),
         ("primary", {**PRIMARY, "std": 0.1}, ["both difference and std"]),
         ("primary", {**PRIMARY, "std": -0.1, "difference": 1}, ["std (above 0)"]),
+        ("primary", {**PRIMARY, "std": 0.1, "difference": float("nan")}, ["difference of primary", "nan"]),
         ("primary", {**PRIMARY, "std": "0.1", "difference": 1}, ["std of primary"]),
         ("primary", {**PRIMARY, "protocol": "syncbn"}, ["protocol of primary"]),
         ("seeds", "012", ["list of whole numbers"]),
         ("tasks/a b", {"config_files": [FPN]}, ["'a b'", "folder"]),
         ("cluster/processes", 0, ["processes >= 1"]),
+        ("tasks/voc/grid", {"SEED": [1, 2]}, ["task voc", "SEED", "the study sets"]),
+        ("tasks/voc/robustness", {"output": "elsewhere"}, ["robustness of task voc", "output"]),
+        ("tasks/flowers/options/seeds", [7], ["task flowers", "seeds"]),
+        (
+            "tasks/voc",
+            {"config_files": [FPN], "robustness": {"limit": 8}, "overrides": {"DATASETS.TEST": "('a', 'b')"}},
+            ["robustness of task voc", "one set"],
+        ),
+        ("pretraining/robust/cluster.executor", "slurm", ["pretraining robust", "cluster.executor"]),
     ],
 )
 def test_a_wrong_manifest_is_one_sentence(path: str, value: Any, words: list[str], tmp_path: Path) -> None:
@@ -83,7 +93,7 @@ def test_a_wrong_manifest_is_one_sentence(path: str, value: Any, words: list[str
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize("text", ["a: [", "just words", "- 1"])
+@pytest.mark.parametrize("text", ["a: [", "just words", "- 1", "name: a\ntasks: {}\nname: b\n"])
 def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(InputError, match=r"study\.yaml"):
@@ -370,6 +380,13 @@ def test_published_backbones_are_checked_where_imagenet_is(tmp_path: Path) -> No
     assert check.needs == (keys(after)["convert-standard"],)
     for name in ("voc-standard-seed0", "flowers-standard"):
         assert check.key in after.run(keys(after)[name]).needs
+
+
+def test_a_regression_has_one_trial_whatever_the_seeds(tmp_path: Path) -> None:
+    """The verb writes no other, for which the run would count as failed."""
+    plan = planned(tmp_path, with_(SMALL, "tasks/flowers/options", {"data_root": "data", "solver": "lbfgs"}))
+    results = {run.results for run in plan.runs if run.kind == "transfer"}
+    assert results == {(f"{label}/seed_0/record.json",) for label in ("robust", "resnet50_l2_eps0")}
 
 
 def test_what_transfers_lack_is_told(tmp_path: Path) -> None:

@@ -59,6 +59,13 @@ def test_an_underpowered_primary_comparison_is_refused(tmp_path: Path) -> None:
     assert "exploratory" in check_power(study(tmp_path, SMALL))[0]
 
 
+@pytest.mark.parametrize("metric", ["bbox/ap", "segm/AP", "voc_2007_test/bbox/AP"])
+def test_a_primary_metric_that_no_report_has_is_refused(tmp_path: Path, metric: str) -> None:
+    """It was ignored, and the comparison with it."""
+    with pytest.raises(InputError, match=rf"no {metric} of task voc: give primary one of bbox/AP, bbox/AP50"):
+        check_power(study(tmp_path, with_(SMALL, "primary", {**PRIMARY, "metric": metric})))
+
+
 def test_a_pilot_plans(tmp_path: Path) -> None:
     differences = (0.2, 0.5, 0.2, 0.7)
     for number, difference in enumerate(differences):
