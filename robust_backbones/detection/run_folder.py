@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,8 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
             raise InputError(f"{folder} holds no run to extend: check OUTPUT_DIR, or leave out --extend")
         return False
     held = read_settings(path)
+    if (conversion := _conversion(cfg.MODEL.WEIGHTS)) and conversion == _conversion(held.get("MODEL.WEIGHTS", "")):
+        held["MODEL.WEIGHTS"] = cfg.MODEL.WEIGHTS
     cfg.SOLVER.EXTENDED = held.get("SOLVER.EXTENDED", ())
     if not cfg.DATASETS.SKIPPED:  # the list of the first start holds for the whole run
         cfg.DATASETS.SKIPPED = held.get("DATASETS.SKIPPED", ())
@@ -67,6 +70,12 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
     if not resume:
         raise InputError(f"{folder} holds this run already: give --resume to continue it, or another OUTPUT_DIR")
     return not longer and (folder / "record.json").exists()
+
+
+def _conversion(weights: str) -> tuple[str, ...]:
+    """A conversion of a study by its folder, which has the weights' hash in its name, wherever the study lies now."""
+    path = Path(weights)
+    return path.parts[-2:] if re.fullmatch(r"convert-.+-[0-9a-f]{10}", path.parent.name) else ()
 
 
 def _extend(cfg: CfgNode, held: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from robust_backbones.analysis.records import PRIMARY
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
+from robust_backbones.runs.locks import owner_of
 from robust_backbones.sweep.plan import Attempt, Plan, Run
 
 INDEX = "study.json"
@@ -62,11 +63,13 @@ def unpack(plan: Plan, folder: Path) -> list[str]:
     A run that is as far or further here stays as it is, but for files that it lacks.
 
     Raises:
-        InputError: no bundle, one that is not whole, or one of another study.
+        InputError: no bundle, one that is not whole, or one of another study; a run is at work here.
     """
     index = _index(folder)
     if index["study"] != plan.name:
         raise InputError(f"{folder} is the bundle of the study {index['study']}, not of {plan.name}: give its manifest")
+    if busy := [run.key for run in plan.runs if owner_of(plan.job(run) / "lock.json")]:  # its launcher was killed
+        raise InputError(f"{busy[0]} is at work in {plan.output}: unpack once it has ended")
     paths = [folder / name for name in index["parts"]]
     for path in paths:
         if not path.is_file() or sha256(path) != index["parts"][path.name]:

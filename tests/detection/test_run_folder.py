@@ -46,7 +46,10 @@ def test_another_configuration_is_refused_by_its_keys(cfg: CfgNode, key: str, va
 
 
 def test_what_changes_no_result_may_change(cfg: CfgNode) -> None:
+    """A study's folder may be another too, as on the machine that it is unpacked on."""
+    cfg.MODEL.WEIGHTS = "old/runs/convert-robust-0123456789/backbone.pkl"
     begin(cfg)
+    cfg.MODEL.WEIGHTS = "/new/study/runs/convert-robust-0123456789/backbone.pkl"
     cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 7, "TEST.REFERENCE_EVAL", True])
     cfg.DATALOADER.NUM_WORKERS += 1
     assert not check_folder(cfg, resume=True)

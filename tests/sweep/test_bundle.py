@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from robust_backbones.errors import InputError
+from robust_backbones.runs.locks import lock
 from robust_backbones.sweep.bundle import INDEX, pack, unpack
 from robust_backbones.sweep.plan import Attempt, Plan, Run
 
@@ -86,6 +87,8 @@ def test_the_first_machine_gets_what_the_second_has_done(first: Plan, tmp_path: 
     (second.folder(second.run("begun")) / "model_1.pth").unlink()
     write(second, "done", record__json=b"another")
     pack(second, tmp_path / "bundle")
+    with lock(first.job(first.run("begun")) / "lock.json"), pytest.raises(InputError, match="begun is at work"):
+        unpack(first, tmp_path / "bundle")
     assert unpack(first, tmp_path / "bundle") == ["begun"]
     assert first.states() == second.states()
     found = contents(first)
