@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         raise InputError(f"--pictures must be >= 0, got {options.pictures}")
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"{options.output} is not a folder: choose another --output")
-    runs = find_runs(options.runs)
+    runs, before = find_runs(options.runs), files_in(options.output)
     pictures = {}
     if options.pictures:
         for experiment in experiments(runs):
@@ -59,7 +59,15 @@ def main(arguments: list[str]) -> int:
         runs, options.output, title=options.title, pictures=pictures, primary=find_primary(options.runs)
     )
     print(f"report of {len(runs)} records: {page}; tables and figures are beside it")
+    if left := before & files_in(options.output):
+        print(f"{len(left)} files of tables/ and figures/ are not of this report, as {min(left)[0]}: remove them")
     return 0
+
+
+def files_in(output: Path) -> set[tuple[str, int, int]]:
+    """Tables and figures, each by its name and what a new one of this name would change."""
+    paths = [*output.glob("tables/*"), *output.glob("figures/*")]
+    return {(path.name, (status := path.stat()).st_ino, status.st_mtime_ns) for path in paths}
 
 
 def draw(experiment: Experiment, folder: Path, images: int) -> Picture | None:

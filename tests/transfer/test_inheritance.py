@@ -983,6 +983,11 @@ def test_images_of_one_name_in_folders_of_a_class_are_all_made(tmp_path: Path) -
     assert make_set(tmp_path / "source", tmp_path, "photograph", workers=0) == 4
     made = open_related_set(tmp_path / "photograph", ("cat", "dog"), val_transform(8, resize=8)).images
     assert [(int(made[i][0][0, 0, 0]), made.labels[i]) for i in range(4)] == [(100, 0), (0, 0), (50, 0), (150, 1)]
+    assert make_set(tmp_path / "source", tmp_path, "photograph", workers=0) == 4
+    for level, path in enumerate(sorted((tmp_path / "source").rglob("*.png"))):  # as many others from a like folder
+        _write(path, np.full((8, 8, 3), 10 * level + 5, np.uint8))
+    with pytest.raises(InputError, match="photograph holds another set"):
+        make_set(tmp_path / "source", tmp_path, "photograph", workers=0)
 
 
 def test_the_tool_says_what_is_wrong(run_tool: Run, world: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from robust_backbones.data.decoding import is_hidden, visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
+from robust_backbones.runs.identity import FINGERPRINT, differences
 from robust_backbones.transfer.protocol import drawn_by_class
 
 PRETRAINING = "pretraining"
@@ -275,10 +276,11 @@ def make_set(
             positions += drawn[skip : skip + images_per_class]
         dataset = dataset.take(sorted(positions))
     note = {"kind": kind, "source": source.name, "seed": seed, "skip": skip, "images": len(dataset)}
+    note[FINGERPRINT] = dataset.fingerprint()
     target, unfinished = output / kind, output / f".{kind}.unfinished"
     if target.exists():
         path = target / NOTE
-        if path.exists() and json.loads(path.read_text()) == note:
+        if path.exists() and not differences(json.loads(path.read_text()), note):
             return len(dataset)
         raise InputError(f"{target} holds another set: remove it, or choose another --output")
     shutil.rmtree(unfinished, ignore_errors=True)
