@@ -119,10 +119,7 @@ def evaluate_robustness(
     config = fed_as(config, spec)
     images = open_dataset(data, config.val_transform())
     images = images.sample(config.limit or len(images), seed=config.seed)
-    if len(images.classes) != spec.num_classes:
-        raise InputError(
-            f"{data} holds {len(images.classes)} classes, but {checkpoint.source} knows {spec.num_classes}"
-        )
+    check_classes(images.classes, data, checkpoint)
     skipped = config.skipped(spec.num_classes)
     if config.autoattack:
         for stage, reason in skipped.items():
@@ -186,6 +183,16 @@ def evaluate_robustness(
         )
         record.write(output / "record.json")
         return record
+
+
+def check_classes(names: Sequence[str], data: Path, checkpoint: Checkpoint) -> None:
+    """Raise InputError where the class folders of ``data`` cannot be the classes that a classifier knows."""
+    if len(names) != checkpoint.spec.num_classes:
+        raise InputError(
+            f"{data} holds {len(names)} classes, but {checkpoint.source} knows {checkpoint.spec.num_classes}"
+        )
+    if {name.lower() for name in names} <= {"train", "val", "valid", "validation", "test"}:
+        raise InputError(f"{data} holds {' and '.join(names)}, parts of a data set and no classes: give one of them")
 
 
 def _resume(path: Path, places: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:

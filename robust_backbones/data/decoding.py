@@ -35,7 +35,8 @@ class ImageInputError(InputError):
         unknown = isinstance(error, UnidentifiedImageError)
         text = "not in a known image format" if unknown else getattr(error, "strerror", None) or str(error)
         reason = " ".join(text.split()) or type(error).__name__
-        return cls(f"cannot read the image {name} ({reason}): repair or remove it, or give --skip-unreadable", reason)
+        mend = "repair or remove it, or give --skip-unreadable, which pretrain and transfer have"
+        return cls(f"cannot read the image {name} ({reason}): {mend}", reason)
 
 
 def decode(data: bytes, name: str) -> Tensor:

@@ -508,6 +508,14 @@ def test_a_greater_limit_adds_to_a_smaller_one(
     assert sorted(row["index"] for row in read_rows(tmp_path / "all")) == list(range(32))
 
 
+def test_parts_of_a_data_set_are_no_classes(data: Path, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A classifier of two classes was measured on train and val instead."""
+    of_two = replace(checkpoint, spec=replace(checkpoint.spec, num_classes=2))
+    with pytest.raises(InputError, match="holds train and val, parts of a data set"):
+        evaluate_robustness(CONFIG, of_two, data.parent, tmp_path / "run", workers=0)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_skipped_stage_says_so(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], checkpoint: Checkpoint
 ) -> None:

@@ -191,7 +191,7 @@ def test_an_unreadable_image_stops_with_one_sentence(tmp_path: Path, workers: in
         next(iter(val_batches(open_dataset(tmp_path, TRANSFORM), 1, workers=workers)))
     assert str(error.value) == (
         "cannot read the image a/broken.jpg (not in a known image format): repair or remove it, "
-        "or give --skip-unreadable"
+        "or give --skip-unreadable, which pretrain and transfer have"
     )
 
 

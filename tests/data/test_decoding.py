@@ -167,7 +167,8 @@ def test_what_is_no_image_is_named_with_a_reason(data: bytes) -> None:
         decode(data, "x.jpg")
     assert error.value.reason == "not in a known image format"
     assert str(error.value) == (
-        "cannot read the image x.jpg (not in a known image format): repair or remove it, or give --skip-unreadable"
+        "cannot read the image x.jpg (not in a known image format): repair or remove it, or give --skip-unreadable, "
+        "which pretrain and transfer have"
     )
 
 

@@ -17,7 +17,7 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.classification.compute import Compute, available
-from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
+from robust_backbones.classification.robustness import RobustnessConfig, check_classes, evaluate_robustness
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, load_library
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transforms import EvaluationImages
@@ -101,10 +101,7 @@ def evaluate_corruptions(
     known = checkpoint.spec
     config = fed_as(config, known)
     dataset = open_dataset(data, config.val_transform())
-    if len(dataset.classes) != known.num_classes:
-        raise InputError(
-            f"{data} holds {len(dataset.classes)} classes, but {checkpoint.source} knows {known.num_classes}"
-        )
+    check_classes(dataset.classes, data, checkpoint)
     everything = tuple(range(known.num_classes))
     images = RelatedSet(data.name, dataset, everything).limited(config.limit, seed=config.seed).images
     about = {**asdict(config), "data": data.name, "images": len(images), FINGERPRINT: images.fingerprint()}
