@@ -46,16 +46,10 @@ def table(metrics: Mapping[str, float | None]) -> list[str]:
     """A line a backbone, and one a difference with its 95 % interval."""
     split = [key.rsplit("/", 1) for key in metrics if not key.endswith(("_low", "_high"))]
     names, measures = (list(dict.fromkeys(column)) for column in zip(*split, strict=True))
-    rows = []
-    for name in names:
-        cells = [name]
-        for key in (f"{name}/{measure}" for measure in measures):
-            value, low, high = (metrics.get(f"{key}{end}") for end in ("", "_low", "_high"))
-            cells.append("-" if value is None else f"{value:.3f}")
-            if low is not None:
-                cells[-1] = f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append(cells)
-    return Table.of(["", *measures], rows).to_text().splitlines()
+    ends = [f"{measure}{end}" for measure in measures for end in ("", "_low", "_high")]
+    rows = [{"": name, **{end: metrics.get(f"{name}/{end}") for end in ends}} for name in names]
+    formats = {m: (f"{{{m}:+.3f}} ({{{m}_low:+.3f}} to {{{m}_high:+.3f}})", ":.3f") for m in measures}
+    return Table("", rows, {"": ":", **formats}).to_text().splitlines()
 
 
 def draw_grid(path: Path, rows: Mapping[str, Tensor], titles: Sequence[str]) -> None:
