@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import yaml
 
+from robust_backbones.analysis.tables import Table
 from robust_backbones.checkpoint.convert import SUFFIXES, BackboneMetadata, convert_file, write_torchvision
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.hub import WEIGHTS, describe, is_repository, push, write_timm
@@ -78,7 +79,8 @@ def main(arguments: list[str]) -> int:
                 raise MissingPackageError(f"{error} (the proof needs it), or give --no-verify") from None
             errors = verify.prove(checkpoint, written, image=options.image)
             result["errors"] = [asdict(error) for error in errors]
-            say(verify.table(errors))
+            shown = [[e.image, e.batch_norm, e.stage, f"{e.largest:.1e}", f"{e.relative:.1e}"] for e in errors]
+            say(Table.of(["image", "batch norm", "stage", "max error", "relative"], shown).to_text())
             say(f"features are equal (relative errors < {verify.TOLERANCE:.0e}) against {errors[0].against}")
             differences = unproven.differences(checkpoint, image=options.image)
             result["not_proven"] = [asdict(difference) for difference in differences]

@@ -7,7 +7,7 @@ And ``MODEL.WEIGHTS robust://NAME``: a published backbone, downloaded, converted
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,14 +188,6 @@ def _central_crop(image: Tensor, sides: Sides) -> Tensor:
 
 def _in_order(rgb: Tensor, order: str) -> Tensor:
     return rgb if order == "RGB" else rgb.flip(0)
-
-
-def table(errors: Sequence[StageError]) -> str:
-    """One line for each stage, image and mode of batch norm."""
-    rows = [("image", "batch norm", "stage", "max error", "relative")]
-    rows += [(e.image, e.batch_norm, e.stage, f"{e.largest:.1e}", f"{e.relative:.1e}") for e in errors]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def converted_backbone(name: str) -> Path:

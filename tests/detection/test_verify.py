@@ -11,7 +11,7 @@ from torch import Tensor
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, write_backbone
 from robust_backbones.checkpoint.sources import read_checkpoint
-from robust_backbones.detection.verify import TOLERANCE, StageError, feature_errors, prove, table
+from robust_backbones.detection.verify import TOLERANCE, StageError, feature_errors, prove
 from robust_backbones.errors import InputError, ProofFailedError
 
 Maker = Callable[[str], Path]
@@ -54,7 +54,7 @@ def test_every_format_is_proven_on_a_photograph_too(
     write_backbone(path, convert(checkpoint)[0], BackboneMetadata.of(checkpoint))
     errors = prove(checkpoint, path, image=photo)
     assert {e.image for e in errors} == {"random", "photo.jpg"}
-    assert len(table(errors).splitlines()) == 17
+    assert len(errors) == 16
 
 
 @pytest.mark.real_data
