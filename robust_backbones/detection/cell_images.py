@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from robust_backbones.data.decoding import visible
 from robust_backbones.detection.datasets import evaluator_kind
+from robust_backbones.detection.standard_format import register
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
@@ -69,11 +70,7 @@ def take_images(dataset: str, choice: ImageChoice, folder: Path) -> str:
         metadata["split"] = str(path)  # joined to VOC's folder of lists, an absolute path stays alone
         with atomic_path(Path(f"{path}.txt")) as temporary:
             temporary.write_text("".join(f"{item['image_id']}\n" for item in items))
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: items)
-    MetadataCatalog.get(name).set(**{**metadata, "name": name})
+    register(name, lambda: items, metadata)
     return name
 
 

@@ -24,7 +24,7 @@ from robust_backbones.data.annotations_images import UNREADABLE, check_images
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
 from robust_backbones.data.annotations_voc import voc_classes
 from robust_backbones.detection.left_out import SHOWN_CLASSES, hold_out, leave_out, left_out, unreadable_rows
-from robust_backbones.detection.standard_format import Items, content_of, listed, load_coco, load_voc
+from robust_backbones.detection.standard_format import Items, content_of, listed, load_coco, load_voc, register
 from robust_backbones.errors import InputError
 
 
@@ -77,13 +77,9 @@ def _load_by_ours(name: str) -> None:
 
 
 def _register(name: str, load: Callable[[], Items], *, evaluator_type: str = "coco", **metadata: Any) -> None:
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, load)
     # One colour a class in pictures; without it every object gets a random one.
     colors = [tuple(color) for color in colormap(rgb=True, maximum=255).astype(int).tolist()]
-    MetadataCatalog.get(name).set(evaluator_type=evaluator_type, thing_colors=colors, **metadata)
+    register(name, load, {"evaluator_type": evaluator_type, "thing_colors": colors, **metadata})
 
 
 def class_names(name: str) -> list[str]:
@@ -150,12 +146,9 @@ def match_classes(names: Sequence[str], wanted: Sequence[str]) -> None:
                 thing["category_id"] = places[thing["category_id"]]
         if numbers := metadata.get("thing_dataset_id_to_contiguous_id"):
             metadata["thing_dataset_id_to_contiguous_id"] = {key: places[place] for key, place in numbers.items()}
-        metadata |= {"thing_classes": list(wanted), "name": name}
+        metadata["thing_classes"] = list(wanted)
         metadata[SHOWN_CLASSES] = metadata.get(SHOWN_CLASSES, False) or len(found) < len(wanted)
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, partial(list, items))
-        MetadataCatalog.get(name).set(**metadata)
+        register(name, partial(list, items), metadata)
 
 
 def check_names(name: str, found: Sequence[str], wanted: Sequence[str], *, all_of_them: bool) -> None:

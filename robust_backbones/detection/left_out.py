@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from robust_backbones.data.annotations import is_file_name, is_id
 from robust_backbones.data.annotations_images import undecodable
 from robust_backbones.data.annotations_sets import AnnotatedSet
+from robust_backbones.detection.standard_format import Items, register
 from robust_backbones.errors import InputError
 
 SHOWN_CLASSES = "ap_over_shown_classes"
@@ -23,7 +24,6 @@ SHOWN_CLASSES = "ap_over_shown_classes"
 _LEFT_OUT = "left_out"
 _WHOLE = "whole"
 _Files = dict[int | str, str]
-_Load = Callable[[], list[dict[str, Any]]]
 _logger = logging.getLogger(__name__)
 
 
@@ -64,7 +64,7 @@ def hold_out(cfg: CfgNode) -> None:
     """
     for name in cfg.DATASETS.TRAIN:
         if whole := MetadataCatalog.get(name).get(_WHOLE, None) if name in DatasetCatalog else None:
-            _register(name, *whole)
+            register(name, *whole)
         if cfg.DATASETS.HELD_OUT and name in DatasetCatalog:
             whole = DatasetCatalog[name], MetadataCatalog.get(name).as_dict()
             parts = cache(partial(_parts, whole[0], name, cfg.DATASETS.HELD_OUT))
@@ -79,7 +79,7 @@ def left_out(name: str) -> _Files:
     return found
 
 
-def _parts(load: _Load, name: str, count: int) -> tuple[_Files, _Files]:
+def _parts(load: Callable[[], Items], name: str, count: int) -> tuple[_Files, _Files]:
     """The images that are not held out, and those that are."""
     files = {item["image_id"]: Path(item["file_name"]).name for item in load()}
     if count >= len(files):
@@ -99,20 +99,10 @@ def _part(parts: Callable[[], tuple[_Files, _Files]], place: int) -> _Files:
 def _register_rest(source: str, name: str, files: Callable[[], _Files], **metadata: Any) -> None:
     """``source`` without some images, as ``name``."""
     known, load = MetadataCatalog.get(source).as_dict(), DatasetCatalog[source]
-    known |= {**metadata, "name": name, _LEFT_OUT: files}
-    _register(name, partial(_load_rest, load, files, source, name), known)
+    register(name, partial(_load_rest, load, files, source, name), {**known, **metadata, _LEFT_OUT: files})
 
 
-def _register(name: str, load: _Load, metadata: dict[str, Any]) -> None:
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-    if name in MetadataCatalog:
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(**metadata)
-
-
-def _load_rest(load: _Load, files: Callable[[], _Files], source: str, name: str) -> list[dict[str, Any]]:
+def _load_rest(load: Callable[[], Items], files: Callable[[], _Files], source: str, name: str) -> Items:
     items, without = load(), files()
     known = MetadataCatalog.get(name).as_dict()  # what loading a set says of its classes
     MetadataCatalog.get(name).set(**{k: v for k, v in MetadataCatalog.get(source).as_dict().items() if k not in known})

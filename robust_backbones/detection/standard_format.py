@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools import mask as mask_tools
 
@@ -19,6 +19,15 @@ from robust_backbones.errors import InputError
 
 Items = list[dict[str, Any]]
 """Images and their objects, in Detectron2's standard format."""
+
+
+def register(name: str, load: Callable[[], Items], metadata: Mapping[str, Any]) -> None:
+    """Register a set, in the place of one of this name."""
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**{**metadata, "name": name})
 
 
 def load_voc(folder: str, split: str, classes: Sequence[str]) -> Items:
