@@ -33,16 +33,7 @@ def register(name: str, load: Callable[[], Items], metadata: Mapping[str, Any]) 
 def load_voc(folder: str, split: str, classes: Sequence[str]) -> Items:
     """As Detectron2's ``load_voc_instances``, with images of any format and names with spaces."""
     content, _ = read_voc(folder, split, classes)
-    items: dict[str, dict[str, Any]] = {
-        row["id"]: {
-            "file_name": os.path.join(folder, "JPEGImages", row["file_name"]),
-            "height": row["height"],
-            "width": row["width"],
-            "image_id": row["id"],
-            "annotations": [],
-        }
-        for row in content["images"]
-    }
+    items = _without_objects(content["images"], os.path.join(folder, "JPEGImages"))
     for row in content["annotations"]:
         x, y, width, height = row["bbox"]
         box = {"bbox": [x, y, x + width, y + height], "bbox_mode": BoxMode.XYXY_ABS}
@@ -62,16 +53,7 @@ def load_coco(file: str, folder: str, name: str) -> Items:
             "ids: register it without thing_classes"
         )
     metadata.set(thing_classes=metadata.get("thing_classes", classes), thing_dataset_id_to_contiguous_id=numbers)
-    items = {
-        row["id"]: {
-            "file_name": os.path.join(folder, row["file_name"]),
-            "height": row["height"],
-            "width": row["width"],
-            "image_id": row["id"],
-            "annotations": [],
-        }
-        for row in sorted(content["images"], key=lambda row: row["id"])
-    }
+    items = _without_objects(sorted(content["images"], key=lambda row: row["id"]), folder)
     for row in content.get("annotations", []):
         thing = {key: row[key] for key in ("iscrowd", "bbox") if key in row}
         thing |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": numbers[row["category_id"]]}
@@ -87,6 +69,20 @@ def load_coco(file: str, folder: str, name: str) -> Items:
             thing["keypoints"] = [value + 0.5 if place % 3 != 2 else value for place, value in enumerate(points)]
         image["annotations"].append(thing)
     return list(items.values())
+
+
+def _without_objects(images: Sequence[Mapping[str, Any]], folder: str) -> dict[Any, dict[str, Any]]:
+    """COCO's rows of images in Detectron2's format, by their ids."""
+    return {
+        row["id"]: {
+            "file_name": os.path.join(folder, row["file_name"]),
+            "height": row["height"],
+            "width": row["width"],
+            "image_id": row["id"],
+            "annotations": [],
+        }
+        for row in images
+    }
 
 
 def content_of(items: Items, classes: Sequence[str], use: Use) -> Content:
