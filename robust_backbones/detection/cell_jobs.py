@@ -19,7 +19,6 @@ import torch.multiprocessing
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, build_detection_test_loader
 from detectron2.evaluation import inference_context
-from detectron2.structures import Boxes, Instances
 from pycocotools.coco import COCO
 from torch.multiprocessing.spawn import ProcessException
 from tqdm import tqdm
@@ -240,13 +239,7 @@ def metrics_of(
         tasks = ("bbox", "segm") if masks else ("bbox",)
         return flat_metrics({task: coco_metrics(truth, rows, task, max_dets=max_dets) for task in tasks})
     evaluator = VocEvaluator(dataset)
-    for image_id, group in _by_image(rows).items():
-        boxes = torch.tensor([row["bbox"] for row in group], dtype=torch.float64)
-        found = Instances((1, 1))  # VOC's evaluator does not ask for the image's size
-        found.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
-        found.scores = torch.tensor([row["score"] for row in group])
-        found.pred_classes = torch.tensor([row["category_id"] - 1 for row in group])
-        evaluator.process([{"image_id": image_id}], [{"instances": found}])
+    evaluator.results = [*rows]
     return flat_metrics(evaluator.evaluate())
 
 

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -283,11 +283,9 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        super().reset()
         self.results = []
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
-        super().process(inputs, outputs)
         for image, output in zip(inputs, outputs, strict=True):
             self.results += _voc_results(output["instances"], image["image_id"])
 
@@ -299,20 +297,20 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
         without ground truth Detectron2 has 0 by 11 points, and by area NaN, or 0 where nothing is found either. Means
         of sets with ``SHOWN_CLASSES`` leave such a class out, and its AP is NaN.
         """
-        gathered = comm.gather(dict(self._predictions), dst=0)
+        gathered = comm.gather(self.results, dst=0)
         if not comm.is_main_process():
             return {}
         names = voc_names(Path(self._image_set_path), Path(self._anno_file_template).parent)
         order = {image: place for place, image in enumerate(names) if image not in left_out(self._dataset_name)}
         objects = {image: self._objects(image) for image in order}
+        found = defaultdict[int, list[Result]](list)
+        # Which of two equal scores counts first depends on the order.
+        for row in sorted(itertools.chain(*gathered), key=lambda row: order[row["image_id"]]):
+            found[row["category_id"]].append(row)
         aps = []
-        for number, name in enumerate(self._class_names):
-            # An image's name may have spaces.
-            lines = [line.rsplit(" ", 5) for predictions in gathered for line in predictions.get(number, ())]
-            # Which of two equal scores counts first depends on the order of the lines.
-            lines.sort(key=lambda words: order[words[0]])
+        for number, name in enumerate(self._class_names, 1):
             shown = {image: rows[name] for image, rows in objects.items() if name in rows}
-            aps.append(_class_aps(lines, shown))
+            aps.append(_class_aps(found[number], shown))
             if self._leaves_out and not any((rows[:, 4] == 0).any() for rows in shown.values()):
                 aps[-1] = [(math.nan, math.nan)] * len(aps[-1])
 
@@ -354,23 +352,29 @@ def _voc_results(instances: Instances, image_id: str) -> list[Result]:
     ]
 
 
-def _class_aps(lines: Sequence[Sequence[str]], objects: Mapping[str, Array]) -> list[tuple[float, float]]:
+def _corners(result: Result) -> list[float]:
+    """x1, y1, x2, y2 in pixels from 1, to the decimal that Detectron2 writes, which counts them in float32."""
+    x, y, width, height = result["bbox"]
+    return [float(f"{side:.1f}") for side in (np.float32(x) + 1, np.float32(y) + 1, x + width, y + height)]
+
+
+def _class_aps(results: Sequence[Result], objects: Mapping[str, Array]) -> list[tuple[float, float]]:
     """One class's AP by 11 points and by area, 0 to 100, at the IoU thresholds 0.5, 0.55, ..., 0.95.
 
     Args:
-        lines: Detections as (image, score, x1, y1, x2, y2), an image's all together.
+        results: An image's all together.
         objects: By image, rows of (x1, y1, x2, y2, difficult).
     """
     first = dict(zip(objects, np.cumsum([0, *map(len, objects.values())]).tolist(), strict=False))
     difficult = np.concatenate([np.empty(0), *(rows[:, 4] for rows in objects.values())]) > 0
     overlaps, matches = [np.empty(0)], [np.empty(0, int)]  # each detection's best object
-    for image, group in itertools.groupby(lines, key=lambda words: words[0]):
-        boxes = np.array([[float(word) for word in words[2:]] for words in group])
+    for image, group in itertools.groupby(results, key=lambda row: row["image_id"]):
+        boxes = np.array([_corners(row) for row in group])
         overlap = _overlaps(boxes, objects[image]) if image in objects else np.full((len(boxes), 1), -np.inf)
         overlaps.append(overlap.max(axis=1))
         matches.append(overlap.argmax(axis=1) + first.get(image, 0))
     # Detectron2's sort: a stable one would order equal scores differently, and change the AP.
-    order = np.argsort(-np.array([float(words[1]) for words in lines]))
+    order = np.argsort(-np.array([float(f"{row['score']:.3f}") for row in results]))
     overlap, match = np.concatenate(overlaps)[order], np.concatenate(matches)[order]
 
     aps = []
