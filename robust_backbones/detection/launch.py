@@ -7,24 +7,19 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import detectron2.engine
 import detectron2.utils.comm as comm
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError, disk_error
-from robust_backbones.runs.distributed import end_process, fork_workers
+from robust_backbones.runs.distributed import TIMEOUT, end_process, fork_workers, join_processes, local_device
 from robust_backbones.runs.signals import STOP_SIGNALS, StopRequest, handled
-
-# The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one.
-_TIMEOUT = timedelta(minutes=30)
 
 
 def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> CfgNode:
@@ -100,7 +95,7 @@ def launch(
                 machine_rank=machine_rank,
                 dist_url=dist_url,
                 args=(function, arguments),
-                timeout=_TIMEOUT,
+                timeout=TIMEOUT,
             )
         except ProcessException as error:
             if isinstance(error, ProcessExitedException) and error.exit_code > 0:  # it has said why
@@ -111,18 +106,14 @@ def launch(
 
 
 def _join(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
-    comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    try:
-        function(*arguments)
-    except PreemptedError:
-        if not comm.is_main_process():  # all stop together: one says so
-            sys.exit(PreemptedError.exit_status)
-        raise
-    finally:
-        dist.destroy_process_group()
+    with join_processes(local_device("cuda" if torch.cuda.is_available() else "cpu")):
+        comm.create_local_process_group(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        try:
+            function(*arguments)
+        except PreemptedError:
+            if not comm.is_main_process():  # all stop together: one says so
+                sys.exit(PreemptedError.exit_status)
+            raise
 
 
 def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

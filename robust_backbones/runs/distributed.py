@@ -62,6 +62,8 @@ class Processes:
 
 
 ALONE = Processes()
+TIMEOUT = timedelta(minutes=30)
+"""The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one."""
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -78,8 +80,7 @@ def join_processes(device: torch.device) -> Iterator[Processes]:
     if dist.is_initialized():
         yield Processes(dist.get_rank(), size)
         return
-    # An evaluation's last batches can lie on one process alone for a while; half an hour still finds a dead one.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Processes(dist.get_rank(), size)
     finally:
