@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable
@@ -21,13 +20,12 @@ from robust_backbones.classification.compute import available
 from robust_backbones.classification.config import PAPER_BATCH_SIZE, Execution, TrainingConfig
 from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
-from robust_backbones.data.datasets import ClassificationDataset, find_unreadable
+from robust_backbones.data.datasets import ClassificationDataset, skip_list
 from robust_backbones.data.transforms import augmentation, mixing
 from robust_backbones.errors import DivergedError, InputError, PreemptedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.clock import RunClock
 from robust_backbones.runs.distributed import Processes, join_processes, local_device, synchronize_batch_norms
-from robust_backbones.runs.files import write_json
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.logs import RunLog, read_rows
 from robust_backbones.runs.record import RunRecord
@@ -172,13 +170,10 @@ class _Run:
         return self._write_record()
 
     def _skip_unreadable(self) -> None:
-        """Leave out the images that cannot be read; the list of the first start holds for the whole run."""
-        path = self.output / "skipped.json"
-        if self.processes.is_main and not path.exists():
-            parts = {"train": self.train_data, "val": self.val_data}
-            workers = self.execution.workers
-            write_json(path, {part: find_unreadable(images, workers=workers) for part, images in parts.items()})
-        skipped = self.processes.agree(json.loads(path.read_text()) if self.processes.is_main else None)
+        """Leave out the images that cannot be read."""
+        path, parts = self.output / "skipped.json", {"train": self.train_data, "val": self.val_data}
+        found = skip_list(path, parts, workers=self.execution.workers) if self.processes.is_main else None
+        skipped = self.processes.agree(found)
         self.train_data = self.train_data.without(skipped["train"])
         self.val_data = self.val_data.without(skipped["val"])
         self.steps = self._count_steps()

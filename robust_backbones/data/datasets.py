@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import heapq
+import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.shards import ShardImages
 from robust_backbones.errors import InputError
+from robust_backbones.runs.files import write_json
 from robust_backbones.runs.signals import stop_for_parent_only
 
 
@@ -181,6 +183,13 @@ def find_unreadable(dataset: ClassificationDataset, *, workers: int) -> dict[str
             found |= reasons
             progress.update(read)
     return found
+
+
+def skip_list(path: Path, parts: Mapping[str, ClassificationDataset], *, workers: int) -> dict[str, dict[str, str]]:
+    """What ``find_unreadable`` finds in each part, by ``path``: the list of the first start holds for the whole run."""
+    if not path.exists():
+        write_json(path, {part: find_unreadable(images, workers=workers) for part, images in parts.items()})
+    return dict(json.loads(path.read_text()))
 
 
 def _unreadable(dataset: ClassificationDataset, positions: Sequence[int]) -> tuple[int, dict[str, str]]:

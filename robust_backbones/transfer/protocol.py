@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +13,9 @@ from torchvision.transforms import v2
 
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
-from robust_backbones.data.datasets import find_unreadable, mix
+from robust_backbones.data.datasets import mix, skip_list
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.errors import InputError, TrainingFailedError
-from robust_backbones.runs.files import write_json
 from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import TransferConfig
@@ -159,12 +157,8 @@ def identity(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], data
 
 def without_unreadable(data: TransferData, output: Path, *, workers: int) -> TransferData:
     """``data`` less the images that cannot be read, which ``output/skipped.json`` lists; the first list holds."""
-    path = output / "skipped.json"
-    if not path.exists():
-        found = {part: find_unreadable(getattr(data, part), workers=workers) for part in ("train", "test")}
-        write_json(path, found)
-    skipped = json.loads(path.read_text())
-    return replace(data, **{part: getattr(data, part).without(names) for part, names in skipped.items()})
+    skipped = skip_list(output / "skipped.json", {"train": data.train, "test": data.test}, workers=workers)
+    return replace(data, train=data.train.without(skipped["train"]), test=data.test.without(skipped["test"]))
 
 
 def open_data(data: TransferData | str | Path) -> TransferData:
