@@ -26,6 +26,7 @@ from robust_backbones.data.transfer_datasets import TransferData
 from robust_backbones.data.transforms import augmentation
 from robust_backbones.errors import PreemptedError, TrainingFailedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, fed_as
+from robust_backbones.runs.clock import RunClock
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.logs import RunLog
 from robust_backbones.runs.record import RunRecord
@@ -127,17 +128,12 @@ class _Probe:
         self.heads: dict[str, Sequence[Heads]] = {}
         # The optimum that L-BFGS finds is no matter of luck.
         self.seeds = config.seeds if config.solver == "sgd" else config.seeds[:1]
-        self._started = time.monotonic()
+        self.clock = RunClock(output)
 
     def finished(self) -> list[RunRecord]:
         """The records, if all are there."""
         paths = [self._folder(label, seed) / "record.json" for label in self.checkpoints for seed in self.seeds]
         return [RunRecord.read(path) for path in paths] if all(path.exists() for path in paths) else []
-
-    @property
-    def seconds(self) -> float:
-        """What the probe has taken, with what it took before it was interrupted."""
-        return time.monotonic() - self._started
 
     def _folder(self, label: str, seed: int) -> Path:
         return self.output / label / f"seed_{seed}"
@@ -202,7 +198,9 @@ class _Probe:
                 if stop or last or time.monotonic() - last_save >= 60 * checkpoint_minutes:
                     self._save(banks, done, log.rows["epochs"])
                     last_save = time.monotonic()
-                    print(f"{label}, {self.seconds / done * (config.epochs - done) / 60:.0f} min to go", flush=True)
+                    print(
+                        f"{label}, {self.clock.seconds / done * (config.epochs - done) / 60:.0f} min to go", flush=True
+                    )
                 if stop and not last:
                     raise PreemptedError(
                         f"asked to stop: the state is in {self.output}; give the same command again to resume"
@@ -234,11 +232,11 @@ class _Probe:
         state = {
             "epoch": epoch,
             "rows": rows,
-            "seconds": self.seconds,
             "banks": {part: [bank.state_dict() for bank in of_part] for part, of_part in banks.items()},
             "extractors": [one.state_dict() if self.trains_statistics else {} for one in extractors],
         }
         save_tensors(self.state, state)
+        self.clock.save()
 
     def _resume(self, banks: Mapping[str, Sequence[HeadBank]]) -> tuple[int, list[dict[str, Any]]]:
         """Load the state of a probe that was interrupted: how many epochs are done, and their rows."""
@@ -251,7 +249,7 @@ class _Probe:
         for extractor, saved in zip(self.features.extractors.values(), state["extractors"], strict=True):
             if saved:
                 extractor.load_state_dict(saved)
-        self._started -= state["seconds"]
+        self.clock.resume(state.get("seconds"))
         print(f"resuming from {self.state}: epoch {state['epoch'] + 1}", flush=True)
         return state["epoch"], state["rows"]
 
@@ -327,7 +325,7 @@ class _Probe:
                 metric=self.images.metric,
                 description=f"attack on seed {seed}",
             )["robust_accuracy"]
-        more = {"metrics": metrics, "seed": seed, "seconds": self.seconds}
+        more = {"metrics": metrics, "seed": seed, "seconds": self.clock.seconds}
         record = trial_record(folder, MODE, checkpoint, self.images, selection, config.to_dict(), **more)
         record.write(folder / "record.json")
         return record
