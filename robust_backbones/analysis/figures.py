@@ -90,6 +90,12 @@ def save(figure: Figure, path: Path, rows: Sequence[Mapping[str, Any]], caption:
     return Picture(path.with_name(path.name + ".svg"), caption, alt)
 
 
+def number_of(counts: Sequence[int], what: str) -> str:
+    """``n = 3 seeds``, or ``n = 2 to 3 seeds`` where they differ."""
+    low, high = min(counts), max(counts)
+    return f"n = {low} {what}{'s' * (low > 1)}" if low == high else f"n = {low} to {high} {what}s"
+
+
 def grouped_bars(
     axes: Axes,
     centers: Sequence[float],

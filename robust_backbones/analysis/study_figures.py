@@ -24,6 +24,7 @@ from robust_backbones.analysis.figures import (
     epsilon_axis,
     epsilon_places,
     grouped_bars,
+    number_of,
     save,
 )
 from robust_backbones.analysis.statistics import Summary, summarize
@@ -109,7 +110,7 @@ def epsilon_figure(experiment: Experiment, metric: str, path: Path) -> Picture |
         for panel, norm in zip(panels, norms, strict=True)
         for row in _epsilon_panel(panel, experiment, metric, norm)
     ]
-    panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {_count(rows)}")
+    panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {number_of([row['n'] for row in rows], 'seed')}")
     caption = f"{experiment.title}: {metric_name(metric)} against the ε of pre-training. {_EPSILON_CAPTION}"
     return save(figure, path, rows, caption, f"{metric_name(metric)} against epsilon: {_points(rows)}.")
 
@@ -138,7 +139,7 @@ def figure_4(found: Sequence[Experiment], path: Path) -> Picture | None:
             panel.set_title(experiment.title, fontsize="medium", wrap=True)
         for panel in panels[len(norms) :]:
             panel.set_axis_off()
-        panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {_count(own)}")
+        panels[0].set_ylabel(f"{metric_name(metric)} (0-100), {number_of([row['n'] for row in own], 'seed')}")
         rows += [{"experiment": experiment.title, "metric": metric, **row} for row in own]
         words.append(f"{experiment.title}, {metric_name(metric)}: {_points(own)}")
     caption = f"AP of detectors against the ε of pre-training, as figure 4 of Salman et al. 2020. {_EPSILON_CAPTION}"
@@ -196,11 +197,6 @@ def _epsilon_panel(panel: Axes, experiment: Experiment, metric: str, norm: str) 
     if len(families) > 1:
         panel.legend(fontsize="small")
     return rows
-
-
-def _count(rows: Sequence[Mapping[str, Any]]) -> str:
-    low, high = min(row["n"] for row in rows), max(row["n"] for row in rows)
-    return f"n = {low} seed{'s' * (low > 1)}" if low == high else f"n = {low} to {high} seeds"
 
 
 def _points(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robust_backbones.analysis.figures import STYLES, Picture, save
+from robust_backbones.analysis.figures import STYLES, Picture, number_of, save
 from robust_backbones.analysis.paper.transfer_results import Target, Trials
 from robust_backbones.analysis.paper.values import TRANSFER_SOURCE, differences_to_paper_transfer
 
@@ -51,9 +51,7 @@ class Drawing:
     @property
     def n(self) -> str:
         """How many trials our values are means of."""
-        counts = [row["n"] for row in self.rows if row.get("whose", "ours") == "ours"]
-        low, high = min(counts), max(counts)
-        return f"n = {low} trial{'s' * (low > 1)}" if low == high else f"n = {low} to {high} trials"
+        return number_of([row["n"] for row in self.rows if row.get("whose", "ours") == "ours"], "trial")
 
     def add(self, target: Target, words: str, *rows: Mapping[str, Any], whose: str = "") -> None:
         """Rows of the CSV, and the same in words; ``whose`` is a column where the paper has panels of its own."""
