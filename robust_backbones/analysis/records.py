@@ -169,24 +169,3 @@ def _checked(record: RunRecord, path: Path) -> RunRecord:
     if wrong:
         raise InputError(f"{path} is not a run record ({', '.join(wrong)}): remove it, or make its run again")
     return record
-
-
-_NEEDED = {
-    "transfer": {"backbone.label", "mode", "metric", "selection.on", "selection.selected", "epochs", "normalize"}
-    | {"num_outputs", "images_per_class"},
-    "robustness": {"threat_model", "attack.steps"},
-    "detector_robustness": {"attacks", "adversarial_training", "images", "measure"},
-    "inheritance": {"method", "target"},
-}
-"""Task -> what tables ask of a record's configuration."""
-
-
-def check_complete(runs: Iterable[RecordedRun]) -> None:
-    """Raise InputError for a record that lacks what its task's tables need."""
-    for run in runs:
-        record = run.record
-        if record.task == "detector_robustness" and "cells" not in record.config:
-            continue  # of one cell, which no table has
-        names = {*record.config, *flat(record.config), *(f"backbone.{name}" for name in record.backbone)}
-        if lacking := sorted(_NEEDED.get(record.task, set()) - names):
-            raise InputError(f"the record in {run.folder} lacks {', '.join(lacking)}: remove it, or make its run again")

@@ -14,8 +14,8 @@ from robust_backbones.analysis.figures import Page, Picture
 from robust_backbones.analysis.inheritance import inheritance_pages
 from robust_backbones.analysis.paper.transfer_figures import transfer_pages
 from robust_backbones.analysis.paper.transfer_results import name_stand_ins
-from robust_backbones.analysis.record_tables import provenance_table, record_tables
-from robust_backbones.analysis.records import PRIMARY, RECORDS, Primary, RecordedRun, check_complete, write_records
+from robust_backbones.analysis.record_tables import check_complete, provenance_table, record_tables
+from robust_backbones.analysis.records import PRIMARY, RECORDS, Primary, RecordedRun, write_records
 from robust_backbones.analysis.results import METHOD, Answer, Result, answers, results
 from robust_backbones.analysis.study_figures import figure_4, study_figures
 from robust_backbones.analysis.tables import write_text

@@ -198,9 +198,8 @@ class _Probe:
                 if stop or last or time.monotonic() - last_save >= 60 * checkpoint_minutes:
                     self._save(banks, done, log.rows["epochs"])
                     last_save = time.monotonic()
-                    print(
-                        f"{label}, {self.clock.seconds / done * (config.epochs - done) / 60:.0f} min to go", flush=True
-                    )
+                    left = self.clock.seconds / done * (config.epochs - done)
+                    print(f"{label}, {left / 60:.0f} min to go", flush=True)
                 if stop and not last:
                     raise PreemptedError(
                         f"asked to stop: the state is in {self.output}; give the same command again to resume"

@@ -604,9 +604,10 @@ def test_the_tool(run_tool: Run, tmp_path: Path) -> None:
         ({"metrics": {"bbox/AP": "high"}}, "metrics"),
         ({"threat_model": "L3:1"}, "threat_model"),
         ({"seed": "first"}, "seed"),
-        ({"task": "transfer"}, "selection.on"),
-        ({"task": "robustness"}, "attack.steps"),
-        ({"task": "inheritance"}, "method"),
+        ({"task": "transfer"}, "KeyError('selection')"),
+        ({"task": "transfer", "config": {"selection": "lr 0.1"}}, "TypeError"),
+        ({"task": "robustness"}, "KeyError('threat_model')"),
+        ({"task": "inheritance"}, "KeyError('method')"),
     ],
 )
 def test_what_is_no_record_is_refused(run_tool: Run, tmp_path: Path, content: Any, words: str) -> None:
