@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from torchvision.transforms import v2
 
 from robust_backbones import cpu
 from robust_backbones.analysis.record_tables import classification_table
@@ -157,9 +156,7 @@ def datasets(options: DatasetsOptions) -> int:
 
 
 def transfer(options: ProbeOptions | FinetuneOptions) -> int:
-    data = open_transfer_data(
-        options.dataset, options.data_root, v2.Identity(), metric=options.metric, split=options.split
-    )
+    data = open_transfer_data(options.dataset, options.data_root, metric=options.metric, split=options.split)
     if isinstance(options, ProbeOptions):
         names = ("device", "workers", "checkpoint_minutes", "skip_unreadable")
         execution = {name: getattr(options, name) for name in names}

@@ -56,22 +56,18 @@ class DifferentDataError(InputError):
 def open_transfer_data(
     dataset: str | Path,
     data_root: str | Path | None,
-    transform: v2.Transform,
     *,
     metric: str = "",
-    seed: int = 0,
     split: str = "drawn",
 ) -> TransferData:
-    """A data set of the table, or a folder of one's own.
+    """A data set of the table, or a folder of one's own; its images are as they are.
 
     Args:
         dataset: a name of the table, or the path of a folder with train/ and test/ (without it, val/), each as
             ``open_dataset`` takes it.
         data_root: holds the data sets of the table: NAME/train and NAME/test as in a folder of one's own or, where
             there is no NAME/train, torchvision's layout.
-        transform: of both parts.
         metric: of a folder of one's own, "top1" if not given; the table's data sets have theirs.
-        seed: of the augmentation; splits do not depend on it.
         split: of the Caltech sets, one of SPLITS; ``first`` needs torchvision's layout.
 
     Raises:
@@ -90,7 +86,7 @@ def open_transfer_data(
         if data_root is None:
             raise InputError(f"{dataset} is looked up in the folder of all data sets: say where that is (--data-root)")
         name = row.name if split == SPLITS[0] else f"{row.name}_{split}"
-        return TransferData(name, row.metric, *_open_row(row, Path(data_root), transform, seed, split))
+        return TransferData(name, row.metric, *_open_row(row, Path(data_root), split))
     root = Path(dataset)
     if not root.is_dir():
         raise InputError(
@@ -99,7 +95,7 @@ def open_transfer_data(
         )
     metric = metric or "top1"
     check_choice("metric", metric, sorted({row.metric for row in TRANSFER_DATASETS.values()}))
-    train, test = _open_folders(root, transform, seed)
+    train, test = _open_folders(root)
     _check_classes(root, train, test)
     name = root.resolve().name
     official = TRANSFER_DATASETS.get(name.removesuffix(f"_{SPLITS[1]}"))
@@ -116,7 +112,7 @@ def check(row: TransferDataset, data_root: Path) -> tuple[str, str]:
         wrong and how to mend it.
     """
     try:
-        _open_row(row, data_root, v2.Identity(), seed=0)
+        _open_row(row, data_root)
     except InputError as error:
         states: dict[type, str] = {MissingDataError: "missing", DifferentDataError: "differs"}
         return states.get(type(error), "unusable"), str(error)
@@ -130,17 +126,17 @@ def _place(row: TransferDataset, data_root: Path) -> Path:
 
 
 def _open_row(
-    row: TransferDataset, data_root: Path, transform: v2.Transform, seed: int, split: str = SPLITS[0]
+    row: TransferDataset, data_root: Path, split: str = SPLITS[0]
 ) -> tuple[ClassificationDataset, ClassificationDataset]:
     """Train and test part; raises as ``open_transfer_data``."""
     place = _place(row, data_root)
     if (data_root / row.name / "train").is_dir():
         if split != SPLITS[0]:
             raise InputError(f"{place}/train and /test are a split already: leave --split {split} out, or remove them")
-        train, test = _open_folders(place, transform, seed)
+        train, test = _open_folders(place)
     else:
         sources = _open_official(row, data_root, split)
-        train, test = (ClassificationDataset(source, transform, seed=seed) for source in sources)
+        train, test = (ClassificationDataset(source, v2.Identity()) for source in sources)
     if wrong := _unlike(row, train, test):
         raise DifferentDataError(
             f"{place} is not {row.title}, it has {', '.join(wrong)}: complete it, or give a subset by its path, as a "
@@ -160,14 +156,12 @@ def _unlike(row: TransferDataset, train: ClassificationDataset, test: Classifica
     return [f"{found:,} {what} instead of {due:,}" for what, found, due in counts if found != due]
 
 
-def _open_folders(
-    root: Path, transform: v2.Transform, seed: int
-) -> tuple[ClassificationDataset, ClassificationDataset]:
+def _open_folders(root: Path) -> tuple[ClassificationDataset, ClassificationDataset]:
     test = root / ("val" if (root / "val").is_dir() and not (root / "test").is_dir() else "test")
     for part in (root / "train", test):
         if not part.is_dir():
             raise InputError(f"no folder {part}: a data set's folder holds train/ and test/ (or val/)")
-    return open_dataset(root / "train", transform, seed=seed), open_dataset(test, transform, seed=seed)
+    return open_dataset(root / "train", v2.Identity()), open_dataset(test, v2.Identity())
 
 
 def _open_official(row: TransferDataset, data_root: Path, split: str) -> Sources:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.transforms import v2
 
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
@@ -163,7 +162,7 @@ def without_unreadable(data: TransferData, output: Path, *, workers: int) -> Tra
 
 def open_data(data: TransferData | str | Path) -> TransferData:
     """The data set itself, or that of a folder with train/ and test/."""
-    return data if isinstance(data, TransferData) else open_transfer_data(str(data), None, v2.Identity())
+    return data if isinstance(data, TransferData) else open_transfer_data(str(data), None)
 
 
 def read_backbones(backbones: Backbones) -> dict[str, Checkpoint]:

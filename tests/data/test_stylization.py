@@ -16,7 +16,6 @@ from robust_backbones.checkpoint.format import sha256
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain
 from robust_backbones.data.stylization import mix_amplitudes, stylize
 from robust_backbones.data.transfer_datasets import open_transfer_data
-from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError
 from tests.classification.test_pretrain import CONFIG, HERE, build_tiny, cut_off_after, same_checkpoints
 
@@ -130,7 +129,7 @@ def test_a_folder_of_stylized_imagenet_is_read_as_what_it_is(
     found = known.of(trial)
     assert found is not None
     assert (found.stylized, found.stand_in) == (True, False)
-    data = open_transfer_data(str(folder), None, val_transform(32, resize=32))
+    data = open_transfer_data(str(folder), None)
     assert (data.name, data.metric) == ("stylized-imagenet", "top1")
     assert [*data.train.classes] == [*data.test.classes] == sorted(wnids.values())
     for part, own in (("train", data.train), ("val", data.test)):

@@ -58,7 +58,7 @@ def folder(shapes: Path) -> Path:
 
 
 def opened(folder: Path, metric: str = "") -> TransferData:
-    return open_transfer_data(str(folder), None, val_transform(32, resize=32), metric=metric)
+    return open_transfer_data(str(folder), None, metric=metric)
 
 
 def weights(run: Path) -> dict[str, Tensor]:

@@ -277,7 +277,7 @@ def with_other_test_images(shapes: Path, folder: Path) -> TransferData:
         else:
             noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
             cv2.imwrite(str(copy), noise)
-    return open_transfer_data(str(folder), None, val_transform(32, resize=32))
+    return open_transfer_data(str(folder), None)
 
 
 @pytest.mark.parametrize("way", [{}, {"solver": "lbfgs"}, {"batch_norm": "train"}], ids=["sgd", "lbfgs", "batch norm"])
@@ -454,7 +454,7 @@ def test_unreadable_images_stop_the_probe_or_are_listed(checkpoint: Checkpoint, 
     for part in ("train", "val"):
         path = min((tmp_path / "data" / part).rglob("*.jpg"))
         path.write_bytes(path.read_bytes()[:300])
-    data = open_transfer_data(str(tmp_path / "data"), None, val_transform(32, resize=32))
+    data = open_transfer_data(str(tmp_path / "data"), None)
     with pytest.raises(InputError, match=r"circle/00000\.jpg"):
         probe(CONFIG, checkpoint, data, tmp_path / "strict")
     probe(CONFIG, checkpoint, data, tmp_path / "out", skip_unreadable=True)
@@ -514,7 +514,7 @@ def folder_of(tmp_path: Path) -> Callable[[int], TransferData]:
             for index in range(count if (part, label) == ("train", 2) else 8):
                 colour = np.full((32, 32, 3), 80 * label + index, np.uint8)
                 cv2.imwrite(str(folder / f"{index}.png"), colour)
-        return open_transfer_data(str(tmp_path / "own"), None, val_transform(32, resize=32), metric="mean_per_class")
+        return open_transfer_data(str(tmp_path / "own"), None, metric="mean_per_class")
 
     return make
 

@@ -95,8 +95,10 @@ class _Task:
     @classmethod
     def of(cls, data: str, arch: str, image_size: int, images: int, epochs: int) -> _Task:
         resize = round(image_size * 256 / 224)
-        opened = open_transfer_data(data, None, val_transform(image_size, resize=resize))
-        part = {name: getattr(opened, name).sample(images, seed=0) for name in ("train", "test")}
+        opened, transform = open_transfer_data(data, None), val_transform(image_size, resize=resize)
+        part = {
+            name: getattr(opened, name).sample(images, seed=0).seen_through(transform) for name in ("train", "test")
+        }
         config = ProbeConfig(
             select_on="test", epochs=epochs, batch_size=images, image_size=image_size, val_resize=resize
         )
