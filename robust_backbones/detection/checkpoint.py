@@ -126,14 +126,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
         content = {"model": (model or self.model).state_dict(), **content}
         if self.metadata is not None:
             content[_METADATA] = self.metadata.to_dict()
-        if self.rest:
-            content[REST] = self.rest
-        if self.unfilled:
-            content[_UNFILLED] = self.unfilled
-        if self.interpolated:
-            content[_INTERPOLATED] = self.interpolated
-        if self.unverified is not None:
-            content[_UNVERIFIED] = self.unverified
+        kept = {REST: self.rest, _UNFILLED: self.unfilled, _INTERPOLATED: self.interpolated}
+        content |= {key: value for key, value in {**kept, _UNVERIFIED: self.unverified}.items() if value}
         if resumable:
             content |= {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
         save_tensors(Path(self.save_dir) / f"{name}.pth", content)
