@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig, ascend, frozen_eval, pgd
-from robust_backbones.errors import InputError, check_choice, check_positive
+from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
 from robust_backbones.threat_models import ThreatModel
 
 Network = Callable[[Tensor], Tensor]
@@ -57,8 +57,7 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         check_choice("objective", self.kind, OBJECTIVES)
         check_positive(self, "replays")
-        if not (math.isfinite(self.trades_beta) and self.trades_beta >= 0):
-            raise InputError(f"trades_beta must be >= 0, got {self.trades_beta:g}")
+        check_not_negative(self, "trades_beta")
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing is a share in [0, 1), got {self.label_smoothing:g}")
 

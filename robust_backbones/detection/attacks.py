@@ -25,7 +25,7 @@ from robust_backbones.attacks import (
     random_point,
     strongest_points,
 )
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice
 from robust_backbones.threat_models import ThreatModel
 
 LOSSES = {
@@ -80,10 +80,8 @@ class DetectorAttack(AttackConfig):
         super().__post_init__()
         if self.steps > 100:
             raise InputError(f"an attack has at most 100 steps, got {self.steps}")
-        if self.loss not in LOSSES:
-            raise InputError(f"unknown loss {self.loss!r}: choose one of {', '.join(LOSSES)}")
-        if self.schedule not in ("fixed", "apgd"):
-            raise InputError(f"unknown schedule {self.schedule!r}: choose one of fixed, apgd")
+        check_choice("loss", self.loss, LOSSES)
+        check_choice("schedule", self.schedule, ("fixed", "apgd"))
         if isinstance(self.target, str) and self.target != "derangement":
             raise InputError(f"unknown target {self.target!r}: give a class from 0, or derangement")
         if self.target is not None and self.loss != "classification":
