@@ -24,10 +24,11 @@ setup: .venv/.installed
 demo: setup
 	$(BIN)/python -m robust_backbones demo --output demo_output
 
-# Each test process on a core of its own: threads of several that share cores wait for each other. Compiled files are
-# kept, whatever the environment says: else every process that a test starts compiles the package again.
+# Each test process on a core of its own: threads of several that share cores wait for each other. A file's tests run in
+# one process, which makes its fixtures once. Compiled files are kept, whatever the environment says: else every process
+# that a test starts compiles the package again.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
-	--maxschedchunk 1
+	--dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)

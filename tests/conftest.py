@@ -50,7 +50,7 @@ TINY_SHAPES = ShapesConfig(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests come first: at the end every core has short ones to share."""
+    """Files with slow tests come first: at the end every core has short ones to share."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

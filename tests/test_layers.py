@@ -126,29 +126,52 @@ def test_whatever_registers_itself_is_imported_with_detection() -> None:
     assert registering <= reached
 
 
-def test_reading_tensors_does_not_wait_for_torchvision() -> None:
-    code = "import sys, robust_backbones.checkpoint.sources; sys.exit('torchvision' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
 def test_the_model_zoo_is_never_imported() -> None:
     """It needs pkg_resources, which setuptools no longer has."""
     paths = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "tests").rglob("*.py")]
     assert not [path for path in paths if any(n.startswith("detectron2.model_zoo") for n in imports(path))]
 
 
-def test_the_rest_works_without_detectron2() -> None:
-    names = [
-        ".".join(("robust_backbones", *module.with_suffix("").parts))
-        for module in MODULES
-        if room(dotted(module)) != "detection"
-    ]
-    code = (
-        "import sys; sys.modules['detectron2'] = None\n"
-        + "".join(f"import {name.removesuffix('.__init__')}\n" for name in names)
-        + "from robust_backbones.errors import InputError\n"
-        "try:\n    import robust_backbones.detection\n"
-        "except InputError as error:\n    print(error)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "doctor --install-detectron2" in result.stdout
+IMPORTS = """
+import sys
+sys.modules["detectron2"] = None
+
+def absent(*names):
+    assert not {*names} & sys.modules.keys(), sys.modules.keys()
+
+import robust_backbones
+absent("torch", "numpy")
+import robust_backbones.__main__
+robust_backbones.__main__.usage()
+import robust_backbones.runs.identity
+absent("torch")
+import robust_backbones.checkpoint.sources
+absent("torchvision")
+"""
+WITHOUT_DETECTRON2 = """
+import pytest
+try:
+    import robust_backbones.detection
+except ImportError as error:
+    print(error)
+try:
+    pytest.importorskip("robust_backbones.detection")
+except pytest.skip.Exception:
+    print("skipped")
+from robust_backbones.commands import cli
+cli.run(lambda arguments: __import__("robust_backbones.detection"))
+"""
+
+
+def test_an_import_brings_what_it_needs_and_detectron2_is_needed_by_detection_alone() -> None:
+    """The package itself brings nothing, a list of verbs and the rule of a run no torch, tensors no torchvision.
+
+    Without Detectron2 everything else works, and its own import fails as Python expects it, in one sentence.
+    """
+    rest = (dotted(module) for module in MODULES if room(dotted(module)) != "detection")
+    code = IMPORTS + "".join(f"import robust_backbones.{name}\n" for name in rest) + WITHOUT_DETECTRON2
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    sentence = "Detectron2 is not installed: run `robust-backbones doctor --install-detectron2`"
+    assert result.stdout.splitlines() == [sentence, "skipped"]
+    assert result.stderr.strip() == f"error: {sentence}"

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 WATCH = """
 import atexit, logging, multiprocessing, os, random, resource, signal, sys, warnings
 import cv2, numpy, torch, torchvision
@@ -74,6 +76,7 @@ assert names == list(model.state_dict())
 """
 
 
+@pytest.mark.slow
 def test_nothing_changes_unasked() -> None:
     script = WATCH + CALLS + COMPARE
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

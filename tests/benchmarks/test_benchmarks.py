@@ -62,8 +62,8 @@ class WorkerHere:
 HEADS = [Way("few", "growth:heads", {"count": 3}), Way("many", "growth:heads", {"count": 6})]
 
 
-@pytest.mark.slow
-def test_every_way_gets_its_turns_and_is_compared_once() -> None:
+def test_every_way_gets_its_turns_and_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.turns.Worker", WorkerHere)
     seen: list[set[str]] = []
     times = turns_of(HEADS, lambda results: seen.append(set(results)))
     assert seen == [{"few", "many"}]
@@ -155,6 +155,7 @@ def test_a_training_step_of_ours_is_the_plain_one(
     assert "not measured" in out
 
 
+@pytest.mark.slow
 def test_a_probe_in_one_pass_gives_the_weights_of_single_runs(
     run_tool: Run, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,7 @@ def test_a_file_says_what_it_holds(tmp_path: Path, torchvision_file: Callable[[s
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in convert(checkpoint)[0].items())
 
 
+@pytest.mark.slow
 def test_identical_input_gives_identical_bytes(torchvision_file: Callable[[str], Path], tmp_path: Path) -> None:
     """In another process, which hashes and orders differently; and no file holds more than its tensors."""
     source = torchvision_file("resnet18")

@@ -698,6 +698,7 @@ def test_what_holds_no_tensors_is_refused(tmp_path: Path, write: Callable[[Path]
     assert_refused(tmp_path / "file", message)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch, on saving without a process group
 def test_the_advice_for_a_folder_of_torch_s_distributed_checkpoints_gives_its_tensors(tmp_path: Path) -> None:
     folder = tmp_path / "step_100"

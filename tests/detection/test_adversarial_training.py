@@ -372,7 +372,7 @@ def test_a_run_that_is_killed_or_stopped_resumes_as_the_unbroken_one(cfg: CfgNod
     resumed, again = train(cfg, overrides, "killed", resume=True)
     assert min(again.rows) == (6 if free else 4)
     ends = [(resumed, again)]
-    if free:  # a signal in the middle of a batch's replays is heeded after their last
+    if last:  # a signal in the middle of a batch's replays is heeded after their last
         _, stopped = train(cfg, overrides, "stopped", last=1, at=terminated)
         assert max(stopped.rows) == 2
         ends.append(train(cfg, overrides, "stopped", resume=True))

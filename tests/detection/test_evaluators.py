@@ -558,6 +558,7 @@ def test_voc_is_detectron2s_on_a_random_set(tmp_path: Path, seed: int) -> None:
     assert 1 < metrics["bbox"]["AP"] < metrics["bbox"]["AP50"] < 99
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_voc_is_detectron2s_on_photographs(real_data: Path) -> None:
     folder = real_data / "detectron2/VOC2007"

@@ -271,13 +271,14 @@ def read_losses(trainer: Trainer) -> dict[int, float]:
     return {iteration: loss for loss, iteration in trainer.storage.history("total_loss").values()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
         ["MODEL.MASK_ON", False],
-        pytest.param(["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"], marks=pytest.mark.slow),
-        pytest.param(["ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1], marks=pytest.mark.slow),
-        pytest.param(["ADVERSARIAL.KIND", "free", "ADVERSARIAL.REPLAYS", 2], marks=pytest.mark.slow),
+        ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"],
+        ["ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1],
+        ["ADVERSARIAL.KIND", "free", "ADVERSARIAL.REPLAYS", 2],
     ],
     ids=["box", "mask_bfloat16", "pgd", "free"],
 )

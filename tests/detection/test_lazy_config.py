@@ -137,8 +137,8 @@ def batch(side: int) -> list[dict[str, Any]]:
         pytest.param(
             "swin_tiny_patch4_window7_224",
             {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "drop_path_rate": 0.2},
-            (256, 1024),
-            160,
+            SMALL_HEADS,
+            96,
             False,
             marks=pytest.mark.slow,
         ),

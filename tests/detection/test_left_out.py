@@ -60,6 +60,7 @@ def sets(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return broken, rest
 
 
+@pytest.mark.slow
 def test_the_run_is_that_of_the_other_images(
     sets: tuple[Path, Path], converted: Maker, tmp_path: Path, run_tool: RunTool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

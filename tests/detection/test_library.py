@@ -162,6 +162,7 @@ def test_what_cannot_be_trained_or_evaluated_on_is_refused_before(
         Trainer(plain)
 
 
+@pytest.mark.slow
 def test_importing_it_makes_robust_names_paths_and_changes_nothing_else() -> None:
     code = """
 import logging, warnings
@@ -178,27 +179,3 @@ except Exception as error:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "no published backbone is called 'nobody'" in result.stdout
     assert result.stderr == ""
-
-
-def test_without_detectron2_the_import_fails_as_python_expects_it() -> None:
-    code = """
-import sys
-sys.modules["detectron2"] = None
-try:
-    import robust_backbones.detection
-except ImportError as error:
-    print(error)
-import pytest
-import torch
-try:
-    pytest.importorskip("robust_backbones.detection")
-except pytest.skip.Exception:
-    print("skipped")
-from robust_backbones.commands import cli
-cli.run(lambda arguments: __import__("robust_backbones.detection"))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    sentence = "Detectron2 is not installed: run `robust-backbones doctor --install-detectron2`"
-    assert result.stdout.splitlines() == [sentence, "skipped"]
-    assert result.stderr.strip() == f"error: {sentence}"

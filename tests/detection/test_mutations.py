@@ -13,10 +13,10 @@ Check = Callable[[CfgNode, Path, Path, int], str]
 
 
 @pytest.mark.parametrize("check", [check_coco_mutation, check_voc_mutation])
-@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [range(40), pytest.param(range(40, 140), marks=pytest.mark.slow)], ids=len)
 @pytest.mark.filterwarnings("ignore")
-def test_mutations_are_measured_as_meant_or_refused(tmp_path: Path, check: Check, count: int) -> None:
+def test_mutations_are_measured_as_meant_or_refused(tmp_path: Path, check: Check, seeds: range) -> None:
     write_images(tmp_path)
     cfg = base_config()
-    outcomes = {check(cfg, tmp_path, tmp_path, seed) for seed in range(count)}
+    outcomes = {check(cfg, tmp_path, tmp_path, seed) for seed in seeds}
     assert outcomes == {"same", "meant", "refused"}

@@ -16,8 +16,8 @@ from robust_backbones.checkpoint.hub import describe, write_timm
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.verify import feature_errors, prove
-from robust_backbones.errors import InputError, ProofFailedError
+from robust_backbones.detection.verify import TOLERANCE, feature_errors, prove
+from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec
 from robust_backbones.transfer.networks import feature_extractor
 from tests.detection.conftest import SHAPES_CONFIG, SMALL, flat_overrides
@@ -38,8 +38,13 @@ def features(checkpoint: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("arch", "suffix"),
+    [
+        *zip(("test_efficientnet", "test_convnext", "test_vit"), SUFFIXES, strict=True),
+        pytest.param("swin_tiny_patch4_window7_224", SUFFIXES[0], marks=pytest.mark.slow),
+    ],
+)
 def test_a_converted_file_gives_the_network_back(arch: str, suffix: str, tmp_path: Path) -> None:
     """All but the classifier: also what no detector has a place for, as a last norm or convolution."""
     source, path = checkpoint_of(arch, tmp_path), tmp_path / f"backbone{suffix}"
@@ -105,8 +110,8 @@ def test_a_convnext_is_proven_against_its_makers_own_network(maker: str, tmp_pat
     assert max(error.relative for error in errors) < 1e-5
     checkpoint.state_dict["stages.3.blocks.2.gamma"].mul_(2)
     convert_file(checkpoint, tmp_path / "wrong.pkl").check()
-    with pytest.raises(ProofFailedError, match="res5"):
-        prove(checkpoint, tmp_path / "wrong.pkl")
+    wrong = feature_errors(checkpoint, tmp_path / "wrong.pkl", size=64)
+    assert {error.stage for error in wrong if error.relative > TOLERANCE} == {"res5"}
 
 
 @pytest.mark.slow

@@ -189,12 +189,3 @@ def test_a_fine_tuned_backbone_goes_to_torchvision_and_timm_and_back_bit_for_bit
         assert torch.equal(tensors[short], detector.state_dict()[name]), short
     load = BackboneCheckpointer(build_model(small_cfg), cfg=small_cfg).load
     load(str(tmp_path / "back.pkl"))
-
-
-@pytest.mark.slow
-def test_the_widest_network_is_proven(
-    run_tool: Callable[..., tuple[int, str, str]], torchvision_file: Maker, tmp_path: Path
-) -> None:
-    status, out, _ = run_tool("convert", torchvision_file("wide_resnet101_2"), tmp_path / "out.pkl")
-    assert status == 0
-    assert "features are equal" in out

@@ -216,19 +216,20 @@ ADAMW = ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 1e-3, "MODEL.BACKBONE.FR
 ADAMW += ["SOLVER.LAYER_DECAY", 0.8, "MODEL.BACKBONE.DROP_PATH", 0.5]
 
 
-@pytest.mark.parametrize("arch", ["tiny_swin", pytest.param("test_convnext", marks=pytest.mark.slow)])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "overrides",
+    ("arch", "overrides"),
     [
-        ["MODEL.MASK_ON", False, "SOLVER.EMA_DECAY", 0.9],
-        pytest.param(["MODEL.FAST_STEP", True, "INPUT.MASK_FORMAT", "bitmask"], marks=pytest.mark.slow),
-        pytest.param(["MODEL.BACKBONE.USE_ACT_CHECKPOINT", True], marks=pytest.mark.slow),
-        pytest.param(["ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1], marks=pytest.mark.slow),
-        pytest.param(["ADVERSARIAL.KIND", "free", "ADVERSARIAL.REPLAYS", 2], marks=pytest.mark.slow),
-        pytest.param([*CASCADE, "SOLVER.AMP.ENABLED", True], marks=pytest.mark.slow),
-        pytest.param(["INPUT.SCALE_JITTER", (0.1, 2.0, 128)], marks=pytest.mark.slow),
+        ("tiny_swin", ["MODEL.MASK_ON", False, "SOLVER.EMA_DECAY", 0.9]),
+        ("test_convnext", ["MODEL.FAST_STEP", True, "INPUT.MASK_FORMAT", "bitmask"]),
+        ("test_convnext", ["MODEL.BACKBONE.USE_ACT_CHECKPOINT", True]),
+        ("tiny_swin", ["MODEL.BACKBONE.USE_ACT_CHECKPOINT", True]),
+        ("tiny_swin", ["ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1]),
+        ("test_convnext", ["ADVERSARIAL.KIND", "free", "ADVERSARIAL.REPLAYS", 2]),
+        ("test_convnext", [*CASCADE, "SOLVER.AMP.ENABLED", True]),
+        ("tiny_swin", ["INPUT.SCALE_JITTER", (0.1, 2.0, 128)]),
     ],
-    ids=["average", "fast_step", "recomputed", "pgd", "free", "cascade_bfloat16", "jitter"],
+    ids=["average", "fast_step", "recomputed", "recomputed_swin", "pgd", "free", "cascade_bfloat16", "jitter"],
 )
 def test_a_killed_run_resumes_as_the_unbroken_one(
     arch: str, overrides: list[object], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

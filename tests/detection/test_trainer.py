@@ -110,9 +110,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("mask_on", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_losses_and_detections_are_detectron2s(cfg: CfgNode, mask_on: bool) -> None:
-    """20 iterations of its DefaultTrainer (boxes: 5), on a CPU in float32, with its ROIAlign: not a bit differs."""
+    """Eight iterations of its DefaultTrainer (boxes: 5), on a CPU in float32, with its ROIAlign: not a bit differs."""
     cfg.MODEL.FAST_ROI_ALIGN = False
-    iterations, step = (20, 15) if mask_on else (5, 3)
+    iterations, step = (8, 6) if mask_on else (5, 3)
     cfg.merge_from_list(["SOLVER.MAX_ITER", iterations, "SOLVER.STEPS", (step,), "MODEL.MASK_ON", mask_on])
     cfg.SOLVER.CHECKPOINT_PERIOD = iterations  # what is saved is the other tests'
     cfg.merge_from_list(["DATALOADER.NUM_WORKERS", 2 if mask_on else 0, "SOLVER.IMS_PER_BATCH", 2 if mask_on else 1])
@@ -191,7 +191,8 @@ def test_a_killed_run_resumes_as_the_unbroken_one(cfg: CfgNode, overrides: list[
     assert (resumed.average is not None) == (cfg.SOLVER.EMA_DECAY > 0)
 
 
-@pytest.mark.parametrize("iteration", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("iteration", [2, 5])
 def test_a_signal_in_an_evaluation_is_answered_before_the_next_image(
     cfg: CfgNode, unbroken: tuple[Trainer, dict[int, dict[str, float]]], iteration: int
 ) -> None:
@@ -272,6 +273,7 @@ def test_precise_statistics_are_those_of_what_is_evaluated(cfg: CfgNode) -> None
     assert same(found, wanted)
 
 
+@pytest.mark.slow
 def test_neither_evaluation_nor_a_signal_disturbs_training(
     cfg: CfgNode, unbroken: tuple[Trainer, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +323,7 @@ def test_the_best_and_the_average_are_kept(cfg: CfgNode, monkeypatch: pytest.Mon
     assert (Path(cfg.OUTPUT_DIR) / "last_checkpoint").read_text() == "model_0000003.pth"
 
 
+@pytest.mark.slow
 def test_a_record_says_what_was_measured(unbroken: tuple[Trainer, Any]) -> None:
     cfg = unbroken[0].cfg.clone()
     record = RunRecord.read(Path(cfg.OUTPUT_DIR) / "record.json")

@@ -91,6 +91,7 @@ def test_evaluated_as_by_detectron2(plain: Path, name: str, tmp_path: Path, run_
     assert len(found) > 3
 
 
+@pytest.mark.slow
 def test_training_begins_with_it_as_detectron2s(plain: Path, tmp_path: Path) -> None:
     cfg = load_config(
         plain / "config.yaml", ["MODEL.WEIGHTS", plain / "model_final.pth", "SOLVER.CHECKPOINT_PERIOD", 2]

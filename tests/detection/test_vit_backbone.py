@@ -424,15 +424,16 @@ def run_cfg(shapes: Path, backbone_file: Path, tmp_path: Path, monkeypatch: pyte
     return configuration(*SQUARE, *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(["MODEL.BACKBONE.USE_ACT_CHECKPOINT", True, "SOLVER.EMA_DECAY", 0.9], marks=pytest.mark.slow),
+        ["MODEL.BACKBONE.USE_ACT_CHECKPOINT", True, "SOLVER.EMA_DECAY", 0.9],
         ["MODEL.FAST_STEP", True, "MODEL.MASK_ON", False],
-        pytest.param(["ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1], marks=pytest.mark.slow),
-        pytest.param(["ADVERSARIAL.KIND", "free", "ADVERSARIAL.REPLAYS", 1], marks=pytest.mark.slow),
-        pytest.param([*CASCADE, "SOLVER.AMP.ENABLED", True], marks=pytest.mark.slow),
-        pytest.param(["INPUT.SCALE_JITTER", (0.1, 2.0, 128)], marks=pytest.mark.slow),
+        ["ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1],
+        ["ADVERSARIAL.KIND", "free", "ADVERSARIAL.REPLAYS", 1],
+        [*CASCADE, "SOLVER.AMP.ENABLED", True],
+        ["INPUT.SCALE_JITTER", (0.1, 2.0, 128)],
     ],
     ids=["recomputed", "fast_step", "pgd", "free", "cascade_bfloat16", "jitter"],
 )

@@ -47,6 +47,7 @@ def r50(torchvision_file: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return path
 
 
+@pytest.mark.slow
 def test_detectron2_s_default_backbone_trains_as_it_is(r50: Path) -> None:
     """By its URL and its path, each tensor as plain Detectron2 loads it; the configuration is held to its feeding."""
     small = ["MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8]

@@ -48,7 +48,7 @@ def claim_at(moment: float, folder: Path, lr: float) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runs", [1, 2, 8])
+@pytest.mark.parametrize("runs", [1, 8])
 def test_of_runs_that_claim_a_folder_at_once_one_gets_it(tmp_path: Path, runs: int) -> None:
     """Eight processes of ``runs`` different runs: those of one get it, all others the sentence; 100 times."""
     with ProcessPoolExecutor(8, get_context("fork")) as pool:

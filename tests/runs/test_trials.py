@@ -28,14 +28,14 @@ def trial(folder: Path, name: str, *options: object) -> str:
 
 @pytest.mark.slow
 def test_kills_at_random_and_inside_writes_lose_nothing(tmp_path: Path) -> None:
-    commands = ("pretrain", "train", "evaluate classifier", "convert")
-    said = trial(tmp_path, "kill", "--random", 4, "--inside", 4, "--keep", tmp_path, "--commands", *commands)
-    assert "tried 8, survived 8, lost 0" in said
+    commands = ("pretrain", "train", "convert")
+    said = trial(tmp_path, "kill", "--random", 3, "--inside", 3, "--keep", tmp_path, "--commands", *commands)
+    assert "tried 6, survived 6, lost 0" in said
 
 
 @pytest.mark.slow
 def test_hundreds_of_damaged_files_are_read_or_refused(tmp_path: Path) -> None:
-    said = trial(tmp_path, "fuzz", "--inputs", 800, "--keep", tmp_path).splitlines()
+    said = trial(tmp_path, "fuzz", "--inputs", 400, "--keep", tmp_path).splitlines()
     assert len(said) == 8
     assert all("'read': " in line and "'refused': " in line for line in said if not line.startswith(("coco", "voc")))
 

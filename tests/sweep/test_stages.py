@@ -198,6 +198,7 @@ record = {"run_id": "r", "task": "detection", "backbone": {"arch": "resnet50", "
 """
 
 
+@pytest.mark.slow
 def test_one_launch_goes_through_both_and_reports(
     tmp_path: Path, run_tool: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -128,7 +128,12 @@ def test_groups_are_in_the_order_of_the_forward_pass(arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=[pytest.mark.slow] * (arch not in ("resnet50", *SMALL))) for arch in PAPER]
+    "arch",
+    [
+        pytest.param(arch, marks=[pytest.mark.slow] * (arch not in ("resnet50", *SMALL)))
+        for arch in PAPER
+        if arch != "wide_resnet50_4"  # the modules of wide_resnet50_2, and four times the weights
+    ],
 )
 def test_features_under_the_old_classifier_are_the_networks_logits(arch: str, pixels: Tensor) -> None:
     spec = BackboneSpec(arch, CLASSES, mean=(0.1, 0.3, 0.5), std=(0.1, 0.2, 0.4))
@@ -206,7 +211,7 @@ def step(model: NormalizedModel, images: Tensor, groups: list[dict[str, Any]]) -
 @pytest.mark.parametrize(
     ("arch", "freeze"),
     [
-        *(("resnet18", freeze) for freeze in range(DEPTH + 1)),
+        *(("resnet18", freeze) for freeze in (0, 2, DEPTH)),
         *((arch, 2) for arch in SMALL[1:]),
         pytest.param("densenet161", 3, marks=pytest.mark.slow),
     ],
