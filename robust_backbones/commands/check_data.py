@@ -61,7 +61,6 @@ def main(arguments: list[str]) -> int:
         if options.fix:
             folder = options.fix if len(options.sets) == 1 else options.fix / place
             repaired, done = repair(dataset, use, folder, rename)
-            (folder / "changes.txt").write_text("".join(f"{line}\n" for line in done))
             print(f"repaired copy in {folder}: " + ("; ".join(done) or "nothing had to be changed"))
             faults = [fault for fault in repaired.check(use)[0] if fault.severity == "error"]
             if left := len(faults):

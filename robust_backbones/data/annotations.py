@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +11,26 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as mask_tools
 
-Row = dict[str, Any]
+from robust_backbones.data.annotations_values import (
+    FLAT,
+    Row,
+    is_area,
+    is_box,
+    is_file_name,
+    is_flag,
+    is_id,
+    is_odd_area,
+    is_side,
+    is_text,
+    is_whole,
+    mask_area,
+    mask_extent,
+    mask_problem,
+    plain,
+    short,
+)
+
 Content = dict[str, Any]
 """COCO's annotation file: lists of ``images``, ``annotations`` and ``categories``."""
 
@@ -51,55 +65,11 @@ class Use:
     masks: bool = False
 
 
-# Values of rows
-
-
-def is_number(value: Any, most: float = 1e7) -> bool:
-    # NaN compares false; a 400-digit integer compares without becoming a float.
-    return isinstance(value, int | float) and not isinstance(value, bool) and -most < value < most
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and is_number(value, 2**53)
-
-
-def is_id(value: Any) -> bool:
-    # Hashes have 64 bits.
-    return (isinstance(value, int) and is_number(value, 2**64)) or (isinstance(value, str) and bool(value))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def is_file_name(value: Any) -> bool:
-    # Control characters and halves of pairs (surrogates) would break the sentence that names the file.
-    return _is_text(value) and len(value) < 1000 and not re.search(r"[\x00-\x1f\ud800-\udfff]", value)
-
-
-def is_side(value: Any) -> bool:
-    return _is_whole(value) and 0 < value < 1_000_000
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) and min(value[2:]) >= 0
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, int | float) and value in (0, 1)
-
-
-def is_odd_area(area: Any, width: Any, height: Any) -> Any:
-    """Whether an object's area cannot be that of what its box encloses, in pixels; of numbers, or arrays of them."""
-    # Masks are whole pixels, boxes are not.
-    return (width * height > 4) & ((area < 1) | (area > (width + 1) * (height + 1)))
-
-
 _Test = Callable[[Any], bool]
 _ID = "a whole number below 2^64, or a text"
 _SIDE = "a whole number of pixels, which check-data --fix reads from the file"
 _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
-    "categories": {"id": (_is_whole, "a whole number"), "name": (_is_text, "a name")},
+    "categories": {"id": (is_whole, "a whole number"), "name": (is_text, "a name")},
     "images": {
         "id": (is_id, _ID),
         "file_name": (is_file_name, "a file's name, of at most 999 characters and without line breaks"),
@@ -109,10 +79,10 @@ _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
     "annotations": {
         "id": (is_id, _ID),
         "image_id": (is_id, _ID),
-        "category_id": (_is_whole, "a whole number"),
-        "bbox": (_is_box, "four finite numbers (x, y, width, height), with sides of at least 0"),
-        "area": (lambda value: is_number(value, 1e10) and value >= 0, "a number of at least 0 and below 1e10"),
-        "iscrowd": (_is_flag, "0 or 1"),
+        "category_id": (is_whole, "a whole number"),
+        "bbox": (is_box, "four finite numbers (x, y, width, height), with sides of at least 0"),
+        "area": (is_area, "a number of at least 0 and below 1e10"),
+        "iscrowd": (is_flag, "0 or 1"),
         "ignore": (lambda value: value == 0, 'left out or 0 (use "iscrowd": 1 for regions that do not count)'),
     },
 }
@@ -123,7 +93,7 @@ MISSING = "is not there"
 NO_AREA, LEAVES = "boxes without area", "boxes that leave their image"
 """Kinds of warnings."""
 LAYOUT = "boxes of another layout"
-"""The kind of the error of a set whose boxes are not what the format says; nobody but its maker knows what they are."""
+"""The kind of a fault of a set whose boxes are not what the format says; nobody but its maker knows what they are."""
 
 
 def read_json(file: str | Path) -> tuple[Content, list[Fault]]:
@@ -132,13 +102,24 @@ def read_json(file: str | Path) -> tuple[Content, list[Fault]]:
     Raises:
         FileNotFoundError: there is no such file.
     """
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            twice.extend(key for key, value in pairs if value != row[key])
+        return row
+
     try:
-        content = json.loads(Path(file).read_bytes())
+        content = json.loads(Path(file).read_bytes(), object_pairs_hook=unique)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         told = " ".join(str(error).split())[:200]
         return {}, [Fault("error", str(file), f"cannot be read ({type(error).__name__}: {told})", _WRITE_COCO)]
+    if twice:
+        what, mend = f"has the key {short(twice[0])} twice in one object", "leave one: of two, programs read the last"
+        return {}, [Fault("error", str(file), what, mend)]
     if not isinstance(content, dict):
         return {}, [Fault("error", str(file), f"is a {type(content).__name__}, no object", _WRITE_COCO)]
     faults = [
@@ -198,19 +179,6 @@ def _faults_of_row(
         severity: Literal["error", "warning"] = "warning" if key == "area" and not use.evaluation else "error"
         what = f"{key} is {short(row[key])}" if key in row else f"{key} is missing"
         yield _fault(severity, file, name, place, what, f"it has to be {wanted}", f"objects without {key}")(row)
-
-
-def plain(name: str) -> str:
-    """A class's name without case, spaces, hyphens and underscores, and with accents in one form."""
-    return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFC", name)).casefold()
-
-
-def short(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except (ValueError, RecursionError, TypeError):  # an integer of more than 4,300 digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int, Row]]]) -> Iterator[Fault]:
@@ -278,19 +246,35 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
         what = f"{crowds} of its {len(rows)} objects are crowds, which training drops and AP leaves out"
         mend = 'write "iscrowd": 0 for single objects (some programs write 1 for every mask of run lengths)'
         yield Fault("warning", file, what, mend, kind="files of more crowds than other objects")
+    bare = len(sizes) - len({row["image_id"] for _, row in rows})
+    if use.evaluation and bare > len(sizes) / 2:
+        what = f"{bare} of its {len(sizes)} images have no object"
+        mend = "leave those out that are not annotated: on them AP counts every detection as wrong"
+        yield Fault("warning", file, what, mend, kind="files of more images without objects than with")
     boxes = np.array([row["bbox"] for _, row in rows], np.float64)
     sides = np.array([sizes[row["image_id"]] for _, row in rows], np.float64)
-    if guess := _guess_of_boxes(boxes, sides):
+    if guess := guess_of_boxes(boxes, sides):
         yield Fault("error", file, *guess, kind=LAYOUT)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     if len(rows) > 9 and (high <= sides / 2 + 1).all():
         what = f"all its {len(rows)} boxes lie in the upper left quarter of their images"
         mend = "if they are percents, or of smaller images, write them in pixels of these"
         yield Fault("warning", file, what, mend, kind="files of boxes in one quarter of the images")
+    beyond = int((high > sides + 0.5).any(1).sum())
+    if len(rows) > 9 and beyond > 1 and (low >= 1).all() and (high <= sides + 1).all():
+        what = f"{beyond} of its {len(rows)} boxes end a pixel beyond their image, and none begins in the first"
+        mend = "if it counts pixels from 1, as VOC does, subtract 1 from every x and y"
+        yield Fault("warning", file, what, mend, kind="files of boxes that may count pixels from 1")
+    yield from _faults_at_large(file, rows, sizes, use)
     empty = (boxes[:, 2:] == 0).any(1)
     away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
     leaves = ~away & ((low < -1).any(1) | (high > sides + 1).any(1))  # a pixel is the rounding of annotations
     areas = np.array([row["area"] for _, row in rows] if use.evaluation else boxes[:, 2:].prod(1), np.float64)
+    larger = int((areas > (boxes[:, 2:] + 1).prod(1)).sum())
+    if len(rows) > 9 and larger > len(rows) / 2:
+        what = f"{larger} of its {len(rows)} areas are larger than their boxes, as if these were of smaller images"
+        mend = "write boxes in pixels of these images, or, where they are right, leave out the areas"
+        yield Fault("warning", file, what, mend, kind=LAYOUT)
     for found, kind, what, mend in (
         (
             is_odd_area(areas, boxes[:, 2], boxes[:, 3]),
@@ -325,7 +309,8 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
         if problem is not None:
             severity, what = problem
             mend = "remove or mend it, or give MODEL.MASK_ON False, or let check-data --fix fill its box"
-            if severity == "warning" and use.training and not row.get("iscrowd"):
+            # COCO's training set has flat ones, as of annotation 918.
+            if severity == "warning" and what != FLAT and use.training and not row.get("iscrowd"):
                 severity = "error"
             yield _fault(severity, file, "annotations", place, what, mend, "objects without a usable mask")(row)
     # A crowd's mask says where nothing counts, whatever its box.
@@ -333,16 +318,45 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
         None if problem or row.get("iscrowd") else row.get("segmentation")
         for (_, row), problem in zip(rows, problems, strict=True)
     ]
-    lowest, highest = np.array([*map(mask_extent, masks)]).reshape(-1, 2, 2).transpose(1, 0, 2)
-    shared = (np.minimum(high, highest) - np.maximum(low, lowest)).clip(0).prod(1)
-    total = (highest - lowest).prod(1) + (high - low).prod(1) - shared
-    for index in np.flatnonzero(~empty & (shared < 0.5 * total)):
+    for index in np.flatnonzero(~empty & _misfits(masks, low, high)):
         place, row = rows[index]
         what, mend = "its mask and its box share less than half of what both cover", "write both in pixels of the image"
         yield _fault("warning", file, "annotations", place, what, mend, "masks that do not fit their boxes")(row)
 
 
-def _guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:
+def _misfits(masks: Iterable[Any], low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which masks without a problem share less than half with their boxes, of corners ``low`` and ``high``."""
+    lowest, highest = np.array([*map(mask_extent, masks)]).reshape(-1, 2, 2).transpose(1, 0, 2)
+    shared = (np.minimum(high, highest) - np.maximum(low, lowest)).clip(0).prod(1)
+    misfits: NDArray[np.bool_] = shared < 0.5 * ((highest - lowest).prod(1) + (high - low).prod(1) - shared)
+    return misfits
+
+
+def _faults_at_large(
+    file: str, rows: list[tuple[int, Row]], sizes: dict[Any, tuple[int, int]], use: Use
+) -> Iterator[Fault]:
+    """What masks say of all boxes and areas, also where nothing else uses them; a thousand objects are looked at."""
+    seen = [row for _, row in rows[:: len(rows) // 1000 + 1] if not row.get("iscrowd") and all(row["bbox"][2:])]
+    seen = [row for row in seen if mask_problem(row.get("segmentation"), *sizes[row["image_id"]]) is None]
+    if len(seen) < 10:
+        return
+    boxes, masks = np.array([row["bbox"] for row in seen], np.float64), [row["segmentation"] for row in seen]
+    misfits = int(_misfits(masks, boxes[:, :2], boxes[:, :2] + boxes[:, 2:]).sum())
+    if not use.masks and misfits > len(seen) / 2:  # with masks each is told
+        what = f"{misfits} of {len(seen)} boxes looked at share less than half with their masks"
+        mend = "write both in pixels of the image"
+        yield Fault("warning", file, what, mend, kind="files of masks that do not fit their boxes")
+    if not use.evaluation:
+        return
+    pixels = [mask_area(mask, *sizes[row["image_id"]]) for mask, row in zip(masks, seen, strict=True)]
+    small = sum(2 * row["area"] < area for row, area in zip(seen, pixels, strict=True))
+    if small > len(seen) / 2:
+        what = f"{small} of {len(seen)} areas looked at are less than half of their masks"
+        mend = "write areas in pixels of the image; AP by size uses them"
+        yield Fault("warning", file, what, mend, kind="files of areas that do not fit their masks")
+
+
+def guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:
     """What the boxes look like that are not (x, y, width, height) in pixels."""
     # Boxes that lie outside altogether are named one by one.
     leaving = (boxes[:, :2] + boxes[:, 2:] > sides + 1).any(1) & (boxes[:, :2] < sides).all(1)
@@ -359,109 +373,12 @@ def _guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> t
                 f"{what}, and {few} as {layout}",
                 "write bbox as (x, y, width, height), x and y of its upper left corner",
             )
+    far = leaving & (boxes[:, :2] + boxes[:, 2:] > 1.05 * sides + 1).any(1)
+    if len(boxes) > 9 and far.mean() > 0.1 and (boxes[:, :2] >= -1).all():
+        what = f"{int(far.sum())} of {len(boxes)} boxes leave their image by more than a twentieth, right or below"
+        return f"{what}, and none left or above, as boxes of larger images do", "write boxes in pixels of these"
     if leaving.mean() > 0.5:
         return what, "write bbox as (x, y, width, height) in pixels of the image, x and y of its upper left corner"
     if (boxes[:, :2] + boxes[:, 2:] <= 1.01).all() and (sides > 8).all():
         return "every box lies within one pixel, as fractions of an image do", "write boxes in pixels"
     return None
-
-
-# Masks
-
-
-def usable_mask(segmentation: Any) -> Any:
-    """The mask of an object as Detectron2 and pycocotools take it, or None where there is none.
-
-    Polygons of fewer than three points are left out: pycocotools would take those of two for boxes.
-    """
-    if isinstance(segmentation, dict):
-        return segmentation or None
-    if not isinstance(segmentation, list):
-        return None
-    polygons = [polygon for polygon in segmentation if isinstance(polygon, list) and len(polygon) >= 6]
-    return (segmentation if len(polygons) == len(segmentation) else polygons) or None
-
-
-def box_polygon(box: Iterable[float]) -> list[list[float]]:
-    """``(x, y, width, height)`` as COCO's polygon that fills it."""
-    x, y, width, height = box
-    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
-
-
-def mask_extent(segmentation: Any) -> tuple[float, float, float, float]:
-    """(x1, y1, x2, y2) of a mask without a problem; NaN where there is none, zeros of run lengths without a pixel."""
-    mask = usable_mask(segmentation)
-    if mask is None:
-        return (math.nan,) * 4
-    if isinstance(mask, list):
-        x, y = [[value for polygon in mask for value in polygon[start::2]] for start in (0, 1)]
-        return min(x), min(y), max(x), max(y)
-    rle = mask if isinstance(mask["counts"], str) else mask_tools.frPyObjects(mask, *mask["size"])
-    left, top, width, height = mask_tools.toBbox(rle).tolist()
-    return left, top, left + width, top + height
-
-
-def mask_problem(segmentation: Any, width: int, height: int) -> tuple[Literal["error", "warning"], str] | None:
-    """What is wrong with an object's mask: an error, or as a warning that it has none."""
-    if segmentation is not None and not isinstance(segmentation, list | dict):
-        return "error", f"segmentation is {short(segmentation)}"
-    if isinstance(segmentation, dict) and segmentation:
-        problem = _rle_problem(segmentation, width, height)
-    else:
-        problem = _polygons_problem(segmentation or [], width, height)
-    if problem:
-        return "error", problem
-    return None if usable_mask(segmentation) else ("warning", "it has no usable mask")
-
-
-def _polygons_problem(polygons: list[Any], width: int, height: int) -> str:
-    most = 10 * max(width, height)
-    if polygons and all(is_number(value) for value in polygons):  # four numbers, as boxes; or one polygon, not nested
-        return "" if len(polygons) <= 4 else "segmentation is one list of numbers, not a list of polygons"
-    for number, polygon in enumerate(polygons):
-        try:
-            total, low, high = sum(map(abs, polygon)), min(polygon, default=0), max(polygon, default=0)
-        except (TypeError, OverflowError):
-            return f"polygon {number} of its segmentation is {short(polygon)}"
-        if not total < math.inf or not (-most <= low and high <= most):
-            return f"polygon {number} of its segmentation has numbers that are not finite or far outside its image"
-        if len(polygon) % 2:
-            return f"polygon {number} of its segmentation has {len(polygon)} numbers, no pairs"
-        if len(polygon) >= 6:
-            x, y = polygon[::2], polygon[1::2]
-            if min(x) >= width or min(y) >= height or max(x) <= 0 or max(y) <= 0:
-                return f"polygon {number} of its segmentation lies outside its image"
-    return ""
-
-
-def _rle_problem(rle: Row, width: int, height: int) -> str:
-    size, counts = rle.get("size"), rle.get("counts")
-    if size != [height, width] or not all(map(_is_whole, size)):
-        return f"its run-length mask has size {short(size)}, its image [{height}, {width}]"
-    if isinstance(counts, str):
-        runs = _runs_of(counts)
-    elif isinstance(counts, list) and all(map(_is_whole, counts)):
-        runs = counts
-    else:
-        return f"its run-length mask has counts {short(counts)}"
-    if runs is None or min(runs, default=-1) < 0 or sum(runs) != width * height:
-        return f"its run-length mask does not cover the {width} x {height} pixels of its image"
-    return ""
-
-
-def _runs_of(text: str) -> list[int] | None:
-    """COCO's compressed counts (maskApi.c, rleFrString) as run lengths; None where they are none."""
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        code = ord(character) - 48
-        if not 0 <= code < 64 or shift > 30:
-            return None
-        value |= (code & 31) << shift
-        shift += 5
-        if not code & 32:
-            if code & 16:
-                value -= 1 << shift
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return None if shift else runs

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,6 +23,8 @@ from robust_backbones.runs.files import atomic_path
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 _ORIENTATION = 0x0112
+Listings = dict[str, defaultdict[str, list[str]]]
+"""Folder -> plain stem -> files: what was read of folders."""
 UNREADABLE = "images that cannot be read"
 """The kind of the fault of an image whose pixels cannot be had."""
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
@@ -147,7 +150,7 @@ def check_images(
     Args:
         images: (image id, path, width, height), the sizes as the annotations have them.
     """
-    faults, listings = [], dict[str, dict[str, str]]()
+    faults, listings = [], Listings()
     images = list(images)
     headers = read_headers([path for _, path, *_ in images], workers=workers, cache=cache)
     for image, path, width, height in images:
@@ -168,16 +171,24 @@ def check_images(
     return faults
 
 
-def _mend_of_missing(path: str, listings: dict[str, dict[str, str]]) -> str:
-    """How to mend the name of a file that is not there; ``listings`` keeps what was read of folders."""
+def files_alike(path: str, listings: Listings) -> list[str]:
+    """The files in its folder whose names are a path's but for what ``_plain_stem`` leaves out; of its suffix first."""
+    folder, name = os.path.split(path)
+    if folder not in listings:
+        listings[folder] = defaultdict(list)
+        for file in os.listdir(folder) if os.path.isdir(folder) else []:
+            listings[folder][_plain_stem(file)].append(file)
+    suffix = os.path.splitext(name)[1].casefold()
+    return sorted(listings[folder].get(_plain_stem(name), []), key=lambda file: not file.casefold().endswith(suffix))
+
+
+def _mend_of_missing(path: str, listings: Listings) -> str:
+    """How to mend the name of a file that is not there."""
     if "\\" in path:
         return "write / between folders in file_name, not \\"
     folder, name = os.path.split(path)
-    if folder not in listings:
-        files = os.listdir(folder) if os.path.isdir(folder) else []
-        listings[folder] = {_plain_stem(file): file for file in files}
-    if other := listings[folder].get(_plain_stem(name)):
-        return f"its folder has {other!r}: write file_name as the file is called"
+    if others := files_alike(path, listings):
+        return f"its folder has {others[0]!r}: write file_name as the file is called"
     if above := next((place for place in Path(folder).parents if os.path.exists(place / name)), None):
         return f"it is in {above}: give another image folder, or mend file_name"
     return "add the image, or remove it from the set"

@@ -4,40 +4,53 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from robust_backbones.data.annotations import (
-    LAYOUT,
-    Content,
-    Fault,
+import numpy as np
+
+from robust_backbones.data.annotations import LAYOUT, Content, Fault, Use, check_coco, guess_of_boxes, read_json
+from robust_backbones.data.annotations_images import Header, Listings, files_alike, read_headers
+from robust_backbones.data.annotations_sets import AnnotatedSet
+from robust_backbones.data.annotations_values import (
     Row,
-    Use,
+    as_coco_writes,
     box_polygon,
-    check_coco,
+    is_area,
+    is_box,
     is_id,
     is_number,
     is_odd_area,
     is_side,
+    mask_area,
     mask_extent,
     mask_problem,
+    number_in,
     plain,
-    read_json,
     short,
-    usable_mask,
 )
-from robust_backbones.data.annotations_images import Header, read_headers
-from robust_backbones.data.annotations_sets import AnnotatedSet
-from robust_backbones.data.annotations_voc import check_voc, number_in, read_voc, text_in, voc_images, voc_names
+from robust_backbones.data.annotations_voc import (
+    check_voc,
+    read_voc,
+    spell_tags,
+    text_in,
+    voc_images,
+    voc_names,
+)
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
 Rename = Callable[[str], str]
+Boxes = dict[str, list[list[float]]]
+Changes = defaultdict[str, list[Any]]
+"""What was done -> what it was done to: ids of annotations, names of images and classes."""
+_LEFT_OUT = "left out in all"
 _GONE = "images that are missing or cannot be read left out"
+_FLAGS = {"": "0", "unspecified": "0", "false": "0", "true": "1"}
 _SIZES, _CLIPPED = "sizes of images corrected", "boxes clipped to their images"
 
 
@@ -59,10 +72,12 @@ def repair(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename = str) 
     """Write the annotations without their errors to the folder ``output``; the set there, and a list of what was done.
 
     Broken rows and images are left out, sizes are those of the files, boxes are clipped, classes renamed. In COCO's
-    format a missing or impossible area becomes the box's, with ``use.masks`` a missing mask too, classes of one name
-    become one, and annotations are numbered anew where their ids are missing or there twice.
+    format a missing or impossible area becomes the mask's, else the box's, a box that is none or empty the mask's, with
+    ``use.masks`` a missing mask the box, classes of one name become one, and annotations are numbered anew where their
+    ids are missing or there twice.
     In VOC's, lines that are there twice go, corners are put in order, and an empty or unspecified ``difficult`` is 0;
-    JPEGImages is a link to the images. What would have to be guessed is not changed.
+    JPEGImages is a link to the images. What would have to be guessed is not changed. ``changes.txt`` there has all of
+    what was done, with the ids and names of what it was done to.
 
     Raises:
         InputError: the file is no COCO file, VOC's list is not there or names what is not in its folder, boxes look
@@ -70,67 +85,127 @@ def repair(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename = str) 
     """
     if output.exists():
         raise InputError(f"{output} exists: give another folder to --fix")
-    done: Counter[str] = Counter()
+    done: Changes = defaultdict(list)
     if dataset.split:
         _repair_voc(dataset, output, rename, done)
         repaired = replace(dataset, annotations=output, images=output / "JPEGImages")
     else:
         _repair_coco(dataset, use, output, rename, done)
         repaired = replace(dataset, annotations=output / dataset.annotations.name)
-    return repaired, [f"{count} {what}" for what, count in done.items() if count]
+    told = {f"{len(things)} {what}": things for what, things in done.items() if things}
+    lines = [line for what, things in told.items() for line in (what, *(f"    {thing}" for thing in things))]
+    (output / "changes.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
+    return repaired, [*told]
 
 
 # COCO
 
 
-def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, done: Counter[str]) -> None:
+def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, done: Changes) -> None:
     content, faults = read_json(dataset.annotations)
     if not content:
         raise InputError(str(faults[0]))
     _make_numbers(content, done)
     _refuse_shared_ids(dataset.annotations, content)
     _number_annotations(content, done)
+    for row in content["annotations"]:
+        if isinstance(row, dict) and (new := as_coco_writes(row)):
+            done["objects written as COCO writes them"].append(row["id"])
+            row |= new
     categories, ids = _repaired_classes(content["categories"], rename, done)
-    images = [row for row in content["images"] if isinstance(row, dict)]
+    images, listings = [row for row in content["images"] if isinstance(row, dict)], Listings()
     for row in images:
-        name, folders = str(row.get("file_name")), str(row.get("file_name")).replace("\\", "/")
-        if name != folders and not os.path.exists(dataset.images / name) and os.path.exists(dataset.images / folders):
-            row["file_name"] = folders
-            done["names of files written with / between folders"] += 1
+        name = str(row.get("file_name"))
+        if name == "None" or os.path.exists(dataset.images / name):
+            continue
+        folders, suffix = name.replace("\\", "/"), os.path.splitext(name)[1].casefold()
+        alike = files_alike(str(dataset.images / folders), listings)
+        if len(same := [file for file in alike if file.casefold().endswith(suffix)]) == 1:
+            row["file_name"] = os.path.join(os.path.dirname(folders), *same)
+            done["names of files written as the files are called"].append(row["file_name"])
     paths = {number: str(dataset.images / str(row.get("file_name"))) for number, row in enumerate(images)}
     headers = read_headers(list(paths.values()))
+    sizes = {number: (row.get("width"), row.get("height")) for number, row in enumerate(images)}
+    boxes = _boxes_by_image(content["annotations"])
+    wrong = _wrong_sizes(
+        (number, sizes[number], headers.get(paths[number]), boxes.get(str(row.get("id"))))
+        for number, row in enumerate(images)
+    )
     kept_images = []
     for number, row in enumerate(images):
         header = headers.get(paths[number])
         if header is None or header.problem:
-            done[_GONE] += 1
+            done[_GONE].append(row.get("file_name"))
+            done[f"images {_LEFT_OUT}"].append(row.get("file_name"))
             continue
-        given = row.get("width"), row.get("height")
-        if given != (header.width, header.height) and not _is_resized(*given, header):
+        if number in wrong:
             row = {**row, "width": header.width, "height": header.height}
-            done[_SIZES] += 1
+            done[_SIZES].append(row["file_name"])
         kept_images.append(row)
-    _refuse_layout(check_coco(dataset.annotations, {**content, "images": kept_images}))
-    sizes = {str(row.get("id")): (row["width"], row["height"]) for row in kept_images}
+    known = {str(row.get("id")): (row["width"], row["height"]) for row in kept_images}
+    faults = check_coco(dataset.annotations, {**content, "images": kept_images})
+    _refuse_layout(dataset.annotations, faults, boxes, known)
     kept = [
-        _repaired(row, sizes.get(str(row.get("image_id"))), use, ids, done)
+        _repaired(row, known.get(str(row.get("image_id"))), use, ids, done) if isinstance(row, dict) else row
         for row in content["annotations"]
-        if isinstance(row, dict)
     ]
     mended = {**content, "categories": categories, "images": kept_images, "annotations": kept}
     faults = check_coco(dataset.annotations, mended, use)
-    broken = {fault.place for fault in faults if fault.severity == "error" and fault.place}
-    mended |= {
-        name: [row for number, row in enumerate(mended[name]) if (name, number) not in broken]
-        for name in ("images", "annotations", "categories")
-    }
-    left = {str(row.get("id")) for row in mended["images"]}
-    mended["annotations"] = [row for row in mended["annotations"] if str(row["image_id"]) in left]
-    for name in ("images", "annotations"):
-        done[f"{name} left out in all"] += len(content[name]) - len(mended[name])
+    broken = {fault.place: fault.what for fault in faults if fault.severity == "error" and fault.place}
+    left: set[str] = set()
+    for name, key in (("categories", "name"), ("images", "file_name"), ("annotations", "id")):
+        rows = []
+        for number, row in enumerate(mended[name]):
+            what = broken.get((name, number))
+            if what is None and name == "annotations" and str(row["image_id"]) not in left:
+                what = "its image is left out"
+            if what is None:
+                rows.append(row)
+            else:
+                done[f"{name} {_LEFT_OUT}"].append(f"{row.get(key) if isinstance(row, dict) else short(row)}: {what}")
+        mended[name] = rows
+        left = {str(row["id"]) for row in rows}
     output.mkdir(parents=True)
     with atomic_path(output / dataset.annotations.name) as temporary:  # an indent would make it twice as large
         temporary.write_text(json.dumps(mended))
+
+
+def _boxes_by_image(rows: Iterable[Any]) -> Boxes:
+    """The sound boxes of images with objects, whatever else of these is broken."""
+    boxes: Boxes = {}
+    for row in rows:
+        if isinstance(row, dict):
+            boxes.setdefault(str(row.get("image_id")), []).extend([row["bbox"]] if is_box(row.get("bbox")) else [])
+    return boxes
+
+
+def _wrong_sizes(images: Iterable[tuple[Any, tuple[Any, Any], Header | None, list[list[float]] | None]]) -> set[Any]:
+    """The images (key, annotated size, header, boxes) whose annotated size is wrong: their boxes are of the file's.
+
+    Boxes of an image that was resized, stretched or turned are of the former size, which a corrected one would hide. So
+    boxes have to leave the annotated size and lie in the file's, here or in other images, of which none says otherwise.
+    """
+    wrong, unknown, seen = set[Any](), set[Any](), set[str]()
+    for key, (width, height), header, boxes in images:
+        sound = is_side(width) and is_side(height)
+        if header is None or header.problem or (sound and (width, height) == (header.width, header.height)):
+            continue
+        if not sound or boxes is None:
+            wrong.add(key)
+        elif not _is_resized(width, height, header):
+            within = [[_ends_in(box, *sides) for sides in ((width, height), header[:2])] for box in boxes]
+            found = {name for name, pair in (("former", [True, False]), ("file", [False, True])) if pair in within}
+            if found == {"file"} or max(abs(width - header.width), abs(height - header.height)) <= 2:
+                wrong.add(key)
+            elif not found:
+                unknown.add(key)
+            seen |= found
+    return wrong | unknown if seen == {"file"} else wrong
+
+
+def _ends_in(box: list[float], width: int, height: int) -> bool:
+    # A pixel is the rounding of annotations.
+    return box[0] + box[2] <= width + 1 and box[1] + box[3] <= height + 1
 
 
 def _is_resized(width: Any, height: Any, header: Header) -> bool:
@@ -140,15 +215,20 @@ def _is_resized(width: Any, height: Any, header: Header) -> bool:
     return abs(width * header.height - height * header.width) <= max(width, height, header.width, header.height)
 
 
-def _refuse_layout(faults: Iterable[Fault]) -> None:
+def _refuse_layout(file: Path, faults: Iterable[Fault], boxes: Boxes, sizes: Mapping[str, tuple[int, int]]) -> None:
     """Boxes of another layout would look sound once they are clipped or their corners are put in order."""
-    if guess := next((fault for fault in faults if fault.kind == LAYOUT), None):
-        raise InputError(str(guess))
+    if told := next((fault for fault in faults if fault.kind == LAYOUT), None):
+        raise InputError(str(told))
+    # Also of objects with other errors, which are mended.
+    pairs = [(box, sizes[image]) for image, rows in boxes.items() if image in sizes for box in rows]
+    if pairs and (guess := guess_of_boxes(*(np.array(part, np.float64) for part in zip(*pairs, strict=True)))):
+        raise InputError(f"{file}: {guess[0]}: {guess[1]}")
 
 
-def _make_numbers(content: Content, done: Counter[str]) -> None:
+def _make_numbers(content: Content, done: Changes) -> None:
     """Ids of classes and, where those of the images are numbers, of images: what is written as ``"7"`` or ``7.0``."""
     images = [row.get("id") for row in content["images"] if isinstance(row, dict)]
+    images += [row.get("image_id") for row in content["annotations"] if isinstance(row, dict)]
     of_images = ["image_id", "id"] if not all(isinstance(value, str) for value in images) else []
     keys = {"categories": ["id"], "images": of_images[1:], "annotations": ["category_id", *of_images[:1]]}
     for name, names in keys.items():
@@ -156,8 +236,8 @@ def _make_numbers(content: Content, done: Counter[str]) -> None:
             for key in names if isinstance(row, dict) else ():
                 text = str(row.get(key)).removesuffix(".0")
                 if not isinstance(row.get(key), int) and text.isascii() and text.isdigit() and len(text) < 16:
+                    done["ids made whole numbers"].append(f"{key} {short(row[key])} of {name}")
                     row[key] = int(text)
-                    done["ids made whole numbers"] += 1
 
 
 def _refuse_shared_ids(file: Path, content: Content) -> None:
@@ -172,58 +252,65 @@ def _refuse_shared_ids(file: Path, content: Content) -> None:
                     raise InputError(f"{file}: {what}: give one of them, and its objects, another id")
 
 
-def _number_annotations(content: Content, done: Counter[str]) -> None:
+def _number_annotations(content: Content, done: Changes) -> None:
     """Nothing else names annotations by their ids: those that are missing, or there twice, lose no object."""
     rows = [row for row in content["annotations"] if isinstance(row, dict)]
     ids = [row.get("id") for row in rows]
     if not all(map(is_id, ids)) or len(set(ids)) < len(ids):
         for number, row in enumerate(rows, 1):
+            done["annotations numbered anew"].append(f"{short(row.get('id'))}: {number}")
             row["id"] = number
-        done["annotations numbered anew"] += len(rows)
 
 
-def _repaired_classes(rows: Iterable[Any], rename: Rename, done: Counter[str]) -> tuple[list[Row], dict[Any, Any]]:
+def _repaired_classes(rows: Iterable[Any], rename: Rename, done: Changes) -> tuple[list[Row], dict[Any, Any]]:
     """Categories with their new names, and the id of the one that each other of its name is now."""
     kept: dict[str, Row] = {}
     broken, ids = [], {}
     for row in rows:
-        if not (isinstance(row, dict) and isinstance(row.get("name"), str) and isinstance(row.get("id"), int)):
+        given = row.get("name") if isinstance(row, dict) else None
+        if not (isinstance(given, str | int) and isinstance(row.get("id"), int)):
             broken.append(row)
             continue
-        name = rename(row["name"])
-        done["classes renamed"] += name != row["name"]
+        name = rename(str(given))  # digits are classes too
+        if name != given:
+            done["classes renamed"].append(f"{short(given)}: {short(name)}")
         if name in kept and kept[name]["id"] != row["id"]:
             ids[row["id"]] = kept[name]["id"]
-            done["classes of one name made one"] += 1
+            done["classes of one name made one"].append(f"{short(name)}: id {row['id']} is {kept[name]['id']} now")
         else:
             kept[name] = {**row, "name": name}
     return [*kept.values(), *broken], ids
 
 
-def _repaired(row: Row, size: tuple[int, int] | None, use: Use, ids: Mapping[Any, Any], done: Counter[str]) -> Row:
-    """The annotation with its box in the image, an area and a mask, where its box says what they are."""
+def _repaired(row: Row, size: tuple[int, int] | None, use: Use, ids: Mapping[Any, Any], done: Changes) -> Row:
+    """The annotation with its box in the image, an area and a mask, where these say what the others are."""
+    row = {**row}
     if isinstance(row.get("category_id"), int) and row["category_id"] in ids:
-        row = {**row, "category_id": ids[row["category_id"]]}
-    box = row.get("bbox")
-    problem = mask_problem(row.get("segmentation"), *size) if size and (use.masks or not box) else None
-    if size and not box and not problem:
-        x1, y1, x2, y2 = mask_extent(row.get("segmentation"))
-        row = {**row, "bbox": (box := [x1, y1, x2 - x1, y2 - y1])}
-        done["boxes filled in from masks"] += 1
-    if size is None or not (isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and min(box[2:]) >= 0):
+        row["category_id"] = ids[row["category_id"]]
+    if size is None:
+        return row
+    box: Any = row.get("bbox")
+    mask = row.get("segmentation")
+    problem = mask_problem(mask, *size)
+    if not problem and not (is_box(box) and all(box[2:])):
+        x1, y1, x2, y2 = mask_extent(mask)
+        row["bbox"] = box = [x1, y1, x2 - x1, y2 - y1]
+        done["boxes filled in from masks"].append(row["id"])
+    if not is_box(box):
         return row
     corners = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
     x1, y1, x2, y2 = clipped = _clipped(corners, size)
     if clipped != corners:
-        row, box = {**row, "bbox": [x1, y1, x2 - x1, y2 - y1]}, [x1, y1, x2 - x1, y2 - y1]
-        done[_CLIPPED] += 1
-    area = row.get("area")
-    if area is None or (is_number(area, 1e10) and is_odd_area(area, *box[2:])):
-        row = {**row, "area": box[2] * box[3]}
-        done["areas filled in from boxes"] += 1
-    if use.masks and problem and not usable_mask(None if problem[0] == "error" else row.get("segmentation")):
-        row = {**row, "segmentation": box_polygon(box)}
-        done["masks filled in from boxes"] += 1
+        row["bbox"] = box = [x1, y1, x2 - x1, y2 - y1]
+        done[_CLIPPED].append(row["id"])
+    if not is_area(row.get("area")) or is_odd_area(row["area"], *box[2:]):
+        pixels = 0 if problem else mask_area(mask, *size)
+        fits = pixels > 0 and not is_odd_area(pixels, *box[2:])
+        row["area"] = pixels if fits else box[2] * box[3]
+        done[f"areas filled in from {'masks' if fits else 'boxes'}"].append(row["id"])
+    if use.masks and problem and all(box[2:]):
+        row["segmentation"] = box_polygon(box)
+        done["masks filled in from boxes"].append(row["id"])
     return row
 
 
@@ -239,7 +326,7 @@ def _clipped(corners: list[float], size: tuple[int, int]) -> list[float]:
 # VOC
 
 
-def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Counter[str]) -> None:
+def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Changes) -> None:
     listed = dataset.annotations / f"ImageSets/Main/{dataset.split}.txt"
     annotations = dataset.annotations / "Annotations"
     try:
@@ -249,23 +336,36 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Count
     if outside := next((name for name in names if os.path.isabs(name) or ".." in Path(name).parts), None):
         raise InputError(f"{listed} names {outside}, which is not in {annotations}: list images by their names there")
     content, faults = read_voc(dataset.annotations, dataset.split, dataset.classes)
-    _refuse_layout(check_voc(dataset.annotations, content, faults))
-    done["lines of the list that were there twice left out"] += len(names) - len(set(names))
+    sizes = {row["id"]: (row["width"], row["height"]) for row in content["images"]}
+    boxes = _boxes_by_image([*content["annotations"], *content["broken"]])
+    twice = Counter(names)
+    done["lines of the list that were there twice left out"] += (twice - Counter(twice.keys())).elements()
     files = voc_images(dataset.images)
     paths = {name: str(dataset.images / files.get(name, f"{name}.jpg")) for name in dict.fromkeys(names)}
     headers = read_headers(paths.values())
+    wrong = _wrong_sizes((name, sizes[name], headers.get(paths[name]), boxes.get(name)) for name in sizes)
+    for row in content["images"]:
+        if row["id"] in wrong:
+            row["width"], row["height"] = sizes[row["id"]] = headers[paths[row["id"]]][:2]
+    _refuse_layout(annotations, check_voc(dataset.annotations, content, faults), boxes, sizes)
     kept = []
     for name, path in paths.items():
         header = headers.get(path)
         if header is None or header.problem:
-            done[_GONE] += 1
+            done[_GONE].append(name)
             continue
         try:
             root = ElementTree.fromstring((annotations / f"{name}.xml").read_bytes())
         except (OSError, ElementTree.ParseError, ValueError, RecursionError):
-            done["images whose annotation is missing or no XML left out"] += 1
+            done["images whose annotation is missing or no XML left out"].append(name)
             continue
-        _repair_xml(root, header, dataset.classes, rename, done)
+        if tags := spell_tags(root):
+            done["files whose tags were written in small letters"].append(f"{name}: {', '.join(sorted(set(tags)))}")
+        size = (header.width, header.height)
+        if name in wrong:
+            _write_size(root, size)
+            done[_SIZES].append(name)
+        _repair_xml(root, name, size, dataset.classes, rename, done)
         with atomic_path(output / f"Annotations/{name}.xml", durable=False) as temporary:
             ElementTree.ElementTree(root).write(temporary, encoding="utf-8")
         kept.append(name)
@@ -275,35 +375,42 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Count
     (output / "JPEGImages").symlink_to(dataset.images.absolute(), target_is_directory=True)
 
 
+def _write_size(root: ElementTree.Element, size: tuple[int, int]) -> None:
+    for element in root.findall("size"):
+        root.remove(element)
+    element = ElementTree.SubElement(root, "size")
+    for side, value in zip(("width", "height"), size, strict=True):
+        ElementTree.SubElement(element, side).text = str(value)
+
+
 def _repair_xml(
-    root: ElementTree.Element, header: Header, classes: Sequence[str] | None, rename: Rename, done: Counter[str]
+    root: ElementTree.Element,
+    image: str,
+    size: tuple[int, int],
+    classes: Sequence[str] | None,
+    rename: Rename,
+    done: Changes,
 ) -> None:
     """Mend an image's annotation in place."""
-    sides = {"width": header.width, "height": header.height}
-    width, height = (number_in(root.findtext(f"size/{side}"), whole=True) for side in sides)
-    if (width, height) != (header.width, header.height) and not _is_resized(width, height, header):
-        for size in root.findall("size"):
-            root.remove(size)
-        size = ElementTree.SubElement(root, "size")
-        for side, value in sides.items():
-            ElementTree.SubElement(size, side).text = str(value)
-        done[_SIZES] += 1
-    for above, thing in [(element, thing) for element in root.iter() for thing in element.findall("object")]:
+    things = [(element, thing) for element in root.iter() for thing in element.findall("object")]
+    for number, (above, thing) in enumerate(things):
+        label = f"{image}/{number}"
         name, difficult, text = thing.find("name"), thing.find("difficult"), text_in(thing, "name")
         if name is not None and text:
             name.text = rename(text)
-            done["objects of classes renamed"] += name.text != text
-        if difficult is not None and text_in(thing, "difficult") in ("", "Unspecified"):
-            difficult.text = "0"
-            done["values of difficult set to 0"] += 1
+            if name.text != text:
+                done["objects of classes renamed"].append(f"{label}: {text}, {name.text} now")
+        if difficult is not None and (value := _FLAGS.get(text_in(thing, "difficult").lower())):
+            difficult.text = value
+            done[f"values of difficult set to {value}"].append(label)
         known = bool(text) and (classes is None or text_in(thing, "name") in classes)
         sound = text_in(thing, "difficult", "0") in ("0", "1")
-        if not (known and sound and _repair_corners(thing, (header.width, header.height), done)):
+        if not (known and sound and _repair_corners(thing, label, size, done)):
             above.remove(thing)
-            done["objects left out"] += 1
+            done["objects left out"].append(label)
 
 
-def _repair_corners(thing: ElementTree.Element, size: tuple[int, int], done: Counter[str]) -> bool:
+def _repair_corners(thing: ElementTree.Element, label: str, size: tuple[int, int], done: Changes) -> bool:
     """Whether the object's box, mended in place, can be used; VOC counts pixels from 1, the last of a box included."""
     keys = ("xmin", "ymin", "xmax", "ymax")
     boxes = thing.findall("bndbox")
@@ -311,9 +418,11 @@ def _repair_corners(thing: ElementTree.Element, size: tuple[int, int], done: Cou
     if len(boxes) != 1 or not all(map(is_number, values)):
         return False
     x1, y1, x2, y2 = [*map(min, values[:2], values[2:]), *map(max, values[:2], values[2:])]
-    done["corners of boxes put in order"] += [x1, y1, x2, y2] != values
+    if [x1, y1, x2, y2] != values:
+        done["corners of boxes put in order"].append(label)
     clipped = _clipped([x1 - 1, y1 - 1, x2, y2], size)
-    done[_CLIPPED] += clipped != [x1 - 1, y1 - 1, x2, y2]
+    if clipped != [x1 - 1, y1 - 1, x2, y2]:
+        done[_CLIPPED].append(label)
     x1, y1, x2, y2 = clipped[0] + 1, clipped[1] + 1, *clipped[2:]
     if [x1, y1, x2, y2] != values:
         for key, value in zip(keys, (x1, y1, x2, y2), strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -11,18 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from robust_backbones.data.annotations import (
-    LAYOUT,
-    MISSING,
-    Content,
-    Fault,
-    Row,
-    Use,
-    check_coco,
-    is_number,
-    is_side,
-    short,
-)
+from robust_backbones.data.annotations import LAYOUT, MISSING, Content, Fault, Use, check_coco
+from robust_backbones.data.annotations_values import Row, is_number, is_side, number_in, short
 from robust_backbones.data.decoding import image_suffixes, is_hidden
 
 
@@ -30,7 +19,8 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
     """A VOC set's images and objects as COCO's content, and what is wrong with its lists and XML files.
 
     Images have their names as ids, objects ``IMAGE/NUMBER``; boxes count pixels from 0, as Detectron2 reads them. Of a
-    list with a second column of -1, 0 and 1, as VOC has one for each class, the images of -1 are left out.
+    list with a second column of -1, 0 and 1, as VOC has one for each class, the images of -1 are left out. Objects with
+    errors are in a list of their own, ``broken``, with their boxes alone.
 
     Args:
         folder: Holds Annotations, ImageSets/Main and JPEGImages.
@@ -56,7 +46,7 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
     if not names and not faults:
         faults.append(Fault("error", str(listed), "lists no image", "list one image a line"))
     files = voc_images(folder / "JPEGImages")
-    content: Content = {"images": [], "annotations": [], "categories": []}
+    content: Content = {"images": [], "annotations": [], "categories": [], "broken": []}
     numbers = {name: number for number, name in enumerate(classes or (), 1)}
     for name in names:
         file = folder / f"Annotations/{name}.xml"
@@ -71,6 +61,9 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
         except (OSError, ElementTree.ParseError, ValueError, RecursionError) as error:
             faults.append(Fault("error", str(file), f"is no XML ({error})", "write it anew", name))
             continue
+        if tags := spell_tags(root):
+            what, mend = f"holds <{tags[0]}>", "write tags in small letters and without a namespace: no others are read"
+            faults.append(Fault("error", str(file), what, mend, name))
         width, height = (number_in(root.findtext(f"size/{side}"), whole=True) for side in ("width", "height"))
         image = {"id": name, "file_name": files.get(name, f"{name}.jpg"), "width": width, "height": height}
         content["images"].append(image)
@@ -81,8 +74,8 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
         for number, thing in enumerate(root.iter("object")):
             row, problems = _voc_object(thing, numbers, open_list=classes is None)
             faults += [Fault("error", str(file), what, mend, name, number) for what, mend in problems]
-            if not problems:
-                content["annotations"].append({"id": f"{name}/{number}", "image_id": name, **row})
+            rows = content["broken" if problems else "annotations"]
+            rows.append({"id": f"{name}/{number}", "image_id": name, **row})
     swapped = [fault for fault in faults if fault.mend == _ORDER]
     if len(swapped) > 0.25 * (len(swapped) + len(content["annotations"])):
         what = f"{len(swapped)} boxes have an xmax below xmin or an ymax below ymin, as of (x, y, width, height)"
@@ -91,6 +84,9 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
     return content, faults
 
 
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_TAGS = {"object": ("name", "difficult", "bndbox"), "bndbox": _CORNERS, "size": ("width", "height")}
+"""Element -> those in it that are read."""
 _ORDER = "xmax and ymax have to be the larger ones"
 
 
@@ -102,6 +98,8 @@ def voc_names(listed: Path, annotations: Path) -> list[str]:
     """
     names = []
     for line in filter(None, map(str.strip, listed.read_text("utf-8-sig").splitlines())):
+        if "\\" in line and not os.path.exists(annotations / f"{line}.xml"):
+            line = line.replace("\\", "/")  # as Windows has it
         columns = re.fullmatch(r"(.*\S)\s+(-1|0|1)", line)
         if not columns or os.path.exists(annotations / f"{line}.xml"):  # unlike Path's, never raises
             names.append(line)
@@ -136,6 +134,22 @@ def voc_classes(folder: str | Path) -> list[str]:
     return sorted(names - {""})
 
 
+def spell_tags(root: ElementTree.Element) -> list[str]:
+    """Give tags that differ in case and namespace alone from those that are read their names; what they were."""
+    found = []
+    for above in root.iter():
+        known = ("object", "size") if above is root else ("object", *_TAGS.get(_plain_tag(above), ()))
+        for element in above:
+            if element.tag != (plain := _plain_tag(element)) and plain in known:
+                found.append(element.tag)
+                element.tag = plain
+    return found
+
+
+def _plain_tag(element: ElementTree.Element) -> str:
+    return str(element.tag).rpartition("}")[2].lower()
+
+
 def text_in(thing: ElementTree.Element, key: str, default: str = "") -> str:
     """What an object's element says, without the blanks and line breaks that programs write around it."""
     return thing.findtext(key, default).strip()
@@ -152,24 +166,17 @@ def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tupl
     difficult = text_in(thing, "difficult", "0")
     if difficult not in ("0", "1"):
         problems.append((f"difficult is {short(difficult)}", "it has to be 0 or 1"))
-    texts = {side: thing.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")}
+    texts = {side: thing.findtext(f"bndbox/{side}") for side in _CORNERS}
     x1, y1, x2, y2 = (number_in(text) for text in texts.values())
     if len(thing.findall("bndbox")) != 1 or any(not is_number(value) for value in (x1, y1, x2, y2)):
         problems.append((f"bndbox is {short(list(texts.values()))}", "it has to hold xmin, ymin, xmax and ymax"))
     elif x2 < x1 or y2 < y1:
         problems.append((f"bndbox is {short(list(texts.values()))}", _ORDER))
-    if problems:
-        return {}, problems
     box = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
+    if problems:
+        return {"bbox": box}, problems
     row = {"category_id": numbers[name], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
     return row | {"difficult": int(difficult)}, []
-
-
-def number_in(text: str | None, *, whole: bool = False) -> Any:
-    try:
-        return int(text or "") if whole else float(text or "")
-    except ValueError:
-        return math.nan
 
 
 def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use: Use | None = None) -> list[Fault]:

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 from detectron2.structures import BoxMode
 from numpy.typing import NDArray
 
-from robust_backbones.data.annotations import box_polygon
+from robust_backbones.data.annotations_values import box_polygon
 from robust_backbones.data.corruptions import CORRUPTIONS, check_corruption, corrupt, image_seed
 from robust_backbones.detection.attacks import Detector, DetectorAttack, attack_image, sanity_check
 from robust_backbones.detection.data_stream import MaskMapper, WorkerMapper

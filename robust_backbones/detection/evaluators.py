@@ -32,7 +32,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from robust_backbones.configs import DETECTOR_KEYS
-from robust_backbones.data.annotations import box_polygon, usable_mask
+from robust_backbones.data.annotations_values import box_polygon, usable_mask
 from robust_backbones.data.annotations_voc import text_in, voc_names
 from robust_backbones.detection.datasets import SHOWN_CLASSES, categories, evaluator_kind
 from robust_backbones.detection.left_out import left_out
@@ -133,7 +133,7 @@ class CocoEvaluator(DatasetEvaluator):
             table = create_small_table({name: number for name, number in numbers.items() if "-" not in name})
             _logger.info(f"{task} AP of {self._dataset_name}, computed by {package} {version(package)}:\n{table}")
             objects = [a for a in self._ground_truth.dataset["annotations"] if not a.get("iscrowd")]
-            masks = sum(usable_mask(a.get("segmentation")) is not None for a in objects)
+            masks = sum(task == "segm" and usable_mask(a.get("segmentation")) is not None for a in objects)
             if task == "segm" and masks < len(objects):
                 _logger.info(f"segm over {masks:,} of {len(objects):,} objects: the others have no usable mask")
             metrics[task] = numbers

@@ -13,9 +13,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from robust_backbones.data.annotations import is_file_name, is_id
 from robust_backbones.data.annotations_images import undecodable
 from robust_backbones.data.annotations_sets import AnnotatedSet
+from robust_backbones.data.annotations_values import is_file_name, is_id
 from robust_backbones.detection.standard_format import Items, register
 from robust_backbones.errors import InputError
 

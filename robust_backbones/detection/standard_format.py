@@ -13,7 +13,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools import mask as mask_tools
 
-from robust_backbones.data.annotations import Content, Use, box_polygon, is_number, mask_problem, usable_mask
+from robust_backbones.data.annotations import Content, Use
+from robust_backbones.data.annotations_values import FLAT, is_number, mask_problem, usable_mask
 from robust_backbones.data.annotations_voc import read_voc
 from robust_backbones.errors import InputError
 
@@ -58,9 +59,11 @@ def load_coco(file: str, folder: str, name: str) -> Items:
         thing = {key: row[key] for key in ("iscrowd", "bbox") if key in row}
         thing |= {"bbox_mode": BoxMode.XYWH_ABS, "category_id": numbers[row["category_id"]]}
         image = items[row["image_id"]]
-        mask = usable_mask(row.get("segmentation"))
+        mask = row.get("segmentation")
+        problem = mask_problem(mask, image["width"], image["height"])
         # Where masks are used, the check has refused broken ones; boxes alone do without.
-        if mask is not None and not mask_problem(mask, image["width"], image["height"]):
+        if problem is None or problem[1] == FLAT:
+            mask = usable_mask(mask) or [polygon for polygon in mask if len(polygon) > 5]
             if isinstance(mask, dict) and isinstance(mask["counts"], list):
                 mask = mask_tools.frPyObjects(mask, *mask["size"])
             thing["segmentation"] = mask
@@ -86,7 +89,7 @@ def _without_objects(images: Sequence[Mapping[str, Any]], folder: str) -> dict[A
 
 
 def content_of(items: Items, classes: Sequence[str], use: Use) -> Content:
-    """Detectron2's dictionaries as COCO's content; run lengths and bit masks, which it may hold as arrays, as boxes."""
+    """Detectron2's dictionaries as COCO's content; bit masks, which it may hold as arrays, as run lengths."""
     content: Content = {"images": [], "annotations": []}
     content["categories"] = [{"id": number, "name": name} for number, name in enumerate(classes)]
     for number, item in enumerate(items):
@@ -97,10 +100,12 @@ def content_of(items: Items, classes: Sequence[str], use: Use) -> Content:
             x1, y1, x2, y2 = map(float, BoxMode.convert(thing["bbox"], thing["bbox_mode"], BoxMode.XYXY_ABS))
             box = [x1, y1, x2 - x1, y2 - y1]
             mask = thing.get("segmentation") if use.masks else None
+            if isinstance(mask, np.ndarray):
+                mask = mask_tools.encode(np.asfortranarray(mask, np.uint8))
             if isinstance(mask, list):
                 mask = [list(polygon) for polygon in mask]
-            elif mask is not None:
-                mask = box_polygon(box)
+            elif isinstance(mask, dict) and isinstance(mask.get("counts"), bytes):
+                mask = {**mask, "counts": mask["counts"].decode()}
             row = {"id": len(content["annotations"]), "image_id": image, "bbox": box, "area": box[2] * box[3]}
             row |= {"category_id": _plain(thing["category_id"]), "iscrowd": _plain(thing.get("iscrowd", 0))}
             content["annotations"].append({**row, "segmentation": mask})

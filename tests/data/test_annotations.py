@@ -16,10 +16,11 @@ from PIL import Image
 from pycocotools import mask as mask_tools
 
 from robust_backbones.data import annotations_images
-from robust_backbones.data.annotations import MISSING, Fault, Use, _runs_of, check_coco, mask_extent
+from robust_backbones.data.annotations import MISSING, Fault, Use, check_coco
 from robust_backbones.data.annotations_images import check_images, read_header
 from robust_backbones.data.annotations_repair import repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
+from robust_backbones.data.annotations_values import _runs_of, mask_extent
 from robust_backbones.data.annotations_voc import read_voc, voc_classes, voc_images
 from robust_backbones.errors import InputError
 
@@ -151,6 +152,7 @@ POLYGON = [5, 5, 20, 5, 20, 20]
     ("value", "words"),
     [
         *[(value, "no usable mask") for value in (None, [], {}, [4, 5, 12, 20], [[4, 5, 12, 20]], [[1, 2]])],
+        ({"size": [40, 60], "counts": [2400]}, "no usable mask"),
         ([[*POLYGON, 5]], "7 numbers, no pairs"),
         ([POLYGON, [*POLYGON[:5], math.nan]], "polygon 1 of its segmentation has numbers that are not finite"),
         ([[*POLYGON[:5], 1e308]], "not finite or far outside"),
@@ -190,7 +192,8 @@ def test_compressed_runs_are_read_as_pycocotools_writes_them(seed: int) -> None:
     assert _runs_of(text) == runs
     x, y, width, height = mask_tools.toBbox({"size": mask.shape, "counts": text})
     for counts in (text, runs):
-        assert mask_extent({"size": list(mask.shape), "counts": counts}) == (x, y, x + width, y + height)
+        extent = mask_extent({"size": list(mask.shape), "counts": counts})
+        assert extent == (x, y, x + width, y + height) if mask.any() else np.isnan(extent).all()
 
 
 def change_all(key: str, change: Callable[[Any], Any]) -> Content:
@@ -249,14 +252,14 @@ def test_masks_elsewhere_than_their_boxes_are_told() -> None:
 
 
 def test_run_lengths_elsewhere_than_their_boxes_are_told() -> None:
-    """As in another image's place, or without a pixel; crowds say where nothing counts, whatever their boxes."""
+    """As in another image's place; crowds say where nothing counts, whatever their boxes."""
     content, mask = sound(), np.zeros((40, 60), np.uint8, order="F")
     mask[5:25, 40:52] = 1
     counts = mask_tools.encode(mask)["counts"].decode()
-    for place, runs in ((0, counts), (2, counts), (4, [2400])):
-        content["annotations"][place]["segmentation"] = {"size": [40, 60], "counts": runs}
+    for place in (0, 2):
+        content["annotations"][place]["segmentation"] = {"size": [40, 60], "counts": counts}
     found = check_coco("a.json", content, MASKS)
-    assert [(fault.severity, fault.annotation) for fault in found] == [("warning", 10), ("warning", 21)]
+    assert [(fault.severity, fault.annotation) for fault in found] == [("warning", 10)]
     assert check_coco("a.json", content, Use()) == []  # boxes alone
 
 
@@ -264,9 +267,12 @@ def test_names_of_files_as_windows_writes_them_are_mended(tmp_path: Path, images
     content = sound()
     content["images"][1]["file_name"] = f"..\\{images.name}\\2.png"
     content["images"][2]["file_name"] = "gone\\3.png"
+    for number, name in ((4, "%33.PNG"), (5, "2.jpg")):
+        content["images"].append({**content["images"][0], "id": number, "file_name": name})
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
-    assert "1 names of files written with / between folders" in done
-    assert [row["file_name"] for row in repaired.read()[0]["images"]] == ["1.png", f"../{images.name}/2.png"]
+    assert "2 names of files written as the files are called" in done
+    names = [row["file_name"] for row in repaired.read()[0]["images"]]
+    assert names == ["1.png", f"../{images.name}/2.png", "3.png"]  # 2.png may be another image than 2.jpg
 
 
 @pytest.mark.parametrize(
@@ -304,18 +310,117 @@ def test_what_a_whole_set_shows(change: Callable[[Content], Any], words: str) ->
     assert words in fault.what
 
 
+def grid() -> Content:
+    """Twelve objects with masks that fill their boxes, over all of three images."""
+    content = sound()
+    boxes = [[16 * (number % 4), 14 * (number // 4), 12, 12] for number in range(12)]
+    content["annotations"] = [
+        {"id": number + 1, "image_id": number % 3 + 1, "category_id": (3, 8)[number % 2], "bbox": box, "area": 144}
+        | {"segmentation": [[*box[:2], box[0] + 12, box[1], box[0] + 12, box[1] + 12, box[0], box[1] + 12]]}
+        for number, box in enumerate(boxes)
+    ]
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "severity"),
+    [
+        (lambda row: None, "", ""),
+        (lambda row: row.update(segmentation=[[value / 2 for value in row["segmentation"][0]]]), "masks", "warning"),
+        (lambda row: row.update(area=48), "12 of 12 areas looked at are less than half of their masks", "warning"),
+        (lambda row: row.update(area=320), "12 of its 12 areas are larger than their boxes", "warning"),
+        (lambda row: row.update(bbox=[value + (value < 50) * (place < 2) for place, value in enumerate(row["bbox"])]),
+         "6 of its 12 boxes end a pixel beyond their image, and none begins in the first", "warning"),
+        (lambda row: row.update(bbox=[value * 1.2 for value in row["bbox"]], segmentation=[]),
+         "as boxes of larger images", "error"),
+        (lambda row: row.update(image_id=1), "2 of its 3 images have no object", "warning"),
+    ],
+)  # fmt: skip
+def test_what_most_objects_show(change: Callable[[Any], Any], words: str, severity: str) -> None:
+    """Boxes of images of another size, counted from 1, areas of another unit, and images that nobody annotated."""
+    content = grid()
+    for row in content["annotations"]:
+        change(row)
+    found = [(words in fault.what, fault.severity) for fault in check_coco("a.json", content) if not fault.annotation]
+    assert found == [(True, severity)] if words else found == []
+
+
+@pytest.mark.parametrize(
+    ("box", "corrected"), [([40, 5, 18, 20], True), ([5, 5, 12, 52], False), ([4, 5, 12, 20], False)]
+)
+def test_a_size_is_corrected_where_the_boxes_are_of_the_file(
+    tmp_path: Path, images: Path, box: list[int], corrected: bool
+) -> None:
+    """Of an image that was turned they are not, and a corrected size would hide it."""
+    content = sound()
+    for row in content["images"]:
+        row |= {"width": 40, "height": 60}
+    content["annotations"][0]["bbox"] = box
+    repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
+    assert ("3 sizes of images corrected" in done) == corrected
+    assert (errors(repaired.check()[0]) == []) == corrected
+
+
 def test_a_box_that_is_not_there_is_that_of_its_mask(tmp_path: Path, images: Path) -> None:
     content = sound()
     rows = content["annotations"]
     del rows[0]["bbox"]
-    rows[2]["bbox"], rows[3]["bbox"] = None, []
+    rows[1]["bbox"], rows[2]["bbox"], rows[3]["bbox"] = [math.nan, 1, 2, 3], None, []
     rows[4] |= {"bbox": None, "segmentation": []}
+    rows[6]["bbox"], rows[7]["bbox"], rows[8]["bbox"] = [1, 2, 3], ["a", 1, 2, 3], [0, 0, 0, 0]
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
-    assert "3 boxes filled in from masks" in done
+    assert "7 boxes filled in from masks" in done
     assert errors(repaired.check(Use(masks=True))[0]) == []
-    meant = {row["id"]: row["bbox"] for row in sound()["annotations"]} | {12: [0, 0, 40, 40]}
+    meant = {row["id"]: row["bbox"] for row in sound()["annotations"]} | {12: [0, 0, 40, 40], 32: [0, 0, 40, 40]}
     del meant[21]  # without a mask nothing says where it is
     assert {row["id"]: row["bbox"] for row in repaired.read()[0]["annotations"]} == meant
+
+
+def test_what_is_written_in_another_way_and_has_one_meaning(tmp_path: Path, images: Path) -> None:
+    """As programs write it that know numbers as texts, floats alone, or polygons as points."""
+    content = sound()
+    rows = content["annotations"]
+    (mask,), (other,) = rows[0]["segmentation"], rows[1]["segmentation"]
+    rows[0] |= {"segmentation": mask, "bbox": list(map(str, rows[0]["bbox"]))}
+    rows[1] |= {"segmentation": [[*map(list, zip(other[::2], other[1::2], strict=True))]], "area": "240"}
+    runs = mask_tools.frPyObjects([[0, 0, 9, 0, 9, 9]], 40, 60)[0]
+    whole = _runs_of(runs["counts"].decode())
+    for row, change in zip(content["annotations"][2::3], (float, int, str), strict=True):
+        row["segmentation"] = {"size": [40, 60], "counts": whole}
+        if change is float:
+            row["segmentation"] = {"size": [40.0, 60.0], "counts": [*map(float, whole or ())]}
+        row["iscrowd"] = str(row["iscrowd"]) if change is str else 1
+    rows[3]["iscrowd"] = None
+    rows[4] |= {"ignore": 1}
+    for row in content["images"][:1]:
+        row["id"] = str(row["id"])
+    for row in content["categories"]:
+        row["name"] = len(row["name"]) + row["id"]
+    assert errors(coco_set(tmp_path, images, content).check(Use(masks=True))[0])
+    repaired, _ = repair(coco_set(tmp_path, images, content), Use(masks=True), tmp_path / "fixed")
+    assert errors(repaired.check(Use(masks=True))[0]) == []
+    found = repaired.read()[0]
+    meant = sound()["annotations"]
+    for row in meant[2::3]:
+        row["segmentation"] = {"size": [40, 60], "counts": whole}
+    meant[4] |= {"ignore": 0, "iscrowd": 1}
+    assert found["annotations"] == meant
+    assert all(isinstance(value, int) for value in found["annotations"][2]["segmentation"]["size"])
+    assert [row["name"] for row in found["categories"]] == ["6", "11"]
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("area", [None, "x", math.nan, -1, 0.001, 1e9])
+def test_an_area_is_that_of_the_mask(tmp_path: Path, images: Path, masks: bool, area: Any) -> None:
+    """AP by size uses it; of an object without a mask it is the box's."""
+    content = sound()
+    rows = content["annotations"]
+    rows[0] |= {"area": area, "segmentation": [[4, 5, 16, 5, 16, 25]]}
+    rows[1] |= {"area": area, "segmentation": []}
+    dataset = coco_set(tmp_path, images, content)
+    found = repair(dataset, Use(masks=masks), tmp_path / "fixed")[0].read()[0]["annotations"]
+    pixels = mask_tools.area(mask_tools.frPyObjects(rows[0]["segmentation"], 40, 60))[0]
+    assert [row["area"] for row in found] == [pixels] + [240] * 8
 
 
 def test_what_is_odd_and_may_be_meant() -> None:
@@ -339,8 +444,12 @@ def test_what_is_odd_and_may_be_meant() -> None:
     assert len(check_coco("a.json", content, Use(training=False))) == 4
 
 
+TWICE = '{"images": [1], "images": [], "annotations": [], "categories": []}'
+
+
 @pytest.mark.parametrize(
-    "text", ['{"images": [', "[1, 2]", "{}", "[" * 100_000, '{"images": 1' + "0" * 5000 + "}", "\x00", '{"images": {}}']
+    "text",
+    [TWICE, '{"images": [', "[1, 2]", "{}", "[" * 100_000, '{"images": 1' + "0" * 5000 + "}", "\x00", '{"images": {}}'],
 )
 def test_files_that_are_no_coco_files(tmp_path: Path, images: Path, text: str) -> None:
     (tmp_path / "truth.json").write_text(text)
@@ -466,6 +575,20 @@ def test_blanks_and_groups_in_xml_change_nothing(tmp_path: Path, old: str, new: 
     assert voc_classes(tmp_path) == ["cat"]
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("<annotation>", '<annotation xmlns="x">'), ("object>", "Object>"), ("name>", "NAME>")]
+)
+def test_tags_in_capitals_or_a_namespace_are_repaired(tmp_path: Path, old: str, new: str) -> None:
+    """Unread they would leave the image without objects."""
+    voc(tmp_path)
+    meant = read_voc(tmp_path, "test")
+    file = tmp_path / "Annotations/b.xml"
+    file.write_text(file.read_text().replace(old, new))
+    dataset = AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test")
+    assert errors(dataset.check()[0])
+    assert repair(dataset, Use(), tmp_path / "fixed")[0].read() == meant
+
+
 def test_boxes_that_may_count_from_zero_are_told(tmp_path: Path) -> None:
     """A box of the first pixel is a sign that all are read a pixel too far left and up."""
     voc(tmp_path)
@@ -492,6 +615,9 @@ def test_boxes_that_may_count_from_zero_are_told(tmp_path: Path) -> None:
         ("<width>100", "<width>80", "is 100 x 80, and 80 x 80"),
         ("</annotation>", "", "is no XML"),
         ("<size>", "<size>" + "<a>" * 100_000, "is no XML"),
+        ("object>", "OBJECT>", "holds <OBJECT>"),
+        ("difficult>", "Difficult>", "holds <Difficult>"),
+        ("<annotation>", '<annotation xmlns="x">', "holds <{x}size>"),
     ],
 )
 def test_faults_of_voc_sets(tmp_path: Path, old: str, new: str, words: str) -> None:
@@ -537,7 +663,7 @@ def test_voc_lists_of_one_class_names_with_spaces_folders_and_any_format_of_imag
         (tmp_path / part / "more").mkdir()
     (tmp_path / "Annotations/b.xml").rename(tmp_path / "Annotations/more/b 1 -1.xml")
     Image.open(tmp_path / "JPEGImages/b.jpg").save(tmp_path / "JPEGImages/more/b 1 -1.png")
-    text = "\ufeffa  1\r\nmore/b 1 -1\r\nc -1\r\n\r\n"  # as Windows writes it
+    text = "\ufeffa  1\r\nmore\\b 1 -1\r\nc -1\r\n\r\n"  # as Windows writes it
     (tmp_path / "ImageSets/Main/cat_test.txt").write_bytes(text.encode())
     for folder in (tmp_path, tmp_path / "fixed"):
         content, faults = read_voc(folder, "cat_test")
@@ -584,7 +710,7 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     assert "3 images, 9 objects, 0 errors, 0 warnings" in out
     assert run_tool("check-data", f"mine={where}", "--masks")[1] == out.replace(where, f"mine={where}")  # as in train
     rows = content["annotations"]
-    rows[0]["bbox"] = [1, 2, 3, 4, 5]
+    rows[0] |= {"bbox": [1, 2, 3, 4, 5], "segmentation": None}
     rows[1]["segmentation"] = []
     rows[3]["bbox"] = [4, 5, 90, 20]
     rows[4]["area"] = None
@@ -608,7 +734,11 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     kept[20] |= {"bbox": [4, 5, 56, 20]}
     assert {row["id"]: row for row in mended["annotations"]} == kept
     assert mended["images"] == expected["images"]
-    assert "1 masks filled in from boxes" in (tmp_path / "fixed/changes.txt").read_text()
+    changes = (tmp_path / "fixed/changes.txt").read_text()
+    assert "1 masks filled in from boxes\n    11\n" in changes
+    assert (
+        "2 annotations left out in all\n    10: bbox is [1, 2, 3, 4, 5]\n    99: image_id 7 does not exist" in changes
+    )
     assert run_tool("check-data", where, "--fix", tmp_path / "fixed")[0] == 2
 
 
@@ -622,7 +752,7 @@ def test_annotations_are_numbered_anew(tmp_path: Path, images: Path, spoil: Call
     repaired, done = repair(coco_set(tmp_path, images, content), Use(masks=True), tmp_path / "fixed")
     meant = [{**row, "id": number} for number, row in enumerate(sound()["annotations"], 1)]
     assert json.loads((tmp_path / "fixed/truth.json").read_text())["annotations"] == meant
-    assert done == ["9 annotations numbered anew", "1 areas filled in from boxes"]
+    assert done == ["9 annotations numbered anew", "1 areas filled in from masks"]
     assert repaired.check(Use(masks=True))[0] == []
 
 
@@ -643,8 +773,10 @@ def test_what_shares_an_id_is_not_repaired(tmp_path: Path, images: Path, name: s
 def test_boxes_of_another_layout_are_not_repaired(tmp_path: Path, images: Path) -> None:
     """Clipped, or with their corners put in order, they would pass for sound."""
     corners = change_all("bbox", lambda b: [b[0], b[1], b[0] + 38, b[1] + 35])
-    with pytest.raises(InputError, match="write bbox as"):
-        repair(coco_set(tmp_path, images, corners), Use(), tmp_path / "fixed")
+    for others in ({}, {"area": None}, {"iscrowd": None}):
+        corners["annotations"] = [{**row, **others} for row in corners["annotations"]]
+        with pytest.raises(InputError, match="write bbox as"):
+            repair(coco_set(tmp_path, images, corners), Use(), tmp_path / "fixed")
     voc(tmp_path / "VOC")
     dataset = AnnotatedSet.parse(f"{tmp_path / 'VOC'}:test")
     whole = {file: file.read_text() for file in (tmp_path / "VOC/Annotations").iterdir()}

@@ -443,7 +443,7 @@ def test_what_boxes_do_without_may_be_broken(cfg: CfgNode, tmp_path: Path, key: 
     assert found == whole
 
 
-@pytest.mark.parametrize("value", [None, [], [3, 4, 5, 6], [[3, 4, 5, 6]]])
+@pytest.mark.parametrize("value", [None, [], [3, 4, 5, 6], [[3, 4, 5, 6]], {"size": [96, 96], "counts": [96 * 96]}])
 def test_an_object_without_a_mask_is_kept_for_boxes_and_refused_for_masks(
     cfg: CfgNode, tmp_path: Path, value: Any
 ) -> None:
@@ -472,6 +472,15 @@ def test_sets_of_detectron2s_loader_keep_objects_without_a_polygon(cfg: CfgNode,
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+def test_polygons_that_enclose_nothing_train_as_in_detectron2(cfg: CfgNode, tmp_path: Path) -> None:
+    """COCO's training set has such: they are told, and stop nothing."""
+    change(tmp_path, lambda content: content["annotations"][0].update(segmentation=[[5, 5, 20, 5, 9, 5]]))
+    assert counted(check_datasets(cfg)) == {"shapes_train": {"objects without a usable mask": 1}}
+    item = next(item for item in DatasetCatalog.get("shapes_train") if item["annotations"])
+    assert item["annotations"][0]["segmentation"] == [[5, 5, 20, 5, 9, 5]]
+    assert len(MaskMapper(cfg, True)(item)["instances"]) == len(item["annotations"])
 
 
 def test_masks_of_run_lengths_train_without_an_override(cfg: CfgNode) -> None:

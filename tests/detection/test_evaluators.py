@@ -101,15 +101,15 @@ def random_truth(rng: Generator) -> COCO:
             changes = np.flatnonzero(np.diff(mask.flatten(order="F"), prepend=0))
             runs = np.diff([0, *changes, mask.size])
             uncompressed = {"size": list(mask.shape), "counts": runs.tolist()}
+            forms = [[polygon, [x, y, x + 9, y, x, y + 7]], [polygon], rle(mask), uncompressed]
             annotation = {
                 "id": 7 + 2 * len(annotations),
                 "image_id": image["id"],
                 "category_id": int(rng.choice(categories)),
                 "bbox": box,
                 "area": float(rng.choice([width * height, mask.sum(), 32**2, 96**2])),
-                "segmentation": [[polygon, [x, y, x + 9, y, x, y + 7]], [polygon], rle(mask), uncompressed][
-                    rng.integers(4)
-                ],
+                # A mask that encloses nothing is none, see below.
+                "segmentation": forms[rng.integers(4) * int(mask.any() and width * height > 0)],
                 "iscrowd": int(rng.random() < 0.2),
             }
             annotations.append(annotation | ({"ignore": 1} if rng.random() < 0.2 else {}))
@@ -216,8 +216,11 @@ def test_objects_without_a_mask_are_crowds_that_fill_their_boxes(seed: int, shar
     for row, crowd in zip(lacking["annotations"], meant["annotations"], strict=True):
         if rng.random() < share:
             x, y, width, height = row["bbox"]
+            image = truth.imgs[row["image_id"]]
+            size = [image["height"], image["width"]]
             forms: list[Any] = [None, [], [row["bbox"]], row["bbox"], [[x, y]]]
-            row["segmentation"] = forms[rng.integers(5)]
+            forms += [{"size": size, "counts": [size[0] * size[1]]}, [[x, y, x + 9, y, x + 5, y], [x, y] * 3]]
+            row["segmentation"] = forms[rng.integers(7)]
             corners = [x, y, x + width, y, x + width, y + height, x, y + height]
             crowd |= {"iscrowd": 1, "segmentation": [corners]}
     without = indexed(lacking["images"], lacking["annotations"], [row["id"] for row in lacking["categories"]])
