@@ -6,13 +6,14 @@ import platform
 import sys
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from robust_backbones.errors import InputError, check_choice
 
+M = TypeVar("M", bound=nn.Module)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_MODES = {"default": "default", "cuda-graphs": "reduce-overhead"}
 
@@ -54,6 +55,11 @@ class Compute:
     def autocast(self) -> torch.autocast:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
+
+    def place(self, model: M) -> M:
+        """``model`` on the device, its weights channels last."""
+        model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
 
     def compile(self, model: nn.Module) -> nn.Module:
         """``model``, compiled when the mode says so."""

@@ -141,8 +141,7 @@ def evaluate_robustness(
         if finished:
             return RunRecord.read(output / "record.json")
 
-        model = checkpoint.in_rgb().model()
-        model.to(device=compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = compute.place(checkpoint.in_rgb().model())
         if 0 < len(rows) < total:
             print(f"resuming at image {len(rows) + 1} of {total}")
         rest = val_batches(images.take(range(len(rows), total)), config.batch_size, workers=workers)
@@ -173,8 +172,7 @@ def evaluate_robustness(
         record = RunRecord(
             run_id=output.name,
             task="robustness",
-            backbone={**spec.to_dict(), "source_sha256": checkpoint.source_sha256},
-            threat_model=None if checkpoint.threat_model is None else str(checkpoint.threat_model),
+            **checkpoint.record_fields(),
             dataset=data.name,
             metrics=summarize(rows),
             seed=config.seed,

@@ -183,8 +183,7 @@ class _Run:
 
     def _build(self) -> Learner:
         config, device = self.config, self.compute.device
-        model = self.task.build()
-        model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = self.compute.place(self.task.build())
         if config.sync_batch_norm:
             model = synchronize_batch_norms(model, device)
         optimizer = _optimizer(config, self.task.parameter_groups(model))

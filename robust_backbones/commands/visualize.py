@@ -257,8 +257,8 @@ def open_photographs(options: PhotographOptions) -> tuple[Photographs, str]:
 
 
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
-    threat_model = None if checkpoint.threat_model is None else str(checkpoint.threat_model)
-    return {**checkpoint.spec.to_dict(), "source_sha256": checkpoint.source_sha256, "threat_model": threat_model}
+    fields = checkpoint.record_fields()
+    return {**fields["backbone"], "threat_model": fields["threat_model"]}
 
 
 def settings(options: VisualizeOptions) -> dict[str, Any]:

@@ -52,11 +52,7 @@ class Job:
     def model(self, weights: Weights | None = None) -> NormalizedModel:
         """The network with these weights (those of ``start`` when not given), on the device."""
         checkpoint = self.start if weights is None else replace(self.start, state_dict=dict(weights))
-        return self.on_device(checkpoint.model())
-
-    def on_device(self, model: NormalizedModel) -> NormalizedModel:
-        model.to(device=self.compute.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model
+        return self.compute.place(checkpoint.model())
 
     @property
     def classes(self) -> Tensor:

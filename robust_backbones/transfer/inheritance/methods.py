@@ -162,7 +162,7 @@ def lora(job: Job) -> NormalizedModel:
     """Low-rank updates of the convolutions; everything else is frozen. They are merged at the end."""
     config, start = job.config, job.start
     model = LowRankModel(start.build(), start.spec, rank=config.lora_rank, alpha=config.lora_alpha, seed=job.seed)
-    train(job, job.on_device(model))
+    train(job, job.compute.place(model))
     model.merge()
     return model
 
@@ -171,7 +171,7 @@ def visual_prompt(job: Job) -> NormalizedModel:
     """A frame of pixels around every image, of every set; the network is frozen."""
     config = job.config
     model = PromptedModel(job.start.build(), job.start.spec, width=config.frame, image_size=config.image_size)
-    return train(job, job.on_device(model), lr=config.prompt_lr)
+    return train(job, job.compute.place(model), lr=config.prompt_lr)
 
 
 def combine(networks: Sequence[Weights], rule: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
