@@ -93,10 +93,13 @@ def test_a_wrong_manifest_is_one_sentence(path: str, value: Any, words: list[str
     assert not (tmp_path / "output").exists()
 
 
-@pytest.mark.parametrize("text", ["a: [", "just words", "- 1", "name: a\ntasks: {}\nname: b\n"])
+@pytest.mark.parametrize("text", ["a: [", "just words", "- 1"])
 def test_what_is_no_manifest_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(InputError, match=r"study\.yaml"):
+        read_manifest(tmp_path / "study.yaml")
+    (tmp_path / "study.yaml").write_text("seeds: [0]\nname: a\nseeds: [1]\n")
+    with pytest.raises(InputError, match=r"study\.yaml is no YAML: seeds is there twice, again in line 3"):
         read_manifest(tmp_path / "study.yaml")
     with pytest.raises(InputError, match="studies/"):
         read_manifest(tmp_path / "other.yaml")

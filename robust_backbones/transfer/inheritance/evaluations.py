@@ -184,7 +184,8 @@ def with_own_classifier(detector: Path, pretrained: Checkpoint) -> Checkpoint:
     metadata = metadata_in(read_file(detector))
     if metadata is not None and metadata.source_sha256 != pretrained.source_sha256:
         raise InputError(
-            f"{detector} started from {metadata.source}, another file than {pretrained.source}: give that checkpoint"
+            f"{detector} started from {metadata.source} (SHA-256 {metadata.source_sha256[:10]}), another file than "
+            f"{pretrained.source} ({pretrained.source_sha256[:10]}): give that checkpoint"
         )
     if not pretrained.spec.num_classes:
         raise InputError(f"{pretrained.source} has no classifier to put back on: give the pre-training checkpoint")
