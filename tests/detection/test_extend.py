@@ -57,6 +57,7 @@ def test_the_same_steps_go_on_as_one_run(cfg: CfgNode, decay: float) -> None:
         assert same(kept(Path(cfg.OUTPUT_DIR) / "model_final.pth"), kept(Path(whole.OUTPUT_DIR) / "model_final.pth"))
 
 
+@pytest.mark.slow
 def test_other_steps_hold_from_the_iteration_on_at_which_it_is_extended(cfg: CfgNode) -> None:
     """The rate, which had fallen to a tenth, is that of the new schedule at once; by hand in Detectron2's trainer."""
     rates = [0.001, 0.0505, 0.1, 1.0, 0.1, 0.1]  # warm-up ends at the rate of its own end
