@@ -166,6 +166,9 @@ def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tupl
     difficult = text_in(thing, "difficult", "0")
     if difficult not in ("0", "1"):
         problems.append((f"difficult is {short(difficult)}", "it has to be 0 or 1"))
+    for key in ("name", "difficult"):
+        if len({(element.text or "").strip() for element in thing.findall(key)}) > 1:
+            problems.append((f"it has several of <{key}>", "leave one: programs read the first"))
     texts = {side: thing.findtext(f"bndbox/{side}") for side in _CORNERS}
     x1, y1, x2, y2 = (number_in(text) for text in texts.values())
     if len(thing.findall("bndbox")) != 1 or any(not is_number(value) for value in (x1, y1, x2, y2)):

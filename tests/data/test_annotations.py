@@ -604,6 +604,7 @@ def test_boxes_that_may_count_from_zero_are_told(tmp_path: Path) -> None:
     [
         ("<difficult>0", "<difficult>", "difficult is"),
         ("<difficult>0", "<difficult>Unspecified", "difficult is"),
+        ("<difficult>0", "<difficult>1</difficult><difficult>0", "it has several of <difficult>"),
         ("<name>cat", "<name>dog", 'name is "dog"'),
         ("<name>cat</name>", "", "name is"),
         ("<xmin>1</xmin>", "", "bndbox is"),
