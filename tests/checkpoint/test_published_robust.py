@@ -72,8 +72,8 @@ def test_a_file_that_is_not_there_says_how_to_get_it(name: str, how: str, cache:
 @pytest.mark.parametrize(
     ("name", "fed", "evaluated"),
     [
-        ("Debenedetti2022Light_ConvNeXt-T", AS_IT_IS, (235, "bicubic")),
-        ("Debenedetti2022Light_XCiT-S12", AS_IT_IS, (224, "bicubic")),
+        pytest.param("Debenedetti2022Light_ConvNeXt-T", AS_IT_IS, (235, "bicubic"), marks=pytest.mark.slow),
+        pytest.param("Debenedetti2022Light_XCiT-S12", AS_IT_IS, (224, "bicubic"), marks=pytest.mark.slow),
         pytest.param("Singh2023Revisiting_ConvNeXt-T-ConvStem", AS_IT_IS, (256, "bicubic"), marks=pytest.mark.slow),
         ("ARES_ViT_small_patch16_224_AT", ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), (256, "bicubic")),
     ],

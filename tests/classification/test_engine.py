@@ -216,7 +216,9 @@ def test_averaged_weights_are_the_exponential_average() -> None:
     assert torch.equal(one.evaluated.backbone[1].running_mean, one.model.backbone[1].running_mean)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "precision", ["fp32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "fp16"))]
+)
 @pytest.mark.parametrize("epsilon", [0.0, 0.5])
 def test_it_learns(precision: str, epsilon: float) -> None:
     compute = Compute(torch.device("cpu"), precision)

@@ -39,7 +39,8 @@ def kept(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["model"]
 
 
-@pytest.mark.parametrize("decay", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_the_same_steps_go_on_as_one_run(cfg: CfgNode, decay: float) -> None:
     """3 iterations and 2 more are the 5 of Detectron2's own trainer, where the rate falls at the same iteration."""
     cfg.SOLVER.EMA_DECAY = decay

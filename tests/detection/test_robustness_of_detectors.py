@@ -162,6 +162,7 @@ def test_a_record_tells_what_was_measured(few: Path) -> None:
     assert [record.metrics[f"{name}/bbox/AP"] for name in ("mPC", "rPC", "contrast")] == [None] * 3
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_run_again_and_others_join_them(few: Path, run: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(few, output)

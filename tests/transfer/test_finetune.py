@@ -156,6 +156,7 @@ def test_two_epochs_are_those_of_plain_pytorch(
     assert record.metrics == {"clean_accuracy": accuracy, "robust_accuracy": accuracy}
 
 
+@pytest.mark.slow
 def test_adversarial_fine_tuning_learns_something_else_and_is_measured(
     checkpoint: Checkpoint, folder: Path, tmp_path: Path
 ) -> None:
