@@ -29,6 +29,8 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
         ("DATASETS.TRAIN", "DATASETS.TEST"),
         (lambda names: not isinstance(names, str), "is one text, not a tuple: give (NAME,), with a comma"),
     ),
+    # Each process adds its rank to it.
+    "SEED": (lambda seed: seed < 2**32 - 2**16, "is no seed of NumPy's: give a number below 4 billion"),
     "MODEL.BACKBONE.DROP_PATH": (lambda rate: 0 <= rate < 1, "is not in [0, 1): give 0.0 for none"),
     "SOLVER.AMP.DTYPE": (("float16", "bfloat16").__contains__, "is not one of float16, bfloat16"),
     "SOLVER.IMS_PER_BATCH": (lambda count: count >= 1, "is no number of images: give 1 or more"),

@@ -262,8 +262,8 @@ def _check_choice(task: Task, choice: Choice, manifest: Manifest) -> None:
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:
-    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise InputError(f"seeds must be a list of whole numbers >= 0, got {seeds!r}")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and 0 <= seed < 4e9 for seed in seeds):
+        raise InputError(f"seeds must be a list of whole numbers >= 0 and below 4 billion, got {seeds!r}")
     if len(set(seeds)) < len(seeds):
         raise InputError(f"seeds must differ, got {seeds}")
     return tuple(seeds)

@@ -392,6 +392,7 @@ BASE_C4 = CONFIG_DIR / "Base-RCNN-C4.yaml"
         (["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", True], "bfloat16"),
         (["SOLVER.IMS_PER_BATCH", 0], "SOLVER.IMS_PER_BATCH 0 is no number of images"),
         (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD 0 is no number of iterations"),
+        (["SEED", 2**32], "SEED 4294967296 is no seed"),
         (["SOLVER.EMA_DECAY", 1.0], r"SOLVER.EMA_DECAY 1.0 is not in \[0, 1\)"),
         (["SOLVER.EMA_DECAY", -0.5], "SOLVER.EMA_DECAY"),
         (["SOLVER.LAYER_DECAY", None], r"SOLVER.LAYER_DECAY None is not in \(0, 1\]"),

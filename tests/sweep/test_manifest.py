@@ -68,6 +68,7 @@ PRIMARY = {"task": "voc", "backbone": "robust", "metric": "bbox/AP"}
         ("primary", {**PRIMARY, "std": 0.1, "difference": float("nan")}, ["difference of primary", "nan"]),
         ("primary", {**PRIMARY, "std": "0.1", "difference": 1}, ["std of primary"]),
         ("primary", {**PRIMARY, "protocol": "syncbn"}, ["protocol of primary"]),
+        ("seeds", [2**32], ["list of whole numbers", "below 4 billion"]),
         ("seeds", "012", ["list of whole numbers"]),
         ("tasks/a b", {"config_files": [FPN]}, ["'a b'", "folder"]),
         ("cluster/processes", 0, ["processes >= 1"]),
