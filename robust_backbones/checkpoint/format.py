@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class Checkpoint:
     """What the file puts before the names of ``state_dict``."""
     left_out: tuple[str, ...] = ()
     """Tensors of the file that are not the network's, by the file's names."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes in the order of the logits; empty where the file does not say them."""
     path: Path | None = field(default=None, compare=False)
     """The file, where the proof finds what its makers' own code needs."""
 
@@ -99,13 +101,18 @@ def write_checkpoint(
     spec: BackboneSpec,
     state_dict: dict[str, Tensor],
     threat_model: ThreatModel | None,
+    classes: Sequence[str] = (),
 ) -> None:
-    """Write our own format; ``threat_model`` is None where nobody said how the backbone was trained."""
+    """Write our own format; ``threat_model`` is None where nobody said how the backbone was trained.
+
+    ``classes`` are as ``Checkpoint`` has them; a classifier of more outputs has no names for them.
+    """
     content = {
         "format": FORMAT,
         "spec": spec.to_dict(),
         "threat_model": None if threat_model is None else str(threat_model),
         "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()},
+        **({"classes": list(classes)} if classes and len(classes) == spec.num_classes else {}),
     }
     save_tensors(path, content)
 

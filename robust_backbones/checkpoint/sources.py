@@ -177,12 +177,16 @@ def _read(
         raise InputError(f"its tensors are those of {network.spec.arch}, not of {statement.arch}: leave out --arch")
 
     tensors_say, convention = network.spec, SOURCES[layout].convention or {}
+    classes: tuple[str, ...] = ()
     if own:
         if any(getattr(own, name) != getattr(tensors_say, name) for name in ("arch", "num_classes", "stem")):
             raise InputError(
                 f"its tensors are not those of {own.arch} with {own.num_classes} classes and the {own.stem} stem"
             )
         tensors_say, in_file = own, _said_by(own, content.get("threat_model"))
+        classes = tuple(map(str, content.get("classes", ())))
+        if len(classes) not in (0, own.num_classes):
+            raise InputError(f"it names {len(classes)} classes and has {own.num_classes}: it is damaged")
     elif metadata:
         in_file = _said_by(metadata.spec, metadata.threat_model)
         shapes = {name: getattr(tensors_say, name) for name in ("arch", "num_classes", "stem")}
@@ -222,6 +226,7 @@ def _read(
         key=network.key,
         prefix=network.prefix,
         left_out=tuple(name for name in network.tensors if name not in network.names),
+        classes=classes,
         path=path,
     )
 

@@ -106,7 +106,8 @@ def evaluate_robustness(
         attack of the ensemble. All are None for what was skipped.
 
     Raises:
-        InputError: data that cannot be used or has other classes; ``output`` holds another evaluation; no pyautoattack.
+        InputError: data that cannot be used or has other classes, by number or by name; ``output`` holds another
+            evaluation; no pyautoattack.
     """
     data, output, spec = Path(data), Path(output), checkpoint.spec
     compute = Compute(torch.device(device), config.precision)
@@ -191,6 +192,13 @@ def check_classes(names: Sequence[str], data: Path, checkpoint: Checkpoint) -> N
         )
     if {name.lower() for name in names} <= {"train", "val", "valid", "validation", "test"}:
         raise InputError(f"{data} holds {' and '.join(names)}, parts of a data set and no classes: give one of them")
+    known, numbers = [*checkpoint.classes], [str(label) for label in range(len(names))]
+    unnamed = numbers in (known, names) and {*known} != {*names}  # as in shards without classes.txt
+    if others := [pair for pair in zip(names, known, strict=False) if pair[0] != pair[1] and not unnamed]:
+        raise InputError(
+            f"{data} has the class {others[0][0]} where {checkpoint.source} knows {others[0][1]} ({len(others)} of "
+            f"{len(names)} differ): name its classes as those that it was trained on"
+        )
 
 
 def _resume(path: Path, places: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:

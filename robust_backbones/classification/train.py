@@ -364,9 +364,10 @@ class _Run:
 
     def _write_weights(self, name: str) -> None:
         if self.processes.is_main:
-            path, weights = self.output / name, self.learner.evaluated.backbone.state_dict()
+            path, weights, task = self.output / name, self.learner.evaluated.backbone.state_dict(), self.task
+            threat_model, classes = self.config.threat_model, task.train.classes
             with self.checkpoints.guard(path):
-                write_checkpoint(path, spec=self.task.spec, state_dict=weights, threat_model=self.config.threat_model)
+                write_checkpoint(path, spec=task.spec, state_dict=weights, threat_model=threat_model, classes=classes)
 
     def _write_row(self, name: str, row: dict[str, Any]) -> None:
         if self.processes.is_main:

@@ -307,7 +307,9 @@ class _Probe:
         spec = transferred_spec(checkpoint, self.images.outputs, normalize=config.normalize)
         extractor = self.features.extractors[label].backbone
         weights = {**extractor.state_dict(), **classifier_weights(spec, classifier)}
-        write_checkpoint(folder / "checkpoint.pt", spec=spec, state_dict=weights, threat_model=checkpoint.threat_model)
+        threat_model, classes = checkpoint.threat_model, self.images.test.classes
+        path = folder / "checkpoint.pt"
+        write_checkpoint(path, spec=spec, state_dict=weights, threat_model=threat_model, classes=classes)
         metrics: dict[str, float | None] = {"clean_accuracy": value}
         if config.eval_threat_model is not None:
             images = self._plain(self.images.test)

@@ -444,6 +444,7 @@ def test_a_run_may_start_from_weights(
     assert torch.equal(found.state_dict["layer4.1.conv2.weight"], given["layer4.1.conv2.weight"])
     assert torch.equal(found.state_dict["conv1.weight"], given["conv1.weight"].flip(1))
     assert found.state_dict["fc.weight"].shape == (4, 512)
+    assert found.classes == tuple(sorted(folder.name for folder in (data / "train").iterdir()))
     assert (classes == 4) == torch.equal(found.state_dict["fc.weight"], given["fc.weight"][:4])
     assert record.backbone["start_sha256"] == sha256(tmp_path / "start.pt")
     with pytest.raises(InputError, match="another run"):

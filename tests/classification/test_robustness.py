@@ -611,6 +611,35 @@ def test_bad_arguments_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "refused"),
+    [
+        (lambda own: own, False),
+        (lambda own: [], False),
+        (lambda own: [*"0123"], False),  # of shards that name none
+        (lambda own: own[::-1], True),
+        (lambda own: [own[0], *"abc"], True),
+    ],
+)
+def test_as_many_classes_by_other_names_are_refused(
+    data: Path, tmp_path: Path, names: Callable[[list[str]], list[str]], refused: bool
+) -> None:
+    own = open_dataset(data, val_transform(32, resize=32)).classes
+    spec, path = BackboneSpec("resnet18", len(own)), tmp_path / "checkpoint.pt"
+    weights = build_backbone(spec).state_dict()
+    write_checkpoint(path, spec=spec, state_dict=weights, threat_model=None, classes=names(own))
+    config = RobustnessConfig(ThreatModel("L2", 0), autoattack=False, limit=1, val_resize=32, image_size=32)
+    if refused:
+        with pytest.raises(
+            InputError, match=rf"the class \w+ where checkpoint\.pt knows \w+ \([34] of {len(own)} differ"
+        ):
+            evaluate_robustness(config, read_checkpoint(path), data, tmp_path / "out", workers=0)
+    else:
+        assert (
+            evaluate_robustness(config, read_checkpoint(path), data, tmp_path / "out", workers=0).config["images"] == 1
+        )
+
+
 def test_a_checkpoint_that_does_not_fit_is_refused(
     run_tool: Run, data: Path, tmp_path: Path, torchvision_file: Callable[[str], Path]
 ) -> None:

@@ -186,7 +186,8 @@ class _Run:
                 ) from None
         if method.whole_network:
             path, weights = self.folder(cell) / "checkpoint.pt", model.backbone.state_dict()
-            write_checkpoint(path, spec=checkpoint.spec, state_dict=weights, threat_model=checkpoint.threat_model)
+            spec, threat_model, classes = checkpoint.spec, checkpoint.threat_model, checkpoint.classes
+            write_checkpoint(path, spec=spec, state_dict=weights, threat_model=threat_model, classes=classes)
         return model
 
     def _fisher(self, label: str) -> Weights:
