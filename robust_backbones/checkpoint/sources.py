@@ -7,14 +7,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from robust_backbones.checkpoint import hub, zoo
-from robust_backbones.checkpoint.beside import check_beside
+from robust_backbones.checkpoint.beside import check_heads, check_normalizers, is_triple, normalizer_of
 from robust_backbones.checkpoint.convert import metadata_in
 from robust_backbones.checkpoint.format import (
     ASSUMED,
@@ -38,7 +37,6 @@ from robust_backbones.checkpoint.layouts import (
     Network,
     find_network,
     layout_of,
-    tensors_of,
 )
 from robust_backbones.checkpoint.readback import network_of
 from robust_backbones.checkpoint.untrusted import METADATA, Options, load_tensors
@@ -151,7 +149,7 @@ def _read(
         network = network_of(content, metadata.spec)
     else:
         network = _find(content, key, prefix, named, stated)
-    normalizer = _normalizer(network, content)
+    normalizer = normalizer_of(network, content)
     as_named = all(name == short for name, short in network.names.items())
     signs = {
         OWN: own,
@@ -164,10 +162,13 @@ def _read(
     if path.suffix == ".safetensors" and not metadata:  # whose they are, nobody says
         signs[BARE] = False
     layout = layout_of(content, network, source=source, signs=[sign for sign, found in signs.items() if found])
-    if layout == DILATED:
+    parts = {".".join(name.split(".")[:2]) for name in network.tensors}
+    of_dc5 = layout == "detectron2" and not metadata and {"backbone.res5", "roi_heads.box_head"} <= parts
+    if layout == DILATED or of_dc5:
         raise InputError(
-            "it is a segmenter, as DeepLab, whose last stages dilate in place of striding, which gives other features "
-            "than Detectron2's ResNet: give the backbone that it was made from (or --source training, if it strides)"
+            f"it is a {'detector with DC5' if of_dc5 else 'segmenter, as DeepLab'}, whose last stages dilate in place "
+            "of striding, which gives other features than Detectron2's ResNet: give the backbone that it was made from "
+            "(or --source training, if it strides)"
         )
     if not SOURCES[layout].has_classifier:
         names = {name: short for name, short in network.names.items() if not short.startswith("fc.")}
@@ -193,7 +194,7 @@ def _read(
         tensors_say = replace(metadata.spec, **shapes)
     else:
         if layout != "msra" and not statement.arch:  # which keeps all blobs side by side
-            check_beside(network)
+            check_heads(network)
         described.check(tensors_say.arch)
         described.check_heads(tensors_say.arch, layout, stated=bool(statement.arch))
         if network.library == "transformers":
@@ -210,7 +211,7 @@ def _read(
     if layout == "msra" and tensors_say.arch.startswith("resnext"):
         convention = convention | CAFFE2_RESNEXT
     if not ("mean" in in_file or (statement.mean and statement.std)):
-        _check_normalizer_is_known(network)
+        check_normalizers(network)
     values, said = _agreed(in_file, convention, statement, tensors_say)
     if metadata:  # an assumption stays one
         said |= {name: ASSUMED for name, who in metadata.said.items() if who == ASSUMED}
@@ -258,53 +259,6 @@ def _check_values(network: Network) -> None:
             raise InputError(f"{name} holds a variance of {lowest:g}, below 0: it is damaged, get the file again")
 
 
-def _normalizer(network: Network, content: dict[str, Any]) -> dict[str, Any] | None:
-    """Mean and std of a layer that normalises the input, or of the file's own entries; those nearest to the network."""
-    partners = {"new_mean": "new_std", "mean": "std", "mu": "sigma", "pixel_mean": "pixel_std"}
-    entries = {k: v for k, v in content.items() if k in partners or k in partners.values()}
-    values = {**{name: torch.tensor(v) for name, v in entries.items() if _is_triple(v)}, **tensors_of(entries)}
-    values |= network.tensors
-    found: list[tuple[int, dict[str, Any]]] = []
-    for name in values:
-        *layers, last = name.split(".")
-        numbers = [_triple(values.get(one)) for one in (name, ".".join([*layers, partners.get(last, "")]))]
-        if last in partners and "attacker" not in layers and all(numbers):
-            # Detectron2's are in units of 0-255, in which 0 and 1 leave pixels as they are; numbers that could be in
-            # either are nobody's word (``_check_normalizer_is_known``).
-            if last == "pixel_mean" and max(numbers[0]) <= 1 and max(numbers[1]) <= 1:
-                continue
-            scale = 255 if last == "pixel_mean" else 1
-            mean, std = (tuple(round(value / scale, 6) for value in three) for three in numbers)
-            shared = takewhile(lambda pair: pair[0] == pair[1], zip(layers, network.prefix.split("."), strict=False))
-            found.append((len(list(shared)), {"mean": mean, "std": std}))
-    nearest = (
-        [normalizer for shared, normalizer in found if shared == max(shared for shared, _ in found)] if found else []
-    )
-    if any(normalizer != nearest[0] for normalizer in nearest):
-        raise InputError(f"it normalises its input in {len(nearest)} ways that differ: save one network alone")
-    return nearest[0] if nearest else None
-
-
-def _check_normalizer_is_known(network: Network) -> None:
-    """Refuse to assume a mean where the file may have one, by a name that ``_normalizer`` does not know."""
-    for name, tensor in network.tensors.items():
-        of_channels = (tensor.numel() == 3 and tensor.ndim > 2) or re.search("mean|std|sigma", name.split(".")[-1])
-        if of_channels and name not in network.names and "attacker" not in name and (numbers := _triple(tensor)):
-            values = " ".join(f"{value:.6g}" for value in numbers)
-            raise InputError(f"it holds {name} ({values}), which may normalise its input: give --mean and --std")
-
-
-def _is_triple(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
-
-
-def _triple(tensor: torch.Tensor | None) -> list[float]:
-    """The three numbers of a tensor, (3, 1, 1) and the like; of one for all channels, (1, 1, 1); else none."""
-    if tensor is None or tensor.is_complex() or not (tensor.numel() == 3 or (tensor.numel() == 1 and tensor.ndim > 2)):
-        return []
-    return tensor.double().flatten().tolist() * (3 // tensor.numel())
-
-
 class _Description:
     """What timm and transformers say of a network: in the file, in its safetensors header, in JSON files beside it."""
 
@@ -321,6 +275,9 @@ class _Description:
         entries = [content.get(key) for key in _OPTION_KEYS]
         options = [one.values if isinstance(one, Options) else one for one in entries]
         self._options: list[dict[Any, Any]] = [one for one in options if isinstance(one, dict)]
+        meta: Any = content.get("meta")
+        texts = [meta.get(key) for key in ("config", "cfg")] if isinstance(meta, dict) else []
+        self._of_mmdetection = "\n".join(text for text in texts if isinstance(text, str))
         more = content.get("hyper_parameters")
         self._inside = (more if isinstance(more, dict) else {}) | inside
         self._path = path
@@ -330,7 +287,7 @@ class _Description:
         """What is said of ``READING``."""
         said: dict[str, Any] = {}
         for options in self._options:  # of a training, where anything may stand
-            if _is_triple(options.get("mean")) and _is_triple(options.get("std")):
+            if is_triple(options.get("mean")) and is_triple(options.get("std")):
                 said |= {name: tuple(options[name]) for name in ("mean", "std")}
         for where, fields, names in (
             ("pretrained_cfg", self._cfg, ("mean", "std")),
@@ -338,7 +295,7 @@ class _Description:
         ):
             for name, value in zip(("mean", "std"), (fields.get(name) for name in names), strict=True):
                 if value is not None:
-                    if not _is_triple(value):
+                    if not is_triple(value):
                         raise InputError(f"{where} says that its {name} is {value!r}: three numbers belong there")
                     said[name] = tuple(value)
         # transformers multiplies pixels of 0 to 255 by a factor first, and may leave out the rest.
@@ -350,6 +307,8 @@ class _Description:
             said |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
         if self._processor.get("do_flip_channel_order") is True:
             said["channel_order"] = "BGR"
+        if style := re.search(r"""\bstyle\s*[=:]\s*["'](caffe|pytorch)["']""", self._of_mmdetection):
+            said["stride_in_1x1"] = style[1] == "caffe"
         if isinstance(stride := self._config.get("downsample_in_bottleneck"), bool):
             said["stride_in_1x1"] = stride
         elif self.by_timm and "architecture" in {**self._cfg, **self._config}:
@@ -391,6 +350,19 @@ class _Description:
                     f"{where} says that it is {name}, which has the tensors of {arch} and other features: it cannot be "
                     f"read as one (if that is wrong, move the file to a folder of its own, or rename it)"
                 )
+        known = {} if is_foreign(arch) else _OF_RESNETS
+        if harmless["act_layer"] is not _UNKNOWN:
+            known = known | {"act_layer": (None, harmless["act_layer"])}
+        other = [
+            (f"an option of its training says that its {name}", options[name])
+            for options in self._options
+            for name in known.keys() & options.keys()
+            if options[name] not in known[name]
+        ]
+        if dilated := re.search(r"\bdilations\s*=\s*[([]([\d, ]*[2-9][\d, ]*)[)\]]", self._of_mmdetection):
+            other.append(("its meta says that its dilations", dilated[1]))
+        for what, value in other:
+            raise InputError(f"{what} is {value!r}, which gives other features than {arch}'s: it cannot be read as one")
         for where, fields, allowed in (
             ("config.json", self._config.get("model_args"), harmless),
             ("model_args", self._inside.get("model_args"), harmless),
@@ -460,7 +432,20 @@ class _Description:
         return (one for one in said if isinstance(one[1], str))
 
 
-_OPTION_KEYS = ("args", "opt", "options", "config", "cfg", "hparams", "hyper_parameters", "normalize", "transform")
+_OPTION_KEYS = (
+    *(
+        "args",
+        "opt",
+        "options",
+        "config",
+        "cfg",
+        "model_config",
+        "hparams",
+        "hyper_parameters",
+        "normalize",
+        "transform",
+    ),
+)
 """Of a file's entries: how the training was run, as a dictionary or an ``argparse.Namespace``."""
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
 # Arguments of timm's networks, and settings of transformers', with the value that leaves the features as they are;
@@ -468,6 +453,20 @@ _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encode
 _HARMLESS = {
     **dict.fromkeys(("num_classes", "global_pool", "drop_rate", "drop_path_rate", "drop_block_rate", "pretrained")),
     **{"in_chans": 3, "output_stride": 32, "zero_init_last": None, "img_size": None},
+}
+# What timm, torchvision and others call that which no tensor of a ResNet shows -> values that change nothing.
+_OF_RESNETS: dict[str, tuple[Any, ...]] = {
+    **{
+        "bn_eps": (None, 1e-5),
+        "bn_tf": (None, False),
+        "output_stride": (None, 32),
+        "act_layer": (None, "relu", "ReLU"),
+    },
+    **{
+        "aa_layer": (None, ""),
+        "dilated": (None, False),
+        "replace_stride_with_dilation": (None, [False] * 3, (False,) * 3),
+    },
 }
 # What names begin with, but for a maker's -> their activation.
 _ACTIVATIONS = {"res|wide_res": "relu", "convnext|swin|vit|deit": "gelu"}

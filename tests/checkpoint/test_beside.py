@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.checkpoint.beside import check_beside
+from robust_backbones.checkpoint.beside import check_heads
 from robust_backbones.checkpoint.layouts import find_network
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, build_backbone
@@ -34,7 +34,7 @@ def check(arch: str, prefix: str, modules: Modules, *, in_order: bool = True) ->
     for name, module in modules.items():
         parts = {name: module} if isinstance(module, Tensor) else module.state_dict(prefix=f"{name}.")
         tensors |= dict(parts)
-    check_beside(find_network({"state_dict": tensors if in_order else dict(sorted(tensors.items()))}))
+    check_heads(find_network({"state_dict": tensors if in_order else dict(sorted(tensors.items()))}))
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,7 @@ def test_what_comes_after_a_network_is_left_out(arch: str, prefix: str, modules:
         ("prompt", torch.ones(1, 3, 8, 8)),
         ("border", torch.ones(3, 4, 8)),
         ("colours", conv(3, 3)),
+        ("purifier", nn.Sequential(conv(3, 8, 3), conv(8, 3, 3))),
     ],
 )
 def test_what_may_act_within_a_network_is_refused(
@@ -100,3 +101,10 @@ def test_what_takes_the_channels_of_an_inner_stage_is_refused(name: str, module:
     with pytest.raises(InputError, match=rf"{name}.*, which as it takes the \d+ channels of an inner stage may be"):
         check("resnet50", "", {name: module})
     check("resnet50", "", {"project": mlp(2048, 512, 1024), name: module})  # a head gives these
+
+
+def test_all_channels_of_a_vit_are_those_of_its_last_block() -> None:
+    arch = "vit_tiny_patch16_224"
+    check(arch, "backbone.", {"classifier": nn.Linear(192, 5)})
+    with pytest.raises(InputError, match=r"adapters\.0\.weight, which by its name"):
+        check(arch, "backbone.", {"adapters.0": nn.Linear(192, 8)})

@@ -59,6 +59,11 @@ def children(tensors: Tensors) -> Tensors:
     return {".".join([str(places[name.split(".")[0]]), *name.split(".")[1:]]): t for name, t in tensors.items()}
 
 
+def as_detectron2(tensors: Tensors) -> Tensors:
+    own = {name: tensor for name, tensor in body(tensors).items() if not name.endswith("num_batches_tracked")}
+    return {translated(name, "torchvision", "detectron2"): tensor for name, tensor in own.items()}
+
+
 def caffe2(tensors: Tensors) -> dict[str, np.ndarray]:
     """Blobs with statistics, as in Detectron2's MSRA/R-50.pkl."""
     endings = {"weight": "gamma", "bias": "beta", "running_mean": "running_mean", "running_var": "running_var"}
@@ -291,6 +296,7 @@ def test_a_layout_that_people_have(tmp_path: Path, tensors: Tensors, name: str) 
         (lambda t: {"model": under("backbone.", body(t)) | {"classifier.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
         (lambda t: {"model": under("encoder.", body(t)) | {"decoder.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
         (lambda t: under("backbone.", body(t)) | {"aux_classifier.0.weight": torch.ones(1)}, "dilate"),
+        (lambda t: {"model": under("backbone.", as_detectron2(t)) | mlp("roi_heads.box_head.fc1.")}, "DC5"),
     ],
 )
 def test_what_no_resnet_of_floats_is_called_so(

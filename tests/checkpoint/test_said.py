@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,18 @@ def test_other_names_of_the_same_network_are_known(tmp_path: Path, tensors: Tens
         {"arch": "resnetblur18"},
         {"pytorch-lightning_version": "2", "hyper_parameters": {"backbone": "resnetaa18"}},
         {"model_args": {"act_layer": "silu"}},
+        {"args": argparse.Namespace(bn_eps=1e-3)},
+        {"config": {"replace_stride_with_dilation": [False, False, True]}},
+        {"hyper_parameters": {"output_stride": 8}},
+        {"model_config": {"aa_layer": "blur"}},
+        {"meta": {"config": "backbone=dict(type='ResNet', dilations=(1, 1, 2, 4))"}},
     ],
 )
 def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors, entries: dict[str, Any]) -> None:
     path = tmp_path / "file.pth"
-    torch.save({"state_dict": tensors, "arch": "my resnet"}, path)
+    usual = argparse.Namespace(bn_eps=None, output_stride=32, act_layer="relu", replace_stride_with_dilation=None)
+    meta = {"config": "dict(type='ResNet', dilations=(1, 1, 1, 1), block_dilations=[2, 4])"}
+    torch.save({"state_dict": tensors, "arch": "my resnet", "args": usual, "meta": meta}, path)
     read_checkpoint(path, statement=STATED)
     torch.save({"state_dict": tensors, **entries}, path)
     with pytest.raises(InputError, match="other features"):
@@ -170,6 +178,33 @@ def test_a_normaliser_by_another_name_is_asked_for(tmp_path: Path, tensors: Tens
     with pytest.raises(InputError, match=rf"holds {name} \(0\.5 0\.4 0\.3\), which may normalise its input"):
         read_checkpoint(path)
     assert read_checkpoint(path, statement=STATED).said["mean"] == BY_USER
+
+
+def test_mmdetections_style_says_where_it_strides(tmp_path: Path, bottlenecks: Tensors) -> None:
+    path, body = tmp_path / "file.pth", under("backbone.", bottlenecks)
+    torch.save({"meta": {"cfg": "backbone=dict(type='ResNet', style='caffe')"}, "state_dict": body}, path)
+    with pytest.raises(InputError, match="stride in 1x1 is True, not False"):
+        read_checkpoint(path, statement=STATED)
+    checkpoint = read_checkpoint(path, statement=replace(STATED, stride_in_1x1=None))
+    assert (checkpoint.spec.stride_in_1x1, checkpoint.said["stride_in_1x1"]) == (True, BY_FILE)
+
+
+@pytest.mark.parametrize("std", [0.25, 0.5])
+def test_an_input_that_is_normalised_twice_is_refused(tmp_path: Path, tensors: Tensors, std: float) -> None:
+    layers = {f"{layer}.{name}": torch.full((1, 3, 1, 1), 0.5) for layer in ("0", "1.0") for name in ("mean", "std")}
+    layers["0.std"] = torch.tensor(std)  # one number for all channels
+    torch.save(layers | under("1.1.", tensors), tmp_path / "file.pth")
+    with pytest.raises(InputError, match=r"by 0 and by 1\.0: save it with one"):
+        read_checkpoint(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (1, 3, 1, 1)])
+def test_a_normaliser_may_have_one_number(tmp_path: Path, tensors: Tensors, shape: tuple[int, ...]) -> None:
+    layer = {"normalize.mean": torch.full(shape, 0.5), "normalize.std": torch.full(shape, 0.25)}
+    torch.save(layer | under("model.", tensors), tmp_path / "file.pth")
+    checkpoint = read_checkpoint(tmp_path / "file.pth")
+    assert (checkpoint.spec.mean, checkpoint.spec.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert checkpoint.said["mean"] == BY_FILE
 
 
 @pytest.mark.parametrize(
