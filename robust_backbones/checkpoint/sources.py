@@ -433,18 +433,8 @@ class _Description:
 
 
 _OPTION_KEYS = (
-    *(
-        "args",
-        "opt",
-        "options",
-        "config",
-        "cfg",
-        "model_config",
-        "hparams",
-        "hyper_parameters",
-        "normalize",
-        "transform",
-    ),
+    *("args", "opt", "options", "config", "cfg", "model_config", "hparams", "hyper_parameters"),
+    *("normalize", "transform"),
 )
 """Of a file's entries: how the training was run, as a dictionary or an ``argparse.Namespace``."""
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
@@ -456,17 +446,13 @@ _HARMLESS = {
 }
 # What timm, torchvision and others call that which no tensor of a ResNet shows -> values that change nothing.
 _OF_RESNETS: dict[str, tuple[Any, ...]] = {
-    **{
-        "bn_eps": (None, 1e-5),
-        "bn_tf": (None, False),
-        "output_stride": (None, 32),
-        "act_layer": (None, "relu", "ReLU"),
-    },
-    **{
-        "aa_layer": (None, ""),
-        "dilated": (None, False),
-        "replace_stride_with_dilation": (None, [False] * 3, (False,) * 3),
-    },
+    "bn_eps": (None, 1e-5),
+    "bn_tf": (None, False),
+    "output_stride": (None, 32),
+    "act_layer": (None, "relu", "ReLU"),
+    "aa_layer": (None, ""),
+    "dilated": (None, False),
+    "replace_stride_with_dilation": (None, [False] * 3, (False,) * 3),
 }
 # What names begin with, but for a maker's -> their activation.
 _ACTIVATIONS = {"res|wide_res": "relu", "convnext|swin|vit|deit": "gelu"}
