@@ -14,7 +14,9 @@ from robust_backbones.checkpoint.names import without_wrappers
 from robust_backbones.errors import InputError
 from robust_backbones.models import is_number, reference_shapes
 
-_HEAD = re.compile(r"(?i)aux|class|head|exit|predict|logit|decod|loss|proj|queue|rpn|attacker|^(fc|mlp|linear|lat)")
+_HEAD = re.compile(
+    r"(?i)aux|class|(?<!multi)head|exit|predict|logit|deco[dn]|loss|proj|queue|rpn|attacker|^(fc|mlp|linear|lat)"
+)
 _INSIDE = re.compile(
     r"(?i)(^|_)(layer|stage|block)s?_?\d|att(n|en)|(^|_)(att|cbam|bam|se|eca|ca|sa|gc|nl|stn|film|gate|prompt|adapt\w*"
     r"|non_?local|denois\w*|swish|p?relu|act)(_?(layer|block|module))?s?_?\d*(_|$)"
@@ -39,14 +41,18 @@ def check_heads(network: Network) -> None:
         modules.setdefault(tuple(parts[: shared + 1]), {})[name] = network.tensors[name]
     takes = {path: _taken(tensors) for path, tensors in modules.items()}
     named = {path for path in modules if _HEAD.search(path[-1])}
+    inside = {path for path in modules.keys() - named if _INSIDE.search(path[-1])}
     given, before = {last}, set[int]()
     while given != before:
         before = given
-        heads = named | {path for path, own in takes.items() if last in own or not {*own[:1]} & (inner - given)}
+        after = {path for path, own in takes.items() if last in own or not {*own[:1]} & (inner - given)} - inside
+        # Beside the layers of the network, such a name is doubted but after the last stage.
+        named_inside = {path for path in inside if {*takes[path][:1]} & (given if len(path) <= len(levels) else {last})}
+        heads = named | after | (named_inside if inner else set())
         given = given | {tensor.shape[0] for path in heads for tensor in modules[path].values() if tensor.ndim}
     for path in (path for path in modules if path not in named):
         name, reason = next(iter(modules[path])), ""
-        if _INSIDE.search(path[-1]) and not (inner and takes[path][:1] == [last]):
+        if path in inside - heads:
             reason = "by its name"
         elif _makes_images(modules[path]):
             reason = "as its three channels are those of an image"

@@ -36,6 +36,7 @@ from robust_backbones.data.annotations_values import (
 from robust_backbones.data.annotations_voc import (
     check_voc,
     read_voc,
+    said_twice,
     spell_tags,
     text_in,
     voc_images,
@@ -396,6 +397,7 @@ def _repair_xml(
     for number, (above, thing) in enumerate(things):
         label = f"{image}/{number}"
         name, difficult, text = thing.find("name"), thing.find("difficult"), text_in(thing, "name")
+        twice = said_twice(thing)
         if name is not None and text:
             name.text = rename(text)
             if name.text != text:
@@ -404,7 +406,7 @@ def _repair_xml(
             difficult.text = value
             done[f"values of difficult set to {value}"].append(label)
         known = bool(text) and (classes is None or text_in(thing, "name") in classes)
-        sound = text_in(thing, "difficult", "0") in ("0", "1")
+        sound = not twice and text_in(thing, "difficult", "0") in ("0", "1")
         if not (known and sound and _repair_corners(thing, label, size, done)):
             above.remove(thing)
             done["objects left out"].append(label)

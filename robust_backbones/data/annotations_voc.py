@@ -155,6 +155,12 @@ def text_in(thing: ElementTree.Element, key: str, default: str = "") -> str:
     return thing.findtext(key, default).strip()
 
 
+def said_twice(thing: ElementTree.Element) -> list[str]:
+    """Of an object's name and ``difficult`` those that it has several values of."""
+    keys = ("name", "difficult")
+    return [key for key in keys if len({(element.text or "").strip() for element in thing.findall(key)}) > 1]
+
+
 def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tuple[Row, list[tuple[str, str]]]:
     problems = []
     name = text_in(thing, "name")
@@ -166,9 +172,7 @@ def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tupl
     difficult = text_in(thing, "difficult", "0")
     if difficult not in ("0", "1"):
         problems.append((f"difficult is {short(difficult)}", "it has to be 0 or 1"))
-    for key in ("name", "difficult"):
-        if len({(element.text or "").strip() for element in thing.findall(key)}) > 1:
-            problems.append((f"it has several of <{key}>", "leave one: programs read the first"))
+    problems += [(f"it has several of <{key}>", "leave one: programs read the first") for key in said_twice(thing)]
     texts = {side: thing.findtext(f"bndbox/{side}") for side in _CORNERS}
     x1, y1, x2, y2 = (number_in(text) for text in texts.values())
     if len(thing.findall("bndbox")) != 1 or any(not is_number(value) for value in (x1, y1, x2, y2)):

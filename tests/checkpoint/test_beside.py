@@ -61,6 +61,9 @@ def check(arch: str, prefix: str, modules: Modules, *, in_order: bool = True) ->
             "backbone.body.",
             {"backbone.fpn.inner_blocks.0.0": conv(256, 256), "rpn.head.conv": conv(256, 3)},
         ),
+        # pose estimation, whose convolutions are transposed, and attention over what a projection gives
+        ("resnet18", "", {"deconv_layers.0": nn.ConvTranspose2d(512, 256, 4), "final_layer": conv(256, 17)}),
+        ("resnet18", "body.", {"fc1": mlp(512, 256), "attention": mlp(256, 128, 1), "attention_weights": mlp(128, 1)}),
         ("resnet50", "module.model.", {"module.attacker.normalize.new_mean": torch.ones(3, 1, 1)}),
     ],
 )
@@ -79,6 +82,7 @@ def test_what_comes_after_a_network_is_left_out(arch: str, prefix: str, modules:
         ("cbam.spatial", conv(2, 1, 7)),
         ("layer3_se.fc", mlp(256, 16, 256)),
         ("attention.0", conv(64, 64)),
+        ("multihead_attn", nn.MultiheadAttention(128, 8)),
         ("eca_3", nn.Conv1d(1, 1, 3)),
         ("prompt", torch.ones(1, 3, 8, 8)),
         ("border", torch.ones(3, 4, 8)),

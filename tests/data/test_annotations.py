@@ -843,6 +843,7 @@ def test_a_voc_set_is_repaired(tmp_path: Path, run_tool: Run) -> None:
         thing.replace("<xmin>1<", "<xmin>nan<"),
         thing.replace("<xmin>1<", "<xmin>131<").replace("<xmax>100<", "<xmax>160<"),
         thing.replace("<name>cat</name>", ""),
+        thing.replace("<name>cat", "<name>cat</name><name>dog"),
     )
     start = start.replace("<width>100", "<width>80")
     annotation.write_text(start + "".join(f"<object>{text}</object>" for text in spoilt) + end)
@@ -863,7 +864,7 @@ def test_a_voc_set_is_repaired(tmp_path: Path, run_tool: Run) -> None:
         ("a", [0, 0, 100, 80]), ("b", [0, 0, 100, 80]), ("b", [10, 0, 90, 80]), ("b", [0, 0, 100, 40.5])
     ]  # fmt: skip
     changes = (tmp_path / "fixed/changes.txt").read_text()
-    for words in ("1 sizes of images corrected", "3 objects left out", "2 lines of the list", "1 boxes clipped"):
+    for words in ("1 sizes of images corrected", "4 objects left out", "2 lines of the list", "1 boxes clipped"):
         assert words in changes
 
 
