@@ -420,10 +420,13 @@ def _repair_corners(thing: ElementTree.Element, label: str, size: tuple[int, int
     if len(boxes) != 1 or not all(map(is_number, values)):
         return False
     x1, y1, x2, y2 = [*map(min, values[:2], values[2:]), *map(max, values[:2], values[2:])]
-    if [x1, y1, x2, y2] != values:
-        done["corners of boxes put in order"].append(label)
     clipped = _clipped([x1 - 1, y1 - 1, x2, y2], size)
-    if clipped != [x1 - 1, y1 - 1, x2, y2]:
+    leaves, swapped = clipped != [x1 - 1, y1 - 1, x2, y2], [x1, y1, x2, y2] != values
+    if leaves and swapped:  # its numbers are wrong, not their order alone
+        return False
+    if swapped:
+        done["corners of boxes put in order"].append(label)
+    if leaves:
         done[_CLIPPED].append(label)
     x1, y1, x2, y2 = clipped[0] + 1, clipped[1] + 1, *clipped[2:]
     if [x1, y1, x2, y2] != values:

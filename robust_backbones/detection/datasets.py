@@ -293,9 +293,7 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning
         check_names(name, found, found if eval_only else wanted, all_of_them=name in cfg.DATASETS.TRAIN)
     if not eval_only and len(wanted) != number_of_classes(cfg):
         key, count = classes_key(cfg), len(wanted)
-        raise InputError(
-            f"{names[0]} has {count} classes but {key} is {number_of_classes(cfg)}: give {key} {count}, or leave it out"
-        )
+        raise InputError(f"{names[0]} has {count} classes but {key} is {number_of_classes(cfg)}: give {key} {count}")
     return warnings
 
 

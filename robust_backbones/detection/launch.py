@@ -85,7 +85,10 @@ def launch(
         function(*arguments)
         return
     if not torch.cuda.is_available() and num_gpus > (cores := os.cpu_count() or 1):  # each holds a detector
-        raise InputError(f"--num-gpus {num_gpus}, but no GPU was found, and {cores} CPU cores: give --num-gpus 1")
+        raise InputError(
+            f"--num-gpus {num_gpus}, but no GPU was found, and {cores} CPU cores: give --num-gpus 1, for one process "
+            "on the CPU"
+        )
     with _stop_signals_for_children() as stop:
         try:
             detectron2.engine.launch(

@@ -844,6 +844,8 @@ def test_a_voc_set_is_repaired(tmp_path: Path, run_tool: Run) -> None:
         thing.replace("<xmin>1<", "<xmin>131<").replace("<xmax>100<", "<xmax>160<"),
         thing.replace("<name>cat</name>", ""),
         thing.replace("<name>cat", "<name>cat</name><name>dog"),
+        thing.replace("<xmin>1<", "<xmin>131<"),  # not in another order, but wrong
+        *(thing.replace("<xmax>100<", f"<xmax>{side}<") for side in (50, 60)),
     )
     start = start.replace("<width>100", "<width>80")
     annotation.write_text(start + "".join(f"<object>{text}</object>" for text in spoilt) + end)
@@ -861,10 +863,11 @@ def test_a_voc_set_is_repaired(tmp_path: Path, run_tool: Run) -> None:
     assert [row["id"] for row in content["images"]] == ["a", "b"]
     assert [row["name"] for row in content["categories"]] == ["big_cat"]
     assert [(row["image_id"], row["bbox"]) for row in content["annotations"]] == [
-        ("a", [0, 0, 100, 80]), ("b", [0, 0, 100, 80]), ("b", [10, 0, 90, 80]), ("b", [0, 0, 100, 40.5])
+        ("a", [0, 0, 100, 80]), ("b", [0, 0, 100, 80]), ("b", [10, 0, 90, 80]), ("b", [0, 0, 100, 40.5]),
+        ("b", [0, 0, 50, 80]), ("b", [0, 0, 60, 80])
     ]  # fmt: skip
     changes = (tmp_path / "fixed/changes.txt").read_text()
-    for words in ("1 sizes of images corrected", "4 objects left out", "2 lines of the list", "1 boxes clipped"):
+    for words in ("1 sizes of images corrected", "5 objects left out", "2 lines of the list", "1 boxes clipped"):
         assert words in changes
 
 
