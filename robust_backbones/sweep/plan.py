@@ -226,11 +226,11 @@ class Plan:
 
     def pace(self, run: Run, state: str) -> float | None:
         """Seconds that the whole run takes, by its records or its last attempt; None where neither says."""
-        if state == "done" and (records := self.records(run)):
-            return float(sum(json.loads(path.read_text())["seconds"] for path in records))
         attempt = Attempt.read(self.job(run))
         if attempt and state == "running":
             attempt = replace(attempt, seconds=time.time() - attempt.started, reached=self.progress(run))
+        if self.is_done(run) and (records := self.records(run)):  # asked last: a run may end while it is looked at
+            return float(sum(json.loads(path.read_text())["seconds"] for path in records))
         return attempt.seconds / (attempt.reached - attempt.progress) if attempt and attempt.has_pace else None
 
     def seconds_left(self, states: Mapping[str, str]) -> dict[str, float | None]:

@@ -166,6 +166,7 @@ def test_a_slice_starts_what_ends_in_time(tmp_path: Path) -> None:
     assert status == 75
     assert ledger(plan) == ["start a"]
     assert said[-1].startswith("1 of 4 runs are done, 3 are left; 3 would not end in time")
+    assert plan.pace(plan.run("a"), "running") == 2.0  # as it was when its state was looked at, a moment before
     assert launched(plan, jobs=4, minutes=0.1)[0] == 0
     assert Counter(ledger(plan)) == dict.fromkeys(["start a", "start b", "start c", "start d"], 1)
 
