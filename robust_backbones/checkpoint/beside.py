@@ -24,7 +24,7 @@ _INSIDE = re.compile(
 """Names of what acts between layers, such as ``layer2_attn``, ``cbam`` and ``prompt``."""
 
 
-def check_heads(network: Network) -> None:
+def check_left_out(network: Network) -> None:
     """Refuse a module that is left out and may change the features, by its name or by what it takes.
 
     A head takes what the last stage gives, or a head before it. What takes images, or as many channels as an inner

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from robust_backbones.checkpoint import hub, zoo
-from robust_backbones.checkpoint.beside import check_heads, check_normalizers, is_triple, normalizer_of
+from robust_backbones.checkpoint.beside import check_left_out, check_normalizers, is_triple, normalizer_of
 from robust_backbones.checkpoint.convert import metadata_in
 from robust_backbones.checkpoint.format import (
     ASSUMED,
@@ -194,7 +194,7 @@ def _read(
         tensors_say = replace(metadata.spec, **shapes)
     else:
         if layout != "msra" and not statement.arch:  # which keeps all blobs side by side
-            check_heads(network)
+            check_left_out(network)
         described.check(tensors_say.arch)
         described.check_heads(tensors_say.arch, layout, stated=bool(statement.arch))
         if network.library == "transformers":

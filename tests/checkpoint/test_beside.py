@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.checkpoint.beside import check_heads
+from robust_backbones.checkpoint.beside import check_left_out
 from robust_backbones.checkpoint.layouts import find_network
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, build_backbone
@@ -34,7 +34,7 @@ def check(arch: str, prefix: str, modules: Modules, *, in_order: bool = True) ->
     for name, module in modules.items():
         parts = {name: module} if isinstance(module, Tensor) else module.state_dict(prefix=f"{name}.")
         tensors |= dict(parts)
-    check_heads(find_network({"state_dict": tensors if in_order else dict(sorted(tensors.items()))}))
+    check_left_out(find_network({"state_dict": tensors if in_order else dict(sorted(tensors.items()))}))
 
 
 @pytest.mark.parametrize(
