@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +34,10 @@ from robust_backbones.data.annotations_values import (
 
 Content = dict[str, Any]
 """COCO's annotation file: lists of ``images``, ``annotations`` and ``categories``."""
+Rows = dict[str, list[tuple[int, Row]]]
+"""List of the file -> its sound rows, each after its place there."""
+Sizes = dict[Any, tuple[int, int]]
+"""Image -> width and height in pixels."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +95,7 @@ _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
 _OPTIONAL = ("iscrowd", "ignore")
 MISSING = "is not there"
 """What is wrong with a file that does not exist."""
-NO_AREA, LEAVES = "boxes without area", "boxes that leave their image"
-"""Kinds of warnings."""
+_EMPTY, _LEAVES = "boxes without area", "boxes that leave their image"
 LAYOUT = "boxes of another layout"
 """The kind of a fault of a set whose boxes are not what the format says; nobody but its maker knows what they are."""
 
@@ -135,77 +139,63 @@ _WRITE_COCO = "write it in COCO's format, with lists of images, annotations and 
 
 def check_coco(file: str | Path, content: Content, use: Use | None = None) -> list[Fault]:
     """All faults of a COCO annotation file's content, errors first."""
-    use = use or Use()
+    use, file = use or Use(), str(file)
     faults: list[Fault] = []
-    sound: dict[str, list[tuple[int, Row]]] = {}
+    sound: Rows = {}
     for name, keys in _KEYS.items():
         sound[name] = []
         for place, row in enumerate(content[name]):
-            found = [*_faults_of_row(str(file), name, place, row, keys, use)]
+            found = [*_faults_of_row(file, name, place, row, keys, use)]
             faults += found
             if not any(fault.severity == "error" for fault in found):
                 sound[name].append((place, row))
-    faults += _faults_of_sets(str(file), content, sound)
-    faults += _faults_of_objects(str(file), sound, use)
+    faults += _faults_of_sets(file, content, sound)
+    faults += _faults_of_objects(file, sound, use)
     return sorted(faults, key=lambda fault: fault.severity)
 
 
-def _fault(
-    severity: Literal["error", "warning"], file: str, name: str, place: int, what: str, mend: str, kind: str = ""
-) -> Any:
-    """A maker of the fault for a row, whose ids it takes."""
-
-    def make(row: Any) -> Fault:
-        row = row if isinstance(row, dict) else {}
-        image = row.get("image_id") if name == "annotations" else row.get("id") if name == "images" else None
-        annotation = row.get("id") if name == "annotations" else None
-        ids = [value if is_id(value) else None for value in (image, annotation)]
-        where = f"{file}, row {place} of {name}" if ids == [None, None] else file
-        return Fault(severity, where, what, mend, ids[0], ids[1], (name, place), kind)
-
-    return make
+def _fault(file: str, name: str, place: int, row: Any, what: str, mend: str, kind: str = "") -> Fault:
+    """The fault of a row, whose ids it takes: a warning where it has a kind."""
+    row = row if isinstance(row, dict) else {}
+    keys = {"annotations": ("image_id", "id"), "images": ("id", "none")}.get(name, ("none", "none"))
+    image, annotation = (value if is_id(value := row.get(key)) else None for key in keys)
+    where = f"{file}, row {place} of {name}" if image is annotation is None else file
+    return Fault("warning" if kind else "error", where, what, mend, image, annotation, (name, place), kind)
 
 
 def _faults_of_row(
     file: str, name: str, place: int, row: Any, keys: dict[str, tuple[_Test, str]], use: Use
 ) -> Iterator[Fault]:
     if not isinstance(row, dict):
-        yield _fault("error", file, name, place, f"is {short(row)}", "write an object with its keys")(row)
+        yield _fault(file, name, place, row, f"is {short(row)}", "write an object with its keys")
         return
     for key, (test, wanted) in keys.items():
         if (key in _OPTIONAL and key not in row) or (key in row and test(row[key])):
             continue
         # COCO's AP needs areas, training does not.
-        severity: Literal["error", "warning"] = "warning" if key == "area" and not use.evaluation else "error"
+        kind = "objects without area" if key == "area" and not use.evaluation else ""
         what = f"{key} is {short(row[key])}" if key in row else f"{key} is missing"
-        yield _fault(severity, file, name, place, what, f"it has to be {wanted}", f"objects without {key}")(row)
+        yield _fault(file, name, place, row, what, f"it has to be {wanted}", kind)
 
 
-def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int, Row]]]) -> Iterator[Fault]:
+def _faults_of_sets(file: str, content: Content, sound: Rows) -> Iterator[Fault]:
     """What no row shows alone: values that have to be unique, and rows that name others."""
-    for name, key, severity in (
-        ("categories", "id", "error"),
-        ("categories", "name", "error"),
-        ("images", "id", "error"),
-        ("images", "file_name", "warning"),
-        ("annotations", "id", "error"),
-    ):
+    unique = {"categories": ("id", "name"), "images": ("id", "file_name"), "annotations": ("id",)}
+    for name, key in [(name, key) for name, keys in unique.items() for key in keys]:
+        mend = "number them anew, as check-data --fix does" if name == "annotations" else "leave or rename one of them"
         seen: set[Any] = set()
         for place, row in sound[name]:
             value = os.path.normpath(row[key]) if key == "file_name" else row[key]
             if value in seen:
                 what = f"{key} {short(row[key])} is that of another row of {name} too"
-                kind, mend = "images of the same file", "leave or rename one of them"
-                if name == "annotations":
-                    mend = "number them anew, as check-data --fix does"
-                yield _fault(severity, file, name, place, what, mend, kind)(row)  # type: ignore[arg-type]
+                yield _fault(file, name, place, row, what, mend, "images of the same file" * (key == "file_name"))
             seen.add(value)
     names: dict[str, str] = {}
     for place, row in sound["categories"]:
         if (other := names.setdefault(plain(row["name"]), row["name"])) != row["name"]:
             what = f"name {short(row['name'])} is {short(other)} but for case, spaces, - and _"
             mend = "if both are one class, give check-data --fix OUT --rename OLD=NEW"
-            yield _fault("warning", file, "categories", place, what, mend, "classes of nearly the same name")(row)
+            yield _fault(file, "categories", place, row, what, mend, "classes of nearly the same name")
     if len({type(row["id"]) for _, row in sound["images"]}) > 1:
         yield Fault("error", file, "some ids of images are numbers and others texts", "use one kind")
     known = {
@@ -220,61 +210,32 @@ def _faults_of_sets(file: str, content: Content, sound: dict[str, list[tuple[int
             what, mend = f"{key} {short(row[key])} does not exist in the file", "remove it, or add what it names"
             if (twin := written[key].get(str(row[key]))) is not None:
                 mend = f"write {short(twin)}, as the id is there"
-            yield _fault("error", file, "annotations", place, what, mend)(row)
+            yield _fault(file, "annotations", place, row, what, mend)
         if not missing:
             kept.append((place, row))
             thing = (row["image_id"], row["category_id"], *row["bbox"])
             if thing in things:
-                what, kind = (
-                    "its box and class are those of another object of the image",
-                    "objects that are there twice",
-                )
-                yield _fault("warning", file, "annotations", place, what, "leave one of them", kind)(row)
+                what = "its box and class are those of another object of the image"
+                yield _fault(file, "annotations", place, row, what, "leave one of them", "objects that are there twice")
             things.add(thing)
     sound["annotations"][:] = kept
 
 
-def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: Use) -> Iterator[Fault]:
+def _faults_of_objects(file: str, sound: Rows, use: Use) -> Iterator[Fault]:
     """Boxes and masks against their images."""
     sizes = {row["id"]: (row["width"], row["height"]) for _, row in sound["images"]}
     rows = [(place, row) for place, row in sound["annotations"] if row["image_id"] in sizes]
-    if not any(not row.get("iscrowd") for _, row in rows):
+    if all(row.get("iscrowd") for _, row in rows):
         yield Fault("error", file, "holds no annotated object that is not a crowd", "annotate objects, or leave it out")
         return
-    crowds = sum(bool(row.get("iscrowd")) for _, row in rows)
-    if crowds > len(rows) / 2:
-        what = f"{crowds} of its {len(rows)} objects are crowds, which training drops and AP leaves out"
-        mend = 'write "iscrowd": 0 for single objects (some programs write 1 for every mask of run lengths)'
-        yield Fault("warning", file, what, mend, kind="files of more crowds than other objects")
-    bare = len(sizes) - len({row["image_id"] for _, row in rows})
-    if use.evaluation and bare > len(sizes) / 2:
-        what = f"{bare} of its {len(sizes)} images have no object"
-        mend = "leave those out that are not annotated: on them AP counts every detection as wrong"
-        yield Fault("warning", file, what, mend, kind="files of more images without objects than with")
     boxes = np.array([row["bbox"] for _, row in rows], np.float64)
     sides = np.array([sizes[row["image_id"]] for _, row in rows], np.float64)
-    if guess := guess_of_boxes(boxes, sides):
-        yield Fault("error", file, *guess, kind=LAYOUT)
+    areas = np.array([row["area"] for _, row in rows] if use.evaluation else boxes[:, 2:].prod(1), np.float64)
+    yield from _faults_of_most(file, [row for _, row in rows], boxes, areas, sizes, use)
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    if len(rows) > 9 and (high <= sides / 2 + 1).all():
-        what = f"all its {len(rows)} boxes lie in the upper left quarter of their images"
-        mend = "if they are percents, or of smaller images, write them in pixels of these"
-        yield Fault("warning", file, what, mend, kind="files of boxes in one quarter of the images")
-    beyond = int((high > sides + 0.5).any(1).sum())
-    if len(rows) > 9 and beyond > 1 and (low >= 1).all() and (high <= sides + 1).all():
-        what = f"{beyond} of its {len(rows)} boxes end a pixel beyond their image, and none begins in the first"
-        mend = "if it counts pixels from 1, as VOC does, subtract 1 from every x and y"
-        yield Fault("warning", file, what, mend, kind="files of boxes that may count pixels from 1")
-    yield from _faults_at_large(file, rows, sizes, use)
     empty = (boxes[:, 2:] == 0).any(1)
     away = ~empty & ((low >= sides).any(1) | (high <= 0).any(1))
     leaves = ~away & ((low < -1).any(1) | (high > sides + 1).any(1))  # a pixel is the rounding of annotations
-    areas = np.array([row["area"] for _, row in rows] if use.evaluation else boxes[:, 2:].prod(1), np.float64)
-    larger = int((areas > (boxes[:, 2:] + 1).prod(1)).sum())
-    if len(rows) > 9 and larger > len(rows) / 2:
-        what = f"{larger} of its {len(rows)} areas are larger than their boxes, as if these were of smaller images"
-        mend = "write boxes in pixels of these images, or, where they are right, leave out the areas"
-        yield Fault("warning", file, what, mend, kind=LAYOUT)
     for found, kind, what, mend in (
         (
             is_odd_area(areas, boxes[:, 2], boxes[:, 3]),
@@ -282,78 +243,109 @@ def _faults_of_objects(file: str, sound: dict[str, list[tuple[int, Row]]], use: 
             "its area is less than a pixel, or larger than its box",
             "write it in pixels; AP by size uses it",
         ),
-        (empty, NO_AREA, "its box has no area", "training drops it; remove it, or mend its box"),
+        (empty, _EMPTY, "its box has no area", "training drops it; remove it, or mend its box"),
         (away, "", "its box lies outside its image", "remove it, or mend its box"),
-        (leaves, LEAVES, "its box leaves its image by more than a pixel", "training clips it; mend it"),
+        (leaves, _LEAVES, "its box leaves its image by more than a pixel", "training clips it; mend it"),
     ):
         for index in np.flatnonzero(found):
-            place, row = rows[index]
-            yield _fault("warning" if kind else "error", file, "annotations", place, what, mend, kind)(row)
+            yield _fault(file, "annotations", *rows[index], what, mend, kind)
     if empty.all():
         yield Fault("error", file, "no box has any area", "mend the annotations")
     shown = {row["category_id"] for _, row in rows}
     for place, row in sound["categories"] if use.training else ():
         if row["id"] not in shown:
-            what, kind = f"no object is of the class {short(row['name'])}", "classes without an object"
-            yield _fault("warning", file, "categories", place, what, "training cannot learn it; annotate some", kind)(
-                row
-            )
-    if not use.masks:
-        return
+            what, mend = f"no object is of the class {short(row['name'])}", "training cannot learn it; annotate some"
+            yield _fault(file, "categories", place, row, what, mend, "classes without an object")
+    if use.masks:
+        yield from _faults_of_masks(file, rows, boxes, sizes, use)
+
+
+def _faults_of_masks(
+    file: str, rows: list[tuple[int, Row]], boxes: NDArray[np.float64], sizes: Sizes, use: Use
+) -> Iterator[Fault]:
     problems = [mask_problem(row.get("segmentation"), *sizes[row["image_id"]]) for _, row in rows]
     if all(problem is not None and problem[0] == "warning" for problem in problems):
         mend = "give MODEL.MASK_ON False (check-data: no --masks)"
         yield Fault("error", file, f"none of its {len(rows)} objects has a usable mask", mend)
         return
+    masks = []
     for (place, row), problem in zip(rows, problems, strict=True):
+        # A crowd's mask says where nothing counts, whatever its box.
+        masks.append(None if problem or row.get("iscrowd") else row.get("segmentation"))
         if problem is not None:
             severity, what = problem
             mend = "remove or mend it, or give MODEL.MASK_ON False, or let check-data --fix fill its box"
             # COCO's training set has flat ones, as of annotation 918.
-            if severity == "warning" and what != FLAT and use.training and not row.get("iscrowd"):
-                severity = "error"
-            yield _fault(severity, file, "annotations", place, what, mend, "objects without a usable mask")(row)
-    # A crowd's mask says where nothing counts, whatever its box.
-    masks = [
-        None if problem or row.get("iscrowd") else row.get("segmentation")
-        for (_, row), problem in zip(rows, problems, strict=True)
-    ]
-    for index in np.flatnonzero(~empty & _misfits(masks, low, high)):
-        place, row = rows[index]
+            is_error = severity == "error" or (what != FLAT and use.training and not row.get("iscrowd"))
+            kind = "" if is_error else "objects without a usable mask"
+            yield _fault(file, "annotations", place, row, what, mend, kind)
+    for index in np.flatnonzero(_misfits(masks, boxes)):
         what, mend = "its mask and its box share less than half of what both cover", "write both in pixels of the image"
-        yield _fault("warning", file, "annotations", place, what, mend, "masks that do not fit their boxes")(row)
+        yield _fault(file, "annotations", *rows[index], what, mend, "masks that do not fit their boxes")
 
 
-def _misfits(masks: Iterable[Any], low: NDArray[np.float64], high: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which masks without a problem share less than half with their boxes, of corners ``low`` and ``high``."""
+def _misfits(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which masks without a problem share less than half with their boxes, of those that have an area."""
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     lowest, highest = np.array([*map(mask_extent, masks)]).reshape(-1, 2, 2).transpose(1, 0, 2)
     shared = (np.minimum(high, highest) - np.maximum(low, lowest)).clip(0).prod(1)
-    misfits: NDArray[np.bool_] = shared < 0.5 * ((highest - lowest).prod(1) + (high - low).prod(1) - shared)
+    both = (highest - lowest).prod(1) + (high - low).prod(1) - shared
+    misfits: NDArray[np.bool_] = (high > low).all(1) & (shared < 0.5 * both)
     return misfits
 
 
-def _faults_at_large(
-    file: str, rows: list[tuple[int, Row]], sizes: dict[Any, tuple[int, int]], use: Use
+def _faults_of_most(
+    file: str, rows: list[Row], boxes: NDArray[np.float64], areas: NDArray[np.float64], sizes: Sizes, use: Use
 ) -> Iterator[Fault]:
-    """What masks say of all boxes and areas, also where nothing else uses them; a thousand objects are looked at."""
-    seen = [row for _, row in rows[:: len(rows) // 1000 + 1] if not row.get("iscrowd") and all(row["bbox"][2:])]
+    """What many objects show together: crowds, images without objects, boxes and areas of other units."""
+    warn = partial(Fault, "warning", file)
+    sides = np.array([sizes[row["image_id"]] for row in rows], np.float64)
+    if guess := guess_of_boxes(boxes, sides):
+        yield Fault("error", file, *guess, kind=LAYOUT)
+    crowds = sum(bool(row.get("iscrowd")) for row in rows)
+    if crowds > len(rows) / 2:
+        what = f"{crowds} of its {len(rows)} objects are crowds, which training drops and AP leaves out"
+        mend = 'write "iscrowd": 0 for single objects (some programs write 1 for every mask of run lengths)'
+        yield warn(what, mend, kind="files of more crowds than other objects")
+    bare = len(sizes) - len({row["image_id"] for row in rows})
+    if use.evaluation and bare > len(sizes) / 2:
+        what = f"{bare} of its {len(sizes)} images have no object"
+        mend = "leave those out that are not annotated: on them AP counts every detection as wrong"
+        yield warn(what, mend, kind="files of more images without objects than with")
+    if len(rows) < 10:
+        return
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    if (high <= sides / 2 + 1).all():
+        what = f"all its {len(rows)} boxes lie in the upper left quarter of their images"
+        mend = "if they are percents, or of smaller images, write them in pixels of these"
+        yield warn(what, mend, kind="files of boxes in one quarter of the images")
+    beyond = int((high > sides + 0.5).any(1).sum())
+    if beyond > 1 and (low >= 1).all() and (high <= sides + 1).all():
+        what = f"{beyond} of its {len(rows)} boxes end a pixel beyond their image, and none begins in the first"
+        mend = "if it counts pixels from 1, as VOC does, subtract 1 from every x and y"
+        yield warn(what, mend, kind="files of boxes that may count pixels from 1")
+    larger = int((areas > (boxes[:, 2:] + 1).prod(1)).sum())
+    if larger > len(rows) / 2:
+        what = f"{larger} of its {len(rows)} areas are larger than their boxes, as if these were of smaller images"
+        mend = "write boxes in pixels of these images, or, where they are right, leave out the areas"
+        yield warn(what, mend, kind=LAYOUT)
+    # Masks tell of all boxes and areas, also where nothing else uses them; a thousand objects are looked at.
+    seen = [row for row in rows[:: len(rows) // 1000 + 1] if not row.get("iscrowd") and all(row["bbox"][2:])]
     seen = [row for row in seen if mask_problem(row.get("segmentation"), *sizes[row["image_id"]]) is None]
     if len(seen) < 10:
         return
-    boxes, masks = np.array([row["bbox"] for row in seen], np.float64), [row["segmentation"] for row in seen]
-    misfits = int(_misfits(masks, boxes[:, :2], boxes[:, :2] + boxes[:, 2:]).sum())
+    masks = [row["segmentation"] for row in seen]
+    misfits = int(_misfits(masks, np.array([row["bbox"] for row in seen], np.float64)).sum())
     if not use.masks and misfits > len(seen) / 2:  # with masks each is told
         what = f"{misfits} of {len(seen)} boxes looked at share less than half with their masks"
-        mend = "write both in pixels of the image"
-        yield Fault("warning", file, what, mend, kind="files of masks that do not fit their boxes")
-    if not use.evaluation:
-        return
-    pixels = [mask_area(mask, *sizes[row["image_id"]]) for mask, row in zip(masks, seen, strict=True)]
-    small = sum(2 * row["area"] < area for row, area in zip(seen, pixels, strict=True))
-    if small > len(seen) / 2:
-        what = f"{small} of {len(seen)} areas looked at are less than half of their masks"
-        mend = "write areas in pixels of the image; AP by size uses them"
-        yield Fault("warning", file, what, mend, kind="files of areas that do not fit their masks")
+        yield warn(what, "write both in pixels of the image", kind="files of masks that do not fit their boxes")
+    if use.evaluation:
+        pixels = [mask_area(mask, *sizes[row["image_id"]]) for mask, row in zip(masks, seen, strict=True)]
+        small = sum(2 * row["area"] < area for row, area in zip(seen, pixels, strict=True))
+        if small > len(seen) / 2:
+            what = f"{small} of {len(seen)} areas looked at are less than half of their masks"
+            mend = "write areas in pixels of the image; AP by size uses them"
+            yield warn(what, mend, kind="files of areas that do not fit their masks")
 
 
 def guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:
