@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, ElementTree, SubElement, fromstring
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from robust_backbones.data.annotations_values import (
     short,
 )
 from robust_backbones.data.annotations_voc import (
+    NO_XML,
     check_voc,
     read_voc,
     said_twice,
@@ -46,6 +47,7 @@ from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
 Rename = Callable[[str], str]
+Size = tuple[int, int]
 Boxes = dict[str, list[list[float]]]
 Changes = defaultdict[str, list[Any]]
 """What was done -> what it was done to: ids of annotations, names of images and classes."""
@@ -114,27 +116,17 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
             done["objects written as COCO writes them"].append(row["id"])
             row |= new
     categories, ids = _repaired_classes(content["categories"], rename, done)
-    images, listings = [row for row in content["images"] if isinstance(row, dict)], Listings()
-    for row in images:
-        name = str(row.get("file_name"))
-        if name == "None" or os.path.exists(dataset.images / name):
-            continue
-        folders, suffix = name.replace("\\", "/"), os.path.splitext(name)[1].casefold()
-        alike = files_alike(str(dataset.images / folders), listings)
-        if len(same := [file for file in alike if file.casefold().endswith(suffix)]) == 1:
-            row["file_name"] = os.path.join(os.path.dirname(folders), *same)
-            done["names of files written as the files are called"].append(row["file_name"])
-    paths = {number: str(dataset.images / str(row.get("file_name"))) for number, row in enumerate(images)}
-    headers = read_headers(list(paths.values()))
-    sizes = {number: (row.get("width"), row.get("height")) for number, row in enumerate(images)}
-    boxes = _boxes_by_image(content["annotations"])
+    images = [row for row in content["images"] if isinstance(row, dict)]
+    _spell_names(images, dataset.images, done)
+    paths = [str(dataset.images / str(row.get("file_name"))) for row in images]
+    headers, boxes = read_headers(paths), _boxes_by_image(content["annotations"])
     wrong = _wrong_sizes(
-        (number, sizes[number], headers.get(paths[number]), boxes.get(str(row.get("id"))))
-        for number, row in enumerate(images)
+        (number, (row.get("width"), row.get("height")), headers.get(path), boxes.get(str(row.get("id"))))
+        for number, (row, path) in enumerate(zip(images, paths, strict=True))
     )
     kept_images = []
-    for number, row in enumerate(images):
-        header = headers.get(paths[number])
+    for number, (row, path) in enumerate(zip(images, paths, strict=True)):
+        header = headers.get(path)
         if header is None or header.problem:
             done[_GONE].append(row.get("file_name"))
             done[f"images {_LEFT_OUT}"].append(row.get("file_name"))
@@ -169,6 +161,20 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
     output.mkdir(parents=True)
     with atomic_path(output / dataset.annotations.name) as temporary:  # an indent would make it twice as large
         temporary.write_text(json.dumps(mended))
+
+
+def _spell_names(images: Iterable[Row], folder: Path, done: Changes) -> None:
+    """File names that differ from that of one file by case, accents, ``\\`` or %20 alone become that."""
+    listings = Listings()
+    for row in images:
+        name = str(row.get("file_name"))
+        if name == "None" or os.path.exists(folder / name):
+            continue
+        folders, suffix = name.replace("\\", "/"), os.path.splitext(name)[1].casefold()
+        alike = files_alike(str(folder / folders), listings)
+        if len(same := [file for file in alike if file.casefold().endswith(suffix)]) == 1:
+            row["file_name"] = os.path.join(os.path.dirname(folders), *same)
+            done["names of files written as the files are called"].append(row["file_name"])
 
 
 def _boxes_by_image(rows: Iterable[Any]) -> Boxes:
@@ -216,7 +222,7 @@ def _is_resized(width: Any, height: Any, header: Header) -> bool:
     return abs(width * header.height - height * header.width) <= max(width, height, header.width, header.height)
 
 
-def _refuse_layout(file: Path, faults: Iterable[Fault], boxes: Boxes, sizes: Mapping[str, tuple[int, int]]) -> None:
+def _refuse_layout(file: Path, faults: Iterable[Fault], boxes: Boxes, sizes: Mapping[str, Size]) -> None:
     """Boxes of another layout would look sound once they are clipped or their corners are put in order."""
     if told := next((fault for fault in faults if fault.kind == LAYOUT), None):
         raise InputError(str(told))
@@ -283,7 +289,7 @@ def _repaired_classes(rows: Iterable[Any], rename: Rename, done: Changes) -> tup
     return [*kept.values(), *broken], ids
 
 
-def _repaired(row: Row, size: tuple[int, int] | None, use: Use, ids: Mapping[Any, Any], done: Changes) -> Row:
+def _repaired(row: Row, size: Size | None, use: Use, ids: Mapping[Any, Any], done: Changes) -> Row:
     """The annotation with its box in the image, an area and a mask, where these say what the others are."""
     row = {**row}
     if isinstance(row.get("category_id"), int) and row["category_id"] in ids:
@@ -315,7 +321,7 @@ def _repaired(row: Row, size: tuple[int, int] | None, use: Use, ids: Mapping[Any
     return row
 
 
-def _clipped(corners: list[float], size: tuple[int, int]) -> list[float]:
+def _clipped(corners: list[float], size: Size) -> list[float]:
     """(x1, y1, x2, y2) within the image, if they leave it by more than a pixel and are not outside."""
     x1, y1, x2, y2 = corners
     low, high = min(x1, y1), max(x2 - size[0], y2 - size[1])
@@ -356,8 +362,8 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Chang
             done[_GONE].append(name)
             continue
         try:
-            root = ElementTree.fromstring((annotations / f"{name}.xml").read_bytes())
-        except (OSError, ElementTree.ParseError, ValueError, RecursionError):
+            root = fromstring((annotations / f"{name}.xml").read_bytes())
+        except NO_XML:
             done["images whose annotation is missing or no XML left out"].append(name)
             continue
         if tags := spell_tags(root):
@@ -368,7 +374,7 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Chang
             done[_SIZES].append(name)
         _repair_xml(root, name, size, dataset.classes, rename, done)
         with atomic_path(output / f"Annotations/{name}.xml", durable=False) as temporary:
-            ElementTree.ElementTree(root).write(temporary, encoding="utf-8")
+            ElementTree(root).write(temporary, encoding="utf-8")
         kept.append(name)
     place = output / "ImageSets/Main"
     place.mkdir(parents=True, exist_ok=True)
@@ -376,21 +382,16 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Chang
     (output / "JPEGImages").symlink_to(dataset.images.absolute(), target_is_directory=True)
 
 
-def _write_size(root: ElementTree.Element, size: tuple[int, int]) -> None:
+def _write_size(root: Element, size: Size) -> None:
     for element in root.findall("size"):
         root.remove(element)
-    element = ElementTree.SubElement(root, "size")
+    element = SubElement(root, "size")
     for side, value in zip(("width", "height"), size, strict=True):
-        ElementTree.SubElement(element, side).text = str(value)
+        SubElement(element, side).text = str(value)
 
 
 def _repair_xml(
-    root: ElementTree.Element,
-    image: str,
-    size: tuple[int, int],
-    classes: Sequence[str] | None,
-    rename: Rename,
-    done: Changes,
+    root: Element, image: str, size: Size, classes: Sequence[str] | None, rename: Rename, done: Changes
 ) -> None:
     """Mend an image's annotation in place."""
     things = [(element, thing) for element in root.iter() for thing in element.findall("object")]
@@ -412,7 +413,7 @@ def _repair_xml(
             done["objects left out"].append(label)
 
 
-def _repair_corners(thing: ElementTree.Element, label: str, size: tuple[int, int], done: Changes) -> bool:
+def _repair_corners(thing: Element, label: str, size: Size, done: Changes) -> bool:
     """Whether the object's box, mended in place, can be used; VOC counts pixels from 1, the last of a box included."""
     keys = ("xmin", "ymin", "xmax", "ymax")
     boxes = thing.findall("bndbox")

@@ -8,11 +8,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree.ElementTree import Element, ParseError, fromstring
 
 from robust_backbones.data.annotations import LAYOUT, MISSING, Content, Fault, Use, check_coco
 from robust_backbones.data.annotations_values import Row, is_number, is_side, number_in, short
 from robust_backbones.data.decoding import image_suffixes, is_hidden
+
+NO_XML = (OSError, ParseError, ValueError, RecursionError)
+"""What reading a file raises that is no XML, or not there."""
 
 
 def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:
@@ -51,14 +54,14 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
     for name in names:
         file = folder / f"Annotations/{name}.xml"
         try:
-            root = ElementTree.fromstring(file.read_bytes())
+            root = fromstring(file.read_bytes())
         except FileNotFoundError:
             mend = "add it, or take the image off the list"
             if os.path.exists(folder / f"Annotations/{os.path.splitext(name)[0]}.xml"):
                 mend = "list images without the suffix of their files"
             faults.append(Fault("error", str(file), MISSING, mend, name))
             continue
-        except (OSError, ElementTree.ParseError, ValueError, RecursionError) as error:
+        except NO_XML as error:
             faults.append(Fault("error", str(file), f"is no XML ({error})", "write it anew", name))
             continue
         if tags := spell_tags(root):
@@ -129,12 +132,12 @@ def voc_classes(folder: str | Path) -> list[str]:
     for file in annotations.rglob("*.xml"):
         if is_hidden(str(file.relative_to(annotations))):
             continue
-        with suppress(OSError, ElementTree.ParseError, ValueError, RecursionError):
-            names |= {text_in(thing, "name") for thing in ElementTree.fromstring(file.read_bytes()).iter("object")}
+        with suppress(*NO_XML):
+            names |= {text_in(thing, "name") for thing in fromstring(file.read_bytes()).iter("object")}
     return sorted(names - {""})
 
 
-def spell_tags(root: ElementTree.Element) -> list[str]:
+def spell_tags(root: Element) -> list[str]:
     """Give tags that differ in case and namespace alone from those that are read their names; what they were."""
     found = []
     for above in root.iter():
@@ -146,16 +149,16 @@ def spell_tags(root: ElementTree.Element) -> list[str]:
     return found
 
 
-def _plain_tag(element: ElementTree.Element) -> str:
+def _plain_tag(element: Element) -> str:
     return str(element.tag).rpartition("}")[2].lower()
 
 
-def text_in(thing: ElementTree.Element, key: str, default: str = "") -> str:
+def text_in(thing: Element, key: str, default: str = "") -> str:
     """What an object's element says, without the blanks and line breaks that programs write around it."""
     return thing.findtext(key, default).strip()
 
 
-def said_twice(thing: ElementTree.Element) -> list[str]:
+def said_twice(thing: Element) -> list[str]:
     """Of an object's name and ``difficult`` those that it has several values of."""
     keys = ("name", "difficult")
     return [key for key in keys if len({(element.text or "").strip() for element in thing.findall(key)}) > 1]

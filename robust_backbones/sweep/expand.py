@@ -215,8 +215,7 @@ class _Expansion:
         return {name: dict(values_of[name]) for name in (*best, *choice.keep)}
 
     def _settings(self, task: Task) -> dict[str, Any]:
-        files = self._manifest.protocols.get(self._manifest.protocols_of(task)[0], ())
-        return detector_settings((*task.config_files, *files), tuple(text_overrides(task).items()))
+        return task_settings(task, self._manifest.protocols.get(self._manifest.protocols_of(task)[0], ()))
 
     def _convert(self, name: str, source: _Source) -> Run:
         argv = ("convert", source.path, "{folder}/backbone.pkl", *source.options)
@@ -238,7 +237,7 @@ class _Expansion:
         converts = {seed: self._convert(name, own) if own.path else None for seed, own in sources.items()}
         for protocol in manifest.protocols_of(task):
             files = (*task.config_files, *manifest.protocols.get(protocol, ()), *(() if source.path else (SCRATCH,)))
-            overrides = text_overrides(task) | as_texts({**chosen, **({CHOSEN: tuple(chosen)} if chosen else {})})
+            overrides = as_texts({**task.overrides, **chosen, **({CHOSEN: tuple(chosen)} if chosen else {})})
             settings = detector_settings(files, tuple(overrides.items()))
             if task.robustness and len(settings["DATASETS.TEST"]) != 1:
                 raise InputError(f"robustness of task {task.name} is on one set: leave one in DATASETS.TEST")
@@ -346,7 +345,7 @@ def missing_data(manifest: Manifest) -> list[str]:
     lines = []
     for task in manifest.tasks:
         if not task.transfer:
-            lines += missing_files(_config(tuple(task.config_files), tuple(text_overrides(task).items())))
+            lines += missing_files(_config(tuple(task.config_files), tuple(as_texts(task.overrides).items())))
         elif row := TRANSFER_DATASETS.get(task.dataset):
             if "data_root" not in task.options:
                 raise InputError(f"task {task.name} names the data set {task.dataset}: give the options data_root")
@@ -363,13 +362,14 @@ def imagenet_folder(manifest: Manifest) -> Path | None:
     return folder if manifest.imagenet and folder.is_dir() else None
 
 
-def text_overrides(task: Task) -> dict[str, str]:
-    return as_texts(task.overrides)
-
-
 def as_texts(overrides: Options) -> dict[str, str]:
     """As load_config takes them."""
     return {key: value if isinstance(value, str) else repr(value) for key, value in overrides.items()}
+
+
+def task_settings(task: Task, files: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every key of the configuration of a task's detectors; ``files`` are those of a protocol."""
+    return detector_settings((*task.config_files, *files), tuple(as_texts(task.overrides).items()))
 
 
 @cache

@@ -14,7 +14,7 @@ from robust_backbones.analysis.results import results
 from robust_backbones.analysis.statistics import ALPHA, MOST_SEEDS, POWER, power, seeds_needed
 from robust_backbones.checkpoint import zoo
 from robust_backbones.errors import InputError
-from robust_backbones.sweep.expand import detector_settings, text_overrides
+from robust_backbones.sweep.expand import task_settings
 from robust_backbones.sweep.manifest import Manifest, PrimaryComparison, Task
 from robust_backbones.sweep.plan import Plan
 from robust_backbones.threat_models import ThreatModel
@@ -57,7 +57,7 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
         return _exploratory(manifest)
     primary = manifest.primary
     task = manifest.task(primary.task)
-    settings = detector_settings(tuple(task.config_files), tuple(text_overrides(task).items()))
+    settings = task_settings(task)
     kinds = [kind for kind in METRICS if kind != "segm" or settings["MODEL.MASK_ON"]]
     sets = [f"{one}/" for one in settings["DATASETS.TEST"]] if len(settings["DATASETS.TEST"]) > 1 else [""]
     reported = [f"{one}{kind}/{ap}" for one in sets for kind in kinds for ap in ("AP", "AP50", "AP75")]
@@ -173,7 +173,7 @@ def _threat_model(manifest: Manifest, name: str) -> ThreatModel | None:
 
 def _paper(task: Task) -> list[PaperResult]:
     """The paper's results for a task's data and kind of detector."""
-    settings = detector_settings(tuple(task.config_files), tuple(text_overrides(task).items()))
+    settings = task_settings(task)
     kind = "segmentation" if settings["MODEL.MASK_ON"] else "detection"
     return [
         paper

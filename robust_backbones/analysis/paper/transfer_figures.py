@@ -346,29 +346,26 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
     Args:
         paired: a data set as it is, and through fewer pixels.
     """
-    panels: list[tuple[Target, str, str, str, dict[str, Curve]]] = []
+    drawn: list[tuple[Target, tuple[Any, ...], tuple[Any, ...]]] = []
     for original, reduced in paired:
         variants = {_IMAGES: original, f"reduced to {reduced.downscale} px": reduced}
         for arch in original.archs:
             of_norm = [curves(target, arch) for target in variants.values()]
             for norm in sorted(of_norm[0].keys() & of_norm[1].keys()):
                 own = {label: found[norm] for label, found in zip(variants, of_norm, strict=True)}
-                panels.append((original, "ours", arch, norm, own))
                 both = {_IMAGES: original.paper(arch), "reduced to 32 px": original.paper(arch, downscale=32)}
                 papers = {label: _paper_curve(paper) for label, paper in both.items() if paper}
-                whose = f"paper: {original.paper_name}"
-                # Several settings of one data set share a panel of the paper's.
-                if papers and norm == "L2" and (whose, arch) not in [(other, a) for _, other, a, *_ in panels]:
-                    panels.append((original, whose, arch, norm, papers))
-    if not panels:
+                drawn.append((original, (arch, norm, own), (arch, norm, papers) if papers and norm == "L2" else ()))
+    if not drawn:
         return None
-    originals = [target for target, whose, *_ in panels if whose == "ours"]
-    drawing = Drawing.of(mode, originals, 3.4, count=len(panels))
-    labels = list(dict.fromkeys(label for *_, shown in panels for label in shown))
+    panels = with_papers(drawn)
+    drawing = Drawing.of(mode, [target for target, *_ in drawn], 3.4, count=len(panels))
+    labels = list(dict.fromkeys(label for *_, (_, _, shown) in panels for label in shown))
     # All panels of a norm have one axis: the curves are there to be compared.
-    ticks = {norm: _ticks([shown for *_, n, shown in panels if n == norm]) for *_, norm, _ in panels}
+    norms = {norm for *_, (_, norm, _) in panels}
+    ticks = {norm: _ticks([shown for *_, (_, n, shown) in panels if n == norm]) for norm in norms}
     cells = []
-    for panel, (target, whose, arch, norm, shown) in zip(drawing.axes, panels, strict=True):
+    for panel, (target, whose, (arch, norm, shown)) in zip(drawing.axes, panels, strict=True):
         for label, curve in shown.items():
             style, (best, trials), places = labels.index(label), curve.best, ticks[norm]
             color, _, dashes = STYLES[style]
