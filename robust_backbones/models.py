@@ -281,7 +281,7 @@ def _size_problem(arch: str, size: int) -> str:
 def check_normalization(mean: Any, std: Any) -> None:
     """Raise ``InputError``, with the values that were likely meant, unless pixels in [0, 1] can have them."""
     for name, values in (("mean", mean), ("std", std)):
-        if not (isinstance(values, (tuple, list)) and len(values) == 3 and all(map(is_number, values))):
+        if not is_triple(values):
             raise InputError(f"the {name} of the input is three numbers, one a channel, got {values!r}")
     in_range = all(0 <= value <= 1 for value in mean), all(0 < value <= 1 for value in std)
     if all(in_range):
@@ -308,6 +308,10 @@ def _numbers(values: Any) -> str:
 def is_number(value: Any) -> bool:
     """An int or a float; True, a string or a tensor is none, nor an int that no float can be."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+
+
+def is_triple(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
 
 
 def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:

@@ -1,18 +1,15 @@
-"""What a file keeps beside a network: heads, which a detector can do without, parts of the network, normalisers."""
+"""What a file keeps beside a network: heads, which a detector can do without, and what may be parts of the network."""
 
 from __future__ import annotations
 
 import re
-from itertools import takewhile
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from robust_backbones.checkpoint.layouts import Network, tensors_of
+from robust_backbones.checkpoint.layouts import Network
 from robust_backbones.checkpoint.names import without_wrappers
 from robust_backbones.errors import InputError
-from robust_backbones.models import is_number, reference_shapes
+from robust_backbones.models import reference_shapes
 
 _HEAD = re.compile(
     r"(?i)aux|class|(?<!multi)head|exit|predict|logit|deco[dn]|loss|proj|queue|rpn|attacker|^(fc|mlp|linear|lat)"
@@ -37,8 +34,7 @@ def check_left_out(network: Network) -> None:
     modules: dict[tuple[str, ...], dict[str, Tensor]] = {}
     for name in (name for name in network.tensors if name not in network.names):
         parts = without_wrappers(name).split(".")
-        shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(parts[:-1], levels, strict=False))])
-        modules.setdefault(tuple(parts[: shared + 1]), {})[name] = network.tensors[name]
+        modules.setdefault(tuple(parts[: network.shared_levels(parts[:-1]) + 1]), {})[name] = network.tensors[name]
     takes = {path: _taken(tensors) for path, tensors in modules.items()}
     named = {path for path in modules if _HEAD.search(path[-1])}
     inside = {path for path in modules.keys() - named if _INSIDE.search(path[-1])}
@@ -80,68 +76,3 @@ def _makes_images(tensors: dict[str, Tensor]) -> bool:
     kernels = [shape for shape in shapes if len(shape) == 4]
     last = [shape for shape in kernels if shape[0] == 3 and (shape[1] == 3 or shape[-1] > 1)]
     return bool(last) and any(shape[1] == 3 for shape in kernels)
-
-
-def normalizer_of(network: Network, content: dict[str, Any]) -> dict[str, Any] | None:
-    """Mean and std of a layer that normalises the input, or of the file's own entries; those nearest to the network.
-
-    Raises:
-        InputError: there are several that differ, or one before the other.
-    """
-    partners = {"new_mean": "new_std", "mean": "std", "mu": "sigma", "pixel_mean": "pixel_std"}
-    entries = {k: v for k, v in content.items() if k in partners or k in partners.values()}
-    values = {**{name: torch.tensor(v) for name, v in entries.items() if is_triple(v)}, **tensors_of(entries)}
-    values |= network.tensors
-    found: list[tuple[int, dict[str, Any]]] = []
-    before: dict[int, str] = {}  # how many levels above the network -> a normaliser there
-    levels = network.prefix.split(".")
-    for name in values:
-        *layers, last = name.split(".")
-        pair = (name, ".".join([*layers, partners.get(last, "")]))
-        numbers = [_triple(values.get(one), of_all=True) for one in pair]
-        if last in partners and "attacker" not in layers and all(numbers):
-            # Detectron2's are in units of 0-255, in which 0 and 1 leave pixels as they are; numbers that could be in
-            # either are nobody's word (``check_normalizers``).
-            if last == "pixel_mean" and max(numbers[0]) <= 1 and max(numbers[1]) <= 1:
-                continue
-            scale = 255 if last == "pixel_mean" else 1
-            mean, std = (tuple(round(value / scale, 6) for value in three) for three in numbers)
-            shared = len([*takewhile(lambda pair: pair[0] == pair[1], zip(layers, levels, strict=False))])
-            found.append((shared, {"mean": mean, "std": std}))
-            if shared == len(layers) - 1:
-                before[shared] = ".".join(layers)
-    if len(before) > 1:
-        raise InputError(f"it normalises its input by {' and by '.join(before.values())}: save it with one of them")
-    nearest = (
-        [normalizer for shared, normalizer in found if shared == max(shared for shared, _ in found)] if found else []
-    )
-    if any(normalizer != nearest[0] for normalizer in nearest):
-        raise InputError(f"it normalises its input in {len(nearest)} ways that differ: save one network alone")
-    return nearest[0] if nearest else None
-
-
-def check_normalizers(network: Network) -> None:
-    """Refuse to assume a mean where the file may have one, by a name that ``normalizer_of`` does not know."""
-    for name, tensor in network.tensors.items():
-        of_channels = (tensor.numel() == 3 and tensor.ndim > 2) or re.search(
-            "mean|std|sigma|scale|shift", name.split(".")[-1]
-        )
-        if of_channels and name not in network.names and "attacker" not in name and (numbers := _triple(tensor)):
-            values = " ".join(f"{value:.6g}" for value in numbers)
-            raise InputError(f"it holds {name} ({values}), which may normalise its input: give --mean and --std")
-
-
-def is_triple(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
-
-
-def _triple(tensor: Tensor | None, *, of_all: bool = False) -> list[float]:
-    """The three numbers of a tensor, (3, 1, 1) and the like; of one for all channels, (1, 1, 1); else none.
-
-    ``of_all``: whether any one number is for all channels.
-    """
-    if tensor is None or tensor.is_complex():
-        return []
-    if tensor.numel() == 3 or (tensor.numel() == 1 and (of_all or tensor.ndim > 2)):
-        return tensor.double().flatten().tolist() * (3 // tensor.numel())
-    return []

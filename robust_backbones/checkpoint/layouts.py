@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -141,6 +142,11 @@ class Network:
     def spec(self) -> BackboneSpec:
         """What its tensors tell; InputError where they are those of no known architecture."""
         return identify(self.state_dict, self.named)
+
+    def shared_levels(self, levels: list[str]) -> int:
+        """How many parts of a name, from its first one, stand before the network's names too."""
+        pairs = zip(levels, self.prefix.split("."), strict=False)
+        return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
     def differs_in(self, other: Network) -> str:
         """The first tensor that the two do not share, by torchvision's name; "" where they are equal."""

@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from robust_backbones.checkpoint.description import Description
 from robust_backbones.checkpoint.families import TORCHVISION
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.layouts import tensors_of
 from robust_backbones.checkpoint.names import without_wrappers
-from robust_backbones.checkpoint.sources import dictionary_of, json_object
-from robust_backbones.checkpoint.untrusted import METADATA, load_tensors
+from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import NormalizedModel, is_foreign
 from robust_backbones.timm_models import STRIDES, build_timm, is_swin, keep_paths, stage_layers, swin_shape
@@ -218,7 +218,7 @@ def _modern_torchvision(checkpoint: Checkpoint) -> _Own:
     for module in network.modules():
         if isinstance(module, StochasticDepth):
             module.p = 0.0
-    plain = {without_wrappers(name): tensor for name, tensor in tensors_of(_content(checkpoint)).items()}
+    plain = {without_wrappers(name): tensor for name, tensor in tensors_of(_content(checkpoint)[0]).items()}
     tensors = {
         name.removeprefix(checkpoint.prefix): tensor
         for name, tensor in plain.items()
@@ -232,13 +232,9 @@ def _modern_torchvision(checkpoint: Checkpoint) -> _Own:
 def _timm(checkpoint: Checkpoint) -> _Own:
     import timm
 
-    content = _content(checkpoint)
+    content, description = _content(checkpoint)
     # On the hub config.json says it, in a training run's checkpoint "arch".
-    said = (
-        _config_beside(checkpoint).get("architecture"),
-        content.get("arch"),
-        _pretrained_cfg(content).get("architecture"),
-    )
+    said = (description.config.get("architecture"), content.get("arch"), description.cfg.get("architecture"))
     arch = next((name for name in said if isinstance(name, str)), "")
     if not timm.is_model(arch):
         raise _NotKnownError(f"timm has no {arch}" if arch else "it does not say its architecture")
@@ -248,7 +244,8 @@ def _timm(checkpoint: Checkpoint) -> _Own:
 def _transformers(checkpoint: Checkpoint) -> _Own:
     import transformers
 
-    config, tensors = _config_beside(checkpoint), tensors_of(_content(checkpoint))
+    content, description = _content(checkpoint)
+    config, tensors = description.config, tensors_of(content)
     kind = str(config.get("model_type", ""))
     name = {"resnet": "ResNet", "convnext": "ConvNext", "swin": "Swin", "vit": "ViT"}.get(kind)
     if not name:
@@ -316,22 +313,8 @@ _MAKERS: dict[str, tuple[str, Callable[[Checkpoint], _Own]]] = {
 """Layout -> whose code it is, and what builds it."""
 
 
-def _content(checkpoint: Checkpoint) -> dict[Any, Any]:
+def _content(checkpoint: Checkpoint) -> tuple[dict[Any, Any], Description]:
     if checkpoint.path is None or not checkpoint.path.is_file():
         raise _NotKnownError("its file is gone")
-    return load_tensors(checkpoint.path)
-
-
-def _config_beside(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What config.json says of a file that is named as on the hub."""
-    path = checkpoint.path
-    if path is None or path.stem not in ("model", "pytorch_model"):
-        return {}
-    return json_object(path.with_name("config.json"))
-
-
-def _pretrained_cfg(content: dict[Any, Any]) -> dict[str, Any]:
-    """timm's, in the file or in the strings of a safetensors file."""
-    if isinstance(content.get("pretrained_cfg"), dict):
-        return content["pretrained_cfg"]
-    return dictionary_of(content.get(METADATA, {}).get("pretrained_cfg", {}), "pretrained_cfg")
+    content = load_tensors(checkpoint.path)
+    return content, Description(content, checkpoint.path)

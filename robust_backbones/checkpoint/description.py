@@ -1,0 +1,246 @@
+"""What timm, transformers and a training say of a network beside its weights, which no tensor shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from robust_backbones.checkpoint.untrusted import METADATA, Options
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, is_foreign, is_number, is_triple, usual_spec
+from robust_backbones.timm_models import norm_and_heads
+
+_OPTION_KEYS = (
+    *("args", "opt", "options", "config", "cfg", "model_config", "hparams", "hyper_parameters"),
+    *("normalize", "transform"),
+)
+"""Of a file's entries: how the training was run, as a dictionary or an ``argparse.Namespace``."""
+_NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
+
+_Allowed = dict[str, tuple[Any, ...] | None]
+"""Settings -> their values that leave the features as they are; None: any."""
+_OF_TIMM: _Allowed = {
+    **dict.fromkeys(("num_classes", "global_pool", "drop_rate", "drop_path_rate", "drop_block_rate", "pretrained")),
+    **{"in_chans": (3,), "output_stride": (32,), "zero_init_last": None, "img_size": None},
+}
+# What timm, torchvision and others call that which no tensor of a ResNet shows.
+_OF_RESNETS: _Allowed = {
+    "bn_eps": (None, 1e-5),
+    "bn_tf": (None, False),
+    "output_stride": (None, 32),
+    "act_layer": (None, "relu", "ReLU"),
+    "aa_layer": (None, ""),
+    "dilated": (None, False),
+    "replace_stride_with_dilation": (None, [False] * 3, (False,) * 3),
+}
+_GELU: _Allowed = {"hidden_act": ("gelu",)}
+_OF_TRANSFORMERS: dict[str, _Allowed] = {
+    "resnet": {"hidden_act": ("relu",), "downsample_in_first_stage": (False,)},
+    "convnext": _GELU,
+    "swin": _GELU | {"use_absolute_embeddings": (False,)},
+    "vit": _GELU,
+}
+# Of transformers' configurations, which leave out what is the default.
+_NORM_EPSILON = {"convnext": 1e-12, "swin": 1e-5, "vit": 1e-12}
+# What names begin with, but for a maker's -> their activation.
+_ACTIVATIONS = {"res|wide_res": "relu", "convnext|swin|vit|deit": "gelu"}
+# Of act_gelu in ares/model/imagenet_model_zoo.py.
+_GELU_OF_ARES = re.compile(r"ARES_(ResNet152|Wide_ResNet50_2)_AT\.pth")
+
+
+class Description:
+    """What is said of a network: in its file, in a safetensors header, in JSON files beside it."""
+
+    def __init__(self, content: dict[Any, Any], path: Path) -> None:
+        header, meta, more = (content.get(key) for key in (METADATA, "meta", "hyper_parameters"))
+        inside = content | (header if isinstance(header, dict) else {})
+        beside = json_object(path.with_name("config.json"))
+        self._path = path
+        # A folder may hold the configuration of something else.
+        self.config = beside if "architecture" in beside or beside.get("model_type") in _OF_TRANSFORMERS else {}
+        keys = [key for key in ("pretrained_cfg", "default_cfg") if key in inside]
+        cfg = inside[keys[0]] if keys else self.config.get("pretrained_cfg")
+        self.cfg: dict[str, Any] = {} if cfg is None else _dictionary_of(cfg, "pretrained_cfg")
+        self.by_timm = bool(self.cfg) or "architecture" in self.config
+        self._processor = json_object(path.with_name("preprocessor_config.json")) if self.config else {}
+        self._inside = (more if isinstance(more, dict) else {}) | inside
+        entries = [content.get(key) for key in _OPTION_KEYS]
+        options = [one.values if isinstance(one, Options) else one for one in entries]
+        self._options: list[dict[Any, Any]] = [one for one in options if isinstance(one, dict)]
+        texts = [meta.get(key) for key in ("config", "cfg")] if isinstance(meta, dict) else []
+        self._of_mmdetection = "\n".join(text for text in texts if isinstance(text, str))
+
+    def values(self) -> dict[str, Any]:
+        """What is said of ``READING``."""
+        said: dict[str, Any] = {}
+        for options in self._options:  # of a training, where anything may stand
+            if is_triple(options.get("mean")) and is_triple(options.get("std")):
+                said |= {name: tuple(options[name]) for name in ("mean", "std")}
+        for where, fields, prefix in (
+            ("pretrained_cfg", self.cfg, ""),
+            ("preprocessor_config.json", self._processor, "image_"),
+        ):
+            for name in ("mean", "std"):
+                if (value := fields.get(prefix + name)) is not None:
+                    if not is_triple(value):
+                        raise InputError(f"{where} says that its {name} is {value!r}: three numbers belong there")
+                    said[name] = tuple(value)
+        # transformers multiplies pixels of 0 to 255 by a factor first, and may leave out the rest.
+        factor: Any = self._processor.get("rescale_factor")
+        scaled = is_number(factor) and factor > 0 and self._processor.get("do_rescale") is not False
+        if scaled and not math.isclose(255 * factor, 1, rel_tol=1e-4):
+            said |= {name: tuple(v / (255 * factor) for v in said[name]) for name in ("mean", "std") if name in said}
+        if self._processor.get("do_normalize") is False:
+            said |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        if self._processor.get("do_flip_channel_order") is True:
+            said["channel_order"] = "BGR"
+        if style := re.search(r"""\bstyle\s*[=:]\s*["'](caffe|pytorch)["']""", self._of_mmdetection):
+            said["stride_in_1x1"] = style[1] == "caffe"
+        if isinstance(stride := self.config.get("downsample_in_bottleneck"), bool):
+            said["stride_in_1x1"] = stride
+        elif self.by_timm and "architecture" in {**self.cfg, **self.config}:
+            said["stride_in_1x1"] = False
+        return said
+
+    def named(self) -> BackboneSpec | None:
+        """The network of timm that it is said to be; None of a ResNet, which is ours or refused."""
+        names = {name.split("/")[-1].split(".")[0] for _, name, exact in self._architectures() if exact}
+        names = {name for name in names if not re.search("res(net|next)", name) and is_foreign(name)}
+        return self.evaluated(usual_spec(names.pop())) if len(names) == 1 else None
+
+    def evaluated(self, spec: BackboneSpec) -> BackboneSpec:
+        """A network with the sizes and the interpolation of timm's configuration, as far as that has them."""
+        size, crop, interpolation = (self.cfg.get(name) for name in ("input_size", "crop_pct", "interpolation"))
+        if isinstance(size, list | tuple) and len(size) == 3:
+            spec = replace(spec, image_size=size[-1], val_resize=size[-1])
+        if isinstance(crop, float) and 0.1 < crop <= 1:
+            spec = replace(spec, val_resize=int(spec.image_size / crop))
+        return spec if interpolation is None else replace(spec, interpolation=interpolation)
+
+    def check(self, arch: str) -> None:
+        """Refuse a network that is said to be another than its tensors' shapes tell.
+
+        Variants by activation, dilation or blur have no tensors of their own, and other features.
+        """
+        if _GELU_OF_ARES.fullmatch(self._path.name):
+            raise InputError(
+                f"ARES trained {self._path.stem} with GELU, which no tensor shows: no {arch} of ours can be it"
+            )
+        for where, name, exact in self._architectures():
+            if _differs(name, arch, exact=exact):
+                raise InputError(
+                    f"{where} says that it is {name}, which has the tensors of {arch} and other features: it cannot be "
+                    f"read as one (if that is wrong, move the file to a folder of its own, or rename it)"
+                )
+        for where, fields, allowed in self._settings(arch):
+            for name in fields:
+                values = allowed.get(name, ())
+                if values is not None and fields[name] not in values:
+                    raise InputError(
+                        f"{where} says that its {name} is {fields[name]!r}, which gives other features than {arch}'s: "
+                        "it cannot be read as one"
+                    )
+
+    def _settings(self, arch: str) -> Iterator[tuple[str, dict[Any, Any], _Allowed]]:
+        """Who says it, settings that may change the features, and the values that do not."""
+        activation = [layer for begin, layer in _ACTIVATIONS.items() if re.search(rf"(^|_)({begin})", arch)]
+        of_options = {} if is_foreign(arch) else _OF_RESNETS
+        if activation:
+            of_options = of_options | {"act_layer": (None, *activation)}
+        for options in self._options:
+            yield "an option of its training", {k: options[k] for k in of_options if k in options}, of_options
+        if dilated := re.search(r"\bdilations\s*=\s*[([]([\d, ]*[2-9][\d, ]*)[)\]]", self._of_mmdetection):
+            yield "its meta", {"dilations": dilated[1]}, {}
+        for where, arguments in (
+            ("config.json", self.config.get("model_args")),
+            ("model_args", self._inside.get("model_args")),
+            *(("args.model_kwargs", options.get("model_kwargs")) for options in self._options),
+        ):
+            if isinstance(arguments, dict):
+                yield where, arguments, _OF_TIMM | {"act_layer": tuple(activation)}
+        asked = _OF_TRANSFORMERS.get(self.config.get("model_type", ""), {})
+        yield "config.json", {k: self.config[k] for k in asked if k in self.config}, asked
+
+    def check_heads(self, arch: str, layout: str, *, stated: bool) -> None:
+        """Refuse a ViT-S that may have 12 heads, as MoCo v3's: no tensor shows how many there are."""
+        if not arch.startswith("vit_small_") or self.by_timm:
+            return
+        if layout == "moco_v3":
+            raise InputError(f"MoCo v3's ViT-S has 12 heads, and timm's {arch} has 6: it cannot be read as one")
+        if self._inside.get("arch") in ("vit_small", "vit_conv_small") and not stated:
+            raise InputError(
+                f"its entry arch says {self._inside['arch']}, which has 12 heads in MoCo v3 and 6 elsewhere, and no "
+                f"tensor shows it: give --arch {arch} if it has 6; one with 12 cannot be read"
+            )
+
+    def norm_epsilon(self, arch: str) -> float:
+        """That of transformers' layer norms, which no tensor shows; 0 where it is timm's too."""
+        kind, facts = self.config.get("model_type"), norm_and_heads(arch)
+        if kind not in _NORM_EPSILON:
+            raise InputError(
+                f"no tensor of transformers' {arch} shows the epsilon of its norms: put its config.json beside it"
+            )
+        heads = self.config.get("num_attention_heads")
+        epsilon = self.config.get("layer_norm_eps", _NORM_EPSILON[kind])
+        if kind == "vit" and heads not in (None, facts.heads):
+            raise InputError(
+                f"config.json says that it has {heads} heads, timm's {arch} has {facts.heads}: it cannot be it"
+            )
+        if not (isinstance(epsilon, float) and 0 < epsilon < 1e-2):
+            raise InputError(
+                f"config.json says that its layer_norm_eps is {epsilon!r}: a number such as 1e-12 belongs there"
+            )
+        return 0.0 if epsilon == facts.norm_epsilon else epsilon
+
+    def _architectures(self) -> Iterator[tuple[str, str, bool]]:
+        """Who says it, the name, and whether nothing else than timm's names can stand there."""
+        said: list[tuple[str, Any, bool]] = [
+            ("config.json beside it", self.config.get("architecture"), True),
+            ("its pretrained_cfg", self.cfg.get("architecture"), True),
+            *((f"its entry {key}", self._inside.get(key), key == "architecture") for key in _NAME_KEYS),
+        ]
+        texts = [("its path", str(self._path.absolute()))] + [
+            ("an option of its training", str(options.get(key))) for options in self._options for key in _NAME_KEYS
+        ]
+        for where, text in texts:
+            said += [(where, name, False) for name in re.findall(r"res(?:net|next)(?:aa|blur)\d+", text)]
+        return (one for one in said if isinstance(one[1], str))
+
+
+def _differs(said: str, arch: str, *, exact: bool) -> bool:
+    """Whether a name, such as timm's ``tv_resnet50.a1_in1k``, is that of another ResNet than ``arch``."""
+    name = re.sub(r"^(tv|gluon|ssl|swsl|ig|wsl)_|_v1b$", "", said.split("/")[-1].split(".")[0].lower())
+    if exact:
+        return re.sub(r"_v1b$", "", name) != arch
+    # Elsewhere anything may stand; only what looks like the name of a ResNet counts, without what is appended to it.
+    family = r"(?:wide_?|se|sk|eca)?res(?:net|next)[a-z]*_?\d+[a-z]*"
+    names = [found[0].replace("_", "") for one in (name, arch) if (found := re.match(family, one))]
+    return len(names) == 2 and names[0] != names[1]
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file or it holds something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path.name} beside it cannot be read ({error}): mend or move it") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _dictionary_of(value: Any, name: str) -> dict[str, Any]:
+    """A dictionary, or its JSON as a safetensors header has it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"its {name} cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"its {name} is a {type(value).__name__}: a dictionary belongs there")
+    return value

@@ -1,0 +1,95 @@
+"""How a network is fed: what the user says of it, held to what its file says and its makers' convention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, BY_USER, READING, Checkpoint
+from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, check_normalization, is_number
+from robust_backbones.threat_models import ThreatModel
+
+
+@dataclass(frozen=True)
+class Statement:
+    """What the user says about a file; a file that says otherwise is refused, a source's convention gives way."""
+
+    mean: tuple[float, float, float] | None = None
+    """Per channel, in [0, 1] pixel units."""
+    std: tuple[float, float, float] | None = None
+    channel_order: str | None = None
+    """``RGB`` or ``BGR``."""
+    stride_in_1x1: bool | None = None
+    threat_model: str | ThreatModel | None = None
+    """What it was trained against, as in ``"L2:3"``."""
+    arch: str | None = None
+    """timm's name of the network, where its tensors have timm's names and none of the file's shapes tell it."""
+
+
+def agreed(
+    in_file: Mapping[str, Any], convention: Mapping[str, Any], statement: Statement, usual: BackboneSpec
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What the file, the user or the convention says, and which of them says each value of ``READING``.
+
+    Raises:
+        InputError: the file says otherwise than the user; nobody says a value; pixels in [0, 1] cannot have it.
+    """
+    stated = {name: value for name, value in vars(statement).items() if value is not None and name != "arch"}
+    if "threat_model" in stated:
+        stated["threat_model"] = ThreatModel.parse(stated["threat_model"])
+    in_file = dict(in_file)
+    for name, value in stated.items():
+        said = in_file.get(name, value)
+        if _close(said, value):
+            continue
+        if name not in ("mean", "std") or not _close([v / 255 for v in said], value):
+            raise InputError(f"it says that its {name.replace('_', ' ')} is {said}, not {value}: leave out that option")
+        del in_file[name]  # in units of 0-255, which the user mends
+    values = {**convention, **stated, **in_file}
+    if any(name not in values for name in READING):
+        unsaid = [name for name in READING if name not in stated and name not in in_file]
+        imagenet, own = ({name: getattr(spec, name) for name in unsaid} for spec in (BackboneSpec(), usual))
+        other = {name: value for name, value in own.items() if value != imagenet[name]}
+        raise InputError(
+            f"it does not say what it was fed with: give {' '.join(map(_option, unsaid))} (ImageNet's usual ones are "
+            f"{_options(imagenet)}" + (f"; of timm's own {usual.arch} {_options(other)}" if other else "") + ")"
+        )
+    check_normalization(values["mean"], values["std"])
+    who = {name: BY_FILE if name in in_file else BY_USER if name in stated else ASSUMED for name in READING}
+    return values, who
+
+
+def check_said(checkpoint: Checkpoint) -> None:
+    """Refuse what is assumed, with the options that say it."""
+    if assumed := [name for name, who in checkpoint.said.items() if who == ASSUMED]:
+        options = _options({name: getattr(checkpoint.spec, name) for name in assumed})
+        raise InputError(f"neither it nor you say what is assumed: give {options}, if that is how it was trained")
+
+
+def _options(values: Mapping[str, Any]) -> str:
+    """As ``convert`` takes them, such as ``--mean 0.5 0.5 0.5 --stride-in-1x1 false``."""
+    texts = {
+        name: " ".join(f"{v:.6g}" for v in value)
+        if isinstance(value, tuple)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else value
+        for name, value in values.items()
+    }
+    return " ".join(f"{_option(name)} {text}" for name, text in texts.items())
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _close(a: Any, b: Any) -> bool:
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(
+            math.isclose(x, y, rel_tol=0, abs_tol=1e-4) if is_number(x) and is_number(y) else x == y
+            for x, y in zip(a, b, strict=True)
+        )
+    return bool(a == b)
