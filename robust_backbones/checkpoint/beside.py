@@ -11,14 +11,14 @@ from robust_backbones.checkpoint.names import without_wrappers
 from robust_backbones.errors import InputError
 from robust_backbones.models import reference_shapes
 
-_HEAD = re.compile(
-    r"(?i)aux|class|(?<!multi)head|exit|predict|logit|deco[dn]|loss|proj|queue|rpn|attacker|^(fc|mlp|linear|lat)"
-)
-_INSIDE = re.compile(
-    r"(?i)(^|_)(layer|stage|block)s?_?\d|att(n|en)|(^|_)(att|cbam|bam|se|eca|ca|sa|gc|nl|stn|film|gate|prompt|adapt\w*"
+_AFTER = r"aux|classif|predict|logit|deco[dn]|loss|queue|rpn|attacker"
+_HEAD = re.compile(rf"(?i){_AFTER}|class|(?<!multi)head|exit|proj(?!_?\d)|^(fc|mlp|linear|lat)")
+_ACTS = re.compile(
+    r"(?i)att(n|en)|(^|_)(att|cbam|bam|se|eca|ca|sa|gc|nl|stn|film|gate|prompt|adapt\w*"
     r"|non_?local|denois\w*|swish|p?relu|act)(_?(layer|block|module))?s?_?\d*(_|$)"
 )
-"""Names of what acts between layers, such as ``layer2_attn``, ``cbam`` and ``prompt``."""
+"""Names of what acts between layers, such as ``layer2_attn``, ``cbam`` and ``prompt``; ``fc_attn2`` is no head."""
+_PLACE = re.compile(r"(?i)(^|_)(layer|stage|block)s?_?\d")
 
 
 def check_left_out(network: Network) -> None:
@@ -36,8 +36,9 @@ def check_left_out(network: Network) -> None:
         parts = without_wrappers(name).split(".")
         modules.setdefault(tuple(parts[: network.shared_levels(parts[:-1]) + 1]), {})[name] = network.tensors[name]
     takes = {path: _taken(tensors) for path, tensors in modules.items()}
-    named = {path for path in modules if _HEAD.search(path[-1])}
-    inside = {path for path in modules.keys() - named if _INSIDE.search(path[-1])}
+    acting = {path for path in modules if _ACTS.search(path[-1]) and not re.search(f"(?i){_AFTER}", path[-1])}
+    named = {path for path in modules.keys() - acting if _HEAD.search(path[-1])}
+    inside = acting | {path for path in modules.keys() - named if _PLACE.search(path[-1])}
     given, before = {last}, set[int]()
     while given != before:
         before = given
@@ -69,8 +70,12 @@ def _taken(tensors: dict[str, Tensor]) -> list[int]:
 
 
 def _makes_images(tensors: dict[str, Tensor]) -> bool:
-    """Whether a module can be added to images, or makes images of images by its convolutions."""
+    """Whether a module can be added to images, is a norm of their channels, or makes images of images."""
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+    if {*shapes} <= {(3,), ()} and len(
+        [name for name in tensors if re.search(r"(^|\.)(weight|bias|running_mean|running_var)$", name)]
+    ) > 1:
+        return True
     if any(shape[-3:-2] == (3,) and shape[:-3] in ((), (1,)) and shape[-2:] != (1, 1) for shape in shapes):
         return True
     kernels = [shape for shape in shapes if len(shape) == 4]

@@ -64,6 +64,11 @@ def check(arch: str, prefix: str, modules: Modules, *, in_order: bool = True) ->
         # pose estimation, whose convolutions are transposed, and attention over what a projection gives
         ("resnet18", "", {"deconv_layers.0": nn.ConvTranspose2d(512, 256, 4), "final_layer": conv(256, 17)}),
         ("resnet18", "body.", {"fc1": mlp(512, 256), "attention": mlp(256, 128, 1), "attention_weights": mlp(128, 1)}),
+        (
+            "resnet50",
+            "",
+            {"proj1": nn.Linear(2048, 512), "proj2": nn.Linear(512, 128), "criterion.weight": torch.ones(3)},
+        ),
         ("resnet50", "module.model.", {"module.attacker.normalize.new_mean": torch.ones(3, 1, 1)}),
     ],
 )
@@ -88,6 +93,13 @@ def test_what_comes_after_a_network_is_left_out(arch: str, prefix: str, modules:
         ("border", torch.ones(3, 4, 8)),
         ("colours", conv(3, 3)),
         ("purifier", nn.Sequential(conv(3, 8, 3), conv(8, 3, 3))),
+        # what a norm does to images may be known from elsewhere, and such names are no heads'
+        ("input_norm", nn.BatchNorm2d(3)),
+        ("centre", nn.BatchNorm2d(3, affine=False)),
+        ("instance", nn.InstanceNorm2d(3, affine=True)),
+        ("fc_attn2", mlp(128, 8, 128)),
+        ("classwise_gate", conv(64, 64)),
+        ("exit_gate", conv(128, 1)),
     ],
 )
 def test_what_may_act_within_a_network_is_refused(
@@ -99,7 +111,8 @@ def test_what_may_act_within_a_network_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "module"), [("refine", conv(512, 512)), ("mix", conv(1024, 8)), ("scale", torch.ones(1, 512, 1, 1))]
+    ("name", "module"),
+    [("refine", conv(512, 512)), ("mix", conv(1024, 8)), ("proj2", conv(512, 64)), ("scale", torch.ones(1, 512, 1, 1))],
 )
 def test_what_takes_the_channels_of_an_inner_stage_is_refused(name: str, module: nn.Module | Tensor) -> None:
     with pytest.raises(InputError, match=rf"{name}.*, which as it takes the \d+ channels of an inner stage may be"):
