@@ -84,7 +84,11 @@ SOURCES = {
     "pixpro": Source("a PixPro checkpoint", r"^model/(module\.)?encoder_k\.", _RGB),
     "simsiam": Source("a SimSiam checkpoint", r"(?s)^state_dict/module\.encoder\..*/module\.predictor\.", _RGB),
     "vissl": Source("a VISSL checkpoint", r"^classy_state_dict", _RGB),
-    "torchvision_detector": Source("a detector of torchvision", r"/(module\.)?backbone\.body\.", _RGB),
+    "torchvision_detector": Source(
+        "a detector of torchvision (norms of epsilon 1e-5, of 0 where its name is that of COCO_V1 weights)",
+        r"/(module\.)?backbone\.body\.",
+        _RGB,
+    ),
     DILATED: Source(
         "a segmenter with dilated convolutions",
         r"/(\S*\.)?(classifier|decoder|aspp)\.[\d.]*convs\.|/(module\.)?aux_classifier\.",
@@ -101,6 +105,12 @@ SOURCES = {
 }
 # A Caffe2 ResNeXt of Detectron's zoo is fed and strides otherwise than its ResNets.
 CAFFE2_RESNEXT = {"std": (57.375 / 255, 57.12 / 255, 58.395 / 255), "stride_in_1x1": False}
+
+COCO_V1 = re.compile(
+    r"(fasterrcnn_resnet50_fpn_coco-258fb6c6|maskrcnn_resnet50_fpn_coco-bf2d0c1e|keypointrcnn_resnet50_fpn_coco-fc266e95"
+    r"|retinanet_resnet50_fpn_coco-eeacb38b)\.pth"
+)
+"""Files of torchvision's detectors whose frozen batch norms have epsilon 0 (``overwrite_eps`` in its source)."""
 
 _LITE = tuple(f"tf_efficientnet_lite{number}" for number in range(5))
 
@@ -406,6 +416,15 @@ def _add_statistics(state_dict: dict[str, Tensor], stem_bias: Tensor | None) -> 
         state_dict.setdefault(f"{norm}running_var", torch.ones_like(state_dict[name]) - _BATCH_NORM_EPSILON)
     if stem_bias is not None:  # (w x + c) - mean
         state_dict["bn1.running_mean"] = state_dict["bn1.running_mean"] - stem_bias
+
+
+def without_epsilon(network: Network) -> Network:
+    """The network with weights that undo the epsilon of its batch norms, which its makers leave out."""
+    tensors, own = dict(network.tensors), {short: name for name, short in network.names.items()}
+    for short in (short for short in own if short.endswith("running_var")):
+        weight, variance = own[short.replace("running_var", "weight")], tensors[own[short]].double()
+        tensors[weight] = (tensors[weight] * (1 + _BATCH_NORM_EPSILON / variance).sqrt()).to(tensors[weight].dtype)
+    return replace(network, tensors=tensors)
 
 
 def layout_of(content: dict[str, Any], network: Network, *, source: str = "", signs: Iterable[str] = ()) -> str:

@@ -16,6 +16,7 @@ from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, FORMAT, READING
 from robust_backbones.checkpoint.layouts import (
     BARE,
     CAFFE2_RESNEXT,
+    COCO_V1,
     DILATED,
     NAMES,
     NORMALIZER,
@@ -25,6 +26,7 @@ from robust_backbones.checkpoint.layouts import (
     Network,
     find_network,
     layout_of,
+    without_epsilon,
 )
 from robust_backbones.checkpoint.normalizers import check_normalizers, normalizer_of
 from robust_backbones.checkpoint.readback import network_of
@@ -135,6 +137,8 @@ def _read(
     if not SOURCES[layout].has_classifier:
         names = {name: short for name, short in network.names.items() if not short.startswith("fc.")}
         network = replace(network, names=names)
+    if layout == "torchvision_detector" and COCO_V1.fullmatch(path.name):
+        network = without_epsilon(network)
     _check_values(network)
     spec = network.spec  # raises
     if statement.arch and statement.arch != spec.arch:

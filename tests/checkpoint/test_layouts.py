@@ -375,6 +375,31 @@ def test_a_detector_of_torchvision(tmp_path: Path) -> None:
     assert any(name.startswith("roi_heads.") for name in checkpoint.left_out)
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 1e-5])
+def test_torchvision_s_own_detectors_normalise_without_an_epsilon(tmp_path: Path, epsilon: float) -> None:
+    """Features are those of its own detector, for the name of its COCO_V1 weights, and for one of its users'."""
+    from torchvision.models import resnet50
+    from torchvision.models.detection._utils import overwrite_eps
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.ops import FrozenBatchNorm2d
+
+    network = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+    generator = torch.Generator().manual_seed(0)
+    for norm in (module for module in network.modules() if isinstance(module, FrozenBatchNorm2d)):
+        norm.running_var.uniform_(1e-6, 1e-3, generator=generator)
+        norm.weight.copy_(0.5 * norm.running_var.sqrt())
+    detector = nn.ModuleDict({"backbone": _resnet_fpn_extractor(network, 3)}).eval()
+    overwrite_eps(detector, epsilon)
+    path = tmp_path / ("mine.pth" if epsilon else "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth")
+    torch.save(detector.state_dict(), path)
+    ours, pixels = read_checkpoint(path).build(), torch.rand(1, 3, 64, 64, generator=generator)
+    with torch.no_grad():
+        features = ours.maxpool(ours.relu(ours.bn1(ours.conv1(pixels))))
+        for stage, expected in zip(range(1, 5), detector["backbone"].body(pixels).values(), strict=True):
+            features = ours.get_submodule(f"layer{stage}")(features)
+            torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
 def test_a_resnet_of_transformers(tmp_path: Path, layer_type: str) -> None:
     transformers = pytest.importorskip("transformers")
