@@ -332,7 +332,7 @@ def _backbones(
                     continue
                 if twin.record.metrics != run.record.metrics:
                     raise InputError(
-                        f"{twin.folder} and {run.folder} are the same run (data, configuration, backbone, seed) with "
+                        f"{twin.place} and {run.place} are the same run (data, configuration, backbone, seed) with "
                         "different results: leave one of them out"
                     )
                 notes.append(f"{run.folder.name} repeats {twin.folder.name} to the last digit and is counted once.")

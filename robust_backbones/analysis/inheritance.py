@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import numpy as np
 import scipy
@@ -23,11 +22,10 @@ from robust_backbones.analysis.results import Answer, conclude
 from robust_backbones.analysis.statistics import Comparison, compare_pairs
 from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
-from robust_backbones.runs.identity import identity
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.transfer.inheritance.config import DISTANCES, InheritanceConfig
-from robust_backbones.transfer.inheritance.matrix import Matrix, matrices_of
+from robust_backbones.transfer.inheritance.config import DISTANCES
+from robust_backbones.transfer.inheritance.matrix import Matrix, matrices_of, setting
 from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
 MOST_EXACT = 8
@@ -261,10 +259,10 @@ def inheritance_pages(records: Sequence[RunRecord], folder: Path) -> list[tuple[
     by_setting: dict[str, dict[str, list[RunRecord]]] = {}
     for record in records:
         if record.task == "inheritance":
-            by_label = by_setting.setdefault(json.dumps(_setting(record), sort_keys=True), {})
+            by_label = by_setting.setdefault(json.dumps(setting(record), sort_keys=True), {})
             by_label.setdefault(str(record.backbone.get("label")), []).append(record)
     parts = []
-    names = setting_names([json.loads(setting) for setting in by_setting])
+    names = setting_names([json.loads(own) for own in by_setting])
     for name, by_label in zip(names, by_setting.values(), strict=True):
         matrices = [one for label, own in by_label.items() for one in matrices_of(label, own)]
         backbones = [_backbone(label, own) for label, own in by_label.items()]
@@ -288,13 +286,6 @@ def inheritance_pages(records: Sequence[RunRecord], folder: Path) -> list[tuple[
             tables = [replace(table, title=f"{table.title} {place + 1}") for table in tables]
         pages.append((_answer(own, backbones), Page(title, pictures, tables)))
     return pages
-
-
-def _setting(record: RunRecord) -> dict[str, Any]:
-    """The configuration of a cell without what says which cell it is, and without that of distances."""
-    config = identity(record.config, InheritanceConfig().to_dict())
-    own = ("method", "target", "images")
-    return {k: v for k, v in config.items() if k not in own and not k.startswith(("distance", "sinkhorn"))}
 
 
 def _backbone(label: str, records: Sequence[RunRecord]) -> BackboneRuns:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
 from robust_backbones.analysis.experiments import family, setting
-from robust_backbones.analysis.records import RecordedRun
 from robust_backbones.analysis.tables import Table
-from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.transfer.inheritance.matrix import matrices_of
 
 
 def record_tables(records: Sequence[RunRecord]) -> list[Table]:
@@ -28,19 +25,6 @@ def record_tables(records: Sequence[RunRecord]) -> list[Table]:
         detector_robustness_table(of("detector_robustness")),
     ]
     return [table for table in tables if table.rows]
-
-
-def check_complete(runs: Iterable[RecordedRun]) -> None:
-    """Raise InputError for a record that lacks what its tables ask for: each is made of it alone."""
-    for run in runs:
-        try:
-            record_tables([run.record])
-            if run.record.task == "inheritance":
-                matrices_of("", [run.record])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"the record in {run.folder} cannot be put into a table ({error!r}): remove it, or make its run again"
-            ) from error
 
 
 def transfer_table(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> Table:

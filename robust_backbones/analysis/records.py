@@ -26,6 +26,13 @@ class RecordedRun:
 
     folder: Path
     record: RunRecord
+    line: str = ""
+    """Of a records.jsonl: that file and the line."""
+
+    @property
+    def place(self) -> str:
+        """Where the record stands, for messages."""
+        return self.line or str(self.folder)
 
     @property
     def weights(self) -> str:
@@ -122,7 +129,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
             raise InputError(f"no record.json in {folder}: give folders of finished runs")
         for path in paths:
             if path.resolve() not in found:
-                found[path.resolve()] = RecordedRun(path.parent, _checked(RunRecord.read(path), path))
+                found[path.resolve()] = RecordedRun(path.parent, _checked(RunRecord.read(path), str(path)))
         for path in collected:
             if path.resolve() not in reports:
                 reports[path.resolve()] = _read_records(path)
@@ -144,28 +151,23 @@ def _line(run: RecordedRun) -> str:
 
 def _read_records(path: Path) -> list[RecordedRun]:
     runs = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
         try:
             values = json.loads(line)
-            folder, record = values.pop("folder"), RunRecord.of(values)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            folder, record = Path(values.pop("folder")).name, RunRecord.of(values)
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"{path} holds no record in line {number} ({error}): make the report again") from None
-        runs.append(RecordedRun(path.parent / f"{number:04d}" / folder, _checked(record, path)))
+        where = f"{path}, line {number}"
+        runs.append(RecordedRun(path.parent / f"{number:04d}" / folder, _checked(record, where), where))
     return runs
 
 
-def _checked(record: RunRecord, path: Path) -> RunRecord:
-    """JSON can hold anything under a record's names."""
-    kinds = {"run_id": str, "task": str, "dataset": str, "seed": int}
-    kinds |= dict.fromkeys(("backbone", "metrics", "config", "versions", "data_warnings"), dict)
-    wrong = [name for name, kind in kinds.items() if not isinstance(getattr(record, name), kind)]
-    if not wrong and not all(value is None or isinstance(value, int | float) for value in record.metrics.values()):
-        wrong = ["metrics"]
-    if not wrong and record.threat_model is not None:
-        try:
+def _checked(record: RunRecord, where: str) -> RunRecord:
+    try:
+        if record.threat_model is not None:
             ThreatModel.parse(record.threat_model)
-        except (InputError, TypeError, AttributeError):
-            wrong = ["threat_model"]
-    if wrong:
-        raise InputError(f"{path} is not a run record ({', '.join(wrong)}): remove it, or make its run again")
+    except InputError:
+        raise InputError(f"{where} is not a run record (threat_model): remove it, or make its run again") from None
     return record

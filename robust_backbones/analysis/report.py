@@ -14,11 +14,13 @@ from robust_backbones.analysis.figures import Page, Picture
 from robust_backbones.analysis.inheritance import inheritance_pages
 from robust_backbones.analysis.paper.transfer_figures import transfer_pages
 from robust_backbones.analysis.paper.transfer_results import name_stand_ins
-from robust_backbones.analysis.record_tables import check_complete, provenance_table, record_tables
+from robust_backbones.analysis.record_tables import provenance_table, record_tables
 from robust_backbones.analysis.records import PRIMARY, RECORDS, Primary, RecordedRun, write_records
 from robust_backbones.analysis.results import METHOD, Answer, Result, answers, results
 from robust_backbones.analysis.study_figures import figure_4, study_figures
 from robust_backbones.analysis.tables import write_text
+from robust_backbones.errors import InputError
+from robust_backbones.transfer.inheritance.matrix import matrices_of
 
 # Every text colour has a contrast of at least 4.5:1 on the colour behind it (WCAG 2.1, 1.4.3; a test computes them).
 STYLE = "\n" + Path(__file__).with_name("report.css").read_text()
@@ -88,6 +90,21 @@ def write_report(
     html = _page(title, introduction, {"Answers": summary, **sections})
     write_text(output / "report.html", "\n".join(html) + "\n")
     return output / "report.html"
+
+
+def check_complete(runs: Sequence[RecordedRun]) -> None:
+    """Raise InputError for a record that lacks what its tables ask for: each is made of it alone."""
+    for run in runs:
+        try:
+            results(*experiments(name_stand_ins([run])))
+            for table in (provenance_table([run.record]), *record_tables([run.record])):
+                table.to_text()
+            if run.record.task == "inheritance":
+                matrices_of("", [run.record])
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise InputError(
+                f"the record in {run.place} cannot be put into a table ({error!r}): remove it, or make its run again"
+            ) from error
 
 
 def _page(title: str, introduction: str, sections: Sections) -> Iterator[str]:

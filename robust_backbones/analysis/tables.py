@@ -104,7 +104,7 @@ class Table:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, "utf-8", "backslashreplace")  # a path of bytes that are no text
 
 
 class _Formatter(string.Formatter):

@@ -8,7 +8,8 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_type_hints
 
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import write_json
@@ -59,8 +60,16 @@ class RunRecord:
 
     @classmethod
     def of(cls, content: Any) -> RunRecord:
-        """From a file's content; where that does not say so, this code's commit and these packages did not make it."""
-        return cls(**{"git_commit": None, "versions": {}, **content})
+        """From a file's content; where that does not say so, this code's commit and these packages did not make it.
+
+        Raises:
+            TypeError, ValueError: it is no record, as files that were edited by hand.
+        """
+        record = cls(**{"git_commit": None, "versions": {}, **content})
+        kinds = get_type_hints(cls)
+        if wrong := [name for name, kind in kinds.items() if not _is_of(kind, getattr(record, name))]:
+            raise ValueError(", ".join(wrong))
+        return record
 
     @classmethod
     def read(cls, path: Path) -> RunRecord:
@@ -68,8 +77,20 @@ class RunRecord:
             return cls.of(json.loads(path.read_text()))
         except FileNotFoundError:
             raise InputError(f"no record at {path}: the run has not finished") from None
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is not a run record ({error})") from None
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{path} is not a run record ({error}): remove it, or make its run again") from None
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value of JSON is of the type that a field is annotated with."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_is_of(part, value) for part in parts)
+    if parts:  # dict[str, ...]
+        return isinstance(value, dict) and all(_is_of(parts[1], item) for item in value.values())
+    if isinstance(value, int) and kind in (int, float):
+        return abs(value) < 2**64  # larger ones are no float, or no seed
+    return kind is Any or isinstance(value, kind)
 
 
 def git_commit() -> str | None:

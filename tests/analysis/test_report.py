@@ -26,7 +26,7 @@ from robust_backbones.analysis import inheritance, study_figures
 from robust_backbones.analysis.experiments import bounds, experiments, metric_name, setting_names
 from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, MOST_CURVES, Picture, grouped_bars
 from robust_backbones.analysis.paper.values import PAPER, differences_to_paper, paper_result
-from robust_backbones.analysis.records import Primary, find_primary, find_runs
+from robust_backbones.analysis.records import Primary, RecordedRun, find_primary, find_runs, write_records
 from robust_backbones.analysis.report import STYLE, write_report
 from robust_backbones.analysis.results import ALIKE, QUESTIONS, answers, conclude, results
 from robust_backbones.analysis.statistics import Comparison
@@ -604,6 +604,12 @@ def test_the_tool(run_tool: Run, tmp_path: Path) -> None:
         ({"metrics": {"bbox/AP": "high"}}, "metrics"),
         ({"threat_model": "L3:1"}, "threat_model"),
         ({"seed": "first"}, "seed"),
+        ({"seconds": None}, "seconds"),
+        ({"versions": {"torch": 2}}, "versions"),
+        ({"data_warnings": {"mine": 3}}, "data_warnings"),
+        ({"metrics": {"bbox/AP": 10**400}}, "metrics"),
+        ({"backbone": {"arch": ["resnet50"]}}, "TypeError"),
+        ({"task": "transfer", "config": {"mode": "linear_probe", "selection": 1}}, "cannot be put into a table"),
         ({"task": "transfer"}, "KeyError('selection')"),
         ({"task": "transfer", "config": {"selection": "lr 0.1"}}, "TypeError"),
         ({"task": "robustness"}, "KeyError('threat_model')"),
@@ -622,6 +628,39 @@ def test_what_is_no_record_is_refused(run_tool: Run, tmp_path: Path, content: An
     assert len(err.strip().splitlines()) == 1
     assert words in err
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda line: line[:40], "records.jsonl holds no record in line 2 ("),
+        (lambda line: line.replace('"seconds"', '"second"'), "records.jsonl holds no record in line 2 ("),
+        (lambda line: line.replace('"folder": "', '"folder": 7, "f": "'), "records.jsonl holds no record in line 2 ("),
+        (lambda line: line.replace('"L2:3"', '"L3"'), "records.jsonl, line 2 is not a run record (threat_model)"),
+        (lambda line: line.replace('"detection"', '"robustness"'), "records.jsonl, line 2 cannot be put into a table"),
+    ],
+)
+def test_a_broken_line_of_records_is_named(
+    run_tool: Run, tmp_path: Path, change: Callable[[str], str], words: str
+) -> None:
+    runs = [RecordedRun(tmp_path / name, record(name, 0, task="detection")) for name in ("L2:0", "L2:3")]
+    write_records(runs, tmp_path / "records.jsonl")
+    first, second = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert change(second) != second
+    (tmp_path / "records.jsonl").write_text(f"{first}\n{change(second)}\n\n")
+    status, _, err = run_tool("report", tmp_path, "--output", tmp_path / "report")
+    assert (status, len(err.strip().splitlines())) == (2, 1), err
+    assert words in err
+
+
+def test_paths_of_bytes_that_are_no_text_are_reported(run_tool: Run, tmp_path: Path) -> None:
+    """As a folder called in Latin-1 has them: what differs between two runs is said in every table."""
+    one, other = (
+        record("L2:0", seed, config={"DATASETS": {"TRAIN": [train]}}) for seed, train in ((0, "\udce9"), (1, "b"))
+    )
+    write(tmp_path / "runs", one, other)
+    status, _, err = run_tool("report", tmp_path / "runs", "--output", tmp_path / "report")
+    assert status == 0, err
 
 
 def test_other_bad_input_is_refused(run_tool: Run, tmp_path: Path) -> None:

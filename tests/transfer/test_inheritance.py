@@ -42,6 +42,7 @@ from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, 
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.runs.files import write_json
 from robust_backbones.runs.locks import lock
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
@@ -699,6 +700,29 @@ def test_mri_from_the_raw_records(done: Path) -> None:
     assert {one.method for one in read_matrices([done])} == {"fine_tuning", "wise_ft_0", "wise_ft_1"}
     with pytest.raises(InputError, match=r"seed 0 is in 2 of these folders"):
         read_matrices([done, done])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config": {"epochs": 7}}, r"both called start, and differ in epochs: make a table of each"),
+        ({"backbone": {"source_sha256": "another"}}, "differ in weights"),
+        ({"config": {"method": None}}, "says no method and target"),
+        ({"metrics": {"accuracy/negative": None}}, "on different sets"),
+        ({"seed": "x"}, r"not a run record \(seed\)"),
+    ],
+)
+def test_a_table_is_of_one_setting_and_of_whole_records(
+    done: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    for path in sorted(done.glob("start/*/**/record.json")):
+        values = json.loads(path.read_text())
+        values["seed"] += 1 if "seed_" in str(path) else 0  # beside `done`: no cell is there twice
+        for name, value in change.items():
+            values[name] = {**values[name], **value} if isinstance(value, dict) else value
+        write_json(tmp_path / path.relative_to(done), values)
+    with pytest.raises(InputError, match=words):
+        read_matrices([done, tmp_path])
 
 
 def test_the_protocol_measures_what_its_networks_do(world: Path, start: Checkpoint, done: Path) -> None:

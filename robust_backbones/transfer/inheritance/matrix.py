@@ -7,9 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, check_choice
+from robust_backbones.runs.identity import differences, identity
 from robust_backbones.runs.record import RunRecord
+from robust_backbones.transfer.inheritance.config import DISTANCES as KINDS
+from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.methods import PRETRAINED
 from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
@@ -76,9 +80,11 @@ def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
     """The matrices of finished cells in outputs of ``run_protocol``, by label, method and seed.
 
     Raises:
-        InputError: there is no output, or one without its ``pretrained`` cell; two have the same cells.
+        InputError: there is no output, or one without its ``pretrained`` cell; two have the same cells, or one label
+            and other settings; a record lacks something.
     """
     matrices: list[Matrix] = []
+    known: dict[str, tuple[Path, dict[str, Any]]] = {}
     for folder in folders:
         found = sorted(Path(folder).glob(f"*/{PRETRAINED}/record.json"))
         if not found:
@@ -86,7 +92,16 @@ def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
         for path in found:
             own = path.parents[1]
             paths = [path, own / DISTANCES / "record.json", *sorted(own.glob("*/*/seed_*/record.json"))]
-            matrices += matrices_of(own.name, [RunRecord.read(path) for path in paths if path.exists()])
+            records = {path: RunRecord.read(path) for path in paths if path.exists()}
+            for place, record in records.items():
+                if not all(isinstance(record.config.get(key), str) for key in ("method", "target")):
+                    raise InputError(f"{place} says no method and target: remove it, or make its run again")
+                settings = {**setting(record), "weights": record.backbone.get("source_sha256")}
+                other, held = known.setdefault(own.name, (place, settings))
+                if names := differences(held, settings):
+                    told = f"{other} and {place} are both called {own.name}, and differ in {', '.join(names)}"
+                    raise InputError(f"{told}: make a table of each")
+            matrices += matrices_of(own.name, records.values())
     for (label, method, seed), count in Counter((one.label, one.method, one.seed) for one in matrices).items():
         if count > 1:
             raise InputError(f"{label}, {method}, seed {seed} is in {count} of these folders: give one of them")
@@ -97,7 +112,7 @@ def matrices_of(label: str, records: Iterable[RunRecord]) -> list[Matrix]:
     """Those of one backbone's records of task ``inheritance``, by method and seed; none before its ``pretrained``.
 
     Raises:
-        InputError: two records are of one cell, with different results.
+        InputError: two records are of one cell, with different results; one lacks an accuracy of another.
     """
     cells: dict[tuple[str, str, int], RunRecord] = {}
     for record in records:
@@ -111,13 +126,24 @@ def matrices_of(label: str, records: Iterable[RunRecord]) -> list[Matrix]:
     sets = tuple(sorted(before.keys() - {PRETRAINING}))
     measured = single.get(DISTANCES)
     distance = str(measured.config.get("distance", "w2")) if measured else "w2"
+    check_choice("distance", distance, KINDS)
     distances = _values(measured, "wasserstein" if distance == "w2" else distance) if measured else {}
     rows: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     for (method, target, seed), record in sorted(cells.items()):
         if target:
-            rows.setdefault((method, seed), {})[target] = _values(record, "accuracy")
+            row = rows.setdefault((method, seed), {})[target] = _values(record, "accuracy")
+            if len(sets) < 2 or not before.keys() == row.keys() >= {PRETRAINING, target}:
+                what = f"the records {single[PRETRAINED].run_id} and {record.run_id} have accuracies on different sets"
+                raise InputError(f"{what}, or on none: make one of these runs again")
     known = (distances, distance)
     return [Matrix(label, method, seed, sets, before, after, *known) for (method, seed), after in rows.items()]
+
+
+def setting(record: RunRecord) -> dict[str, Any]:
+    """The configuration of a cell without what says which cell it is, and without that of distances."""
+    config = identity(record.config, InheritanceConfig().to_dict())
+    own = ("method", "target", "images")
+    return {k: v for k, v in config.items() if k not in own and not k.startswith(("distance", "sinkhorn"))}
 
 
 def _values(record: RunRecord, kind: str) -> dict[str, float]:
