@@ -69,6 +69,11 @@ def disk_error(error: OSError) -> InputError | None:
     return what(f"{error.filename or 'a file'}: {error.strerror[0].lower()}{error.strerror[1:]}: {_MENDS[error.errno]}")
 
 
+def plural(count: int, noun: str) -> str:
+    """``1 image``, ``1,000 images``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def check_positive(config: object, *names: str) -> None:
     """Raise ``InputError`` unless these attributes of ``config`` are finite and > 0, or None."""
     for name in names:
@@ -82,6 +87,15 @@ def check_not_negative(config: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"{name} must be >= 0, got {getattr(config, name)}")
+
+
+def check_seeds(config: object) -> None:
+    """Raise ``InputError`` for a seed among ``seed``, ``seeds`` and ``data_seed`` that generators do not take."""
+    for name in ("seed", "seeds", "data_seed"):
+        found = getattr(config, name, ())
+        for seed in found if isinstance(found, tuple | list) else (found,):
+            if abs(seed) >= 2**43:  # they take 64 bits, and some get a million times the seed
+                raise InputError(f"{name} {seed} is too large for random numbers: give one below 2^43")
 
 
 def check_crop(config: Any) -> None:

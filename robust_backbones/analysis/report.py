@@ -19,7 +19,7 @@ from robust_backbones.analysis.records import PRIMARY, RECORDS, Primary, Recorde
 from robust_backbones.analysis.results import METHOD, Answer, Result, answers, results
 from robust_backbones.analysis.study_figures import figure_4, study_figures
 from robust_backbones.analysis.tables import write_text
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 from robust_backbones.transfer.inheritance.matrix import matrices_of
 
 # Every text colour has a contrast of at least 4.5:1 on the colour behind it (WCAG 2.1, 1.4.3; a test computes them).
@@ -85,7 +85,7 @@ def write_report(
     sections["How to read the numbers"] = [f"<p>{escape(METHOD)}</p>", *_glossary(said)]
     sections["Runs"] = runs_table
     counts = Counter(record.task for record in records)
-    introduction = f"Every number below comes from {len(runs)} records of runs: "
+    introduction = f"Every number below comes from {plural(len(runs), 'record')} of runs: "
     introduction += ", ".join(f"{count} of {task}" for task, count in sorted(counts.items())) + "."
     html = _page(title, introduction, {"Answers": summary, **sections})
     write_text(output / "report.html", "\n".join(html) + "\n")

@@ -311,7 +311,7 @@ def _check_classifier(model: NormalizedModel) -> None:
     if _classifier(model) is None:
         raise InputError(
             "the network has no classifier, as a detector's backbone has none, and so no logits: "
-            "choose another layer, or the checkpoint that it was trained from"
+            "give the checkpoint that it was trained from, or another --layer than logits where the command has it"
         )
 
 

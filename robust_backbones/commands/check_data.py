@@ -23,7 +23,7 @@ from robust_backbones.commands import cli
 from robust_backbones.data.annotations import Use
 from robust_backbones.data.annotations_repair import renaming, repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
-from robust_backbones.errors import InputError, check_not_negative, check_positive
+from robust_backbones.errors import InputError, check_not_negative, check_positive, plural
 
 
 def main(arguments: list[str]) -> int:
@@ -54,9 +54,9 @@ def main(arguments: list[str]) -> int:
             print(f"{fault.severity}: {fault}")
         if len(faults) > options.most:
             print(f"... and {len(faults) - options.most} more: give --most {len(faults)} to see them")
-        size = f"{len(content.get('images', [])):,} images, {len(content.get('annotations', [])):,} objects"
-        told = [f"{counts[kind]} {kind}{'s' * (counts[kind] != 1)}" for kind in ("error", "warning")]
-        print(f"{name}: {size}, {', '.join(told)}")
+        found = {"image": len(content.get("images", [])), "object": len(content.get("annotations", []))}
+        found |= {kind: counts[kind] for kind in ("error", "warning")}
+        print(f"{name}: {', '.join(plural(count, what) for what, count in found.items())}")
         left = counts["error"]
         if options.fix:
             folder = options.fix if len(options.sets) == 1 else options.fix / place
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
             print(f"repaired copy in {folder}: " + ("; ".join(done) or "nothing had to be changed"))
             faults = [fault for fault in repaired.check(use)[0] if fault.severity == "error"]
             if left := len(faults):
-                print(f"{left} errors are left there, which need a decision of yours, the first: {faults[0]}")
+                print(f"left there, for a decision of yours: {plural(left, 'error')}, the first: {faults[0]}")
             else:
                 print("the copy was checked: no error is left there")
         errors += left

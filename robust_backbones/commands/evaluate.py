@@ -27,7 +27,7 @@ from robust_backbones.classification.robustness import RobustnessConfig, evaluat
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions, EvaluationOptions, check_device
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES
-from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.errors import InputError, TrainingFailedError, plural
 from robust_backbones.runs.files import write_json
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
@@ -142,7 +142,8 @@ def classifier(options: ClassifierOptions) -> int:
         workers=options.workers,
     )
     metrics = record.metrics
-    print(f"{record.config['images']} images, {record.config['threat_model']}: accuracy and its 95 % interval")
+    images = plural(record.config["images"], "image")
+    print(f"{images}, {record.config['threat_model']}: accuracy and its 95 % interval")
     for name in (name for name in metrics if name.endswith("_accuracy")):
         if metrics[name] is None:
             print(f"{name.removesuffix('_accuracy'):>10}  skipped")
@@ -222,7 +223,8 @@ def detector(options: DetectorOptions) -> int:
         skip=options.skip_unreadable,
     )
     names = record.config["cells"]
-    print(f"{record.dataset}, {record.config['images']} images, {len(names)} cells in {record.seconds:.0f} s")
+    shown = f"{plural(record.config['images'], 'image')}, {plural(len(names), 'cell')}"
+    print(f"{record.dataset}, {shown} in {record.seconds:.0f} s")
     print("\n".join(tables(record.metrics, names, record.config["measure"])))
     for name, warnings in record.config["warnings"].items():
         print("\n".join(f"warning: {name}: {warning}" for warning in warnings))
@@ -245,7 +247,7 @@ def draw_errors(output: Path, images: ImageChoice, record: RunRecord, names: Seq
         folder = output / "cells" / cell
         truth = ground_truth(take_images(RunRecord.read(folder / "record.json").dataset, images, output / "images"))
         errors[cell] = detection_errors(truth, json.loads((folder / "detections.json").read_text()), "bbox")
-    title = f"{record.dataset}, {record.config['images']} images"
+    title = f"{record.dataset}, {plural(record.config['images'], 'image')}"
     error_figure(errors, title, output / "errors")
     rest = chosen[MOST_CURVES:]
     return [

@@ -29,7 +29,7 @@ from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.classification.robustness import RobustnessConfig
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions, EvaluationOptions
-from robust_backbones.errors import InputError, check_not_negative
+from robust_backbones.errors import InputError, check_not_negative, check_seeds, plural
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.evaluations import (
@@ -174,6 +174,7 @@ def main(arguments: list[str]) -> int:
 def run(options: InheritanceOptions) -> int:
     if not (options.methods and options.seeds):
         raise InputError("--methods and --seeds need one or more each")
+    check_seeds(options)
     sets = {}
     for name in options.sets:
         folder = Path(name)
@@ -189,7 +190,7 @@ def run(options: InheritanceOptions) -> int:
     with cpu.fast(options.device):
         records = run_protocol(*inputs, **{name: getattr(options, name) for name in names})
     print(f"\n{analysis.summary_table(read_matrices([options.output])).to_markdown()}\n")
-    print(f"{len(records)} records written to {options.output}")
+    print(f"{plural(len(records), 'record')} written to {options.output}")
     return 0
 
 
@@ -237,7 +238,7 @@ def make_sets(options: MakeSetsOptions) -> int:
             seed=options.seed,
             workers=options.workers,
         )
-        print(f"{kind}: {count} images", flush=True)
+        print(f"{kind}: {plural(count, 'image')}", flush=True)
     print(f"{len(options.kinds)} sets written to {options.output}")
     return 0
 
@@ -264,7 +265,7 @@ def detector(options: DetectorInheritanceOptions) -> int:
                 for of in (record.metrics for record in records)
             ]
             rows.append([name.removesuffix("_accuracy"), *cells])
-    print(f"{records[0].config['images']} images, {records[0].config['threat_model']}")
+    print(f"{plural(records[0].config['images'], 'image')}, {records[0].config['threat_model']}")
     print(Table.of(["accuracy (95 % interval)", "before", "after"], rows).to_markdown())
     print(f"records written to {options.output}")
     return 0

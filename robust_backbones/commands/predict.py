@@ -21,7 +21,7 @@ from tqdm import tqdm
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DEVICE, check_device
 from robust_backbones.data.decoding import image_suffixes, visible
-from robust_backbones.errors import InputError, check_not_negative
+from robust_backbones.errors import InputError, check_not_negative, plural
 from robust_backbones.runs.files import write_json
 
 RESULTS = "coco_results.json"
@@ -68,7 +68,8 @@ def main(arguments: list[str]) -> int:
     write_json(options.output / RESULTS, rows)  # before the pictures, which it says are ours
     for image, picture, objects in zip(images, pictures, drawn, strict=True):
         write_picture(picture, draw_objects(read_rgb(image), objects, predictor.metadata))
-    print(f"{len(rows)} detections in {len(images)} images: pictures and {RESULTS} are in {options.output}")
+    told = f"{plural(len(rows), 'detection')} in {plural(len(images), 'image')}"
+    print(f"{told}: pictures and {RESULTS} are in {options.output}")
     return 0
 
 

@@ -24,7 +24,7 @@ from robust_backbones.analysis.figures import Picture
 from robust_backbones.analysis.records import find_primary, find_runs
 from robust_backbones.analysis.report import write_report
 from robust_backbones.commands import cli
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 
 
 @dataclass
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     page = write_report(
         runs, options.output, title=options.title, pictures=pictures, primary=find_primary(options.runs)
     )
-    print(f"report of {len(runs)} records: {page}; tables and figures are beside it")
+    print(f"report of {plural(len(runs), 'record')}: {page}; tables and figures are beside it")
     if left := before & files_in(options.output):
         print(f"{len(left)} files of tables/ and figures/ are not of this report, as {min(left)[0]}: remove them")
     return 0
@@ -82,6 +82,12 @@ def draw(experiment: Experiment, folder: Path, images: int) -> Picture | None:
     standard = experiment.reference(best)
     assert standard is not None
     chosen = {b.trained_at: b.runs[min(b.runs)] for b in (standard, best)}
+    for run in chosen.values():
+        if not (run.folder / "model_final.pth").is_file():
+            raise InputError(
+                f"{run.place} has no model_final.pth to draw with, as after `sweep unpack` or from a records.jsonl: "
+                "leave --pictures out, or give it where the detectors were trained"
+            )
 
     from robust_backbones.detection.visualize import draw_side_by_side
 

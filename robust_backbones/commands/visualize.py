@@ -49,7 +49,7 @@ from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.decoding import visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.transforms import val_transform
-from robust_backbones.errors import InputError, check_crop
+from robust_backbones.errors import InputError, check_crop, plural
 from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.identity import FINGERPRINT
@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> int:
             )
             record.write(options.output / "record.json")
     compared = len(models) > 1 and photographs is not None
-    print(f"means over {count} {'units' if photographs is None else 'images'}", end="")
+    print(f"means over {plural(count, 'unit' if photographs is None else 'image')}", end="")
     print("; differences are paired, with 95 % intervals" if compared else "")
     print("\n".join(table(record.metrics)))
     print(f"picture.png, numbers.csv and record.json are in {options.output}")

@@ -216,7 +216,8 @@ def _faults_of_sets(file: str, content: Content, sound: Rows) -> Iterator[Fault]
             thing = (row["image_id"], row["category_id"], *row["bbox"])
             if thing in things:
                 what = "its box and class are those of another object of the image"
-                yield _fault(file, "annotations", place, row, what, "leave one of them", "objects that are there twice")
+                mend = "leave one of them: AP counts the other as missed"
+                yield _fault(file, "annotations", place, row, what, mend, "objects that are there twice")
             things.add(thing)
     sound["annotations"][:] = kept
 
@@ -279,19 +280,19 @@ def _faults_of_masks(
             is_error = severity == "error" or (what != FLAT and use.training and not row.get("iscrowd"))
             kind = "" if is_error else "objects without a usable mask"
             yield _fault(file, "annotations", place, row, what, mend, kind)
-    for index in np.flatnonzero(_misfits(masks, boxes)):
+    for index in np.flatnonzero(misfits(masks, boxes)):
         what, mend = "its mask and its box share less than half of what both cover", "write both in pixels of the image"
         yield _fault(file, "annotations", *rows[index], what, mend, "masks that do not fit their boxes")
 
 
-def _misfits(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
+def misfits(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which masks without a problem share less than half with their boxes, of those that have an area."""
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     lowest, highest = np.array([*map(mask_extent, masks)]).reshape(-1, 2, 2).transpose(1, 0, 2)
     shared = (np.minimum(high, highest) - np.maximum(low, lowest)).clip(0).prod(1)
     both = (highest - lowest).prod(1) + (high - low).prod(1) - shared
-    misfits: NDArray[np.bool_] = (high > low).all(1) & (shared < 0.5 * both)
-    return misfits
+    found: NDArray[np.bool_] = (high > low).all(1) & (shared < 0.5 * both)
+    return found
 
 
 def _faults_of_most(
@@ -335,9 +336,9 @@ def _faults_of_most(
     if len(seen) < 10:
         return
     masks = [row["segmentation"] for row in seen]
-    misfits = int(_misfits(masks, np.array([row["bbox"] for row in seen], np.float64)).sum())
-    if not use.masks and misfits > len(seen) / 2:  # with masks each is told
-        what = f"{misfits} of {len(seen)} boxes looked at share less than half with their masks"
+    odd = int(misfits(masks, np.array([row["bbox"] for row in seen], np.float64)).sum())
+    if not use.masks and odd > len(seen) / 2:  # with masks each is told
+        what = f"{odd} of {len(seen)} boxes looked at share less than half with their masks"
         yield warn(what, "write both in pixels of the image", kind="files of masks that do not fit their boxes")
     if use.evaluation:
         pixels = [mask_area(mask, *sizes[row["image_id"]]) for mask, row in zip(masks, seen, strict=True)]

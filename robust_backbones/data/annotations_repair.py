@@ -13,7 +13,16 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement, fromstring
 
 import numpy as np
 
-from robust_backbones.data.annotations import LAYOUT, Content, Fault, Use, check_coco, guess_of_boxes, read_json
+from robust_backbones.data.annotations import (
+    LAYOUT,
+    Content,
+    Fault,
+    Use,
+    check_coco,
+    guess_of_boxes,
+    misfits,
+    read_json,
+)
 from robust_backbones.data.annotations_images import Header, Listings, files_alike, read_headers
 from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.data.annotations_values import (
@@ -41,6 +50,7 @@ from robust_backbones.data.annotations_voc import (
     spell_tags,
     text_in,
     voc_images,
+    voc_name,
     voc_names,
 )
 from robust_backbones.errors import InputError
@@ -299,6 +309,11 @@ def _repaired(row: Row, size: Size | None, use: Use, ids: Mapping[Any, Any], don
     box: Any = row.get("bbox")
     mask = row.get("segmentation")
     problem = mask_problem(mask, *size)
+    if problem and isinstance(mask, dict) and mask.get("size") == [*size] and is_box(box):
+        turned = {**mask, "size": [size[1], size[0]]}
+        if not mask_problem(turned, *size) and not misfits([turned], np.array([box], np.float64)).any():
+            row["segmentation"], mask, problem = turned, turned, None
+            done["run lengths whose size was (width, height)"].append(row["id"])
     if not problem and not (is_box(box) and all(box[2:])):
         x1, y1, x2, y2 = mask_extent(mask)
         row["bbox"] = box = [x1, y1, x2 - x1, y2 - y1]
@@ -340,6 +355,11 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Chang
         names = voc_names(listed, annotations)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{listed} cannot be read ({getattr(error, 'strerror', error)}): check the path") from None
+    spelled = [voc_name(name, annotations) for name in names]
+    done["names of the list written without folder and suffix"] += [
+        f"{old}: {new}" for old, new in zip(names, spelled, strict=True) if old != new
+    ]
+    names = spelled
     if outside := next((name for name in names if os.path.isabs(name) or ".." in Path(name).parts), None):
         raise InputError(f"{listed} names {outside}, which is not in {annotations}: list images by their names there")
     content, faults = read_voc(dataset.annotations, dataset.split, dataset.classes)

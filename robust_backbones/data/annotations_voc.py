@@ -57,8 +57,8 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
             root = fromstring(file.read_bytes())
         except FileNotFoundError:
             mend = "add it, or take the image off the list"
-            if os.path.exists(folder / f"Annotations/{os.path.splitext(name)[0]}.xml"):
-                mend = "list images without the suffix of their files"
+            if voc_name(name, folder / "Annotations") != name:
+                mend = "list images without the suffix of their files, and without JPEGImages"
             faults.append(Fault("error", str(file), MISSING, mend, name))
             continue
         except NO_XML as error:
@@ -67,6 +67,10 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
         if tags := spell_tags(root):
             what, mend = f"holds <{tags[0]}>", "write tags in small letters and without a namespace: no others are read"
             faults.append(Fault("error", str(file), what, mend, name))
+        said = os.path.splitext((root.findtext("filename") or "").strip().replace("\\", "/").rpartition("/")[2])[0]
+        if said != name.rpartition("/")[2] and said in files:
+            what, mend = f"its <filename> is of another image, {said}", "see that its boxes are of this image"
+            faults.append(Fault("warning", str(file), what, mend, name, kind="annotations that name another image"))
         width, height = (number_in(root.findtext(f"size/{side}"), whole=True) for side in ("width", "height"))
         image = {"id": name, "file_name": files.get(name, f"{name}.jpg"), "width": width, "height": height}
         content["images"].append(image)
@@ -109,6 +113,15 @@ def voc_names(listed: Path, annotations: Path) -> list[str]:
         elif columns[2] != "-1":
             names.append(columns[1])
     return names
+
+
+def voc_name(listed: str, annotations: Path) -> str:
+    """An image that has an annotation by its name there, which may be listed as a file, or by its path."""
+    stem = os.path.splitext(listed)[0]
+    for name in (listed, stem, stem.rpartition("JPEGImages/")[2], os.path.basename(stem)):
+        if os.path.exists(annotations / f"{name}.xml"):
+            return name
+    return listed
 
 
 def voc_images(folder: Path) -> dict[str, str]:
@@ -196,7 +209,7 @@ def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use
     if rows and (use or Use()).evaluation and all(row["difficult"] for row in rows):
         what = f"all its {len(rows)} objects are difficult, which AP leaves out"
         found.append(Fault("error", str(folder), what, "set some to 0, or evaluate on another set"))
-    named = {fault.image for fault in found}
+    named = {fault.image for fault in found if fault.severity == "error"}
     for fault in check_coco(Path(folder) / "Annotations", content, use):
         if fault.image not in named or fault.image is None:
             found.append(fault)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from robust_backbones.errors import check_choice, check_crop, check_not_negative
+from robust_backbones.errors import check_choice, check_crop, check_not_negative, check_seeds
 
 AUGMENTATIONS = ("resized_crop", "padded_crop", "robustness", "color_jitter", "heavy")
 # Of the RGB values of ImageNet (Krizhevsky et al. 2012), as the library `robustness` has them: a column an eigenvector.
@@ -113,6 +113,7 @@ class EvaluationImages:
 
     def __post_init__(self) -> None:
         check_not_negative(self, "image_size", "val_resize")
+        check_seeds(self)
         check_crop(self)
 
     def val_transform(self) -> v2.Transform:

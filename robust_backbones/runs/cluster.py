@@ -51,7 +51,7 @@ def open_executor(
     try:
         import submitit
     except ImportError:
-        raise InputError("a cluster needs the package submitit: pip install submitit") from None
+        raise InputError("a cluster needs the package submitit: pip install 'robust-backbones[slurm]'") from None
     with scheduler_errors(cluster):
         executor = submitit.AutoExecutor(folder, cluster=cluster.executor, slurm_max_num_timeout=cluster.restarts)
         executor.update_parameters(

@@ -40,7 +40,7 @@ from robust_backbones.analysis.records import PRIMARY, Primary, find_runs
 from robust_backbones.analysis.report import write_report
 from robust_backbones.analysis.tables import Table
 from robust_backbones.commands import cli
-from robust_backbones.errors import InputError, check_not_negative
+from robust_backbones.errors import InputError, check_not_negative, plural
 from robust_backbones.runs.files import atomic_path, remove_leftovers
 from robust_backbones.runs.locks import lock, owner_of
 from robust_backbones.runs.signals import STOP_SIGNALS, stop_on_signals
@@ -194,7 +194,7 @@ def make_report(plan: Plan, manifest: Manifest) -> int:
     paths = [path for run in plan.runs for path in sorted(plan.folder(run).rglob("record.json"))]
     primary = primary_of(manifest, plan)
     page = write_report(find_runs(paths), plan.output / "report", title=manifest.report, primary=primary)
-    print(f"report of {len(paths)} records: {page}; tables and figures are beside it")
+    print(f"report of {plural(len(paths), 'record')}: {page}; tables and figures are beside it")
     return 0
 
 
@@ -207,7 +207,7 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
     else:
         (plan.output / PRIMARY).unlink(missing_ok=True)
     kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(run.kind for run in plan.runs).items())
-    print(f"{plan.name}: {len(plan.runs)} runs ({kinds}) in {plan.output}{'' if written else ', as before'}")
+    print(f"{plan.name}: {plural(len(plan.runs), 'run')} ({kinds}) in {plan.output}{'' if written else ', as before'}")
     for data in dict.fromkeys(str(options["data"]) for options in manifest.pretraining.values()):
         if not Path(data).is_dir():
             print(f"warning: pre-training will need its data, {data}", file=sys.stderr)
@@ -338,7 +338,7 @@ def collect(plan: Plan, folder: Path | None) -> int:
             temporary.write_bytes((plan.output / PRIMARY).read_bytes())
     left = sum(state != "done" for state in plan.states().values())
     print(
-        f"{len(paths)} records"
+        plural(len(paths), "record")
         + (f" copied to {folder}" if folder else "")
         + (f"; {left} runs are not done" * bool(left)),
         file=sys.stderr,

@@ -247,7 +247,8 @@ class _Expansion:
             for values in product(*([(key, value) for value in found] for key, found in task.grid.items())):
                 own = overrides | as_texts(dict(values))
                 settings = detector_settings(files, tuple(own.items()))
-                title = "-".join((group, name, *(f"{key.rsplit('.')[-1]}{value}" for key, value in values)))
+                named = (f"{key.rsplit('.')[-1]}{value}".replace("/", "_") for key, value in values)
+                title = "-".join((group, name, *named))
                 for seed, own_source in sources.items():
                     convert = converts[seed]
                     weights = ("MODEL.WEIGHTS", f"{self._folder(convert.key)}/backbone.pkl") if convert else ()

@@ -13,7 +13,7 @@ from robust_backbones.analysis.records import Primary, find_runs
 from robust_backbones.analysis.results import results
 from robust_backbones.analysis.statistics import ALPHA, MOST_SEEDS, POWER, power, seeds_needed
 from robust_backbones.checkpoint import zoo
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 from robust_backbones.sweep.expand import task_settings
 from robust_backbones.sweep.manifest import Manifest, PrimaryComparison, Task
 from robust_backbones.sweep.plan import Plan
@@ -90,13 +90,11 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
     told.append(
         f"expected: {expected.difference:+.2f}, std of paired differences {expected.std:.2f} ({expected.source})"
     )
-    told.append(
-        f"power: {found:.2f} with {count} seed{'s' * (count > 1)}, two-sided paired t test at {ALPHA}; {enough}"
-    )
+    told.append(f"power: {found:.2f} with {plural(count, 'seed')}, two-sided paired t test at {ALPHA}; {enough}")
     if found < POWER and not allow_underpowered:
         raise InputError(
             f"{manifest.path}: its primary comparison ({primary.metric} of {name}) has a power of "
-            f"{found:.2f} with {count} seed{'s' * (count > 1)} for {expected.difference:+.2f} with a std of "
+            f"{found:.2f} with {plural(count, 'seed')} for {expected.difference:+.2f} with a std of "
             f"{expected.std:.2f} ({expected.source}): {enough}; give more seeds, or --allow-underpowered"
         )
     return told

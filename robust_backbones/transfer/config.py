@@ -10,7 +10,7 @@ from typing import Any
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.data.transforms import AUGMENTATIONS, EvaluationImages
-from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
+from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive, check_seeds
 from robust_backbones.threat_models import ThreatModel
 
 
@@ -68,6 +68,7 @@ class TransferConfig:
     def __post_init__(self) -> None:
         check_choice("select_on", self.select_on, ("held_out", "test"))
         check_not_negative(self, "images_per_class", "num_outputs", "downscale")
+        check_seeds(self)
         for name in ("lrs", "weight_decays", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

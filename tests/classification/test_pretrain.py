@@ -474,6 +474,7 @@ def test_schedules_sizes_and_rates() -> None:
     "wrong",
     [
         {"epochs": 0},
+        {"seed": 2**63},
         {"lr": -1.0},
         {"schedule": "linear"},
         {"warmup_epochs": 1.0},

@@ -209,9 +209,8 @@ def test_a_detectors_backbone_is_inverted_and_has_no_logits(
     distances = column(output, "standard", "distance")
     assert column(output, "converted", "distance") == pytest.approx(distances, rel=1e-3)
     refused = tmp_path / "refused"
-    assert_refused(
-        run_tool("visualize", "saliency", *both, *common, "--output", refused), "converted: the network has no"
-    )
+    result = run_tool("visualize", "saliency", *both, *common, "--output", refused)
+    assert_refused(result, "converted: the network has no", "another --layer than logits where the command has it")
     assert not refused.exists()
 
 

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as mask_tools
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from robust_backbones.data import annotations_images
 from robust_backbones.data.annotations import MISSING, Fault, Use, check_coco
@@ -409,6 +411,26 @@ def test_what_is_written_in_another_way_and_has_one_meaning(tmp_path: Path, imag
     assert [row["name"] for row in found["categories"]] == ["6", "11"]
 
 
+def test_sides_of_run_lengths_in_another_order_are_put_in_order_where_the_box_says_so(
+    tmp_path: Path, images: Path
+) -> None:
+    """Of masks that were written turned they are not: those become boxes, as what says nothing else does."""
+    content = sound()
+    (thing, other, *_) = content["annotations"]
+    for row, turned in ((thing, False), (other, True)):
+        x, y, width, height = row["bbox"]
+        mask = np.zeros((40, 60), np.uint8, order="F")
+        mask[y : y + height, x : x + width // 2] = 1
+        runs = mask_tools.encode(np.asfortranarray(mask.T) if turned else mask)
+        row["segmentation"] = {"size": [60, 40], "counts": runs["counts"].decode()}
+    runs = thing["segmentation"]["counts"]
+    repaired, done = repair(coco_set(tmp_path, images, content), Use(masks=True), tmp_path / "fixed")
+    found = repaired.read()[0]["annotations"]
+    assert found[0]["segmentation"] == {"size": [40, 60], "counts": runs}
+    assert found[1]["segmentation"] == sound()["annotations"][1]["segmentation"]
+    assert done == ["1 run lengths whose size was (width, height)", "1 masks filled in from boxes"]
+
+
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("area", [None, "x", math.nan, -1, 0.001, 1e9])
 def test_an_area_is_that_of_the_mask(tmp_path: Path, images: Path, masks: bool, area: Any) -> None:
@@ -433,7 +455,8 @@ def test_what_is_odd_and_may_be_meant() -> None:
     assert [str(fault) for fault in check_coco("a.json", content)] == [
         'a.json, row 2 of categories: name "Cat" is "cat" but for case, spaces, - and _: if both are one class, give '
         "check-data --fix OUT --rename OLD=NEW",
-        "a.json, image 1, annotation 99: its box and class are those of another object of the image: leave one of them",
+        "a.json, image 1, annotation 99: its box and class are those of another object of the image: leave one of "
+        "them: AP counts the other as missed",
         *[
             f"a.json, image {number // 10}, annotation {number}: its area is less than a pixel, or larger than its "
             "box: write it in pixels; AP by size uses it"
@@ -442,6 +465,24 @@ def test_what_is_odd_and_may_be_meant() -> None:
         'a.json, row 3 of categories: no object is of the class "b ird": training cannot learn it; annotate some',
     ]
     assert len(check_coco("a.json", content, Use(training=False))) == 4
+
+
+def test_an_object_that_is_there_twice_is_counted_as_missed_by_ap() -> None:
+    """One detection finds one of the two: of ten objects with one twice, a perfect detector has AP 91."""
+    content = grid()
+    content["annotations"] = [{**row, "category_id": 3, "iscrowd": 0} for row in content["annotations"][:10]]
+    found = [{**row, "score": 1.0} for row in content["annotations"]]
+    aps = []
+    for more in ([], [{**content["annotations"][0], "id": 99}]):
+        truth = COCO()
+        truth.dataset = {**content, "annotations": [*content["annotations"], *more]}
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        precision = evaluation.eval["precision"][:, :, 0, 0, 2]
+        aps.append(float(precision.mean()))
+    assert aps == [1.0, pytest.approx(91 / 101)]
 
 
 TWICE = '{"images": [1], "images": [], "annotations": [], "categories": []}'
@@ -636,6 +677,7 @@ def test_faults_of_voc_sets(tmp_path: Path, old: str, new: str, words: str) -> N
         (b"a -1\nb -1\n", "no image", 1),
         (b"", "no image", 1),
         (b"a\nb.jpg\n", "without the suffix", 0),
+        (b"a\n./JPEGImages/b.png\n", "and without JPEGImages", 0),
         ("a\nb\n".encode("utf-16"), "no text in UTF-8", 2),
     ],
 )
@@ -645,6 +687,28 @@ def test_faults_of_voc_lists(tmp_path: Path, lines: bytes, words: str, status: i
     (fault,) = read_voc(tmp_path, "test")[1]
     assert words in str(fault)
     assert run_tool("check-data", f"{tmp_path}:test", "--fix", tmp_path / "fixed")[0] == status
+
+
+@pytest.mark.parametrize("line", ["b.jpg", "JPEGImages/b.png", "/data/VOC/JPEGImages/b", "..\\images\\b.jpg"])
+def test_a_list_of_files_is_written_as_names(tmp_path: Path, line: str) -> None:
+    """No image is lost; an annotation of the name that is listed comes first."""
+    voc(tmp_path)
+    meant = read_voc(tmp_path, "test")
+    (tmp_path / "ImageSets/Main/test.txt").write_text(f"a\n{line}\n")
+    repaired, done = repair(AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test"), Use(), tmp_path / "fixed")
+    assert done == ["1 names of the list written without folder and suffix"]
+    assert repaired.read() == meant
+
+
+def test_an_annotation_that_names_another_image_is_told(tmp_path: Path) -> None:
+    """As one that was copied; what names no image of the set was renamed, and means nothing."""
+    voc(tmp_path)
+    for name, said in (("a", "C:\\\\old\\\\x.jpg"), ("b", "VOC/JPEGImages/a.png")):
+        file = tmp_path / f"Annotations/{name}.xml"
+        file.write_text(file.read_text().replace("<annotation>", f"<annotation><filename>{said}</filename>"))
+    (fault,) = AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test").check()[0]
+    assert (fault.severity, fault.image) == ("warning", "b")
+    assert "its <filename> is of another image, a" in fault.what
 
 
 def test_a_voc_set_of_difficult_objects_alone_measures_nothing(tmp_path: Path) -> None:
@@ -709,6 +773,10 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     status, out, _ = run_tool("check-data", where, "--masks")
     assert status == 0
     assert "3 images, 9 objects, 0 errors, 0 warnings" in out
+    alone = {name: rows[:1] for name, rows in sound().items()}
+    (tmp_path / "alone.json").write_text(json.dumps(alone))
+    out_of_one = run_tool("check-data", f"{tmp_path / 'alone.json'}:{images}")[1]
+    assert "1 image, 1 object, 0 errors, 0 warnings" in out_of_one
     assert run_tool("check-data", f"mine={where}", "--masks")[1] == out.replace(where, f"mine={where}")  # as in train
     rows = content["annotations"]
     rows[0] |= {"bbox": [1, 2, 3, 4, 5], "segmentation": None}

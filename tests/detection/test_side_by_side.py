@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,14 @@ def test_weights_that_are_not_there_are_named(study: Path, shapes: Path, monkeyp
     with pytest.raises(InputError, match="shapes_val lacks"):
         draw_side_by_side({"robust": study / "robust"}, study / "x.jpg", images=1)
     assert not (study / "x.jpg").exists()
+
+
+def test_a_report_without_the_weights_says_so(study: Path, tmp_path: Path, run_tool: Callable[..., Any]) -> None:
+    """As after `sweep unpack`, which brings the records of what is done and no weights."""
+    options = ("--output", tmp_path / "report", "--pictures", 1)
+    status, _, err = run_tool("report", study / "standard", study / "worse", *options)
+    assert status == 2
+    assert f"{study / 'worse'} has no model_final.pth to draw with, as after `sweep unpack`" in err
 
 
 def test_where_nothing_can_be_drawn_it_says_so(

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,14 @@ def test_an_interrupted_job_is_submitted_again_as_it_is(shapes: Path, tmp_path: 
     again = one.checkpoint()
     assert isinstance(again, submitit.helpers.DelayedSubmission)
     assert (again.function, again.args, again.kwargs) == (one, (), {})
+
+
+def test_a_machine_without_submitit_is_told_the_extra(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(InputError, match=r"pip install 'robust-backbones\[slurm\]'"):
+        submit(job(shapes, tmp_path / "run"), ClusterConfig("slurm"))
 
 
 def test_a_machine_without_slurm_says_so(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

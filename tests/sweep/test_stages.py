@@ -118,6 +118,13 @@ def written(plan: Plan) -> Path:
     return plan.output
 
 
+def test_values_with_a_slash_make_no_folders_in_folders(tmp_path: Path) -> None:
+    grid = {"MODEL.PROPOSAL_GENERATOR.NAME": ["RPN"], "DATASETS.PROPOSAL_FILES_TRAIN": ["('a/b.pkl',)", "('a/c.pkl',)"]}
+    plan = planned(tmp_path, with_(STAGES, "tasks/first/grid", grid))
+    assert any("a_b.pkl" in run.key for run in plan.runs)
+    assert {plan.folder(run).parent for run in plan.runs} == {plan.output / "runs"}
+
+
 def test_each_backbone_takes_its_own_best_values(tmp_path: Path) -> None:
     """And reports compare them, as what was chosen for each is part of what is compared."""
     content = with_(with_(STAGES, "tasks/first/grid", GRID), "tasks/second/choose/best", 0)

@@ -849,7 +849,7 @@ def test_what_cannot_be_run_is_refused(world: Path, start: Checkpoint, done: Pat
 
 
 @pytest.mark.parametrize(
-    "option", [("image_size", -1), ("val_resize", 200), ("limit", -1), ("precision", "fp16")], ids=str
+    "option", [("image_size", -1), ("val_resize", 200), ("limit", -1), ("precision", "fp16"), ("seed", 2**63)], ids=str
 )
 def test_corruptions_of_no_images_are_refused(option: tuple[str, Any]) -> None:
     with pytest.raises(InputError, match=option[0]):

@@ -88,6 +88,7 @@ def test_the_grid_is_every_rate_with_every_decay() -> None:
         ({"held_out": 1.0}, "share"),
         ({"num_outputs": -1}, "num_outputs"),
         ({"images_per_class": -1}, "images_per_class"),
+        ({"seeds": (0, 2**63)}, "seeds 9223372036854775808 is too large"),
     ],
 )
 def test_what_is_no_protocol_is_refused(wrong: dict[str, object], message: str) -> None:
