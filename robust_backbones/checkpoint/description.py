@@ -20,6 +20,9 @@ _OPTION_KEYS = (
     *("normalize", "transform"),
 )
 """Of a file's entries: how the training was run, as a dictionary or an ``argparse.Namespace``."""
+_OF_OTHERS = re.compile("(?i)head|decod|class|proj|loss|aux|teacher|target|optim|sched")
+"""Names of options that are not those of the network."""
+_NORMALIZES = re.compile("(no_|without_)?(do_|use_)?normali[sz](e|ation)(_(inputs?|images?))?")
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
 
 _Allowed = dict[str, tuple[Any, ...] | None]
@@ -33,7 +36,9 @@ _OF_RESNETS: _Allowed = {
     "bn_eps": (None, 1e-5),
     "bn_tf": (None, False),
     "output_stride": (None, 32),
-    "act_layer": (None, "relu", "ReLU"),
+    **dict.fromkeys(("act_layer", "activation_layer", "act_fn", "nonlinearity", "hidden_act"), (None, "relu", "ReLU")),
+    # It may be that of the last layer.
+    "activation": (None, "", "relu", "ReLU", "none", "identity", "linear", "sigmoid", "softmax", "softmax2d"),
     "aa_layer": (None, ""),
     "dilated": (None, False),
     "replace_stride_with_dilation": (None, [False] * 3, (False,) * 3),
@@ -49,6 +54,8 @@ _OF_TRANSFORMERS: dict[str, _Allowed] = {
 _NORM_EPSILON = {"convnext": 1e-12, "swin": 1e-5, "vit": 1e-12}
 # What names begin with, but for a maker's -> their activation.
 _ACTIVATIONS = {"res|wide_res": "relu", "convnext|swin|vit|deit": "gelu"}
+# A ResNet that has, or may have, the tensors of another one.
+_VARIANT = re.compile(r"(?<![a-z])(?:s[ek]_?|eca_?)res(?:net|next)\w*\d|res(?:net|next)(?:aa|blur)\d+")
 # Of act_gelu in ares/model/imagenet_model_zoo.py.
 _GELU_OF_ARES = re.compile(r"ARES_(ResNet152|Wide_ResNet50_2)_AT\.pth")
 
@@ -69,18 +76,18 @@ class Description:
         self.by_timm = bool(self.cfg) or "architecture" in self.config
         self._processor = json_object(path.with_name("preprocessor_config.json")) if self.config else {}
         self._inside = (more if isinstance(more, dict) else {}) | inside
-        entries = [content.get(key) for key in _OPTION_KEYS]
-        options = [one.values if isinstance(one, Options) else one for one in entries]
-        self._options: list[dict[Any, Any]] = [one for one in options if isinstance(one, dict)]
+        plain = {key: value for key, value in content.items() if not isinstance(value, dict)}
+        self._options = [*_options_in([content.get(key) for key in _OPTION_KEYS], set()), plain]
         texts = [meta.get(key) for key in ("config", "cfg")] if isinstance(meta, dict) else []
         self._of_mmdetection = "\n".join(text for text in texts if isinstance(text, str))
 
     def values(self) -> dict[str, Any]:
         """What is said of ``READING``."""
-        said: dict[str, Any] = {}
-        for options in self._options:  # of a training, where anything may stand
-            if is_triple(options.get("mean")) and is_triple(options.get("std")):
-                said |= {name: tuple(options[name]) for name in ("mean", "std")}
+        fed = self._fed()
+        said: dict[str, Any] = fed[0] if fed and not self._doubt() else {}
+        for options in self._options:
+            if options.get("input_space") in ("RGB", "BGR"):
+                said["channel_order"] = options["input_space"]
         for where, fields, prefix in (
             ("pretrained_cfg", self.cfg, ""),
             ("preprocessor_config.json", self._processor, "image_"),
@@ -106,6 +113,31 @@ class Description:
         elif self.by_timm and "architecture" in {**self.cfg, **self.config}:
             said["stride_in_1x1"] = False
         return said
+
+    def _fed(self) -> list[dict[str, Any]]:
+        """Mean and std in the options of a training, where anything may stand."""
+        pairs = [{name: options.get(name) for name in ("mean", "std")} for options in self._options]
+        return [
+            {name: tuple(value) for name, value in pair.items()} for pair in pairs if all(map(is_triple, pair.values()))
+        ]
+
+    def _doubt(self) -> str:
+        """What the options of a training say against taking or assuming any mean and std."""
+        fed = self._fed()
+        for options in self._options:
+            for name, value in options.items():
+                off = isinstance(name, str) and (match := _NORMALIZES.fullmatch(name)) and value is bool(match[1])
+                in_units = name == "input_range" and value not in (None, [0, 1], (0, 1))
+                if off or (in_units and not any(max(one["mean"]) > 1 for one in fed)):
+                    return f"an option of its training says that its {name} is {value!r}"
+        return "options of its training say means or stds that differ" if any(one != fed[0] for one in fed) else ""
+
+    def check_fed(self) -> None:
+        """Refuse to assume a mean where the options of a training are against it."""
+        if doubt := self._doubt():
+            raise InputError(
+                f"{doubt}: give --mean and --std, which are 0 0 0 and 1 1 1 where pixels in [0, 1] enter it"
+            )
 
     def named(self) -> BackboneSpec | None:
         """The network of timm that it is said to be; None of a ResNet, which is ours or refused."""
@@ -152,8 +184,6 @@ class Description:
         of_options = {} if is_foreign(arch) else _OF_RESNETS
         if activation:
             of_options = of_options | {"act_layer": (None, *activation)}
-        for options in self._options:
-            yield "an option of its training", {k: options[k] for k in of_options if k in options}, of_options
         if dilated := re.search(r"\bdilations\s*=\s*[([]([\d, ]*[2-9][\d, ]*)[)\]]", self._of_mmdetection):
             yield "its meta", {"dilations": dilated[1]}, {}
         for where, arguments in (
@@ -163,6 +193,8 @@ class Description:
         ):
             if isinstance(arguments, dict):
                 yield where, arguments, _OF_TIMM | {"act_layer": tuple(activation)}
+        for options in self._options:
+            yield "an option of its training", {k: options[k] for k in of_options if k in options}, of_options
         asked = _OF_TRANSFORMERS.get(self.config.get("model_type", ""), {})
         yield "config.json", {k: self.config[k] for k in asked if k in self.config}, asked
 
@@ -208,8 +240,22 @@ class Description:
             ("an option of its training", str(options.get(key))) for options in self._options for key in _NAME_KEYS
         ]
         for where, text in texts:
-            said += [(where, name, False) for name in re.findall(r"res(?:net|next)(?:aa|blur)\d+", text)]
+            said += [(where, name, False) for name in _VARIANT.findall(text)]
         return (one for one in said if isinstance(one[1], str))
+
+
+def _options_in(value: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
+    """The dictionaries in options of a training, but for those of other networks; each once."""
+    value = value.values if isinstance(value, Options) else value
+    if not isinstance(value, dict | list | tuple) or id(value) in seen:
+        return
+    seen.add(id(value))
+    parts = value
+    if isinstance(value, dict):
+        yield value
+        parts = [part for name, part in value.items() if not _OF_OTHERS.search(str(name))]
+    for part in parts:
+        yield from _options_in(part, seen)
 
 
 def _differs(said: str, arch: str, *, exact: bool) -> bool:
@@ -218,7 +264,7 @@ def _differs(said: str, arch: str, *, exact: bool) -> bool:
     if exact:
         return re.sub(r"_v1b$", "", name) != arch
     # Elsewhere anything may stand; only what looks like the name of a ResNet counts, without what is appended to it.
-    family = r"(?:wide_?|se|sk|eca)?res(?:net|next)[a-z]*_?\d+[a-z]*"
+    family = r"(?:legacy_)?(?:(?:wide|se|sk|eca)_?)?res(?:net|next)[a-z]*_?\d+[a-z]*"
     names = [found[0].replace("_", "") for one in (name, arch) if (found := re.match(family, one))]
     return len(names) == 2 and names[0] != names[1]
 

@@ -170,6 +170,8 @@ def _read(
         in_file = {"stride_in_1x1": False, **in_file}  # without a 1x1 convolution that could stride
     if not ("mean" in in_file or (statement.mean and statement.std)):
         check_normalizers(network)
+        if not (own or metadata):
+            description.check_fed()
     values, said = agreed(in_file, _convention(network, layout), statement, spec)
     if metadata:  # an assumption stays one
         said |= {name: ASSUMED for name, who in metadata.said.items() if who == ASSUMED}

@@ -86,12 +86,18 @@ def test_other_names_of_the_same_network_are_known(tmp_path: Path, tensors: Tens
         {"config": {"replace_stride_with_dilation": [False, False, True]}},
         {"hyper_parameters": {"output_stride": 8}},
         {"model_config": {"aa_layer": "blur"}},
+        {"hyper_parameters": {"model": {"kwargs": argparse.Namespace(output_stride=16)}}},
+        {"cfg": {"stages": [{"activation": "silu"}]}},
+        {"act_layer": "silu"},
+        {"arch": "se_resnet18"},
+        {"args": argparse.Namespace(model="skresnet18")},
         {"meta": {"config": "backbone=dict(type='ResNet', dilations=(1, 1, 2, 4))"}},
     ],
 )
 def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors, entries: dict[str, Any]) -> None:
     path = tmp_path / "file.pth"
     usual = argparse.Namespace(bn_eps=None, output_stride=32, act_layer="relu", replace_stride_with_dilation=None)
+    usual.head, usual.activation = {"activation": "gelu"}, "sigmoid"  # of what comes after the network
     meta = {"config": "dict(type='ResNet', dilations=(1, 1, 1, 1), block_dilations=[2, 4])"}
     torch.save({"state_dict": tensors, "arch": "my resnet", "args": usual, "meta": meta}, path)
     read_checkpoint(path, statement=STATED)
@@ -257,6 +263,40 @@ def test_the_options_of_the_training_count(tmp_path: Path, tensors: Tensors, opt
     torch.save({"state_dict": tensors, "config": options(model="resnetblur18.a1_in1k", mean=None)}, path)
     with pytest.raises(InputError, match="option of its training says that it is resnetblur18"):
         read_checkpoint(path, statement=STATED)
+
+
+@pytest.mark.parametrize(
+    ("options", "doubt"),
+    [
+        ({"data": {"normalize": False}}, "its normalize is False"),
+        ({"no_normalization": True, "mean": [0.5] * 3, "std": [0.25] * 3}, "its no_normalization is True"),
+        ({"input_range": [-1, 1], "mean": [0.5] * 3, "std": [0.25] * 3}, r"its input_range is \[-1, 1\]"),
+        ([{"mean": [mean] * 3, "std": [0.25] * 3} for mean in (0.5, 0.4)], "means or stds that differ"),
+    ],
+)
+def test_nothing_is_assumed_against_the_options_of_the_training(
+    tmp_path: Path, tensors: Tensors, options: Any, doubt: str
+) -> None:
+    path = tmp_path / "file.pth"
+    swav = under("module.", {name: tensor for name, tensor in tensors.items() if not name.startswith("fc.")})
+    torch.save({"state_dict": swav | {"module.prototypes.weight": torch.ones(3, 4)}, "config": {"of": options}}, path)
+    with pytest.raises(InputError, match=f"{doubt}: give --mean and --std"):
+        read_checkpoint(path)
+    assert read_checkpoint(path, statement=Statement(mean=(0.0,) * 3, std=(1.0,) * 3)).spec.mean == (0.0,) * 3
+
+
+def test_options_in_options_count(tmp_path: Path, tensors: Tensors) -> None:
+    path, own = tmp_path / "file.pth", {"mean": [0.5] * 3, "std": [0.25] * 3, "input_range": [0, 1]}
+    config: dict[str, Any] = {"data": {"transform": [own | {"input_space": "BGR"}]}, "teacher": {"mean": [0.1] * 3}}
+    config["self"] = config
+    torch.save({"state_dict": tensors, "config": config}, path)
+    checkpoint = read_checkpoint(path)
+    assert (checkpoint.spec.mean, checkpoint.spec.std, checkpoint.spec.channel_order) == (
+        (0.5,) * 3,
+        (0.25,) * 3,
+        "BGR",
+    )
+    assert {*checkpoint.said.values()} == {BY_FILE}
 
 
 @pytest.mark.parametrize(
