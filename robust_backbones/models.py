@@ -7,11 +7,11 @@ built: that takes seconds, which what only reads tensors need not wait for.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -310,7 +310,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
 
 
-def is_triple(value: Any) -> bool:
+def is_triple(value: Any) -> TypeGuard[Sequence[float]]:
     return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(is_number, value))
 
 

@@ -116,10 +116,8 @@ class Description:
 
     def _fed(self) -> list[dict[str, Any]]:
         """Mean and std in the options of a training, where anything may stand."""
-        pairs = [{name: options.get(name) for name in ("mean", "std")} for options in self._options]
-        return [
-            {name: tuple(value) for name, value in pair.items()} for pair in pairs if all(map(is_triple, pair.values()))
-        ]
+        pairs = [(options.get("mean"), options.get("std")) for options in self._options]
+        return [{"mean": tuple(mean), "std": tuple(std)} for mean, std in pairs if is_triple(mean) and is_triple(std)]
 
     def _doubt(self) -> str:
         """What the options of a training say against taking or assuming any mean and std."""

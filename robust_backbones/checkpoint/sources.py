@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from robust_backbones.models import BackboneSpec, is_foreign, spec_from, usual_s
 from robust_backbones.threat_models import ThreatModel
 
 HUB = "hub:"
+_OPTIONS = re.compile(r" [('\"]?--(mean|std|channel-order|stride-in-1x1|arch|key|prefix|source)\b")
 
 
 def read_checkpoint(
@@ -58,7 +61,7 @@ def read_checkpoint(
         source: its layout, one of ``SOURCES``, where the file's keys do not tell it.
         key: which of several networks: that in this dictionary of the file, as in ``teacher`` or ``state.model``.
         prefix: which of several networks: that whose names begin so, as in ``module.encoder_q.``.
-        statement: what the file does not say about itself.
+        statement: what the file does not say about itself; None of a command that has no options to say it.
         require_said: refuse values that neither the file nor ``statement`` says.
 
     Raises:
@@ -87,7 +90,11 @@ def read_checkpoint(
         if require_said:
             check_said(checkpoint)
     except InputError as error:  # in one line, whatever a damaged file gives to show
-        raise InputError(f"cannot use {path}: {' '.join(str(error).split())[:2000]}") from None
+        reason = " ".join(str(error).split())[:2000]
+        if statement is None and _OPTIONS.search(reason):
+            command = f"robust-backbones convert {shlex.quote(str(path))} DST.safetensors --to timm"
+            reason += f"; these are options of `{command}`: run it with them, and give what it writes"
+        raise InputError(f"cannot use {path}: {reason}") from None
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot use {path}: it is damaged ({error!r})") from None
     return checkpoint

@@ -87,6 +87,21 @@ def test_a_file_of_two_networks_that_says_nothing(
         assert torch.equal(written["fc.bias"], both[key]["fc.bias"])
 
 
+def test_a_command_without_options_for_what_a_file_does_not_say(
+    torchvision_file: Maker, tmp_path: Path, run_tool: Callable[..., tuple[int, str, str]]
+) -> None:
+    """As evaluate, visualize and transfer read it: the command that is named, with the usual values, gives another."""
+    path = tmp_path / "a b.pth"
+    torch.save({"state_dict": torch.load(torchvision_file("resnet18"), weights_only=True)}, path)
+    with pytest.raises(InputError, match="give --mean") as refused:
+        read_checkpoint(path)
+    (usual,) = re.findall(r"usual ones are ([^)]*)\)", str(refused.value))
+    (command,) = re.findall("`(robust-backbones [^`]+)`", str(refused.value))
+    _, *convert = shlex.split(command.replace("DST", str(tmp_path / "DST")))
+    assert run_tool(*convert, *usual.split())[0] == 0
+    assert read_checkpoint(tmp_path / "DST.safetensors").spec == read_checkpoint(torchvision_file("resnet18")).spec
+
+
 def test_a_file_whose_neighbour_is_about_another_one(torchvision_file: Maker, tmp_path: Path) -> None:
     shutil.copy(torchvision_file("resnet18"), tmp_path / "robust.pth")
     (tmp_path / "config.json").write_text('{"architecture": "resnetblur18"}')

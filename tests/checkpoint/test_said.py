@@ -111,7 +111,7 @@ def test_a_normaliser_in_units_of_0_255_is_mended_by_what_the_message_says(tmp_p
     path = tmp_path / "file.pth"
     torch.save(layer | under("1.", tensors), path)
     with pytest.raises(InputError, match="divided by 255") as refused:
-        read_checkpoint(path)
+        read_checkpoint(path, statement=Statement())
     parsed = convert.parse([str(path), "out.pkl", *options(str(refused.value))])
     checkpoint = convert.read(parsed)
     assert (checkpoint.spec.mean, checkpoint.spec.std) == (IMAGENET_MEAN, IMAGENET_STD)
