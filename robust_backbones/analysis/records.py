@@ -156,7 +156,7 @@ def _read_records(path: Path) -> list[RecordedRun]:
             continue
         try:
             values = json.loads(line)
-            folder, record = Path(values.pop("folder")).name, RunRecord.of(values)
+            folder, record = Path(values.pop("folder")), RunRecord.of(values)
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise InputError(f"{path} holds no record in line {number} ({error}): make the report again") from None
         where = f"{path}, line {number}"

@@ -72,7 +72,7 @@ def test_the_verb_from_setup_to_collect(
     status, out, _ = run_tool("sweep", "collect", *where)
     assert out.split() == [str(plan.folder(plan.runs[1]) / "record.json")]
     status, _, err = run_tool("sweep", "collect", *where, "--to", tmp_path / "records")
-    assert "1 records copied" in err
+    assert "1 record copied" in err
     copied = [path.relative_to(tmp_path / "records") for path in (tmp_path / "records").rglob("*") if path.is_file()]
     assert copied == [Path(plan.runs[1].key) / "record.json"]
     assert run_tool("sweep", "launch", *where, "--jobs", 3)[0] == 2
