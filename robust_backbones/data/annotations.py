@@ -21,6 +21,7 @@ from robust_backbones.data.annotations_values import (
     is_file_name,
     is_flag,
     is_id,
+    is_number,
     is_odd_area,
     is_side,
     is_text,
@@ -222,12 +223,16 @@ def _faults_of_sets(file: str, content: Content, sound: Rows) -> Iterator[Fault]
     sound["annotations"][:] = kept
 
 
+_SINGLE = 'write "iscrowd": 0 for single objects (some programs write 1 for every mask of run lengths)'
+
+
 def _faults_of_objects(file: str, sound: Rows, use: Use) -> Iterator[Fault]:
     """Boxes and masks against their images."""
     sizes = {row["id"]: (row["width"], row["height"]) for _, row in sound["images"]}
     rows = [(place, row) for place, row in sound["annotations"] if row["image_id"] in sizes]
     if all(row.get("iscrowd") for _, row in rows):
-        yield Fault("error", file, "holds no annotated object that is not a crowd", "annotate objects, or leave it out")
+        what, mend = "holds no annotated object that is not a crowd", "annotate objects, or leave it out"
+        yield Fault("error", file, what, _SINGLE if rows else mend)
         return
     boxes = np.array([row["bbox"] for _, row in rows], np.float64)
     sides = np.array([sizes[row["image_id"]] for _, row in rows], np.float64)
@@ -306,8 +311,11 @@ def _faults_of_most(
     crowds = sum(bool(row.get("iscrowd")) for row in rows)
     if crowds > len(rows) / 2:
         what = f"{crowds} of its {len(rows)} objects are crowds, which training drops and AP leaves out"
-        mend = 'write "iscrowd": 0 for single objects (some programs write 1 for every mask of run lengths)'
-        yield warn(what, mend, kind="files of more crowds than other objects")
+        yield warn(what, _SINGLE, kind="files of more crowds than other objects")
+    turned = sum(_is_turned(row.get("attributes")) for row in rows)
+    if turned:
+        what = f"{turned} of its {len(rows)} objects have a rotation among their attributes, which nothing here reads"
+        yield warn(what, "write boxes around the objects as they lie", kind="files of rotated boxes")
     bare = len(sizes) - len({row["image_id"] for row in rows})
     if use.evaluation and bare > len(sizes) / 2:
         what = f"{bare} of its {len(sizes)} images have no object"
@@ -347,6 +355,12 @@ def _faults_of_most(
             what = f"{small} of {len(seen)} areas looked at are less than half of their masks"
             mend = "write areas in pixels of the image; AP by size uses them"
             yield warn(what, mend, kind="files of areas that do not fit their masks")
+
+
+def _is_turned(attributes: Any) -> bool:
+    """As CVAT says it, whose box is then that of the object before it was turned."""
+    angle: Any = attributes.get("rotation") if isinstance(attributes, dict) else 0
+    return is_number(angle) and bool(angle % 360)
 
 
 def guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:

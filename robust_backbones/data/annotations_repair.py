@@ -64,6 +64,7 @@ Changes = defaultdict[str, list[Any]]
 _LEFT_OUT = "left out in all"
 _GONE = "images that are missing or cannot be read left out"
 _FLAGS = {"": "0", "unspecified": "0", "false": "0", "true": "1"}
+_SPELLED = "names of files written as the files are called"
 _SIZES, _CLIPPED = "sizes of images corrected", "boxes clipped to their images"
 
 
@@ -173,18 +174,24 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
         temporary.write_text(json.dumps(mended))
 
 
-def _spell_names(images: Iterable[Row], folder: Path, done: Changes) -> None:
-    """File names that differ from that of one file by case, accents, ``\\`` or %20 alone become that."""
+def _spell_names(images: list[Row], folder: Path, done: Changes) -> None:
+    """File names that differ from that of one file by case, accents, ``\\`` or %20 alone, or by folders that are not
+    there, become that."""
     listings = Listings()
-    for row in images:
-        name = str(row.get("file_name"))
-        if name == "None" or os.path.exists(folder / name):
-            continue
-        folders, suffix = name.replace("\\", "/"), os.path.splitext(name)[1].casefold()
-        alike = files_alike(str(folder / folders), listings)
+    missing = [row for row in images if "file_name" in row and not os.path.exists(folder / str(row["file_name"]))]
+    for row in missing:
+        name = str(row["file_name"]).replace("\\", "/")
+        alike = files_alike(str(folder / name), listings)
+        suffix = os.path.splitext(name)[1].casefold()
         if len(same := [file for file in alike if file.casefold().endswith(suffix)]) == 1:
-            row["file_name"] = os.path.join(os.path.dirname(folders), *same)
-            done["names of files written as the files are called"].append(row["file_name"])
+            row["file_name"] = os.path.join(os.path.dirname(name), *same)
+            done[_SPELLED].append(row["file_name"])
+    used = Counter(os.path.basename(str(row.get("file_name")).replace("\\", "/")) for row in images)
+    for row in missing:
+        name = os.path.basename(str(row["file_name"]).replace("\\", "/"))
+        if used[name] == 1 and os.path.isfile(folder / name) and not os.path.exists(folder / str(row["file_name"])):
+            row["file_name"] = name
+            done[_SPELLED].append(name)
 
 
 def _boxes_by_image(rows: Iterable[Any]) -> Boxes:
@@ -251,8 +258,9 @@ def _make_numbers(content: Content, done: Changes) -> None:
     for name, names in keys.items():
         for row in content[name]:
             for key in names if isinstance(row, dict) else ():
-                text = str(row.get(key)).removesuffix(".0")
-                if not isinstance(row.get(key), int) and text.isascii() and text.isdigit() and len(text) < 16:
+                value = row.get(key)
+                text = str(int(value) if isinstance(value, bool) else value).removesuffix(".0")
+                if type(value) is not int and text.isascii() and text.isdigit() and len(text) < 16:
                     done["ids made whole numbers"].append(f"{key} {short(row[key])} of {name}")
                     row[key] = int(text)
 

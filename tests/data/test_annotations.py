@@ -277,6 +277,31 @@ def test_names_of_files_as_windows_writes_them_are_mended(tmp_path: Path, images
     assert names == ["1.png", f"../{images.name}/2.png", "3.png"]  # 2.png may be another image than 2.jpg
 
 
+@pytest.mark.parametrize("before", ["images/", "/", "https://example.org/data/", "C:\\data\\"])
+def test_folders_before_names_that_are_not_there_are_left_out(tmp_path: Path, images: Path, before: str) -> None:
+    """As exporters write them; of two names that end alike neither is known."""
+    content = sound()
+    for row in content["images"]:
+        row["file_name"] = before + row["file_name"]
+    repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
+    assert done == ["3 names of files written as the files are called"]
+    assert repaired.read()[0] == sound()
+    content["images"][0]["file_name"] = "b/2.png"
+    repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "again")
+    assert [row["id"] for row in repaired.read()[0]["images"]] == [3]
+
+
+def test_what_exporters_write_of_turned_objects_and_masks_is_told() -> None:
+    """CVAT keeps the box of before and an angle, and calls every mask a crowd."""
+    content = grid()
+    for row, angle in zip(content["annotations"], (0, 360, 0.0, None, 30, -15.5), strict=False):
+        row["attributes"] = {"occluded": False, "rotation": angle}
+    (fault,) = check_coco("a.json", content)
+    assert (fault.severity, fault.what[:40]) == ("warning", "2 of its 12 objects have a rotation amon")
+    (fault,) = check_coco("a.json", change_all("iscrowd", lambda _: 1))
+    assert (fault.severity, "some programs write 1 for every mask" in fault.mend) == ("error", True)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -823,6 +848,18 @@ def test_annotations_are_numbered_anew(tmp_path: Path, images: Path, spoil: Call
     assert json.loads((tmp_path / "fixed/truth.json").read_text())["annotations"] == meant
     assert done == ["9 annotations numbered anew", "1 areas filled in from masks"]
     assert repaired.check(Use(masks=True))[0] == []
+
+
+def test_classes_by_true_and_false_are_1_and_0(tmp_path: Path, images: Path) -> None:
+    content, meant = sound(), sound()
+    for one, (no, yes) in ((content, (False, True)), (meant, (0, 1))):
+        for row in one["annotations"]:
+            row["category_id"] = yes if row["category_id"] == 8 else no
+        for row, number in zip(one["categories"], (0, 1), strict=True):
+            row["id"] = number
+    repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
+    assert done == ["9 ids made whole numbers"]
+    assert json.dumps(repaired.read()[0]) == json.dumps(meant)
 
 
 @pytest.mark.parametrize(("name", "words"), [("images", '"1.png" and "2.png"'), ("categories", '"cat" and "dog"')])
