@@ -28,7 +28,9 @@ from benchmarks.attack import PGD10
 from benchmarks.coco import CocoAP
 from benchmarks.conversion import Conversion
 from benchmarks.detector_attack import DetectorAttack
+from benchmarks.detector_training import DetectorTraining
 from benchmarks.growth import Growth
+from benchmarks.inference import Inference
 from benchmarks.loading import Loading
 from benchmarks.mask_rcnn import MaskRCNN
 from benchmarks.memory import Memory
@@ -77,6 +79,8 @@ Arguments = (
     | Annotated[Loading, tyro.conf.subcommand("loading")]
     | Annotated[MaskRCNN, tyro.conf.subcommand("mask-rcnn")]
     | Annotated[Modern, tyro.conf.subcommand("mask-rcnn-modern")]
+    | Annotated[DetectorTraining, tyro.conf.subcommand("detector-training")]
+    | Annotated[Inference, tyro.conf.subcommand("inference")]
     | Annotated[DetectorAttack, tyro.conf.subcommand("detector-attack")]
     | Annotated[Conversion, tyro.conf.subcommand("conversion")]
     | Annotated[Growth, tyro.conf.subcommand("growth")]
@@ -125,6 +129,8 @@ def every(options: All) -> list[Work]:
         TrainingStep(**shared),
         MaskRCNN(**shared),
         Modern(**shared),
+        DetectorTraining(voc=options.data / "detectron2/VOC2007", **shared),
+        Inference(coco=options.data / "detectron2/coco", **shared),
         DetectorAttack(**shared),
         CocoAP(annotations=annotations, **shared),
         Growth(annotations=annotations, **shared),

@@ -36,6 +36,7 @@ from robust_backbones.data.annotations_values import box_polygon, usable_mask
 from robust_backbones.data.annotations_voc import text_in, voc_names
 from robust_backbones.detection.datasets import SHOWN_CLASSES, categories, evaluator_kind
 from robust_backbones.detection.left_out import left_out
+from robust_backbones.detection.run_lengths import run_lengths
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
 
@@ -98,7 +99,7 @@ class CocoEvaluator(DatasetEvaluator):
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
-            self._images.append(instances_to_coco_json(output["instances"].to("cpu"), image["image_id"]))
+            self._images.append(_detections(output["instances"], image["image_id"]))
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """``{task: metrics}``; ``{}`` in every process but the first, and for a set without annotations.
@@ -148,6 +149,17 @@ class CocoEvaluator(DatasetEvaluator):
                 f"give MODEL.ROI_HEADS.NUM_CLASSES {classes}"
             )
         return {**result, "category_id": ids[number]}
+
+
+def _detections(instances: Instances, image_id: Any) -> list[Result]:
+    """An image's detections in COCO's result format; masks on a GPU are encoded there, on a CPU by pycocotools."""
+    if len(instances) == 0 or not instances.has("pred_masks") or instances.pred_masks.device.type == "cpu":
+        return instances_to_coco_json(instances.to("cpu"), image_id)
+    masks = run_lengths(instances.pred_masks)
+    boxes = Instances(instances.image_size, **instances.get_fields())
+    boxes.remove("pred_masks")
+    rows = instances_to_coco_json(boxes.to("cpu"), image_id)
+    return [row | {"segmentation": mask} for row, mask in zip(rows, masks, strict=True)]
 
 
 def ground_truth(dataset_name: str) -> COCO:

@@ -60,7 +60,9 @@ class BackboneRes5ROIHeads(Res5ROIHeads):
 
 
 def use_float32_boxes(detector: nn.Module, *, fast: bool) -> None:
-    """Put ``Float32BoxesROIAlign`` in place of each ROIAlign; ``fast``: by ``roi_align_by_rows`` on CPUs."""
+    """Put ``Float32BoxesROIAlign`` in place of each ROIAlign; ``fast``: where a
+    gradient is taken on a CPU, by ``roi_align_by_rows``.
+    """
     for parent in [*detector.modules()]:
         for name, child in parent.named_children():
             if type(child) is ROIAlign:
@@ -77,7 +79,9 @@ class Float32BoxesROIAlign(ROIAlign):
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:  # Detectron2's names
         """(N, C, H, W) and R boxes (image, left, top, right, bottom) in the image's pixels -> (R, C, *output_size)."""
         features = input.to(torch.promote_types(input.dtype, torch.float32))
-        by_rows = self.fast and input.device.type == "cpu" and len(rois) > 0
+        # It is the backward pass that is slow in torchvision's; its forward pass alone is the faster of both.
+        has_gradient = torch.is_grad_enabled() and input.requires_grad
+        by_rows = self.fast and has_gradient and input.device.type == "cpu" and len(rois) > 0
         function = roi_align_by_rows if by_rows else roi_align
         pooled = function(
             features,

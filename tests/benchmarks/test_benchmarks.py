@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.inference import Inference
 from benchmarks.memory import MEGABYTE, held
 from benchmarks.networks import equal_losses, judged
 from benchmarks.page import ON_A_GPU, summary, write_page
@@ -170,6 +171,25 @@ def test_a_probe_in_one_pass_gives_the_weights_of_single_runs(
     assert 0 <= check["found"] < 1e-5
     ways = 3 if computes_bfloat16() else 2
     assert [len(row["seconds"]) for row in record["rows"]] == [1] * ways
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_detections_of_both_evaluations_have_the_same_masks(
+    run_tool: Run, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.turns.Worker", WorkerHere)
+    arguments = ["--coco", real_data / "detectron2/coco", "--images", 1, "--short-side", 64, "--rounds", 1]
+    status, _, err = run_tool("benchmark", "inference", *arguments, "--device", "cpu", "--output", tmp_path)
+    assert status == 0, err
+    different, missing = json.loads((tmp_path / "inference.json").read_text())["checks"]
+    assert (different["found"], missing["found"]) == (0, 0)
+
+
+def test_masks_are_compared_whatever_their_order(tmp_path: Path) -> None:
+    work = Inference(coco=tmp_path, device="cpu")
+    ours, theirs = ({"masks": np.array(masks)} for masks in ([1, 2, 2], [2, 3, 1]))
+    assert [check.found for check in work.check({"ours": ours, "Detectron2": theirs})] == [pytest.approx(100 / 3), 0]
 
 
 def test_what_autograd_holds_is_counted() -> None:

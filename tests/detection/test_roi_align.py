@@ -8,6 +8,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ROIAlign
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
+from torchvision.ops import roi_align
 
 from robust_backbones.detection.roi_heads import Float32BoxesROIAlign
 from robust_backbones.detection.trainer import Trainer
@@ -17,11 +18,25 @@ from robust_backbones.detection.trainer import Trainer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_boxes_are_not_rounded_to_the_features_type(dtype: torch.dtype, fast: bool) -> None:
     """The features are a ramp of powers of two, exact in every type, so that only a box's place can go wrong."""
-    ramp = (torch.arange(1024) // 256 * 4).to(dtype).expand(1, 1, 2, 1024)
+    ramp = (torch.arange(1024) // 256 * 4).to(dtype).expand(1, 1, 2, 1024).requires_grad_()
     box = torch.tensor([[0, 767.0, 0, 769.0, 1]])  # in bfloat16: 768 to 768, no area
     found = Float32BoxesROIAlign(ROIAlign((1, 2), 1.0, 1), fast=fast)(ramp, box)
     assert found.dtype == dtype
     assert found.flatten().tolist() == [8, 12]
+
+
+def test_only_where_there_is_a_gradient_is_it_another_way() -> None:
+    """The forward pass alone is torchvision's, to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(1, 8, 16, 16, generator=generator, requires_grad=True)
+    corners = torch.rand(20, 2, generator=generator) * 8
+    boxes = torch.cat([torch.zeros(20, 1), corners, corners + torch.rand(20, 2, generator=generator) * 8], dim=1)
+    align = Float32BoxesROIAlign(ROIAlign((3, 3), 1.0, 0), fast=True)
+    theirs = roi_align(features, boxes, (3, 3), aligned=True)
+    with torch.no_grad():
+        assert torch.equal(align(features, boxes), theirs)
+    assert "RoiAlign" not in type(align(features, boxes).grad_fn).__name__
+    torch.testing.assert_close(align(features, boxes), theirs)
 
 
 @pytest.mark.parametrize("fast", [True, False])

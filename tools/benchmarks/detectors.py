@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +50,24 @@ def random_detector(
         for _ in range(images)
     ]
     return cfg, model, samples
+
+
+def trainer_step(cfg: Any, model: Any, batches: Iterable[list[dict[str, Any]]]) -> Callable[[], None]:
+    """A step of the trainer that ``cfg`` asks for, on the next batch; its metrics and its update are part of it."""
+    from detectron2.utils.events import EventStorage
+
+    from robust_backbones.detection.trainer import build_steps
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)  # random weights must not move far
+    trainer = build_steps(cfg, model, batches, optimizer)
+
+    def step() -> None:
+        with arithmetic(cfg), EventStorage(trainer.iter):
+            trainer.run_step()
+        trainer.iter += 1
+
+    return step
+
+
+def arithmetic(cfg: Any) -> torch.autocast:
+    return torch.autocast(cfg.MODEL.DEVICE, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED)

@@ -57,13 +57,18 @@ class TrainingStep(Work):
 
     arch: str = "resnet50"
     image_size: int = 224
-    batch_size: int = 16
+    batch_size: int = 0
+    """0: 128 on a GPU, 16 on a CPU."""
     epsilon: float = 1.0
+
+    @property
+    def _batch_size(self) -> int:
+        return self.batch_size or (128 if self.device == "cuda" else 16)
 
     def ways(self) -> list[Way]:
         options = {
             "checkpoint": str(trained_network(self.output, self.arch, self.device)),
-            "images": str(held_out_images(self.output, self.batch_size, self.image_size, contrast=0.5)),
+            "images": str(held_out_images(self.output, self._batch_size, self.image_size, contrast=0.5)),
             "epsilon": self.epsilon,
         }
 
@@ -112,12 +117,12 @@ class TrainingStep(Work):
 
     @property
     def units(self) -> tuple[int, str]:
-        return self.batch_size, "image"
+        return self._batch_size, "image"
 
     @property
     def remark(self) -> str:
         return (
-            f"{self.arch} at {self.image_size} px, batches of {self.batch_size}, three steps of 2/3 epsilon. The peer "
+            f"{self.arch} at {self.image_size} px, batches of {self._batch_size}, three steps of 2/3 epsilon. The peer "
             "runs its own training loop; its default keeps the best iterate of the attack, one forward pass more than "
             "use_best 0, which the row that reaches refer to has. It calls .cuda() whatever the machine: on CPUs that "
             "call is neutralised. Its gradient ignores pixels that are black or white; images of half the contrast "
