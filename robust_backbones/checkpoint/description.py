@@ -49,6 +49,7 @@ _OF_TRANSFORMERS: dict[str, _Allowed] = {
     "convnext": _GELU,
     "swin": _GELU | {"use_absolute_embeddings": (False,)},
     "vit": _GELU,
+    "timm_backbone": {"output_stride": (None, 32)},
 }
 # Of transformers' configurations, which leave out what is the default.
 _NORM_EPSILON = {"convnext": 1e-12, "swin": 1e-5, "vit": 1e-12}
@@ -68,8 +69,14 @@ class Description:
         inside = content | (header if isinstance(header, dict) else {})
         beside = json_object(path.with_name("config.json"))
         self._path = path
+        part, found = beside.get("backbone_config"), [beside]
+        self.is_part = isinstance(part, dict)
+        """Whether it is the backbone of a detector or segmenter of transformers."""
+        found += [part] if isinstance(part, dict) else []
         # A folder may hold the configuration of something else.
-        self.config = beside if "architecture" in beside or beside.get("model_type") in _OF_TRANSFORMERS else {}
+        known = (one for one in found if "architecture" in one or one.get("model_type") in _OF_TRANSFORMERS)
+        self.config: dict[str, Any] = next(known, {})
+        self._beside = beside
         keys = [key for key in ("pretrained_cfg", "default_cfg") if key in inside]
         cfg = inside[keys[0]] if keys else self.config.get("pretrained_cfg")
         self.cfg: dict[str, Any] = {} if cfg is None else _dictionary_of(cfg, "pretrained_cfg")
@@ -191,7 +198,11 @@ class Description:
         ):
             if isinstance(arguments, dict):
                 yield where, arguments, _OF_TIMM | {"act_layer": tuple(activation)}
+        if self._beside.get("dilation") is True:  # DETR's
+            yield "config.json", {"dilation": True}, {}
         for options in self._options:
+            if options.get("dilation") is True:
+                yield "an option of its training", {"dilation": True}, {}
             yield "an option of its training", {k: options[k] for k in of_options if k in options}, of_options
         asked = _OF_TRANSFORMERS.get(self.config.get("model_type", ""), {})
         yield "config.json", {k: self.config[k] for k in asked if k in self.config}, asked
@@ -231,6 +242,7 @@ class Description:
         """Who says it, the name, and whether nothing else than timm's names can stand there."""
         said: list[tuple[str, Any, bool]] = [
             ("config.json beside it", self.config.get("architecture"), True),
+            ("config.json beside it", self.config.get("backbone"), False),
             ("its pretrained_cfg", self.cfg.get("architecture"), True),
             *((f"its entry {key}", self._inside.get(key), key == "architecture") for key in _NAME_KEYS),
         ]

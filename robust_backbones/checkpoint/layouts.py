@@ -32,6 +32,7 @@ _CAFFE2 = {
 # Lines of what SOURCES' signs are searched in, beside the keys and names of the file.
 OWN, NORMALIZER = "our own format", "normalises by itself"
 NAMES = "names of "
+SEGMENTER = "classifies by convolutions of 3x3"
 TIMM, BARE = "described by timm", "names of torchvision and nothing else"
 
 DILATED = "dilated"
@@ -91,7 +92,7 @@ SOURCES = {
     ),
     DILATED: Source(
         "a segmenter with dilated convolutions",
-        r"/(\S*\.)?(classifier|decoder|aspp)\.[\d.]*convs\.|/(module\.)?aux_classifier\.",
+        rf"/(\S*\.)?(classifier|decoder|aspp)\.[\d.]*convs\.|/(module\.)?aux_classifier\.|^{SEGMENTER}$",
     ),
     "mmdetection": Source("a checkpoint of MMDetection or MMPretrain", r"(?s)^meta$.*/(module\.)?backbone\."),
     "ema": Source("the averaged weights of a training checkpoint", r"^(\w+_ema|ema\w*)[/.]"),
@@ -152,6 +153,15 @@ class Network:
     def spec(self) -> BackboneSpec:
         """What its tensors tell; InputError where they are those of no known architecture."""
         return identify(self.state_dict, self.named)
+
+    @property
+    def segments(self) -> bool:
+        """Whether its classifier is convolutions that see more than a pixel, as an FCN's."""
+        beside = {name: tensor.shape for name, tensor in self.tensors.items() if name not in self.names}
+        return any(
+            re.search(r"(^|\.)classifier\.\d+\.weight$", name) and len(shape) == 4 and shape[-1] > 1
+            for name, shape in beside.items()
+        )
 
     def shared_levels(self, levels: list[str]) -> int:
         """How many parts of a name, from its first one, stand before the network's names too."""

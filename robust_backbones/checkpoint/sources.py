@@ -23,6 +23,7 @@ from robust_backbones.checkpoint.layouts import (
     NAMES,
     NORMALIZER,
     OWN,
+    SEGMENTER,
     SOURCES,
     TIMM,
     Network,
@@ -134,6 +135,7 @@ def _read(
     named = {
         OWN: own,
         NORMALIZER: normalizer,
+        SEGMENTER: network.segments,
         TIMM: (description.by_timm or network.library == "timm") and not metadata,
         BARE: not network.key and _is_bare(network) and (metadata or path.suffix != ".safetensors"),
         f"{NAMES}{network.library}": network.library,

@@ -296,6 +296,7 @@ def test_a_layout_that_people_have(tmp_path: Path, tensors: Tensors, name: str) 
         (lambda t: {"model": under("backbone.", body(t)) | {"classifier.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
         (lambda t: {"model": under("encoder.", body(t)) | {"decoder.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
         (lambda t: under("backbone.", body(t)) | {"aux_classifier.0.weight": torch.ones(1)}, "dilate"),
+        (lambda t: under("backbone.", body(t)) | {"classifier.0.weight": torch.ones(8, 512, 3, 3)}, "dilate"),  # FCN
         (lambda t: {"model": under("backbone.", as_detectron2(t)) | mlp("roi_heads.box_head.fc1.")}, "DC5"),
     ],
 )
@@ -436,6 +437,23 @@ def test_a_resnet_of_transformers(tmp_path: Path, layer_type: str) -> None:
     features = ours.layer4(ours.layer3(ours.layer2(ours.layer1(ours.maxpool(ours.relu(ours.bn1(ours.conv1(pixels))))))))
     with torch.no_grad():
         torch.testing.assert_close(features, net.resnet(pixels).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_a_resnet_in_a_segmenter_of_transformers_strides_as_its_config_says(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    stages = [f"stage{number}" for number in range(1, 5)]
+    config = transformers.ResNetConfig(out_features=stages, downsample_in_bottleneck=True)
+    net = transformers.UperNetForSemanticSegmentation(transformers.UperNetConfig(backbone_config=config)).eval()
+    randomize_batch_norms(net)
+    net.save_pretrained(tmp_path)
+    checkpoint = read_checkpoint(tmp_path / "model.safetensors", statement=Statement(IMAGENET_MEAN, IMAGENET_STD))
+    assert (checkpoint.spec.stride_in_1x1, checkpoint.said["stride_in_1x1"]) == (True, "said by the file")
+    pixels, ours = torch.rand(1, 3, 64, 64), checkpoint.build()
+    with torch.no_grad():
+        features = ours.layer4(
+            ours.layer3(ours.layer2(ours.layer1(ours.maxpool(ours.relu(ours.bn1(ours.conv1(pixels)))))))
+        )
+        torch.testing.assert_close(features, net.backbone(pixels).feature_maps[-1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("naming", NAMINGS)

@@ -52,6 +52,10 @@ def options(error: str) -> list[str]:
         ({"architecture": "resnet18", "model_args": {"act_layer": "silu"}}, "act_layer is 'silu'"),
         ({"model_type": "resnet", "hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"model_type": "resnet", "downsample_in_first_stage": True}, "downsample_in_first_stage is True"),
+        ({"model_type": "detr", "backbone": "resnet18", "dilation": True}, "dilation is True"),
+        ({"model_type": "timm_backbone", "output_stride": 16}, "output_stride is 16"),
+        ({"backbone_config": {"model_type": "timm_backbone", "backbone": "resnetaa18"}}, "says that it is resnetaa18"),
+        ({"model_type": "upernet", "backbone_config": {"model_type": "resnet", "hidden_act": "gelu"}}, "is 'gelu'"),
         ({"architecture": "resnet18", "pretrained_cfg": UNITS_OF_255}, "--mean 0.485 0.456 0.406"),
     ],
 )
@@ -89,6 +93,7 @@ def test_other_names_of_the_same_network_are_known(tmp_path: Path, tensors: Tens
         {"hyper_parameters": {"model": {"kwargs": argparse.Namespace(output_stride=16)}}},
         {"cfg": {"stages": [{"activation": "silu"}]}},
         {"act_layer": "silu"},
+        {"args": argparse.Namespace(dilation=True)},  # DETR's
         {"arch": "se_resnet18"},
         {"args": argparse.Namespace(model="skresnet18")},
         {"meta": {"config": "backbone=dict(type='ResNet', dilations=(1, 1, 2, 4))"}},
