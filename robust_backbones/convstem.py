@@ -68,52 +68,31 @@ class VisionTransformerConvStem(VisionTransformer):
         self.patch_embed.proj = ConvStem((48, 96, 192, 384), (2, 2, 2, 2), embed_dim)
 
 
-def _convnext(name: str, pretrained: bool, **arguments: Any) -> nn.Module:
-    return build_model_with_cfg(
-        ConvNeXtConvStem,
-        name,
-        pretrained,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **arguments,
-    )
+_SMALL, _LARGE = {"channels": (48, 96), "strides": (2, 2)}, {"strides": (2, 2, 1)}
+_SIZES: dict[str, dict[str, Any]] = {
+    "convnext_tiny_convstem": {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768), **_SMALL},
+    "convnext_small_convstem": {"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768), **_SMALL},
+    "convnext_base_convstem": {
+        **{"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024), "channels": (64, 96, 128), **_LARGE}
+    },
+    "convnext_large_convstem": {
+        **{"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536), "channels": (96, 144, 192), **_LARGE}
+    },
+    "vit_small_patch16_224_convstem": {"depth": 12, "embed_dim": 384, "num_heads": 6},
+    "vit_base_patch16_224_convstem": {"depth": 12, "embed_dim": 768, "num_heads": 12},
+}
 
 
-def _vit(name: str, pretrained: bool, **arguments: Any) -> nn.Module:
-    return build_model_with_cfg(VisionTransformerConvStem, name, pretrained, **{"depth": 12, **arguments})
+def _register(name: str, sizes: dict[str, Any]) -> None:
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        kind = ConvNeXtConvStem if name.startswith("convnext") else VisionTransformerConvStem
+        if kind is ConvNeXtConvStem:
+            kwargs["feature_cfg"] = {"out_indices": (0, 1, 2, 3), "flatten_sequential": True}
+        return build_model_with_cfg(kind, name, pretrained, **{**sizes, **kwargs})
+
+    build.__name__ = name
+    register_model(build)
 
 
-_TWO, _THREE = {"strides": (2, 2)}, {"strides": (2, 2, 1)}
-
-
-@register_model
-def convnext_tiny_convstem(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    sizes = {"depths": (3, 3, 9, 3), "dims": (96, 192, 384, 768), "channels": (48, 96)}
-    return _convnext("convnext_tiny_convstem", pretrained, **{**sizes, **_TWO, **kwargs})
-
-
-@register_model
-def convnext_small_convstem(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    sizes = {"depths": (3, 3, 27, 3), "dims": (96, 192, 384, 768), "channels": (48, 96)}
-    return _convnext("convnext_small_convstem", pretrained, **{**sizes, **_TWO, **kwargs})
-
-
-@register_model
-def convnext_base_convstem(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    sizes = {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024), "channels": (64, 96, 128)}
-    return _convnext("convnext_base_convstem", pretrained, **{**sizes, **_THREE, **kwargs})
-
-
-@register_model
-def convnext_large_convstem(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    sizes = {"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536), "channels": (96, 144, 192)}
-    return _convnext("convnext_large_convstem", pretrained, **{**sizes, **_THREE, **kwargs})
-
-
-@register_model
-def vit_small_patch16_224_convstem(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return _vit("vit_small_patch16_224_convstem", pretrained, **{"embed_dim": 384, "num_heads": 6, **kwargs})
-
-
-@register_model
-def vit_base_patch16_224_convstem(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return _vit("vit_base_patch16_224_convstem", pretrained, **{"embed_dim": 768, "num_heads": 12, **kwargs})
+for _name, _of_size in _SIZES.items():
+    _register(_name, _of_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 
 from robust_backbones.checkpoint.convert import BackboneMetadata, write_described, write_torchvision
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.checkpoint.zoo import cache_folder
+from robust_backbones.checkpoint.urls import reason_of
+from robust_backbones.checkpoint.zoo import cache_folder, hub_endpoint
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, is_foreign
 from robust_backbones.runs.files import atomic_path
@@ -148,13 +148,13 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     text = card.read_text().replace("USER/NAME", repository)
     with atomic_path(card) as temporary:
         temporary.write_text(text)
-    api = HfApi(endpoint=_endpoint())
+    api = HfApi(endpoint=hub_endpoint())
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=[WEIGHTS, CONFIG, CARD])
     except Exception as error:  # a network can fail in any way
         raise InputError(
-            f"cannot upload {folder} to {repository} ({_reason(error)}): log in with `hf auth login` as one who may "
+            f"cannot upload {folder} to {repository} ({reason_of(error)}): log in with `hf auth login` as one who may "
             f"write there, and give the same command again"
         ) from None
     return str(url)
@@ -171,7 +171,7 @@ def fetch(repository: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    where: dict[str, Any] = {"endpoint": _endpoint(), "cache_dir": cache_folder() / "hub"}
+    where: dict[str, Any] = {"endpoint": hub_endpoint(), "cache_dir": cache_folder() / "hub"}
     try:
         path = Path(hf_hub_download(repository, WEIGHTS, **where))
         hf_hub_download(repository, CONFIG, **where)
@@ -179,20 +179,12 @@ def fetch(repository: str) -> Path:
             hf_hub_download(repository, PROCESSOR, **where)
     except EntryNotFoundError as error:
         raise InputError(
-            f"{repository} does not hold {WEIGHTS} and {CONFIG} ({_reason(error)}): download the file that it holds, "
+            f"{repository} does not hold {WEIGHTS} and {CONFIG} ({reason_of(error)}): download the file that it holds, "
             "and give its path"
         ) from None
     except Exception as error:  # a network can fail in any way
         raise InputError(
-            f"cannot download {repository} ({_reason(error)}): check its name and, if it is private, log in with "
+            f"cannot download {repository} ({reason_of(error)}): check its name and, if it is private, log in with "
             "`hf auth login`"
         ) from None
     return path
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
-
-
-def _reason(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]

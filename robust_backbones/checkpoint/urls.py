@@ -58,6 +58,12 @@ def fetch_url(url: str) -> Path:
             if size is not None and int(size) != temporary.stat().st_size:
                 raise OSError("it was cut off")
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"cannot download {address} ({reason}): download it yourself and put it at {path}") from None
+        raise InputError(
+            f"cannot download {address} ({reason_of(error)}): download it yourself and put it at {path}"
+        ) from None
     return path
+
+
+def reason_of(error: Exception) -> str:
+    """In one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

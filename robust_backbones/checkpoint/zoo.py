@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_backbones.checkpoint.format import sha256
-from robust_backbones.checkpoint.urls import fetch_url
+from robust_backbones.checkpoint.urls import fetch_url, reason_of
 from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD
 from robust_backbones.runs.files import atomic_path
@@ -89,39 +89,33 @@ class PublishedBackbone:
 @cache
 def published() -> dict[str, PublishedBackbone]:
     """All 67 published backbones by name."""
-    with open(_TABLE, newline="") as file:
-        rows = [
-            PublishedBackbone(
-                name=Path(row["file"]).stem,
-                arch=row["arch"],
-                threat_model=ThreatModel.parse(f"{row['norm']}:{row['eps']}"),
-                imagenet_accuracy=float(row["imagenet_top1"]),
-                file=row["file"],
-                sha256=row.get("sha256") or "",
-            )
-            for row in csv.DictReader(file)
-        ]
-    return {row.name: row for row in rows}
+    return _read(_TABLE)
 
 
 @cache
 def published_robust() -> dict[str, PublishedBackbone]:
     """Those of other authors than Salman et al., by RobustBench's names or their files'."""
-    with open(_ROBUST, newline="") as file:
+    return _read(_ROBUST)
+
+
+def _read(table: Path) -> dict[str, PublishedBackbone]:
+    """The rows of one of the two tables, of which only that of other authors has all columns."""
+    with open(table, newline="") as file:
         rows = [
             PublishedBackbone(
-                name=row["name"],
+                name=row.get("name") or Path(row["file"]).stem,
                 arch=row["arch"],
                 threat_model=ThreatModel.parse(f"{row['norm']}:{row['eps']}"),
                 imagenet_accuracy=float(row["imagenet_top1"]),
-                robust_accuracy=float(row["robust"]),
-                file=f"{row['name']}.pt",
-                fed=_FED[row["fed"]],
+                robust_accuracy=float(row["robust"]) if "robust" in row else None,
+                file=row.get("file") or f"{row['name']}.pt",
+                sha256=row.get("sha256") or "",
+                fed=_FED[row["fed"]] if "fed" in row else {},
                 evaluated={"val_resize": int(row["val_resize"]), "interpolation": row["interpolation"]}
-                if row["val_resize"]
+                if row.get("val_resize")
                 else {},
-                where=row["where"],
-                source=row["source"],
+                where=row.get("where", ""),
+                source=row.get("source", ""),
             )
             for row in csv.DictReader(file)
         ]
@@ -144,6 +138,11 @@ def find(name: str) -> PublishedBackbone:
 def cache_folder() -> Path:
     """Where downloads and what is made of them are kept: ROBUST_BACKBONES_CACHE, or a folder under ~/.cache."""
     return Path(os.environ.get("ROBUST_BACKBONES_CACHE") or Path.home() / ".cache/robust_backbones")
+
+
+def hub_endpoint() -> str | None:
+    """The Hugging Face hub that HF_ENDPOINT names; None of the usual one."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
 
 def fetch(name: str) -> Path:
@@ -192,7 +191,7 @@ def _download(path: Path) -> None:
     except ImportError:
         raise InputError("huggingface_hub is not installed: run `pip install huggingface_hub`") from None
 
-    url = hf_hub_url(REPOSITORY, path.name, endpoint=os.environ.get("HF_ENDPOINT", "").rstrip("/") or None)
+    url = hf_hub_url(REPOSITORY, path.name, endpoint=hub_endpoint())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -215,8 +214,9 @@ def _download(path: Path) -> None:
                 headers, size = build_hf_headers(token=False), promised.size
                 http_get(promised.location, file, resume_size=file.tell(), headers=headers, expected_size=size)
         except Exception as error:  # a network can fail in any way
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"cannot download {path.name} ({reason}): put {url} at {path} yourself") from None
+            raise InputError(
+                f"cannot download {path.name} ({reason_of(error)}): put {url} at {path} yourself"
+            ) from None
         if re.fullmatch("[0-9a-f]{64}", etag) and sha256(part) != etag:
             part.unlink()
             raise InputError(f"the hub sent a damaged {path.name}, and it was deleted: run the same command again")
