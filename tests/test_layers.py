@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -37,9 +38,16 @@ FLOORS = (
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """The syntax of a file."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -58,10 +66,11 @@ def room(name: str) -> str:
     return max((floor for floor in FLOORS if f"{name}.".startswith(f"{floor}.")), key=len)
 
 
+@cache
 def own_imports(module: Path) -> set[str]:
     """The modules of the package that one imports, wherever in it, ``from PACKAGE import MODULE`` included."""
     found = set()
-    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+    for node in nodes(PACKAGE / module):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -90,7 +99,7 @@ def test_modules_do_not_import_in_circles() -> None:
 def test_no_two_public_classes_have_one_name() -> None:
     places: dict[str, list[Path]] = {}
     for module in MODULES:
-        for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+        for node in nodes(PACKAGE / module):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(module)
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
@@ -99,7 +108,7 @@ def test_no_two_public_classes_have_one_name() -> None:
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_every_import_can_be_seen(module: Path) -> None:
     """The tests above read import statements; nothing of the package may be loaded past them."""
-    for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
+    for node in nodes(PACKAGE / module):
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")

@@ -4,10 +4,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from robust_backbones.runs.signals import stop_on_signals
-from tests.conftest import ROOT
+import pytest
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from robust_backbones.errors import PreemptedError
+from robust_backbones.runs.signals import stop_for_parent_only, stop_on_signals
+from tests.conftest import ROOT, start_fork
 
 
 def run_script(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
@@ -26,59 +31,56 @@ def test_signals_are_a_flag_within_the_block_and_the_hosts_after_it() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-WORKERS = """
-import signal, subprocess
-from torch.utils.data import DataLoader, IterableDataset
-from robust_backbones.runs.signals import stop_for_parent_only
-class Endless(IterableDataset):
-    def __iter__(self):
+class Endless(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
         for item in iter(int, 1):
             stop_for_parent_only()
             yield item
-loader = iter(DataLoader(Endless(), num_workers=2))
-next(loader), next(loader)
-for worker in loader._workers:
-    for name in ("TERM", "USR1"):  # as a scheduler, which is another process
-        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
-for _ in range(20):
-    next(loader)
-raise RuntimeError("as training fails")
-"""
+
+
+def fail_beside_workers() -> None:
+    loader = iter(DataLoader(Endless(), num_workers=2))
+    next(loader), next(loader)
+    for worker in loader._workers:
+        for name in ("TERM", "USR1"):  # as a scheduler, which is another process
+            subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
+    for _ in range(20):
+        next(loader)
+    raise RuntimeError("as training fails")
 
 
 def test_data_workers_outlive_a_schedulers_signals_and_never_keep_a_process_from_ending(tmp_path: Path) -> None:
     """Not even where an error holds on to them."""
-    result = run_script(tmp_path, WORKERS)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1] == "RuntimeError: as training fails"
+    process = start_fork(fail_beside_workers, tmp_path / "said")
+    process.join(300)
+    assert process.exitcode == 1
+    assert (tmp_path / "said/err").read_text().splitlines()[-1] == "RuntimeError: as training fails"
 
 
-STARTING = """
-import os, signal
-from torch.utils.data import DataLoader
-from robust_backbones.errors import PreemptedError
-from robust_backbones.runs.signals import stop_on_signals
-class Images:
-    __len__ = lambda self: 4
-    def __getitem__(self, number):
+class Images(Dataset[int]):
+    """The process that reads one is ended by a signal."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> int:
         os.kill(os.getpid(), signal.SIGTERM)
-for asked in (True, False):
-    try:
-        with stop_on_signals() as stop:
-            if asked:
-                os.kill(os.getpid(), signal.SIGTERM)
-            next(iter(DataLoader(Images(), num_workers=1)))
-    except PreemptedError as error:
-        assert asked and str(error).startswith("asked to stop"), error
-    except RuntimeError as error:
-        assert not asked and str(error).startswith("DataLoader worker"), error
-"""
+        return number
+
+
+def start_workers_that_die() -> None:
+    with pytest.raises(PreemptedError, match=r"^asked to stop"), stop_on_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        next(iter(DataLoader(Images(), num_workers=1)))
+    with pytest.raises(RuntimeError, match=r"^DataLoader worker"), stop_on_signals():
+        next(iter(DataLoader(Images(), num_workers=1)))
 
 
 def test_a_worker_that_dies_of_the_signal_while_it_starts_is_no_failure(tmp_path: Path) -> None:
     """Where nobody asked the process to stop, it is."""
-    result = run_script(tmp_path, STARTING)
-    assert result.returncode == 0, result.stderr
+    process = start_fork(start_workers_that_die, tmp_path / "said")
+    process.join(300)
+    assert process.exitcode == 0, (tmp_path / "said/err").read_text()
 
 
 ANYWHERE = """
