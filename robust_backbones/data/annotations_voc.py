@@ -199,7 +199,9 @@ def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tupl
     if problems:
         return {"bbox": box}, problems
     row = {"category_id": numbers[name], "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-    return row | {"difficult": int(difficult)}, []
+    told = {text_in(attribute, "name"): attribute.findtext("value") for attribute in thing.iter("attribute")}
+    angle = {"attributes": {"rotation": number_in(told["rotation"])}} if "rotation" in told else {}  # as CVAT writes it
+    return row | {"difficult": int(difficult)} | angle, []
 
 
 def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use: Use | None = None) -> list[Fault]:

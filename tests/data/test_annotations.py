@@ -736,6 +736,16 @@ def test_an_annotation_that_names_another_image_is_told(tmp_path: Path) -> None:
     assert "its <filename> is of another image, a" in fault.what
 
 
+def test_turned_objects_of_a_voc_set_are_told(tmp_path: Path) -> None:
+    voc(tmp_path)
+    file = tmp_path / "Annotations/b.xml"
+    for value, words in (("0.0", []), ("x", []), ("30.0", ["1 of its 2 objects have a rotation"])):
+        said = f"<attributes><attribute><name>rotation</name><value>{value}</value></attribute></attributes></object>"
+        file.write_text((tmp_path / "Annotations/a.xml").read_text().replace("</object>", said))
+        faults = AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test").check()[0]
+        assert [fault.what.split(" among")[0] for fault in faults] == words
+
+
 def test_a_voc_set_of_difficult_objects_alone_measures_nothing(tmp_path: Path) -> None:
     voc(tmp_path)
     for file in (tmp_path / "Annotations").iterdir():
