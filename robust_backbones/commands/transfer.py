@@ -25,6 +25,7 @@ import tyro
 
 from robust_backbones import cpu
 from robust_backbones.analysis.record_tables import classification_table
+from robust_backbones.analysis.records import RecordedRun
 from robust_backbones.analysis.tables import write_text
 from robust_backbones.classification.config import Execution
 from robust_backbones.commands import cli
@@ -174,13 +175,19 @@ def transfer(options: ProbeOptions | FinetuneOptions) -> int:
 def table(options: TransferTableOptions) -> int:
     if not options.runs:
         raise InputError("give one or more folders of experiments")
-    records: list[RunRecord] = []
+    from robust_backbones.analysis.report import check_complete  # with all that draws
+
+    runs: list[RecordedRun] = []
     for folder in options.runs:
-        found = [RunRecord.read(path) for path in sorted(folder.glob("*/seed_*/record.json"))]
+        paths = sorted(folder.glob("*/seed_*/record.json"))
+        found = [RecordedRun(path.parent, RunRecord.read(path)) for path in paths]
+        if others := [run for run in found if run.record.task != "transfer"]:
+            raise InputError(f"{others[0].folder} is of task {others[0].record.task}, no transfer: leave it out")
         if not found:
             raise InputError(f"no finished trial in {folder}: give the --output of `probe` or `finetune`")
-        records += found
-    text = classification_table(records).to_markdown()
+        runs += found
+    check_complete(runs)
+    text = classification_table([run.record for run in runs]).to_markdown()
     if options.output is None:
         print(text)
         return 0

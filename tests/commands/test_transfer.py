@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,6 +248,23 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert_refused(run(folder, standard, "--batch-size", 33), "lower --batch-size")
     assert_refused(run(folder, standard, "--lrs", 0), "learning rate")
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task": "inheritance"}, "is of task inheritance, no transfer"),
+        ({"config": {}}, "cannot be put into a table"),
+        ({"metrics": {"clean_accuracy": "93"}}, "is not a run record (metrics)"),
+    ],
+)
+def test_a_table_of_a_broken_record_names_it(run_tool: Run, tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    values = {"run_id": "r", "task": "transfer", "backbone": {}, "threat_model": None, "dataset": "d", "seconds": 1.0}
+    values |= {"metrics": {}, "seed": 0, "config": {}, **change}
+    (tmp_path / "net/seed_0").mkdir(parents=True)
+    (tmp_path / "net/seed_0/record.json").write_text(json.dumps(values))
+    result = run_tool("transfer", "table", tmp_path)
+    assert_refused(result, str(tmp_path / "net/seed_0"), words)
 
 
 def test_a_table_of_nothing_is_refused(run_tool: Run, tmp_path: Path) -> None:

@@ -1058,7 +1058,10 @@ def test_the_tool_measures_corruptions_and_detectors(
     cells = [RunRecord.read(path).metrics["accuracy"] for path in (tmp_path / "a/cells").glob("*-*/record.json")]
     assert len(cells) == 4
     assert reference.metrics["mean_accuracy"] == pytest.approx(np.mean([cell or 0.0 for cell in cells]))
-    given = ["inheritance", "corruptions", second, *data, "--reference", tmp_path / "a/record.json"]
+    given = ["inheritance", "corruptions", second, *data, "--reference", tmp_path / "a/cells/clean/record.json"]
+    status, _, err = run_tool(*given, "--output", tmp_path / "b")
+    assert (status, "the reference a/clean has no accuracy under brightness-1" in err) == (2, True)
+    given[-1] = tmp_path / "a/record.json"
     given[4] = negatives(world / "pretraining/val", tmp_path)
     status, _, err = run_tool(*given, "--output", tmp_path / "b")
     assert (status, "other images (it differs in data_fingerprint)" in err) == (2, True)

@@ -173,6 +173,10 @@ def _check_comparable(reference: RunRecord, about: Mapping[str, Any]) -> None:
     held, own = ({name: config.get(name) for name in names} for config in (reference.config, about))
     if different := differences(held, own):
         raise InputError(f"the reference was measured on other images (it differs in {', '.join(different)})")
+    conditions = {f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES}
+    if missing := conditions - _errors(reference.metrics).keys():
+        what = f"the reference {reference.run_id} has no accuracy under {min(missing)}"
+        raise InputError(f"{what}: give the record.json beside the folder cells of another evaluation")
 
 
 def with_own_classifier(detector: Path, pretrained: Checkpoint) -> Checkpoint:
