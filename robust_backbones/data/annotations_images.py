@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -171,7 +171,28 @@ def check_images(
     return faults
 
 
-def files_alike(path: str, listings: Listings) -> list[str]:
+def spell_names(images: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Give rows of images whose file is not there the name of the one that it differs from by case, accents, ``\\`` or
+    %20 alone, or by folders that are not there; the new names. Of several nothing says which one."""
+    listings, found = Listings(), []
+    missing = [row for row in images if "file_name" in row and not os.path.exists(folder / str(row["file_name"]))]
+    for row in missing:
+        name = str(row["file_name"]).replace("\\", "/")
+        alike = _files_alike(str(folder / name), listings)
+        suffix = os.path.splitext(name)[1].casefold()
+        if len(same := [file for file in alike if file.casefold().endswith(suffix)]) == 1:
+            row["file_name"] = os.path.join(os.path.dirname(name), *same)
+            found.append(row["file_name"])
+    used = Counter(os.path.basename(str(row.get("file_name")).replace("\\", "/")) for row in images)
+    for row in missing:
+        name = os.path.basename(str(row["file_name"]).replace("\\", "/"))
+        if used[name] == 1 and os.path.isfile(folder / name) and not os.path.exists(folder / str(row["file_name"])):
+            row["file_name"] = name
+            found.append(name)
+    return found
+
+
+def _files_alike(path: str, listings: Listings) -> list[str]:
     """The files in its folder whose names are a path's but for what ``_plain_stem`` leaves out; of its suffix first."""
     folder, name = os.path.split(path)
     if folder not in listings:
@@ -187,7 +208,7 @@ def _mend_of_missing(path: str, listings: Listings) -> str:
     if "\\" in path:
         return "write / between folders in file_name, not \\"
     folder, name = os.path.split(path)
-    if others := files_alike(path, listings):
+    if others := _files_alike(path, listings):
         return f"its folder has {others[0]!r}: write file_name as the file is called"
     if above := next((place for place in Path(folder).parents if os.path.exists(place / name)), None):
         return f"it is in {above}: give another image folder, or mend file_name"

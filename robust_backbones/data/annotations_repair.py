@@ -23,7 +23,7 @@ from robust_backbones.data.annotations import (
     misfits,
     read_json,
 )
-from robust_backbones.data.annotations_images import Header, Listings, files_alike, read_headers
+from robust_backbones.data.annotations_images import Header, read_headers, spell_names
 from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.data.annotations_values import (
     Row,
@@ -64,7 +64,6 @@ Changes = defaultdict[str, list[Any]]
 _LEFT_OUT = "left out in all"
 _GONE = "images that are missing or cannot be read left out"
 _FLAGS = {"": "0", "unspecified": "0", "false": "0", "true": "1"}
-_SPELLED = "names of files written as the files are called"
 _SIZES, _CLIPPED = "sizes of images corrected", "boxes clipped to their images"
 
 
@@ -128,7 +127,7 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
             row |= new
     categories, ids = _repaired_classes(content["categories"], rename, done)
     images = [row for row in content["images"] if isinstance(row, dict)]
-    _spell_names(images, dataset.images, done)
+    done["names of files written as the files are called"] += spell_names(images, dataset.images)
     paths = [str(dataset.images / str(row.get("file_name"))) for row in images]
     headers, boxes = read_headers(paths), _boxes_by_image(content["annotations"])
     wrong = _wrong_sizes(
@@ -172,26 +171,6 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
     output.mkdir(parents=True)
     with atomic_path(output / dataset.annotations.name) as temporary:  # an indent would make it twice as large
         temporary.write_text(json.dumps(mended))
-
-
-def _spell_names(images: list[Row], folder: Path, done: Changes) -> None:
-    """File names that differ from that of one file by case, accents, ``\\`` or %20 alone, or by folders that are not
-    there, become that."""
-    listings = Listings()
-    missing = [row for row in images if "file_name" in row and not os.path.exists(folder / str(row["file_name"]))]
-    for row in missing:
-        name = str(row["file_name"]).replace("\\", "/")
-        alike = files_alike(str(folder / name), listings)
-        suffix = os.path.splitext(name)[1].casefold()
-        if len(same := [file for file in alike if file.casefold().endswith(suffix)]) == 1:
-            row["file_name"] = os.path.join(os.path.dirname(name), *same)
-            done[_SPELLED].append(row["file_name"])
-    used = Counter(os.path.basename(str(row.get("file_name")).replace("\\", "/")) for row in images)
-    for row in missing:
-        name = os.path.basename(str(row["file_name"]).replace("\\", "/"))
-        if used[name] == 1 and os.path.isfile(folder / name) and not os.path.exists(folder / str(row["file_name"])):
-            row["file_name"] = name
-            done[_SPELLED].append(name)
 
 
 def _boxes_by_image(rows: Iterable[Any]) -> Boxes:
@@ -363,14 +342,12 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Chang
         names = voc_names(listed, annotations)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{listed} cannot be read ({getattr(error, 'strerror', error)}): check the path") from None
-    spelled = [voc_name(name, annotations) for name in names]
-    done["names of the list written without folder and suffix"] += [
-        f"{old}: {new}" for old, new in zip(names, spelled, strict=True) if old != new
-    ]
-    names = spelled
+    lines, names = names, [voc_name(name, annotations) for name in names]
+    spelled = [f"{line}: {name}" for line, name in zip(lines, names, strict=True) if line != name]
+    done["names of the list written without folder and suffix"] += spelled
     if outside := next((name for name in names if os.path.isabs(name) or ".." in Path(name).parts), None):
         raise InputError(f"{listed} names {outside}, which is not in {annotations}: list images by their names there")
-    content, faults = read_voc(dataset.annotations, dataset.split, dataset.classes)
+    content, faults = read_voc(dataset.annotations, dataset.split, dataset.classes, names=names)
     sizes = {row["id"]: (row["width"], row["height"]) for row in content["images"]}
     boxes = _boxes_by_image([*content["annotations"], *content["broken"]])
     twice = Counter(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,9 @@ NO_XML = (OSError, ParseError, ValueError, RecursionError)
 """What reading a file raises that is no XML, or not there."""
 
 
-def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = None) -> tuple[Content, list[Fault]]:
+def read_voc(
+    folder: str | Path, split: str, classes: Iterable[str] | None = None, *, names: Iterable[str] | None = None
+) -> tuple[Content, list[Fault]]:
     """A VOC set's images and objects as COCO's content, and what is wrong with its lists and XML files.
 
     Images have their names as ids, objects ``IMAGE/NUMBER``; boxes count pixels from 0, as Detectron2 reads them. Of a
@@ -29,6 +32,7 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
         folder: Holds Annotations, ImageSets/Main and JPEGImages.
         split: The list in ImageSets/Main.
         classes: The names that objects may have; all where it is None.
+        names: Of the images, in place of those of the list.
 
     Raises:
         FileNotFoundError: the list is not there.
@@ -36,22 +40,20 @@ def read_voc(folder: str | Path, split: str, classes: Iterable[str] | None = Non
     folder = Path(folder)
     listed = folder / f"ImageSets/Main/{split}.txt"
     faults: list[Fault] = []
-    names: dict[str, None] = {}
     try:
-        lines = voc_names(listed, folder / "Annotations")
+        lines = voc_names(listed, folder / "Annotations") if names is None else names
     except UnicodeDecodeError as error:
         lines = []
         faults.append(Fault("error", str(listed), f"is no text in UTF-8 ({error.reason})", "write it anew"))
-    for name in lines:
-        if name in names:
-            faults.append(Fault("error", str(listed), "is listed twice", "leave one of the lines", name))
-        names[name] = None
-    if not names and not faults:
+    counts = Counter(lines)
+    twice = [name for name, count in counts.items() for _ in range(count - 1)]
+    faults += [Fault("error", str(listed), "is listed twice", "leave one of the lines", name) for name in twice]
+    if not counts and not faults:
         faults.append(Fault("error", str(listed), "lists no image", "list one image a line"))
     files = voc_images(folder / "JPEGImages")
     content: Content = {"images": [], "annotations": [], "categories": [], "broken": []}
     numbers = {name: number for number, name in enumerate(classes or (), 1)}
-    for name in names:
+    for name in counts:
         file = folder / f"Annotations/{name}.xml"
         try:
             root = fromstring(file.read_bytes())

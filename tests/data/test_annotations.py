@@ -723,6 +723,11 @@ def test_a_list_of_files_is_written_as_names(tmp_path: Path, line: str) -> None:
     repaired, done = repair(AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test"), Use(), tmp_path / "fixed")
     assert done == ["1 names of the list written without folder and suffix"]
     assert repaired.read() == meant
+    # What is listed so is looked at as the others are: boxes of another layout stay refused.
+    file = tmp_path / "Annotations/b.xml"
+    file.write_text(file.read_text().replace("<xmax>100<", "<xmax>0<"))
+    with pytest.raises(InputError, match="write corners"):
+        repair(AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test"), Use(), tmp_path / "again")
 
 
 def test_an_annotation_that_names_another_image_is_told(tmp_path: Path) -> None:
