@@ -33,9 +33,11 @@ _OF_TIMM: _Allowed = {
 }
 # What timm, torchvision and others call that which no tensor of a ResNet shows.
 _OF_RESNETS: _Allowed = {
-    "bn_eps": (None, 1e-5),
+    **dict.fromkeys(("bn_eps", "bn_epsilon", "batch_norm_eps", "batch_norm_epsilon"), (None, 1e-5)),
     "bn_tf": (None, False),
     "output_stride": (None, 32),
+    "last_stride": (None, 2),
+    **dict.fromkeys(("remove_first_maxpool", "remove_maxpool"), (None, False)),
     **dict.fromkeys(("act_layer", "activation_layer", "act_fn", "nonlinearity", "hidden_act"), (None, "relu", "ReLU")),
     # It may be that of the last layer.
     "activation": (None, "", "relu", "ReLU", "none", "identity", "linear", "sigmoid", "softmax", "softmax2d"),

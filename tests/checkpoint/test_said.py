@@ -94,6 +94,9 @@ def test_other_names_of_the_same_network_are_known(tmp_path: Path, tensors: Tens
         {"cfg": {"stages": [{"activation": "silu"}]}},
         {"act_layer": "silu"},
         {"args": argparse.Namespace(dilation=True)},  # DETR's
+        {"cfg": {"MODEL": {"last_stride": 1}}},
+        {"hparams": {"batch_norm_epsilon": 1e-3}},
+        {"hyper_parameters": {"remove_first_maxpool": True}},
         {"arch": "se_resnet18"},
         {"args": argparse.Namespace(model="skresnet18")},
         {"meta": {"config": "backbone=dict(type='ResNet', dilations=(1, 1, 2, 4))"}},
