@@ -107,7 +107,7 @@ def test_fast_is_one_step_from_a_random_start(network: NormalizedModel, images: 
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("threat_model", [LINF, L2], ids=str)
+@pytest.mark.parametrize("threat_model", [pytest.param(LINF, marks=pytest.mark.slow), L2], ids=str)
 def test_free_updates_weights_and_perturbation_with_one_gradient(
     network: NormalizedModel, images: Tensor, labels: Tensor, threat_model: ThreatModel
 ) -> None:

@@ -341,7 +341,7 @@ def test_a_targeted_attack_lowers_the_targets_loss(
     threat_model = ThreatModel("Linf", 16 / 255)
     attack = DetectorAttack(threat_model=threat_model, loss="classification", target=target, target_seed=1)
     targets = attack.target_classes(4)
-    for sample in samples:
+    for sample in samples[:2]:
         attacked = attack_image(detector, sample, attack, seed=5)
         assert attacked.loss > attacked.clean_loss
         aimed = copy.deepcopy(sample["instances"])

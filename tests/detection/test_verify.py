@@ -57,6 +57,7 @@ def test_every_format_is_proven_on_a_photograph_too(
     assert len(errors) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_features_are_equal_on_a_real_photograph(torchvision_file: Maker, converted: Maker, real_data: Path) -> None:
     photograph = min((real_data / "detectron2/VOC2007/JPEGImages").iterdir())
