@@ -1,9 +1,8 @@
 """The whole path: on real images in a short form, and `make demo` in full."""
 
+import importlib
 import json
 import os
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -12,20 +11,30 @@ from pathlib import Path
 import pytest
 
 from robust_backbones.runs.record import RunRecord
-from tests.conftest import ROOT
+from tests.conftest import call_verb, start_fork
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: tools/install_detectron2.py")
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import builtin
 
 RunTool = Callable[..., tuple[int, str, str]]
 
 
-def run(*command: object, data: Path | None = None) -> str:
-    environment = {**os.environ} if data is None else {**os.environ, "DETECTRON2_DATASETS": str(data)}
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return result.stdout
+def train(data: Path, output: Path, *arguments: object) -> str:
+    """What the command prints in a fork, where Detectron2's own data sets are those of the folder ``data``."""
+
+    def run() -> None:
+        os.environ["DETECTRON2_DATASETS"] = str(data)
+        DatasetCatalog.clear()
+        MetadataCatalog.clear()
+        importlib.reload(builtin)  # it looks for them when it is imported
+        call_verb("train", *arguments)
+
+    process = start_fork(run, output)
+    process.join()
+    assert process.exitcode == 0, "".join((output / name).read_text()[-3000:] for name in ("out", "err"))
+    return (output / "out").read_text()
 
 
 @pytest.mark.slow
@@ -82,10 +91,7 @@ def a_little(data: Path, root: Path, count: int) -> Path:
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_real_images_from_pixels_to_average_precision(real_data: Path, tmp_path: Path, run_tool: RunTool) -> None:
-    """Twelve images of five classes of Tiny-ImageNet, then a little of VOC2007 and COCO, by the project's commands.
-
-    The detectors have processes of their own: Detectron2 looks for its data sets when it is imported.
-    """
+    """Twelve images of five classes of Tiny-ImageNet, then a little of VOC2007 and COCO, by the project's commands."""
     data = tmp_path / "tiny-imagenet-5"
     extract(real_data / "tiny_imagenet_100.tar.gz", data, 5, {"train": 12, "val": 6})
     for name, threat_model in (("standard", "L2:0"), ("robust", "L2:3")):
@@ -105,13 +111,13 @@ def test_real_images_from_pixels_to_average_precision(real_data: Path, tmp_path:
         ("faster_rcnn_R_50_FPN_voc_instant", "standard", "bbox"),
         ("mask_rcnn_R_50_FPN_coco_instant", "robust", "segm"),
     ):
-        command = ["tools/train_net.py", "--config-file", f"detectron_configs/quick/{config}.yaml"]
-        command += ["--config-file", "detectron_configs/architectures/resnet18.yaml"]
+        command: list[object] = ["--config-file", f"quick/{config}.yaml"]
+        command += ["--config-file", "architectures/resnet18.yaml"]
         command += ["SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()", "SOLVER.IMS_PER_BATCH", 2]
         command += ["INPUT.MIN_SIZE_TRAIN", "(128,)", "INPUT.MIN_SIZE_TEST", 128, "TEST.DETECTIONS_PER_IMAGE", 10]
         command += ["MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ROI_BOX_HEAD.FC_DIM", 128, "TEST.VISUALIZE", 0]
         command += ["MODEL.WEIGHTS", tmp_path / f"{backbone}.pkl", "OUTPUT_DIR", tmp_path / config]
-        out = run(*command, data=detection)
+        out = train(detection, tmp_path / f"{config} says", *command)
         assert "backbone: 100 of 100 tensors filled" in out
         record = RunRecord.read(tmp_path / config / "record.json")
         assert record.threat_model == ("L2:3" if backbone == "robust" else "L2:0")
