@@ -304,7 +304,8 @@ def test_conversions_stay_here(slurm: Path, tmp_path: Path) -> None:
     plan = stubs(tmp_path, {"a": "go", "b": "go"}, {"b": ("a",)})
     plan = replace(plan, runs=(replace(plan.runs[0], kind="convert"), plan.runs[1]))
     plan.write()
-    assert launch(plan, ClusterExecutor(plan, ClusterConfig("slurm", processes=1)), say=lambda text: None) == 0
+    executor = ClusterExecutor(plan, ClusterConfig("slurm", processes=1))
+    assert launch(plan, executor, say=lambda text: None, pause=0.2) == 0
     assert ledger(plan) == ["start a", "start b"]
     assert len(list(slurm.glob("*.sh"))) == 1
 
@@ -315,7 +316,7 @@ def test_a_launcher_finds_the_jobs_of_the_one_before(slurm: Path, tmp_path: Path
     asked: list[bool] = []
     threading.Thread(target=lambda: (wait_until(lambda: "wait a" in ledger(plan)), asked.append(True))).start()
     said: list[str] = []
-    assert launch(plan, ClusterExecutor(plan, cluster), stop=lambda: bool(asked), say=said.append) == 75
+    assert launch(plan, ClusterExecutor(plan, cluster), stop=lambda: bool(asked), say=said.append, pause=0.2) == 75
     assert plan.states() == {"a": "running"}  # the job is the cluster's, and stays there
     (slurm / "100.state").write_text("RUNNING")
     begun = ClusterExecutor(plan, cluster).running()
@@ -335,7 +336,7 @@ def test_a_lost_job_is_submitted_again(slurm: Path, tmp_path: Path) -> None:
     (slurm / "sbatch").write_text(text.replace("subprocess.Popen(", "number > 100 and subprocess.Popen("))
     (slurm / "100.state").write_text("CANCELLED")
     said: list[str] = []
-    assert launch(plan, ClusterExecutor(plan, ClusterConfig("slurm", processes=1)), say=said.append) == 0
+    assert launch(plan, ClusterExecutor(plan, ClusterConfig("slurm", processes=1)), say=said.append, pause=0.2) == 0
     assert said.count("started: a") == 2
     assert ledger(plan) == ["start a"]
 
