@@ -285,18 +285,24 @@ def _faults_of_masks(
             is_error = severity == "error" or (what != FLAT and use.training and not row.get("iscrowd"))
             kind = "" if is_error else "objects without a usable mask"
             yield _fault(file, "annotations", place, row, what, mend, kind)
-    for index in np.flatnonzero(misfits(masks, boxes)):
+    for index in np.flatnonzero(_misfits(masks, boxes)):
         what, mend = "its mask and its box share less than half of what both cover", "write both in pixels of the image"
         yield _fault(file, "annotations", *rows[index], what, mend, "masks that do not fit their boxes")
 
 
-def misfits(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _misfits(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which masks without a problem share less than half with their boxes, of those that have an area."""
+    found: NDArray[np.bool_] = (boxes[:, 2:] > 0).all(1) & (overlaps(masks, boxes) < 0.5)
+    return found
+
+
+def overlaps(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Intersection over union of boxes and of those around masks without a problem; NaN where there is no mask."""
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     lowest, highest = np.array([*map(mask_extent, masks)]).reshape(-1, 2, 2).transpose(1, 0, 2)
     shared = (np.minimum(high, highest) - np.maximum(low, lowest)).clip(0).prod(1)
     both = (highest - lowest).prod(1) + (high - low).prod(1) - shared
-    found: NDArray[np.bool_] = (high > low).all(1) & (shared < 0.5 * both)
+    found: NDArray[np.float64] = shared / both.clip(1e-9)
     return found
 
 
@@ -344,7 +350,7 @@ def _faults_of_most(
     if len(seen) < 10:
         return
     masks = [row["segmentation"] for row in seen]
-    odd = int(misfits(masks, np.array([row["bbox"] for row in seen], np.float64)).sum())
+    odd = int(_misfits(masks, np.array([row["bbox"] for row in seen], np.float64)).sum())
     if not use.masks and odd > len(seen) / 2:  # with masks each is told
         what = f"{odd} of {len(seen)} boxes looked at share less than half with their masks"
         yield warn(what, "write both in pixels of the image", kind="files of masks that do not fit their boxes")

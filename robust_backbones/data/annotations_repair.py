@@ -20,7 +20,7 @@ from robust_backbones.data.annotations import (
     Use,
     check_coco,
     guess_of_boxes,
-    misfits,
+    overlaps,
     read_json,
 )
 from robust_backbones.data.annotations_images import Header, read_headers, spell_names
@@ -298,7 +298,9 @@ def _repaired(row: Row, size: Size | None, use: Use, ids: Mapping[Any, Any], don
     problem = mask_problem(mask, *size)
     if problem and isinstance(mask, dict) and mask.get("size") == [*size] and is_box(box):
         turned = {**mask, "size": [size[1], size[0]]}
-        if not mask_problem(turned, *size) and not misfits([turned], np.array([box], np.float64)).any():
+        # Else it is the mask of the image turned, which lies in the box turned.
+        found = overlaps([turned, mask], np.array([box, [*box[1::-1], *box[:1:-1]]], np.float64))
+        if not mask_problem(turned, *size) and found[0] >= 0.5 and found[0] > found[1]:
             row["segmentation"], mask, problem = turned, turned, None
             done["run lengths whose size was (width, height)"].append(row["id"])
     if not problem and not (is_box(box) and all(box[2:])):

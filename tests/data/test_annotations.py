@@ -456,6 +456,18 @@ def test_sides_of_run_lengths_in_another_order_are_put_in_order_where_the_box_sa
     assert done == ["1 run lengths whose size was (width, height)", "1 masks filled in from boxes"]
 
 
+@pytest.mark.parametrize("box", [[0, 0, 60, 40], [5, 5, 0, 0]])
+def test_run_lengths_of_a_turned_image_are_not_taken_for_others(tmp_path: Path, images: Path, box: list[int]) -> None:
+    """Read by the other size they are scattered over a large box, and an empty box says nothing of either."""
+    content = sound()
+    mask = np.zeros((40, 60), np.uint8, order="F")
+    mask[::39], mask[:, ::59], mask[5:9, 5:50] = 1, 1, 1
+    runs = mask_tools.encode(np.asfortranarray(mask.T))
+    content["annotations"][0] |= {"bbox": box, "segmentation": {"size": [60, 40], "counts": runs["counts"].decode()}}
+    _, done = repair(coco_set(tmp_path, images, content), Use(masks=True), tmp_path / "fixed")
+    assert not [line for line in done if "run lengths" in line]
+
+
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("area", [None, "x", math.nan, -1, 0.001, 1e9])
 def test_an_area_is_that_of_the_mask(tmp_path: Path, images: Path, masks: bool, area: Any) -> None:
