@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from robust_backbones.checkpoint.untrusted import METADATA, Options
+from torch import Tensor
+
+from robust_backbones.checkpoint.untrusted import METADATA, Inert, Options
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, is_foreign, is_number, is_triple, usual_spec
 from robust_backbones.timm_models import norm_and_heads
@@ -20,7 +22,9 @@ _OPTION_KEYS = (
     *("normalize", "transform"),
 )
 """Of a file's entries: how the training was run, as a dictionary or an ``argparse.Namespace``."""
-_OF_OTHERS = re.compile("(?i)head|decod|class|proj|loss|aux|teacher|target|optim|sched")
+_OF_OTHERS = re.compile(
+    "(?i)head|decod|class|proj|loss|aux|teacher|target|optim|sched|(?<!con)text|lang|bert|transformer|mlp"
+)
 """Names of options that are not those of the network."""
 _NORMALIZES = re.compile("(no_|without_)?(do_|use_)?normali[sz](e|ation)(_(inputs?|images?))?")
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
@@ -38,9 +42,12 @@ _OF_RESNETS: _Allowed = {
     "output_stride": (None, 32),
     "last_stride": (None, 2),
     **dict.fromkeys(("remove_first_maxpool", "remove_maxpool"), (None, False)),
-    **dict.fromkeys(("act_layer", "activation_layer", "act_fn", "nonlinearity", "hidden_act"), (None, "relu", "ReLU")),
+    **dict.fromkeys(("act_layer", "activation_layer", "act_fn", "nonlinearity", "hidden_act"), (None, "relu")),
     # It may be that of the last layer.
-    "activation": (None, "", "relu", "ReLU", "none", "identity", "linear", "sigmoid", "softmax", "softmax2d"),
+    "activation": (
+        *(None, "", "relu", "none", "identity", "linear", "tanh", "sigmoid"),
+        *("softmax", "softmax2d", "logsoftmax", "log_softmax"),
+    ),
     "aa_layer": (None, ""),
     "dilated": (None, False),
     "replace_stride_with_dilation": (None, [False] * 3, (False,) * 3),
@@ -179,7 +186,7 @@ class Description:
         for where, fields, allowed in self._settings(arch):
             for name in fields:
                 values = allowed.get(name, ())
-                if values is not None and fields[name] not in values:
+                if values is not None and not _is_among(fields[name], values):
                     raise InputError(
                         f"{where} says that its {name} is {fields[name]!r}, which gives other features than {arch}'s: "
                         "it cannot be read as one"
@@ -205,7 +212,9 @@ class Description:
         for options in self._options:
             if options.get("dilation") is True:
                 yield "an option of its training", {"dilation": True}, {}
-            yield "an option of its training", {k: options[k] for k in of_options if k in options}, of_options
+            said = {k: options[k] for k in of_options if k in options}
+            known = {k: v for k, v in said.items() if not isinstance(v, Inert) and v is not Inert}
+            yield "an option of its training", known, of_options
         asked = _OF_TRANSFORMERS.get(self.config.get("model_type", ""), {})
         yield "config.json", {k: self.config[k] for k in asked if k in self.config}, asked
 
@@ -268,6 +277,13 @@ def _options_in(value: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
         parts = [part for name, part in value.items() if not _OF_OTHERS.search(str(name))]
     for part in parts:
         yield from _options_in(part, seen)
+
+
+def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether a setting has one of these values, a text however it is written: ``nn.ReLU``, ``{"type": "ReLU"}``."""
+    value = value.tolist() if isinstance(value, Tensor) else value
+    words = re.findall(r"\w+", str(value).lower())
+    return value in values or any(isinstance(one, str) and one in words for one in values)
 
 
 def _differs(said: str, arch: str, *, exact: bool) -> bool:

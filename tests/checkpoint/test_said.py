@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -92,6 +93,8 @@ def test_other_names_of_the_same_network_are_known(tmp_path: Path, tensors: Tens
         {"model_config": {"aa_layer": "blur"}},
         {"hyper_parameters": {"model": {"kwargs": argparse.Namespace(output_stride=16)}}},
         {"cfg": {"stages": [{"activation": "silu"}]}},
+        {"cfg": {"activation": "nn.LeakyReLU", "context": {}}},
+        {"cfg": {"context": {"activation": {"type": "GELU"}}}},
         {"act_layer": "silu"},
         {"args": argparse.Namespace(dilation=True)},  # DETR's
         {"cfg": {"MODEL": {"last_stride": 1}}},
@@ -107,7 +110,16 @@ def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors
     usual = argparse.Namespace(bn_eps=None, output_stride=32, act_layer="relu", replace_stride_with_dilation=None)
     usual.head, usual.activation = {"activation": "gelu"}, "sigmoid"  # of what comes after the network
     meta = {"config": "dict(type='ResNet', dilations=(1, 1, 1, 1), block_dilations=[2, 4])"}
-    torch.save({"state_dict": tensors, "arch": "my resnet", "args": usual, "meta": meta}, path)
+    own = {
+        "activation": torch.nn.ReLU,
+        "act_fn": "nn.ReLU",
+        "text": {"hidden_act": "gelu"},
+        "mlp": {"activation": "gelu"},
+    }
+    own |= {"cfg": [{"activation": one} for one in ("RELU", {"type": "ReLU"}, torch.nn.ReLU(), "log_softmax", "tanh")]}
+    own |= {"replace_stride_with_dilation": np.zeros(3, bool)}
+    content = {"state_dict": tensors, "arch": "my resnet", "args": usual, "meta": meta, "hyper_parameters": own}
+    torch.save(content, path)
     read_checkpoint(path, statement=STATED)
     torch.save({"state_dict": tensors, **entries}, path)
     with pytest.raises(InputError, match="other features"):
