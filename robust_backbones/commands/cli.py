@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import os
 import re
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,8 +45,29 @@ def parse(options_type: Any, arguments: Sequence[str], *, description: str | Non
     ``default`` holds the values of the options that are not given, where they are not the dataclass's own.
     """
     defaults = {} if default is None else {"default": default}
-    with _registry:
-        return tyro.cli(options_type, args=list(arguments), description=description, **defaults)
+    help_text = _Help()
+    try:
+        with _registry, contextlib.redirect_stdout(help_text):
+            return tyro.cli(options_type, args=list(arguments), description=description, **defaults)
+    finally:
+        sys.stdout.write(_wrapped(help_text.getvalue()))
+
+
+class _Help(io.StringIO):
+    """What tyro prints, which looks at standard output for colours and for the letters that boxes are drawn with."""
+
+    encoding = property(lambda self: getattr(sys.__stdout__, "encoding", None))
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
+
+
+def _wrapped(help_text: str) -> str:
+    """``help_text`` with the paragraphs, which tyro makes one line each, and the blank lines, which it doubles."""
+    lines = re.sub(r"\n{3,}", "\n\n", help_text).split("\n")
+    prose = [line[:1] not in (" ", "\x1b", "│", "╭", "╰") and not line.startswith("usage: ") for line in lines]
+    wrap = textwrap.TextWrapper(120, break_on_hyphens=False).fill
+    return "\n".join(wrap(line) if is_prose else line for line, is_prose in zip(lines, prose, strict=True))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

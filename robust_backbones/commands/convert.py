@@ -112,7 +112,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--push", metavar="USER/NAME", help="upload DST, a folder of --to timm, to the Hugging Face hub"
     )
     parser.add_argument("--private", action="store_true", help="to a private repository")
-    parser.add_argument("--source", choices=SOURCES, default="", help="layout of SRC, instead of what its keys tell")
+    parser.add_argument(
+        "--source",
+        choices=SOURCES,
+        metavar="LAYOUT",
+        default="",
+        help=f"layout of SRC, instead of what its keys tell: {', '.join(SOURCES)}",
+    )
     parser.add_argument("--key", help="which of several networks in SRC: its key, as in teacher or state.model")
     parser.add_argument("--prefix", help="which of several networks in SRC: what its tensors' names begin with")
     parser.add_argument(

@@ -8,7 +8,6 @@ Examples:
         --cluster.executor slurm --cluster.nodes 2 --cluster.partition gpu
     robust-backbones pretrain --arch convnext_tiny --start-from clean.safetensors --threat-model Linf:4/255 --epochs 5 \
         --data imagenet --output runs/convnext_tiny_linf4
-
     robust-backbones pretrain --recipe robust_fine_tuning --arch convnext_tiny --start-from clean.safetensors \
         --data imagenet --output runs/convnext_tiny_tuned
 

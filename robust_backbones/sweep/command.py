@@ -12,13 +12,12 @@ Examples:
 
 A manifest says what is compared; studies/ has those of the paper. `setup` checks everything that it names, says what
 the seeds can find (a primary comparison with less than 80 % power is refused), and writes the plan; `launch` does so
-too, and starts every run that is not done: one after the other (here), several at once (local), or as jobs of a cluster
-(slurm). A run's folder is named by its settings and weights: a changed setting is another run, a finished run is never
-run again, and one that failed or was interrupted is resumed at the next launch. Two launches of one study are kept
-apart. With `--minutes`, a launch starts only what ends in time; `pack` and `unpack` take the study to another machine.
-Exit status: 0 done, 1 runs failed, 2 bad input, 75 stopped by a signal or out of time (the runs have written their
-states).
---debug shows tracebacks.
+too, and starts every run that is not done: one after the other (here), several at once (local), or as jobs (slurm). A
+run's folder is named by its settings and weights: a changed setting is another run, a finished run is never run again,
+and one that failed or was interrupted is resumed at the next launch. Two launches of one study are kept apart. With
+`--minutes`, a launch starts only what ends in time; `pack` and `unpack` take the study to another machine. Exit status:
+0 done, 1 runs failed, 2 bad input, 75 stopped by a signal or out of time (the runs have written their states).
+`--debug` shows tracebacks.
 """
 
 import math

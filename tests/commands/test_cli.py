@@ -313,6 +313,8 @@ def test_help_of_every_verb_has_an_example(
     assert out.startswith(f"usage: robust-backbones {verb} ")
     assert "Example" in out
     assert f"robust-backbones {verb} " in out.split("Example", 1)[1]
+    assert "\n\n\n" not in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith(" " * 16)) <= 120
 
 
 def test_every_verb_is_listed() -> None:
