@@ -62,11 +62,14 @@ def main(arguments: list[str]) -> int:
             folder = options.fix if len(options.sets) == 1 else options.fix / place
             repaired, done = repair(dataset, use, folder, rename)
             print(f"repaired copy in {folder}: " + ("; ".join(done) or "nothing had to be changed"))
-            faults = [fault for fault in repaired.check(use)[0] if fault.severity == "error"]
-            if left := len(faults):
-                print(f"left there, for a decision of yours: {plural(left, 'error')}, the first: {faults[0]}")
-            else:
+            kept = repaired.check(use)[0]
+            faults = [fault for fault in kept if fault.severity == "error"] or kept
+            left = sum(fault.severity == "error" for fault in faults)
+            if not left:
                 print("the copy was checked: no error is left there")
+            if faults:
+                what = plural(len(faults), faults[0].severity)
+                print(f"left there, for a decision of yours: {what}, the first: {faults[0]}")
         errors += left
     return 1 if errors else 0
 

@@ -863,6 +863,20 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     assert run_tool("check-data", where, "--fix", tmp_path / "fixed")[0] == 2
 
 
+def test_fix_says_which_warnings_are_left(tmp_path: Path, images: Path, run_tool: Run) -> None:
+    """Two spellings of a class are two classes in training: what repairs nothing of them has to say so last."""
+    content = sound()
+    content["categories"][1]["name"] = "Cat"
+    coco_set(tmp_path, images, content)
+    where = f"{tmp_path / 'truth.json'}:{images}"
+    status, out, _ = run_tool("check-data", where, "--fix", tmp_path / "fixed")
+    assert status == 0
+    assert "no error is left there" in out
+    last = out.splitlines()[-1]
+    assert "1 warning, the first: " in last
+    assert '"Cat" is "cat" but for case' in last
+
+
 @pytest.mark.parametrize("spoil", [lambda row: row.pop("id"), lambda row: row.update(id=row["id"] % 10)])
 def test_annotations_are_numbered_anew(tmp_path: Path, images: Path, spoil: Callable[[Any], Any]) -> None:
     """Files of images put together count from 0 in each: no object is lost."""
