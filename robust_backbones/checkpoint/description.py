@@ -23,7 +23,7 @@ _OPTION_KEYS = (
 )
 """Of a file's entries: how the training was run, as a dictionary or an ``argparse.Namespace``."""
 _OF_OTHERS = re.compile(
-    "(?i)head|decod|class|proj|loss|aux|teacher|target|optim|sched|(?<!con)text|lang|bert|transformer|mlp"
+    "(?i)head|decod|class|proj|loss|aux|teacher|target|optim|sched|noise|(?<!con)text|lang|bert|transformer|mlp"
 )
 """Names of options that are not those of the network."""
 _NORMALIZES = re.compile("(no_|without_)?(do_|use_)?normali[sz](e|ation)(_(inputs?|images?))?")

@@ -117,7 +117,7 @@ def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors
         "mlp": {"activation": "gelu"},
     }
     own |= {"cfg": [{"activation": one} for one in ("RELU", {"type": "ReLU"}, torch.nn.ReLU(), "log_softmax", "tanh")]}
-    own |= {"replace_stride_with_dilation": np.zeros(3, bool)}
+    own |= {"replace_stride_with_dilation": np.zeros(3, bool), "noise": {"mean": [0.0] * 3, "std": [0.1] * 3}}
     content = {"state_dict": tensors, "arch": "my resnet", "args": usual, "meta": meta, "hyper_parameters": own}
     torch.save(content, path)
     read_checkpoint(path, statement=STATED)
