@@ -184,12 +184,13 @@ def _faults_of_sets(file: str, content: Content, sound: Rows) -> Iterator[Fault]
     unique = {"categories": ("id", "name"), "images": ("id", "file_name"), "annotations": ("id",)}
     for name, key in [(name, key) for name, keys in unique.items() for key in keys]:
         mend = "number them anew, as check-data --fix does" if name == "annotations" else "leave or rename one of them"
+        kind = "images of the same file" if key == "file_name" else ""
         seen: set[Any] = set()
         for place, row in sound[name]:
             value = os.path.normpath(row[key]) if key == "file_name" else row[key]
             if value in seen:
                 what = f"{key} {short(row[key])} is that of another row of {name} too"
-                yield _fault(file, name, place, row, what, mend, "images of the same file" * (key == "file_name"))
+                yield _fault(file, name, place, row, what, mend, kind)
             seen.add(value)
     names: dict[str, str] = {}
     for place, row in sound["categories"]:
