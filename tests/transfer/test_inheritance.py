@@ -725,6 +725,26 @@ def test_a_table_is_of_one_setting_and_of_whole_records(
         read_matrices([done, tmp_path])
 
 
+def test_methods_with_settings_of_their_own_stand_in_one_table(done: Path, tmp_path: Path) -> None:
+    """Their networks are measured alike before."""
+
+    def copy(changes: dict[str, Any]) -> None:
+        for name in ("pretrained/record.json", "distances/record.json"):
+            values = json.loads((done / "start" / name).read_text())
+            write_json(tmp_path / "start" / name, {**values, "config": {**values["config"], **changes}})
+        for path in (done / "start/fine_tuning").rglob("record.json"):
+            values = json.loads(path.read_text())
+            values["config"] |= {**changes, "method": "tuned"}
+            write_json(tmp_path / "start/tuned" / path.relative_to(done / "start/fine_tuning"), values)
+
+    copy({"lr": 0.5})
+    found = {one.method: one.mean_robustness_improvement for one in read_matrices([done, tmp_path])}
+    assert found["tuned"] == found["fine_tuning"]
+    copy({"limit": 7})
+    with pytest.raises(InputError, match="differ in limit"):
+        read_matrices([done, tmp_path])
+
+
 def test_the_protocol_measures_what_its_networks_do(world: Path, start: Checkpoint, done: Path) -> None:
     """Endpoints of WiSE-FT are the networks that others are; every accuracy is that of the network that was written."""
     one = {matrix.method: matrix for matrix in read_matrices([done])}

@@ -76,15 +76,19 @@ class Matrix:
         return self.after[target][name] - self.before[name]
 
 
+_MEASURED = ("image_size", "val_resize", "interpolation", "precision", "limit", "data_seed")
+"""The settings by which a network is measured before it is fine-tuned."""
+
+
 def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
     """The matrices of finished cells in outputs of ``run_protocol``, by label, method and seed.
 
     Raises:
         InputError: there is no output, or one without its ``pretrained`` cell; two have the same cells, or one label
-            and other settings; a record lacks something.
+            and method and other settings; a record lacks something.
     """
     matrices: list[Matrix] = []
-    known: dict[str, tuple[Path, dict[str, Any]]] = {}
+    known: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     for folder in folders:
         found = sorted(Path(folder).glob(f"*/{PRETRAINED}/record.json"))
         if not found:
@@ -97,7 +101,9 @@ def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
                 if not all(isinstance(record.config.get(key), str) for key in ("method", "target")):
                     raise InputError(f"{place} says no method and target: remove it, or make its run again")
                 settings = {**setting(record), "weights": record.backbone.get("source_sha256")}
-                other, held = known.setdefault(own.name, (place, settings))
+                if not record.config["target"]:  # before fine-tuning; methods may each have settings of their own
+                    settings = {name: settings[name] for name in ("weights", *_MEASURED) if name in settings}
+                other, held = known.setdefault((own.name, record.config["method"]), (place, settings))
                 if names := differences(held, settings):
                     told = f"{other} and {place} are both called {own.name}, and differ in {', '.join(names)}"
                     raise InputError(f"{told}: make a table of each")
