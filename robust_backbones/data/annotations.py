@@ -121,7 +121,8 @@ def read_json(file: str | Path) -> tuple[Content, list[Fault]]:
         raise
     except (OSError, ValueError, RecursionError) as error:
         told = " ".join(str(error).split())[:200]
-        return {}, [Fault("error", str(file), f"cannot be read ({type(error).__name__}: {told})", _WRITE_COCO)]
+        mend = "copy or export it again, it may be cut off" if isinstance(error, json.JSONDecodeError) else _WRITE_COCO
+        return {}, [Fault("error", str(file), f"cannot be read ({type(error).__name__}: {told})", mend)]
     if twice:
         what, mend = f"has the key {short(twice[0])} twice in one object", "leave one: of two, programs read the last"
         return {}, [Fault("error", str(file), what, mend)]
@@ -132,6 +133,8 @@ def read_json(file: str | Path) -> tuple[Content, list[Fault]]:
         for name in _KEYS
         if not isinstance(content.get(name), list)
     ]
+    if content.get("categories") == [] and content.get("annotations"):
+        faults.append(Fault("error", str(file), "has no classes", "list each with its id and name under categories"))
     return ({} if faults else content), faults
 
 

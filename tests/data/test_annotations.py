@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from robust_backbones.data import annotations_images
-from robust_backbones.data.annotations import MISSING, Fault, Use, check_coco
+from robust_backbones.data.annotations import MISSING, Fault, Use, check_coco, read_json
 from robust_backbones.data.annotations_images import check_images, read_header
 from robust_backbones.data.annotations_repair import repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
@@ -520,6 +521,21 @@ def test_an_object_that_is_there_twice_is_counted_as_missed_by_ap() -> None:
         precision = evaluation.eval["precision"][:, :, 0, 0, 2]
         aps.append(float(precision.mean()))
     assert aps == [1.0, pytest.approx(91 / 101)]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (json.dumps({"images": [], "annotations": [{"category_id": 1}] * 40, "categories": []}), "has no classes"),
+        ('{"images": [], "annotations": [{"id": 1, ', "cannot be read .* copy or export it again"),
+    ],
+)
+def test_a_file_as_a_whole_has_one_fault(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    content, faults = read_json(tmp_path / "a.json")
+    assert content == {}
+    assert len(faults) == 1
+    assert re.search(words, str(faults[0]))
 
 
 TWICE = '{"images": [1], "images": [], "annotations": [], "categories": []}'
