@@ -66,8 +66,7 @@ class RunRecord:
             TypeError, ValueError: it is no record, as files that were edited by hand.
         """
         record = cls(**{"git_commit": None, "versions": {}, **content})
-        kinds = get_type_hints(cls)
-        if wrong := [name for name, kind in kinds.items() if not _is_of(kind, getattr(record, name))]:
+        if wrong := [name for name, kind in _KINDS.items() if not _is_of(kind, getattr(record, name))]:
             raise ValueError(", ".join(wrong))
         return record
 
@@ -79,6 +78,10 @@ class RunRecord:
             raise InputError(f"no record at {path}: the run has not finished") from None
         except (ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} is not a run record ({error}): remove it, or make its run again") from None
+
+
+_KINDS = get_type_hints(RunRecord)
+"""The fields' types. Looked at once: to find them Python runs the annotations, which nobody's record is to set off."""
 
 
 def _is_of(kind: Any, value: Any) -> bool:
