@@ -6,10 +6,15 @@ import glob
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import get_ident
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What it raises to read JSON that is damaged, or of something else."""
 
 
 @contextmanager
@@ -78,3 +83,23 @@ def write_json(path: Path, value: object, *, new: bool = False) -> None:
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_types(made: object, types: Mapping[str, Any]) -> None:
+    """Raise ValueError with the names of the fields of ``made``, as JSON said them, that are of other types."""
+    if wrong := [name for name, kind in types.items() if not _is_of(kind, getattr(made, name))]:
+        raise ValueError(", ".join(wrong))
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value of JSON is of the type that a field is annotated with."""
+    parts = get_args(kind)
+    if isinstance(kind, UnionType):
+        return any(_is_of(part, value) for part in parts)
+    if get_origin(kind) is tuple:  # tuple[..., ...]
+        return isinstance(value, tuple) and all(_is_of(parts[0], item) for item in value)
+    if parts:  # dict[str, ...]
+        return isinstance(value, dict) and all(_is_of(parts[1], item) for item in value.values())
+    if isinstance(value, int | float) and kind in (int, float):  # larger ones are no float, or no seed
+        return isinstance(value, kind | int) and not abs(value) >= 2**64
+    return kind is Any or isinstance(value, kind)

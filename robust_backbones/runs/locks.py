@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import write_json
+from robust_backbones.runs.files import DAMAGED, check_types, write_json
 
 STALE_SECONDS = 600.0
 """Silence after which an owner on another machine, where nobody can look for its process, counts as dead."""
@@ -39,6 +40,9 @@ class Owner:
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} since {self.since}"
+
+
+_TYPES = get_type_hints(Owner)
 
 
 class HeldError(InputError):
@@ -136,10 +140,12 @@ def _is_open(descriptor: int, path: Path) -> bool:
 
 def _read(path: Path) -> Owner | None:
     try:
-        return Owner(**json.loads(path.read_text()))
+        owner = Owner(**json.loads(path.read_text()))
+        check_types(owner, _TYPES)
+        return owner
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
+    except DAMAGED:
         raise InputError(f"{path} is no lock of ours: remove it when nothing is at work there") from None
 
 

@@ -8,11 +8,10 @@ import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import write_json
+from robust_backbones.runs.files import DAMAGED, check_types, write_json
 
 _PACKAGES = (
     "torch",
@@ -66,8 +65,7 @@ class RunRecord:
             TypeError, ValueError: it is no record, as files that were edited by hand.
         """
         record = cls(**{"git_commit": None, "versions": {}, **content})
-        if wrong := [name for name, kind in _KINDS.items() if not _is_of(kind, getattr(record, name))]:
-            raise ValueError(", ".join(wrong))
+        check_types(record, _TYPES)
         return record
 
     @classmethod
@@ -76,24 +74,12 @@ class RunRecord:
             return cls.of(json.loads(path.read_text()))
         except FileNotFoundError:
             raise InputError(f"no record at {path}: the run has not finished") from None
-        except (ValueError, TypeError, RecursionError) as error:
+        except DAMAGED as error:
             raise InputError(f"{path} is not a run record ({error}): remove it, or make its run again") from None
 
 
-_KINDS = get_type_hints(RunRecord)
+_TYPES = get_type_hints(RunRecord)
 """The fields' types. Looked at once: to find them Python runs the annotations, which nobody's record is to set off."""
-
-
-def _is_of(kind: Any, value: Any) -> bool:
-    """Whether a value of JSON is of the type that a field is annotated with."""
-    parts = get_args(kind)
-    if isinstance(kind, UnionType):
-        return any(_is_of(part, value) for part in parts)
-    if parts:  # dict[str, ...]
-        return isinstance(value, dict) and all(_is_of(parts[1], item) for item in value.values())
-    if isinstance(value, int) and kind in (int, float):
-        return abs(value) < 2**64  # larger ones are no float, or no seed
-    return kind is Any or isinstance(value, kind)
 
 
 def git_commit() -> str | None:

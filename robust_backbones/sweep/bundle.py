@@ -14,7 +14,7 @@ from typing import Any
 from robust_backbones.analysis.records import PRIMARY
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import write_json
+from robust_backbones.runs.files import DAMAGED, write_json
 from robust_backbones.runs.locks import owner_of
 from robust_backbones.sweep.plan import Attempt, Plan, Run
 
@@ -120,8 +120,9 @@ def _contents(plan: Plan) -> list[Path]:
 def _index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / INDEX).read_text())
-        if isinstance(index["study"], str) and all(Path(name).name == name for name in index["parts"]):
+        parts = dict(index["parts"])
+        if isinstance(index["study"], str) and parts and all(Path(name).name == name for name in parts):
             return dict(index)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *DAMAGED):
         pass
     raise InputError(f"{folder} holds no whole bundle of a study: make one with `robust-backbones sweep pack`")

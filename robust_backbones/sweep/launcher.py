@@ -22,7 +22,7 @@ from typing import Any
 
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.runs.cluster import ClusterConfig, open_executor, scheduler_errors
-from robust_backbones.runs.files import write_json
+from robust_backbones.runs.files import DAMAGED, write_json
 from robust_backbones.sweep.plan import ATTEMPT, Machines, Plan, Run, count
 
 KILLED = -signal.SIGKILL
@@ -142,6 +142,14 @@ class ClusterJob:
         return Machines(self.nodes, job.node, f"{job.hostnames[0]}:{port}")
 
 
+def _job_in(note: Path) -> str:
+    with suppress(*DAMAGED):
+        job = json.loads(note.read_text())["job"]
+        if job and isinstance(job, str):
+            return job
+    raise InputError(f"{note} names no job of the cluster: see that none of its run is queued, and remove it")
+
+
 @dataclass(frozen=True)
 class _Submitted:
     job: Any
@@ -190,7 +198,7 @@ class ClusterExecutor:
         for run in self._plan.runs:
             note = self._plan.note(run)
             if note.exists() and not self._plan.is_done(run):
-                job = submitit.SlurmJob(self._folder, json.loads(note.read_text())["job"])
+                job = submitit.SlurmJob(self._folder, _job_in(note))
                 if job.state.split()[0] in _QUEUED:
                     found[run.key] = _Submitted(job, note)
         return found

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_type_hints
 
 from robust_backbones.errors import InputError, PreemptedError
-from robust_backbones.runs.files import write_json
+from robust_backbones.runs.files import DAMAGED, check_types, write_json
 from robust_backbones.runs.locks import owner_of
 
 STATES = ("waiting", "ready", "running", "preempted", "failed", "done")
 """waiting: for another run; preempted: started, then interrupted, however that was; the next launch resumes it."""
+_OURS = ("cluster", "jobs", "lock.json", "primary.json", "report", "runs")
+"""What a study's folder holds beside its plan."""
 ATTEMPT = "----"
 """Begins the line that each attempt begins with in a run's log."""
 
@@ -113,11 +115,17 @@ class Plan:
         try:
             content = json.loads((output / "plan.json").read_text())
             runs = tuple(Run(**_with_tuples(row)) for row in content["runs"])
-            return cls(**{**content, "output": output, "runs": runs})
+            plan = cls(**{**content, "output": output, "runs": runs})
+            for made, types in [(plan, _TYPES), *((run, _TYPES_OF_RUNS) for run in runs)]:
+                check_types(made, types)
+            return plan
         except FileNotFoundError:
             raise InputError(f"no plan in {output}: run `robust-backbones sweep setup` first") from None
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{output / 'plan.json'} is no plan of ours ({error!r}): set it up again") from None
+        except DAMAGED as error:
+            raise InputError(
+                f"{output / 'plan.json'} is no plan of ours ({error!r}): remove it, and give `robust-backbones sweep "
+                "setup` again"
+            ) from None
 
     def set_up(self) -> bool:
         """Write the plan into its folder; False where it is there already. The caller holds the folder's lock.
@@ -142,7 +150,7 @@ class Plan:
                         f"{begun[0]} has begun, and task {task} would now choose otherwise, or later: leave the tasks "
                         f"in {self.manifest} as they were, or give another --output"
                     )
-        elif any(path.name != "lock.json" and path.name[0] != "." for path in self.output.iterdir()):
+        elif any(path.name not in _OURS and path.name[0] != "." for path in self.output.iterdir()):
             raise InputError(f"{self.output} is not empty and holds no study: give another --output")
         self.write()
         return True
@@ -211,9 +219,10 @@ class Plan:
             return min(1.0, (_last_row(folder / "metrics.json").get("iteration", -1) + 1) / run.work)
         if run.kind == "pretrain":
             epochs, step = _last_row(folder / "metrics.jsonl"), _last_row(folder / "steps.jsonl")
-            if "step" not in epochs:  # how many steps make an epoch is not known yet
+            if not epochs.get("step"):  # how many steps make an epoch is not known yet
                 return 0.0
-            return min(1.0, max(step.get("step", 0), epochs["step"]) / epochs["step"] * epochs["epoch"] / run.work)
+            done = max(step.get("step", 0), epochs["step"]) / epochs["step"]
+            return min(1.0, done * epochs.get("epoch", 0) / run.work)
         return len(self.records(run)) / len(run.results)
 
     def last_line(self, run: Run) -> str:
@@ -230,7 +239,7 @@ class Plan:
         if attempt and state == "running":
             attempt = replace(attempt, seconds=time.time() - attempt.started, reached=self.progress(run))
         if self.is_done(run) and (records := self.records(run)):  # asked last: a run may end while it is looked at
-            return float(sum(json.loads(path.read_text())["seconds"] for path in records))
+            return sum(map(_seconds, records))
         return attempt.seconds / (attempt.reached - attempt.progress) if attempt and attempt.has_pace else None
 
     def seconds_left(self, states: Mapping[str, str]) -> dict[str, float | None]:
@@ -284,12 +293,21 @@ class Attempt:
     @classmethod
     def read(cls, job: Path) -> Attempt | None:
         try:
-            return cls(**json.loads((job / "attempt.json").read_text()))
+            attempt = cls(**json.loads((job / "attempt.json").read_text()))
+            check_types(attempt, _TYPES_OF_ATTEMPTS)
+            return attempt
         except FileNotFoundError:
             return None
+        except DAMAGED as error:
+            raise InputError(
+                f"{job / 'attempt.json'} is no note of an attempt ({error!r}): remove it, and launch the study again"
+            ) from None
 
     def write(self, job: Path) -> None:
         write_json(job / "attempt.json", asdict(self))
+
+
+_TYPES, _TYPES_OF_RUNS, _TYPES_OF_ATTEMPTS = map(get_type_hints, (Plan, Run, Attempt))
 
 
 def count(states: Iterable[str]) -> dict[str, int]:
@@ -312,13 +330,25 @@ def _tail(path: Path) -> str:
         return ""
 
 
-def _last_row(path: Path) -> dict[str, Any]:
-    """The last whole line of a file of JSON rows; a kill can cut off the one after it."""
+def _last_row(path: Path) -> dict[str, float]:
+    """The numbers of the last whole line of a file of JSON rows; a kill can cut off the one after it."""
     for line in reversed(_tail(path).split("\n")):
         try:
             row = json.loads(line)
-        except ValueError:
+        except DAMAGED:
             continue
         if isinstance(row, dict):
-            return row
+            return {name: value for name, value in row.items() if isinstance(value, int | float)}
     return {}
+
+
+def _seconds(path: Path) -> float:
+    """How long a run took, by its record."""
+    try:
+        seconds = json.loads(path.read_text())["seconds"]
+        if 0 <= seconds < 2**64:
+            return float(seconds)
+        error: Exception = ValueError(f"seconds {seconds}")
+    except DAMAGED as damage:
+        error = damage
+    raise InputError(f"{path} is not a run record ({error!r}): remove it, or make its run again")

@@ -111,6 +111,10 @@ def test_what_is_not_a_whole_bundle_is_refused(first: Plan, tmp_path: Path) -> N
     part.write_bytes(part.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"study\.000 is missing or damaged"):
         unpack(first, bundle)
+    for parts in ("{}", '["study.000"]', "null", "[" * 100_000):
+        (bundle / INDEX).write_text(f'{{"study": "study", "parts": {parts}}}')
+        with pytest.raises(InputError, match="no whole bundle"):
+            unpack(first, bundle)
     (bundle / INDEX).unlink()  # of a pack that was killed
     assert pack(first, bundle)[0] == part
     (bundle / "holiday.jpg").touch()

@@ -127,6 +127,72 @@ def test_status_names_what_failed(tmp_path: Path, run_tool: Run_) -> None:
     assert "nobody is launching" in out
 
 
+DAMAGES = {
+    "empty": b"",
+    "cut off": b'{"started": 1.0, "prog',
+    "NUL": b"\0" * 40,
+    "no text": b"\xff\xfe",
+    "deep": b"[" * 100_000,
+    "another type": b"[1]",
+    "nothing": b"null",
+    "missing fields": b"{}",
+    "another's fields": b'{"mine": 1}',
+    "a folder": None,
+}
+NOTES = {
+    "jobs/a/attempt.json": b'{"started": "now", "progress": 0.0, "status": "75", "seconds": 1e999, "reached": []}',
+    "jobs/a/lock.json": b'{"host": "here", "pid": "1", "born": [], "since": 3}',
+    "plan.json": b'{"name": "s", "manifest": "m", "runs": [{"key": "a", "kind": "k", "group": 1, "argv": "b"}]}',
+    "runs/done/record.json": b'{"seconds": NaN}',
+}
+"""What a study's folder holds, with values of other types, or of none."""
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "other types"])
+@pytest.mark.parametrize("note", NOTES)
+def test_a_damaged_note_of_a_study_is_named(note: str, damage: str, tmp_path: Path, run_tool: Run_) -> None:
+    """And with it removed, as the sentence says, the study continues."""
+    plan = stubs(tmp_path, {"a": "go", "done": "go"})
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(SMALL))
+    path, record = plan.output / note, plan.folder(plan.run("done")) / "record.json"
+    for parent in (path.parent, record.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    record.write_text('{"seconds": 2.0}')
+    content = NOTES[note] if damage == "other types" else DAMAGES[damage]
+    if content is None:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    where = (tmp_path / "study.yaml", "--output", plan.output)
+    for verb in (("status",), ("status", "--watch"), ("pack", "--to", tmp_path / "bundle")):
+        if verb[0] == "pack" and note == "runs/done/record.json":
+            continue  # it packs what is there
+        status, _, err = run_tool("sweep", *verb, *where)
+        assert (status, err.count("\n"), str(path) in err) == (2, 1, True), err
+    if content is not None:
+        assert "remove it" in err
+    if note != "plan.json" and content is not None:
+        path.unlink()
+        assert launched(plan)[0] == 0
+
+
+def test_a_study_whose_plan_is_removed_is_set_up_again(tmp_path: Path) -> None:
+    plan = stubs(tmp_path, {"a": "go", "b": "go"})
+    assert launched(plan)[0] == 0
+    for name in ("primary.json", "lock.json"):
+        (plan.output / name).touch()
+    for name in ("report", "cluster"):
+        (plan.output / name).mkdir()
+    (plan.output / "plan.json").unlink()
+    assert plan.set_up()
+    assert set(Plan.read(plan.output).states().values()) == {"done"}
+    (plan.output / "plan.json").unlink()
+    (plan.output / "holiday.jpg").touch()
+    with pytest.raises(InputError, match="holds no study"):
+        plan.set_up()
+
+
 def test_watching_ends_where_nothing_is_to_come(
     tmp_path: Path, run_tool: Run_, monkeypatch: pytest.MonkeyPatch
 ) -> None:

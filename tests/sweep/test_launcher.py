@@ -145,6 +145,9 @@ def test_progress_and_time_left(tmp_path: Path) -> None:
     assert plan.progress(runs[1]) == 0.4
     (plan.folder(runs[3]) / "steps.jsonl").write_text('{"epoch": 1, "step": 5}\n')
     assert plan.progress(runs[3]) == 0
+    for odd in ('{"step": 0, "epoch": 1}', '{"step": 10}', '{"epoch": "1", "step": [10]}', "[" * 100_000):
+        (plan.folder(runs[3]) / "metrics.jsonl").write_text(f"{odd}\n")
+        assert plan.progress(runs[3]) == 0
     (plan.folder(runs[3]) / "metrics.jsonl").write_text('{"epoch": 1, "step": 10}\n')
     assert plan.progress(runs[3]) == 0.25
     (plan.folder(runs[3]) / "steps.jsonl").write_text('{"epoch": 2, "step": 15}\n')
@@ -327,6 +330,17 @@ def test_a_launcher_finds_the_jobs_of_the_one_before(slurm: Path, tmp_path: Path
     os.kill(owner.pid, signal.SIGTERM)
     wait_until(lambda: begun["a"].poll() == 75)
     assert len(list(slurm.glob("*.sh"))) == 1
+
+
+@pytest.mark.parametrize("content", ["", "[", "[" * 100_000, "\0", "null", "[1]", "{}", '{"job": 7}', '{"job": ""}'])
+def test_a_damaged_note_of_a_job_is_named(slurm: Path, tmp_path: Path, content: str) -> None:
+    plan = stubs(tmp_path, {"a": "go"})
+    note = plan.note(plan.run("a"))
+    note.parent.mkdir(parents=True)
+    note.write_text(content)
+    executor = ClusterExecutor(plan, ClusterConfig("slurm", processes=1))
+    with pytest.raises(InputError, match=rf"{note} names no job .*remove it"):
+        executor.running()
 
 
 def test_a_lost_job_is_submitted_again(slurm: Path, tmp_path: Path) -> None:
