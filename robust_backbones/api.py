@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from robust_backbones.attacks import AttackConfig, pgd
+from robust_backbones.checkpoint import sources
 from robust_backbones.checkpoint.convert import ConversionReport, convert_file
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.checkpoint.sources import Statement, read_checkpoint
+from robust_backbones.checkpoint.statement import Statement, in_python
 from robust_backbones.classification.pretrain import PretrainConfig, pretrain
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.configs import get_config_file
@@ -42,7 +45,29 @@ __all__ = [
     "verify",
 ]
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
+
+def _with_arguments(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """``function``, whose errors name arguments in place of the command line's options."""
+
+    @wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        try:
+            return function(*args, **kwargs)
+        except InputError as error:
+            error.args = (in_python(str(error)),)
+            raise
+
+    call.__module__ = __name__  # by which it is pickled
+    return call
+
+
+read_checkpoint = _with_arguments(sources.read_checkpoint)
+
+
+@_with_arguments
 def load_backbone(source: str | Path | Checkpoint, *, threat_model: str | ThreatModel | None = None) -> NormalizedModel:
     """The network of a checkpoint, in eval mode on the CPU.
 
@@ -62,6 +87,7 @@ def load_backbone(source: str | Path | Checkpoint, *, threat_model: str | Threat
     return NormalizedModel(checkpoint.build(), checkpoint.spec, checkpoint.threat_model).eval()
 
 
+@_with_arguments
 def convert(
     src: str | Path | Checkpoint, dst: str | Path, *, threat_model: str | ThreatModel | None = None
 ) -> ConversionReport:
@@ -81,6 +107,7 @@ def convert(
     return convert_file(_read(src, threat_model), dst)
 
 
+@_with_arguments
 def verify(src: str | Path | Checkpoint, dst: str | Path, *, image: str | Path | None = None) -> list[StageError]:
     """How far Detectron2's features res2-res5 of a converted backbone lie from the source's four stages, or a ViT's
     last block.
@@ -104,7 +131,7 @@ def verify(src: str | Path | Checkpoint, dst: str | Path, *, image: str | Path |
 
 def _read(source: str | Path | Checkpoint, threat_model: str | ThreatModel | None) -> Checkpoint:
     if not isinstance(source, Checkpoint):
-        return read_checkpoint(source, statement=Statement(threat_model=threat_model))
+        return sources.read_checkpoint(source, statement=Statement(threat_model=threat_model))
     stated = source.threat_model if threat_model is None else ThreatModel.parse(threat_model)
     if source.threat_model not in (None, stated):
         raise InputError(f"{source.source} says that its threat model is {source.threat_model}, not {stated}")

@@ -1,6 +1,9 @@
 """The package's top: cheap to import, and every function says what the modules below it say."""
 
+import ast
 import io
+import pickle
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ import robust_backbones
 from robust_backbones import api
 from robust_backbones.configs import CONFIG_DIR
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel
 from tests.conftest import randomize_batch_norms
 from tests.hub import robustness_file
@@ -25,6 +28,7 @@ def test_every_name_is_there_and_no_other() -> None:
     assert robust_backbones.__all__ == api.__all__
     assert {*api.__all__} <= {*dir(robust_backbones)}
     assert all(getattr(robust_backbones, name) is getattr(api, name) for name in api.__all__)
+    assert all(pickle.loads(pickle.dumps(getattr(api, name))) is getattr(api, name) for name in api.__all__)
     assert all(getattr(api, name).__doc__ for name in api.__all__)
     for name in ("load_backbon", "Path"):
         with pytest.raises(AttributeError, match=f"'{name}'"):
@@ -81,6 +85,27 @@ def test_slips_are_answered_with_what_was_likely_meant(madry_file: Path) -> None
         robust_backbones.load_backbone("robust://resnet50")
     with pytest.raises(InputError, match="cannot read the threat model 3: write NORM:EPSILON"):
         robust_backbones.load_backbone(madry_file, threat_model=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_errors_name_arguments_that_mend_them(tmp_path: Path, several: bool) -> None:
+    tensors, path = build_backbone(BackboneSpec("resnet50", 3)).half().state_dict(), tmp_path / "file.pth"
+    torch.save({"net": tensors} | ({"network": {n: t + 1 for n, t in tensors.items()}} if several else {}), path)
+    for function in (api.load_backbone, api.read_checkpoint, lambda src: api.convert(src, tmp_path / "out.pkl")):
+        with pytest.raises(InputError) as refused:
+            function(path)
+        assert "--" not in str(refused.value)
+        message, _, call = str(refused.value).rpartition("; ")
+        if several:
+            assert "key='net' (resnet50" in message
+            assert call.startswith("read_checkpoint(FILE, key=...) takes")
+        else:
+            assert "give mean= std= channel_order= stride_in_1x1= (" in message
+            assert call.startswith("read_checkpoint(FILE, statement=Statement(mean=..., std=..., channel_order=..., ")
+            values = re.findall(r"(\w+)=(\(.*?\)|'RGB'|False)", message)
+            statement = api.Statement(**{name: ast.literal_eval(value) for name, value in values})
+            assert statement == api.Statement(IMAGENET_MEAN, IMAGENET_STD, "RGB", stride_in_1x1=False)
+            assert api.load_backbone(api.read_checkpoint(path, statement=statement)).spec.arch == "resnet50"
 
 
 def test_what_is_no_whole_backbone_is_reported_and_not_written(tmp_path: Path) -> None:

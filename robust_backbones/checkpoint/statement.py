@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,12 @@ from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, BY_USER, READIN
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, check_normalization, is_number
 from robust_backbones.threat_models import ThreatModel
+
+_OPTION = re.compile(
+    r"(?<=[ (])--(mean|std|channel-order|stride-in-1x1|threat-model|arch|key|prefix|source)\b"
+    r"((?: [\d.e-]+){3}| '[^']*'| (?!-|and\b|if\b)[^\s(),;:]+)?"
+)
+"""An option of ``convert`` in a message, and the value after it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,9 @@ def agreed(
         if _close(said, value):
             continue
         if name not in ("mean", "std") or not _close([v / 255 for v in said], value):
-            raise InputError(f"it says that its {name.replace('_', ' ')} is {said}, not {value}: leave out that option")
+            raise InputError(
+                f"it says that its {name.replace('_', ' ')} is {said}, not {value}: leave out {_option(name)}"
+            )
         del in_file[name]  # in units of 0-255, which the user mends
     values = {**convention, **stated, **in_file}
     if any(name not in values for name in READING):
@@ -84,6 +93,33 @@ def _options(values: Mapping[str, Any]) -> str:
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def in_python(message: str) -> str:
+    """An error's message with arguments, as ``mean=(0.5, 0.5, 0.5)``, for options, and what takes them."""
+    message, *_ = message.split("; these are options of ")
+    names = dict[str, None]()
+
+    def argument(found: re.Match[str]) -> str:
+        name, value = found[1].replace("-", "_"), (found[2] or "").strip()
+        names[name] = None
+        if name in ("mean", "std"):
+            value = value and f"({', '.join(value.split())})"
+        elif value in ("true", "false"):
+            value = value.title()
+        elif value and not value.startswith("'"):
+            value = repr(value)
+        return f"{name}={value}"
+
+    message = _OPTION.sub(argument, message)
+    if not names or "leave out" in message:
+        return message
+    stated = ", ".join(f"{name}=..." for name in names if name in Statement.__dataclass_fields__)
+    own = [f"{name}=..." for name in names if name not in Statement.__dataclass_fields__]
+    arguments = ", ".join([*own, *([f"statement=Statement({stated})"] if stated else [])])
+    return (
+        f"{message}; read_checkpoint(FILE, {arguments}) takes them, and what it returns is given in place of the file"
+    )
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -60,7 +60,7 @@ class SourceNetwork:
 
     def _no_stages(self) -> InputError:
         return InputError(
-            f"timm's {self.model.spec.arch} does not show its stages, so nothing proves them: give --no-verify"
+            f"timm's {self.model.spec.arch} does not show its stages: `convert --no-verify` leaves out the proof"
         )
 
 
