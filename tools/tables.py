@@ -37,6 +37,7 @@ from robust_backbones.commands import cli
 from robust_backbones.errors import InputError
 from robust_backbones.models import build_backbone, usual_spec
 from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.timm_models import build_stages
 from robust_backbones.transfer import linear_probe
@@ -172,11 +173,10 @@ def robustness() -> Table:
 
 
 def inheritance() -> Table:
-    records = [run.record for run in _runs("inheritance", "inheritance")]
-    labels = dict.fromkeys(record.backbone["label"] for record in records)
-    return summary_table(
-        [m for label in labels for m in matrices_of(label, [r for r in records if r.backbone["label"] == label])]
-    )
+    by_label: dict[str, dict[str, RunRecord]] = {}
+    for run in _runs("inheritance", "inheritance"):
+        by_label.setdefault(run.record.backbone["label"], {})[run.place] = run.record
+    return summary_table([matrix for label, own in by_label.items() for matrix in matrices_of(label, own)])
 
 
 def transfer_best() -> Table:

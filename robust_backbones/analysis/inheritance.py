@@ -250,22 +250,22 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
     return save(figure, path, cells, caption, f"{len(cells)} points: loss over distance.")
 
 
-def inheritance_pages(records: Sequence[RunRecord], folder: Path) -> list[tuple[Answer, Page]]:
+def inheritance_pages(runs: Sequence[RecordedRun], folder: Path) -> list[tuple[Answer, Page]]:
     """Answer and section of the records of ``inheritance`` of each setting and group of sets; figures go to ``folder``.
 
     Raises:
         InputError: two records are of one cell, with different results.
     """
-    by_setting: dict[str, dict[str, list[RunRecord]]] = {}
-    for record in records:
-        if record.task == "inheritance":
-            by_label = by_setting.setdefault(json.dumps(setting(record), sort_keys=True), {})
-            by_label.setdefault(str(record.backbone.get("label")), []).append(record)
+    by_setting: dict[str, dict[str, dict[str, RunRecord]]] = {}
+    for run in runs:
+        if run.record.task == "inheritance":
+            by_label = by_setting.setdefault(json.dumps(setting(run.record), sort_keys=True), {})
+            by_label.setdefault(str(run.record.backbone.get("label")), {})[run.place] = run.record
     parts = []
     names = setting_names([json.loads(own) for own in by_setting])
     for name, by_label in zip(names, by_setting.values(), strict=True):
         matrices = [one for label, own in by_label.items() for one in matrices_of(label, own)]
-        backbones = [_backbone(label, own) for label, own in by_label.items()]
+        backbones = [_backbone(label, [*own.values()]) for label, own in by_label.items()]
         for sets in dict.fromkeys(one.sets for one in matrices):
             title = f"Inheritance of robustness ({', '.join(filter(None, [*sets, name]))})"
             parts.append((title, [one for one in matrices if one.sets == sets], backbones))

@@ -63,7 +63,7 @@ def write_report(
             result.table.write(output / "tables" / result.slug)
         drawn = [*study_figures(experiment, output / "figures"), *(pictures or {}).get(experiment.slug, ())]
         sections[experiment.title] = [*_experiment(experiment, own, drawn)]
-    inherited = inheritance_pages(records, output / "figures")
+    inherited = inheritance_pages(runs, output / "figures")
     overview = figure_4(compared, output / "figures" / "figure_4")
     pages = [Page("AP against ε (figure 4)", [overview], [])] if overview else []
     pages += [*transfer_pages(runs, output / "figures"), *(page for _, page in inherited)]
@@ -100,7 +100,7 @@ def check_complete(runs: Sequence[RecordedRun]) -> None:
             for table in (provenance_table([run.record]), *record_tables([run.record])):
                 table.to_text()
             if run.record.task == "inheritance":
-                matrices_of("", [run.record])
+                matrices_of("", {run.place: run.record})
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
                 f"the record in {run.place} cannot be put into a table ({error!r}): remove it, or make its run again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,6 +67,9 @@ class RunRecord:
         """
         record = cls(**{"git_commit": None, "versions": {}, **content})
         check_types(record, _TYPES)
+        for name, value in record.metrics.items():
+            if value is not None and _PERCENTAGE.search(name) and (value < -_ROUNDING or value > 100 + _ROUNDING):
+                raise ValueError(f"{name} {value} is not in 0 to 100")
         return record
 
     @classmethod
@@ -78,6 +82,9 @@ class RunRecord:
             raise InputError(f"{path} is not a run record ({error}): remove it, or make its run again") from None
 
 
+_PERCENTAGE = re.compile("accuracy|^(?!rPC/)(.*/)?(bbox|segm)/A[PR]")
+"""Metrics that are in 0 to 100; rPC is a ratio."""
+_ROUNDING = 1e-6
 _TYPES = get_type_hints(RunRecord)
 """The fields' types. Looked at once: to find them Python runs the annotations, which nobody's record is to set off."""
 

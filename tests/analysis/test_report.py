@@ -602,6 +602,9 @@ def test_the_tool(run_tool: Run, tmp_path: Path) -> None:
         ('{"run_id": "x"}', "is not a run record"),
         ({"metrics": []}, "metrics"),
         ({"metrics": {"bbox/AP": "high"}}, "metrics"),
+        *(({"metrics": {name: 101}}, f"({name} 101") for name in ("a/bbox/AP", "segm/AR100", "x_accuracy_low")),
+        ({"metrics": {"accuracy/fog": -1}}, "(accuracy/fog -1"),
+        ({"metrics": {"rPC/bbox/AP": 1e308}}, "metrics"),
         ({"threat_model": "L3:1"}, "threat_model"),
         ({"seed": "first"}, "seed"),
         ({"seconds": None}, "seconds"),
@@ -636,6 +639,10 @@ def test_what_is_no_record_is_refused(run_tool: Run, tmp_path: Path, content: An
         (lambda line: line[:40], "records.jsonl holds no record in line 2 ("),
         (lambda line: line.replace('"seconds"', '"second"'), "records.jsonl holds no record in line 2 ("),
         (lambda line: line.replace('"folder": "', '"folder": 7, "f": "'), "records.jsonl holds no record in line 2 ("),
+        (
+            lambda line: line.replace('"metrics": {', '"metrics": {"clean_accuracy": 101, '),
+            "in line 2 (clean_accuracy 101",
+        ),
         (lambda line: line.replace('"L2:3"', '"L3"'), "records.jsonl, line 2 is not a run record (threat_model)"),
         (lambda line: line.replace('"detection"', '"robustness"'), "records.jsonl, line 2 cannot be put into a table"),
     ],
@@ -884,7 +891,7 @@ def test_every_task_of_the_documentations_records_has_an_answer(folder: str, tmp
     assert {answer.question for answer in found} == {QUESTIONS[task] for task in tasks & QUESTIONS.keys()}
     if folder == "inheritance":
         monkeypatch.setattr(inheritance, "save", lambda figure, path, rows, caption, alt: Picture(path, caption, alt))
-        found += [answer for answer, _ in inheritance.inheritance_pages([run.record for run in runs], tmp_path)]
+        found += [answer for answer, _ in inheritance.inheritance_pages(runs, tmp_path)]
     assert found
     for answer in found:
         assert re.match("Better in|Worse in|Not distinguishable|Not tested|Not compared", answer.verdict)
@@ -909,7 +916,8 @@ def inherited(folder: Path, *records: RunRecord) -> list[tuple[str, str, str]]:
     """What is said of them; the figures are other tests'."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda figure, path, **options: Path(path).touch())
-        pages = inheritance.inheritance_pages(records, folder)
+        runs = [RecordedRun(folder / str(place), record) for place, record in enumerate(records)]
+        pages = inheritance.inheritance_pages(runs, folder)
     return [(page.title, answer.verdict, answer.sentence) for answer, page in pages]
 
 
@@ -933,7 +941,7 @@ def test_inheritance_is_compared_within_one_setting_and_one_kind_of_network(tmp_
     assert verdict == "Not compared"
     ((_, verdict, sentence),) = inherited(tmp_path, *standard, *robust, *cells("unknown", None, 2.0))
     assert "mRI of fine_tuning +1.01 to +2.01" in sentence
-    with pytest.raises(InputError, match=r"robust/fine_tuning/a/0 have different results"):
+    with pytest.raises(InputError, match=r"/6 and .*/11, two records of robust/fine_tuning/a/0, have different"):
         inherited(tmp_path, *standard, *robust, *cells("robust", "L2:3", 9.0))
 
 

@@ -1,11 +1,12 @@
 """Files appear whole or not at all; records come back as they went."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,18 @@ def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one.pt", "two.pt"):
         save_tensors(tmp_path / name, content)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+
+
+def test_ratios_distances_and_what_is_not_defined_are_no_percentages(tmp_path: Path) -> None:
+    metrics = {
+        "rPC/bbox/AP": 121.4,
+        "mCE": 101.4,
+        "wasserstein/fog": 300.0,
+        "a - b/distance": -0.1,
+        "bbox/AP": math.nan,
+    }
+    replace(RECORD, metrics={**metrics, "accuracy/fog": 100.0, "segm/APs": 0.0}).write(tmp_path / "record.json")
+    assert RunRecord.read(tmp_path / "record.json").metrics.keys() > metrics.keys()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"run_id": 1'])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -107,39 +107,46 @@ def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
                 if names := differences(held, settings):
                     told = f"{other} and {place} are both called {own.name}, and differ in {', '.join(names)}"
                     raise InputError(f"{told}: make a table of each")
-            matrices += matrices_of(own.name, records.values())
+            matrices += matrices_of(own.name, records)
     for (label, method, seed), count in Counter((one.label, one.method, one.seed) for one in matrices).items():
         if count > 1:
             raise InputError(f"{label}, {method}, seed {seed} is in {count} of these folders: give one of them")
     return matrices
 
 
-def matrices_of(label: str, records: Iterable[RunRecord]) -> list[Matrix]:
+def matrices_of(label: str, records: Mapping[str, RunRecord] | Mapping[Path, RunRecord]) -> list[Matrix]:
     """Those of one backbone's records of task ``inheritance``, by method and seed; none before its ``pretrained``.
+
+    Args:
+        records: by where they stand.
 
     Raises:
         InputError: two records are of one cell, with different results; one lacks an accuracy of another.
     """
-    cells: dict[tuple[str, str, int], RunRecord] = {}
-    for record in records:
-        twin = cells.setdefault((record.config["method"], record.config["target"], record.seed), record)
+    cells: dict[tuple[str, str, int], tuple[str | Path, RunRecord]] = {}
+    for place, record in records.items():
+        key = (record.config["method"], record.config["target"], record.seed)
+        other, twin = cells.setdefault(key, (place, record))
         if twin.metrics != record.metrics:
-            raise InputError(f"two records of {record.run_id} have different results: leave one of them out")
-    single = {method: record for (method, target, _), record in cells.items() if not target}
+            told = f"{other} and {place}, two records of {record.run_id}, have different results"
+            raise InputError(f"{told}: leave one of them out")
+    single = {method: found for (method, target, _), found in cells.items() if not target}
     if PRETRAINED not in single:
         return []
-    before = _values(single[PRETRAINED], "accuracy")
+    first, pretrained = single[PRETRAINED]
+    before = _values(pretrained, "accuracy")
     sets = tuple(sorted(before.keys() - {PRETRAINING}))
-    measured = single.get(DISTANCES)
+    _, measured = single.get(DISTANCES, (None, None))
     distance = str(measured.config.get("distance", "w2")) if measured else "w2"
     check_choice("distance", distance, KINDS)
     distances = _values(measured, "wasserstein" if distance == "w2" else distance) if measured else {}
     rows: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
-    for (method, target, seed), record in sorted(cells.items()):
+    for method, target, seed in sorted(cells):
         if target:
+            place, record = cells[method, target, seed]
             row = rows.setdefault((method, seed), {})[target] = _values(record, "accuracy")
             if len(sets) < 2 or not before.keys() == row.keys() >= {PRETRAINING, target}:
-                what = f"the records {single[PRETRAINED].run_id} and {record.run_id} have accuracies on different sets"
+                what = f"the records in {first} and {place} have accuracies on different sets"
                 raise InputError(f"{what}, or on none: make one of these runs again")
     known = (distances, distance)
     return [Matrix(label, method, seed, sets, before, after, *known) for (method, seed), after in rows.items()]
