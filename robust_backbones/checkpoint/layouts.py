@@ -32,7 +32,7 @@ _CAFFE2 = {
 # Lines of what SOURCES' signs are searched in, beside the keys and names of the file.
 OWN, NORMALIZER = "our own format", "normalises by itself"
 NAMES = "names of "
-SEGMENTER = "classifies by convolutions of 3x3"
+SEGMENTER = "classifies by convolutions alone, of 3x3"
 TIMM, BARE = "described by timm", "names of torchvision and nothing else"
 
 DILATED = "dilated"
@@ -70,6 +70,12 @@ SOURCES = {
         r"[/.](stem|patch_embed\.proj)\.stem\.0\.weight$",
         _ORDER,
     ),
+    # Before what wraps any network, as Lightning.
+    DILATED: Source(
+        "a segmenter with dilated convolutions",
+        r"/(\S*\.)?(classifier|decoder)\.[\d.]*convs\.|/\S*(?i:aspp|atrous)|/(\S*\.)?aux_classifier\."
+        rf"|^{SEGMENTER}$",
+    ),
     # ares/model/imagenet_model_zoo.py: of all that they trained adversarially, also of ViTs.
     "ares": Source("a file of ARES", r"^file ARES_(ConvNext|Swin|ViT)_\w+_AT\.pth$", _RGB),
     "convnext": Source("a ConvNeXt of its authors", f"^{NAMES}the authors of ConvNeXt$", _RGB),
@@ -89,10 +95,6 @@ SOURCES = {
         "a detector of torchvision (norms of epsilon 1e-5, of 0 where its name is that of COCO_V1 weights)",
         r"/(module\.)?backbone\.body\.",
         _RGB,
-    ),
-    DILATED: Source(
-        "a segmenter with dilated convolutions",
-        rf"/(\S*\.)?(classifier|decoder|aspp)\.[\d.]*convs\.|/(module\.)?aux_classifier\.|^{SEGMENTER}$",
     ),
     "mmdetection": Source("a checkpoint of MMDetection or MMPretrain", r"(?s)^meta$.*/(module\.)?backbone\."),
     "ema": Source("the averaged weights of a training checkpoint", r"^(\w+_ema|ema\w*)[/.]"),
@@ -156,12 +158,11 @@ class Network:
 
     @property
     def segments(self) -> bool:
-        """Whether its classifier is convolutions that see more than a pixel, as an FCN's."""
-        beside = {name: tensor.shape for name, tensor in self.tensors.items() if name not in self.names}
-        return any(
-            re.search(r"(^|\.)classifier\.\d+\.weight$", name) and len(shape) == 4 and shape[-1] > 1
-            for name, shape in beside.items()
-        )
+        """Whether its classifier is convolutions alone, of which one sees more than a pixel, as an FCN's."""
+        layer = r"(^|\.)classifier\.\d+\.weight$"
+        beside = [t.shape for name, t in self.tensors.items() if name not in self.names and re.search(layer, name)]
+        has_linear = any(len(shape) == 2 for shape in beside)  # one answer for an image
+        return not has_linear and any(len(shape) == 4 and shape[-1] > 1 for shape in beside)
 
     def shared_levels(self, levels: list[str]) -> int:
         """How many parts of a name, from its first one, stand before the network's names too."""

@@ -297,6 +297,15 @@ def test_a_layout_that_people_have(tmp_path: Path, tensors: Tensors, name: str) 
         (lambda t: {"model": under("encoder.", body(t)) | {"decoder.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
         (lambda t: under("backbone.", body(t)) | {"aux_classifier.0.weight": torch.ones(1)}, "dilate"),
         (lambda t: under("backbone.", body(t)) | {"classifier.0.weight": torch.ones(8, 512, 3, 3)}, "dilate"),  # FCN
+        (  # FCN
+            lambda t: {
+                "pytorch-lightning_version": "2",
+                "state_dict": under("model.backbone.", body(t))
+                | {"model.classifier.0.weight": torch.ones(8, 512, 3, 3)},
+            },
+            "dilate",
+        ),
+        (lambda t: under("backbone.", body(t)) | {"aspp.aspp1.atrous_conv.weight": torch.ones(8, 512, 1, 1)}, "dilate"),
         (lambda t: {"model": under("backbone.", as_detectron2(t)) | mlp("roi_heads.box_head.fc1.")}, "DC5"),
     ],
 )
@@ -306,6 +315,14 @@ def test_what_no_resnet_of_floats_is_called_so(
     torch.save(make(tensors), tmp_path / "file.pth")
     with pytest.raises(InputError, match=re.escape(message)):
         read_checkpoint(tmp_path / "file.pth", statement=STATED)
+
+
+def test_a_head_of_convolutions_and_a_linear_layer_is_of_no_segmenter(tmp_path: Path, tensors: Tensors) -> None:
+    head = nn.Sequential(nn.Conv2d(512, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    torch.save(under("backbone.", body(tensors)) | under("classifier.", head.state_dict()), tmp_path / "file.pth")
+    checkpoint = read_checkpoint(tmp_path / "file.pth", statement=STATED)
+    assert checkpoint.state_dict.keys() == body(tensors).keys()
+    assert set(checkpoint.left_out) == {f"classifier.{name}" for name in head.state_dict()}
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`")
