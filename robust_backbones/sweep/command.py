@@ -171,7 +171,7 @@ def main(arguments: list[str]) -> int:
         if dead:
             print(f"taking over from {dead}, which ended without giving its lock back")
         remove_leftovers((plan.output / "jobs").rglob("*.tmp*"))
-        set_up(plan, manifest)
+        missing = set_up(plan, manifest)
         print("\n".join(told))
         start = time.monotonic()
         while isinstance(options, LaunchOptions):
@@ -185,6 +185,9 @@ def main(arguments: list[str]) -> int:
                 return make_report(plan, manifest) if manifest.report else 0
             plan = expand(manifest)
             set_up(plan, manifest)
+    where = f" --output {options.output}" * bool(options.output)
+    lacks = f"; first get the data that is missing here ({plural(len(missing), 'warning')} above)" * bool(missing)
+    print(f"nothing is started: `robust-backbones sweep launch {options.manifest}{where}` does{lacks}")
     return 0
 
 
@@ -197,7 +200,8 @@ def make_report(plan: Plan, manifest: Manifest) -> int:
     return 0
 
 
-def set_up(plan: Plan, manifest: Manifest) -> None:
+def set_up(plan: Plan, manifest: Manifest) -> list[str]:
+    """Write the plan and say what it is; gives what its data lack on this machine."""
     primary = primary_of(manifest, plan)
     check_declared(plan, primary)
     written = plan.set_up()
@@ -207,9 +211,8 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
         (plan.output / PRIMARY).unlink(missing_ok=True)
     kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(run.kind for run in plan.runs).items())
     print(f"{plan.name}: {plural(len(plan.runs), 'run')} ({kinds}) in {plan.output}{'' if written else ', as before'}")
-    for data in dict.fromkeys(str(options["data"]) for options in manifest.pretraining.values()):
-        if not Path(data).is_dir():
-            print(f"warning: pre-training will need its data, {data}", file=sys.stderr)
+    data = dict.fromkeys(str(options["data"]) for options in manifest.pretraining.values())
+    missing = [f"pre-training will need its data, {folder}" for folder in data if not Path(folder).is_dir()]
     for task, choice in plan.choices.items():
         names = ", ".join(
             " ".join([name, *(f"{k} {v}" for k, v in values.items())]) for name, values in choice["chosen"]
@@ -222,13 +225,15 @@ def set_up(plan: Plan, manifest: Manifest) -> None:
         print(f"the ImageNet accuracy of {checks} published backbones is checked on {images.absolute()}")
     if manifest.imagenet and not images:
         print(f"not checked: the ImageNet accuracy of published backbones, for want of {manifest.imagenet}/val")
-    for line in missing_data(manifest):
-        print(f"warning: tasks will need their data: {line}", file=sys.stderr)
+    missing += [f"tasks will need their data: {line}" for line in missing_data(manifest)]
+    for line in missing:
+        print(f"warning: {line}", file=sys.stderr)
     earlier = {path.name for path in (plan.output / "runs").glob("*")} - {run.key for run in plan.runs}
     if earlier:
         print(f"{len(earlier)} folders in {plan.output / 'runs'} are of other settings, and stay as they are")
     if plan.cost:
         print(f"cost: {plan.cost}")
+    return missing
 
 
 def check_declared(plan: Plan, primary: Primary | None) -> None:

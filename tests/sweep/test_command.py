@@ -97,13 +97,16 @@ def test_setup_says_which_data_is_missing(
     }
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
     setup = ("sweep", "setup", tmp_path / "study.yaml", "--output", tmp_path / "output")
-    status, _, err = run_tool(*setup)
+    status, out, err = run_tool(*setup)
     assert (status, err.count("\n")) == (0, 1)
     assert f"mine lacks {tmp_path / 'a.json'}" in err
+    assert out.splitlines()[-1].startswith(f"nothing is started: `robust-backbones sweep launch {setup[2]} --output")
+    assert "first get the data that is missing here (1 warning above)" in out
     (tmp_path / "a.json").touch()
     assert f"mine lacks {tmp_path / 'images'}" in run_tool(*setup)[2]
     (tmp_path / "images").mkdir()
-    assert run_tool(*setup)[2] == ""
+    _, out, err = run_tool(*setup)
+    assert ("missing" in out, err) == (False, "")
 
 
 def test_setup_says_where_published_backbones_are_checked(
