@@ -40,6 +40,64 @@ class GpuTensor(Tensor):
         raise AssertionError("a tensor of a pretended GPU has left it")
 
 
+class PretendedGraph:
+    """A CUDA graph: recording computes nothing that lasts, and replaying works on the very tensors of the recording."""
+
+    recording: PretendedGraph | None = None
+    replays = 0
+    """Of all graphs."""
+
+    def __init__(self) -> None:
+        self._operations: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._generators: list[torch.Generator] = [*torch.cuda.default_generators]
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self._generators.append(generator)
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        states = [generator.get_state() for generator in self._generators]
+        PretendedGraph.recording = self
+        try:
+            yield
+        finally:
+            PretendedGraph.recording = None
+        for whole, content in self._before.values():
+            whole.copy_(content)
+        for _, _, _, made in self._operations:
+            for tensor in made:
+                tensor.fill_(-77)  # until a replay nothing has been computed
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operation, noted; what was there before the recording gets its content back at its end."""
+        generator = kwargs.get("generator")
+        if generator is not None and not any(
+            torch.equal(generator.get_state(), known.get_state()) for known in self._generators
+        ):
+            raise RuntimeError("a CUDA graph draws from a generator that is not registered")
+        # Some write to what their schema does not say: native_batch_norm to its statistics.
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor) and (where := value.untyped_storage().data_ptr()) not in self._before:
+                whole = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
+                self._before[where] = whole, whole.clone()
+        result = func(*args, **kwargs)
+        found = [value for value in pytree.tree_leaves(result) if isinstance(value, Tensor)]
+        made = [tensor for tensor in found if tensor.untyped_storage().data_ptr() not in self._before]
+        self._operations.append((func, args, kwargs, made))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        PretendedGraph.replays += 1
+        for func, args, kwargs, made in self._operations:
+            found = [value for value in pytree.tree_leaves(func(*args, **kwargs)) if isinstance(value, Tensor)]
+            for tensor, value in zip(made, found, strict=bool(made)):
+                tensor.copy_(value)
+
+
 class _Operations(TorchDispatchMode):
     def __init__(self, waits: list[str]) -> None:
         super().__init__()
@@ -52,6 +110,7 @@ class _Operations(TorchDispatchMode):
         device = (kwargs or {}).get("device")
         if not there and device != META:
             return func(*args, **(kwargs or {}))
+        graph = PretendedGraph.recording
         name, to_cpu = func.__name__.split(".")[0], device == torch.device("cpu")
         takes_both = name == "copy_" or (name in _TAKES_BOTH and isinstance(args[0], GpuTensor))
         if there and not takes_both and any(tensor.ndim > 0 for tensor in here):
@@ -63,16 +122,21 @@ class _Operations(TorchDispatchMode):
         copied_back = to_cpu or (name == "copy_" and not isinstance(args[0], GpuTensor))
         if name in _WAITING or by_booleans or (there and copied_back):
             self._waits.append(name)
+            if graph is not None:
+                raise RuntimeError(f"the host would wait for {func} in the recording of a CUDA graph")
         on_cpu = [_CPU if value == META else getattr(value, "held", value) for value in values]
         inner_args, inner_kwargs = pytree.tree_unflatten(on_cpu, form)
         inner_kwargs.pop("pin_memory", None)
+        if graph is not None and any(tensor.ndim > 0 for tensor in here):
+            raise RuntimeError(f"{func} copies from the host in the recording of a CUDA graph")
         # What works in place gives the tensor that it was given.
         known = {id(tensor.held): tensor for tensor in there} | {id(tensor): tensor for tensor in here}
 
         def place(found: Tensor) -> Tensor:
             return known[id(found)] if id(found) in known else found if to_cpu else GpuTensor(found)
 
-        return pytree.tree_map_only(Tensor, place, func(*inner_args, **inner_kwargs))
+        compute = func if graph is None else lambda *all_, **named: graph.compute(func, all_, named)
+        return pytree.tree_map_only(Tensor, place, compute(*inner_args, **inner_kwargs))
 
 
 _GETTERS = {Tensor.device: CUDA, Tensor.is_cuda: True, Tensor.is_cpu: False, Tensor.is_meta: False}
@@ -114,6 +178,8 @@ class _Functions(TorchFunctionMode):
         if func in (torch.tensor, torch.as_tensor, torch.from_numpy) and kwargs.get("device") == META:
             if isinstance(tensor, GpuTensor):
                 return tensor
+            if PretendedGraph.recording is not None:
+                raise RuntimeError(f"{func} copies from the host in the recording of a CUDA graph")
             return GpuTensor(func(*args, **kwargs | {"device": _CPU}))
         return func(*args, **kwargs)
 
@@ -162,6 +228,8 @@ def pretended_gpu() -> Iterator[list[str]]:
             patch.setattr(torch.cuda, name, generator.manual_seed)
         patch.setattr(torch.cuda, "get_rng_state", lambda *_: generator.get_state())
         patch.setattr(torch.cuda, "set_rng_state", lambda state, *_: generator.set_state(state))
+        patch.setattr(torch.cuda, "CUDAGraph", PretendedGraph)
+        patch.setattr(torch.cuda, "graph", lambda graph, **_: graph.record())
         patch.setattr(torch.accelerator, "is_available", lambda: False)
         patch.setattr(torch, "Generator", lambda device="cpu": _Generator())
         patch.setattr(torch, "save", lambda content, *rest, **options: save(_saved(content), *rest, **options))

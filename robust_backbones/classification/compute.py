@@ -36,7 +36,7 @@ class Compute:
     attack_precision: str = ""
     """Of the attack's passes in training; as ``precision`` when empty."""
     compile_mode: str = ""
-    """torch.compile, for GPUs: default or cuda-graphs; empty is off."""
+    """torch.compile, for GPUs: default, or cuda-graphs, which also launches kernels together; empty is off."""
 
     def __post_init__(self) -> None:
         for precision in (self.precision, self.attack_precision or self.precision):

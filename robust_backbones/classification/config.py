@@ -173,7 +173,7 @@ class Execution:
     cache: Path | None = None
     """Folder for images reduced to ``cache_short_side``; runs may share it."""
     compile: str = ""
-    """torch.compile for GPUs: default or cuda-graphs; empty is off."""
+    """torch.compile for GPUs: default, or cuda-graphs, which also launches a step's kernels at once; empty is off."""
     tensorboard: bool = True
     wandb: str = ""
     """Weights & Biases project to log to; empty is none."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.cuda_graph import Gradients, GraphedGradients, Parts
 from robust_backbones.classification.folding import twin_of
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.classification.objectives import MicroBatch, Objective
@@ -57,6 +58,9 @@ class Learner:
         processes: Processes = ALONE,
     ) -> None:
         self.model, self.optimizer, self.scheduler, self.objective = model, optimizer, scheduler, objective
+        graphed = compute.compile_mode == "cuda-graphs" and processes.size == 1 and not objective.has_state
+        if graphed:  # one of all that makes a step's gradients leaves none to torch.compile
+            compute = replace(compute, compile_mode="default")
         self.compute, self.processes = compute, processes
         self._threat_model, self._epsilon_warmup_steps = threat_model, epsilon_warmup_steps
         self._stylize, self._mix = stylize, mix
@@ -74,6 +78,9 @@ class Learner:
         if ema_decay > 0:
             self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self._generator = torch.Generator(compute.device).manual_seed(seed * 1_000_003 + processes.rank)
+        self._gradients: Gradients = self._add_gradients
+        if graphed:
+            self._gradients = GraphedGradients(self._add_gradients, [*model.parameters()], self._generator)
         self.step_count = 0
         self.rate, self.epsilon = 0.0, 0.0
         self.meter = Meter(compute.device, processes)
@@ -103,14 +110,9 @@ class Learner:
         on_device = [self._on_device(*part) for part in batch]
         for _ in range(self.objective.replays):
             self.optimizer.zero_grad()
-            for part, (images, labels) in enumerate(on_device):
-                with self._gradients_stay_local(last=part + 1 == len(on_device)):
-                    self._twin.refresh()
-                    micro_batch = MicroBatch(images, labels, threat_model, part, self._generator)
-                    loss, logits = self.objective.loss(self._forward, self._adversary, micro_batch)
-                    self._scaler.scale(loss / len(on_device)).backward()
-                self.objective.after_backward()
-                self.meter.add(loss.detach(), logits.detach(), labels, self.step_count)
+            found = self._gradients(on_device, threat_model)
+            for (_, labels), (loss, logits) in zip(on_device, found, strict=True):
+                self.meter.add(loss, logits, labels, self.step_count)
             self._scaler.step(self.optimizer)
             self._scaler.update()
             self._average_batch_norm_statistics()
@@ -118,6 +120,19 @@ class Learner:
                 self.averaged.update_parameters(self.model)
         self.scheduler.step()
         self.step_count += 1
+
+    def _add_gradients(self, parts: Parts, threat_model: ThreatModel) -> Parts:
+        """Add up the gradients of micro-batches; the loss and the logits of each."""
+        found = []
+        for part, (images, labels) in enumerate(parts):
+            with self._gradients_stay_local(last=part + 1 == len(parts)):
+                self._twin.refresh()
+                micro_batch = MicroBatch(images, labels, threat_model, part, self._generator)
+                loss, logits = self.objective.loss(self._forward, self._adversary, micro_batch)
+                self._scaler.scale(loss / len(parts)).backward()
+            self.objective.after_backward()
+            found.append((loss.detach(), logits.detach()))
+        return found
 
     def _on_device(self, images: Tensor, labels: Tensor) -> Batch:
         images, labels = self.compute.to_unit_range(images), labels.to(self.compute.device, non_blocking=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,8 @@ class Objective:
     attack: AttackConfig
     replays: int = field(default=1, init=False)
     """Optimiser steps on each batch."""
+    has_state: ClassVar[bool] = False
+    """Whether one loss leaves something to the next."""
 
     def loss(self, model: Network, adversary: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The mean loss over a micro-batch, a scalar in nats, and the logits (N, classes) on the perturbed images."""
@@ -119,6 +121,8 @@ class Free(Objective):
 
     The perturbation of one batch is where the next one starts. One is kept for each micro-batch of a step.
     """
+
+    has_state: ClassVar[bool] = True
 
     def __init__(self, config: ObjectiveConfig, attack: AttackConfig) -> None:
         super().__init__(config, attack)

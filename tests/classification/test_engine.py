@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.compute import Compute, _say_once_float32
+from robust_backbones.classification.cuda_graph import GraphedGradients
 from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
 from robust_backbones.classification.objectives import ObjectiveConfig
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.threat_models import ThreatModel
+from tests.pretended_gpu import PretendedGraph, pretended_gpu
 from tests.transfer.conftest import narrow, train
 
 CPU = Compute(torch.device("cpu"))
@@ -264,6 +267,34 @@ def test_compiled_networks_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         train_one_epoch(one, batches(), steps=3)
     for first, second in zip(plain.model.parameters(), compiled.model.parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pgd", "fast", "trades"])
+def test_the_steps_of_a_cuda_graph_are_the_steps_themselves(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that changes between steps: images, rate, weights, statistics, random starts, epsilon, a resumption.
+
+    To the bit, the operations being the same.
+    """
+    monkeypatch.setattr(PretendedGraph, "replays", 0)
+    monkeypatch.setattr("torch.compile", lambda model, mode: model)  # knows no pretended tensors
+    data, options = batches(24, size=4), {"epsilon_warmup_steps": 2, "ema_decay": 0.9}
+    objective, attack = ObjectiveConfig(kind), replace(ATTACK, random_start=True)
+    results = []
+    for mode in ("", "cuda-graphs"):
+        with pretended_gpu() if mode else nullcontext():
+            compute = Compute(torch.device("cuda" if mode else "cpu"), compile_mode=mode)
+            one = learner(compute.place(small()), objective=objective, attack=attack, compute=compute, **options)
+            for first in range(0, 24, 2):
+                if first == 16:
+                    one.load_state_dict(copy.deepcopy(one.state_dict()))
+                one.step(data[first : first + 2])
+            totals, bad_step = one.meter.read()
+            assert bad_step is None
+            held = [getattr(value, "held", value) for value in one.evaluated.state_dict().values()]
+            results.append((torch.cat([value.flatten().double() for value in held]), totals.loss))
+    assert PretendedGraph.replays == 12 - 2 - GraphedGradients.WARM_UP  # without those in which epsilon grows
+    assert torch.equal(*(weights for weights, _ in results))
+    assert results[0][1] == results[1][1]
 
 
 def test_a_loss_that_is_not_finite_names_its_step() -> None:

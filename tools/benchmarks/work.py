@@ -106,7 +106,7 @@ class Work:
             ways,
             check,
             rounds=self.rounds,
-            warm_up=3 if self.device == "cuda" else self.warm_up,  # CUDA graphs are captured in the second turn
+            warm_up=3 if self.device == "cuda" else self.warm_up,  # in the first, graphs are recorded
             threads=self.threads,
             device=self.device,
             peers_python=lambda: peers_python(self.output / "peers"),
