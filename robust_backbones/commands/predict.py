@@ -69,6 +69,9 @@ def main(arguments: list[str]) -> int:
     for image, picture, objects in zip(images, pictures, drawn, strict=True):
         write_picture(picture, draw_objects(read_rgb(image), objects, predictor.metadata))
     told = f"{plural(len(rows), 'detection')} in {plural(len(images), 'image')}"
+    if rows and not any(drawn):
+        best = max(row["score"] for row in rows)
+        told += f", of which none scores {options.min_score:g} (--min-score), the best {best:.3f}: nothing is drawn"
     print(f"{told}: pictures and {RESULTS} are in {options.output}")
     return 0
 

@@ -15,6 +15,7 @@ record.json, with measures in their own units.
 Exit status: 0 done, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -154,6 +155,10 @@ def main(arguments: list[str]) -> int:
         else:
             began = perf_counter()
             found = compare(options, models, photographs)
+            for name in models if isinstance(options, SaliencyOptions) else ():
+                if grey := sum(bool((image == image[0, 0, 0]).all()) for image in found.grid[name]):
+                    told = f"the gradient of {grey} of {plural(count, 'image')} is 0: grey in the picture"
+                    print(f"warning: {name}: {told}", file=sys.stderr)
             pictures = count if photographs is None else options.pictures
             grid = {name: images[:pictures] for name, images in found.grid.items()}
             draw_grid(options.output / "picture.png", grid, found.titles)
@@ -172,7 +177,8 @@ def main(arguments: list[str]) -> int:
             record.write(options.output / "record.json")
     compared = len(models) > 1 and photographs is not None
     print(f"means over {plural(count, 'unit' if photographs is None else 'image')}", end="")
-    print("; differences are paired, with 95 % intervals" if compared else "")
+    print("; differences are paired, with 95 % intervals" if compared else "", end="")
+    print(", each of its own scale: numbers.csv has them one by one" if photographs is None and count > 1 else "")
     print("\n".join(table(record.metrics)))
     print(f"picture.png, numbers.csv and record.json are in {options.output}")
     return 0

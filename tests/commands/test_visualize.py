@@ -179,12 +179,22 @@ def test_saliency(run_tool: Run, backbones: list[str], photographs: Path, tmp_pa
     assert {row["image"]: float(row["cosine"]) for row in rows_of(again, "robust")} == pytest.approx(numbers, rel=1e-3)
 
 
+def test_gradients_of_zero_are_told(run_tool: Run, backbones: list[str], photographs: Path, tmp_path: Path) -> None:
+    """Of a network whose classifier ignores its features: the picture is grey."""
+    checkpoint = read_checkpoint(Path(backbones[0].partition("=")[2]))
+    state = {k: v * 0 if k == "fc.weight" else v for k, v in checkpoint.state_dict.items()}
+    write_checkpoint(tmp_path / "net.pt", spec=checkpoint.spec, state_dict=state, threat_model=None)
+    command = ["visualize", "saliency", f"flat={tmp_path / 'net.pt'}", backbones[0], "--data", photographs, *SIZE]
+    _, _, err = run_tool(*command, "--output", tmp_path / "run", "--images", "3")
+    assert err == "warning: flat: the gradient of 3 of 3 images is 0: grey in the picture\n"
+
+
 def test_activation_of_a_layer(run_tool: Run, backbones: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     options = ["--layer", "layer3.0.conv2", "--units", "7", "20", "--output", output, "--image-size", "32"]
     status, out, _ = run_tool("visualize", "activation", *backbones, *options, "--device", "cpu", *FEW)
     assert status == 0
-    assert "means over 2 units" in out
+    assert "means over 2 units, each of its own scale: numbers.csv has" in out
     assert not [name for name in RunRecord.read(output / "record.json").metrics if " - " in name]
     expected = maximize_activation(
         model_of(backbones[1]),
