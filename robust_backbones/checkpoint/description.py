@@ -234,9 +234,15 @@ class Description:
         """That of transformers' layer norms, which no tensor shows; 0 where it is timm's too."""
         kind, facts = self.config.get("model_type"), norm_and_heads(arch)
         if kind not in _NORM_EPSILON:
-            raise InputError(
-                f"no tensor of transformers' {arch} shows the epsilon of its norms: put its config.json beside it"
-            )
+            family = arch.split("_")[0]
+            mend = "put its config.json beside it"
+            if self._beside:
+                part = self._beside["backbone_config"] if self.is_part else self._beside
+                said = part.get("model_type")
+                mend = (
+                    f"config.json beside it has the model_type {said!r}: save its {family} by itself, by transformers"
+                )
+            raise InputError(f"no tensor of transformers' {arch} shows the epsilon of its norms: {mend}")
         heads = self.config.get("num_attention_heads")
         epsilon = self.config.get("layer_norm_eps", _NORM_EPSILON[kind])
         if kind == "vit" and heads not in (None, facts.heads):

@@ -249,7 +249,7 @@ def _transformers(checkpoint: Checkpoint) -> _Own:
     kind = str(config.get("model_type", ""))
     name = {"resnet": "ResNet", "convnext": "ConvNext", "swin": "Swin", "vit": "ViT"}.get(kind)
     if not name or description.is_part:
-        raise _NotKnownError("" if kind else "no config.json beside it")
+        raise _NotKnownError("" if kind else "no config.json of transformers beside it")
     # What leaves out or rounds is not of the proof.
     zero = dict.fromkeys(("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
     said = {key: value for key, value in {**config, **zero}.items() if key not in ("dtype", "torch_dtype")}

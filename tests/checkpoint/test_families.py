@@ -162,13 +162,18 @@ def test_a_small_epsilon_is_not_timm_s(tmp_path: Path) -> None:
         ({"hidden_act": "quick_gelu"}, "hidden_act is 'quick_gelu'"),
         ({"num_attention_heads": 6}, "6 heads, timm's vit_tiny_patch16_224 has 3"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps is 'small'"),
-        ({"model_type": "deit"}, r"put its config\.json beside it"),
+        ({"model_type": "deit"}, r"config\.json beside it has the model_type 'deit': save its vit by itself"),
+        (
+            {"backbone_config": {"model_type": "vit_mae"}, "model_type": "x"},
+            r"config\.json beside it has the model_type 'vit_mae'",
+        ),
+        (None, r"put its config\.json beside it"),
     ],
 )
 def test_what_no_tensor_shows_is_asked_of_the_configuration(change: Any, message: str, tmp_path: Path) -> None:
     of_transformers("vit", tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(json.loads(path.read_text()) | change)) if change else path.unlink()
     with pytest.raises(InputError, match=message):
         read_checkpoint(tmp_path / "model.safetensors")
 
