@@ -19,6 +19,7 @@ from benchmarks.page import ON_A_GPU, summary, write_page
 from benchmarks.peers import NEEDED, PEERS, peers_python
 from benchmarks.turns import Arrays, Side, Way, take_turns
 from benchmarks.work import Check, Reach, Work, ratios, require
+from benchmarks.worker import kernel_seconds
 from torch import Tensor, nn
 
 from robust_backbones.checkpoint.format import write_checkpoint
@@ -70,6 +71,17 @@ def test_every_way_gets_its_turns_and_is_compared_once(monkeypatch: pytest.Monke
     assert seen == [{"few", "many"}]
     assert {name: (len(t.seconds), len(t.wall)) for name, t in times.items()} == {"few": (2, 2), "many": (2, 2)}
     assert all(value > 0 for t in times.values() for value in t.seconds + t.wall)
+
+
+def test_kernels_are_those_of_one_turn_and_leave_the_gpu_idle_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has none, but the profiler's names."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert kernel_seconds(Side(lambda: torch.ones(9).sum(), dict)) == 0
+    record = record_of("training-step", **rows_of(slow=[2.0], fast=[1.0]))
+    assert "idle" not in summary(record)
+    for row in record["rows"]:
+        row["kernels"] = 0.9
+    assert [line.split("|")[-2].strip() for line in summary(record).splitlines()[2:]] == ["55 %", "10 %"]
 
 
 @pytest.mark.slow

@@ -55,7 +55,7 @@ Two ways to do the same work take turns, each in a process of its own and on the
 another way. What they compute is compared before any time counts, and a benchmark whose ways differ prints no time.
 On CPUs the seconds are processor seconds; other processes, which these do not count, still take caches and memory from
 both sides. Ratios are the median over rounds, with the least and the greatest round in brackets. Other software runs in
-an environment of its own, which the tool installs.
+an environment of its own, which the tool installs. A GPU is idle while a turn takes longer than its kernels.
 """
 
 
@@ -140,7 +140,10 @@ def _table(record: Record) -> str:
         spread = f" ({least:.2f} to {greatest:.2f})" if len(first) > 1 else ""
         seconds = median(row["seconds"])
         rows.append([row["way"], f"{seconds:.3g}", f"{count / seconds:.3g}", f"{middle:.2f}x{spread}"])
-    return Table.of(["way", "seconds a turn", f"{unit}s a second", "to the first"], rows).to_markdown()
+        if "kernels" in row:
+            rows[-1].append(f"{100 * (1 - row['kernels'] / seconds):.0f} %")
+    heads = ["way", "seconds a turn", f"{unit}s a second", "to the first"]
+    return Table.of([*heads, "GPU idle"][: len(rows[0])], rows).to_markdown()
 
 
 def _reach_rows(record: Record) -> list[list[str]]:

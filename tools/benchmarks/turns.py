@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -56,6 +56,8 @@ class Times:
 
     seconds: list[float]
     wall: list[float]
+    kernels: float | None = None
+    """On GPUs, the seconds of one turn's kernels, by PyTorch's profiler and after all that is timed."""
 
     @property
     def median(self) -> float:
@@ -100,6 +102,8 @@ def take_turns(
                     found[name].seconds.append(seconds)
                     found[name].wall.append(wall)
                 progress.update()
+        if device == "cuda":
+            found = {name: replace(found[name], kernels=workers[name].kernels()) for name in names}
     return found
 
 
@@ -131,6 +135,9 @@ class Worker:
         """(Seconds as ``Times`` counts them, seconds by the clock) of one turn."""
         answer = self._ask(run=True)
         return answer["seconds"], answer["wall"]
+
+    def kernels(self) -> float:
+        return float(self._ask(kernels=True)["kernels"])
 
     def result(self) -> Arrays:
         path = Path(self._folder.name) / "result.npz"

@@ -113,7 +113,7 @@ class Work:
         )
         count, unit = self.units
         rows = [
-            {"way": way.name, "peer": way.peer, "seconds": times[way.name].seconds, "wall": times[way.name].wall}
+            {"way": way.name, "peer": way.peer} | {k: v for k, v in vars(times[way.name]).items() if v is not None}
             for way in ways
         ]
         return self.write(
