@@ -99,11 +99,7 @@ class Description:
 
     def values(self) -> dict[str, Any]:
         """What is said of ``READING``."""
-        fed = self._fed()
-        said: dict[str, Any] = fed[0] if fed and not self._doubt() else {}
-        for options in self._options:
-            if options.get("input_space") in ("RGB", "BGR"):
-                said["channel_order"] = options["input_space"]
+        said = self.of_options()
         for where, fields, prefix in (
             ("pretrained_cfg", self.cfg, ""),
             ("preprocessor_config.json", self._processor, "image_"),
@@ -130,8 +126,17 @@ class Description:
             said["stride_in_1x1"] = False
         return said
 
+    def of_options(self) -> dict[str, Any]:
+        """What the options of a training say, where anything may stand."""
+        fed = self._fed()
+        said: dict[str, Any] = fed[0] if fed and not self._doubt() else {}
+        for options in self._options:
+            if options.get("input_space") in ("RGB", "BGR"):
+                said["channel_order"] = options["input_space"]
+        return said
+
     def _fed(self) -> list[dict[str, Any]]:
-        """Mean and std in the options of a training, where anything may stand."""
+        """Mean and std in the options of a training."""
         pairs = [(options.get("mean"), options.get("std")) for options in self._options]
         return [{"mean": tuple(mean), "std": tuple(std)} for mean, std in pairs if is_triple(mean) and is_triple(std)]
 

@@ -181,7 +181,8 @@ def _read(
         check_normalizers(network)
         if not (own or metadata):
             description.check_fed()
-    values, said = agreed(in_file, _convention(network, layout), statement, spec)
+    of_options = [name for name, value in description.of_options().items() if value == in_file.get(name)]
+    values, said = agreed(in_file, _convention(network, layout), statement, spec, of_options)
     if metadata:  # an assumption stays one
         said |= {name: ASSUMED for name, who in metadata.said.items() if who == ASSUMED}
     threat_model = values.pop("threat_model", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,16 @@ class Statement:
 
 
 def agreed(
-    in_file: Mapping[str, Any], convention: Mapping[str, Any], statement: Statement, usual: BackboneSpec
+    in_file: Mapping[str, Any],
+    convention: Mapping[str, Any],
+    statement: Statement,
+    usual: BackboneSpec,
+    of_options: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """What the file, the user or the convention says, and which of them says each value of ``READING``.
+
+    Args:
+        of_options: names of the file's values that are of the options of its training, where anything may stand.
 
     Raises:
         InputError: the file says otherwise than the user; nobody says a value; pixels in [0, 1] cannot have it.
@@ -53,8 +60,12 @@ def agreed(
         if _close(said, value):
             continue
         if name not in ("mean", "std") or not _close([v / 255 for v in said], value):
+            by_option = name in of_options
             raise InputError(
-                f"it says that its {name.replace('_', ' ')} is {said}, not {value}: leave out {_option(name)}"
+                f"{'an option of its training' if by_option else 'it'} says that its {name.replace('_', ' ')} is "
+                f"{said}, not {value}: leave out {_option(name)}"
+                + " or, if that is not of its input, save its state_dict alone"
+                * by_option
             )
         del in_file[name]  # in units of 0-255, which the user mends
     values = {**convention, **stated, **in_file}
