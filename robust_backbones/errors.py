@@ -70,8 +70,9 @@ def disk_error(error: OSError) -> InputError | None:
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 image``, ``1,000 images``."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    """``1 image``, ``1,000 images``, ``2 classes``."""
+    ending = "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending * (count != 1)}"
 
 
 def check_positive(config: object, *names: str) -> None:

@@ -22,7 +22,7 @@ from robust_backbones.classification.engine import Learner, Totals, evaluate, tr
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
 from robust_backbones.data.datasets import ClassificationDataset, skip_list
 from robust_backbones.data.transforms import augmentation, mixing
-from robust_backbones.errors import DivergedError, InputError, PreemptedError
+from robust_backbones.errors import DivergedError, InputError, PreemptedError, plural
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.clock import RunClock
 from robust_backbones.runs.distributed import Processes, join_processes, local_device, synchronize_batch_norms
@@ -136,7 +136,7 @@ class _Run:
         steps = steps_per_epoch(self.train_data, self.config.batch_size)
         if steps == 0:
             raise InputError(
-                f"{self.task.dataset} has {len(self.train_data)} images to train on, less than one batch: "
+                f"{self.task.dataset} has {plural(len(self.train_data), 'image')} to train on, less than one batch: "
                 "lower --batch-size"
             )
         return steps
@@ -179,7 +179,7 @@ class _Run:
         self.steps = self._count_steps()
         self.skipped = [name for names in skipped.values() for name in names]
         where = f", see {path}" if self.skipped else ""
-        self._print(f"{len(self.skipped)} images cannot be read and are left out{where}")
+        self._print(f"left out, unreadable: {plural(len(self.skipped), 'image')}{where}")
 
     def _build(self) -> Learner:
         config, device = self.config, self.compute.device
@@ -218,8 +218,8 @@ class _Run:
         self._print(f"resuming from {path}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
         if (before := len(content["learner"]["processes"])) != self.processes.size:
             self._print(
-                f"the run was started by {before} processes and is resumed by {self.processes.size}: from here on it "
-                "draws other random numbers than the unbroken run"
+                f"the run was started by {plural(before, 'process')} and is resumed by {self.processes.size}: from "
+                "here on it draws other random numbers than the unbroken run"
             )
         if "rows" in content:  # an older checkpoint
             return cast(dict[str, list[dict[str, Any]]], content["rows"])
@@ -231,8 +231,8 @@ class _Run:
     def _plan(self) -> str:
         config, size = self.config, self.processes.size
         plan = (
-            f"batch {config.batch_size} = {size} process{'es' * (size > 1)} x {self.accumulate} x "
-            f"{self.micro_batch_size} images; learning rate {config.learning_rate:g}"
+            f"batch {config.batch_size} = {plural(size, 'process')} x {self.accumulate} x "
+            f"{plural(self.micro_batch_size, 'image')}; learning rate {config.learning_rate:g}"
         )
         if config.val_resize > 1.5 * config.image_size:
             usual = round(config.image_size * 256 / 224)

@@ -239,7 +239,7 @@ def make_sets(options: MakeSetsOptions) -> int:
             workers=options.workers,
         )
         print(f"{kind}: {plural(count, 'image')}", flush=True)
-    print(f"{len(options.kinds)} sets written to {options.output}")
+    print(f"{plural(len(options.kinds), 'set')} written to {options.output}")
     return 0
 
 

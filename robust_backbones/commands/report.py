@@ -60,7 +60,9 @@ def main(arguments: list[str]) -> int:
     )
     print(f"report of {plural(len(runs), 'record')}: {page}; tables and figures are beside it")
     if left := before & files_in(options.output):
-        print(f"{len(left)} files of tables/ and figures/ are not of this report, as {min(left)[0]}: remove them")
+        print(
+            f"not of this report, to be removed: {plural(len(left), 'file')} of tables/ and figures/, as {min(left)[0]}"
+        )
     return 0
 
 
@@ -96,7 +98,7 @@ def draw(experiment: Experiment, folder: Path, images: int) -> Picture | None:
     seeds = ", ".join(f"{name} seed {run.record.seed}" for name, run in chosen.items())
     return Picture(
         file,
-        f"{experiment.title}: ground truth and what detectors find in the first {images} test images, score >= 0.5 "
+        f"{experiment.title}: ground truth and detections in the first {plural(images, 'test image')}, score >= 0.5 "
         f"({seeds}; {best.trained_at} has the highest mean of the robust backbones). Single images prove nothing.",
         f"Rows of test images: ground truth, detections from the backbone trained at {' and at '.join(chosen)}.",
     )

@@ -31,7 +31,7 @@ from robust_backbones.classification.config import Execution
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions
 from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.distributed import is_first_process
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import ProbeConfig, TransferConfig
@@ -77,7 +77,7 @@ class TransferOptions:
             return self.checkpoints
         if len(set(self.labels)) != len(self.checkpoints) or not all(re.fullmatch(LABEL, one) for one in self.labels):
             raise InputError(
-                f"--labels gives each of the {len(self.checkpoints)} backbones a name of its own, as folders have: "
+                f"--labels needs {plural(len(self.checkpoints), 'name')}, each another one and as folders have: "
                 f"got {' '.join(self.labels)}"
             )
         return dict(zip(self.labels, self.checkpoints, strict=True))

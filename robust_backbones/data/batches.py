@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from robust_backbones.data.datasets import ClassificationDataset, init_worker, mix
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 
 
 def steps_per_epoch(dataset: ClassificationDataset, batch_size: int, *, keep_last: bool = False) -> int:
@@ -43,8 +43,8 @@ def train_batches(
     """
     if batch_size % (world_size * micro_batch_size):
         raise InputError(
-            f"a batch of {batch_size} images does not split into micro-batches of {micro_batch_size} on {world_size} "
-            f"process(es): choose a multiple of {world_size * micro_batch_size}"
+            f"a batch of {plural(batch_size, 'image')} does not split into micro-batches of {micro_batch_size} on "
+            f"{plural(world_size, 'process')}: choose a multiple of {world_size * micro_batch_size}"
         )
     steps = steps_per_epoch(dataset, batch_size)
     if not 0 <= first_step <= steps:

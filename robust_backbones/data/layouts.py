@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torchvision import datasets
 
 from robust_backbones.data.images import ImageFiles
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 
 SPLIT_SEED = 0
 """Draws the training images of the Caltech sets, which have no official split: every run shares one split."""
@@ -91,8 +91,8 @@ def _split(dataset: type[Any], file: str, train_images: int, split: str) -> Open
             total = len(indices[label])
             if total <= train_images:
                 raise InputError(
-                    f"class {name} of {root / Path(file).parts[0]} has {total} images, {train_images} to train and one "
-                    "to test are the least: unpack it again"
+                    f"class {name} of {root / Path(file).parts[0]} has {plural(total, 'image')}, {train_images} to "
+                    "train and one to test are the least: unpack it again"
                 )
             order = torch.randperm(total, generator=generator).tolist() if split == "drawn" else range(total)
             drawn = set(order[:train_images])

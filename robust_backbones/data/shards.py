@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from robust_backbones.data.decoding import visible
 from robust_backbones.data.images import ImageFiles
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 
@@ -84,7 +84,9 @@ def _classes(root: Path, labels: list[int], names: list[str]) -> list[str]:
             raise InputError(f"{path} is no text in UTF-8 ({error.reason}): write it anew") from None
         if max(present) >= len(classes):
             name = names[next(index for index, label in enumerate(labels) if label >= len(classes))]
-            raise InputError(f"the label of {name} is not one of the {len(classes)} classes in {path}: correct either")
+            raise InputError(
+                f"the label of {name} is beyond the {plural(len(classes), 'class')} in {path}: correct either"
+            )
         total = len(classes)
     else:
         total = max(present) + 1
@@ -111,7 +113,7 @@ def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
                 continue  # a note, or what other programs keep in a shard
             if len(images) != 1 or len(labels) != 1:
                 raise InputError(
-                    f"sample {key} of {path} has {len(images)} images and {len(labels)} labels: "
+                    f"sample {key} of {path} has {plural(len(images), 'image')} and {plural(len(labels), 'label')}: "
                     f"it needs {key}.jpg (or .jpeg, .png) and {key}.cls, side by side"
                 )
             if not re.fullmatch(rb"\s*\d{1,9}\s*", labels[0]):

@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.layouts import CALTECH, LAYOUTS, SPLITS, Sources
-from robust_backbones.errors import InputError, check_choice
+from robust_backbones.errors import InputError, check_choice, plural
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,11 @@ def _open_row(
 def _unlike(row: TransferDataset, train: ClassificationDataset, test: ClassificationDataset) -> list[str]:
     """How a data set's counts differ from those of the table."""
     counts = (
-        ("classes", len({*train.classes, *test.classes}), row.num_classes),
-        ("training images", len(train), row.train_images),
-        ("test images", len(test), row.test_images),
+        ("class", len({*train.classes, *test.classes}), row.num_classes),
+        ("training image", len(train), row.train_images),
+        ("test image", len(test), row.test_images),
     )
-    return [f"{found:,} {what} instead of {due:,}" for what, found, due in counts if found != due]
+    return [f"{plural(found, what)} instead of {due:,}" for what, found, due in counts if found != due]
 
 
 def _open_folders(root: Path) -> tuple[ClassificationDataset, ClassificationDataset]:

@@ -25,7 +25,7 @@ from robust_backbones.attacks import (
     random_point,
     strongest_points,
 )
-from robust_backbones.errors import InputError, check_choice
+from robust_backbones.errors import InputError, check_choice, plural
 from robust_backbones.threat_models import ThreatModel
 
 LOSSES = {
@@ -306,7 +306,8 @@ def sanity_warnings(metrics: Mapping[str, float | None]) -> list[str]:
     images = metrics.get("sanity/images") or 0
     counts = {sentence: metrics.get(f"sanity/{name}") or 0 for name, sentence in _SIGNS.items()}
     return [
-        f"{sentence} on {count:g} of {images:g} images: a sign of masked gradients, attacked AP says nothing"
+        f"{sentence} on {count:g} of {plural(int(images), 'image')}: a sign of masked gradients, attacked AP says "
+        "nothing"
         for sentence, count in counts.items()
         if count > TOLERATED_SHARE * images
     ]

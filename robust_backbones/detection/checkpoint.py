@@ -28,7 +28,7 @@ from robust_backbones.checkpoint.urls import as_url, fetch_url
 from robust_backbones.checkpoint.zoo import PREFIX
 from robust_backbones.detection.swin_backbone import SwinBackbone, resized_biases
 from robust_backbones.detection.timm_backbone import TimmBackbone
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 from robust_backbones.models import BackboneSpec
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.identity import flat
@@ -205,8 +205,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
             checkpoint["model"] = {**checkpoint["model"], **resized}
             self.interpolated = sorted(resized)
             self.logger.warning(
-                f"{self._path}: {len(resized)} tables of relative position biases do not fit MODEL.SWIN.WINDOW_SIZE "
-                f"{self.cfg.MODEL.SWIN.WINDOW_SIZE}, and are interpolated as timm does; what that changes is not proven"
+                f"{self._path}: interpolated to MODEL.SWIN.WINDOW_SIZE {self.cfg.MODEL.SWIN.WINDOW_SIZE} as timm does: "
+                f"{plural(len(resized), 'table')} of relative position biases; what that changes is not proven"
             )
         in_file = dict(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
@@ -233,8 +233,8 @@ class BackboneCheckpointer(DetectionCheckpointer):
         ]
         if unknown and not self.cfg.MODEL.BACKBONE.ALLOW_PARTIAL:
             raise InputError(
-                f"{self._path} holds {len(unknown)} tensors of a backbone that the configuration's does not have "
-                f"({_some(unknown)}): give the configuration that it was trained with, as config.yaml beside it"
+                f"{self._path} holds {plural(len(unknown), 'tensor')} of a backbone that the configuration's does not "
+                f"have ({_some(unknown)}): give the configuration that it was trained with, as config.yaml beside it"
             )
         absent = [*incompatible.missing_keys, *(key for key, *_ in incompatible.incorrect_shapes)]
         if self.whole_detector and absent:
@@ -245,7 +245,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         source = f" ({self.metadata.source}, threat model {self.metadata.threat_model})" if self.metadata else ""
         self.logger.info(
             f"backbone: {len(names) - len(unfilled)} of {len(names)} tensors filled from {self._path}{source}; "
-            f"{len(absent)} tensors of the rest of the detector are new"
+            f"new in the rest of the detector: {plural(len(absent), 'tensor')}"
         )
         return incompatible
 

@@ -20,7 +20,7 @@ from robust_backbones.attacks import AttackConfig
 from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS, find_file, nearest_names
 from robust_backbones.detection.roi_heads import BackboneRes5ROIHeads
 from robust_backbones.detection.yaml_files import read_yaml
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.identity import flat
 from robust_backbones.threat_models import ThreatModel
 
@@ -225,8 +225,8 @@ def check_config(cfg: CfgNode) -> None:
         build_lr_scheduler(cfg, torch.optim.SGD([torch.zeros(1)], lr=1.0))
     except (ValueError, TypeError, AssertionError, ArithmeticError) as error:
         raise InputError(
-            f"no schedule of {solver.MAX_ITER} iterations has SOLVER.STEPS {solver.STEPS} ({error}): give rising steps "
-            "below SOLVER.MAX_ITER, or () for none"
+            f"no schedule of {plural(solver.MAX_ITER, 'iteration')} has SOLVER.STEPS {solver.STEPS} ({error}): give "
+            "rising steps below SOLVER.MAX_ITER, or () for none"
         ) from None
     finally:
         log.disabled = was

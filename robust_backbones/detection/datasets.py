@@ -25,7 +25,7 @@ from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, 
 from robust_backbones.data.annotations_voc import voc_classes
 from robust_backbones.detection.left_out import SHOWN_CLASSES, hold_out, leave_out, left_out, unreadable_rows
 from robust_backbones.detection.standard_format import Items, content_of, listed, load_coco, load_voc, register
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 
 
 def register_datasets(cfg: CfgNode) -> None:
@@ -293,7 +293,9 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning
         check_names(name, found, found if eval_only else wanted, all_of_them=name in cfg.DATASETS.TRAIN)
     if not eval_only and len(wanted) != number_of_classes(cfg):
         key, count = classes_key(cfg), len(wanted)
-        raise InputError(f"{names[0]} has {count} classes but {key} is {number_of_classes(cfg)}: give {key} {count}")
+        raise InputError(
+            f"{names[0]} has {plural(count, 'class')} but {key} is {number_of_classes(cfg)}: give {key} {count}"
+        )
     return warnings
 
 
@@ -310,11 +312,11 @@ def _refuse_errors(name: str, faults: Sequence[Fault], images: int, *, masks: bo
     command = f"`robust-backbones check-data{' --masks' * masks}` lists them"
     if missing := sorted((fault.file, fault.mend) for fault in errors if fault.what == MISSING):
         without = sum(file.endswith(".xml") for file, _ in missing)  # whose images are not in the content
-        kind, total = "annotations" if without else "images", images + without
+        kind, total = "annotation" if without else "image", images + without
         others = len(errors) - len(missing)
-        more = f" ({others} more error{'s' * (others > 1)}: {command})" if others else ""
+        more = f" ({plural(others, 'more error')}: {command})" if others else ""
         raise InputError(
-            f"{name} lacks {len(missing)} of its {total} {kind}, {missing[0][0]} the first: {missing[0][1]}; "
+            f"{name} lacks {len(missing)} of its {plural(total, kind)}, {missing[0][0]} the first: {missing[0][1]}; "
             f"{_layout(name)}{more}"
         )
     if errors:

@@ -37,7 +37,7 @@ from robust_backbones.data.annotations_voc import text_in, voc_names
 from robust_backbones.detection.datasets import SHOWN_CLASSES, categories, evaluator_kind
 from robust_backbones.detection.left_out import left_out
 from robust_backbones.detection.run_lengths import run_lengths
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.files import atomic_path
 
 MAX_DETS: tuple[int, ...] = DETECTOR_KEYS["TEST.MAX_DETS"]
@@ -136,7 +136,7 @@ class CocoEvaluator(DatasetEvaluator):
             objects = [a for a in self._ground_truth.dataset["annotations"] if not a.get("iscrowd")]
             masks = sum(task == "segm" and usable_mask(a.get("segmentation")) is not None for a in objects)
             if task == "segm" and masks < len(objects):
-                _logger.info(f"segm over {masks:,} of {len(objects):,} objects: the others have no usable mask")
+                _logger.info(f"segm over {masks:,} of {plural(len(objects), 'object')}: the others have no usable mask")
             metrics[task] = numbers
         return metrics
 

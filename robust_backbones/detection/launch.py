@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
-from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError, disk_error
+from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError, disk_error, plural
 from robust_backbones.runs.distributed import TIMEOUT, end_process, fork_workers, join_processes, local_device
 from robust_backbones.runs.signals import STOP_SIGNALS, StopRequest, handled
 
@@ -39,7 +39,7 @@ def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> Cfg
             "several processes use the GPUs: take MODEL.DEVICE cpu away, or hide them: CUDA_VISIBLE_DEVICES="
         )
     if gpus and num_gpus > gpus:
-        raise InputError(f"--num-gpus {num_gpus}, but {gpus} GPUs were found")
+        raise InputError(f"--num-gpus {num_gpus}, but {plural(gpus, 'GPU')} found")
     batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if batch % (reference or processes):
         raise InputError(

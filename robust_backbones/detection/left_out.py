@@ -17,7 +17,7 @@ from robust_backbones.data.annotations_images import undecodable
 from robust_backbones.data.annotations_sets import AnnotatedSet
 from robust_backbones.data.annotations_values import is_file_name, is_id
 from robust_backbones.detection.standard_format import Items, register
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 
 SHOWN_CLASSES = "ap_over_shown_classes"
 """Metadata of a set in VOC's format: whether its AP leaves out classes that it does not show, as COCO's does."""
@@ -53,7 +53,7 @@ def leave_out(cfg: CfgNode) -> None:
     for name, files in rows.items():
         if name not in DatasetCatalog or files.items() <= left_out(name).items():
             continue
-        _logger.warning(f"{len(files)} images of {name} cannot be read and are left out: {', '.join(files.values())}")
+        _logger.warning(f"left out, unreadable: {plural(len(files), 'image')} of {name}: {', '.join(files.values())}")
         _register_rest(name, name, partial(dict, {**left_out(name), **files}))
 
 
@@ -83,7 +83,9 @@ def _parts(load: Callable[[], Items], name: str, count: int) -> tuple[_Files, _F
     """The images that are not held out, and those that are."""
     files = {item["image_id"]: Path(item["file_name"]).name for item in load()}
     if count >= len(files):
-        raise InputError(f"DATASETS.HELD_OUT {count} leaves none of the {len(files)} images of {name}: give less")
+        raise InputError(
+            f"DATASETS.HELD_OUT {count} leaves none of {name}, which has {plural(len(files), 'image')}: give less"
+        )
     order = sorted(files, key=lambda image: hashlib.sha256(files[image].encode()).digest())
     held = set(order[:count])
     return (

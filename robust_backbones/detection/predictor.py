@@ -24,7 +24,7 @@ from robust_backbones.detection.datasets import categories, class_names, match_c
 from robust_backbones.detection.fast.frozen_norm import keep_scales
 from robust_backbones.detection.fast.rcnn import BatchedRCNN
 from robust_backbones.detection.roi_heads import use_float32_boxes
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
@@ -62,8 +62,8 @@ class TrainedDetector:
         for dataset in datasets:
             if (count := len(class_names(dataset))) != len(names):
                 raise InputError(
-                    f"{dataset} has {count} classes but the detector {len(names)}, whose names its file does not say: "
-                    "evaluate it on a set of its own classes"
+                    f"{dataset} has {plural(count, 'class')} but the detector {len(names)}, whose names its file does "
+                    "not say: evaluate it on a set of its own classes"
                 )
 
 
@@ -195,7 +195,7 @@ def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: str | Path) ->
             raise InputError(f'{path} holds "categories" that are not COCO\'s: give a .pth file of a training run')
         if len(rows) != count or len({row["id"] for row in rows}) != count:
             raise InputError(
-                f"{path} names {len(rows)} categories, but its detector tells {count} classes apart: "
+                f"{path} names {plural(len(rows), 'class')}, but its detector tells {count} apart: "
                 "give a .pth file of the same run as its config.yaml"
             )
         return rows

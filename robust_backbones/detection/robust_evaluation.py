@@ -82,7 +82,7 @@ def evaluate_detector(
     """
     weights, output, images = Path(weights), Path(output), images or ImageChoice()
     if jobs < 1 or workers < 0:
-        raise InputError(f"{jobs} jobs with {workers} workers cannot work: give at least one job and no fewer workers")
+        raise InputError(f"jobs {jobs} with workers {workers} cannot work: give at least one job and no fewer workers")
     # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
     cfg = load_config(config_file, ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", False])
     cfg.MODEL.ALLOW_UNVERIFIED |= allow_unverified

@@ -22,7 +22,7 @@ from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.classification.compute import arithmetic
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.detection.checkpoint import newest_checkpoint
-from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.errors import InputError, TrainingFailedError, plural
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.folders import began
 from robust_backbones.runs.identity import check_same, differences, read_settings
@@ -59,9 +59,9 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
     longer = held["SOLVER.MAX_ITER"] < cfg.SOLVER.MAX_ITER and changed <= {"SOLVER.MAX_ITER", "SOLVER.STEPS"}
     if longer and not extend:
         raise InputError(
-            f"{folder} holds this run, planned for {held['SOLVER.MAX_ITER']} iterations: train {cfg.SOLVER.MAX_ITER} "
-            "by their own schedule in another OUTPUT_DIR, which alone compares with other runs, or give --resume "
-            "--extend to continue this one with that schedule, which the record then says"
+            f"{folder} holds this run, planned for {plural(held['SOLVER.MAX_ITER'], 'iteration')}: train "
+            f"{cfg.SOLVER.MAX_ITER} by their own schedule in another OUTPUT_DIR, which alone compares with other runs, "
+            "or give --resume --extend to continue this one with that schedule, which the record then says"
         )
     if longer:
         _extend(cfg, held)
@@ -132,7 +132,7 @@ def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
         batch = cfg.SOLVER.IMS_PER_BATCH
         logger.info(
             f"batch {batch} (processes: {size}, images each: {batch // size}), learning rate {cfg.SOLVER.BASE_LR:g}, "
-            f"{cfg.SOLVER.MAX_ITER} iterations, seed {cfg.SEED}"
+            f"{plural(cfg.SOLVER.MAX_ITER, 'iteration')}, seed {cfg.SEED}"
         )
         for done, iterations, steps in cfg.SOLVER.EXTENDED:
             logger.info(f"the run was extended at iteration {done} of {iterations}; SOLVER.STEPS until then: {steps}")

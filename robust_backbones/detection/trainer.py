@@ -45,7 +45,7 @@ from robust_backbones.detection.run_folder import (
     write_config,
     write_record,
 )
-from robust_backbones.errors import DivergedError, InputError, PreemptedError
+from robust_backbones.errors import DivergedError, InputError, PreemptedError, plural
 from robust_backbones.runs.clock import RunClock
 from robust_backbones.runs.distributed import synchronize_on_cpu
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
@@ -309,8 +309,8 @@ class Trainer(DefaultTrainer):
                 self.checkpointer.model.loss_normalizer = own["loss_normalizer"]
         else:
             _logger.warning(
-                f"the run was started by {len(states)} processes and is resumed by {comm.get_world_size()}: from here "
-                "on it sees other images and random numbers than the unbroken run"
+                f"the run was started by {plural(len(states), 'process')} and is resumed by {comm.get_world_size()}: "
+                "from here on it sees other images and random numbers than the unbroken run"
             )
 
     @classmethod

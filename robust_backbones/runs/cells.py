@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from robust_backbones.errors import PreemptedError
+from robust_backbones.errors import PreemptedError, plural
 from robust_backbones.runs.locks import lock_if_free, remove_if_dead
 from robust_backbones.runs.signals import StopRequest
 
@@ -38,7 +38,7 @@ def run_cells(
         return [cell for cell in cells if not is_finished(folder(cell))]
 
     if 0 < (found := len(cells) - len(missing())) < len(cells):
-        print(f"{found} of {len(cells)} cells are finished", flush=True)
+        print(f"finished before: {found} of {len(cells)} cells", flush=True)
     started, ran = time.perf_counter(), 0
     while pending := missing():
         before = ran
@@ -53,7 +53,7 @@ def run_cells(
                     left = len(missing())
                     minutes = (time.perf_counter() - started) / ran * left / 60
                     pace = f", about {minutes:.0f} min to go" * bool(left)
-                    print(f"{sentence}; {len(cells) - left} of {len(cells)} cells{pace}", flush=True)
+                    print(f"{sentence}; {len(cells) - left} of {plural(len(cells), 'cell')}{pace}", flush=True)
         if ran == before:
             time.sleep(1)
     for cell in cells:

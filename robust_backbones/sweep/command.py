@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> int:
             plan.set_up()
             further = unpack(plan, options.bundle)
         done = count(plan.states().values())["done"]
-        print(f"{len(further)} runs are further than before; {done} of {len(plan.runs)} are done in {plan.output}")
+        print(f"{plural(len(further), 'run')} further than before; {done} of {len(plan.runs)} done in {plan.output}")
         return 0
     told = check_power(manifest, pilot=options.pilot, allow_underpowered=options.allow_underpowered)
     with stop_on_signals((*STOP_SIGNALS, signal.SIGINT)) as stop, lock(plan.output / "lock.json") as dead:
@@ -222,7 +222,7 @@ def set_up(plan: Plan, manifest: Manifest) -> list[str]:
         print(f"task {task} will choose its backbones once task {by} is done")
     images, checks = imagenet_folder(manifest), sum(run.group == "check" for run in plan.runs)
     if images and checks:
-        print(f"the ImageNet accuracy of {checks} published backbones is checked on {images.absolute()}")
+        print(f"the ImageNet accuracy of {plural(checks, 'published backbone')} is checked on {images.absolute()}")
     if manifest.imagenet and not images:
         print(f"not checked: the ImageNet accuracy of published backbones, for want of {manifest.imagenet}/val")
     missing += [f"tasks will need their data: {line}" for line in missing_data(manifest)]
@@ -230,7 +230,7 @@ def set_up(plan: Plan, manifest: Manifest) -> list[str]:
         print(f"warning: {line}", file=sys.stderr)
     earlier = {path.name for path in (plan.output / "runs").glob("*")} - {run.key for run in plan.runs}
     if earlier:
-        print(f"{len(earlier)} folders in {plan.output / 'runs'} are of other settings, and stay as they are")
+        print(f"of other settings, left as before: {plural(len(earlier), 'folder')} in {plan.output / 'runs'}")
     if plan.cost:
         print(f"cost: {plan.cost}")
     return missing
@@ -274,7 +274,7 @@ def pack_study(plan: Plan, options: PackOptions) -> int:
         files = pack(plan, options.to, part_bytes=options.part_mib << 20)
     size = sum(path.stat().st_size for path in files) / 2**20
     print(f"next: robust-backbones sweep unpack {options.manifest} --bundle {options.to}, on the other machine")
-    print(f"{len(files)} files of {size:.1f} MiB in all are in {options.to}")
+    print(f"{plural(len(files), 'file')} of {size:.1f} MiB in all: {options.to}")
     return 0
 
 
@@ -344,7 +344,7 @@ def collect(plan: Plan, folder: Path | None) -> int:
     print(
         plural(len(paths), "record")
         + (f" copied to {folder}" if folder else "")
-        + (f"; {left} runs are not done" * bool(left)),
+        + (f"; {plural(left, 'run')} not done" * bool(left)),
         file=sys.stderr,
     )
     return 0

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from robust_backbones.errors import InputError, PreemptedError
+from robust_backbones.errors import InputError, PreemptedError, plural
 from robust_backbones.runs.cluster import ClusterConfig, open_executor, scheduler_errors
 from robust_backbones.runs.files import DAMAGED, write_json
 from robust_backbones.sweep.plan import ATTEMPT, Machines, Plan, Run, count
@@ -76,8 +76,8 @@ class LocalExecutor:
             raise InputError(f"--jobs {jobs} with --processes {processes} is no run at all: give 1 or more of each")
         if gpus and jobs * processes > len(gpus):
             raise InputError(
-                f"{jobs} runs side by side with {processes} GPUs each need {jobs * processes}, and {len(gpus)} were "
-                "found: give lower --jobs or --processes"
+                f"--jobs {jobs} with --processes {processes} need {plural(jobs * processes, 'GPU')}, and {len(gpus)} "
+                "were found: give lower --jobs or --processes"
             )
         self._plan, self._processes = plan, processes
         self._slots: list[subprocess.Popen[bytes] | None] = [None] * jobs
@@ -282,7 +282,7 @@ def launch(
                 else:  # a job stays the cluster's: the next launch finds it there
                     del handles[key]
             why = "out of time" if out_of_time else "asked to stop"
-            say(f"{why}: waiting for {len(handles)} runs to write their state")
+            say(f"{why}: waiting for the state of {plural(len(handles), 'run')}")
         states = plan.states()
         if not stopping:
             ready = [
@@ -307,9 +307,9 @@ def launch(
         time.sleep(pause)
     found = count(plan.states().values())
     left = len(plan.runs) - found["done"]
-    text = f"{found['done']} of {len(plan.runs)} runs are done"
+    text = f"{found['done']} of {plural(len(plan.runs), 'run')} done"
     text += f", {len(failed)} failed" if failed else ""
-    text += f", {left - len(failed)} are left" if left > len(failed) else ""
+    text += f", {left - len(failed)} left" if left > len(failed) else ""
     text += f"; {too_long} would not end in time" if too_long and not stopping else ""
     text += f"; {', '.join(plan.pending)} will choose by them" if plan.pending else ""
     say(text + (": give the same command again" if left else ""))

@@ -148,8 +148,8 @@ def _of_pilot(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Pa
         there = ", ".join(dict.fromkeys(row.backbone.trained_at for row in rows)) or "none"
         name = primary.backbone or "the one to be chosen"
         raise InputError(
-            f"the pilot in {' '.join(map(str, pilot))} has {len(own)} tested comparisons of {primary.metric} for "
-            f"{name} ({wanted or 'trained at unknown'}; tested are {there}): give folders with one, of two "
+            f"the pilot in {' '.join(map(str, pilot))} has {plural(len(own), 'tested comparison')} of {primary.metric} "
+            f"for {name} ({wanted or 'trained at unknown'}; tested are {there}): give folders with one, of two "
             "or more seeds"
         )
     comparison = own[0].comparison
@@ -157,7 +157,7 @@ def _of_pilot(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Pa
     assert comparison.difference is not None
     assert comparison.effect
     std = comparison.difference / comparison.effect
-    return Expected(comparison.difference, std, f"a pilot of {len(comparison.seeds)} seeds, itself uncertain")
+    return Expected(comparison.difference, std, f"a pilot of {plural(len(comparison.seeds), 'seed')}, itself uncertain")
 
 
 def _threat_model(manifest: Manifest, name: str) -> ThreatModel | None:
@@ -198,7 +198,7 @@ def _exploratory(manifest: Manifest) -> list[str]:
     powers = [one.power(len(manifest.seeds_of(task)), alpha) for task, _, one in found]
     told = [
         f"{task.name} {metric}, {one.difference:+.2f} ± {one.std:.2f} (the paper's): power {power:.2f} with "
-        f"{len(manifest.seeds_of(task))} seeds at 0.05 / {tests} (the first step of Holm); {POWER:.0%} need "
+        f"{plural(len(manifest.seeds_of(task)), 'seed')} at 0.05 / {tests} (the first step of Holm); {POWER:.0%} need "
         f"{one.seeds(alpha)} seeds"
         for power, (task, metric, one) in zip(powers, found, strict=True)
     ]

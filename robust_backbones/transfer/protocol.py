@@ -14,7 +14,7 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.data.datasets import mix, skip_list
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
-from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.errors import InputError, TrainingFailedError, plural
 from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import TransferConfig
@@ -53,7 +53,7 @@ class TransferImages:
                 )
         if len(self.kept) < batch_size:
             raise InputError(
-                f"{data.name} has {len(self.kept)} images to train on, less than a batch: lower --batch-size"
+                f"{data.name} has {plural(len(self.kept), 'image')} to train on, less than a batch: lower --batch-size"
             )
         classes = len(data.train.classes)
         if 0 < config.num_outputs < classes:

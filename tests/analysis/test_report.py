@@ -590,7 +590,7 @@ def test_the_tool(run_tool: Run, tmp_path: Path) -> None:
     assert "not of this report" not in out
     write(tmp_path / "others", record("L2:0", 0, dataset="other"))
     out = run_tool("report", tmp_path / "others", "--output", tmp_path / "report")[1]
-    assert "files of tables/ and figures/ are not of this report" in out
+    assert "not of this report, to be removed: " in out
 
 
 @pytest.mark.parametrize(

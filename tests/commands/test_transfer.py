@@ -91,7 +91,7 @@ def test_all_twelve_data_sets_are_listed_with_what_is_missing(run_tool: Run, tmp
         "dtd": "differs",
     }
     assert out.count("get it from") == 11
-    assert "1 classes instead of 47" in out
+    assert "1 class instead of 47" in out
     assert out.splitlines()[-1] == f"0 of 12 data sets are in {tmp_path}"
 
 
@@ -372,5 +372,5 @@ def test_shards_are_data_and_a_label_beyond_their_classes_is_named(
     assert finetune("data")[0] == 0
     write_shard(tmp_path / "wrong/train", [0, 1] * 5)
     write_shard(tmp_path / "wrong/test", [0, 1, 2])
-    assert_refused(finetune("wrong"), "the label of 0000.tar:0002.jpg is not one of the 2 classes")
+    assert_refused(finetune("wrong"), "the label of 0000.tar:0002.jpg is beyond the 2 classes")
     assert not (tmp_path / "wrong_run").exists()

@@ -188,9 +188,9 @@ def test_the_names_of_classes(small_cfg: CfgNode) -> None:
     assert read("voc_2007_test", 20)[19] == {"id": 20, "name": "tvmonitor"}
     assert read("of_nowhere", 2) == [{"id": 1, "name": "class 0"}, {"id": 2, "name": "class 1"}]
     assert read("coco_2017_val", 2)[1] == {"id": 2, "name": "class 1"}  # not the detector's data set
-    with pytest.raises(InputError, match="names 4 categories, but its detector tells 5"):
+    with pytest.raises(InputError, match="names 4 classes, but its detector tells 5"):
         read("of_nowhere", 5, categories=CATEGORIES)
-    with pytest.raises(InputError, match="names 2 categories"):
+    with pytest.raises(InputError, match="names 2 classes"):
         read("of_nowhere", 2, categories=[CATEGORIES[0]] * 2)
     for wrong in (None, [1], [{"id": "1", "name": "a"}], [{"id": 1, "name": 2}]):
         with pytest.raises(InputError, match="not COCO's"):

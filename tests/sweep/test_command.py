@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.locks import lock
 from robust_backbones.sweep import command
 from robust_backbones.sweep.launcher import LocalExecutor, launch
@@ -64,7 +64,7 @@ def test_the_verb_from_setup_to_collect(
     monkeypatch.setattr(command, "expand", lambda manifest: replace(stubbed_plan, output=manifest.output))
     status, out, err = run_tool("sweep", "launch", *where)
     assert status == 0, out + err
-    assert "2 of 2 runs are done" in out
+    assert "2 of 2 runs done" in out
     status, out, _ = run_tool("sweep", "status", *where)
     assert [line.split()[-1] for line in out.splitlines()[:4]] == ["done", "1", "1", "2"]
     assert "time left" not in out
@@ -80,9 +80,9 @@ def test_the_verb_from_setup_to_collect(
     assert run_tool("sweep", "pack", *where, "--to", tmp_path / "bundle")[0] == 0
     elsewhere = (manifest, "--output", tmp_path / "elsewhere")
     _, out, err = run_tool("sweep", "unpack", *elsewhere, "--bundle", tmp_path / "bundle")
-    assert out.splitlines()[-1] == f"{len(stubbed)} runs are further than before; 2 of 2 are done in {elsewhere[-1]}", (
-        err
-    )
+    assert out.splitlines()[-1] == (
+        f"{plural(len(stubbed), 'run')} further than before; 2 of 2 done in {elsewhere[-1]}"
+    ), err
     assert run_tool("sweep", "launch", *elsewhere, "--minutes", 1)[0] == 0
 
 
@@ -118,7 +118,7 @@ def test_setup_says_where_published_backbones_are_checked(
     Path("study.yaml").write_text(yaml.safe_dump({**SMALL, "imagenet": "imagenet"}))
     status, out, err = run_tool("sweep", "setup", "study.yaml", "--output", "output")
     assert status == 0, err
-    assert f"accuracy of 1 published backbones is checked on {tmp_path / 'imagenet/val'}" in out
+    assert f"accuracy of 1 published backbone is checked on {tmp_path / 'imagenet/val'}" in out
 
 
 def test_status_names_what_failed(tmp_path: Path, run_tool: Run_) -> None:
@@ -259,7 +259,7 @@ def test_runs_side_by_side_have_gpus_of_their_own(tmp_path: Path) -> None:
     executor = LocalExecutor(plan, jobs=2, processes=2, gpus=["4", "5", "6", "7", "8"])
     assert launch(plan, executor, say=lambda text: None, pause=0.02) == 0
     assert [plan.last_line(run) for run in plan.runs] == ["4,5", "6,7"]
-    with pytest.raises(InputError, match="need 4, and 3 were found"):
+    with pytest.raises(InputError, match="need 4 GPUs, and 3 were found"):
         LocalExecutor(plan, jobs=2, processes=2, gpus=["0", "1", "2"])
 
 

@@ -41,7 +41,7 @@ def test_a_failure_stops_only_what_needs_it(tmp_path: Path) -> None:
     assert plan.states() == {"a": "failed", "b": "waiting", "c": "done", "d": "failed"}
     assert "failed: a: error: this one fails" in "\n".join(said)
     assert "wrote no record.json" in plan.last_line(plan.run("d"))
-    assert said[-1].startswith("1 of 4 runs are done, 2 failed, 1 are left")
+    assert said[-1].startswith("1 of 4 runs done, 2 failed, 1 left")
     assert launched(plan)[0] == 1  # tried again, and what is done is left alone
     assert Counter(ledger(plan)) == {"start a": 2, "start c": 1, "start d": 2}
 
@@ -168,7 +168,7 @@ def test_a_slice_starts_what_ends_in_time(tmp_path: Path) -> None:
     status, said = launched(plan, jobs=4, minutes=1 / 60)
     assert status == 75
     assert ledger(plan) == ["start a"]
-    assert said[-1].startswith("1 of 4 runs are done, 3 are left; 3 would not end in time")
+    assert said[-1].startswith("1 of 4 runs done, 3 left; 3 would not end in time")
     assert plan.pace(plan.run("a"), "running") == 2.0  # as it was when its state was looked at, a moment before
     assert launched(plan, jobs=4, minutes=0.1)[0] == 0
     assert Counter(ledger(plan)) == dict.fromkeys(["start a", "start b", "start c", "start d"], 1)
@@ -178,7 +178,7 @@ def test_a_slice_ends_by_itself(tmp_path: Path) -> None:
     plan = stubs(tmp_path, {"a": "wait", "b": "moment"})
     status, said = launched(plan, jobs=2, minutes=0.08)
     assert (status, plan.states()) == (75, {"a": "preempted", "b": "ready"})
-    assert "out of time: waiting for 1 runs to write their state" in said
+    assert "out of time: waiting for the state of 1 run" in said
     attempt = Attempt.read(plan.job(plan.run("a")))
     assert attempt is not None
     assert 0 < attempt.seconds < 5

@@ -17,7 +17,7 @@ from robust_backbones.classification.engine import Learner, Totals, evaluate, tr
 from robust_backbones.classification.folding import twin_of
 from robust_backbones.classification.objectives import MicroBatch, Network, Objective, ObjectiveConfig
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
-from robust_backbones.errors import InputError, PreemptedError
+from robust_backbones.errors import InputError, PreemptedError, plural
 from robust_backbones.models import NormalizedModel
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.inheritance.adapters import PromptedModel
@@ -132,7 +132,8 @@ def check_size(related: RelatedSet, config: InheritanceConfig) -> None:
     """Raise ``InputError`` unless the set fills a batch."""
     if len(related.images) < config.batch_size:
         raise InputError(
-            f"{related.name} has {len(related.images)} images to train on, less than a batch: lower --batch-size"
+            f"{related.name} has {plural(len(related.images), 'image')} to train on, less than a batch: lower "
+            "--batch-size"
         )
 
 

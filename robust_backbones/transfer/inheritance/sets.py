@@ -28,7 +28,7 @@ from robust_backbones.data.corruptions import load_library as load_corruptions
 from robust_backbones.data.datasets import ClassificationDataset, init_worker, open_dataset
 from robust_backbones.data.decoding import is_hidden, visible
 from robust_backbones.data.images import ImageFiles
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.files import write_json
 from robust_backbones.runs.identity import FINGERPRINT, differences
 from robust_backbones.transfer.protocol import drawn_by_class
@@ -115,8 +115,8 @@ def open_pretraining_set(
         raise InputError(f"train and val of {root} have other classes: give the data that the backbone was trained on")
     if len(val.classes) != num_classes:
         raise InputError(
-            f"{root} has {len(val.classes)} classes, but the backbone knows {num_classes}: give the data that it was "
-            "trained on"
+            f"{root} has {plural(len(val.classes), 'class')}, but the backbone knows {num_classes}: give the data that "
+            "it was trained on"
         )
     return train, RelatedSet(PRETRAINING, val, tuple(range(num_classes)))
 
@@ -270,8 +270,8 @@ def make_set(
         for drawn in drawn_by_class(dataset.labels, seed, stream=-3):
             if skip and len(drawn) < skip + images_per_class:
                 raise InputError(
-                    f"{dataset.classes[dataset.labels[drawn[0]]]} has {len(drawn)} images, too few for {skip} in other "
-                    f"sets and {images_per_class} here"
+                    f"{dataset.classes[dataset.labels[drawn[0]]]} has {plural(len(drawn), 'image')}, too few for "
+                    f"{skip} in other sets and {images_per_class} here"
                 )
             positions += drawn[skip : skip + images_per_class]
         dataset = dataset.take(sorted(positions))
