@@ -60,7 +60,9 @@ Rename = Callable[[str], str]
 Size = tuple[int, int]
 Boxes = dict[str, list[list[float]]]
 Changes = defaultdict[str, list[Any]]
-"""What was done -> what it was done to: ids of annotations, names of images and classes."""
+"""What was done -> what it was done to: annotations by ``_label``, names of images and classes."""
+_LABEL = "label of changes.txt"
+"""A key of annotations whose ids are new while they are repaired: the id that the file has, and the new one."""
 _LEFT_OUT = "left out in all"
 _GONE = "images that are missing or cannot be read left out"
 _FLAGS = {"": "0", "unspecified": "0", "false": "0", "true": "1"}
@@ -105,7 +107,7 @@ def repair(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename = str) 
     else:
         _repair_coco(dataset, use, output, rename, done)
         repaired = replace(dataset, annotations=output / dataset.annotations.name)
-    told = {f"{len(things)} {what}": things for what, things in done.items() if things}
+    told = {f"{what}: {len(things)}": things for what, things in done.items() if things}
     lines = [line for what, things in told.items() for line in (what, *(f"    {thing}" for thing in things))]
     (output / "changes.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
     return repaired, [*told]
@@ -123,7 +125,7 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
     _number_annotations(content, done)
     for row in content["annotations"]:
         if isinstance(row, dict) and (new := as_coco_writes(row)):
-            done["objects written as COCO writes them"].append(row["id"])
+            done["objects written as COCO writes them"].append(_label(row))
             row |= new
     categories, ids = _repaired_classes(content["categories"], rename, done)
     images = [row for row in content["images"] if isinstance(row, dict)]
@@ -156,7 +158,7 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
     faults = check_coco(dataset.annotations, mended, use)
     broken = {fault.place: fault.what for fault in faults if fault.severity == "error" and fault.place}
     left: set[str] = set()
-    for name, key in (("categories", "name"), ("images", "file_name"), ("annotations", "id")):
+    for name, key in (("categories", "name"), ("images", "file_name"), ("annotations", _LABEL)):
         rows = []
         for number, row in enumerate(mended[name]):
             what = broken.get((name, number))
@@ -165,9 +167,12 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
             if what is None:
                 rows.append(row)
             else:
-                done[f"{name} {_LEFT_OUT}"].append(f"{row.get(key) if isinstance(row, dict) else short(row)}: {what}")
+                label = row.get(key, row.get("id")) if isinstance(row, dict) else short(row)
+                done[f"{name} {_LEFT_OUT}"].append(f"{label}: {what}")
         mended[name] = rows
         left = {str(row["id"]) for row in rows}
+    for row in mended["annotations"]:
+        row.pop(_LABEL, None)
     output.mkdir(parents=True)
     with atomic_path(output / dataset.annotations.name) as temporary:  # an indent would make it twice as large
         temporary.write_text(json.dumps(mended))
@@ -263,7 +268,11 @@ def _number_annotations(content: Content, done: Changes) -> None:
     if not all(map(is_id, ids)) or len(set(ids)) < len(ids):
         for number, row in enumerate(rows, 1):
             done["annotations numbered anew"].append(f"{short(row.get('id'))}: {number}")
-            row["id"] = number
+            row |= {"id": number, _LABEL: f"{short(row.get('id'))} ({number} now)"}
+
+
+def _label(row: Row) -> Any:
+    return row.get(_LABEL, row.get("id"))
 
 
 def _repaired_classes(rows: Iterable[Any], rename: Rename, done: Changes) -> tuple[list[Row], dict[Any, Any]]:
@@ -302,26 +311,26 @@ def _repaired(row: Row, size: Size | None, use: Use, ids: Mapping[Any, Any], don
         found = overlaps([turned, mask], np.array([box, [*box[1::-1], *box[:1:-1]]], np.float64))
         if not mask_problem(turned, *size) and found[0] >= 0.5 and found[0] > found[1]:
             row["segmentation"], mask, problem = turned, turned, None
-            done["run lengths whose size was (width, height)"].append(row["id"])
+            done["run lengths whose size was (width, height)"].append(_label(row))
     if not problem and not (is_box(box) and all(box[2:])):
         x1, y1, x2, y2 = mask_extent(mask)
         row["bbox"] = box = [x1, y1, x2 - x1, y2 - y1]
-        done["boxes filled in from masks"].append(row["id"])
+        done["boxes filled in from masks"].append(_label(row))
     if not is_box(box):
         return row
     corners = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
     x1, y1, x2, y2 = clipped = _clipped(corners, size)
     if clipped != corners:
         row["bbox"] = box = [x1, y1, x2 - x1, y2 - y1]
-        done[_CLIPPED].append(row["id"])
+        done[_CLIPPED].append(_label(row))
     if not is_area(row.get("area")) or is_odd_area(row["area"], *box[2:]):
         pixels = 0 if problem else mask_area(mask, *size)
         fits = pixels > 0 and not is_odd_area(pixels, *box[2:])
         row["area"] = pixels if fits else box[2] * box[3]
-        done[f"areas filled in from {'masks' if fits else 'boxes'}"].append(row["id"])
+        done[f"areas filled in from {'masks' if fits else 'boxes'}"].append(_label(row))
     if use.masks and problem and all(box[2:]):
         row["segmentation"] = box_polygon(box)
-        done["masks filled in from boxes"].append(row["id"])
+        done["masks filled in from boxes"].append(_label(row))
     return row
 
 

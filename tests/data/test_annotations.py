@@ -273,7 +273,7 @@ def test_names_of_files_as_windows_writes_them_are_mended(tmp_path: Path, images
     for number, name in ((4, "%33.PNG"), (5, "2.jpg")):
         content["images"].append({**content["images"][0], "id": number, "file_name": name})
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
-    assert "2 names of files written as the files are called" in done
+    assert "names of files written as the files are called: 2" in done
     names = [row["file_name"] for row in repaired.read()[0]["images"]]
     assert names == ["1.png", f"../{images.name}/2.png", "3.png"]  # 2.png may be another image than 2.jpg
 
@@ -285,7 +285,7 @@ def test_folders_before_names_that_are_not_there_are_left_out(tmp_path: Path, im
     for row in content["images"]:
         row["file_name"] = before + row["file_name"]
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
-    assert done == ["3 names of files written as the files are called"]
+    assert done == ["names of files written as the files are called: 3"]
     assert repaired.read()[0] == sound()
     content["images"][0]["file_name"] = "b/2.png"
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "again")
@@ -385,7 +385,7 @@ def test_a_size_is_corrected_where_the_boxes_are_of_the_file(
         row |= {"width": 40, "height": 60}
     content["annotations"][0]["bbox"] = box
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
-    assert ("3 sizes of images corrected" in done) == corrected
+    assert ("sizes of images corrected: 3" in done) == corrected
     assert (errors(repaired.check()[0]) == []) == corrected
 
 
@@ -397,7 +397,7 @@ def test_a_box_that_is_not_there_is_that_of_its_mask(tmp_path: Path, images: Pat
     rows[4] |= {"bbox": None, "segmentation": []}
     rows[6]["bbox"], rows[7]["bbox"], rows[8]["bbox"] = [1, 2, 3], ["a", 1, 2, 3], [0, 0, 0, 0]
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
-    assert "7 boxes filled in from masks" in done
+    assert "boxes filled in from masks: 7" in done
     assert errors(repaired.check(Use(masks=True))[0]) == []
     meant = {row["id"]: row["bbox"] for row in sound()["annotations"]} | {12: [0, 0, 40, 40], 32: [0, 0, 40, 40]}
     del meant[21]  # without a mask nothing says where it is
@@ -454,7 +454,7 @@ def test_sides_of_run_lengths_in_another_order_are_put_in_order_where_the_box_sa
     found = repaired.read()[0]["annotations"]
     assert found[0]["segmentation"] == {"size": [40, 60], "counts": runs}
     assert found[1]["segmentation"] == sound()["annotations"][1]["segmentation"]
-    assert done == ["1 run lengths whose size was (width, height)", "1 masks filled in from boxes"]
+    assert done == ["run lengths whose size was (width, height): 1", "masks filled in from boxes: 1"]
 
 
 @pytest.mark.parametrize("box", [[0, 0, 60, 40], [5, 5, 0, 0]])
@@ -749,7 +749,7 @@ def test_a_list_of_files_is_written_as_names(tmp_path: Path, line: str) -> None:
     meant = read_voc(tmp_path, "test")
     (tmp_path / "ImageSets/Main/test.txt").write_text(f"a\n{line}\n")
     repaired, done = repair(AnnotatedSet(tmp_path, tmp_path / "JPEGImages", "test"), Use(), tmp_path / "fixed")
-    assert done == ["1 names of the list written without folder and suffix"]
+    assert done == ["names of the list written without folder and suffix: 1"]
     assert repaired.read() == meant
     # What is listed so is looked at as the others are: boxes of another layout stay refused.
     file = tmp_path / "Annotations/b.xml"
@@ -872,9 +872,9 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     assert {row["id"]: row for row in mended["annotations"]} == kept
     assert mended["images"] == expected["images"]
     changes = (tmp_path / "fixed/changes.txt").read_text()
-    assert "1 masks filled in from boxes\n    11\n" in changes
+    assert "masks filled in from boxes: 1\n    11\n" in changes
     assert (
-        "2 annotations left out in all\n    10: bbox is [1, 2, 3, 4, 5]\n    99: image_id 7 does not exist" in changes
+        "annotations left out in all: 2\n    10: bbox is [1, 2, 3, 4, 5]\n    99: image_id 7 does not exist" in changes
     )
     assert run_tool("check-data", where, "--fix", tmp_path / "fixed")[0] == 2
 
@@ -903,7 +903,10 @@ def test_annotations_are_numbered_anew(tmp_path: Path, images: Path, spoil: Call
     repaired, done = repair(coco_set(tmp_path, images, content), Use(masks=True), tmp_path / "fixed")
     meant = [{**row, "id": number} for number, row in enumerate(sound()["annotations"], 1)]
     assert json.loads((tmp_path / "fixed/truth.json").read_text())["annotations"] == meant
-    assert done == ["9 annotations numbered anew", "1 areas filled in from masks"]
+    assert done == ["annotations numbered anew: 9", "areas filled in from masks: 1"]
+    changes = (tmp_path / "fixed/changes.txt").read_text()
+    label = json.dumps(content["annotations"][1].get("id"))  # the file's own
+    assert changes.endswith(f"areas filled in from masks: 1\n    {label} (2 now)\n")
     assert repaired.check(Use(masks=True))[0] == []
 
 
@@ -915,7 +918,7 @@ def test_classes_by_true_and_false_are_1_and_0(tmp_path: Path, images: Path) -> 
         for row, number in zip(one["categories"], (0, 1), strict=True):
             row["id"] = number
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
-    assert done == ["9 ids made whole numbers"]
+    assert done == ["ids made whole numbers: 9"]
     assert json.dumps(repaired.read()[0]) == json.dumps(meant)
 
 
@@ -979,7 +982,7 @@ def test_classes_are_renamed_and_made_one(tmp_path: Path, images: Path, run_tool
     options = ("--fix", tmp_path / "fixed", "--classes", "cat,dog", "--rename", "kitten=cat")
     status, out, _ = run_tool("check-data", where, *options)
     assert status == 0
-    assert "3 classes renamed; 2 classes of one name made one" in out
+    assert "classes renamed: 3; classes of one name made one: 2" in out
     mended = json.loads((tmp_path / "fixed/truth.json").read_text())
     assert mended["categories"] == meant["categories"]
     assert mended["annotations"] == meant["annotations"]
@@ -1029,7 +1032,12 @@ def test_a_voc_set_is_repaired(tmp_path: Path, run_tool: Run) -> None:
         ("b", [0, 0, 50, 80]), ("b", [0, 0, 60, 80])
     ]  # fmt: skip
     changes = (tmp_path / "fixed/changes.txt").read_text()
-    for words in ("1 sizes of images corrected", "5 objects left out", "2 lines of the list", "1 boxes clipped"):
+    for words in (
+        "sizes of images corrected: 1",
+        "objects left out: 5",
+        "lines of the list that were there twice left out: 2",
+        "boxes clipped to their images: 1",
+    ):
         assert words in changes
 
 
