@@ -32,7 +32,7 @@ class Compute:
 
     device: torch.device
     precision: str = "fp32"
-    """Of the network's passes in training and evaluation: fp32, bf16, or fp16 with loss scaling."""
+    """Of the network's passes: fp32, bf16, or fp16, which training scales its loss for and does not evaluate in."""
     attack_precision: str = ""
     """Of the attack's passes in training; as ``precision`` when empty."""
     compile_mode: str = ""

@@ -154,14 +154,15 @@ class TrainingConfig(EvaluationImages):
 
 @dataclass(frozen=True)
 class Execution:
-    """How a run is executed: none of it changes the result, and a resumed run may have another."""
+    """How a run is executed; a resumed run may have another."""
 
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cpu or cuda (of several processes, each takes its own GPU); say cuda when you submit from a machine without."""
     workers: int = 2
     """Processes that decode and augment images, for each training process; results do not depend on it."""
     micro_batch_size: int = 0
-    """Images that a process takes through the network at once; its gradients are added up to the batch. 0: all."""
+    """Images that a process takes through the network at once; its gradients are added up to the batch. 0: all.
+    Batch norms take their statistics over these."""
     checkpoint_minutes: float = 15.0
     """Time between the checkpoints within an epoch; one is always written at its end."""
     keep_checkpoints: int = 2

@@ -38,7 +38,7 @@ FREE = frozenset(
         "errors",
     }
 )
-"""Settings that never make another run; no result depends on them."""
+"""Settings that never make another run."""
 FINGERPRINT = "data_fingerprint"
 """The setting, or those below it, that knows data by their content: of ``ClassificationDataset.fingerprint``."""
 Settings = Mapping[str, Any]

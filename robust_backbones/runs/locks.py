@@ -173,7 +173,8 @@ def _start_time(pid: int) -> str | None:
 
 def _show_life(path: Path, own: Owner, end: threading.Event) -> None:
     while not end.wait(_HEARTBEAT_SECONDS):
-        if _read(path) != own:
-            os.kill(own.pid, signal.SIGTERM)
-            return
-        os.utime(path)
+        with suppress(OSError):  # a network's file system may be away for a while
+            if _read(path) != own:
+                os.kill(own.pid, signal.SIGTERM)
+                return
+            os.utime(path)

@@ -36,7 +36,7 @@ class RunRecord:
 
     run_id: str
     task: str
-    """``pretrain``, ``robustness``, ``detection``, ``segmentation``, ``detector_robustness``, ``transfer``,
+    """``pretrain``, ``finetune``, ``robustness``, ``detection``, ``segmentation``, ``detector_robustness``, ``transfer``,
     ``inheritance``, ``corruptions`` or ``visualization``."""
     backbone: dict[str, Any]
     """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``, for a training

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from robust_backbones.errors import InputError
-from robust_backbones.runs.locks import HeldError, Owner, lock, owner_of
+from robust_backbones.runs.locks import HeldError, Owner, _show_life, lock, owner_of
 from tests.conftest import ROOT
 from tests.sweep.conftest import wait_until
 
@@ -68,6 +69,30 @@ def test_owners_show_that_they_live(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with lock(path):
         os.utime(path, (0, 0))
         wait_until(lambda: time.time() - path.stat().st_mtime < 5)
+
+
+def test_an_owner_outlives_a_disk_that_is_away_for_a_while(tmp_path: Path) -> None:
+    """As a network's file system: the next sign of life comes when it is back."""
+    path, away = tmp_path / "run/lock.json", tmp_path / "away"
+    path.parent.mkdir()
+
+    class Beats(threading.Event):
+        count = 0
+
+        def wait(self, timeout: float | None = None) -> bool:
+            self.count += 1
+            if self.count == 1:
+                path.parent.rename(away)
+                path.parent.touch()
+            elif self.count == 2:
+                path.parent.unlink()
+                away.rename(path.parent)
+            return self.count == 3
+
+    own = other_owner(path)
+    os.utime(path, (0, 0))
+    _show_life(path, own, Beats())
+    assert path.stat().st_mtime > 0
 
 
 def test_who_was_believed_dead_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

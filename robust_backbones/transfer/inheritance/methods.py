@@ -159,7 +159,7 @@ def diagonal_fisher(
 
 
 def lora(job: Job) -> NormalizedModel:
-    """Low-rank updates of the convolutions; everything else is frozen. They are merged at the end."""
+    """The network is frozen but for the low-rank updates of a ``LowRankModel``, which are merged at the end."""
     config, start = job.config, job.start
     model = LowRankModel(start.build(), start.spec, rank=config.lora_rank, alpha=config.lora_alpha, seed=job.seed)
     train(job, job.compute.place(model))
