@@ -126,7 +126,8 @@ class Learner:
         found = []
         for part, (images, labels) in enumerate(parts):
             with self._gradients_stay_local(last=part + 1 == len(parts)):
-                self._twin.refresh()
+                if threat_model.epsilon > 0:
+                    self._twin.refresh()
                 micro_batch = MicroBatch(images, labels, threat_model, part, self._generator)
                 loss, logits = self.objective.loss(self._forward, self._adversary, micro_batch)
                 self._scaler.scale(loss / len(parts)).backward()

@@ -76,7 +76,7 @@ class HeadBank(Heads):
 
     @torch.no_grad()
     def train_epoch(self, features: Tensor, labels: Tensor, orders: Tensor, *, batch_size: int, rate: float) -> Tensor:
-        """Go once through the images that ``orders`` names; an incomplete last batch is dropped.
+        """Go once through the images that ``orders`` names; an incomplete last batch is dropped, unless it is the only.
 
         Args:
             features: (N, D), float32.
@@ -87,6 +87,7 @@ class HeadBank(Heads):
         Returns:
             The mean loss of every head in nats, (S, G).
         """
+        batch_size = min(batch_size, orders.shape[1])
         steps = orders.shape[1] // batch_size
         loss = torch.zeros_like(self.bias[..., 0])
         for batch in orders[:, : steps * batch_size].split(batch_size, dim=1):

@@ -334,6 +334,15 @@ def test_the_loss_scale_is_part_of_the_state() -> None:
     assert second._scaler.get_scale() == 128
 
 
+@pytest.mark.parametrize("epsilon", [0, 0.5])
+def test_batch_norms_are_folded_for_an_attack_alone(monkeypatch: pytest.MonkeyPatch, epsilon: float) -> None:
+    folded: list[object] = []
+    one = learner(small(), ThreatModel("L2", epsilon))
+    monkeypatch.setattr(type(one._twin), "refresh", lambda twin: folded.append(twin))
+    one.step([batches(1)[0]])
+    assert len(folded) == (epsilon > 0)
+
+
 def test_a_request_to_stop_is_heard_at_once() -> None:
     logged: list[int] = []
     one = learner(small())

@@ -48,6 +48,19 @@ def alone(
     return means
 
 
+def test_less_than_a_batch_is_a_batch() -> None:
+    """As where batches are made for batch norms, and held-out images are then taken out of them."""
+    x, labels = problem(12, 5, 3)
+    banks = [HeadBank(layers(5, 3, (0, 1)), [Setting(0.1, 0.0)], momentum=0.9, device=CPU) for _ in range(2)]
+    orders = torch.arange(12).expand(2, -1)
+    losses = [
+        bank.train_epoch(x, labels, orders, batch_size=size, rate=1.0)
+        for bank, size in zip(banks, (12, 20), strict=True)
+    ]
+    assert torch.equal(*losses)
+    assert torch.equal(banks[0].weight, banks[1].weight)
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     images=st.integers(20, 70),
