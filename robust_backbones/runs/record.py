@@ -36,8 +36,8 @@ class RunRecord:
 
     run_id: str
     task: str
-    """``pretrain``, ``finetune``, ``robustness``, ``detection``, ``segmentation``, ``detector_robustness``, ``transfer``,
-    ``inheritance``, ``corruptions`` or ``visualization``."""
+    """``pretrain``, ``finetune``, ``transfer``, ``robustness``, ``corruptions``, ``inheritance``, ``visualization``,
+    ``detection``, ``segmentation`` or ``detector_robustness``."""
     backbone: dict[str, Any]
     """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``, for a training
     the ``checkpoint_sha256`` and ``best_sha256`` of what it wrote."""
