@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ Listings = dict[str, defaultdict[str, list[str]]]
 """Folder -> plain stem -> files: what was read of folders."""
 UNREADABLE = "images that cannot be read"
 """The kind of the fault of an image whose pixels cannot be had."""
+_UPLOADED = r"^(?!(?:19|20)\d{6})[0-9a-f]{8}-"
+"""What Label Studio puts before the names of files; a date is the file's own."""
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -173,7 +176,8 @@ def check_images(
 
 def spell_names(images: list[dict[str, Any]], folder: Path) -> list[str]:
     """Give rows of images whose file is not there the name of the one that it differs from by case, accents, ``\\`` or
-    %20 alone, or by folders that are not there; the new names. Of several nothing says which one."""
+    %20 alone, by folders that are not there, or by what Label Studio puts before it; the new names. Of several nothing
+    says which one."""
     listings, found = Listings(), []
     missing = [row for row in images if "file_name" in row and not os.path.exists(folder / str(row["file_name"]))]
     for row in missing:
@@ -183,13 +187,19 @@ def spell_names(images: list[dict[str, Any]], folder: Path) -> list[str]:
         if len(same := [file for file in alike if file.casefold().endswith(suffix)]) == 1:
             row["file_name"] = os.path.join(os.path.dirname(name), *same)
             found.append(row["file_name"])
-    used = Counter(os.path.basename(str(row.get("file_name")).replace("\\", "/")) for row in images)
+    used = Counter(_last_part(row, folder) for row in (images if missing else []))
     for row in missing:
-        name = os.path.basename(str(row["file_name"]).replace("\\", "/"))
-        if used[name] == 1 and os.path.isfile(folder / name) and not os.path.exists(folder / str(row["file_name"])):
+        name = _last_part(row, folder)
+        if name and used[name] == 1 and not os.path.exists(folder / str(row["file_name"])):
             row["file_name"] = name
             found.append(name)
     return found
+
+
+def _last_part(row: dict[str, Any], folder: Path) -> str:
+    """The name of the file in the folder, by the last part of the row's alone, and as it was before its upload."""
+    name = os.path.basename(str(row.get("file_name")).replace("\\", "/"))
+    return next((one for one in (name, re.sub(_UPLOADED, "", name)) if os.path.isfile(folder / one)), "")
 
 
 def _files_alike(path: str, listings: Listings) -> list[str]:
@@ -205,6 +215,10 @@ def _files_alike(path: str, listings: Listings) -> list[str]:
 
 def _mend_of_missing(path: str, listings: Listings) -> str:
     """How to mend the name of a file that is not there."""
+    place, name = os.path.split(path.replace("\\", "/"))
+    plain, folders = re.sub(_UPLOADED, "", name), (Path(place), *Path(place).parents)
+    if plain != name and (found := next((above for above in folders if os.path.isfile(above / plain)), None)):
+        return f"{found} has {plain!r}, without what Label Studio puts before it: write file_name so"
     if "\\" in path:
         return "write / between folders in file_name, not \\"
     folder, name = os.path.split(path)

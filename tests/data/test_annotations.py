@@ -278,8 +278,10 @@ def test_names_of_files_as_windows_writes_them_are_mended(tmp_path: Path, images
     assert names == ["1.png", f"../{images.name}/2.png", "3.png"]  # 2.png may be another image than 2.jpg
 
 
-@pytest.mark.parametrize("before", ["images/", "/", "https://example.org/data/", "C:\\data\\"])
-def test_folders_before_names_that_are_not_there_are_left_out(tmp_path: Path, images: Path, before: str) -> None:
+@pytest.mark.parametrize(
+    "before", ["images/", "/", "https://example.org/data/", "C:\\data\\", "images/0a1b2c3d-", "images\\0a1b2c3d-"]
+)
+def test_what_stands_before_names_and_is_not_there_is_left_out(tmp_path: Path, images: Path, before: str) -> None:
     """As exporters write them; of two names that end alike neither is known."""
     content = sound()
     for row in content["images"]:
@@ -287,6 +289,11 @@ def test_folders_before_names_that_are_not_there_are_left_out(tmp_path: Path, im
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "fixed")
     assert done == ["names of files written as the files are called: 3"]
     assert repaired.read()[0] == sound()
+    if before == "images/0a1b2c3d-":
+        fault, *_ = coco_set(tmp_path, images, content).check()[0]
+        assert str(fault).endswith(
+            f"{images} has '1.png', without what Label Studio puts before it: write file_name so"
+        )
     content["images"][0]["file_name"] = "b/2.png"
     repaired, done = repair(coco_set(tmp_path, images, content), Use(), tmp_path / "again")
     assert [row["id"] for row in repaired.read()[0]["images"]] == [3]
