@@ -150,10 +150,7 @@ class _Expansion:
         return _Source(str(path), [sha256(path), texts], spec, options=_words(texts))
 
     def _pretrain(self, name: str, seed: int | None) -> tuple[Run, BackboneSpec]:
-        options = {**self._manifest.pretraining[name], **({} if seed is None else {"seed": seed})}
-        _refuse_own(f"pretraining {name}", options, ("output", "list_recipes"))
-        argv = ("pretrain", "--output", "{folder}", *_words(options))
-        parsed = _parsed(pretrain.parse, argv, f"pretraining {name}")
+        argv, parsed = pretraining(self._manifest, name, seed)
         config, spec = parsed.config, usual_spec(parsed.config.arch, stem=parsed.config.stem)
         settings = {**config.to_dict(), "data": parsed.data.name}
         if parsed.start_from:
@@ -316,6 +313,14 @@ class _Expansion:
         needs = (*source.needs, *source.checks)
         rest = {"group": task.name, "task": task.name, "needs": needs, "results": results}
         self._add("transfer", f"{task.name}-{name}", argv, settings, defaults, **rest)
+
+
+def pretraining(manifest: Manifest, name: str, seed: int | None = None) -> tuple[tuple[str, ...], Any]:
+    """The command of a pre-training, with this seed in place of its own, and the options that the verb reads there."""
+    options = {**manifest.pretraining[name], **({} if seed is None else {"seed": seed})}
+    _refuse_own(f"pretraining {name}", options, ("output", "list_recipes"))
+    argv = ("pretrain", "--output", "{folder}", *_words(options))
+    return argv, _parsed(pretrain.parse, argv, f"pretraining {name}")
 
 
 def _refuse_own(where: str, names: Iterable[str], own: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from robust_backbones.analysis.results import results
 from robust_backbones.analysis.statistics import ALPHA, MOST_SEEDS, POWER, power, seeds_needed
 from robust_backbones.checkpoint import zoo
 from robust_backbones.errors import InputError, plural
-from robust_backbones.sweep.expand import task_settings
+from robust_backbones.sweep.expand import pretraining, task_settings
 from robust_backbones.sweep.manifest import Manifest, PrimaryComparison, Task
 from robust_backbones.sweep.plan import Plan
 from robust_backbones.threat_models import ThreatModel
@@ -165,8 +165,10 @@ def _threat_model(manifest: Manifest, name: str) -> ThreatModel | None:
     (entry,) = (backbone for backbone in manifest.backbones if backbone.name == name)
     if entry.published:
         return zoo.find(entry.published).threat_model
-    options = manifest.pretraining[entry.pretrain] if entry.pretrain else entry.options
-    return ThreatModel.parse(str(options["threat_model"])) if "threat_model" in options else None
+    if entry.pretrain:
+        _, options = pretraining(manifest, entry.pretrain, seed=0)
+        return ThreatModel.parse(options.config.threat_model)
+    return ThreatModel.parse(str(entry.options["threat_model"])) if "threat_model" in entry.options else None
 
 
 def _paper(task: Task) -> list[PaperResult]:

@@ -134,7 +134,11 @@ def test_the_only_protocol_need_not_be_named(tmp_path: Path, named: dict[str, st
     assert set(declared.runs) == {keys(plan)[f"voc-syncbn-robust-seed{seed}"] for seed in (0, 1)}
 
 
-def test_a_primary_comparison_is_with_the_standard_backbone(tmp_path: Path) -> None:
-    swapped = {**PRIMARY, "backbone": "standard", "standard": "robust"}
+@pytest.mark.parametrize("said", [{}, {"threat-model": "L2:3"}, {"recipe": "resnet18_l2_eps3"}], ids=str)
+def test_a_primary_comparison_is_with_the_standard_backbone(tmp_path: Path, said: dict[str, str]) -> None:
+    content = with_(SMALL, "primary", {**PRIMARY, "backbone": "standard", "standard": "robust"})
+    options = dict(content["pretraining"]["robust"])
+    if said:
+        del options["threat_model"]
     with pytest.raises(InputError, match="robust, was trained at"):
-        check_power(study(tmp_path, with_(SMALL, "primary", swapped)))
+        check_power(study(tmp_path, with_(content, "pretraining/robust", {**options, **said})))
