@@ -325,7 +325,7 @@ def pretraining(manifest: Manifest, name: str, seed: int | None = None) -> tuple
 
 def _refuse_own(where: str, names: Iterable[str], own: Sequence[str]) -> None:
     """Raise InputError for options or keys whose values are the study's own, which the last word would be."""
-    if taken := [name for name in names if name.replace("-", "_") in own or name.startswith("cluster.")]:
+    if taken := [name for name in names if name in own or name.startswith("cluster.")]:
         raise InputError(f"{where} gives {taken[0]}, which the study sets itself: leave it out")
 
 

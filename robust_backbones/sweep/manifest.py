@@ -176,7 +176,7 @@ def _manifest(path: Path, content: Any, output: str | Path | None) -> Manifest:
         output=Path(output or content.get("output") or f"runs/{name}"),
         cost=str(content.get("cost") or "").strip(),
         seeds=_seeds(content.get("seeds", [0])),
-        pretraining={run: _mapping(run, options) for run, options in sections["pretraining"].items()},
+        pretraining={run: _options(run, options) for run, options in sections["pretraining"].items()},
         backbones=tuple(_backbone(key, entry) for key, entry in sections["backbones"].items()),
         protocols={protocol: _texts(protocol, files) for protocol, files in sections["protocols"].items()},
         tasks=tuple(_task(key, entry) for key, entry in sections["tasks"].items()),
@@ -327,7 +327,7 @@ def _entry(kind: type[T], what: str, name: str, content: Any) -> T:
     values: dict[str, Any] = {}
     for key, value in _mapping(what, content, known).items():
         if known[key].default_factory is not MISSING:
-            values[key] = _mapping(f"{key} of {what}", value)
+            values[key] = _options(f"{key} of {what}", value)
         else:
             values[key] = str(value) if known[key].default == "" else _texts(f"{key} of {what}", value)
     return kind(name, **values)
@@ -341,6 +341,11 @@ def _mapping(what: str, content: Any, keys: Iterable[str] | None = None) -> dict
         if keys is not None and key not in (keys := tuple(keys)):
             raise InputError(f"{what} has an unknown key {key!r}: valid are {', '.join(keys)}")
     return content
+
+
+def _options(what: str, content: Any) -> dict[str, Any]:
+    """Options of a verb may be written as on its command line, ``data-root`` for ``data_root``."""
+    return {name.replace("-", "_"): value for name, value in _mapping(what, content).items()}
 
 
 def _texts(what: str, content: Any) -> tuple[str, ...]:

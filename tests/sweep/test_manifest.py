@@ -402,8 +402,9 @@ def test_what_transfers_lack_is_told(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert lines(str(tmp_path / "mine"), {}) == []
     assert lines("nowhere", {}) == ["no folder nowhere, with train/ and test/"]
-    (line,) = lines("flowers", {"data_root": str(tmp_path)})
-    assert "is not in" in line
+    for name in ("data_root", "data-root"):
+        (line,) = lines("flowers", {name: str(tmp_path)})
+        assert "is not in" in line
     with pytest.raises(InputError, match="task own names the data set flowers: give the options data_root"):
         lines("flowers", {})
 
