@@ -42,7 +42,8 @@ class TrainingConfig(EvaluationImages):
     lr_scaling: str = "none"
     """none: the rate is ``lr``; linear: it is ``lr`` x batch_size / 512 (Goyal et al. 2017)."""
     schedule: str = "step"
-    """step: a tenth of the rate every ``lr_step`` epochs; one_cycle: up from ``lr`` / 25, then to 0, for short runs;
+    """step: a tenth of the rate every ``lr_step`` epochs;
+    one_cycle: up from ``lr`` / 25, then to 0, for short runs;
     cosine: up over ``warmup_epochs``, then half a cosine to 0."""
     lr_step: int = 30
     warmup_epochs: float = 0.0
@@ -54,8 +55,8 @@ class TrainingConfig(EvaluationImages):
     """Of adamw."""
     weight_decay: float = 1e-4
     mixup: float = 0.0
-    """Alpha of mixup, whose shares are drawn from Beta(alpha, alpha); 0 is off. With cutmix each takes half the
-    micro-batches."""
+    """Alpha of mixup, whose shares are drawn from Beta(alpha, alpha); 0 is off.
+    With cutmix each takes half the micro-batches."""
     cutmix: float = 0.0
     """Alpha of CutMix; 0 is off."""
     epsilon_warmup_epochs: float = 0.0
@@ -65,9 +66,11 @@ class TrainingConfig(EvaluationImages):
     sync_batch_norm: bool = False
     """Batch statistics over all processes instead of over each one's micro-batch."""
     augmentation: str = "resized_crop"
-    """resized_crop: a crop of random size and shape (ImageNet); padded_crop: a crop after padding by 4 px (CIFAR);
-    robustness: resized_crop, colour jitter of 0.1 and PCA noise of 0.05, as the paper's library; color_jitter:
-    resized_crop and jitter of 0.4; heavy: resized_crop, RandAugment and random erasing; all with a random flip."""
+    """All with a random flip. resized_crop: a crop of random size and shape (ImageNet);
+    padded_crop: a crop after padding by 4 px (CIFAR);
+    robustness: resized_crop, colour jitter of 0.1 and PCA noise of 0.05, as the paper's library;
+    color_jitter: resized_crop and jitter of 0.4;
+    heavy: resized_crop, RandAugment and random erasing."""
     progressive_size: int = 0
     """Image size of the first epoch in progressive resizing, which grows over ``progressive_epochs``; 0 is off."""
     progressive_epochs: int = 0

@@ -36,8 +36,9 @@ class PretrainConfig(TrainingConfig):
     stem: str = "imagenet"
     """imagenet, or cifar: a ResNet for 32 px images, without stride and pooling before the first block."""
     stylize: float = 0.0
-    """Give each training image amplitudes of another one's spectrum, by a share drawn from 0 to this, up to 1: textures
-    and colours vary, shapes stay (Xu et al. 2021, "A Fourier-based Framework for Domain Generalization"). 0 is off."""
+    """Give each training image amplitudes of another one's spectrum, by a share drawn from 0 to this, up to 1:
+    textures and colours vary, shapes stay (Xu et al. 2021, "A Fourier-based Framework for Domain Generalization").
+    0 is off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,8 +42,8 @@ class AscentConfig:
 
     steps: int = 200
     step_size: float = 0.005
-    """Root mean square of a step's change over all pixels, in [0, 1] units: the same at any resolution. A step of l2
-    length 1 at 224 px, as in the public code, is 0.0026."""
+    """Root mean square of a step's change over all pixels, in [0, 1] units: the same at any resolution.
+    A step of l2 length 1 at 224 px, as in the public code, is 0.0026."""
     ball: ThreatModel | None = None
     """Stay in this ball around the start, as NORM:EPSILON; without it every image in [0, 1] can be reached."""
 

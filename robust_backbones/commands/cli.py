@@ -50,7 +50,7 @@ def parse(options_type: Any, arguments: Sequence[str], *, description: str | Non
         with _registry, contextlib.redirect_stdout(help_text):
             return tyro.cli(options_type, args=list(arguments), description=description, **defaults)
     finally:
-        sys.stdout.write(_wrapped(help_text.getvalue()))
+        sys.stdout.write(_with_examples(_wrapped(help_text.getvalue()), description, arguments))
 
 
 class _Help(io.StringIO):
@@ -68,6 +68,17 @@ def _wrapped(help_text: str) -> str:
     prose = [line[:1] not in (" ", "\x1b", "│", "╭", "╰") and not line.startswith("usage: ") for line in lines]
     wrap = textwrap.TextWrapper(120, break_on_hyphens=False).fill
     return "\n".join(wrap(line) if is_prose else line for line, is_prose in zip(lines, prose, strict=True))
+
+
+def _with_examples(help_text: str, description: str | None, arguments: Sequence[str]) -> str:
+    """The help of a subcommand with those examples in its verb's ``description`` that are of it."""
+    name = re.escape(arguments[0] if arguments else "")
+    found = re.findall(rf"^    robust-backbones \S+ {name} .*(?:\n {{5,}}\S.*)*", description or "", re.MULTILINE)
+    if not help_text or not found:
+        return help_text
+    box = re.search(r"^.*╭", help_text, re.MULTILINE)
+    place = box.start() if box else len(help_text)
+    return "\n".join((help_text[:place] + "Examples:", *found, "", help_text[place:]))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -8,6 +8,11 @@ Example, a detector's AP under the 15 common corruptions:
     robust-backbones evaluate detector runs/voc_robust/config.yaml runs/voc_robust/model_final.pth \
         --output runs/voc_robust_robustness
 
+Example, under attack on two losses, and the worse of them for each image, on 500 images in 2 processes:
+    robust-backbones evaluate detector runs/voc_robust/config.yaml runs/voc_robust/model_final.pth \
+        --corruptions none --attacks classification localization --threat-model Linf:4/255 --limit 500 --jobs 2 \
+        --output runs/voc_robust_attacked
+
 `robust-backbones evaluate classifier --help` and `... detector --help` list all options. --debug shows tracebacks.
 """
 
@@ -41,9 +46,6 @@ if TYPE_CHECKING:
 class ClassifierOptions(EvaluationOptions):
     """Clean, PGD and AutoAttack accuracy of a classifier, each with its 95 % interval.
 
-    Example, at epsilon 3:
-        robust-backbones evaluate classifier checkpoint.pt --data imagenet/val --threat-model L2:3 --output runs/eval
-
     OUTPUT gets outcomes.jsonl (a row an image) and record.json; an evaluation that was cut off resumes when the same
     command is given again.
     """
@@ -59,15 +61,7 @@ EXPECTED = "expected.json"
 
 @dataclass(kw_only=True)
 class DetectorOptions(DeviceOptions):
-    r"""Clean AP of a trained detector, its AP on corrupted images (P, mPC, rPC), in other domains and under attack.
-
-    Example, on 500 images, in 2 processes:
-        robust-backbones evaluate detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_robustness \
-            --limit 500 --jobs 2
-
-    Example, under attack on two losses, and under the worse of them for each image:
-        robust-backbones evaluate detector runs/voc/config.yaml runs/voc/model_final.pth --output runs/voc_attacked \
-            --corruptions none --attacks classification localization --threat-model Linf:4/255
+    """Clean AP of a trained detector, its AP on corrupted images (P, mPC, rPC), in other domains and under attack.
 
     DETECTRON2_DATASETS names the folder with the data sets. OUTPUT gets cells/NAME/record.json and detections.json for
     every evaluation (clean, fog-3, ...), record.json over all, and errors.svg, .png and .csv: the AP50 that each type

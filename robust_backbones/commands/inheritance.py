@@ -11,6 +11,15 @@ Example, with them, their folders in data/:
     robust-backbones inheritance run hub:resnet50_l2_eps3 --pretraining imagenet --data-root data --sets imagenet-v2 \
         imagenet-a imagenet-r imagenet-sketch imagenet-cartoon imagenet-drawing objectnet imagenet-c --output runs/rib
 
+Example, a fine-tuned network under corruptions, against the one before:
+    robust-backbones inheritance corruptions runs/r50/checkpoint.pt --data imagenet/val --output runs/r50_c
+    robust-backbones inheritance corruptions runs/inheritance/r50/fine_tuning/sketch/seed_0/checkpoint.pt \
+        --data imagenet/val --output runs/r50_sketch_c --reference runs/r50_c/record.json
+
+Example, a detector's backbone under its classifier:
+    robust-backbones inheritance detector runs/voc_robust/model_final.pth runs/robust/checkpoint.pt \
+        --data imagenet/val --threat-model L2:0.5 --no-autoattack --output runs/voc_robust_inheritance
+
 `corruptions` measures a classifier under the 15 common corruptions; `detector` puts a detector's backbone back under
 its classifier and attacks it. `robust-backbones inheritance run --help` lists the options of a command.
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
@@ -46,9 +55,6 @@ from robust_backbones.transfer.inheritance.sets import KNOWN_SETS, check_kind, m
 class InheritanceOptions(DeviceOptions):
     """Evaluate on every set, fine-tune on one, evaluate on every set again, for each set, method and seed.
 
-    Example:
-        robust-backbones inheritance run runs/r50/checkpoint.pt --pretraining imagenet --sets a b --output out
-
     Several processes may be given the same command: they share the work. Methods, seeds and backbones may be added to
     an output later.
     """
@@ -58,16 +64,16 @@ class InheritanceOptions(DeviceOptions):
     pretraining: Path
     """Folder of the data set of pre-training, with train/ and val/."""
     sets: tuple[str, ...]
-    """Two or more related sets: folders whose class folders are classes of pre-training, or names of the eight of
-    ImageNet-RIB (imagenet-v2, -a, -r, -sketch, -cartoon, -drawing, -c, objectnet) in --data-root."""
+    """Two or more related sets: folders whose class folders are classes of pre-training, or names in --data-root:
+    imagenet-v2, -a, -r, -sketch, -cartoon, -drawing, -c or objectnet, the eight of ImageNet-RIB."""
     output: Path
     """Folder for the results: LABEL/METHOD/SET/seed_S/record.json."""
     config: Annotated[InheritanceConfig, tyro.conf.arg(name="")] = field(default_factory=InheritanceConfig)
     memory_gb: float = 8.0
     """Room for decoded images, each of which is decoded once; sets that find none are decoded at every use."""
     methods: tuple[str, ...] = DEFAULT_METHODS
-    """fine_tuning linear_probe lp_ft lwf ewc l2_init l2_sp lora visual_prompt wise_ft uniform_soup greedy_soup, and
-    wise_ft_0.3 for WiSE-FT at another alpha than 0.5."""
+    """fine_tuning linear_probe lp_ft lwf ewc l2_init l2_sp lora visual_prompt wise_ft uniform_soup greedy_soup;
+    wise_ft_0.3 is WiSE-FT at another alpha than 0.5."""
     seeds: tuple[int, ...] = (0,)
     data_root: Path | None = None
     """Folder that holds the sets that are named."""
@@ -75,11 +81,7 @@ class InheritanceOptions(DeviceOptions):
 
 @dataclass
 class InheritanceTableOptions:
-    """RI, mRI, the accuracy matrices and their figures, and how distances go with forgetting.
-
-    Example:
-        robust-backbones inheritance table runs/inheritance --output runs/inheritance_tables
-    """
+    """RI, mRI, the accuracy matrices and their figures, and how distances go with forgetting."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Outputs of `run`, finished or not."""
@@ -92,9 +94,6 @@ class InheritanceTableOptions:
 @dataclass
 class MakeSetsOptions:
     """Related data sets from a folder of images: sketched, cartooned, or under a corruption at a severity.
-
-    Example:
-        robust-backbones inheritance make-sets imagenet/val --output sets --kinds sketch cartoon snow-3
 
     Sets that show the same photographs let a network know the images of one from the other. With --disjoint no two do,
     and the kind photograph gives a validation set of those that are left.
@@ -117,13 +116,7 @@ class MakeSetsOptions:
 
 @dataclass(kw_only=True)
 class CorruptionsOptions(EvaluationOptions):
-    r"""Accuracy of a classifier under the 15 common corruptions at 5 severities, and mCE against a reference.
-
-    Example, a fine-tuned network against the one before:
-        robust-backbones inheritance corruptions runs/r50/checkpoint.pt --data imagenet/val --output runs/r50_c
-        robust-backbones inheritance corruptions runs/inheritance/r50/fine_tuning/sketch/seed_0/checkpoint.pt \
-            --data imagenet/val --output runs/r50_sketch_c --reference runs/r50_c/record.json
-    """
+    """Accuracy of a classifier under the 15 common corruptions at 5 severities, and mCE against a reference."""
 
     config: Annotated[CorruptionConfig, tyro.conf.arg(name="")] = field(default_factory=CorruptionConfig)
     reference: Path | None = None
@@ -132,12 +125,7 @@ class CorruptionsOptions(EvaluationOptions):
 
 @dataclass(kw_only=True)
 class DetectorInheritanceOptions(DeviceOptions):
-    r"""Accuracy of a backbone under its own classifier, clean and attacked, before and after detection training.
-
-    Example:
-        robust-backbones inheritance detector runs/voc_robust/model_final.pth runs/robust/checkpoint.pt \
-            --data imagenet/val --threat-model L2:0.5 --no-autoattack --output runs/voc_robust_inheritance
-    """
+    """Accuracy of a backbone under its own classifier, clean and attacked, before and after detection training."""
 
     detector: tyro.conf.Positional[Path]
     """The detector's checkpoint, such as its run's model_final.pth."""

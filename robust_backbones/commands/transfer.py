@@ -67,8 +67,8 @@ class TransferOptions:
     metric: Literal["", "top1", "mean_per_class"] = ""
     """Of a folder of your own; top1 when not given."""
     split: Literal["drawn", "first"] = "drawn"
-    """Of caltech101 and caltech256: training images drawn once and for all, or the first 30 and 60 of each class, as in
-    the public code; the data set is then called caltech101_first."""
+    """Of caltech101 and caltech256: training images drawn once and for all, or the first 30 and 60 of each class.
+    The latter is as in the public code; the data set is then called caltech101_first."""
 
     @property
     def backbones(self) -> Backbones:

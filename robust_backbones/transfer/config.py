@@ -48,8 +48,8 @@ class TransferConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """One trial each: it decides the new classifier's first weights and the order of the images."""
     select_on: str = "held_out"
-    """held_out: a part of the training images selects, and the chosen setting is then trained on all of them. test: the
-    test images select, as in the public code; tables say so."""
+    """held_out: a part of the training images selects, and the chosen setting is then trained on all of them.
+    test: the test images select, as in the public code; tables say so."""
     held_out: float = 0.2
     """Share of each class's training images that selects; a class of one image keeps it for training."""
     data_seed: int = 0
@@ -59,11 +59,11 @@ class TransferConfig:
     num_outputs: int = 0
     """Outputs of the new classifier; 0: one a class. (The public code has 57 for DTD's 47 classes.)"""
     normalize: bool = True
-    """False feeds images in [0, 1] as they are to a network that was trained on normalised ones, as the public code
-    does on most data sets."""
+    """False feeds images in [0, 1] as they are to a network that was trained on normalised ones.
+    The public code does so on most data sets."""
     downscale: int = 0
-    """Reduce the shorter side of every image to this many pixels before its transform enlarges it again: with 32 all
-    data sets have CIFAR's detail (Salman et al. 2020, section 4.3); 0 is off."""
+    """Reduce the shorter side of every image to this many pixels before its transform enlarges it again; 0 is off.
+    With 32 all data sets have CIFAR's detail (Salman et al. 2020, section 4.3)."""
 
     def __post_init__(self) -> None:
         check_choice("select_on", self.select_on, ("held_out", "test"))
@@ -108,11 +108,12 @@ class ProbeConfig(EvaluationImages, TransferConfig):
     augmentation: str = "resized_crop"
     """resized_crop; padded_crop; none: every epoch sees the features of the evaluation's crop, computed once."""
     views: int = 0
-    """0: a fresh augmentation of each image in every epoch, as in the paper. K > 0: features of K augmentations are
-    computed once, and epochs take them in turn, which is faster and less accurate."""
+    """0: a fresh augmentation of each image in every epoch, as in the paper.
+    K > 0: features of K augmentations are computed once, and epochs take them in turn: faster and less accurate."""
     batch_norm: str = "eval"
-    """eval: the backbone is frozen. train: its batch norms go by each batch's statistics and keep updating their own
-    (over the held-out images too), as in the public code; seeds then share the order of the images."""
+    """eval: the backbone is frozen.
+    train: as in the public code its batch norms go by each batch's statistics and keep updating their own;
+    they do so over the held-out images too, and seeds then share the order of the images."""
     min_crop_scale: float = 0.08
     """Least share of an image's area that a resized crop keeps."""
     precision: str = "fp32"

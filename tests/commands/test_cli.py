@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +317,36 @@ def test_help_of_every_verb_has_an_example(
     assert f"robust-backbones {verb} " in out.split("Example", 1)[1]
     assert "\n\n\n" not in out
     assert max(len(line) for line in out.splitlines() if not line.startswith(" " * 16)) <= 120
+
+
+SUBCOMMANDS = {
+    "evaluate": ["classifier", "detector"],
+    "inheritance": ["run", "table", "make-sets", "corruptions", "detector"],
+    "sweep": ["setup", "launch", "status", "collect", "pack", "unpack"],
+    "transfer": ["datasets", "probe", "finetune", "table"],
+    "visualize": ["activation", "inversion", "saliency"],
+}
+
+
+@pytest.mark.parametrize(
+    "command", [*VERBS, *(f"{verb} {name}" for verb, names in SUBCOMMANDS.items() for name in names)]
+)
+def test_help_has_examples_of_its_own_options_and_breaks_no_sentence(
+    command: str, run_tool: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    out = run_tool(*command.split(), "--help")[1]
+    assert [*SUBCOMMANDS.get(command, ())] == re.findall(r"^│   • (\S+)", out, re.MULTILINE)
+    examples = re.findall(rf"^    .*robust.backbones {command}\b.*(?:\n {{5,}}\S.*)*", out, re.MULTILINE)
+    assert examples
+    if command not in SUBCOMMANDS:
+        for option in re.findall(r" (--[a-z0-9-]+)", re.sub(r"\S+ .*-m robust", "robust", " ".join(examples))):
+            assert re.search(rf"^[ │]+(--\S+ )?{option}\b", out, re.MULTILINE), option
+    shown = [line.strip("│").rstrip() for line in out.splitlines() if line.startswith("│")]
+    for line, following in pairwise(shown):
+        begins = re.match(r" {15,}([A-Za-z]\S*)", following)
+        if begins and len(line) + 1 + len(begins[1]) <= 116:  # it would fit into the line before
+            assert not line.strip() or line.startswith((" -", " [")) or line[-1] in ".:;", f"{line}\n{following}"
 
 
 def test_every_verb_is_listed() -> None:

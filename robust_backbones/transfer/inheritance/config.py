@@ -47,8 +47,8 @@ class InheritanceConfig(EvaluationImages):
     fisher_images: int = 1000
     """EWC: training images of pre-training that the Fisher information is averaged over."""
     fisher_labels: int = 1
-    """EWC: labels drawn for each of them from the network's own prediction, an estimate without bias; 0: the exact
-    expectation over all labels, which takes a backward pass for each."""
+    """EWC: labels drawn for each of them from the network's own prediction, an estimate without bias;
+    0: the exact expectation over all labels, which takes a backward pass for each."""
     l2_init_strength: float = 1.0
     """l2_init: the factor of ||theta - theta_0||^2; the public code, which calls this EWC, has 1."""
     l2_sp_strength: float = 0.1
@@ -61,14 +61,15 @@ class InheritanceConfig(EvaluationImages):
     prompt_lr: float = 1.0
     """Visual prompt: the rate, in place of ``lr``, which would not move a pixel."""
     soup: tuple[str, ...] = ("pretrained", "fine_tuning", "l2_init", "lwf")
-    """What both soups are made of: ``pretrained`` and methods that train the whole network. The default is the public
-    code's, for its EWC is l2_init."""
+    """What both soups are made of: ``pretrained`` and methods that train the whole network.
+    The default is the public code's, for its EWC is l2_init."""
     held_out: float = 0.2
     """Greedy soup: the share of each class's images that its members are not trained on, and that chooses them."""
 
     distance: str = "w2"
-    """w2, between features without labels, exactly and by Sinkhorn; otdd, with labels (Alvarez-Melis & Fusi 2020),
-    classes compared by exact optimal transport; or otdd_gaussian, classes compared as normal distributions."""
+    """w2: between features without labels, exactly and by Sinkhorn;
+    otdd: with labels, classes compared by exact optimal transport (Alvarez-Melis & Fusi 2020);
+    otdd_gaussian: classes compared as normal distributions."""
     distance_images: int = 1000
     """Images of each set, and of pre-training, that the distances are between; at most the smallest set's. 0: none."""
     sinkhorn_regularization: float = 0.05
