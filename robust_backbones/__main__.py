@@ -26,7 +26,7 @@ VERBS = {
 
 
 def command(verb: str) -> Callable[[list[str]], int]:
-    """The ``main`` of a verb. Only its module is imported: what the others need may be missing."""
+    """The ``main`` of a verb. Only its module is imported, because dependencies of other verbs may be missing."""
     match verb:
         case "pretrain":
             from robust_backbones.commands.pretrain import main

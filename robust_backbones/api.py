@@ -50,7 +50,7 @@ _Result = TypeVar("_Result")
 
 
 def _with_arguments(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """``function``, whose errors name arguments in place of the command line's options."""
+    """``function``, with errors that name its arguments instead of command-line options."""
 
     @wraps(function)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
@@ -69,16 +69,16 @@ read_checkpoint = _with_arguments(sources.read_checkpoint)
 
 @_with_arguments
 def load_backbone(source: str | Path | Checkpoint, *, threat_model: str | ThreatModel | None = None) -> NormalizedModel:
-    """The network of a checkpoint, in eval mode on the CPU.
+    """Load the network of a checkpoint, in eval mode on the CPU.
 
     Args:
-        source: a file of any known layout or its URL, ``hub:NAME`` or ``robust://NAME`` of a published robust
-            backbone, or what ``read_checkpoint`` returned.
-        threat_model: what it was trained against, as in ``"L2:3"``, where the file does not say.
+        source: a file of any known layout, its URL, ``hub:NAME`` or ``robust://NAME`` of a published robust backbone,
+            or the result of ``read_checkpoint``.
+        threat_model: what it was trained against, such as ``"L2:3"``, if the file does not say.
 
     Returns:
-        Maps RGB images in [0, 1], shape (N, 3, H, W), to logits (N, classes), and normalises inside. ``spec`` says what
-        the network is, ``threat_model`` what it was trained against (None: unknown).
+        Maps RGB images in [0, 1], shape (N, 3, H, W), to logits (N, classes), and normalises inside. ``spec`` describes
+        the network; ``threat_model`` is what it was trained against (None: unknown).
 
     Raises:
         InputError: as ``read_checkpoint``.
@@ -91,15 +91,15 @@ def load_backbone(source: str | Path | Checkpoint, *, threat_model: str | Threat
 def convert(
     src: str | Path | Checkpoint, dst: str | Path, *, threat_model: str | ThreatModel | None = None
 ) -> ConversionReport:
-    """Write a backbone in Detectron2's format, for MODEL.WEIGHTS; ``verify`` then proves that it is the same.
+    """Write a backbone in Detectron2's format, for MODEL.WEIGHTS; ``verify`` then proves that its features are equal.
 
     Args:
         src: as for ``load_backbone``.
-        dst: the file to write: .pkl, .pth or .safetensors. It also says what the backbone is.
+        dst: the file to write: .pkl, .pth or .safetensors. It also describes the backbone.
         threat_model: as for ``load_backbone``.
 
     Returns:
-        What became of every tensor. Nothing is written unless ``report.ok``; ``report.check()`` raises then.
+        What was done with every tensor. Nothing is written unless ``report.ok``; otherwise ``report.check()`` raises.
 
     Raises:
         InputError: as ``read_checkpoint``; another suffix; ``dst`` is ``src``; Detectron2 cannot have this backbone.
@@ -109,16 +109,15 @@ def convert(
 
 @_with_arguments
 def verify(src: str | Path | Checkpoint, dst: str | Path, *, image: str | Path | None = None) -> list[StageError]:
-    """How far Detectron2's features res2-res5 of a converted backbone lie from the source's four stages, or a ViT's
-    last block.
+    """Compare a converted backbone's res2-res5 in Detectron2 with the source's four stages, or a ViT's last block.
 
     Args:
         src: as for ``load_backbone``.
         dst: what ``convert`` wrote.
-        image: compare on this JPEG or PNG, too, and not on random pixels alone.
+        image: compare on this JPEG or PNG too, not only on random pixels.
 
     Returns:
-        The error of each stage, by the statistics in the file and by those of the image. Of the same network, every
+        The error of each stage, with batch norm statistics from the file and from the image. For equal networks every
         ``relative`` is below 1e-4, float32's rounding.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Projected gradient ascent, plain and with APGD's schedule: the attacks of classifiers and of detectors."""
+"""Projected gradient ascent, plain and with APGD's schedule, for attacks on classifiers and detectors."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from robust_backbones.threat_models import ThreatModel
 _GRADIENT_SCALE = 2.0**8
 
 Losses = Callable[[Tensor], Tensor]
-"""Points of shape (N, C, H, W) -> one loss an image, shape (N,)."""
+"""Points of shape (N, C, H, W) -> one loss per image, shape (N,)."""
 Images = TypeVar("Images", Tensor, list[Tensor])
 """Shape (N, C, H, W), or a list of images of shape (C, H, W) whose sizes differ; float32 in [0, 1]."""
 
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """How hard the adversary tries. The defaults are those of robust training in Salman et al. 2020."""
+    """The effort of the adversary. The defaults are those of robust training in Salman et al. 2020."""
 
     steps: int = 3
     relative_step_size: float = 2 / 3
-    """Step size as a fraction of epsilon, so that a sweep over epsilon leaves no stale step."""
+    """Step size as a fraction of epsilon, so that it stays right in a sweep over epsilon."""
     random_start: bool = False
     restarts: int = 1
     """Keep the strongest of this many runs for each image; more than one needs a random start."""
@@ -55,23 +55,23 @@ def pgd(
 ) -> Tensor:
     """Images near ``images`` that maximise the model's cross-entropy (Madry et al. 2018, eq. 2.1 and section 2.1).
 
-    The model runs in eval mode with frozen parameters and is given back as it was, exceptions included.
+    The model runs in eval mode with frozen parameters; its state is restored afterwards, even after an exception.
 
     Args:
         model: maps images in [0, 1] of shape (N, C, H, W) to logits of shape (N, classes).
         images: shape (N, C, H, W), float32 in [0, 1].
-        labels: shape (N,), class indices; or (N, classes), shares of them.
-        threat_model: the ball around each image, as in ``"Linf:4/255"``; epsilon 0 returns ``images``.
-        attack: its effort; the default is that of robust training in Salman et al. 2020.
-        label_smoothing: that of the training loss, when it has one.
+        labels: shape (N,), class indices; or (N, classes), class probabilities.
+        threat_model: the ball around each image, such as ``"Linf:4/255"``; epsilon 0 returns ``images``.
+        attack: steps and step size; the default is that of robust training in Salman et al. 2020.
+        label_smoothing: that of the training loss, if it has any.
         generator: draws the random starts; on the device of ``images``.
-        check: look at the range of ``images``, for which a GPU has to be waited for.
+        check: check the range of ``images``; on a GPU this waits for the device.
 
     Returns:
         Detached images in [0, 1], each within ``threat_model`` of its original.
 
     Raises:
-        InputError: images outside [0, 1], or a ball that holds every image.
+        InputError: images outside [0, 1], or a ball that contains every image.
     """
     threat_model = ThreatModel.parse(threat_model)
     if check:
@@ -94,7 +94,7 @@ def pgd(
 
 
 def check_images(images: Tensor, threat_model: ThreatModel) -> None:
-    """Refuse images that are not in [0, 1] and radii that cannot be meant, with what was likely meant."""
+    """Refuse images outside [0, 1] and implausible radii, and say what was probably meant."""
     if images.ndim != 4 or not images.is_floating_point() or not images.numel():
         raise InputError(f"images must be floats in [0, 1] of shape (N, C, H, W), got {images.dtype} of {images.shape}")
     low, high = torch.stack(images.aminmax()).tolist()
@@ -121,10 +121,10 @@ def ascend(
     """One run of projected gradient ascent; ``attack`` gives steps and step size.
 
     Args:
-        losses: maps points like ``images`` to one loss an image, shape (N,), or to one of all, shape ().
+        losses: maps points like ``images`` to one loss per image, shape (N,), or one for all, shape ().
         start: the points to start from.
-        visit: called with every point of the run, start and end included, and its losses. Those of the end take one
-            forward pass more.
+        visit: called with every point of the run, including start and end, and its losses. Those of the end take one
+            more forward pass.
 
     Returns:
         Detached images in [0, 1], each within ``threat_model`` of its original.
@@ -141,7 +141,7 @@ def ascend(
 
 
 def step(points: Images, gradient: Images, images: Images, threat_model: ThreatModel, length: float | Tensor) -> Images:
-    """Up the gradient, back into the ball around ``images``, and into [0, 1]."""
+    """A step up the gradient, projected back into the ball around ``images``, and clipped to [0, 1]."""
     if isinstance(points, list):
         return [step(p, g, x, threat_model, length) for p, g, x in zip(points, gradient, images, strict=True)]
     with torch.no_grad():
@@ -163,7 +163,7 @@ def _values_and_gradient(losses: Callable[[Images], Tensor], points: Images) -> 
 
 
 def leaves(points: Images) -> Images:
-    """The same points, detached and waiting for a gradient."""
+    """The same points, detached, as leaves that require a gradient."""
     if isinstance(points, list):
         return [leaves(point) for point in points]
     return points.detach().requires_grad_()
@@ -177,19 +177,19 @@ def random_point(images: Images, threat_model: ThreatModel, generator: torch.Gen
 
 
 class Strongest:
-    """Of the points that it is shown, the one with the highest loss, image by image; of equals, the first."""
+    """Keeps, image by image, the point with the highest loss of those shown to it; of equals, the first."""
 
     points: Tensor
     """Shape (N, C, H, W)."""
     losses: Tensor
     """Their losses, shape (N,)."""
     first_losses: Tensor
-    """Those of the points shown first."""
+    """The losses of the points shown first."""
     shown = 0
     """How many points of each image it has seen."""
 
     def show(self, points: Tensor, losses: Tensor) -> Tensor:
-        """Bool, shape (N,): which images now have another point."""
+        """Show points to it. Returns which images now have another point, bool of shape (N,)."""
         self.shown += 1
         if self.shown == 1:
             self.points, self.losses, self.first_losses = points, losses, losses
@@ -203,10 +203,10 @@ class Strongest:
 def apgd(losses: Losses, images: Tensor, threat_model: ThreatModel, steps: int, *, start: Tensor) -> Strongest:
     """One run of Auto-PGD: the step size of each image halves where its loss stalls (Croce & Hein 2020, algorithm 1).
 
-    Steps have momentum and are 2 epsilon long at first. At checkpoints, which come closer and closer, an image goes
-    back to its best point with half the step size, if at most 3 of 4 steps raised its loss, or if its best loss has not
-    risen since a checkpoint that left the step size alone. Where the paper and its authors' code differ (the paper has
-    fewer than 3 of 4), it is as the code.
+    Steps have momentum and are 2 epsilon long at first. At checkpoints, at decreasing intervals, an image returns to
+    its best point with half the step size if at most 3 of 4 steps raised its loss, or if its best loss has not risen
+    since a checkpoint that did not change the step size. Where the paper and its authors' code differ (the paper has
+    fewer than 3 of 4), this follows the code.
 
     Returns:
         The strongest points of the run, ``start`` included. The schedule depends on ``steps``: unlike that of
@@ -249,15 +249,15 @@ def strongest_points(
     schedule: Literal["fixed", "apgd"] = "fixed",
     generator: torch.Generator | None = None,
 ) -> Strongest:
-    """The points of the highest loss that all restarts of an attack came across, the images themselves included.
+    """The points with the highest loss found by all restarts of an attack, including the images themselves.
 
-    With the fixed schedule, more steps find the same points and more: the loss does not fall, not in its last digit,
-    where ``losses`` gives the same numbers for the same points.
+    With the fixed schedule, a longer attack visits the same points and more, so its loss is never lower, not even in
+    the last digit, if ``losses`` is deterministic.
 
     Args:
         images: shape (N, C, H, W), float32 in [0, 1].
-        attack: its effort; ``apgd`` has no use for the step size.
-        schedule: of the step sizes: that of ``ascend`` or of ``apgd``.
+        attack: its effort; ``apgd`` ignores the step size.
+        schedule: of the step sizes, as in ``ascend`` or ``apgd``.
         generator: draws the random starts; on the device of ``images``.
 
     Returns:
@@ -282,13 +282,13 @@ def strongest_points(
 
 
 def loss_values(losses: Callable[[Images], Tensor], points: Images) -> Tensor:
-    """The losses as a step sees them: without a graph, some layers (FrozenBN) would round otherwise."""
+    """The losses as a step computes them, with a graph: without one, some layers (FrozenBN) round differently."""
     with torch.enable_grad():
         return losses(leaves(points)).detach()
 
 
 def check_points(adversarial: Tensor, images: Tensor, threat_model: ThreatModel) -> None:
-    """Trust no attack: raise ``RuntimeError`` unless every point lies in the ball and in [0, 1].
+    """Check an attack's result: raise ``RuntimeError`` unless every point lies in the ball and in [0, 1].
 
     The tolerance is 1e-5 of epsilon, for sums over many pixels, and a float32's rounding near 1 in every value.
     """
@@ -305,9 +305,9 @@ def _column(values: Tensor) -> Tensor:
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode with gradients to its parameters off, and give each module back its own mode.
+    """Put a model in eval mode without parameter gradients, and restore the mode of each module afterwards.
 
-    An attack that ran in train mode would update batch-norm statistics with adversarial images once a step.
+    In train mode, an attack would update batch norm statistics with adversarial images at every step.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""The configurations and studies that come with the package; both lie at the top of a checkout too."""
+"""The configurations and studies that come with the package; both are also at the top of a checkout."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ STUDY_DIR = Path(__file__).with_name("studies")
 
 
 def find_file(path: str | Path, folder: Path) -> Path:
-    """``path`` where it exists, else the file of that name in ``folder``, whose own name may begin it or not.
+    """``path`` if it exists, else the file of that name in ``folder``, with or without the folder's own name in front.
 
-    So a checkout, an install and any working folder know ``detectron_configs/quick/x.yaml`` and ``quick/x.yaml``.
+    So a checkout, an install and any working folder find ``detectron_configs/quick/x.yaml`` and ``quick/x.yaml``.
     """
     path = Path(path)
     name = path.relative_to(folder.name) if path.parts[:1] == (folder.name,) else path
@@ -25,7 +25,7 @@ def find_file(path: str | Path, folder: Path) -> Path:
 
 
 class StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which of a key that is there twice takes the last without a word; this one refuses it."""
+    """PyYAML's safe loader, but a duplicated key is refused instead of silently taking its last value."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -122,13 +122,13 @@ DETECTOR_KEYS: dict[str, Any] = {
 
 
 def get_config_file(name: str) -> str:
-    """The absolute path of a configuration that comes with the package, as Detectron2's model zoo has it.
+    """The absolute path of a configuration that comes with the package, as in Detectron2's model zoo.
 
     Args:
-        name: within ``detectron_configs``, as in ``"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"``.
+        name: a path within ``detectron_configs``, such as ``"COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml"``.
 
     Raises:
-        InputError: there is none of this name; the message gives the names that come nearest.
+        InputError: there is no such configuration; the message gives the closest names.
     """
     path = CONFIG_DIR / name
     if not path.is_file():
@@ -137,6 +137,6 @@ def get_config_file(name: str) -> str:
 
 
 def nearest_names(name: str) -> str:
-    """The three names of configurations within ``detectron_configs`` that come nearest to ``name``."""
+    """The three configuration names within ``detectron_configs`` that are closest to ``name``."""
     names = [file.relative_to(CONFIG_DIR).as_posix() for file in CONFIG_DIR.glob("**/*.yaml")]
     return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))

@@ -19,7 +19,7 @@ NORMS = ("L2", "Linf")
 class ThreatModel:
     """The ball {δ : ‖δ‖ <= epsilon} around an image in [0, 1] (Salman et al. 2020, eq. 2).
 
-    ``epsilon`` is in pixel units of [0, 1]; 0 is standard training, there is no second flag.
+    ``epsilon`` is in pixel units of [0, 1]; 0 is standard training, there is no separate flag.
     All methods take and return tensors of shape (C, H, W) or (N, C, H, W) and treat each image on its own.
 
     Raises:
@@ -61,10 +61,10 @@ class ThreatModel:
         return f"{self.norm}:{self.epsilon!r}".removesuffix(".0")
 
     def check_radius(self, shape: Sequence[int]) -> None:
-        """Refuse a ball that holds every image of ``shape``, (C, H, W).
+        """Refuse a ball that contains every image of ``shape``, (C, H, W).
 
         Raises:
-            InputError: it does; the message names the likely slip.
+            InputError: it does; the message names the likely mistake.
         """
         if self.norm == "L2" and self.epsilon > math.sqrt(math.prod(shape)):
             raise InputError(
@@ -84,8 +84,8 @@ class ThreatModel:
     def ascent_direction(self, gradient: Tensor) -> Tensor:
         """The unit-norm step that increases a linear function with this gradient fastest; 0 where it is 0.
 
-        Where float16 overflowed, the gradient counts as 0. An l2 step is a whole one however small the gradient is; the
-        library ``robustness`` divides by its norm + 1e-10, which shortens steps once the norm comes near 1e-10.
+        Where float16 overflowed, the gradient counts as 0. An l2 step has full length however small the gradient is;
+        the library ``robustness`` divides by the norm + 1e-10, which shortens steps when the norm is near 1e-10.
         """
         gradient = torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
         if self.norm == "Linf":

@@ -1,4 +1,4 @@
-"""Reads backbone checkpoints of every known layout, under torchvision's names; notes who says how they are fed."""
+"""Reads backbone checkpoints of every known layout, under torchvision's names; notes who says their preprocessing."""
 
 from __future__ import annotations
 
@@ -53,21 +53,20 @@ def read_checkpoint(
     statement: Statement | None = None,
     require_said: bool = False,
 ) -> Checkpoint:
-    """Read a backbone of any layout of ``SOURCES``, without running any code that its file may hold.
+    """Read a backbone of any layout in ``SOURCES``, without running any code that its file may contain.
 
     Args:
-        path: a file, ``hub:NAME`` of a published backbone (``zoo``), ``hub:USER/NAME`` of a repository of the
-            Hugging Face hub, or a URL as Detectron2's ``MODEL.WEIGHTS`` names
-            one; what is downloaded is kept.
-        source: its layout, one of ``SOURCES``, where the file's keys do not tell it.
-        key: which of several networks: that in this dictionary of the file, as in ``teacher`` or ``state.model``.
-        prefix: which of several networks: that whose names begin so, as in ``module.encoder_q.``.
-        statement: what the file does not say about itself; None of a command that has no options to say it.
-        require_said: refuse values that neither the file nor ``statement`` says.
+        path: a file, ``hub:NAME`` of a published backbone (``zoo``), ``hub:USER/NAME`` of a Hugging Face hub
+            repository, or a URL as in Detectron2's ``MODEL.WEIGHTS``; downloads are kept.
+        source: its layout, one of ``SOURCES``, if the file's keys do not show it.
+        key: which of several networks: the key of its dictionary, such as ``teacher`` or ``state.model``.
+        prefix: which of several networks: the prefix of its tensor names, such as ``module.encoder_q.``.
+        statement: what the file does not say about itself; None for a command without options for it.
+        require_said: refuse values that neither the file nor ``statement`` gives.
 
     Raises:
-        InputError: the file is missing, is no checkpoint, or its layout, architecture or normalisation is not known;
-            it holds several networks, and none is chosen.
+        InputError: the file is missing, is not a checkpoint, or its layout, architecture or normalisation is unknown;
+            it holds several networks and none is chosen.
     """
     if str(path).startswith(zoo.PREFIX):
         path = str(path).replace(zoo.PREFIX, HUB, 1)
@@ -105,7 +104,7 @@ def read_published(name: str, path: Path | None = None) -> Checkpoint:
     """The published backbone ``name``: in the file ``path``, or downloaded at the first use.
 
     Raises:
-        InputError: there is none of this name; it cannot be downloaded; the file is not what the name says.
+        InputError: the name is unknown; it cannot be downloaded; the file does not match the name.
     """
     published = zoo.find(name)
     statement = Statement(threat_model=published.threat_model, **published.fed)
@@ -122,7 +121,7 @@ def read_published(name: str, path: Path | None = None) -> Checkpoint:
 def _read(
     content: dict[str, Any], path: Path, source: str, key: str | None, prefix: str | None, statement: Statement
 ) -> Checkpoint:
-    """The network in a file's content, whose file it is, and what is said of how it is fed."""
+    """The network in a file's content, the layout of the file, and what is said about preprocessing."""
     if content.get("format") == TRAINING_FORMAT:
         raise InputError("a run resumes from it: give the checkpoint.pt or best.pt of the same run")
     own = spec_from(content.get("spec")) if content.get("format") == FORMAT else None
@@ -205,7 +204,7 @@ def _read(
 def _find(
     content: dict[str, Any], key: str | None, prefix: str | None, named: BackboneSpec | None, statement: Statement
 ) -> Network:
-    """The network that the tensors or the file tell; that of timm which the user states where they do not."""
+    """The network recognised from the tensors or the file; otherwise timm's network that the user names."""
     stated = statement.arch if statement.arch and is_foreign(statement.arch) else ""
     try:
         network = find_network(content, key=key, prefix=prefix, named=named)
@@ -219,7 +218,7 @@ def _find(
 
 
 def _is_bare(network: Network) -> bool:
-    """Whether its tensors have torchvision's names, and nothing before them."""
+    """Whether its tensors have torchvision's names without a prefix."""
     as_named = all(name == short for name, short in network.names.items())
     return network.library == "torchvision" or (not network.library and as_named)
 
@@ -236,7 +235,7 @@ def _refuse_dilated(network: Network, layout: str, *, described: bool) -> None:
 
 
 def _check_values(network: Network) -> None:
-    """Refuse, by name, weights that are no numbers of a network's: integers, and variances below zero."""
+    """Refuse, by name, weights that cannot belong to a network: integers, and variances below zero."""
     for name, tensor in network.state_dict.items():
         if name.endswith("num_batches_tracked"):
             continue
@@ -248,12 +247,12 @@ def _check_values(network: Network) -> None:
 
 
 def _shape(spec: BackboneSpec) -> dict[str, Any]:
-    """What tensors show of a spec."""
+    """The part of a spec that the tensors show."""
     return {name: getattr(spec, name) for name in ("arch", "num_classes", "stem")}
 
 
 def _said_by(spec: BackboneSpec, threat_model: Any) -> dict[str, Any]:
-    """What a file of ours says, by the names of ``Statement``."""
+    """What a file of ours says, keyed by the fields of ``Statement``."""
     fields = {name: getattr(spec, name) for name in READING}
     if not isinstance(threat_model, str | None):
         raise InputError(f"its threat model is {threat_model!r}: a text such as L2:3 belongs there")
@@ -261,7 +260,7 @@ def _said_by(spec: BackboneSpec, threat_model: Any) -> dict[str, Any]:
 
 
 def _convention(network: Network, layout: str) -> dict[str, Any]:
-    """What the network's makers feed it with, where the file does not say it."""
+    """The preprocessing of the network's authors, where the file does not say it."""
     convention = SOURCES[layout].convention or {}
     if network.named and (not network.library or layout == "convstem"):
         convention = {"mean": network.named.mean, "std": network.named.std} | convention

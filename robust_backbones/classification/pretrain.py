@@ -36,7 +36,7 @@ class PretrainConfig(TrainingConfig):
     stem: str = "imagenet"
     """imagenet, or cifar: a ResNet for 32 px images, without stride and pooling before the first block."""
     stylize: float = 0.0
-    """Give each training image amplitudes of another one's spectrum, by a share drawn from 0 to this, up to 1:
+    """Mix another image's amplitude spectrum into each training image, by a share drawn from 0 to this, up to 1:
     textures and colours vary, shapes stay (Xu et al. 2021, "A Fourier-based Framework for Domain Generalization").
     0 is off."""
 
@@ -55,13 +55,13 @@ def pretrain(
     *,
     start_from: str | Path | None = None,
 ) -> RunRecord:
-    """Train on ``data/train``, evaluate on ``data/val``; ``train.train`` says what it writes, returns and raises.
+    """Train on ``data/train``, evaluate on ``data/val``; see ``train.train`` for what it writes, returns and raises.
 
     Args:
-        data: holds train/ and val/ with the same classes, each as ``open_dataset`` takes it.
-        output: folder of the run, new or of the same run.
-        start_from: a checkpoint of the same architecture; the network is fed as that one, and keeps its classifier
-            where there are as many classes. Without one it starts from random weights.
+        data: folder with train/ and val/ of the same classes, each readable by ``open_dataset``.
+        output: folder of the run, new or to resume.
+        start_from: a checkpoint of the same architecture, whose preprocessing is used too; its classifier is kept if
+            the number of classes is the same. Default: random weights.
     """
     data, start = Path(data), None if start_from is None else read_start(start_from, config)
     spec = start.spec if start else usual_spec(config.arch, stem=config.stem)
@@ -96,10 +96,10 @@ def pretrain(
 
 
 def read_start(path: str | Path, config: PretrainConfig) -> Checkpoint:
-    """The checkpoint that a run starts from, as a network that is fed RGB.
+    """The checkpoint that a run starts from, as a network for RGB images.
 
     Raises:
-        InputError: it cannot be read, or is of another architecture.
+        InputError: it cannot be read, or has another architecture.
     """
     start = read_checkpoint(Path(path)).in_rgb()
     own = BackboneSpec(config.arch, stem=config.stem)

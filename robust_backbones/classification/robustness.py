@@ -1,4 +1,4 @@
-"""How robust a classifier is: clean, PGD and AutoAttack accuracy, image by image and resumable at every batch."""
+"""Robustness of a classifier: clean, PGD and AutoAttack accuracy, image by image and resumable at every batch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
 ENSEMBLE = ("apgd-ce", "apgd-t", "square")
-"""AutoAttack's attacks in its order, without FAB-T: accuracy under these bounds that under AutoAttack from above."""
+"""AutoAttack's attacks in its order, without FAB-T: accuracy under these is an upper bound of that under AutoAttack."""
 STAGES = ("clean", "pgd", *ENSEMBLE)
 
 MAX_TARGETS = 9
@@ -54,11 +54,11 @@ class RobustnessConfig(EvaluationImages):
     )
     """PGD's effort; an image is robust only if every one of the restarts fails."""
     autoattack: bool = True
-    """Also run APGD-CE, APGD-T and Square (Croce & Hein 2020), each on the images that the ones before left right."""
+    """Also run APGD-CE, APGD-T and Square (Croce & Hein 2020), each on images still classified correctly before it."""
     apgd_steps: int = 100
     square_queries: int = 5000
     limit: int | None = None
-    """Evaluate this many images, drawn from all classes by ``seed``; a greater limit adds to a smaller one's."""
+    """Evaluate this many images, drawn from all classes by ``seed``; a larger limit includes a smaller one's images."""
     batch_size: int = 128
     """Images attacked together; part of the identity, since an attack's random numbers depend on it."""
     precision: str = "fp32"
@@ -77,7 +77,7 @@ class RobustnessConfig(EvaluationImages):
         return {**asdict(self), "threat_model": str(self.threat_model)}
 
     def skipped(self, num_classes: int) -> dict[str, str]:
-        """The stages that such a classifier is not put through, with the reason."""
+        """The stages that are skipped for such a classifier, with the reason."""
         if not self.autoattack:
             return dict.fromkeys(ENSEMBLE, "not asked for")
         if num_classes < MIN_CLASSES_TARGETED:
@@ -96,18 +96,18 @@ def evaluate_robustness(
 ) -> RunRecord:
     """Attack the classifier on the images of ``data``, class folders or shards; writes outcomes.jsonl and record.json.
 
-    A row of outcomes.jsonl says of one image which stages it survived; null stands for a skipped stage, and
-    ``config["skipped"]`` of the record says why. An evaluation that was cut off resumes after its last whole batch and
-    ends with the same outcomes; a finished one is returned as it is.
+    A row of outcomes.jsonl says which stages one image survived; null stands for a skipped stage, and
+    ``config["skipped"]`` of the record says why. An interrupted evaluation resumes after its last whole batch and ends
+    with the same outcomes; a finished one is returned unchanged.
 
     Returns:
         A record of task ``robustness`` whose metrics are, 0-100: ``<stage>_accuracy`` of each of STAGES, with the ends
-        of its 95 % interval as ``<stage>_accuracy_low`` and ``_high``; ``autoattack_accuracy`` is that after the last
-        attack of the ensemble. All are None for what was skipped.
+        of its 95 % interval as ``<stage>_accuracy_low`` and ``_high``; ``autoattack_accuracy`` is the accuracy after
+        the last attack of the ensemble. Skipped stages are None.
 
     Raises:
-        InputError: data that cannot be used or has other classes, by number or by name; ``output`` holds another
-            evaluation; no pyautoattack.
+        InputError: data that cannot be used or has other classes, by number or name; ``output`` holds another
+            evaluation; pyautoattack is missing.
     """
     data, output, spec = Path(data), Path(output), checkpoint.spec
     compute = Compute(torch.device(device), config.precision)
@@ -202,7 +202,7 @@ def check_classes(names: Sequence[str], data: Path, checkpoint: Checkpoint) -> N
 
 
 def _resume(path: Path, places: Sequence[dict[str, Any]], batch_size: int) -> list[dict[str, Any]]:
-    """The rows of the whole batches that an earlier run wrote; what follows them, such as a torn line, is cut off."""
+    """The rows of whole batches that an earlier run wrote; anything after them, such as a partial line, is removed."""
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
@@ -227,11 +227,11 @@ def _resume(path: Path, places: Sequence[dict[str, Any]], batch_size: int) -> li
 def attack_batch(
     model: nn.Module, images: Tensor, labels: Tensor, config: RobustnessConfig, compute: Compute, *, seed: int
 ) -> dict[str, Tensor | None]:
-    """Which images of a batch each of STAGES leaves right, bool of shape (N,); None if it was skipped.
+    """Which images of a batch are still classified correctly after each of STAGES, bool of shape (N,); None if skipped.
 
-    An image that is wrong when clean is attacked by none. PGD stands alone; the attacks of the ensemble work on what
-    the ones before them left right, so that their accuracies never rise. ``seed`` decides every random number; the
-    global generator is left as it was.
+    An image that is misclassified when clean is not attacked. PGD stands alone; each attack of the ensemble runs on the
+    images that its predecessors left correct, so the accuracies never rise. ``seed`` determines every random number;
+    the global generator is not changed.
 
     Raises:
         RuntimeError: an attack returned an image outside the threat model or outside [0, 1].
@@ -244,7 +244,7 @@ def attack_batch(
         return model(points).float()
 
     def survivors(attack: Attack, standing: Tensor) -> Tensor:
-        """Those of the standing that are right after the attack too, by our own forward pass."""
+        """The standing images that are still correct after the attack, by our own forward pass."""
         if config.threat_model.epsilon == 0 or not standing.any():
             return standing
         adversarial = attack(images[standing], labels[standing]).detach()

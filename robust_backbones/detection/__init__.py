@@ -1,6 +1,6 @@
 """Detection and segmentation on top of Detectron2; the only part of the package that imports it.
 
-Importing it makes ``robust://NAME`` a path for all of Detectron2.
+Importing it registers ``robust://NAME`` as a path for all of Detectron2.
 """
 
 import warnings

@@ -57,7 +57,7 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "TEST.BEST_METRIC": (re.compile(r"(\w+/\S+)?").fullmatch, "is no metric: give one like bbox/AP50"),
 }
-"""What is valid of our keys, and of those that a notebook sets otherwise; and what to say of the rest."""
+"""Valid values of our keys, and of those that a notebook sets otherwise; and the message for other values."""
 
 _FAST_STEP: dict[str, tuple[object, ...]] = {
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
@@ -76,11 +76,11 @@ _FAST_STEP: dict[str, tuple[object, ...]] = {
     "MODEL.LOAD_PROPOSALS": (False,),
     "VIS_PERIOD": (0,),
 }
-"""What MODEL.FAST_STEP has been written for."""
+"""What MODEL.FAST_STEP supports."""
 
 
 def add_config(cfg: CfgNode) -> None:
-    """Add our keys to those of Detectron2's ``get_cfg()``, in place; then its ``merge_from_file`` takes our YAML."""
+    """Add our keys to Detectron2's ``get_cfg()``, in place, so that its ``merge_from_file`` accepts our YAML."""
     for key, value in DETECTOR_KEYS.items():
         node, (*path, name) = cfg, key.split(".")
         for part in path:
@@ -91,18 +91,18 @@ def add_config(cfg: CfgNode) -> None:
 def load_config(
     config_files: str | Path | Sequence[str | Path], overrides: Sequence[object] = (), *, classes: int = 80
 ) -> CfgNode:
-    """A configuration from YAML files and ``KEY VALUE`` pairs; without a CUDA device it runs on the CPU.
+    """A configuration from YAML files and ``KEY VALUE`` pairs; without a CUDA device it is for the CPU.
 
-    Files that do not exist are looked for among the package's, as ``quick/mask_rcnn_R_50_FPN_coco_instant.yaml``.
-    Several files merge from left to right, the last word being the overrides': first the task, then the overlays
-    that change it (``protocols/``, ``architectures/``).
+    Files that do not exist are looked up in the package, such as ``quick/mask_rcnn_R_50_FPN_coco_instant.yaml``.
+    Several files are merged from left to right, and then the overrides: first the task, then the overlays that change
+    it (``protocols/``, ``architectures/``).
 
     Args:
-        classes: NUM_CLASSES where neither files nor overrides give it; 0 for ``datasets.derive_classes``.
+        classes: NUM_CLASSES if neither files nor overrides give it; 0 for ``datasets.derive_classes``.
 
     Raises:
-        InputError: no file, or one that is missing or no YAML; a key does not exist, or a value is of the wrong type
-            or out of its range.
+        InputError: no file, or one that is missing or is not YAML; a key does not exist, or a value is of the wrong
+            type or out of range.
     """
     given = [config_files] if isinstance(config_files, str | Path) else config_files
     files = [find_file(file, CONFIG_DIR) for file in given]
@@ -127,7 +127,7 @@ def load_config(
 
 
 def _merge_file(cfg: CfgNode, file: Path) -> None:
-    """Detectron2's ``merge_from_file`` for files of its present version."""
+    """Detectron2's ``merge_from_file`` for files of its current version."""
     loaded = CfgNode(read_yaml(file))
     if (version := loaded.get("VERSION", cfg.VERSION)) != cfg.VERSION:
         raise ValueError(f"its VERSION is {version}, and {cfg.VERSION} is what Detectron2 has had since 2019")
@@ -161,12 +161,12 @@ _OF_RESNETS: dict[str, tuple[object, str]] = {
     "MODEL.RESNETS.DEFORM_ON_PER_STAGE": ([False] * 4, "deformable convolutions"),
     "MODEL.RESNETS.RES5_DILATION": (1, "a dilated last stage"),
 }
-"""Of a ResNet's keys: what they are where they change nothing, and what they ask for otherwise."""
+"""A ResNet's keys: their neutral values, and what other values ask for."""
 _OF_ONE_NETWORK = {
     "MODEL.SWIN.": ("build_swin_fpn_backbone", "Swin"),
     "MODEL.VIT.": ("build_vit_sfp_backbone", "ViT"),
 }
-"""Keys, by their beginning, of what one MODEL.BACKBONE.NAME alone makes; they ask for nothing while they are empty."""
+"""Prefixes of keys that only one MODEL.BACKBONE.NAME uses; while they are empty they ask for nothing."""
 _NEUTRAL = ("MODEL.VIT.PRETRAIN_SIZE",)
 """Of these keys, those that are never empty."""
 _NOT_OF_RESNETS = {
@@ -177,7 +177,7 @@ _NOT_OF_RESNETS = {
 
 
 def _check_backbone(cfg: CfgNode, values: Mapping[str, Any]) -> None:
-    """Raise InputError for what the network in MODEL.BACKBONE.NAME cannot do and would leave out, or fail at."""
+    """Raise InputError for settings that the network in MODEL.BACKBONE.NAME would ignore or fail at."""
     name = cfg.MODEL.BACKBONE.NAME
     if not isinstance(name, str):
         raise InputError(f"MODEL.BACKBONE.NAME {name!r} is no name: give one such as build_resnet_fpn_backbone")
@@ -205,7 +205,7 @@ def _check_backbone(cfg: CfgNode, values: Mapping[str, Any]) -> None:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Raise InputError for a value out of range of our keys, or a norm that the detector would leave out."""
+    """Raise InputError for a value of our keys that is out of range, or a norm that the detector would ignore."""
     values = flat(cfg)
     if missing := DETECTOR_KEYS.keys() - values.keys():
         raise InputError(

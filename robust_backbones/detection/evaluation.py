@@ -30,19 +30,19 @@ def evaluate(
 ) -> dict[str, float | None]:
     """Evaluate a trained detector on DATASETS.TEST, and write eval_record.json and the detections to OUTPUT_DIR.
 
-    An eval_record.json of other weights or settings that is there is kept as eval_record_1.json, or the next number.
+    An existing eval_record.json of other weights or settings is kept as eval_record_1.json, or the next free number.
 
     Args:
         detector: The OUTPUT_DIR of a training run, a .pth file in one, or a configuration.
         weights: The .pth file; by default the run's model_final.pth, or MODEL.WEIGHTS of a configuration.
         checked: The caller has checked the data sets.
-        data_warnings: What the caller's check has ``counted``, for the record.
+        data_warnings: The counts of the caller's check, for the record.
 
     Returns:
-        Metrics as ``bbox/AP``, 0 to 100, None where not defined; none in all processes but the first.
+        Metrics such as ``bbox/AP``, 0 to 100, None if undefined; empty in all processes but the first.
 
     Raises:
-        InputError: the weights are not those of a whole detector of this configuration, or as ``Trainer``.
+        InputError: the weights are not a complete detector of this configuration, or as in ``Trainer``.
     """
     start = time.perf_counter()
     if isinstance(detector, str | Path):

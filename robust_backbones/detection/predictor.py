@@ -1,4 +1,4 @@
-"""A trained detector read from its file, and one that finds the objects of image files."""
+"""Trained detectors, read from their files, and predictions for image files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build_detector(cfg: CfgNode) -> nn.Module:
 
 @dataclass(frozen=True)
 class TrainedDetector:
-    """A trained detector, and what its file says of it."""
+    """A trained detector, and what its file says about it."""
 
     model: nn.Module
     """In eval mode, on MODEL.DEVICE."""
@@ -51,10 +51,11 @@ class TrainedDetector:
     backbone: dict[str, Any]
     """As in records."""
     threat_model: str | None
-    """The backbone's; None where its source did not say."""
+    """The backbone's; None if its source did not say."""
 
     def match_classes(self, datasets: Sequence[str]) -> None:
-        """As ``datasets.match_classes``, to the names of its own classes; if its file has none, their number counts."""
+        """As ``datasets.match_classes``, with the names of its own classes; if its file has none, only their number is
+        checked."""
         names = [category["name"] for category in self.categories]
         if names != nameless(len(names)):
             match_classes(datasets, names)
@@ -68,12 +69,12 @@ class TrainedDetector:
 
 
 def nameless(count: int) -> list[str]:
-    """What the classes of a detector are called whose file does not say their names."""
+    """Names for the classes of a detector whose file does not say them."""
     return [f"class {number}" for number in range(count)]
 
 
 def load_detector(cfg: CfgNode, weights: str | Path) -> TrainedDetector:
-    """The detector in a .pth file of a training run; InputError if that lacks a tensor of this configuration's."""
+    """The detector in a .pth file of a training run; InputError if the file lacks a tensor of this configuration."""
     with torch.random.fork_rng(devices=[]):  # of the weights that are then replaced
         model = build_detector(cfg).eval()
     checkpointer = BackboneCheckpointer(model, cfg=cfg, whole_detector=True)
@@ -82,7 +83,7 @@ def load_detector(cfg: CfgNode, weights: str | Path) -> TrainedDetector:
 
 
 def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
-    """Load the run's weights into a detector that is thrown away: a wrong file is refused before a file is written."""
+    """Load the run's weights into a throwaway detector: a wrong file is refused before anything is written."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
@@ -94,7 +95,8 @@ def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
 
 
 def classes_in(weights: str) -> int:
-    """How many classes a detector's file names; 0 where it says nothing or is none, which loading it will tell."""
+    """How many classes a detector's file names; 0 if it names none or is not a detector, which loading it will
+    report."""
     try:
         content = read_file(Path(weights))
     except InputError:
@@ -110,9 +112,9 @@ def read_run(
     device: str | None = None,
     allow_unverified: bool = False,
 ) -> tuple[CfgNode, Path]:
-    """The configuration of a training run, with OUTPUT_DIR where it is now and for ``device``, and its weights.
+    """The configuration of a training run, with its present OUTPUT_DIR and ``device``, and its weights.
 
-    All as in ``Predictor``; InputError if there is no configuration or no weights.
+    Arguments as in ``Predictor``; InputError if there is no configuration or no weights.
     """
     run = Path(run)
     if not run.exists():
@@ -133,15 +135,15 @@ def read_run(
 
 
 class Predictor:
-    """Calls a detector on one image file at a time, read and resized as its run's evaluation did.
+    """Calls a detector on one image file at a time, read and resized as in its run's evaluation.
 
     ``categories`` are its classes in COCO's format, ``metadata`` the same for ``visualize.draw_objects``.
 
     Args:
-        run: The OUTPUT_DIR of a training run, for its model_final.pth, or another .pth or .pkl file.
+        run: The OUTPUT_DIR of a training run (its model_final.pth is used), or a .pth or .pkl file.
         config_file: The detector's configuration; by default config.yaml in the folder of its file.
-        device: ``cpu`` or ``cuda``; by default the run's, or the CPU where there is no GPU.
-        allow_unverified: Take a detector of plain Detectron2, which does not say what its backbone is.
+        device: ``cpu`` or ``cuda``; by default the run's, or the CPU if there is no GPU.
+        allow_unverified: Accept a detector of plain Detectron2, which does not say what its backbone is.
 
     Raises:
         InputError: there is no configuration or no weights, or they do not fit each other.
@@ -165,7 +167,7 @@ class Predictor:
     @undisturbed()  # Detectron2's mapper draws a size where there is one
     @torch.no_grad()
     def __call__(self, image: str | Path) -> Instances:
-        """What is in an image file, on the CPU and in pixels of the image as ``visualize.read_rgb`` reads it.
+        """The detections in an image file, on the CPU and in pixels of the image as read by ``visualize.read_rgb``.
 
         Every detection that scores at least MODEL.ROI_HEADS.SCORE_THRESH_TEST: ``pred_boxes``, ``scores``,
         ``pred_classes`` (from 0, as ``categories``) and, from a Mask R-CNN, ``pred_masks`` (N, H, W).
@@ -179,11 +181,11 @@ class Predictor:
 def categories_of(content: Mapping[str, Any], cfg: CfgNode, path: str | Path) -> list[dict[str, Any]]:
     """A detector's classes in the order of its outputs, in COCO's format: ``[{"id": 1, "name": "person"}, ...]``.
 
-    They are what ``content``, the file at ``path`` without its weights, says; if it does not, what Detectron2 knows of
-    the data sets that it was trained or evaluated on; else they have no names and count from 1.
+    They come from ``content``, the file at ``path`` without its weights; else from what Detectron2 knows about the data
+    sets that it was trained or evaluated on; else they have no names and count from 1.
 
     Raises:
-        InputError: the file's categories are no categories, or of another number than the detector's.
+        InputError: the file's categories are invalid, or differ in number from the detector's.
     """
     count = number_of_classes(cfg)
     if "categories" in content:

@@ -52,24 +52,24 @@ from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
 _logger = logging.getLogger(__name__)
 _NOT_DECAYED = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "gamma")
-"""Embeddings, and the scales of ConvNeXt's blocks: their makers decay none of them."""
+"""Embeddings, and the scales of ConvNeXt's blocks: their authors use no weight decay on them."""
 
 
 class Trainer(DefaultTrainer):
-    """Trains and evaluates one detector; used as Detectron2's: ``resume_or_load``, then ``train``.
+    """Trains and evaluates one detector. Used like Detectron2's: ``resume_or_load``, then ``train``.
 
-    Steps, losses and updates are Detectron2's. A resumed run gets the images, the augmentation and the random numbers
-    that it would have had; what evaluations draw does not reach training.
+    Steps, losses and updates are Detectron2's. A resumed run gets the same images, augmentation and random numbers as
+    an uninterrupted one; evaluations do not affect training's random numbers.
 
     Args:
-        cfg: As ``load_config`` gives it, or Detectron2's ``get_cfg()`` after ``add_config``.
-        checked: The caller has checked the data sets, knows whose folder OUTPUT_DIR is, and has seeded each process;
-            else each is seeded with SEED, which is drawn where none is set.
-        data_warnings: What the caller's check has ``counted``, for the record.
+        cfg: From ``load_config``, or Detectron2's ``get_cfg()`` after ``add_config``.
+        checked: The caller has checked the data sets and OUTPUT_DIR's owner, and has seeded each process; otherwise
+            each is seeded with SEED, drawn at random if not set.
+        data_warnings: The counts of the caller's check, for the record.
 
     Raises:
-        InputError: a value is out of its range; the data sets are not there, are damaged or do not fit; OUTPUT_DIR
-            holds another run.
+        InputError: a value is out of range; the data sets are missing, damaged or do not match; OUTPUT_DIR holds
+            another run.
     """
 
     checkpointer: BackboneCheckpointer
@@ -169,19 +169,19 @@ class Trainer(DefaultTrainer):
         return [CommonMetricPrinter(self.max_iter), self._metrics_file, TensorboardXWriter(str(folder))]
 
     def write_metrics(self) -> None:
-        """What was logged goes into metrics.json; the first process has one."""
+        """Write what was logged to metrics.json, in the first process."""
         if self._metrics_file:
             self._metrics_file.write()
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The detector with the weights that count: their average where one is kept."""
+        """The detector with the weights to evaluate: their moving average if there is one."""
         return self.average.model if self.average else self.checkpointer.model
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load MODEL.WEIGHTS, or with ``resume`` the newest checkpoint in OUTPUT_DIR if there is one.
 
-        Raises InputError where they do not fill the backbone or do not fit the configuration.
+        Raises InputError if they do not fill the backbone or do not fit the configuration.
         """
         super().resume_or_load(resume)
         self._loaded = True
@@ -194,11 +194,11 @@ class Trainer(DefaultTrainer):
         """Train from ``start_iter`` to the end, evaluate, and write record.json to OUTPUT_DIR.
 
         Returns:
-            The record's metrics, as ``bbox/AP``, 0 to 100; none in all processes but the first.
+            The record's metrics, such as ``bbox/AP``, 0 to 100; empty in all processes but the first.
 
         Raises:
-            InputError: no weights have been loaded, and random ones were not asked for.
-            PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
+            InputError: no weights have been loaded, and random ones were not requested.
+            PreemptedError: SIGTERM or SIGUSR1 was received; the state is saved.
             DivergedError: a loss is not finite.
         """
         cfg = self.cfg
@@ -261,7 +261,7 @@ class Trainer(DefaultTrainer):
             self._trainer.read_losses()
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was: they stop together."""
+        """Whether any process was asked to stop: they stop together."""
         if comm.get_world_size() == 1:
             return bool(self.stop)
         asked = torch.tensor(int(bool(self.stop)), device=self.cfg.MODEL.DEVICE)
@@ -325,7 +325,7 @@ class Trainer(DefaultTrainer):
 def build_steps(
     cfg: CfgNode, model: nn.Module, batches: Iterable[Any], optimizer: torch.optim.Optimizer
 ) -> SimpleTrainer:
-    """Detectron2's trainer that takes one step after the other; with MODEL.FAST_STEP it reads losses now and then."""
+    """Detectron2's trainer of single steps; with MODEL.FAST_STEP it reads losses only from time to time."""
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16":
         kind = DeferredAMPTrainer if cfg.MODEL.FAST_STEP else AMPTrainer
         return kind(model, batches, optimizer, grad_scaler=torch.amp.GradScaler(torch.device(cfg.MODEL.DEVICE).type))

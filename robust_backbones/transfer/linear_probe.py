@@ -1,7 +1,7 @@
 """Fixed-feature transfer: linear classifiers on a frozen backbone, the whole grid and all trials in one pass.
 
-A frozen backbone gives every head the same features, so it runs once an image and epoch however many heads there are,
-and several backbones share the decoding. What is left a head is a small matrix product (``heads``).
+A frozen backbone gives every head the same features, so it runs once per image and epoch for any number of heads, and
+several backbones share the decoding. The remaining work per head is a small matrix product (``heads``).
 """
 
 from __future__ import annotations
@@ -67,19 +67,19 @@ def linear_probe(
     """Probe every backbone, in one pass over the data; the defaults are the recipe of Salman et al. 2020, appendix A.
 
     ``output/LABEL/seed_S/`` gets, for every trial, ``record.json`` (task ``transfer``; metrics ``clean_accuracy`` and,
-    where there is an adversary, ``robust_accuracy``, 0-100, by the data set's metric) and ``checkpoint.pt``, the
-    network with its new classifier. A probe that was interrupted resumes; a finished one is returned as it is.
+    with an adversary, ``robust_accuracy``, 0-100, by the data set's metric) and ``checkpoint.pt``, the network with its
+    new classifier. An interrupted probe resumes; a finished one is returned unchanged.
 
     Args:
-        backbones: checkpoints or their files, by label (the folder's name) or in a list.
+        backbones: checkpoints or their files, in a dict by label (the folder's name) or in a list.
         data: an opened data set, or a folder with train/ and test/.
-        checkpoint_minutes: time between the states that a probe resumes from, at the ends of epochs.
-        skip_unreadable: leave out images that cannot be read, listed in ``output/skipped.json``; else stop at one.
+        checkpoint_minutes: time between the states saved for resuming, at ends of epochs.
+        skip_unreadable: leave out images that cannot be read, listed in ``output/skipped.json``, instead of stopping.
 
     Raises:
         InputError: data or config that cannot be used; ``output`` holds another run.
         TrainingFailedError: every setting diverged.
-        PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
+        PreemptedError: SIGTERM or SIGUSR1 was received; the state is saved.
     """
     checkpoints, opened, output = read_backbones(backbones), open_data(data), Path(output)
     config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
@@ -139,7 +139,7 @@ class _Probe:
         return self.output / label / f"seed_{seed}"
 
     def _plain(self, images: ClassificationDataset) -> ClassificationDataset:
-        """Images as they are evaluated."""
+        """Images with the preprocessing of evaluation."""
         return images.seen_through(self.config.val_transform())
 
     def _features(self, images: ClassificationDataset, description: str, **options: Any) -> list[Tensor]:
@@ -167,7 +167,7 @@ class _Probe:
         return [x.new_zeros(len(view), x.shape[1]).index_copy_(0, order.to(x.device), x) for x in in_order]
 
     def _stream(self, epoch: int) -> Tensor:
-        """The images that go through batch norms in train mode, batch by batch; an incomplete last batch is dropped."""
+        """Images for batch norms in train mode, batch by batch; an incomplete last batch is dropped."""
         count = len(self.labels)
         return order_of(self.config.data_seed, epoch, count)[: count - count % self.config.batch_size]
 
@@ -238,7 +238,7 @@ class _Probe:
         self.clock.save()
 
     def _resume(self, banks: Mapping[str, Sequence[HeadBank]]) -> tuple[int, list[dict[str, Any]]]:
-        """Load the state of a probe that was interrupted: how many epochs are done, and their rows."""
+        """Load the state of an interrupted probe: the number of finished epochs, and their rows."""
         if not self.state.exists():
             return 0, []
         state = load_tensors(self.state)
@@ -253,7 +253,7 @@ class _Probe:
         return state["epoch"], state["rows"]
 
     def regress(self) -> None:
-        """The optimum of every penalty for every backbone."""
+        """Solve for the optimum of every penalty, for every backbone."""
         features = self._features(self._plain(self.images.train), "features")
         penalties = [Penalty(value) for value in self.config.penalties]
         for part, images in self.parts.items():
@@ -264,7 +264,7 @@ class _Probe:
             ]
 
     def finish(self) -> list[RunRecord]:
-        """Measure the trained heads, choose a setting for each backbone, and write the trials of it."""
+        """Evaluate the trained heads, choose a setting for each backbone, and write its trials."""
         # Selection comes first, and test images are read after it: they cannot have a part in it.
         selections: list[Selection | None] = [None] * len(self.checkpoints)
         if len(self.config.grid) == 1:
@@ -289,7 +289,7 @@ class _Probe:
         return records
 
     def _scores(self, heads: Heads, features: Tensor, dataset: ClassificationDataset) -> dict[str, list[float | None]]:
-        """Of each setting the accuracy (0-100) of every trial's head; None where it diverged."""
+        """For each setting, the accuracy (0-100) of every trial's head; None where it diverged."""
         labels = torch.tensor(dataset.labels)
         right, finite = (heads.predict(features).cpu() == labels).double(), heads.finite.tolist()
 
