@@ -376,22 +376,25 @@ def _is_turned(attributes: Any) -> bool:
 def guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:
     """What the boxes look like that are not (x, y, width, height) in pixels."""
     # Boxes that lie outside altogether are named one by one.
-    leaving = (boxes[:, :2] + boxes[:, 2:] > sides + 1).any(1) & (boxes[:, :2] < sides).all(1)
+    ends = boxes[:, :2] + boxes[:, 2:]
+    leaving = (ends > sides + 1).any(1) & (boxes[:, :2] < sides).all(1)
+    far = leaving & (ends > 1.05 * sides + 1).any(1)
+    some, many_far = leaving.mean() > 0.1, len(boxes) > 9 and far.mean() > 0.1 and (boxes[:, :2] >= -1).all()
     low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2  # were they centres
+    turned = sides[:, ::-1] + 1
     what = f"{int(leaving.sum())} of {len(boxes)} boxes leave their image"
-    for layout, inside in (
-        ("(x1, y1, x2, y2)", (boxes[:, :2] <= boxes[:, 2:]) & (boxes[:, 2:] <= sides + 1)),
-        ("(x of the center, y of the center, width, height)", (low >= -1) & (high <= sides + 1)),
+    for layout, suspected, inside, more in (
+        ("(x1, y1, x2, y2)", some, (boxes[:, :2] <= boxes[:, 2:]) & (boxes[:, 2:] <= sides + 1), ""),
+        ("(x of the center, y of the center, width, height)", some, (low >= -1) & (high <= sides + 1), ""),
+        ("(y, x, height, width)", many_far, ends <= turned, ", or exchange width and height of the images"),
+        ("(y1, x1, y2, x2)", many_far, (boxes[:, :2] <= boxes[:, 2:]) & (boxes[:, 2:] <= turned), ""),
     ):
         within = inside.all(1)
-        if leaving.mean() > 0.1 and within.mean() > 0.95:
+        if suspected and within.mean() > 0.95:
             few = "none does" if within.all() else f"{int((~within).sum())} do"
-            return (
-                f"{what}, and {few} as {layout}",
-                "write bbox as (x, y, width, height), x and y of its upper left corner",
-            )
-    far = leaving & (boxes[:, :2] + boxes[:, 2:] > 1.05 * sides + 1).any(1)
-    if len(boxes) > 9 and far.mean() > 0.1 and (boxes[:, :2] >= -1).all():
+            mend = f"write bbox as (x, y, width, height), x and y of its upper left corner{more}"
+            return f"{what}, and {few} as {layout}", mend
+    if many_far:
         what = f"{int(far.sum())} of {len(boxes)} boxes leave their image by more than a twentieth, right or below"
         return f"{what}, and none left or above, as boxes of larger images do", "write boxes in pixels of these"
     if leaving.mean() > 0.5:

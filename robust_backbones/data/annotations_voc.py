@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError, fromstring
@@ -216,7 +217,10 @@ def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use
     named = {fault.image for fault in found if fault.severity == "error"}
     for fault in check_coco(Path(folder) / "Annotations", content, use):
         if fault.image not in named or fault.image is None:
-            found.append(fault)
+            mend = re.sub(
+                "write bbox as .* corner", "write xmin, ymin, xmax and ymax in pixels of the image", fault.mend
+            )
+            found.append(replace(fault, mend=mend))
     for row in rows:
         if min(row["bbox"][:2]) < 0:
             what = "its xmin or ymin is below 1, the first pixel of VOC"

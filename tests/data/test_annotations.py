@@ -368,6 +368,10 @@ def grid() -> Content:
          "6 of its 12 boxes end a pixel beyond their image, and none begins in the first", "warning"),
         (lambda row: row.update(bbox=[value * 1.2 for value in row["bbox"]], segmentation=[]),
          "as boxes of larger images", "error"),
+        (lambda row: row.update(bbox=[*row["bbox"][1::-1], 12, 12], segmentation=[]),
+         "none does as (y, x, height, width)", "error"),
+        (lambda row: row.update(bbox=[side + more for more in (0, 12) for side in row["bbox"][1::-1]], segmentation=[]),
+         "none does as (y1, x1, y2, x2)", "error"),
         (lambda row: row.update(image_id=1), "2 of its 3 images have no object", "warning"),
     ],
 )  # fmt: skip
@@ -652,6 +656,18 @@ def test_a_sound_voc_set(tmp_path: Path) -> None:
     assert faults == []
     assert content["categories"] == [{"id": 1, "name": "cat"}]
     assert [row["bbox"] for row in content["annotations"]] == [[0, 0, 100, 80]] * 2
+
+
+def test_x_and_y_exchanged_in_vocs_files_are_told_in_vocs_words(tmp_path: Path) -> None:
+    voc(tmp_path / "VOC")
+    for name in "ab":
+        file = tmp_path / f"VOC/Annotations/{name}.xml"
+        text = re.sub("([xy])(m(in|ax)>)", lambda found: {"x": "y", "y": "x"}[found[1]] + found[2], file.read_text())
+        start, thing, end = re.split("(<object>.*</object>)", text)
+        file.write_text(start + "".join(thing.replace(">1<", f">{place}<") for place in range(1, 7)) + end)
+    fault, *_ = AnnotatedSet.parse(f"{tmp_path / 'VOC'}:test").check()[0]
+    assert fault.what == "12 of 12 boxes leave their image, and none does as (y, x, height, width)"
+    assert fault.mend.startswith("write xmin, ymin, xmax and ymax in pixels of the image")
 
 
 @pytest.mark.parametrize(
