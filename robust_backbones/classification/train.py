@@ -19,10 +19,10 @@ from robust_backbones.classification.checkpoints import CheckpointFolder
 from robust_backbones.classification.compute import available
 from robust_backbones.classification.config import PAPER_BATCH_SIZE, Execution, TrainingConfig
 from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
-from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
+from robust_backbones.data.batches import check_fills_batch, steps_per_epoch, train_batches, val_batches
 from robust_backbones.data.datasets import ClassificationDataset, skip_list
 from robust_backbones.data.transforms import augmentation, mixing
-from robust_backbones.errors import DivergedError, InputError, PreemptedError, plural
+from robust_backbones.errors import DivergedError, PreemptedError, plural
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.clock import RunClock
 from robust_backbones.runs.distributed import Processes, join_processes, local_device, synchronize_batch_norms
@@ -133,13 +133,8 @@ class _Run:
         self._loader(epoch=0, first_step=0)  # refuses batches that do not divide, before anything is written
 
     def _count_steps(self) -> int:
-        steps = steps_per_epoch(self.train_data, self.config.batch_size)
-        if steps == 0:
-            raise InputError(
-                f"{self.task.dataset} has {plural(len(self.train_data), 'image')} to train on, less than one batch: "
-                "lower --batch-size"
-            )
-        return steps
+        check_fills_batch(self.task.dataset, len(self.train_data), self.config.batch_size)
+        return steps_per_epoch(self.train_data, self.config.batch_size)
 
     def run(self) -> RunRecord:
         settings = {**self.config.to_dict(), **self.task.identity}

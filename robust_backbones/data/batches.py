@@ -14,6 +14,12 @@ def steps_per_epoch(dataset: ClassificationDataset, batch_size: int, *, keep_las
     return -(-len(dataset) // batch_size) if keep_last else len(dataset) // batch_size
 
 
+def check_fills_batch(name: str, images: int, batch_size: int) -> None:
+    """Raise InputError where a data set has fewer images to train on than a batch."""
+    if images < batch_size:
+        raise InputError(f"{name} has {plural(images, 'image')} to train on, less than a batch: lower --batch-size")
+
+
 def train_batches(
     dataset: ClassificationDataset,
     *,

@@ -108,10 +108,7 @@ def full_finetune(
         own = identity(plain, checkpoints, opened)
         stack.enter_context(claimed(output, own, defaults, processes=processes))
         if execution.skip_unreadable:
-            if processes.is_main:  # looks, and writes the list that the others then read
-                without_unreadable(opened, output, workers=execution.workers)
-            processes.agree(None)
-            opened = without_unreadable(opened, output, workers=execution.workers)
+            opened = without_unreadable(opened, output, workers=execution.workers, processes=processes)
             execution = replace(execution, skip_unreadable=False)
         records = []
         for label, checkpoint in checkpoints.items():

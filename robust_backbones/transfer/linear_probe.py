@@ -28,7 +28,7 @@ from robust_backbones.errors import PreemptedError, TrainingFailedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, fed_as
 from robust_backbones.runs.clock import RunClock
 from robust_backbones.runs.folders import claimed
-from robust_backbones.runs.logs import RunLog
+from robust_backbones.runs.logs import RunLog, read_rows
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 from robust_backbones.transfer.config import Penalty, ProbeConfig
@@ -183,10 +183,10 @@ class _Probe:
         config = self.config
         banks = {part: [self._bank(one.spec) for one in self.checkpoints.values()] for part in self.parts}
         self.heads = dict(banks)
-        first, rows = self._resume(banks)
+        first = self._resume(banks)
         numbers = range(config.fixed_views if first < config.epochs else 0)
         views = [self._view(number, f"view {number + 1}/{len(numbers)}") for number in numbers]
-        log = RunLog(self.output, {"epochs": rows})
+        log = RunLog(self.output, {"epochs": read_rows(self.output, "epochs", lambda row: row["epoch"] <= first)})
         last_save = time.monotonic()
         try:
             for epoch in range(first, config.epochs):
@@ -196,7 +196,7 @@ class _Probe:
                 log.write("epochs", {"epoch": done, "step": done, **losses})
                 last = done == config.epochs
                 if stop or last or time.monotonic() - last_save >= 60 * checkpoint_minutes:
-                    self._save(banks, done, log.rows["epochs"])
+                    self._save(banks, done)
                     last_save = time.monotonic()
                     left = self.clock.seconds / done * (config.epochs - done)
                     print(f"{label}, {left / 60:.0f} min to go", flush=True)
@@ -226,21 +226,20 @@ class _Probe:
                     losses |= dict(zip(names, loss.mean(0).tolist(), strict=True))
         return losses
 
-    def _save(self, banks: Mapping[str, Sequence[HeadBank]], epoch: int, rows: list[dict[str, Any]]) -> None:
+    def _save(self, banks: Mapping[str, Sequence[HeadBank]], epoch: int) -> None:
         extractors = self.features.extractors.values()
         state = {
             "epoch": epoch,
-            "rows": rows,
             "banks": {part: [bank.state_dict() for bank in of_part] for part, of_part in banks.items()},
             "extractors": [one.state_dict() if self.trains_statistics else {} for one in extractors],
         }
         save_tensors(self.state, state)
         self.clock.save()
 
-    def _resume(self, banks: Mapping[str, Sequence[HeadBank]]) -> tuple[int, list[dict[str, Any]]]:
-        """Load the state of an interrupted probe: the number of finished epochs, and their rows."""
+    def _resume(self, banks: Mapping[str, Sequence[HeadBank]]) -> int:
+        """Load the state of an interrupted probe; the number of finished epochs."""
         if not self.state.exists():
-            return 0, []
+            return 0
         state = load_tensors(self.state)
         for part, of_part in banks.items():
             for bank, saved in zip(of_part, state["banks"][part], strict=True):
@@ -250,7 +249,7 @@ class _Probe:
                 extractor.load_state_dict(saved)
         self.clock.resume(state.get("seconds"))
         print(f"resuming from {self.state}: epoch {state['epoch'] + 1}", flush=True)
-        return state["epoch"], state["rows"]
+        return int(state["epoch"])
 
     def regress(self) -> None:
         """Solve for the optimum of every penalty, for every backbone."""

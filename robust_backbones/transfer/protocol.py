@@ -12,9 +12,11 @@ import torch
 
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.data.batches import check_fills_batch
 from robust_backbones.data.datasets import mix, skip_list
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
-from robust_backbones.errors import InputError, TrainingFailedError, plural
+from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.runs.distributed import ALONE, Processes
 from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import TransferConfig
@@ -51,10 +53,7 @@ class TransferImages:
                     f"{data.name} has one training image a class, so that none can be held out to select: "
                     "give one setting, or --select-on test"
                 )
-        if len(self.kept) < batch_size:
-            raise InputError(
-                f"{data.name} has {plural(len(self.kept), 'image')} to train on, less than a batch: lower --batch-size"
-            )
+        check_fills_batch(data.name, len(self.kept), batch_size)
         classes = len(data.train.classes)
         if 0 < config.num_outputs < classes:
             raise InputError(f"{data.name} has {classes} classes, more than {config.num_outputs} outputs: give more")
@@ -154,9 +153,11 @@ def identity(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], data
     }
 
 
-def without_unreadable(data: TransferData, output: Path, *, workers: int) -> TransferData:
+def without_unreadable(data: TransferData, output: Path, *, workers: int, processes: Processes = ALONE) -> TransferData:
     """``data`` less the images that cannot be read, which ``output/skipped.json`` lists; the first list holds."""
-    skipped = skip_list(output / "skipped.json", {"train": data.train, "test": data.test}, workers=workers)
+    parts = {"train": data.train, "test": data.test}
+    found = skip_list(output / "skipped.json", parts, workers=workers) if processes.is_main else None
+    skipped = processes.agree(found)
     return replace(data, train=data.train.without(skipped["train"]), test=data.test.without(skipped["test"]))
 
 

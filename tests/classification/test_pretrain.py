@@ -318,7 +318,7 @@ def test_nothing_is_written_for_what_cannot_be_run(data: Path, tmp_path: Path) -
     with pytest.raises(InputError, match="different classes"):
         pretrain(CONFIG, tmp_path / "data", tmp_path / "output", HERE)
     for config, execution, message in (
-        (replace(CONFIG, batch_size=999), HERE, "less than one batch"),
+        (replace(CONFIG, batch_size=999), HERE, "less than a batch"),
         (CONFIG, replace(HERE, micro_batch_size=3), "does not split"),
         (replace(CONFIG, cache_short_side=24), HERE, "give --cache"),
     ):

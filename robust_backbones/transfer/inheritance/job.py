@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.classification.compute import Compute
-from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
+from robust_backbones.classification.engine import Learner, evaluate, train_one_epoch
 from robust_backbones.classification.folding import twin_of
 from robust_backbones.classification.objectives import MicroBatch, Network, Objective, ObjectiveConfig
 from robust_backbones.data.batches import steps_per_epoch, train_batches, val_batches
-from robust_backbones.errors import InputError, PreemptedError, plural
 from robust_backbones.models import NormalizedModel
+from robust_backbones.runs.cells import check_stop
+from robust_backbones.runs.signals import StopRequest
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.inheritance.adapters import PromptedModel
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
@@ -46,7 +47,7 @@ class Job:
     """The diagonal Fisher information of ``start`` on pre-training images, by the names of its parameters."""
     weights: Callable[[str], Weights]
     """What another method, one of ``Method.needs``, has made of ``start`` on this set with this seed."""
-    stop: Callable[[], object] = lambda: False
+    stop: StopRequest = field(default_factory=StopRequest)
     """Asked after every step; once true, the job ends with PreemptedError."""
 
     def model(self, weights: Weights | None = None) -> NormalizedModel:
@@ -103,18 +104,14 @@ def train(
     objective = FineTuning(job.classes, term)
     learner = Learner(model, optimizer, scheduler, objective, ThreatModel(), job.compute, seed=job.seed)
 
-    def on_log(step: int, totals: Totals) -> None:
-        if job.stop():
-            raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
-
     size, workers, keep = config.batch_size, job.memory.workers_for(images), config.keep_last
     for epoch in range(config.epochs):
         train_one_epoch(
             learner,
             train_batches(images, batch_size=size, micro_batch_size=size, epoch=epoch, workers=workers, keep_last=keep),
             steps=steps_per_epoch(images, size, keep_last=keep),
-            on_log=on_log,
-            stop=job.stop,
+            on_log=lambda step, totals: check_stop(job.stop),
+            stop=lambda: job.stop,
             description=f"{job.target.name}, epoch {epoch + 1}/{config.epochs}",
         )
     return model.eval()
@@ -126,15 +123,6 @@ def rate(config: InheritanceConfig, steps: int, step: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def check_size(related: RelatedSet, config: InheritanceConfig) -> None:
-    """Raise ``InputError`` unless the set fills a batch."""
-    if len(related.images) < config.batch_size:
-        raise InputError(
-            f"{related.name} has {plural(len(related.images), 'image')} to train on, less than a batch: lower "
-            "--batch-size"
-        )
 
 
 class Masked(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.engine import Batch
 from robust_backbones.classification.folding import twin_of
+from robust_backbones.data.batches import check_fills_batch
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import NormalizedModel
 from robust_backbones.transfer.config import Setting
@@ -27,7 +28,6 @@ from robust_backbones.transfer.inheritance.job import (
     LossTerm,
     Weights,
     accuracy_on,
-    check_size,
     for_evaluation,
     rate,
     train,
@@ -237,7 +237,7 @@ def greedy(job: Job) -> NormalizedModel:
         raise InputError(f"{job.target.name} has one image a class, so that none can be held out for greedy_soup")
     made: dict[str, Weights] = {PRETRAINED: job.start.state_dict}
     part = replace(job, target=replace(job.target, images=images.take(kept)), weights=made.__getitem__)
-    check_size(part.target, config)
+    check_fills_batch(job.target.name, len(kept), config.batch_size)
     for name in ordered([name for name in config.soup if name != PRETRAINED], config):
         made[name] = find(name, config).run(part).backbone.state_dict()
     choosing = replace(job.target, images=images.take(held_out))

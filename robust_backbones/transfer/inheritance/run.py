@@ -15,7 +15,7 @@ import torch
 from robust_backbones.checkpoint.format import Checkpoint, save_tensors, write_checkpoint
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute, available
-from robust_backbones.data.batches import val_batches
+from robust_backbones.data.batches import check_fills_batch, val_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
@@ -26,7 +26,7 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.distances import distances, load_library
-from robust_backbones.transfer.inheritance.job import Job, Weights, accuracy_on, check_size, for_evaluation
+from robust_backbones.transfer.inheritance.job import Job, Weights, accuracy_on, for_evaluation
 from robust_backbones.transfer.inheritance.matrix import DISTANCES, MatrixCell
 from robust_backbones.transfer.inheritance.methods import PRETRAINED, diagonal_fisher, find, ordered
 from robust_backbones.transfer.inheritance.sets import (
@@ -93,7 +93,7 @@ def run_protocol(
     opened = [open_related_set(Path(path), classes, transform, name=name) for name, path in sets.items()]
     found = {one.name: one.limited(config.limit, seed=config.data_seed) for one in (*opened, validation)}
     for name in sets:
-        check_size(found[name], config)
+        check_fills_batch(name, len(found[name].images), config.batch_size)
     about = {
         "pretraining": Path(pretraining).name,
         "sets": {name: [len(related.images), len(related.classes)] for name, related in found.items()},
@@ -174,7 +174,7 @@ class _Run:
             memory=self.memory,
             fisher=partial(self._fisher, cell.label),
             weights=lambda name: load_tensors(self.folder(replace(cell, method=name)) / "checkpoint.pt")["state_dict"],
-            stop=lambda: self.stop,
+            stop=self.stop,
         )
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(cell.seed)  # dropout draws from the global generators
