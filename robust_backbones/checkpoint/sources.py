@@ -31,6 +31,7 @@ from robust_backbones.checkpoint.layouts import (
     layout_of,
     without_epsilon,
 )
+from robust_backbones.checkpoint.names import without_wrappers
 from robust_backbones.checkpoint.normalizers import check_normalizers, normalizer_of
 from robust_backbones.checkpoint.readback import network_of
 from robust_backbones.checkpoint.statement import Statement, agreed, check_said
@@ -42,6 +43,9 @@ from robust_backbones.threat_models import ThreatModel
 
 HUB = "hub:"
 _OPTIONS = re.compile(r" [('\"]?--(mean|std|channel-order|stride-in-1x1|arch|key|prefix|source)\b")
+
+# As detr-r50-dc5-f0fb7ef5.pth, but no part of a hash.
+_DC5 = re.compile(r"(?i)(?<![0-9a-z])(r(es)?(net)?_?\d+)?_?dc5(?![0-9a-z])")
 
 
 def read_checkpoint(
@@ -141,7 +145,8 @@ def _read(
         f"file {path.name}": True,
     }
     layout = layout_of(content, network, source=source, signs=[sign for sign, found in named.items() if found])
-    _refuse_dilated(network, layout, described=bool(metadata))
+    if source != "training":
+        _refuse_dilated(network, layout, path.name, described=bool(own or metadata))
     if not SOURCES[layout].has_classifier:
         names = {name: short for name, short in network.names.items() if not short.startswith("fc.")}
         network = replace(network, names=names)
@@ -223,9 +228,13 @@ def _is_bare(network: Network) -> bool:
     return network.library == "torchvision" or (not network.library and as_named)
 
 
-def _refuse_dilated(network: Network, layout: str, *, described: bool) -> None:
-    parts = {".".join(name.split(".")[:2]) for name in network.tensors}
-    of_dc5 = layout == "detectron2" and not described and {"backbone.res5", "roi_heads.box_head"} <= parts
+def _refuse_dilated(network: Network, layout: str, file: str, *, described: bool) -> None:
+    above = network.prefix.removesuffix("backbone.")
+    has_both = all(
+        any(without_wrappers(name).startswith(part) for name in network.tensors)
+        for part in (f"{above}backbone.res5.", f"{above}roi_heads.box_head.")
+    )
+    of_dc5 = not described and (has_both or bool(_DC5.search(file)))
     if layout == DILATED or of_dc5:
         raise InputError(
             f"it is a {'detector with DC5' if of_dc5 else 'segmenter, as DeepLab'}, whose last stages dilate in place "

@@ -306,7 +306,10 @@ def test_a_layout_that_people_have(tmp_path: Path, tensors: Tensors, name: str) 
             "dilate",
         ),
         (lambda t: under("backbone.", body(t)) | {"aspp.aspp1.atrous_conv.weight": torch.ones(8, 512, 1, 1)}, "dilate"),
-        (lambda t: {"model": under("backbone.", as_detectron2(t)) | mlp("roi_heads.box_head.fc1.")}, "DC5"),
+        *(
+            (lambda t, p=p: under(f"{p}backbone.", as_detectron2(t)) | mlp(f"{p}roi_heads.box_head.fc1."), "DC5")
+            for p in ("", "module.", "_orig_mod.")
+        ),
     ],
 )
 def test_what_no_resnet_of_floats_is_called_so(
@@ -315,6 +318,16 @@ def test_what_no_resnet_of_floats_is_called_so(
     torch.save(make(tensors), tmp_path / "file.pth")
     with pytest.raises(InputError, match=re.escape(message)):
         read_checkpoint(tmp_path / "file.pth", statement=STATED)
+
+
+@pytest.mark.parametrize("name", ["detr-r50-dc5-f0fb7ef5.pth", "ConditionalDETR_r50dc5_epoch50.pth"])
+def test_a_detr_whose_name_says_dc5_is_refused(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    for file in (name, "resnet18-0adc5b1c.pth"):
+        torch.save({"model": under("backbone.0.body.", body(tensors))}, tmp_path / file)
+    with pytest.raises(InputError, match="DC5"):
+        read_checkpoint(tmp_path / name, statement=STATED)
+    for file, source in ((name, "training"), ("resnet18-0adc5b1c.pth", "")):  # of which the latter's is a hash
+        assert read_checkpoint(tmp_path / file, statement=STATED, source=source).layout == "training"
 
 
 def test_a_head_of_convolutions_and_a_linear_layer_is_of_no_segmenter(tmp_path: Path, tensors: Tensors) -> None:
