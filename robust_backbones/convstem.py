@@ -1,9 +1,9 @@
-"""ConvNeXt and ViT whose patches are cut by a few convolutions: the ConvStem of Singh et al. 2023, in timm's registry.
+"""ConvNeXt and ViT with a stem of several convolutions: the ConvStem of Singh et al. 2023, in timm's registry.
 
 "Revisiting Adversarial Training for ImageNet" (arXiv 2303.01870, section 3) finds them more robust than those whose
 stem is one convolution. Names and shapes are those of its authors' files, which RobustBench has as
 ``Singh2023Revisiting_*`` (robustbench/model_zoo/architectures/convstem_models.py). All but ViT-S take images in [0, 1]
-as they are: their authors train without a normalisation.
+unchanged: their authors train without normalisation.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ConvNeXtConvStem(ConvNeXt):
 
 
 class VisionTransformerConvStem(VisionTransformer):
-    """timm's ViT whose patches of 16 x 16 are cut by a ConvStem."""
+    """timm's ViT with a ConvStem as the embedding of its 16 x 16 patches."""
 
     def __init__(self, *, embed_dim: int, **arguments: Any) -> None:
         super().__init__(embed_dim=embed_dim, **arguments)

@@ -1,4 +1,4 @@
-"""The exceptions that speak to the user, and checks of a config's values that raise them."""
+"""Exceptions with messages for the user, and checks of config values that raise them."""
 
 import errno
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class InputError(Exception):
-    """Something the user gave is wrong; the message is one sentence that says what and how to mend it.
+    """The user's input is wrong; the message is one sentence that says what is wrong and how to fix it.
 
     Command lines print it without a traceback and exit with ``exit_status`` (see ``cli.run``).
     """
@@ -31,13 +31,13 @@ class TrainingFailedError(InputError):
 
 
 class ProofFailedError(InputError):
-    """A conversion is not what it was made from; nothing of it is kept."""
+    """A converted network differs from its source; nothing of it is kept."""
 
     exit_status = 1
 
 
 class DivergedError(TrainingFailedError):
-    """The loss left the finite, or the sensible."""
+    """The loss is not finite, or far too large."""
 
 
 class PreemptedError(InputError):
@@ -62,7 +62,7 @@ _FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
 def disk_error(error: OSError) -> InputError | None:
-    """What a disk that is full, read-only or gone says, as one sentence; None for what is not of files."""
+    """The error of a full, read-only or missing disk as one sentence; None for other errors."""
     if error.errno not in _MENDS or not error.strerror:
         return None
     what = TrainingFailedError if error.errno in _FAILED else InputError
@@ -91,7 +91,7 @@ def check_not_negative(config: object, *names: str) -> None:
 
 
 def check_seeds(config: object) -> None:
-    """Raise ``InputError`` for a seed among ``seed``, ``seeds`` and ``data_seed`` that generators do not take."""
+    """Raise ``InputError`` for a seed among ``seed``, ``seeds`` and ``data_seed`` that generators do not accept."""
     for name in ("seed", "seeds", "data_seed"):
         found = getattr(config, name, ())
         for seed in found if isinstance(found, tuple | list) else (found,):

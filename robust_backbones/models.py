@@ -1,7 +1,7 @@
-"""Backbones: what a network is (BackboneSpec), how it is built, and how images in [0, 1] enter it.
+"""Backbones: their description (BackboneSpec), how they are built, and their preprocessing of images in [0, 1].
 
-The ResNets and a few more are torchvision's; every other name is one of timm's. Both are imported where a network is
-built: that takes seconds, which what only reads tensors need not wait for.
+The ResNets and a few more are torchvision's; every other name is timm's. Both are imported only when a network is
+built: the import takes seconds, which code that only reads tensors does not need.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _STAGES = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23,
 
 @dataclass(frozen=True)
 class ResNetShape:
-    """What tells one ResNet from another, in Detectron2's terms; depth 50 at width 64 is ResNet-50."""
+    """What distinguishes ResNets, in Detectron2's terms; depth 50 at width 64 is ResNet-50."""
 
     depth: int
     width_per_group: int = 64
@@ -76,21 +76,21 @@ ARCHITECTURES: dict[str, ResNetShape | None] = {
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Everything needed to rebuild a backbone and to feed it; travels inside checkpoints and converted files.
+    """Everything needed to rebuild a backbone and prepare its input; stored in checkpoints and converted files.
 
-    ``num_classes`` is 0 for a ResNet or a network of timm's without a classifier.
+    ``num_classes`` is 0 for a ResNet or a timm network without a classifier.
     ``mean`` and ``std`` are per channel, in [0, 1] pixel units, in the order of ``channel_order`` (RGB or BGR).
-    ``stride_in_1x1`` tells where a bottleneck strides: in its 3x3 convolution (False, torchvision) or its first 1x1.
-    ``stem`` is how a ResNet begins: ``imagenet``, a 7x7 convolution of stride 2 and a max-pool; ``cifar``, a 3x3
-    convolution of stride 1 for images of 32 pixels (He et al. 2016, section 4.2).
-    ``image_size``, ``val_resize`` and ``interpolation`` are how its makers evaluate it: the shorter side is resized to
-    ``val_resize`` pixels, ``bilinear`` or ``bicubic``, and the central square of ``image_size`` is what it sees.
-    ``norm_epsilon`` is that of its layer norms where its makers' is not timm's (``timm_models.set_norm_epsilon``).
+    ``stride_in_1x1`` says which convolution of a bottleneck has the stride: its 3x3 (False, torchvision) or first 1x1.
+    ``stem`` of a ResNet is ``imagenet``, a 7x7 convolution of stride 2 and a max-pool, or ``cifar``, a 3x3 convolution
+    of stride 1 for images of 32 pixels (He et al. 2016, section 4.2).
+    ``image_size``, ``val_resize`` and ``interpolation`` are those of its authors' evaluation: the shorter side is
+    resized to ``val_resize`` pixels, ``bilinear`` or ``bicubic``, and the central square of ``image_size`` is cropped.
+    ``norm_epsilon`` is that of its layer norms if it differs from timm's (``timm_models.set_norm_epsilon``).
 
     Raises:
         InputError: unknown architecture, stem or channel order; a mean or std that pixels in [0, 1] cannot have; a
-            classifier of no class, the cifar stem or the stride in the 1x1 convolution on what cannot have it; a value
-            of another type.
+            classifier without classes; the cifar stem or the stride in the 1x1 convolution for a network that cannot
+            have it; a value of the wrong type.
     """
 
     arch: str = "resnet50"
@@ -138,11 +138,11 @@ class BackboneSpec:
 
     @property
     def resnet_shape(self) -> ResNetShape | None:
-        """None of what is no ResNet."""
+        """None if it is not a ResNet."""
         return ARCHITECTURES.get(self.arch)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, the same before and after a trip through JSON; ``BackboneSpec(**...)`` reads them."""
+        """Plain values that survive a round trip through JSON; ``BackboneSpec(**...)`` reads them."""
         values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
         usual = {field.name: field.default for field in fields(self)}
         return {name: value for name, value in values.items() if name not in _NEWER or value != usual[name]}
@@ -151,7 +151,7 @@ class BackboneSpec:
         """The Detectron2 configuration keys this backbone needs, with their values (pixel units 0 to 255).
 
         Raises:
-            InputError: Detectron2's ResNet cannot be this backbone.
+            InputError: Detectron2's ResNet cannot represent this backbone.
         """
         shape = self.resnet_shape
         fed = {
@@ -191,11 +191,11 @@ class BackboneSpec:
 
 _EVALUATION = ("image_size", "val_resize", "interpolation")
 _NEWER = (*_EVALUATION, "norm_epsilon")
-"""Fields that files from before there was timm lack; they have the defaults."""
+"""Fields that files older than timm support lack; they have the defaults."""
 
 
 def spec_from(content: Any) -> BackboneSpec:
-    """Read what ``BackboneSpec.to_dict`` gave a file; ``InputError`` where it is damaged."""
+    """Read what ``BackboneSpec.to_dict`` wrote to a file; ``InputError`` if it is damaged."""
     known = {field.name for field in fields(BackboneSpec)}
     if not isinstance(content, dict) or not content.keys() <= known:
         raise InputError(f"its spec is damaged: it has to hold {', '.join(sorted(known))}, and nothing else")
@@ -211,17 +211,17 @@ def spec_from(content: Any) -> BackboneSpec:
 
 
 def is_foreign(arch: str) -> bool:
-    """Whether a network is timm's, and none of ``ARCHITECTURES``."""
+    """Whether a network is timm's and not one of ``ARCHITECTURES``."""
     return arch not in ARCHITECTURES and is_timm(arch)
 
 
 def only_size(spec: BackboneSpec) -> int:
-    """The side of the square images that a network takes alone; 0 where it takes any."""
+    """The side of the square images if a network accepts only one size, else 0."""
     return spec.image_size if is_foreign(spec.arch) and timm_config(spec.arch).fixed_input_size else 0
 
 
 def usual_spec(arch: str, num_classes: int = 1000, *, stem: str = "imagenet") -> BackboneSpec:
-    """The network as its makers feed it: timm's configuration tells mean, std, sizes and interpolation of timm's.
+    """The network with its authors' preprocessing; for timm's, mean, std, sizes and interpolation of its configuration.
 
     Raises:
         InputError: as ``BackboneSpec``.
@@ -238,10 +238,10 @@ Config = TypeVar("Config")
 
 
 def fed_as(config: Config, *specs: BackboneSpec) -> Config:
-    """A config whose sizes of 0 and empty interpolation are those of the networks.
+    """A config in which sizes of 0 and an empty interpolation are replaced by the networks' own.
 
     Raises:
-        InputError: the networks have different ones; one of them takes images of another size alone, or larger ones.
+        InputError: the networks have different ones; one of them only accepts images of another size, or larger ones.
     """
     given = {name: getattr(config, name) for name in _EVALUATION}
     for name in (name for name, value in given.items() if not value):
@@ -266,7 +266,7 @@ def fed_as(config: Config, *specs: BackboneSpec) -> Config:
 
 @cache
 def _size_problem(arch: str, size: int) -> str:
-    """Why a network's forward pass fails on square images of ``size`` pixels, of which none is computed; else ""."""
+    """Why a network's forward pass would fail on square images of ``size`` pixels, without running it; else ""."""
     if ARCHITECTURES.get(arch):  # a ResNet takes any
         return ""
     with torch.device("meta"):
@@ -279,7 +279,7 @@ def _size_problem(arch: str, size: int) -> str:
 
 
 def check_normalization(mean: Any, std: Any) -> None:
-    """Raise ``InputError``, with the values that were likely meant, unless pixels in [0, 1] can have them."""
+    """Raise ``InputError``, with the values that were probably meant, unless pixels in [0, 1] can have them."""
     for name, values in (("mean", mean), ("std", std)):
         if not is_triple(values):
             raise InputError(f"the {name} of the input is three numbers, one a channel, got {values!r}")
@@ -306,7 +306,7 @@ def _numbers(values: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """An int or a float; True, a string or a tensor is none, nor an int that no float can be."""
+    """Whether it is an int or a float: not True, a string, a tensor, or an int too large for a float."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
 
 
@@ -315,10 +315,10 @@ def is_triple(value: Any) -> TypeGuard[Sequence[float]]:
 
 
 def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
-    """The network with fresh weights drawn from ``seed``; the global generator is left as it was.
+    """The network with random weights drawn from ``seed``; the global generator is not changed.
 
-    Two things torchvision's does not have: no classifier at all, and bottlenecks that stride in their first 1x1. One
-    of timm's is made for images of ``spec.image_size`` where it is made for one size.
+    Unlike torchvision's, it may have no classifier, and bottlenecks with the stride in their first 1x1. A timm network
+    that accepts only one size is built for ``spec.image_size``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -337,10 +337,10 @@ def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
 
 
 def backbone_with(spec: BackboneSpec, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """The network with copies of these weights, in train mode; no random weights are drawn first, but by timm.
+    """The network with copies of these weights, in train mode; no random weights are drawn first, except by timm.
 
     Raises:
-        RuntimeError: these are not the tensors of such a network.
+        RuntimeError: these are not the tensors of this network.
     """
     # timm's have buffers that no state dict holds, such as Swin's indices.
     with nullcontext() if is_foreign(spec.arch) else torch.device("meta"):
@@ -394,7 +394,7 @@ def reference_shapes(arch: str, stem: str, image_size: int = 224) -> tuple[dict[
     """The shapes of an architecture's tensors with one class, without counters, and its classifier layer's name.
 
     Raises:
-        InputError: a network of timm's whose classifier is not one linear layer.
+        InputError: a timm network whose classifier is not one linear layer.
     """
     shape = ARCHITECTURES.get(arch)
     if shape is not None:
@@ -409,7 +409,7 @@ def reference_shapes(arch: str, stem: str, image_size: int = 224) -> tuple[dict[
 
 
 def _resnet_shapes(shape: ResNetShape, stem: str) -> dict[str, tuple[int, ...]]:
-    """What torchvision's network would say, without the network (He et al. 2016, table 1)."""
+    """The shapes in torchvision's network, without building it (He et al. 2016, table 1)."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def convolution(name: str, norm: str, inputs: int, outputs: int, window: int, groups: int = 1) -> None:
@@ -438,18 +438,18 @@ def _resnet_shapes(shape: ResNetShape, stem: str) -> dict[str, tuple[int, ...]]:
 
 
 def is_counter(name: str) -> bool:
-    """Batch norm's counters, which old files lack."""
+    """Whether it is a counter of a batch norm, which old files lack."""
     return name.endswith("num_batches_tracked")
 
 
 class NormalizedModel(nn.Module):
-    """A backbone that takes images in [0, 1] and normalises inside, so that epsilon keeps its pixel units."""
+    """A backbone that takes images in [0, 1] and normalises inside, so that epsilon is in pixel units."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, backbone: nn.Module, spec: BackboneSpec, threat_model: ThreatModel | None = None) -> None:
-        """``threat_model``: what it was trained against, where that is known."""
+        """``threat_model``: what it was trained against, if known."""
         super().__init__()
         self.backbone, self.spec, self.threat_model = backbone, spec, threat_model
         self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None], persistent=False)

@@ -1,6 +1,6 @@
-"""timm's networks: which there are, how timm feeds them, and how one is built.
+"""timm's networks: their names, their preprocessing, and how one is built.
 
-timm is imported where one of them is asked for: that takes seconds.
+timm is imported only when one of them is used: the import takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from robust_backbones.errors import InputError
 
 STRIDES = (4, 8, 16, 32)
-"""Of the stages that a feature pyramid is built on."""
+"""The strides of the stages that a feature pyramid is built on."""
 
 
 @cache
@@ -25,7 +25,7 @@ def is_timm(arch: str) -> bool:
 
 
 def timm_names() -> list[str]:
-    """Of all its networks, without tags of weights."""
+    """The names of all its networks, without tags of weights."""
     names: list[str] = _timm().list_models()
     return names
 
@@ -45,7 +45,7 @@ def timm_config(arch: str) -> Any:
 
 
 def build_timm(arch: str, num_classes: int, image_size: int) -> nn.Module:
-    """The network with random weights of the global generator, for images of this size where it is made for one.
+    """The network with random weights from the global generator, for images of this size if it accepts only one.
 
     Raises:
         InputError: timm has none for such images.
@@ -59,7 +59,7 @@ def build_timm(arch: str, num_classes: int, image_size: int) -> nn.Module:
 
 
 def set_norm_epsilon(network: nn.Module, epsilon: float) -> None:
-    """Give the layer norms this epsilon, where it is not 0: of a ConvNeXt the last one alone, as transformers does."""
+    """Set the epsilon of the layer norms, if it is not 0; in a ConvNeXt only of the last one, as transformers does."""
     from timm.models.convnext import ConvNeXt
 
     for name, module in network.named_modules() if epsilon else ():
@@ -68,17 +68,17 @@ def set_norm_epsilon(network: nn.Module, epsilon: float) -> None:
 
 
 class NormAndHeads(NamedTuple):
-    """What a network of timm has, and its tensors do not show."""
+    """Properties of a timm network that its tensors do not show."""
 
     norm_epsilon: float
-    """Of its last layer norm; 0 where it has none."""
+    """Of its last layer norm; 0 if it has none."""
     heads: int
-    """Of its first attention; 0 where it has none."""
+    """Of its first attention layer; 0 if it has none."""
 
 
 @cache
 def norm_and_heads(arch: str) -> NormAndHeads:
-    """Of the network by this name."""
+    """Those of the network with this name."""
     with torch.device("meta"):
         modules = [*build_timm(arch, 1, timm_config(arch).input_size[-1]).modules()]
     norms = [module.eps for module in modules if isinstance(module, nn.LayerNorm)]
@@ -99,14 +99,14 @@ def timm_classifier(arch: str, network: nn.Module) -> str:
 
 
 def build_stages(arch: str, *, drop_path: float = 0.0) -> tuple[nn.Module, tuple[int, ...]]:
-    """A convolutional network up to its last stage, with random weights, and which of its intermediate outputs lie at
+    """A convolutional network up to its last stage, with random weights, and which of its intermediate outputs have
     strides 4, 8, 16 and 32.
 
     Args:
-        drop_path: how often its last block is left out in training (stochastic depth).
+        drop_path: probability of dropping its last block in training (stochastic depth).
 
     Raises:
-        InputError: it has no such stages, takes images of one size alone, or leaves out no blocks.
+        InputError: it has no such stages, accepts only one image size, or does not support stochastic depth.
     """
     from timm.layers import DropPath
 
@@ -142,7 +142,7 @@ def is_swin(arch: str) -> bool:
 
 @cache
 def _without_weights(arch: str) -> nn.Module:
-    """The network without a classifier; its tensors have shapes alone."""
+    """The network without a classifier, on the meta device: tensors with shapes but no values."""
     with torch.device("meta"):
         network: nn.Module = _timm().create_model(arch, num_classes=0)
     return network
@@ -150,7 +150,7 @@ def _without_weights(arch: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class SwinShape:
-    """What tells one Swin Transformer from another (Liu et al. 2021), in Detectron2's terms."""
+    """What distinguishes Swin Transformers (Liu et al. 2021), in Detectron2's terms."""
 
     embed_dim: int
     """Channels of the first stage; each further stage has twice as many."""
@@ -165,7 +165,7 @@ def swin_shape(arch: str) -> SwinShape:
     """The shape of one of timm's Swin Transformers.
 
     Raises:
-        InputError: its windows are not square and alike, as Detectron2's are.
+        InputError: its windows are not square and of one size, as Detectron2's are.
     """
     stages: Any = _without_weights(arch).layers
     windows = {block.attn.window_size for stage in stages for block in stage.blocks}
@@ -184,7 +184,7 @@ def swin_shape(arch: str) -> SwinShape:
 
 
 def keep_paths(network: nn.Module, *, frozen: bool = False) -> None:
-    """From now on training leaves out no block, and draws no random number for it; with ``frozen`` no frozen block."""
+    """Turn off stochastic depth, so that training draws no random numbers for it; if ``frozen``, only in frozen blocks."""
     from timm.layers import DropPath
 
     for block in network.modules():

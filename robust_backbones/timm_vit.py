@@ -1,6 +1,6 @@
-"""timm's plain vision transformers as Detectron2's ViT has to be built to hold their tensors, or why it cannot be.
+"""How Detectron2's ViT must be built to hold the tensors of timm's plain vision transformers, or why it cannot.
 
-Which one fits is found in the network that timm builds, not in its name.
+This is read from the network that timm builds, not from its name.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from robust_backbones.errors import InputError
 from robust_backbones.timm_models import build_timm, timm_config
 
 PATCH_SIZE = 16
-"""In pixels: the simple feature pyramid makes strides 4 to 32 of the stride 16 of these patches."""
+"""In pixels: the simple feature pyramid makes strides 4 to 32 from the stride 16 of these patches."""
 
 
 @dataclass(frozen=True)
 class ViTShape:
-    """What tells one plain vision transformer from another, in Detectron2's terms."""
+    """What distinguishes plain vision transformers, in Detectron2's terms."""
 
     width: int
     depth: int
@@ -34,7 +34,7 @@ class ViTShape:
     embeds_class: bool
     """Whether the first position embedding is that of the class token."""
     has_convstem: bool
-    """Whether its patches are cut by several convolutions, those of ``convstem``."""
+    """Whether its patch embedding is a ConvStem (``convstem``)."""
 
 
 @cache
@@ -45,10 +45,10 @@ def is_vit(arch: str) -> bool:
 
 @cache
 def vit_shape(arch: str, image_size: int) -> ViTShape:
-    """The shape of timm's vision transformer for square images of so many pixels.
+    """The shape of timm's vision transformer for square images of this many pixels.
 
     Raises:
-        InputError: it has what Detectron2's ViT lacks, which the message names; or it is no vision transformer.
+        InputError: it has what Detectron2's ViT lacks, which the message names; or it is not a vision transformer.
     """
     network = _built(arch, image_size)
     if not _plain(network):
@@ -69,7 +69,7 @@ def vit_shape(arch: str, image_size: int) -> ViTShape:
 
 
 def without_class_token(network: Any) -> None:
-    """Take the class token out of a vision transformer of timm, in place: its blocks then attend to patches alone."""
+    """Remove the class token of a timm vision transformer, in place: its blocks then attend only to patches."""
     if network.has_class_token and not network.no_embed_class:
         network.pos_embed = nn.Parameter(network.pos_embed.detach()[:, network.num_prefix_tokens :])
     network.cls_token, network.num_prefix_tokens, network.has_class_token = None, 0, False
@@ -87,7 +87,7 @@ def _plain(network: nn.Module) -> bool:
 
 
 def _has(owner: Any, *names: str) -> bool:
-    """Whether one of these modules is there and does something."""
+    """Whether one of these modules exists and is not an identity."""
     return any(not isinstance(getattr(owner, name, None), nn.Identity | None) for name in names)
 
 

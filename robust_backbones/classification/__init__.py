@@ -1,1 +1,1 @@
-"""Classifiers: training under attack, and how robust they are."""
+"""Classifiers: adversarial training and evaluation of robustness."""

@@ -1,4 +1,4 @@
-"""The checkpoints that a training run resumes from, in a folder that keeps the newest ones."""
+"""The checkpoints from which a training run resumes, in a folder that keeps the newest ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from robust_backbones.errors import InputError, TrainingFailedError
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """Files ``step_NNNNNNNNN.pt``, of which the newest ``keep`` stay; each appears whole or not at all."""
+    """Files ``step_NNNNNNNNN.pt``, of which the newest ``keep`` are kept; each is written atomically."""
 
     folder: Path
     keep: int
@@ -36,7 +36,7 @@ class CheckpointFolder:
             old.unlink()
 
     def newest(self, paths: Sequence[Path]) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """The last of ``paths`` that can be read, its content, and why each later one cannot; None of no paths.
+        """The last of ``paths`` that can be read, its content, and why each later one cannot; None without paths.
 
         Raises:
             InputError: none can be read.

@@ -1,4 +1,4 @@
-"""Where and in what arithmetic networks run."""
+"""Device and arithmetic of networks."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def available(device: torch.device | str) -> torch.device:
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in what arithmetic networks run. Weights, images, perturbations and losses are always float32."""
+    """Device and arithmetic of networks. Weights, images, perturbations and losses are always float32."""
 
     device: torch.device
     precision: str = "fp32"
-    """Of the network's passes: fp32, bf16, or fp16, which training scales its loss for and does not evaluate in."""
+    """Of the network's passes: fp32, bf16, or fp16 (with loss scaling; not used in evaluation)."""
     attack_precision: str = ""
     """Of the attack's passes in training; as ``precision`` when empty."""
     compile_mode: str = ""
@@ -68,13 +68,13 @@ class Compute:
         return cast(nn.Module, torch.compile(model, mode=COMPILE_MODES[self.compile_mode]))
 
     def to_unit_range(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) -> float32 in [0, 1] on the device; channels last, which convolutions like best."""
+        """uint8 (N, 3, H, W) -> float32 in [0, 1] on the device; channels last, the fastest layout for convolutions."""
         images = images.to(self.device, non_blocking=True).float() / 255
         return images.contiguous(memory_format=torch.channels_last)
 
 
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:
-    """The type of one of PRECISIONS; float32 for bf16 on CPUs that compute it in software, which is far slower."""
+    """The dtype of one of PRECISIONS; float32 for bf16 on CPUs that compute it in software, which is far slower."""
     if precision == "bf16" and device.type == "cpu" and not computes_bfloat16():
         _say_once_float32()
         return torch.float32
@@ -95,6 +95,6 @@ def computes_bfloat16() -> bool:
 
 @cache
 def _say_once_float32() -> None:
-    """On stderr: stdout may be a document."""
+    """On stderr, because stdout may be a document."""
     said = "this processor has no instructions for bfloat16: computing in float32, which is faster on it"
     print(said, file=sys.stderr, flush=True)

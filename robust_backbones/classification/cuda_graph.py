@@ -1,4 +1,4 @@
-"""The gradients of a training step as one CUDA graph: the host launches one thing in place of some thousand kernels."""
+"""The gradients of a training step as one CUDA graph: one launch instead of some thousand kernels."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Gradients = Callable[[Parts, ThreatModel], Parts]
 class GraphedGradients:
     """``add_gradients``, recorded once and replayed from then on.
 
-    The first steps of each shape and threat model are run as they are, as PyTorch chooses its kernels in them; so are
-    all in which epsilon grows. The graph keeps its memory, that of one step.
+    The first steps of each shape and threat model run without a graph, because PyTorch chooses its kernels in them; so
+    do all steps in which epsilon grows. The graph keeps the memory of one step.
 
     Args:
-        add_gradients: lets the host wait for nothing, and changes nothing but gradients and, in place, buffers.
-        parameters: those whose gradients it makes, from none.
-        generator: what it draws from, beside PyTorch's own.
+        add_gradients: must not make the host wait, and change nothing but gradients and, in place, buffers.
+        parameters: those whose gradients it computes, starting from none.
+        generator: the generator it uses, besides PyTorch's own.
     """
 
     WARM_UP = 3

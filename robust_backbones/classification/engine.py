@@ -1,4 +1,4 @@
-"""Training steps, one epoch of them, and clean / robust accuracy: the loops every classifier here shares."""
+"""Training steps, epochs, and clean / robust accuracy: the loops shared by all classifiers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Learner:
-    """A network in training and all that changes with it; ``state_dict`` holds every bit of it.
+    """A network in training and everything that changes with it; ``state_dict`` contains all of it.
 
     Attributes:
         model: the network itself, unwrapped, on the device.
@@ -87,12 +87,12 @@ class Learner:
 
     @property
     def evaluated(self) -> NormalizedModel:
-        """The network whose accuracy counts: the averaged one where there is one."""
+        """The network to evaluate: the averaged one if there is one."""
         return self.model if self.averaged is None else cast(NormalizedModel, self.averaged.module)
 
     @property
     def threat_model(self) -> ThreatModel:
-        """The present ball: epsilon grows linearly over the warm-up's steps."""
+        """The current threat model: epsilon grows linearly over the warm-up's steps."""
         if self.step_count >= self._epsilon_warmup_steps:
             return self._threat_model
         share = (self.step_count + 1) / (self._epsilon_warmup_steps + 1)
@@ -101,8 +101,8 @@ class Learner:
     def step(self, batch: Sequence[Batch]) -> None:
         """Learn from one batch, given as micro-batches of equal size (Salman et al. 2020, eq. 2).
 
-        The gradient is the mean over the micro-batches of all processes: that of the global batch. Batch norms take
-        their statistics over one micro-batch of one process.
+        The gradient is the mean over the micro-batches of all processes, that is, the gradient of the global batch.
+        Batch norm statistics are over one micro-batch of one process.
         """
         self.model.train()
         threat_model = self.threat_model
@@ -188,7 +188,7 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken; another number of processes draws afresh."""
+        """Continue exactly where ``state_dict`` was taken; another number of processes draws new random numbers."""
         self.model.load_state_dict(state["model"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["averaged"])
@@ -236,7 +236,7 @@ class Meter:
 
 @dataclass
 class Totals:
-    """Sums over images: of the loss (nats), of right answers, of ones."""
+    """Sums over images: loss (nats), correct predictions, and number of images."""
 
     loss: float = 0.0
     right: float = 0.0
@@ -269,10 +269,10 @@ def train_one_epoch(
         on_log: called after every ``log_period``-th step and the last one, with the number of this epoch's steps that
             are done and the totals on the perturbed images since the last call; all processes call it together.
         stop: asked after every step; once true, ``on_log`` is called at once.
-        classes: how many there are, by which a diverging loss is recognised; 0 turns that off.
+        classes: number of classes, by which a diverging loss is recognised; 0 turns this off.
 
     Raises:
-        DivergedError: the loss is not finite, or ten times that of chance on average between two calls.
+        DivergedError: the loss is not finite, or its mean between two calls is ten times that of chance.
     """
     source = iter(micro_batches)
     progress = tqdm(
@@ -322,14 +322,14 @@ def evaluate(
     metric: str = "top1",
     description: str = "evaluate",
 ) -> dict[str, float]:
-    """Accuracy on images as they are and on their worst neighbours that PGD finds; each process gives its part.
+    """Accuracy on clean images and on the worst neighbours that PGD finds; each process evaluates its part.
 
     Args:
-        metric: how to count: one of ``metrics.METRICS``.
+        metric: one of ``metrics.METRICS``.
 
     Returns:
         ``clean_accuracy`` and ``robust_accuracy``, 0-100; equal at epsilon 0. An image counts as robust only if it is
-        also right when clean, so that the second can never exceed the first.
+        also correct when clean, so the second never exceeds the first.
     """
     was_training = model.training
     model.eval()

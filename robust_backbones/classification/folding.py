@@ -1,4 +1,4 @@
-"""The attack's twin of a network: eval mode for good, batch norms folded into convolutions, any precision."""
+"""The folded twin that attacks run on: always in eval mode, batch norms folded into convolutions, any precision."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from robust_backbones.models import NormalizedModel
 
 
 def twin_of(model: NormalizedModel, dtype: torch.dtype = torch.float32) -> FoldedTwin | Unfolded:
-    """What attacks run on: the folded twin of a network, or the network itself where there is nothing to fold."""
+    """What attacks run on: the folded twin of a network, or the network itself if there is nothing to fold."""
     folds = _convolutions_before_batch_norms(model.backbone)
     has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
     return FoldedTwin(model, dtype, folds) if folds or has_norms else Unfolded(model, dtype)
 
 
 class Unfolded(nn.Module):
-    """A network without batch norms in the place of its twin: in autocast, in the mode that the attack puts it in."""
+    """A network without batch norms, used instead of a twin: in autocast, in the mode set by the attack."""
 
     def __init__(self, model: NormalizedModel, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
 
     def refresh(self) -> None:
-        """Nothing: its weights are the model's."""
+        """Does nothing: its weights are the model's."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1], shape (N, 3, H, W) -> float32 logits (N, classes)."""
@@ -40,10 +40,10 @@ class Unfolded(nn.Module):
 class FoldedTwin(nn.Module):
     """A copy of a network that attacks run on: the same function as ``model.eval()``, faster.
 
-    A batch norm in eval mode is one scale and one shift a channel; where its input comes from a convolution alone,
-    both are folded into the convolution's weights, in float32 and only then cast. Mean and std are not folded into
-    the stem: its zero padding happens after normalisation. The twin's tensors are its own; ``refresh`` copies the
-    model's present ones in place, so compiled graphs stay valid.
+    A batch norm in eval mode is one scale and one shift per channel. If its input comes only from a convolution, both
+    are folded into the convolution's weights, in float32, which are then cast. Mean and std are not folded into the
+    stem, because its zero padding comes after normalisation. The twin has its own tensors; ``refresh`` copies the
+    model's current ones in place, so compiled graphs stay valid.
 
     The images, their gradient and the logits are float32; only the network between them runs in ``dtype``.
     """
@@ -80,14 +80,14 @@ class FoldedTwin(nn.Module):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the model's present weights; due before every attack, as both steps and statistics stale them."""
+        """Copy the model's current weights; needed before every attack, because steps and statistics change them."""
         source = self._source[0].backbone
         tensors = dict(source.named_parameters()) | dict(source.named_buffers()) | self._folded(source)
         own = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
         torch._foreach_copy_(list(own.values()), [tensors[name] for name in own])
 
     def _folded(self, source: nn.Module) -> dict[str, Tensor]:
-        """The convolutions' weights and biases with their batch norms; in calls for all, which cost Python less."""
+        """The convolutions' weights and biases with their batch norms, in batched calls to save Python overhead."""
         if not self._folds:
             return {}
         convolutions: list[Any] = [source.get_submodule(name) for name in self._folds]
@@ -108,14 +108,14 @@ class FoldedTwin(nn.Module):
         return self.network(((images - self.mean) / self.std).to(self.dtype)).float()
 
     def train(self, mode: bool = True) -> FoldedTwin:
-        """Nothing: a twin is in eval mode for good."""
+        """Does nothing: a twin is always in eval mode."""
         return self
 
 
 class _MaxPool(nn.Module):
-    """A max pooling that computes its indices again in the backward pass.
+    """A max pooling that recomputes its indices in the backward pass.
 
-    Kept, they take eight bytes an output in any precision; the input is kept anyway, by the activation before it.
+    Stored, they take eight bytes per output in any precision; the input is stored anyway, by the activation before it.
     """
 
     def __init__(self, pool: nn.MaxPool2d) -> None:
@@ -141,12 +141,12 @@ def _convolutions_before_batch_norms(backbone: nn.Module) -> dict[str, str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether it is a convolution by its weight, padded in any way; timm has some that scale it first."""
+    """Whether it is a plain convolution by its weight, with any padding; some of timm's scale the weight first."""
     return type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame"
 
 
 def _nodes(backbone: nn.Module) -> list[Any]:
-    """The network's operations; none where its code asks for the values of tensors, which a trace does not have."""
+    """The network's operations; none if its code depends on values of tensors, which a trace does not have."""
     try:
         return list(_Tracer().trace(backbone).nodes)
     except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, NotImplementedError):
@@ -155,5 +155,5 @@ def _nodes(backbone: nn.Module) -> list[Any]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """What holds no batch norm between its convolutions needs no look inside."""
+        """Modules without a batch norm between convolutions need not be traced."""
         return isinstance(m, _BatchNorm) or not any(isinstance(module, _BatchNorm) for module in m.modules())

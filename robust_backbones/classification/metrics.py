@@ -1,4 +1,4 @@
-"""Accuracy, the two ways that transfer data sets count it."""
+"""Accuracy, in the two definitions used by transfer data sets."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 from robust_backbones.errors import check_choice
 
 METRICS = ("top1", "mean_per_class")
-"""Share of images; mean over classes of each one's share, so that small classes count as much as large ones."""
+"""Top-1 over images; mean over classes, so that small classes count as much as large ones."""
 
 
 def accuracy(right: Tensor, images: Tensor, metric: str) -> float:
-    """Accuracy, 0-100, from counts a class.
+    """Accuracy, 0-100, from counts per class.
 
     Args:
-        right, images: shape (classes,), right answers and all images of each class; a class without images does not
-            count.
+        right, images: shape (classes,), correct predictions and all images of each class; a class without images does
+            not count.
         metric: one of METRICS.
     """
     check_choice("metric", metric, METRICS)

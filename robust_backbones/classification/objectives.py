@@ -1,7 +1,7 @@
 """What robust training minimises: PGD, free, fast and TRADES, behind one interface.
 
 Every objective is a function of the images, the labels and the ball around each image. It gets the network twice:
-``model`` as it trains (train mode, with gradients to its weights) and ``adversary`` as attacks see it (eval mode).
+``model`` for training (train mode, with gradients to its weights) and ``adversary`` for attacks (eval mode).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What goes through the network at once, and the ball around each of its images."""
+    """The images that go through the network at once, and the ball around each of them."""
 
     images: Tensor
     """Shape (N, 3, H, W), float32 in [0, 1]."""
     labels: Tensor
-    """Shape (N,), class indices; or (N, classes), shares of mixed images."""
+    """Shape (N,), class indices; or (N, classes), class probabilities of mixed images."""
     threat_model: ThreatModel
     part: int = 0
-    """The micro-batch's place within its optimiser step."""
+    """The micro-batch's index within its optimiser step."""
     generator: torch.Generator | None = None
-    """Draws what is random in the attack."""
+    """Draws the random numbers of the attack."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Objective:
     replays: int = field(default=1, init=False)
     """Optimiser steps on each batch."""
     has_state: ClassVar[bool] = False
-    """Whether one loss leaves something to the next."""
+    """Whether a loss depends on the previous one."""
 
     def loss(self, model: Network, adversary: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The mean loss over a micro-batch, a scalar in nats, and the logits (N, classes) on the perturbed images."""
@@ -95,18 +95,18 @@ class Objective:
         return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
 
     def after_backward(self) -> None:
-        """Called once the gradients of the last loss are there."""
+        """Called once the gradients of the last loss are available."""
 
     def chance_loss(self, classes: int) -> float:
-        """The loss in nats of a network that says nothing; a run far above it has left the rails."""
+        """The loss in nats of a uniform prediction; a run far above it has diverged."""
         return math.log(classes)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next batch needs of the last one, in this process."""
+        """What the next batch needs from the last one, in this process."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` gave."""
+        """Load what ``state_dict`` returned."""
 
 
 class Fast(Objective):
@@ -119,7 +119,7 @@ class Fast(Objective):
 class Free(Objective):
     """Replay each batch m times; each gradient updates weights and perturbation at once (Shafahi et al. 2019, alg. 1).
 
-    The perturbation of one batch is where the next one starts. One is kept for each micro-batch of a step.
+    The perturbation of one batch is the start of the next one's. One is kept for each micro-batch of a step.
     """
 
     has_state: ClassVar[bool] = True

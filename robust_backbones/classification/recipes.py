@@ -1,4 +1,4 @@
-"""How published robust networks were trained, as configs of this package: a table of their makers' settings."""
+"""How published robust networks were trained, as configs of this package: a table of their authors' settings."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Recipe:
     """The settings that published networks share."""
 
     source: str
-    """Where their makers have them."""
+    """Where their authors published them."""
     differs: str
-    """What of theirs is another thing here, or is not here."""
+    """What differs here from theirs, or is missing here."""
     settings: dict[str, Any]
     starts: bool = False
     """Whether it starts from a clean network's weights (``--start-from``)."""
@@ -75,9 +75,10 @@ RECIPES = {
 
 
 def recipe(name: str) -> PretrainConfig:
-    """The config that trains a published backbone again, by its name in ``zoo``, or that of ``FINE_TUNING``.
+    """The config that reproduces a published backbone, by its name in ``zoo``, or that of ``FINE_TUNING``.
 
-    Those of Salman et al. are the defaults with an arch and a ball, and with the augmentation of the paper's library.
+    Those of Salman et al. are the defaults with an architecture, a threat model, and the augmentation of the paper's
+    library.
 
     Raises:
         InputError: no backbone of that name was published.
@@ -92,12 +93,12 @@ def recipe(name: str) -> PretrainConfig:
 
 
 def recipe_of(name: str) -> Recipe | None:
-    """The table's recipe of a published backbone's name; None of those of Salman et al."""
+    """The table's recipe for a published backbone's name; None for those of Salman et al."""
     return next((row for begin, row in RECIPES.items() if name.startswith(begin)), None)
 
 
 def table() -> str:
-    """The published backbones that have a recipe, each with what its makers report; then the recipes' sources."""
+    """The published backbones with a recipe, each with its authors' reported results; then the recipes' sources."""
     lines = [
         f"{begin}: {row.source}{' (--start-from a clean network)' * row.starts}; {row.differs}"
         for begin, row in RECIPES.items()

@@ -1,4 +1,4 @@
-"""The training run of a classifier: cut off at any moment and resumed, it ends as if it had never stopped."""
+"""The training run of a classifier: if interrupted at any moment and resumed, it ends as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ class TrainingTask:
     build: Callable[[], NormalizedModel]
     """The network to start from."""
     parameter_groups: Callable[[NormalizedModel], list[dict[str, Any]]]
-    """The optimiser's groups, each with a rate of its own; the first one's is shown."""
+    """The optimiser's groups, each with its own learning rate; the first one's is shown."""
     identity: dict[str, Any]
-    """What distinguishes the run from others beside its config; plain values."""
+    """What distinguishes the run from others, besides its config; plain values."""
     backbone: dict[str, Any]
     """``RunRecord.backbone``."""
     threat_model: str | None
     """``RunRecord.threat_model``: that of pre-training."""
     metric: str = "top1"
-    """How ``val`` counts accuracy: one of ``metrics.METRICS``."""
+    """The accuracy metric on ``val``: one of ``metrics.METRICS``."""
     keep_best: bool = True
-    """Also keep the epoch that is best on ``val``; never where ``val`` holds test images."""
+    """Also keep the epoch that is best on ``val``; must be False if ``val`` has test images."""
     stylize: float = 0.0
     """Strength by which ``data.stylization.stylize`` changes training batches."""
 
@@ -64,7 +64,7 @@ class TrainingTask:
 def train(
     config: TrainingConfig, task: TrainingTask, output: str | Path, execution: Execution = Execution()
 ) -> RunRecord:
-    """Train a classifier in the folder ``output``, or resume the run that was cut off there.
+    """Train a classifier in the folder ``output``, or resume the run that was interrupted there.
 
     ``output`` gets ``config.json``; ``steps.jsonl``, ``metrics.jsonl`` (a row an epoch) and ``tensorboard/`` as it
     runs; ``checkpoints/`` with all that resuming needs; ``checkpoint.pt`` and ``best.pt`` (the weights of the last
@@ -78,7 +78,7 @@ def train(
         InputError: the data cannot be used, or ``output`` holds another run.
         DivergedError: the loss is not finite, or far above that of chance.
         TrainingFailedError: a file could not be written.
-        PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
+        PreemptedError: SIGTERM or SIGUSR1 was received; the state is saved.
     """
     available(execution.device)
     device = local_device(execution.device)
@@ -97,12 +97,12 @@ _ACCURACIES = ("clean_accuracy", "robust_accuracy")
 
 @dataclass
 class _Progress:
-    """How far a run has come: whole epochs, steps of the present one, and their results."""
+    """The progress of a run: whole epochs, steps of the current one, and their results."""
 
     epoch: int = 0
     step: int = 0
     totals: Totals = field(default_factory=Totals)
-    """Of the present epoch."""
+    """Of the current epoch."""
     best: dict[str, float] = field(default_factory=dict)
     """The accuracies of the epoch with the highest robust one."""
 
@@ -343,7 +343,7 @@ class _Run:
         )
 
     def _remaining(self) -> str:
-        """The time that the rest of the run will take, at its pace so far."""
+        """The estimated time for the rest of the run, at its pace so far."""
         done = self.progress.epoch * self.steps + self.progress.step
         seconds = self.clock.seconds * (self.config.epochs * self.steps - done) / done
         hours, minutes = divmod(round(seconds / 60), 60)
@@ -398,7 +398,7 @@ class _Run:
 
 
 def _optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """With the rate and the weight decay of the config, where a group has none of its own."""
+    """With the learning rate and weight decay of the config, unless a group has its own."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             groups, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
@@ -414,7 +414,7 @@ def _optimizer(config: TrainingConfig, groups: list[dict[str, Any]]) -> torch.op
 
 
 def _scheduler(config: TrainingConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
-    """The learning rate, stepped once a batch."""
+    """The learning rate schedule, stepped once per batch."""
     if config.schedule == "step":
         return StepLR(optimizer, config.lr_step * steps_per_epoch)
     if config.schedule == "cosine":

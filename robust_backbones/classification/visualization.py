@@ -1,8 +1,8 @@
-"""What a representation sees: images that maximise a unit, images that match a representation, and input gradients.
+"""Visualising representations: images that maximise a unit, images that match a representation, and input gradients.
 
 The method of Engstrom et al. (2019, "Adversarial robustness as a prior for learned representations"), which Figure 1 of
-Salman et al. (2020) shows: gradient ascent over pixels in steps of one length, without any regularisation, so that what
-is seen is the network's own prior. Every function leaves the network as it was.
+Salman et al. (2020) shows: gradient ascent over pixels in steps of fixed length, without any regularisation, so that
+the result shows the network's own prior. No function changes the network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SSIM_WINDOW = 11
 
 @dataclass(frozen=True)
 class AscentConfig:
-    """How far an image may go. The public code of Engstrom et al. takes 200 steps to maximise, 10,000 to invert."""
+    """Effort and bounds of the ascent. Engstrom et al.'s public code takes 200 steps to maximise, 10,000 to invert."""
 
     steps: int = 200
     step_size: float = 0.005
@@ -61,13 +61,13 @@ class Synthesis(NamedTuple):
     values: Tensor
     """Shape (N,)."""
     start_values: Tensor
-    """Those of the starts, shape (N,)."""
+    """Values of the starts, shape (N,)."""
 
 
 def noise(count: int, size: int, *, seed: int) -> Tensor:
     """Starts: grey with Gaussian noise of standard deviation 1/20, clipped to [0, 1], as in the public code.
 
-    Shape (count, 3, size, size), float32; an image depends on the seed and its own place alone.
+    Shape (count, 3, size, size), float32; an image depends only on the seed and its own index.
     """
     generators = (torch.Generator().manual_seed(mix(seed, 0, index)) for index in range(count))
     images = [0.5 + torch.randn(3, size, size, generator=generator) / 20 for generator in generators]
@@ -116,7 +116,7 @@ class _Reached(Exception):  # noqa: N818  # no error: ends the forward pass at t
 
 
 def activation_losses(model: NormalizedModel, units: Tensor, layer: str = LOGITS) -> Losses:
-    """The objective of ``maximize_activation``; when called, it refuses a layer or unit that is not there."""
+    """The objective of ``maximize_activation``; it refuses a layer or unit that does not exist."""
 
     def losses(points: Tensor) -> Tensor:
         output = activations(model, points, layer)
@@ -175,7 +175,7 @@ def invert(
     ascent: AscentConfig = AscentConfig(),
     progress: Progress | None = None,
 ) -> Synthesis:
-    """Images with the representation of other images, each on its own: the source's representation inversion.
+    """Images with the representation of other images, each independently: the source's representation inversion.
 
     Args:
         targets: images to be matched, shape (N, 3, H, W), in [0, 1].
@@ -222,9 +222,9 @@ def saliency(model: NormalizedModel, images: Tensor, labels: Tensor) -> Tensor:
 def saliency_alignment(model: NormalizedModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """The alignment of Etmann et al. (2019, arXiv 1905.04172): alpha(x) = |<x, g>| / ‖g‖.
 
-    g is the gradient of the winning logit with respect to the pixels and x the image, both in [0, 1] pixel units. Where
-    a sign of <w, x> tells two classes apart, alpha is the distance to the decision boundary; networks that were trained
-    to be robust tend to have more of it. 0 where the gradient is 0.
+    g is the gradient of the winning logit with respect to the pixels and x the image, both in [0, 1] pixel units. For
+    two classes separated by the sign of <w, x>, alpha is the distance to the decision boundary; robustly trained
+    networks tend to have a larger one. 0 where the gradient is 0.
 
     Args:
         images: shape (N, 3, H, W), in [0, 1].
@@ -253,7 +253,7 @@ def _gradient(model: NormalizedModel, images: Tensor, total: Callable[[Tensor], 
 
 
 def pixel_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation of the pixels of each two images, over all places and channels; 0 where one is constant.
+    """Pearson's correlation of the pixels of each pair of images, over positions and channels; 0 if one is constant.
 
     Shape (N, C, H, W) -> (N,), in [-1, 1], float64.
     """
@@ -263,7 +263,7 @@ def pixel_correlation(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each two images (Wang et al. 2004), mean over colours, by scikit-image.
+    """Structural similarity of each pair of images (Wang et al. 2004), mean over colours, by scikit-image.
 
     The settings are the paper's: a Gaussian window of 11 pixels and standard deviation 1.5, K1 = 0.01, K2 = 0.03.
 
@@ -302,7 +302,7 @@ def _module(backbone: nn.Module, name: str) -> nn.Module:
 
 
 def _classifier(model: NormalizedModel) -> nn.Linear | None:
-    """The last linear layer; None of a network without a classifier, as the backbone of a detector."""
+    """The last linear layer; None for a network without a classifier, such as a detector's backbone."""
     linear = [module for module in model.backbone.modules() if isinstance(module, nn.Linear)]
     return linear[-1] if linear and model.spec.num_classes else None
 
@@ -362,10 +362,10 @@ def compare_inversions(
     batch_size: int = 25,
     progress: Progress | None = None,
 ) -> SideBySide:
-    """Images with the representations of photographs, found from ``starts``: how like the photographs they are.
+    """Images with the representations of photographs, found from ``starts``, and their similarity to the photographs.
 
-    ``ssim``, ``pixel_correlation`` and ``distance``, ‖R(x) - R(target)‖ / ‖R(target)‖; starts have no distance, as it
-    is another for every backbone.
+    ``ssim``, ``pixel_correlation`` and ``distance``, ‖R(x) - R(target)‖ / ‖R(target)‖; starts have no distance, because
+    it differs for every backbone.
     """
     find = partial(invert, layer=layer, ascent=ascent, progress=progress)
     targets, rows = photographs.pixels, list[Row]()
