@@ -184,7 +184,7 @@ def swin_shape(arch: str) -> SwinShape:
 
 
 def keep_paths(network: nn.Module, *, frozen: bool = False) -> None:
-    """Turn off stochastic depth, so that training draws no random numbers for it; if ``frozen``, only in frozen blocks."""
+    """Turn off stochastic depth, so that training draws no random numbers for it; ``frozen``: only in frozen blocks."""
     from timm.layers import DropPath
 
     for block in network.modules():

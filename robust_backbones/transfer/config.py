@@ -1,4 +1,4 @@
-"""What a transfer experiment is: the grid, how a setting is chosen from it, and the recipe of a linear probe."""
+"""Configs of transfer experiments: the grid, how a setting is chosen from it, and the recipe of a linear probe."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Penalty:
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """What is tried, how one setting is chosen from it, and how often the chosen one is trained.
+    """The grid, how one setting is chosen from it, and how often the chosen one is trained.
 
     The defaults are the paper's grid and number of trials (Salman et al. 2020, appendix A); selection is not: the
     public code selects on the test images.
@@ -46,7 +46,7 @@ class TransferConfig:
     lrs: tuple[float, ...] = (0.01, 0.001)
     weight_decays: tuple[float, ...] = (5e-4,)
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One trial each: it decides the new classifier's first weights and the order of the images."""
+    """One trial each: the seed determines the new classifier's initial weights and the order of the images."""
     select_on: str = "held_out"
     """held_out: a part of the training images selects, and the chosen setting is then trained on all of them.
     test: the test images select, as in the public code; tables say so."""
@@ -94,7 +94,7 @@ class TransferConfig:
 
 @dataclass(frozen=True)
 class ProbeConfig(EvaluationImages, TransferConfig):
-    """The identity of a linear probe. The defaults are the paper's fixed-feature recipe, but for the selection."""
+    """The identity of a linear probe. The defaults are the paper's fixed-feature recipe, except for the selection."""
 
     solver: str = "sgd"
     """sgd: the paper's; lbfgs: logistic regression on features without augmentation, for each of ``penalties``."""
@@ -103,7 +103,7 @@ class ProbeConfig(EvaluationImages, TransferConfig):
     epochs: int = 150
     batch_size: int = 64
     lr_step: int = 50
-    """A tenth of the rate every so many epochs."""
+    """The learning rate drops to a tenth every this many epochs."""
     momentum: float = 0.9
     augmentation: str = "resized_crop"
     """resized_crop; padded_crop; none: every epoch sees the features of the evaluation's crop, computed once."""
@@ -119,7 +119,7 @@ class ProbeConfig(EvaluationImages, TransferConfig):
     precision: str = "fp32"
     """Of the backbone: fp32 or bf16. Features and heads are float32."""
     eval_threat_model: ThreatModel | None = None
-    """Adversary that the robust accuracy of every trial is measured against; without one it is not measured."""
+    """Adversary for the robust accuracy of every trial; without one it is not measured."""
     eval_attack: AttackConfig = field(
         default_factory=lambda: AttackConfig(steps=10, relative_step_size=0.25, random_start=True)
     )
@@ -152,10 +152,10 @@ class ProbeConfig(EvaluationImages, TransferConfig):
 
     @property
     def grid(self) -> Sequence[Setting | Penalty]:
-        """What the solver tries."""
+        """The settings that the solver tries."""
         return self.settings if self.solver == "sgd" else [Penalty(value) for value in self.penalties]
 
     @property
     def fixed_views(self) -> int:
-        """Views of each image that are computed once; 0 where every epoch has its own."""
+        """Number of views of each image that are computed once; 0 if every epoch has its own."""
         return 1 if self.augmentation == "none" or self.solver == "lbfgs" else self.views

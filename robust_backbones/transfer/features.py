@@ -1,4 +1,4 @@
-"""Features of images by several backbones at once: each image is read and augmented once, whoever looks at it."""
+"""Features of images from several backbones at once: each image is read and augmented only once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from robust_backbones.transfer.networks import feature_extractor
 
 
 class Features:
-    """The features that several backbones give.
+    """The features of several backbones.
 
     Args:
-        trained_statistics: batch norms may be put in train mode: the networks themselves run, in autocast. Otherwise
-            their folded twins do, which are the same function in eval mode, and faster.
+        trained_statistics: batch norms may be put in train mode, so the networks themselves run, in autocast. Otherwise
+            their folded twins run: the same function in eval mode, but faster.
         normalize: as for ``feature_extractor``.
 
     Attributes:
@@ -58,10 +58,10 @@ class Features:
         description: str,
         train_statistics: bool = False,
     ) -> list[Tensor]:
-        """Features of every image in order, (N, D) float32 a backbone.
+        """Features of every image in order, (N, D) float32 per backbone.
 
         Args:
-            train_statistics: normalise by each batch's statistics, and let the running ones follow.
+            train_statistics: normalise by each batch's statistics, and update the running ones.
         """
         parts: list[list[Tensor]] = [[] for _ in self._networks]
         for network in self._networks:

@@ -1,4 +1,4 @@
-"""Full-network transfer: the whole network, or its last stages, learns the new task by the engine of pre-training."""
+"""Full-network transfer: the whole network, or its last stages, is trained by the engine of pre-training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MODE = "full_network"
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainingConfig):
-    """How the network learns the new task. The defaults are the paper's full-network recipe.
+    """How the network is fine-tuned. The defaults are the paper's full-network recipe.
 
     A grid (``TransferConfig``) sets ``lr``, ``weight_decay`` and ``seed``. With epsilon > 0 in ``threat_model`` this is
     adversarial fine-tuning.
@@ -59,7 +59,7 @@ class FinetuneConfig(TrainingConfig):
     eval_period: int = 150
     """Epochs between evaluations; the last epoch is always evaluated."""
     freeze: int = 0
-    """Groups that stay what they are, batch norms too: 1 the stem, 2 to 5 the stages after it (as FREEZE_AT)."""
+    """Number of groups to freeze, batch norms too: 1 the stem, 2 to 5 also the stages after it (as FREEZE_AT)."""
     layer_decay: float = 1.0
     """Each group's learning rate as a share of the next one's towards the output; the classifier's is ``lr``."""
 
@@ -79,12 +79,12 @@ def full_finetune(
     config: FinetuneConfig = FinetuneConfig(),
     execution: Execution = Execution(),
 ) -> list[RunRecord]:
-    """Choose a setting for every backbone and fine-tune it once a seed; the defaults are the recipe of the paper.
+    """Choose a setting for every backbone and fine-tune it once per seed; the defaults are the recipe of the paper.
 
     ``output/LABEL/seed_S/record.json`` (task ``transfer``) has the metrics ``clean_accuracy`` and ``robust_accuracy``,
     0-100, by the data set's metric. Every run of the grid has a folder in ``output/LABEL/runs/``, with the files of
-    ``train.train``: finished runs are kept, an interrupted one resumes. Held-out images select by one run a setting, of
-    the first seed; test images by every seed's. Under torchrun each process calls this.
+    ``train.train``: finished runs are kept, an interrupted one resumes. Selection on held-out images uses one run per
+    setting, with the first seed; selection on test images uses every seed. Under torchrun each process calls this.
 
     Args:
         backbones: checkpoints or their files, by label (the folder's name) or in a list.
@@ -93,7 +93,7 @@ def full_finetune(
     Raises:
         InputError: data or config that cannot be used; ``output`` holds another experiment.
         TrainingFailedError: every setting diverged, or the chosen one with another seed.
-        PreemptedError: SIGTERM or SIGUSR1 came; the state is written.
+        PreemptedError: SIGTERM or SIGUSR1 was received; the state is saved.
     """
     checkpoints, opened, output = read_backbones(backbones), open_data(data), Path(output)
     config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
@@ -161,7 +161,7 @@ class _Backbone:
         return Selection(select(scores), on, scores)
 
     def _run(self, setting: Setting, seed: int, *, selecting: bool) -> RunRecord:
-        """One training: on all images and tested, or without those that select and evaluated on these."""
+        """One training: on all images, then tested; or without the held-out images, then evaluated on them."""
         grid, images, checkpoint = self.grid, self.images, self.checkpoint
         config = replace(self.config, lr=setting.lr, weight_decay=setting.weight_decay, seed=seed)
         training, evaluated = images.train, images.test

@@ -1,4 +1,4 @@
-"""Linear classifiers on fixed features: many at once by SGD, each as if alone; or each to its optimum by L-BFGS."""
+"""Linear classifiers on fixed features: many at once by SGD, each as if alone, or each to its optimum by L-BFGS."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from robust_backbones.transfer.config import Penalty, Setting
 class Heads:
     """A linear head for every seed and setting.
 
-    Shapes here and below: S seeds, G settings, C outputs, D features, N images, B images a batch.
+    Shapes here and below: S seeds, G settings, C outputs, D features, N images, B images per batch.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, settings: Sequence[object]) -> None:
@@ -26,7 +26,7 @@ class Heads:
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
-        """Features (N, D) -> the likeliest output of every head, (S, G, N)."""
+        """Features (N, D) -> the most likely class of every head, (S, G, N)."""
         flat = zip(self.weight.flatten(0, 1), self.bias.flatten(0, 1), strict=True)
         predicted = torch.stack([F.linear(features, weight, bias).argmax(1) for weight, bias in flat])
         return predicted.view(*self.bias.shape[:2], -1)
@@ -37,7 +37,7 @@ class Heads:
         return self.weight.isfinite().flatten(2).all(-1) & self.bias.isfinite().all(-1)
 
     def classifier(self, trial: int, setting: object) -> nn.Linear:
-        """The head of the ``trial``-th seed as a layer."""
+        """The head of the ``trial``-th seed, as a layer."""
         place = trial, self.settings.index(setting)
         return linear_layer(self.weight[place], self.bias[place])
 
@@ -45,12 +45,12 @@ class Heads:
 class HeadBank(Heads):
     """Heads in training: all at once, each as ``torch.optim.SGD`` would train it alone.
 
-    A seed draws its heads' first weights and the order of their images, a setting is a rate and a weight decay (of
-    weights and biases). Heads of one seed see the same batches, so that a step is one matrix product a seed instead of
-    one a head; the gradient of the cross-entropy is written out, as p - y.
+    A seed determines its heads' initial weights and the order of their images; a setting is a learning rate and a
+    weight decay (of weights and biases). Heads of one seed see the same batches, so a step is one matrix product per
+    seed instead of one per head; the gradient of the cross-entropy is written out, as p - y.
 
     Args:
-        classifiers: the first weights, a layer a seed.
+        classifiers: the initial weights, one layer per seed.
         momentum: of SGD, without dampening.
     """
 
@@ -76,13 +76,13 @@ class HeadBank(Heads):
 
     @torch.no_grad()
     def train_epoch(self, features: Tensor, labels: Tensor, orders: Tensor, *, batch_size: int, rate: float) -> Tensor:
-        """Go once through the images that ``orders`` names; an incomplete last batch is dropped, unless it is the only.
+        """One pass over the images in ``orders``; an incomplete last batch is dropped, unless it is the only one.
 
         Args:
             features: (N, D), float32.
             labels: (N,), class indices.
-            orders: (S, n), for every seed the indices of the images in the order they come.
-            rate: what every setting's learning rate is multiplied by.
+            orders: (S, n), for every seed the indices of the images in their order.
+            rate: factor for every setting's learning rate.
 
         Returns:
             The mean loss of every head in nats, (S, G).
@@ -128,12 +128,12 @@ class HeadBank(Heads):
 def logistic_regressions(features: Tensor, labels: Tensor, *, outputs: int, penalties: Sequence[Penalty]) -> Heads:
     """For every penalty the classifier that minimises mean cross-entropy + penalty / 2 * ‖W‖², as heads of one seed.
 
-    By L-BFGS in float64. The bias is not penalised. The objective is convex (strictly in W): where the search starts
-    decides only how long it takes.
+    By L-BFGS in float64. The bias is not penalised. The objective is convex (strictly in W), so the start only affects
+    the running time.
 
     Args:
-        features: (N, D). Each is divided by their common root mean square, which the weights returned take back, so
-            that a penalty means the same for every backbone.
+        features: (N, D). They are divided by their common root mean square, and the returned weights compensate for it,
+            so that a penalty means the same for every backbone.
         labels: (N,), class indices below ``outputs``.
     """
     # Around their mean the problem is far better conditioned, and the same: the bias is free.

@@ -1,4 +1,4 @@
-"""A pre-trained network made ready for another task: its features alone, or under a new classifier."""
+"""A pre-trained network prepared for another task: as a feature extractor, or with a new classifier."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _GROUPS: dict[str, list[tuple[str, ...]]] = {
 }
 _BEFORE_CLASSIFIER = {"vgg16_bn": ("classifier.0", "classifier.3")}
 DEPTH = 5
-"""Groups of every architecture."""
+"""Number of groups in every architecture."""
 
 
 def feature_extractor(checkpoint: Checkpoint, *, normalize: bool = True) -> NormalizedModel:
     """The network without its classifier: images in [0, 1] -> features (N, D), the classifier's input; in eval mode.
 
     Args:
-        normalize: False feeds the network images in [0, 1] as they are, against what it was trained with.
+        normalize: False passes images in [0, 1] to the network without the normalisation that it was trained with.
     """
     backbone = checkpoint.in_rgb().build()
     backbone.set_submodule(classifier_name(checkpoint.spec), nn.Identity())
@@ -59,13 +59,13 @@ def feature_extractor(checkpoint: Checkpoint, *, normalize: bool = True) -> Norm
 
 
 def new_classifier(spec: BackboneSpec, num_outputs: int, *, seed: int) -> nn.Linear:
-    """A fresh classifier for the features of such a network, as ``build_backbone`` draws it from ``seed``."""
+    """A new classifier for the features of such a network, with ``build_backbone``'s random weights from ``seed``."""
     return copy.deepcopy(_drawn_classifier(replace(spec, num_classes=num_outputs), seed))
 
 
 @lru_cache(maxsize=8)
 def _drawn_classifier(spec: BackboneSpec, seed: int) -> nn.Linear:
-    """The whole network is drawn for it: trials and grids ask for the same few."""
+    """Cached, because the whole network is drawn for it, and trials and grids use the same few."""
     classifier = build_backbone(spec, seed=seed).get_submodule(classifier_name(spec))
     assert isinstance(classifier, nn.Linear)
     return classifier
@@ -74,19 +74,19 @@ def _drawn_classifier(spec: BackboneSpec, seed: int) -> nn.Linear:
 def with_classifier(
     checkpoint: Checkpoint, classifier: nn.Linear, *, normalize: bool = True, freeze: int = 0
 ) -> FineTunedModel:
-    """The pre-trained network with another classifier; the first ``freeze`` groups, 0 to DEPTH, are not learnt."""
+    """The pre-trained network with another classifier; the first ``freeze`` groups, 0 to DEPTH, are frozen."""
     spec = transferred_spec(checkpoint, classifier.out_features, normalize=normalize)
     weights = {**checkpoint.in_rgb().state_dict, **classifier_weights(spec, classifier)}
     return FineTunedModel(backbone_with(spec, weights), spec, freeze)
 
 
 def classifier_weights(spec: BackboneSpec, classifier: nn.Linear) -> dict[str, Tensor]:
-    """The classifier's tensors under the names that they have in the whole network."""
+    """The classifier's tensors, under their names in the whole network."""
     return {f"{classifier_name(spec)}.{key}": tensor for key, tensor in classifier.state_dict().items()}
 
 
 class FineTunedModel(NormalizedModel):
-    """A network whose first ``freeze`` groups stay what they are: no gradients, batch norms in eval mode."""
+    """A network whose first ``freeze`` groups are frozen: no gradients, batch norms in eval mode."""
 
     def __init__(self, backbone: nn.Module, spec: BackboneSpec, freeze: int) -> None:
         super().__init__(backbone, spec)
@@ -106,7 +106,7 @@ class FineTunedModel(NormalizedModel):
 
 
 def depth_groups(backbone: nn.Module, spec: BackboneSpec) -> list[list[nn.Module]]:
-    """The modules of the stem and of the four stages, from the input on; all but the classifier are in one of them."""
+    """The modules of the stem and the four stages, starting at the input; all but the classifier are in one of them."""
     if is_foreign(spec.arch):
         return groups_of_timm(backbone, classifier_name(spec))
     groups = _RESNET if isinstance(backbone, ResNet) else _GROUPS[spec.arch]
@@ -116,7 +116,7 @@ def depth_groups(backbone: nn.Module, spec: BackboneSpec) -> list[list[nn.Module
 
 
 def groups_of_timm(backbone: Any, classifier: str = "") -> list[list[nn.Module]]:
-    """By the stages that timm tells: those at strides 4 to 32, or four of as many blocks in a network of one stride."""
+    """Groups by timm's stages: those at strides 4 to 32, or four of equally many blocks if there is one stride."""
     owners = [(name, module) for name, module in backbone.named_modules() if [*module.parameters(recurse=False)]]
     owners = [(name, module) for name, module in owners if name != classifier]
     stages = [(one["reduction"], one["module"]) for one in getattr(backbone, "feature_info", [])]
@@ -142,7 +142,7 @@ def groups_of_timm(backbone: Any, classifier: str = "") -> list[list[nn.Module]]
 def layer_wise_rates(model: NormalizedModel, spec: BackboneSpec, *, lr: float, decay: float) -> list[dict[str, Any]]:
     """The optimiser's groups: the classifier at ``lr``, and every group before it at ``decay`` times the next one's.
 
-    Frozen parameters are in none (Clark et al. 2020, section 3.1, with a group as a layer).
+    Frozen parameters are in no group (Clark et al. 2020, section 3.1, with a group as a layer).
     """
     groups = [[model.backbone.get_submodule(classifier_name(spec))], *reversed(depth_groups(model.backbone, spec))]
     learnt = [[p for module in group for p in module.parameters() if p.requires_grad] for group in groups]
@@ -150,7 +150,7 @@ def layer_wise_rates(model: NormalizedModel, spec: BackboneSpec, *, lr: float, d
 
 
 def transferred_spec(checkpoint: Checkpoint, num_outputs: int, *, normalize: bool = True) -> BackboneSpec:
-    """The spec of the network with another classifier, fed with RGB images; normalised ones, or as they are."""
+    """The spec of the network with another classifier and RGB input, normalised or not."""
     spec = replace(checkpoint.in_rgb().spec, num_classes=num_outputs)
     return spec if normalize else replace(spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 

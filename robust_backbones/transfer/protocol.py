@@ -1,4 +1,4 @@
-"""What every transfer experiment shares: the images that select a setting, the selection, and the trials' records."""
+"""Common parts of transfer experiments: the images that select a setting, the selection, and the trials' records."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import TransferConfig
 
 Backbones = Mapping[str, Checkpoint | str | Path] | Sequence[str | Path]
-"""Backbones by label, or files of any source (hub:NAME too), which are labelled by ``labels_of``."""
+"""Backbones by label, or files of any source (hub:NAME too), labelled by ``labels_of``."""
 
 
 class TransferImages:
-    """The images of an experiment: those to train on (``train``), and those that give the result (``test``).
+    """The images of an experiment: those to train on (``train``), and those of the result (``test``).
 
     Attributes:
-        kept, held_out: positions in ``train`` of those that train and of those that evaluate where a setting is chosen
-            on held-out images; where none is, all and none.
+        kept, held_out: indices in ``train`` of the images to train on and to evaluate on, if a setting is chosen on
+            held-out images; otherwise all and none.
         outputs: of the new classifier.
 
     Raises:
-        InputError: fewer images to train on than a batch, none that could select, fewer outputs than classes.
+        InputError: fewer training images than a batch, none for selection, fewer outputs than classes.
     """
 
     def __init__(self, config: TransferConfig, data: TransferData, *, settings: int, batch_size: int) -> None:
@@ -61,9 +61,9 @@ class TransferImages:
 
 
 def split_held_out(labels: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Positions of the images that train and of those that select, both in order.
+    """Indices of the training images and of the held-out images, both in order.
 
-    Of each class ``share`` of its images is drawn, rounded, but at least one where there are two and never all.
+    A rounded ``share`` of each class's images is held out: at least one if there are two, and never all.
     """
     held_out: set[int] = set()
     for drawn in drawn_by_class(labels, seed):
@@ -72,7 +72,7 @@ def split_held_out(labels: Sequence[int], share: float, seed: int) -> tuple[list
 
 
 def drawn_by_class(labels: Sequence[int], seed: int, *, stream: int = -2) -> list[list[int]]:
-    """Positions of each class's images in an order that ``seed`` and ``stream`` draw, each class by itself."""
+    """Indices of each class's images in an order drawn by ``seed`` and ``stream``, for each class independently."""
     by_class: dict[int, list[int]] = {}
     for position, label in enumerate(labels):
         by_class.setdefault(label, []).append(position)
@@ -83,7 +83,7 @@ def drawn_by_class(labels: Sequence[int], seed: int, *, stream: int = -2) -> lis
 
 
 def order_of(seed: int, epoch: int, count: int) -> torch.Tensor:
-    """The order of the images in an epoch: that which ``train_batches`` gives a data set of this seed and size."""
+    """The order of the images in an epoch, as ``train_batches`` has it for a data set with this seed and size."""
     return _permutation(count, mix(seed, epoch, -1))
 
 
@@ -92,10 +92,10 @@ def _permutation(count: int, seed: int) -> torch.Tensor:
 
 
 def select(scores: Mapping[str, Sequence[float | None]]) -> str:
-    """The setting whose trials have the highest mean score; of equal ones the first.
+    """The setting whose trials have the highest mean score; the first of equal ones.
 
     Args:
-        scores: of each setting an accuracy a trial; None for one that diverged, which rules its setting out.
+        scores: for each setting, an accuracy per trial; None for a diverged trial, which excludes its setting.
 
     Raises:
         TrainingFailedError: every setting diverged.
@@ -112,13 +112,13 @@ def select(scores: Mapping[str, Sequence[float | None]]) -> str:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which setting was chosen, and by what."""
+    """Which setting was chosen, and on which images."""
 
     selected: str
     on: str
     """``held_out``, ``test``, or ``nothing``: there was one setting only."""
     scores: Mapping[str, Sequence[float | None]]
-    """Of each setting an accuracy (0-100) a trial, on the images that selected."""
+    """For each setting, an accuracy (0-100) per trial, on the images used for selection."""
 
 
 def trial_record(
@@ -130,7 +130,7 @@ def trial_record(
     config: dict[str, Any],
     **fields: Any,
 ) -> RunRecord:
-    """The record of one trial, whose place is ``folder/record.json``; ``fields`` are more of a record's."""
+    """The record of one trial, for ``folder/record.json``; ``fields`` are further fields of it."""
     return RunRecord(
         run_id=f"{folder.parent.name}/{folder.name}",
         task="transfer",
@@ -142,7 +142,7 @@ def trial_record(
 
 
 def identity(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], data: TransferData) -> dict[str, Any]:
-    """All that the results of an experiment depend on, for ``runs.folders.claimed``."""
+    """Everything that the results of an experiment depend on, for ``runs.folders.claimed``."""
     return {
         **config,
         "checkpoints": {label: checkpoint.source_sha256 for label, checkpoint in checkpoints.items()},
@@ -154,7 +154,7 @@ def identity(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], data
 
 
 def without_unreadable(data: TransferData, output: Path, *, workers: int, processes: Processes = ALONE) -> TransferData:
-    """``data`` less the images that cannot be read, which ``output/skipped.json`` lists; the first list holds."""
+    """``data`` without unreadable images, which ``output/skipped.json`` lists; an existing list is kept."""
     parts = {"train": data.train, "test": data.test}
     found = skip_list(output / "skipped.json", parts, workers=workers) if processes.is_main else None
     skipped = processes.agree(found)
@@ -162,12 +162,12 @@ def without_unreadable(data: TransferData, output: Path, *, workers: int, proces
 
 
 def open_data(data: TransferData | str | Path) -> TransferData:
-    """The data set itself, or that of a folder with train/ and test/."""
+    """The data set itself, or the one in a folder with train/ and test/."""
     return data if isinstance(data, TransferData) else open_transfer_data(str(data), None)
 
 
 def read_backbones(backbones: Backbones) -> dict[str, Checkpoint]:
-    """The backbones by label, read where files are given; raises ``InputError`` for none, or two of one name."""
+    """The backbones by label, read if files are given; raises ``InputError`` for none, or two with the same name."""
     if not backbones:
         raise InputError("give one or more backbones")
     if not isinstance(backbones, Mapping):
@@ -180,7 +180,7 @@ def read_backbones(backbones: Backbones) -> dict[str, Checkpoint]:
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """A name for each checkpoint: of its file, or its folder where ours are all called the same; none twice."""
+    """A unique name for each checkpoint: of its file, or of its folder, as our files all have the same name."""
     labels = []
     for path in paths:
         stem = str(path).removeprefix("hub:").rsplit("/", 1)[-1]

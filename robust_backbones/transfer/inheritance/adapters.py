@@ -1,4 +1,4 @@
-"""What is learnt beside a frozen network: low-rank updates of its weights, and a frame of pixels around its images."""
+"""Trainable additions to a frozen network: low-rank updates of its weights, and a frame of pixels around images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from robust_backbones.transfer.networks import classifier_name
 
 
 class _Frozen(NormalizedModel):
-    """A network that stays what it is, batch-norm statistics included, but for what a subclass adds."""
+    """A frozen network, including its batch norm statistics, except for what a subclass adds."""
 
     def __init__(self, backbone: nn.Module, spec: BackboneSpec) -> None:
         super().__init__(backbone, spec)
@@ -46,7 +46,7 @@ class LowRankLayer(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Conv2d | nn.Linear:
-        """The layer of weight W + scale x B A, which is the same function."""
+        """The layer with weight W + scale x B A, which is the same function."""
         product = self.up.weight.flatten(1) @ self.down.weight.flatten(1)  # (out, rank) @ (rank, in * k * k)
         self.layer.weight += self.scale * product.view_as(self.layer.weight)
         return self.layer
@@ -55,9 +55,9 @@ class LowRankLayer(nn.Module):
 class LowRankModel(_Frozen):
     """LoRA (Hu et al. 2021, arXiv 2106.09685, equation 3): W_0 + alpha / rank x B A with B = 0 at first.
 
-    The paper updates the queries and values of attention. Here every convolution without groups has an update, as most
-    networks have no attention, and in timm's every linear layer but the classifier, where queries, keys and values are
-    one layer. Depthwise and grouped convolutions, norms and the classifier stay frozen.
+    The paper updates the queries and values of attention. Here every convolution without groups has an update, because
+    most networks have no attention, and in timm's networks every linear layer except the classifier; queries, keys and
+    values are one layer there. Depthwise and grouped convolutions, norms and the classifier stay frozen.
 
     Args:
         seed: draws A, as PyTorch draws a convolution.
@@ -74,7 +74,7 @@ class LowRankModel(_Frozen):
                     backbone.set_submodule(name, LowRankLayer(layer, rank, alpha / rank))
 
     def merge(self) -> None:
-        """Put every update into its weight: the backbone has its original layers again."""
+        """Add every update to its weight, so that the backbone has its original layers again."""
         for name, layer in list(self.backbone.named_modules()):
             if isinstance(layer, LowRankLayer):
                 self.backbone.set_submodule(name, layer.merged())
@@ -83,7 +83,7 @@ class LowRankModel(_Frozen):
 class PromptedModel(_Frozen):
     """A visual prompt (Bahng et al. 2022, arXiv 2203.17274): a learnt frame added to normalised images.
 
-    It is 0 at first, where the paper draws it from a normal distribution: before training this is the network itself.
+    It starts at 0, so that before training this is the network itself; the paper draws it from a normal distribution.
 
     Args:
         width: of the frame, in pixels.

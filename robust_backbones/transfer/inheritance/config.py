@@ -1,4 +1,4 @@
-"""What makes a run of the protocol the run that it is."""
+"""The settings of a run of the ImageNet-RIB protocol."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DISTANCES = {
 
 @dataclass(frozen=True)
 class InheritanceConfig(EvaluationImages):
-    """How a backbone is fine-tuned on each set and measured on all, on images as in evaluation.
+    """How a backbone is fine-tuned on each set and evaluated on all, with the preprocessing of evaluation.
 
     The defaults are ImageNet-RIB's.
     """
@@ -59,7 +59,7 @@ class InheritanceConfig(EvaluationImages):
     prompt_width: int = 0
     """Visual prompt: pixels of the learnt frame; 0: 30 of 224, and in proportion for other image sizes."""
     prompt_lr: float = 1.0
-    """Visual prompt: the rate, in place of ``lr``, which would not move a pixel."""
+    """Visual prompt: the learning rate, instead of ``lr``, which would be too small for pixels."""
     soup: tuple[str, ...] = ("pretrained", "fine_tuning", "l2_init", "lwf")
     """What both soups are made of: ``pretrained`` and methods that train the whole network.
     The default is the public code's, for its EWC is l2_init."""

@@ -1,4 +1,4 @@
-"""How far data sets are from each other in a network's feature space, by optimal transport."""
+"""Distances between data sets in a network's feature space, by optimal transport."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Points = NDArray[np.float64]
 Labels = NDArray[np.int64]
 """Shape (N,)."""
 _LARGEST_EXPONENT = 500.0
-"""exp(-this) is still far from float64's smallest number; beyond it Sinkhorn's steps are taken in logarithms."""
+"""exp(-this) is still far from float64's smallest number; beyond it Sinkhorn runs in the log domain."""
 
 
 def wasserstein(x: Points, y: Points) -> float:
-    """The 2-Wasserstein distance between two samples, every point of each weighing the same, exactly.
+    """The exact 2-Wasserstein distance between two samples with uniform weights.
 
     W_2 = sqrt(min_P Σ_ij P_ij ‖x_i - y_j‖²), by the network simplex algorithm (Bonneel et al. 2011).
     """
@@ -35,10 +35,10 @@ def wasserstein(x: Points, y: Points) -> float:
 
 
 def sinkhorn(x: Points, y: Points, *, regularization: float) -> float:
-    """The same for the transport plan that Sinkhorn's iterations find (Cuturi 2013, arXiv 1306.0895).
+    """The same for the transport plan found by Sinkhorn's iterations (Cuturi 2013, arXiv 1306.0895).
 
-    The plan minimises Σ P_ij C_ij - r H(P), r being ``regularization`` x the mean cost; what is returned is
-    sqrt(Σ P_ij C_ij), without the entropy. It goes to W_2 from above as r goes to 0.
+    The plan minimises Σ P_ij C_ij - r H(P), where r is ``regularization`` x the mean cost; the result is sqrt(Σ P_ij
+    C_ij), without the entropy. It converges to W_2 from above as r goes to 0.
     """
     ot = load_library()
     costs = ot.dist(x, y)
@@ -68,8 +68,8 @@ def otdd(
 ) -> float:
     """The optimal transport data-set distance (Alvarez-Melis & Fusi 2020, arXiv 2002.02923, section 4, p = 2).
 
-    sqrt(min_P Σ_ij P_ij (‖x_i - y_j‖² + W_2²(α_a, α_b))) for labels a of i and b of j, α_a being the points of class a:
-    classes are compared by what they look like, and what they are called plays no part.
+    sqrt(min_P Σ_ij P_ij (‖x_i - y_j‖² + W_2²(α_a, α_b))) for labels a of i and b of j, where α_a is the points of class
+    a: classes are compared by their images, and their names do not matter.
 
     Args:
         inner: W_2 between two classes: ``wasserstein``, exact, or ``gaussian``, the paper's approximation.
@@ -91,14 +91,14 @@ def distances(
     compute: Compute,
     memory: Memory,
 ) -> tuple[dict[str, float], int]:
-    """Of every set to the training images of pre-training, in the network's last features (the classifier's input).
+    """The distance of every set to the pre-training images, in the network's last features (the classifier's input).
 
-    Each is between samples of the same number of images, since with more of them distances become smaller.
+    All are between samples with the same number of images, because distances shrink with more images.
 
     Returns:
         ``NAME/SET``, in the units of the features, for the NAME that --distance gives (``wasserstein`` and ``sinkhorn``
-        for w2); and that number. Where a set is of the same distribution as pre-training, it is not 0: that is the
-        floor of samples so large.
+        for w2); and that number. For a set with the same distribution as pre-training, the distance is not 0 but the
+        floor for samples of that size.
     """
     count = min(config.distance_images, len(pretraining), *(len(related.images) for related in sets.values()))
     network = Features({"": checkpoint}, compute)

@@ -1,4 +1,4 @@
-"""Accuracy under the 15 common corruptions (and mCE), and of the backbone that detection training leaves."""
+"""Accuracy under the 15 common corruptions (and mCE), and of a backbone after detection training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TASK = "corruptions"
 class CorruptionConfig(EvaluationImages):
     """The identity of an evaluation: the same config, checkpoint and images have the same accuracies.
 
-    What is corrupted is the crop.
+    Corruptions are applied after cropping.
     """
 
     limit: int = 0
@@ -46,7 +46,7 @@ class CorruptionConfig(EvaluationImages):
     precision: str = "fp32"
     """fp32 or bf16."""
     seed: int = 0
-    """Of the corruptions, with each image's name."""
+    """Of the corruptions, together with each image's name."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,7 +55,7 @@ class CorruptionConfig(EvaluationImages):
 
 
 class CorruptedImages(ClassificationDataset):
-    """A data set whose images, after their transform, have one corruption; the same ones at every access."""
+    """A data set whose images have one corruption, applied after their transform; the same at every access."""
 
     def __init__(self, dataset: ClassificationDataset, kind: str, *, seed: int) -> None:
         self.__dict__.update(dataset.__dict__)
@@ -78,13 +78,13 @@ def evaluate_corruptions(
     device: torch.device | str = "cpu",
     workers: int = 2,
 ) -> RunRecord:
-    """Accuracy on the images of ``data`` as they are and under each corruption; writes records to ``output``.
+    """Accuracy on the images of ``data``, clean and under each corruption; writes records to ``output``.
 
     ``cells/fog-3/record.json`` and so on hold one accuracy each; finished ones are kept, and processes may share them.
 
     Args:
-        data: folder with one folder of images a class.
-        reference: what this function gave for another network on the same images, to divide by.
+        data: folder with one folder of images per class.
+        reference: the result of this function for another network on the same images, to divide by.
 
     Returns:
         A record with the metrics ``accuracy/clean``, ``accuracy/fog-3`` (0-100) and so on, ``mean_accuracy`` over the
@@ -93,7 +93,7 @@ def evaluate_corruptions(
 
     Raises:
         InputError: data that cannot be used; ``output`` holds another evaluation; a reference on other images.
-        PreemptedError: SIGTERM or SIGUSR1 came; finished cells are kept.
+        PreemptedError: SIGTERM or SIGUSR1 was received; finished cells are kept.
     """
     load_library()  # it says so when it is missing, before anything is written
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(Path(checkpoint))
@@ -145,7 +145,7 @@ def mean_corruption_error(errors: Mapping[str, float], reference: Mapping[str, f
     """mCE = 100 x the mean over corruptions c of Σ_s E_c,s / Σ_s E^ref_c,s (Hendrycks & Dietterich 2019, section 4).
 
     Args:
-        errors, reference: error rates (0-100) of the network and of the reference by condition, as ``fog-3``.
+        errors, reference: error rates (0-100) of the network and of the reference, by condition such as ``fog-3``.
 
     Raises:
         InputError: the reference makes no error under a corruption.
@@ -160,13 +160,13 @@ def mean_corruption_error(errors: Mapping[str, float], reference: Mapping[str, f
 
 
 def _errors(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """Condition -> error rate (0-100), the clean images left out."""
+    """Condition -> error rate (0-100), without the clean images."""
     found = {name.removeprefix("accuracy/"): value for name, value in metrics.items() if name.startswith("accuracy/")}
     return {name: 100 - value for name, value in found.items() if value is not None and name != "clean"}
 
 
 def _check_comparable(reference: RunRecord, about: Mapping[str, Any]) -> None:
-    """Raise ``InputError`` where the reference is a record of something else, or of other images."""
+    """Raise ``InputError`` if the reference is a record of something else, or of other images."""
     if reference.task != TASK:
         raise InputError(f"the reference is a record of task {reference.task}, not of {TASK}")
     names = ("data", "images", "image_size", "val_resize", "seed", FINGERPRINT)
@@ -180,10 +180,11 @@ def _check_comparable(reference: RunRecord, about: Mapping[str, Any]) -> None:
 
 
 def with_own_classifier(detector: Path, pretrained: Checkpoint) -> Checkpoint:
-    """The backbone of a trained detector (Detectron2's checkpoint) under the classifier that it had before.
+    """The backbone of a trained detector (Detectron2's checkpoint) with its former classifier.
 
     Raises:
-        InputError: not such a file; it started from another backbone, as it says; ``pretrained`` has no classifier.
+        InputError: not such a file; by its own statement it started from another backbone; ``pretrained`` has no
+            classifier.
     """
     metadata = metadata_in(read_file(detector))
     if metadata is not None and metadata.source_sha256 != pretrained.source_sha256:

@@ -1,4 +1,4 @@
-"""One network fine-tuned on one set: the training that every method shares, and accuracy among a set's classes."""
+"""One network fine-tuned on one set: the training shared by all methods, and accuracy among a set's classes."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from robust_backbones.transfer.inheritance.sets import Memory, RelatedSet
 Weights = Mapping[str, Tensor]
 """A network's tensors by name."""
 LossTerm = Callable[[Tensor, Tensor], Tensor]
-"""Images (N, 3, H, W) in [0, 1] and the logits (N, K) over the set's classes -> what is added to the loss, a scalar."""
+"""Images (N, 3, H, W) in [0, 1] and the logits (N, K) over the set's classes -> a scalar added to the loss."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network to be fine-tuned on one set: everything that a method may look at."""
+    """One network to be fine-tuned on one set: everything that a method may use."""
 
     config: InheritanceConfig
     start: Checkpoint
     """The pre-trained network; it takes RGB."""
     target: RelatedSet
     seed: int
-    """Decides the order of the images, dropout and what adapters start from."""
+    """Determines the order of the images, dropout and the initial weights of adapters."""
     compute: Compute
     memory: Memory
     fisher: Callable[[], Weights]
     """The diagonal Fisher information of ``start`` on pre-training images, by the names of its parameters."""
     weights: Callable[[str], Weights]
-    """What another method, one of ``Method.needs``, has made of ``start`` on this set with this seed."""
+    """The result of another method, one of ``Method.needs``, from ``start`` on this set with this seed."""
     stop: StopRequest = field(default_factory=StopRequest)
     """Asked after every step; once true, the job ends with PreemptedError."""
 
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def steps(self) -> int:
-        """Of the whole training."""
+        """Number of steps of the whole training."""
         config = self.config
         return config.epochs * steps_per_epoch(self.target.images, config.batch_size, keep_last=config.keep_last)
 
@@ -83,14 +83,14 @@ class FineTuning(Objective):
 def train(
     job: Job, model: NormalizedModel, term: LossTerm | None = None, *, lr: float | None = None
 ) -> NormalizedModel:
-    """SGD by the protocol on whatever of ``model`` needs a gradient; returns ``model``.
+    """SGD by the protocol on all parameters of ``model`` that require a gradient; returns ``model``.
 
-    Images are preprocessed as in evaluation, the rate warms up and goes to 0 by a cosine, batch norms are in train mode
-    where the model lets them. An incomplete last batch is dropped, unless ``keep_last``.
+    Images are preprocessed as in evaluation, the learning rate warms up and goes to 0 by a cosine, and batch norms are
+    in train mode unless the model freezes them. An incomplete last batch is dropped, unless ``keep_last``.
 
     Raises:
         DivergedError: the loss is not finite. (On a foreign set it may well start at ten times that of chance.)
-        PreemptedError: ``job.stop`` said so.
+        PreemptedError: ``job.stop`` asked for it.
     """
     config = job.config
     images = job.target.images.seen_through(job.target.images.transform, seed=job.seed)
@@ -126,7 +126,7 @@ def rate(config: InheritanceConfig, steps: int, step: int) -> float:
 
 
 class Masked(nn.Module):
-    """A network that knows the classes of one set only: images in [0, 1] -> logits (N, K) of ``classes``."""
+    """A network restricted to the classes of one set: images in [0, 1] -> logits (N, K) of ``classes``."""
 
     def __init__(self, network: nn.Module, classes: Tensor) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Masked(nn.Module):
 
 
 def for_evaluation(model: NormalizedModel, compute: Compute) -> nn.Module:
-    """``model`` in eval mode, as ``accuracy_on`` wants it: its twin with folded batch norms, which is faster."""
+    """``model`` in eval mode for ``accuracy_on``: its twin with folded batch norms, which is faster."""
     if isinstance(model, PromptedModel):  # a twin would miss the prompt
         return model.eval()
     return twin_of(model, compute.dtype)

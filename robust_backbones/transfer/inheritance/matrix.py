@@ -1,4 +1,4 @@
-"""The accuracies of ImageNet-RIB's protocol: its cells, each a record, and RI and mRI of the matrix that they make."""
+"""The accuracies of ImageNet-RIB's protocol: its cells, each with a record, and RI and mRI of the resulting matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DISTANCES = "distances"
 
 @dataclass(frozen=True)
 class MatrixCell:
-    """What one record holds: a backbone before fine-tuning, one after it, or its distances."""
+    """What one record is about: a backbone before fine-tuning, after it, or its distances."""
 
     label: str
     """Of the backbone."""
@@ -54,11 +54,11 @@ class Matrix:
     """The related sets by name; ``before`` and each row have PRETRAINING too."""
     before: Mapping[str, float]
     after: Mapping[str, Mapping[str, float]]
-    """Set fine-tuned on -> accuracy by set; rows of cells that have not run are not there."""
+    """Set fine-tuned on -> accuracy by set; rows of cells that have not run are missing."""
     distances: Mapping[str, float]
-    """Set -> its distance to pre-training, where that was measured."""
+    """Set -> its distance to pre-training, if measured."""
     distance: str = "w2"
-    """Which one: one of ``config.DISTANCES``."""
+    """Which distance: one of ``config.DISTANCES``."""
 
     def robustness_improvement(self, target: str) -> float:
         """RI_i = mean over j ≠ i of (accuracy on j after fine-tuning on i - accuracy on j before)."""
@@ -77,15 +77,15 @@ class Matrix:
 
 
 _MEASURED = ("image_size", "val_resize", "interpolation", "precision", "limit", "data_seed")
-"""The settings by which a network is measured before it is fine-tuned."""
+"""The settings that affect a network's accuracy before fine-tuning."""
 
 
 def read_matrices(folders: Sequence[str | Path]) -> list[Matrix]:
     """The matrices of finished cells in outputs of ``run_protocol``, by label, method and seed.
 
     Raises:
-        InputError: there is no output, or one without its ``pretrained`` cell; two have the same cells, or one label
-            and method and other settings; a record lacks something.
+        InputError: there is no output, or one without its ``pretrained`` cell; two have the same cells, or the same
+            label and method with different settings; a record is incomplete.
     """
     matrices: list[Matrix] = []
     known: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
@@ -118,10 +118,10 @@ def matrices_of(label: str, records: Mapping[str, RunRecord] | Mapping[Path, Run
     """Those of one backbone's records of task ``inheritance``, by method and seed; none before its ``pretrained``.
 
     Args:
-        records: by where they stand.
+        records: by their locations.
 
     Raises:
-        InputError: two records are of one cell, with different results; one lacks an accuracy of another.
+        InputError: two records of one cell have different results; one lacks an accuracy that another has.
     """
     cells: dict[tuple[str, str, int], tuple[str | Path, RunRecord]] = {}
     for place, record in records.items():
@@ -153,7 +153,7 @@ def matrices_of(label: str, records: Mapping[str, RunRecord] | Mapping[Path, Run
 
 
 def setting(record: RunRecord) -> dict[str, Any]:
-    """The configuration of a cell without what says which cell it is, and without that of distances."""
+    """The configuration of a cell without the keys that say which cell it is, and without those of distances."""
     config = identity(record.config, InheritanceConfig().to_dict())
     own = ("method", "target", "images")
     return {k: v for k, v in config.items() if k not in own and not k.startswith(("distance", "sinkhorn"))}

@@ -1,4 +1,4 @@
-"""The ways to fine-tune that ImageNet-RIB compares: each a few lines over one training."""
+"""The fine-tuning methods that ImageNet-RIB compares, each a few lines on top of one training loop."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ from robust_backbones.transfer.networks import classifier_name
 from robust_backbones.transfer.protocol import order_of, split_held_out
 
 PRETRAINED = "pretrained"
-"""What the network before fine-tuning is called among methods."""
+"""The name of the network before fine-tuning, among methods."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune."""
+    """One fine-tuning method."""
 
     run: Callable[[Job], NormalizedModel]
-    """Gives the fine-tuned network."""
+    """Returns the fine-tuned network."""
     needs: tuple[str, ...] = ()
-    """Methods whose networks it is made from."""
+    """Methods whose resulting networks it needs."""
     whole_network: bool = True
-    """Whether the result is a network of the same architecture, so that it can be written and be part of a soup."""
+    """Whether the result has the same architecture, so that it can be saved and be part of a soup."""
 
 
 def linear_probe(job: Job) -> NormalizedModel:
-    """The classifier learns, on features of the frozen network; these are the same in every epoch: computed once.
+    """Train the classifier on features of the frozen network, which are computed once for all epochs.
 
-    Batch norms and dropout are in eval mode. Outputs of classes that the set does not have stay what they are.
+    Batch norms and dropout are in eval mode. Outputs for classes that are not in the set do not change.
     """
     config, images, rows, device = job.config, job.target.images, job.classes, job.compute.device
     workers = job.memory.workers_for(images)
@@ -83,8 +83,8 @@ def linear_probe(job: Job) -> NormalizedModel:
 def distillation(job: Job) -> LossTerm:
     """Weight x KL(q ‖ p), where q and p are softmax(logits / T) before and now, over the set's classes.
 
-    Equations 2 and 3 of the paper but for the classifier of the old task, which is here the one in training; without a
-    factor T², as in the paper and in the public code of ImageNet-RIB.
+    Equations 2 and 3 of the paper, except that the classifier of the old task is the one in training; without a factor
+    T², as in the paper and in the public code of ImageNet-RIB.
     """
     teacher, classes = twin_of(job.model(), job.compute.dtype), job.classes
 
@@ -104,7 +104,7 @@ def near_start(job: Job, strength: float, importance: Weights | None = None) -> 
 
 
 def distance_to_start(model: NormalizedModel, strength: float, importance: Weights | None = None) -> LossTerm:
-    """Strength x Σ_i F_i (θ_i - θ⁰_i)², where θ⁰ is what the model's parameters are now; F_i is 1 when not given."""
+    """Strength x Σ_i F_i (θ_i - θ⁰_i)², where θ⁰ is the model's parameters at this call; F_i is 1 if not given."""
     parameters = dict(model.backbone.named_parameters())
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     factors = {name: 1.0 if importance is None else importance[name].to(own.device) for name, own in start.items()}
@@ -127,12 +127,12 @@ def diagonal_fisher(
     """F_i = E_x E_{y ~ p(y | x)} (∂ log p(y | x) / ∂θ_i)², the network in eval mode and in float32.
 
     The labels are the network's own predictions and gradients are squared image by image: with the data's labels, or
-    with gradients of whole batches, it would be another matrix (Kunstner et al. 2019, arXiv 1905.12558).
+    with gradients of whole batches, it would be a different matrix (Kunstner et al. 2019, arXiv 1905.12558).
 
     Args:
-        batches: uint8 images whose mean is taken; their labels are not looked at.
-        labels: 0 takes the expectation over y exactly, a backward pass for each class; otherwise the mean over so many
-            labels drawn from p(y | x), whose expectation is the same.
+        batches: uint8 images to average over; their labels are ignored.
+        labels: 0 computes the expectation over y exactly, with a backward pass per class; otherwise the mean over this
+            many labels drawn from p(y | x), which has the same expectation.
         generator: draws them; on the CPU.
 
     Returns:
@@ -159,7 +159,7 @@ def diagonal_fisher(
 
 
 def lora(job: Job) -> NormalizedModel:
-    """The network is frozen but for the low-rank updates of a ``LowRankModel``, which are merged at the end."""
+    """Train only the low-rank updates of a ``LowRankModel``, which are merged into the network at the end."""
     config, start = job.config, job.start
     model = LowRankModel(start.build(), start.spec, rank=config.lora_rank, alpha=config.lora_alpha, seed=job.seed)
     train(job, job.compute.place(model))
@@ -168,15 +168,15 @@ def lora(job: Job) -> NormalizedModel:
 
 
 def visual_prompt(job: Job) -> NormalizedModel:
-    """A frame of pixels around every image, of every set; the network is frozen."""
+    """Train a frame of pixels around all images of all sets; the network is frozen."""
     config = job.config
     model = PromptedModel(job.start.build(), job.start.spec, width=config.frame, image_size=config.image_size)
     return train(job, job.compute.place(model), lr=config.prompt_lr)
 
 
 def combine(networks: Sequence[Weights], rule: Callable[[list[Tensor]], Tensor]) -> dict[str, Tensor]:
-    """``rule`` of every weight and batch-norm statistic over the networks, in float32, whatever a file holds them in;
-    batch norms' counters are the last one's."""
+    """Apply ``rule`` to every weight and batch norm statistic of the networks, in float32 whatever the files' dtype;
+    counters of batch norms are the last network's."""
     return {
         name: rule([network[name].float() for network in networks]) if tensor.is_floating_point() else tensor
         for name, tensor in networks[-1].items()
@@ -196,10 +196,10 @@ def mean(members: Sequence[Weights]) -> dict[str, Tensor]:
 def greedy_soup(
     members: Mapping[str, Weights], score: Callable[[Weights], float]
 ) -> tuple[list[str], dict[str, Tensor]]:
-    """Add members from the best on, each kept if the soup is no worse with it (arXiv 2203.05482, recipe 1).
+    """Add members from the best on; each stays if the soup is not worse with it (arXiv 2203.05482, recipe 1).
 
     Args:
-        members: by name; of equal ones the first comes first.
+        members: by name; among equals, the first in order is added first.
         score: accuracy on held-out images.
 
     Returns:
@@ -270,14 +270,14 @@ METHODS = {
     "uniform_soup": Method(uniform),
     "greedy_soup": Method(greedy),
 }
-"""By name; ``wise_ft_ALPHA`` is WiSE-FT at another alpha in [0, 1]."""
+"""Methods by name; ``wise_ft_ALPHA`` is WiSE-FT at another alpha in [0, 1]."""
 
 
 def find(name: str, config: InheritanceConfig) -> Method:
     """The method of this name, with what it needs.
 
     Raises:
-        InputError: there is none; or a soup of what has no weights to average.
+        InputError: there is none; or it is a soup of methods without weights to average.
     """
     if match := re.fullmatch(r"wise_ft_(\d*\.?\d+)", name):
         if float(match[1]) > 1:
@@ -295,7 +295,7 @@ def find(name: str, config: InheritanceConfig) -> Method:
 
 
 def ordered(names: list[str], config: InheritanceConfig) -> list[str]:
-    """``names`` and what they need, each after what it needs and once."""
+    """``names`` and the methods they need, each once and after those it needs."""
     found: list[str] = []
     for name in names:
         found += [other for other in [*ordered(list(find(name, config).needs), config), name] if other not in found]

@@ -1,4 +1,4 @@
-"""The protocol of ImageNet-RIB: fine-tune on each set in turn, measure on all; a record a cell, shared by processes."""
+"""The protocol of ImageNet-RIB: fine-tune on each set, evaluate on all; one record per cell, shared by processes."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def run_protocol(
         backbones: checkpoints or their files, by label or in a list, each with the classifier of pre-training.
         pretraining: folder of the pre-training set, with train/ and val/.
         sets: folders of the related sets by name.
-        methods: what a method needs is run too.
-        memory_gb: room for decoded images; sets that find none are decoded at every use.
+        methods: the methods they need are run too.
+        memory_gb: memory for decoded images; sets that do not fit are decoded at every use.
 
     Raises:
         InputError: data that cannot be used; ``output`` holds another run.
         DivergedError: the loss of a training is not finite.
-        PreemptedError: SIGTERM or SIGUSR1 came; finished cells are kept.
+        PreemptedError: SIGTERM or SIGUSR1 was received; finished cells are kept.
     """
     checkpoints = {label: checkpoint.in_rgb() for label, checkpoint in read_backbones(backbones).items()}
     names = ordered(list(methods), config)
@@ -130,12 +130,12 @@ class _Run:
         return self.output / cell.folder
 
     def is_ready(self, cell: MatrixCell) -> bool:
-        """Whether the cells that it is made from are finished."""
+        """Whether the cells that it needs are finished."""
         needs = find(cell.method, self.config).needs if cell.target else ()
         return all(is_finished(self.folder(replace(cell, method=name))) for name in needs)
 
     def run(self, cell: MatrixCell) -> str:
-        """Write the record of a cell; its result in one line."""
+        """Write the record of a cell; returns its result in one line."""
         start, checkpoint, extra = time.perf_counter(), self.checkpoints[cell.label], {}
         for name, related in self.sets.items():
             self.sets[name] = replace(related, images=self.memory.keep(related.images, name))
@@ -160,7 +160,7 @@ class _Run:
         return f"{cell}: " + ", ".join(f"{name.split('/')[-1]} {value:.1f}" for name, value in metrics.items())
 
     def _model(self, cell: MatrixCell, checkpoint: Checkpoint) -> NormalizedModel:
-        """The network to evaluate; one that was fine-tuned is written too."""
+        """The network to evaluate; a fine-tuned one is saved too."""
         device = self.compute.device
         if cell.method == PRETRAINED:
             return checkpoint.model().to(device)
@@ -191,7 +191,7 @@ class _Run:
         return model
 
     def _fisher(self, label: str) -> Weights:
-        """Computed once a backbone and kept beside its cells."""
+        """Computed once per backbone and kept beside its cells."""
         path = self.output / label / "fisher.pt"
         if not path.exists():
             images = self.train_images.sample(self.config.fisher_images, seed=self.config.data_seed)

@@ -1,4 +1,4 @@
-"""Data sets that share classes with that of pre-training, to which logits are masked; and such made of photographs."""
+"""Data sets of some pre-training classes, to which logits are masked; and how to make them from photographs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from robust_backbones.runs.identity import FINGERPRINT, differences
 from robust_backbones.transfer.protocol import drawn_by_class
 
 PRETRAINING = "pretraining"
-"""What the validation set of pre-training is called among the sets."""
+"""The name of the pre-training validation set among the sets."""
 _MOST_PARTS = 2  # folders between a set and its classes, as CORRUPTION/SEVERITY of ImageNet-C
 KNOWN_SETS = {
     "imagenet-v2": "ImageNet-V2 (Recht et al. 2019; folders are numbered 0 to 999; imagenetv2.org)",
@@ -61,7 +61,7 @@ class RelatedSet:
     """The mask: indices of the set's classes among those of pre-training, ascending; label l stands for classes[l]."""
 
     def limited(self, count: int, *, seed: int) -> RelatedSet:
-        """``count`` of its images, drawn by ``seed``; 0 or more than there are: all. The mask stays what it is."""
+        """``count`` of its images, drawn by ``seed``; all if 0 or more than there are. The mask does not change."""
         if not 0 < count < len(self.images):
             return self
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))[:count]
@@ -69,16 +69,16 @@ class RelatedSet:
 
 
 def open_related_set(root: Path, class_names: Sequence[str], transform: v2.Transform, *, name: str = "") -> RelatedSet:
-    """The images below ``root``, where folders have the names of pre-training classes, or their numbers.
+    """The images below ``root``, in folders named like pre-training classes, or by their numbers.
 
-    Folders of parts in between, as ImageNet-C's corruptions and severities, are one set together.
+    Subsets in folders in between, such as ImageNet-C's corruptions and severities, form one set together.
 
     Args:
         class_names: of the pre-training set, in the order of the network's outputs.
         name: what the set is called; the folder's name when not given.
 
     Raises:
-        InputError: no such folder, a class that pre-training does not know, or one without images.
+        InputError: no such folder, a class that is not in pre-training, or one without images.
     """
     if not root.is_dir():
         known = KNOWN_SETS.get(root.name)
@@ -105,7 +105,7 @@ def open_related_set(root: Path, class_names: Sequence[str], transform: v2.Trans
 def open_pretraining_set(
     root: Path, num_classes: int, transform: v2.Transform
 ) -> tuple[ClassificationDataset, RelatedSet]:
-    """The training images of ``root/train``, and ``root/val`` as the set called PRETRAINING, whose mask is open.
+    """The training images of ``root/train``, and ``root/val`` as the set called PRETRAINING, with all classes.
 
     Raises:
         InputError: a part is missing, or has other classes than the network's.
@@ -143,7 +143,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 class DecodedImages(ClassificationDataset):
-    """A data set whose images, after their transform, are in memory: it must be one without random parts."""
+    """A data set whose transformed images are in memory; the transform must not be random."""
 
     def __init__(self, dataset: ClassificationDataset, pixels: Tensor) -> None:
         self.__dict__.update(dataset.__dict__)
@@ -161,7 +161,7 @@ class DecodedImages(ClassificationDataset):
 
 @dataclass
 class Memory:
-    """Decodes each image once and keeps it, as long as there is room; what finds none is decoded at every use."""
+    """Decodes each image once and keeps it while there is room; the others are decoded at every use."""
 
     gigabytes: float
     workers: int
@@ -170,7 +170,7 @@ class Memory:
     """Bytes."""
 
     def keep(self, images: ClassificationDataset, description: str) -> ClassificationDataset:
-        """``images`` with their pixels in memory, or as they are where they do not fit or are already there."""
+        """``images`` with their pixels in memory, or unchanged if they do not fit or already are in memory."""
         if isinstance(images, DecodedImages) or not len(images):
             return images
         size = len(images) * images[0][0].numel()
@@ -182,14 +182,14 @@ class Memory:
         return DecodedImages(images, torch.cat([pixels for pixels, _ in bar]))
 
     def workers_for(self, images: ClassificationDataset) -> int:
-        """Processes that a loader of these images needs: none for what is in memory."""
+        """Processes that a loader of these images needs: none for images in memory."""
         return 0 if isinstance(images, DecodedImages) else self.workers
 
 
 Image = NDArray[np.uint8]
 """Shape (H, W, 3), RGB, 0-255."""
 NOTE = "made.json"
-"""Beside the class folders of a set: what it was made from, and how."""
+"""File beside the class folders of a set: what it was made from, and how."""
 
 
 def sketch(image: Image) -> Image:
@@ -201,7 +201,7 @@ def sketch(image: Image) -> Image:
 
 
 def cartoon(image: Image, *, levels: int = 6, passes: int = 3) -> Image:
-    """Flat colours between dark lines: bilateral filters, few levels a channel, and the edges of the gray image."""
+    """Flat colours between dark lines: bilateral filters, few levels per channel, and the edges of the gray image."""
     side = min(image.shape[:2])
     flat = image
     for _ in range(passes):
@@ -233,7 +233,7 @@ def check_kind(kind: str) -> None:
 
 
 def apply(image: Image, kind: str, *, name: str, seed: int) -> Image:
-    """The image as a set of this kind has it; ``name`` and ``seed`` decide what is random in it."""
+    """The image with this kind of change; ``name`` and ``seed`` determine its random numbers."""
     if kind in FILTERS:
         return FILTERS[kind](image)
     corruption, _, severity = kind.rpartition("-")
@@ -250,17 +250,17 @@ def make_set(
     seed: int = 0,
     workers: int = 2,
 ) -> int:
-    """Write ``output/KIND`` with the class folders of ``source``, as PNG of the same size, whole or not at all.
+    """Write ``output/KIND`` with the class folders of ``source``, as PNG of the same size, atomically.
 
     Args:
-        images_per_class: only so many of each class, drawn by ``seed``; 0: all.
-        skip: leave out the first so many of each class's draw, which other sets hold.
+        images_per_class: number of images of each class, drawn by ``seed``; 0: all.
+        skip: leave out this many of each class's draw, from its start, because other sets have them.
 
     Returns:
-        The number of its images. A set that is there is kept, if it was made in this way.
+        The number of its images. An existing set is kept if it was made in the same way.
 
     Raises:
-        InputError: an unknown kind, a source without images or with too few to skip so many, another set of that name.
+        InputError: an unknown kind, a source without images or with fewer than ``skip``, another set of that name.
     """
     source, output = Path(source), Path(output)
     check_kind(kind)
@@ -308,7 +308,7 @@ def make_set(
 
 
 class _Maker(Dataset[tuple[Path, bytes]]):
-    """Items are files of a set: path in it, content."""
+    """Items are files of a set: path within it, content."""
 
     def __init__(self, dataset: ClassificationDataset, kind: str, seed: int) -> None:
         self.dataset, self.kind, self.seed = dataset, kind, seed
