@@ -77,7 +77,7 @@ def _loader(dataset: ClassificationDataset, batches: list[list[int]], workers: i
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=0 if dataset.in_memory else workers,
         worker_init_fn=init_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # for the workers' seeds, which are else drawn from the global generator

@@ -37,6 +37,9 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         ImageInputError: on access, an image that cannot be decoded.
     """
 
+    in_memory = False
+    """Whether items are ready: then no processes are needed to load them."""
+
     def __init__(
         self, source: ImageFiles, transform: v2.Transform, *, seed: int = 0, cache: ResizedCache | None = None
     ) -> None:

@@ -16,6 +16,9 @@ from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.transfer.networks import feature_extractor
 
+EVALUATION_BATCH = 128
+"""Images that go through a network in eval mode at once."""
+
 
 class Features:
     """The features of several backbones.
@@ -53,9 +56,9 @@ class Features:
         self,
         images: ClassificationDataset,
         *,
-        batch_size: int,
         workers: int,
         description: str,
+        batch_size: int = EVALUATION_BATCH,
         train_statistics: bool = False,
     ) -> list[Tensor]:
         """Features of every image in order, (N, D) float32 per backbone.

@@ -32,7 +32,7 @@ from robust_backbones.runs.logs import RunLog, read_rows
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 from robust_backbones.transfer.config import Penalty, ProbeConfig
-from robust_backbones.transfer.features import Features
+from robust_backbones.transfer.features import EVALUATION_BATCH, Features
 from robust_backbones.transfer.heads import HeadBank, Heads, logistic_regressions
 from robust_backbones.transfer.networks import classifier_weights, new_classifier, transferred_spec
 from robust_backbones.transfer.protocol import (
@@ -49,8 +49,6 @@ from robust_backbones.transfer.protocol import (
 )
 
 MODE = "linear_probe"
-_BATCH = 128
-"""Images that go through a backbone in eval mode at once."""
 
 
 def linear_probe(
@@ -143,7 +141,6 @@ class _Probe:
         return images.seen_through(self.config.val_transform())
 
     def _features(self, images: ClassificationDataset, description: str, **options: Any) -> list[Tensor]:
-        options = {"batch_size": _BATCH, **options}
         return self.features.of(images, workers=self.workers, description=description, **options)
 
     def _view(self, number: int, description: str) -> list[Tensor]:
@@ -317,7 +314,7 @@ class _Probe:
             # The adversary sees backbone and head.
             metrics["robust_accuracy"] = evaluate(
                 NormalizedModel(backbone_with(spec, weights), spec).to(self.compute.device),
-                val_batches(images, _BATCH, workers=self.workers),
+                val_batches(images, EVALUATION_BATCH, workers=self.workers),
                 config.eval_threat_model,
                 config.eval_attack,
                 self.compute,

@@ -37,8 +37,9 @@ from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.engine import Learner
-from robust_backbones.data.batches import train_batches
+from robust_backbones.data.batches import train_batches, val_batches
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed
+from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
@@ -139,7 +140,7 @@ def job_on(world: Path, start: Checkpoint, *, name: str = "mirrored", **change: 
         target=related(world, name),
         seed=5,
         compute=CPU,
-        memory=Memory(0, 0),
+        workers=0,
         fisher=lambda: nothing,
         weights=lambda name: start.state_dict,
     )
@@ -182,7 +183,7 @@ def test_the_mask_is_the_classes_that_the_folders_name(world: Path, start: Check
         logits = model(images)
     logits[:, [0, 2]] = -math.inf  # the mask by its definition
     right = [int(row.argmax()) == one.classes[label] for row, label in zip(logits, labels, strict=True)]
-    assert accuracy_on(one, model, CPU, Memory(0, 0)) == 100 * sum(right) / len(right)
+    assert accuracy_on(one, model, CPU, workers=0) == 100 * sum(right) / len(right)
     assert len({int(row.argmax()) for row in logits}) > 1 or sum(right) not in (0, len(right))
 
 
@@ -191,7 +192,9 @@ def test_folded_and_decoded_images_have_the_same_accuracy(world: Path, start: Ch
     kept = replace(one, images=memory.keep(one.images, "negative"))
     assert memory.used == 32 * 3 * 32 * 32
     model = model_of(start)
-    assert accuracy_on(kept, for_evaluation(model, CPU), CPU, memory) == accuracy_on(one, model, CPU, memory)
+    folded = for_evaluation(model, CPU)
+    assert accuracy_on(kept, folded, CPU, workers=0) == accuracy_on(one, model, CPU, workers=0)
+    assert [val_batches(each.images, 8, workers=2).num_workers for each in (kept, one)] == [0, 2]
     assert memory.keep(kept.images, "negative") is kept.images
     assert Memory(1e-6, 0).keep(one.images, "negative") is one.images  # there is no room
     shuffled = kept.images.take([7, 2]).take([1, 0])
@@ -492,17 +495,12 @@ def test_a_greedy_soup_is_never_below_its_best_member(members: list[list[float]]
 
 
 def test_the_greedy_soup_of_a_set_is_chosen_by_images_it_was_not_trained_on(
-    world: Path, start: Checkpoint, capsys: pytest.CaptureFixture[str]
+    world: Path, start: Checkpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_on(world, start, name="negative", soup=("pretrained", "fine_tuning"), held_out=0.25, epochs=1, lr=0.05)
     seen: list[int] = []
-
-    class Watched(Memory):
-        def workers_for(self, images: Any) -> int:
-            seen.append(len(images))
-            return 0
-
-    soup = METHODS["greedy_soup"].run(replace(job, memory=Watched(0, 0)))
+    monkeypatch.setattr(ClassificationDataset, "in_memory", property(lambda self: seen.append(len(self))))
+    soup = METHODS["greedy_soup"].run(job)
     assert set(seen) == {24, 8}
     said = capsys.readouterr().out.strip().removeprefix("greedy soup on negative: ").split(", ")
     if "pretrained" in said and len(said) == 1:
@@ -567,7 +565,7 @@ def test_a_prompt_is_a_frame_around_the_image(world: Path, start: Checkpoint) ->
     with torch.no_grad():
         logits = model(images)[:, [1, 3]]
     right = (logits.argmax(1) == torch.tensor(job.target.images.labels)).double().mean()
-    assert accuracy_on(job.target, for_evaluation(model, CPU), CPU, job.memory) == pytest.approx(100 * float(right))
+    assert accuracy_on(job.target, for_evaluation(model, CPU), CPU, workers=0) == pytest.approx(100 * float(right))
 
 
 def test_methods_come_after_what_they_need_and_unknown_ones_are_refused() -> None:
@@ -753,7 +751,7 @@ def test_the_protocol_measures_what_its_networks_do(world: Path, start: Checkpoi
         assert one["wise_ft_1"].after[name] == one["fine_tuning"].after[name]
         model = model_of(read_checkpoint(done / "start/fine_tuning" / name / "seed_0/checkpoint.pt"))
         for evaluated in ("negative", "mirrored"):
-            accuracy = accuracy_on(related(world, evaluated), for_evaluation(model, CPU), CPU, Memory(0, 0))
+            accuracy = accuracy_on(related(world, evaluated), for_evaluation(model, CPU), CPU, workers=0)
             assert one["fine_tuning"].after[name][evaluated] == accuracy
     assert one["wise_ft_0"].mean_robustness_improvement == 0
     record = RunRecord.read(done / "start/distances/record.json")

@@ -15,7 +15,7 @@ from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.errors import InputError
 from robust_backbones.transfer.features import Features
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
-from robust_backbones.transfer.inheritance.sets import Memory, RelatedSet
+from robust_backbones.transfer.inheritance.sets import RelatedSet
 
 Points = NDArray[np.float64]
 """Shape (N, D)."""
@@ -89,7 +89,8 @@ def distances(
     pretraining: ClassificationDataset,
     sets: Mapping[str, RelatedSet],
     compute: Compute,
-    memory: Memory,
+    *,
+    workers: int,
 ) -> tuple[dict[str, float], int]:
     """The distance of every set to the pre-training images, in the network's last features (the classifier's input).
 
@@ -105,8 +106,7 @@ def distances(
 
     def features(images: ClassificationDataset, name: str) -> tuple[Points, Labels]:
         sample = images.sample(count, seed=config.data_seed)
-        workers = memory.workers_for(images)
-        (found,) = network.of(sample, batch_size=128, workers=workers, description=f"features of {name}")
+        (found,) = network.of(sample, workers=workers, description=f"features of {name}")
         return np.asarray(found.double().cpu().numpy(), dtype=np.float64), np.asarray(sample.labels)
 
     reference, classes = features(pretraining, "pre-training")

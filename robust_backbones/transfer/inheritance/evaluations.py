@@ -29,7 +29,7 @@ from robust_backbones.runs.identity import FINGERPRINT, differences
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
 from robust_backbones.transfer.inheritance.job import accuracy_on, for_evaluation
-from robust_backbones.transfer.inheritance.sets import Memory, RelatedSet, apply
+from robust_backbones.transfer.inheritance.sets import RelatedSet, apply
 
 TASK = "corruptions"
 
@@ -124,7 +124,7 @@ def evaluate_corruptions(
     def run(name: str) -> str:
         start = time.perf_counter()
         shown = images if name == "clean" else CorruptedImages(images, name, seed=config.seed)
-        accuracy = accuracy_on(RelatedSet(name, shown, everything), network, compute, Memory(0, workers))
+        accuracy = accuracy_on(RelatedSet(name, shown, everything), network, compute, workers=workers)
         write(folder(name), f"{output.name}/{name}", {"accuracy": accuracy}, time.perf_counter() - start)
         return f"{name}: {accuracy:.1f} %"
 

@@ -21,9 +21,10 @@ from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.cells import check_stop
 from robust_backbones.runs.signals import StopRequest
 from robust_backbones.threat_models import ThreatModel
+from robust_backbones.transfer.features import EVALUATION_BATCH
 from robust_backbones.transfer.inheritance.adapters import PromptedModel
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
-from robust_backbones.transfer.inheritance.sets import Memory, RelatedSet
+from robust_backbones.transfer.inheritance.sets import RelatedSet
 
 Weights = Mapping[str, Tensor]
 """A network's tensors by name."""
@@ -42,7 +43,8 @@ class Job:
     seed: int
     """Determines the order of the images, dropout and the initial weights of adapters."""
     compute: Compute
-    memory: Memory
+    workers: int
+    """Processes that decode images."""
     fisher: Callable[[], Weights]
     """The diagonal Fisher information of ``start`` on pre-training images, by the names of its parameters."""
     weights: Callable[[str], Weights]
@@ -104,7 +106,7 @@ def train(
     objective = FineTuning(job.classes, term)
     learner = Learner(model, optimizer, scheduler, objective, ThreatModel(), job.compute, seed=job.seed)
 
-    size, workers, keep = config.batch_size, job.memory.workers_for(images), config.keep_last
+    size, workers, keep = config.batch_size, job.workers, config.keep_last
     for epoch in range(config.epochs):
         train_one_epoch(
             learner,
@@ -143,9 +145,9 @@ def for_evaluation(model: NormalizedModel, compute: Compute) -> nn.Module:
     return twin_of(model, compute.dtype)
 
 
-def accuracy_on(related: RelatedSet, network: nn.Module, compute: Compute, memory: Memory) -> float:
+def accuracy_on(related: RelatedSet, network: nn.Module, compute: Compute, *, workers: int) -> float:
     """Top-1 accuracy (0-100) on a set, among its classes."""
     masked = Masked(network, torch.tensor(related.classes, device=compute.device))
-    batches = val_batches(related.images, 128, workers=memory.workers_for(related.images))
+    batches = val_batches(related.images, EVALUATION_BATCH, workers=workers)
     found = evaluate(masked, batches, ThreatModel(), AttackConfig(), compute, description=f"evaluate on {related.name}")
     return found["clean_accuracy"]

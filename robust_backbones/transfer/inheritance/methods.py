@@ -57,10 +57,7 @@ def linear_probe(job: Job) -> NormalizedModel:
     Batch norms and dropout are in eval mode. Outputs for classes that are not in the set do not change.
     """
     config, images, rows, device = job.config, job.target.images, job.classes, job.compute.device
-    workers = job.memory.workers_for(images)
-    (features,) = Features({"": job.start}, job.compute).of(
-        images, batch_size=128, workers=workers, description="features"
-    )
+    (features,) = Features({"": job.start}, job.compute).of(images, workers=job.workers, description="features")
     model = job.model()
     classifier = model.backbone.get_submodule(classifier_name(job.start.spec))
     assert isinstance(classifier, nn.Linear)
@@ -243,7 +240,7 @@ def greedy(job: Job) -> NormalizedModel:
     choosing = replace(job.target, images=images.take(held_out))
 
     def score(weights: Weights) -> float:
-        return accuracy_on(choosing, for_evaluation(job.model(weights), job.compute), job.compute, job.memory)
+        return accuracy_on(choosing, for_evaluation(job.model(weights), job.compute), job.compute, workers=job.workers)
 
     chosen, soup = greedy_soup({name: made[name] for name in config.soup}, score)
     print(f"greedy soup on {job.target.name}: {', '.join(chosen)}", flush=True)

@@ -140,12 +140,12 @@ class _Run:
         for name, related in self.sets.items():
             self.sets[name] = replace(related, images=self.memory.keep(related.images, name))
         if cell.method == DISTANCES:
-            metrics, count = distances(self.config, checkpoint, self.train_images, self.sets, self.compute, self.memory)
-            extra["images"] = count
+            inputs = (self.config, checkpoint, self.train_images, self.sets, self.compute)
+            metrics, extra["images"] = distances(*inputs, workers=self.memory.workers)
         else:
             network = for_evaluation(self._model(cell, checkpoint), self.compute)
             metrics = {
-                f"accuracy/{name}": accuracy_on(related, network, self.compute, self.memory)
+                f"accuracy/{name}": accuracy_on(related, network, self.compute, workers=self.memory.workers)
                 for name, related in self.sets.items()
             }
         fields = {
@@ -171,7 +171,7 @@ class _Run:
             target=self.sets[cell.target],
             seed=cell.seed,
             compute=self.compute,
-            memory=self.memory,
+            workers=self.memory.workers,
             fisher=partial(self._fisher, cell.label),
             weights=lambda name: load_tensors(self.folder(replace(cell, method=name)) / "checkpoint.pt")["state_dict"],
             stop=self.stop,

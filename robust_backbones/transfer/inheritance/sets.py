@@ -145,6 +145,8 @@ def _holds_images(folder: Path) -> bool:
 class DecodedImages(ClassificationDataset):
     """A data set whose transformed images are in memory; the transform must not be random."""
 
+    in_memory = True
+
     def __init__(self, dataset: ClassificationDataset, pixels: Tensor) -> None:
         self.__dict__.update(dataset.__dict__)
         self._pixels = pixels  # (N, 3, H, W), uint8
@@ -171,7 +173,7 @@ class Memory:
 
     def keep(self, images: ClassificationDataset, description: str) -> ClassificationDataset:
         """``images`` with their pixels in memory, or unchanged if they do not fit or already are in memory."""
-        if isinstance(images, DecodedImages) or not len(images):
+        if images.in_memory or not len(images):
             return images
         size = len(images) * images[0][0].numel()
         if self.used + size > self.gigabytes * 1e9:
@@ -180,10 +182,6 @@ class Memory:
         batches = val_batches(images, 64, workers=self.workers)
         bar = tqdm(batches, desc=f"decoding {description}", unit="batch", disable=None, leave=False)
         return DecodedImages(images, torch.cat([pixels for pixels, _ in bar]))
-
-    def workers_for(self, images: ClassificationDataset) -> int:
-        """Processes that a loader of these images needs: none for images in memory."""
-        return 0 if isinstance(images, DecodedImages) else self.workers
 
 
 Image = NDArray[np.uint8]
