@@ -99,7 +99,7 @@ class Description:
 
     def values(self) -> dict[str, Any]:
         """What is said of ``READING``."""
-        said = self.of_options()
+        said = self.of_options() | self._of_pipeline()
         for where, fields, prefix in (
             ("pretrained_cfg", self.cfg, ""),
             ("preprocessor_config.json", self._processor, "image_"),
@@ -125,6 +125,16 @@ class Description:
         elif self.by_timm and "architecture" in {**self.cfg, **self.config}:
             said["stride_in_1x1"] = False
         return said
+
+    def _of_pipeline(self) -> dict[str, Any]:
+        """What MMDetection's configuration says, where it says one thing; its images are of 0-255, and read as BGR."""
+        text, three = self._of_mmdetection, r"\s*,\s*".join([r"(\d+\.?\d*)"] * 3)
+        found = {name: {*re.findall(rf"\b{name}\s*=\s*[\[(]\s*{three}", text)} for name in ("mean", "std")}
+        orders = {*re.findall(r"\b(?:bgr_)?to_rgb\s*=\s*(True|False)", text)}
+        if any(len(values) != 1 for values in (orders, *found.values())):
+            return {}
+        said = {name: tuple(float(value) / 255 for value in values.pop()) for name, values in found.items()}
+        return {**said, "channel_order": "RGB" if orders == {"True"} else "BGR"}
 
     def of_options(self) -> dict[str, Any]:
         """What the options of a training say, where anything may stand."""

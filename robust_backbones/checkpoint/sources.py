@@ -236,10 +236,10 @@ def _refuse_dilated(network: Network, layout: str, file: str, *, described: bool
     )
     of_dc5 = not described and (has_both or bool(_DC5.search(file)))
     if layout == DILATED or of_dc5:
+        what = "detector with DC5" if of_dc5 else "segmenter, as DeepLab"
         raise InputError(
-            f"it is a {'detector with DC5' if of_dc5 else 'segmenter, as DeepLab'}, whose last stages dilate in place "
-            "of striding, which gives other features than Detectron2's ResNet: give the backbone that it was made from "
-            "(or --source training, if it strides)"
+            f"by its names it is a {what}, whose last stages dilate in place of striding, which gives other features "
+            "than Detectron2's ResNet: give the backbone that it was made from (or --source training, if it strides)"
         )
 
 

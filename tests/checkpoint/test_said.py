@@ -215,6 +215,29 @@ def test_mmdetections_style_says_where_it_strides(tmp_path: Path, bottlenecks: T
     assert (checkpoint.spec.stride_in_1x1, checkpoint.said["stride_in_1x1"]) == (True, BY_FILE)
 
 
+OF_MMDETECTION = (
+    "img_norm_cfg = dict(\n    mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)\n"
+    "coder=dict(target_means=[0.0, 0.0, 0.0, 0.0])\ndict(\n    type='Normalize',\n"
+    "    mean=[103.53, 116.28, 123.675],\n    std=[1.0, 1.0, 1.0],\n    to_rgb=False)",
+    "dict(\n    bgr_to_rgb=False,\n    mean=[\n        103.53,\n        116.28,\n        123.675,\n    ],\n"
+    "    pad_mask=True,\n    std=[\n        1.0,\n        1.0,\n        1.0,\n    ])",
+)
+
+
+@pytest.mark.parametrize("config", OF_MMDETECTION)
+def test_mmdetections_configuration_says_what_it_was_fed(tmp_path: Path, tensors: Tensors, config: str) -> None:
+    path, body = tmp_path / "file.pth", under("backbone.", tensors)
+    torch.save({"meta": {"config": config}, "state_dict": body}, path)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.spec.mean == pytest.approx((103.53 / 255, 116.28 / 255, 123.675 / 255))
+    assert (checkpoint.spec.std, checkpoint.spec.channel_order) == (pytest.approx((1 / 255,) * 3), "BGR")
+    assert {*checkpoint.said.values()} == {BY_FILE}
+    with pytest.raises(InputError, match="leave out --mean"):
+        read_checkpoint(path, statement=STATED)
+    torch.save({"meta": {"config": config + "\nmean=[0.0, 0.0, 0.0]"}, "state_dict": body}, path)
+    assert read_checkpoint(path, statement=STATED).said["mean"] == BY_USER  # it says two things
+
+
 @pytest.mark.parametrize("std", [0.25, 0.5])
 def test_an_input_that_is_normalised_twice_is_refused(tmp_path: Path, tensors: Tensors, std: float) -> None:
     layers = {f"{layer}.{name}": torch.full((1, 3, 1, 1), 0.5) for layer in ("0", "1.0") for name in ("mean", "std")}
