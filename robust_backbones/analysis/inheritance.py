@@ -24,7 +24,7 @@ from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.transfer.inheritance.config import DISTANCES
+from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES
 from robust_backbones.transfer.inheritance.matrix import Matrix, matrices_of, setting
 from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
@@ -44,7 +44,7 @@ class Correlation:
     spearman_p: float | None = None
     """Two-sided: exact over all permutations of up to MOST_EXACT pairs, by Student's t of more."""
     distance: str = ""
-    """One of ``DISTANCES``."""
+    """One of ``DISTANCE_NAMES``."""
 
     @property
     def r_squared(self) -> float | None:
@@ -239,13 +239,13 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
     for name, value in named.items():
         axes.axvline(value, color=COLORS[0], linewidth=0.5, linestyle=":")
         axes.text(value, 1, name, transform=axes.get_xaxis_transform(), rotation=45, fontsize="small")
-    axes.set_xlabel(f"{DISTANCES[distance]} to pre-training (feature units)")
+    axes.set_xlabel(f"{DISTANCE_NAMES[distance]} to pre-training (feature units)")
     axes.set_ylabel(f"accuracy lost on pre-training (points),\n{_seeds(matrices)}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     caption = (
-        f"Accuracy lost on pre-training by fine-tuning on a set, over the {DISTANCES[distance]} of the set's features "
-        f"to those of pre-training, {_seeds(matrices)}. R² of {len(named)} points a method says little."
+        f"Accuracy lost on pre-training by fine-tuning on a set, over the {DISTANCE_NAMES[distance]} of the set's "
+        f"features to those of pre-training, {_seeds(matrices)}. R² of {len(named)} points a method says little."
     )
     return save(figure, path, cells, caption, f"{len(cells)} points: loss over distance.")
 

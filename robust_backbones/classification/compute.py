@@ -53,8 +53,7 @@ class Compute:
         return arithmetic(self.attack_precision or self.precision, self.device)
 
     def autocast(self) -> torch.autocast:
-        enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype if enabled else torch.bfloat16, enabled=enabled)
+        return autocast(self.device, self.dtype)
 
     def place(self, model: M) -> M:
         """``model`` on the device, its weights channels last."""
@@ -71,6 +70,12 @@ class Compute:
         """uint8 (N, 3, H, W) -> float32 in [0, 1] on the device; channels last, the fastest layout for convolutions."""
         images = images.to(self.device, non_blocking=True).float() / 255
         return images.contiguous(memory_format=torch.channels_last)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Off for float32."""
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:

@@ -10,14 +10,14 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from robust_backbones.classification.compute import autocast
 from robust_backbones.models import NormalizedModel
 
 
 def twin_of(model: NormalizedModel, dtype: torch.dtype = torch.float32) -> FoldedTwin | Unfolded:
     """What attacks run on: the folded twin of a network, or the network itself if there is nothing to fold."""
-    folds = _convolutions_before_batch_norms(model.backbone)
     has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
-    return FoldedTwin(model, dtype, folds) if folds or has_norms else Unfolded(model, dtype)
+    return FoldedTwin(model, dtype) if has_norms else Unfolded(model, dtype)
 
 
 class Unfolded(nn.Module):
@@ -32,8 +32,7 @@ class Unfolded(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1], shape (N, 3, H, W) -> float32 logits (N, classes)."""
-        enabled = self.dtype != torch.float32
-        with torch.autocast(images.device.type, self.dtype if enabled else torch.bfloat16, enabled=enabled):
+        with autocast(images.device, self.dtype):
             return cast(Tensor, self.model(images)).float()
 
 
@@ -51,9 +50,7 @@ class FoldedTwin(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, model: NormalizedModel, dtype: torch.dtype = torch.float32, folds: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, model: NormalizedModel, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.dtype = dtype
         self._source = [model]  # in a list, so that it does not become a submodule
@@ -61,7 +58,7 @@ class FoldedTwin(nn.Module):
         self.register_buffer("std", model.std.clone(), persistent=False)
         self.network = copy.deepcopy(model.backbone).eval().requires_grad_(False)
         self.network.to(memory_format=torch.channels_last)
-        self._folds = _convolutions_before_batch_norms(model.backbone) if folds is None else folds
+        self._folds = _convolutions_before_batch_norms(model.backbone)
         for convolution_name, batch_norm_name in self._folds.items():
             convolution = cast(nn.Conv2d, self.network.get_submodule(convolution_name))
             if convolution.bias is None:

@@ -102,10 +102,9 @@ def read_start(path: str | Path, config: PretrainConfig) -> Checkpoint:
         InputError: it cannot be read, or has another architecture.
     """
     start = read_checkpoint(Path(path)).in_rgb()
-    own = BackboneSpec(config.arch, stem=config.stem)
-    if (start.spec.arch, start.spec.stem) != (own.arch, own.stem):
-        stem = f" --stem {start.spec.stem}" if start.spec.stem != own.stem else ""
-        raise InputError(f"{path} holds a {start.spec.arch}, not a {own.arch}: give --arch {start.spec.arch}{stem}")
+    if (start.spec.arch, start.spec.stem) != (config.arch, config.stem):
+        stem = f" --stem {start.spec.stem}" if start.spec.stem != config.stem else ""
+        raise InputError(f"{path} holds a {start.spec.arch}, not a {config.arch}: give --arch {start.spec.arch}{stem}")
     return start
 
 

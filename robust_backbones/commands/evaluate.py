@@ -28,9 +28,10 @@ import tyro
 
 from robust_backbones.analysis.tables import Table
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.compute import available
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.commands import cli
-from robust_backbones.commands.options import DeviceOptions, EvaluationOptions, check_device
+from robust_backbones.commands.options import DeviceOptions, EvaluationOptions
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES
 from robust_backbones.errors import InputError, TrainingFailedError, plural
 from robust_backbones.runs.files import write_json
@@ -113,7 +114,7 @@ Arguments = (
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
-    check_device(options.device)
+    available(options.device)
     if isinstance(options, ClassifierOptions) and not 0 <= (options.expected or 0) <= 100:
         raise InputError(f"--expected is an accuracy in percent, 0 to 100, got {options.expected:g}")
     return classifier(options) if isinstance(options, ClassifierOptions) else detector(options)

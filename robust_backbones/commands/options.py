@@ -9,11 +9,9 @@ from typing import Literal
 import torch
 import tyro
 
-from robust_backbones.classification.compute import available
 from robust_backbones.errors import check_not_negative
 
 Device = Literal["cpu", "cuda"]
-check_device = available
 DEVICE: Device = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from robust_backbones.classification.compute import available
 from robust_backbones.commands import cli
-from robust_backbones.commands.options import DEVICE, check_device
+from robust_backbones.commands.options import DEVICE
 from robust_backbones.data.decoding import image_suffixes, visible
 from robust_backbones.errors import InputError, check_not_negative, plural
 from robust_backbones.runs.files import write_json
@@ -87,7 +88,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=DEVICE)
     options = parser.parse_args(arguments)
-    check_device(options.device)
+    available(options.device)
     check_not_negative(options, "min_score")
     if options.output.exists() and not options.output.is_dir():
         raise InputError(f"{options.output} is not a folder: choose another --output")

@@ -31,6 +31,7 @@ from robust_backbones.analysis.tables import Table, write_text
 from robust_backbones.analysis.visualization import draw_grid, metrics_of, table
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.classification.compute import available
 from robust_backbones.classification.visualization import (
     LOGITS,
     PENULTIMATE,
@@ -45,7 +46,7 @@ from robust_backbones.classification.visualization import (
     ssim,
 )
 from robust_backbones.commands import cli
-from robust_backbones.commands.options import DEVICE, Device, check_device
+from robust_backbones.commands.options import DEVICE, Device
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.decoding import visible
 from robust_backbones.data.images import ImageFiles
@@ -204,7 +205,7 @@ def check(options: Any) -> None:
     for name in ("image_size", "batch_size", "images", "val_resize", "pictures"):
         if getattr(options, name, 1) < 1:
             raise InputError(f"--{name.replace('_', '-')} must be > 0, got {getattr(options, name)}")
-    check_device(options.device)
+    available(options.device)
     if isinstance(options, PhotographOptions):
         check_crop(options)
     if isinstance(options, ActivationOptions) and not options.units:

@@ -49,7 +49,7 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.inheritance import evaluations
 from robust_backbones.transfer.inheritance.adapters import LowRankModel, PromptedModel
-from robust_backbones.transfer.inheritance.config import DISTANCES, InheritanceConfig
+from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES, InheritanceConfig
 from robust_backbones.transfer.inheritance.distances import gaussian, otdd, sinkhorn, wasserstein
 from robust_backbones.transfer.inheritance.evaluations import (
     CorruptionConfig,
@@ -781,7 +781,7 @@ def test_a_distance_is_recorded_by_its_name(
     rows = correlation_table(correlations(matrices)).rows
     assert {row["distance"] for row in rows} == {name}
     picture = distance_figure(matrices, tmp_path / "distances")
-    assert DISTANCES[name] in picture.caption
+    assert DISTANCE_NAMES[name] in picture.caption
     with pytest.raises(InputError, match="different distances"):
         distance_figure([*matrices, *read_matrices([done])], tmp_path / "both")
 
@@ -1028,8 +1028,10 @@ def test_images_of_one_name_in_folders_of_a_class_are_all_made(tmp_path: Path) -
     assert make_set(tmp_path / "source", tmp_path, "photograph", workers=0) == 4
     for level, path in enumerate(sorted((tmp_path / "source").rglob("*.png"))):  # as many others from a like folder
         _write(path, np.full((8, 8, 3), 10 * level + 5, np.uint8))
-    with pytest.raises(InputError, match="photograph holds another set"):
-        make_set(tmp_path / "source", tmp_path, "photograph", workers=0)
+    for said in ("photograph holds another set", "cannot read .*made.json"):
+        with pytest.raises(InputError, match=said):
+            make_set(tmp_path / "source", tmp_path, "photograph", workers=0)
+        (tmp_path / "photograph/made.json").write_text("{")
 
 
 def test_the_tool_says_what_is_wrong(run_tool: Run, world: Path, tmp_path: Path) -> None:

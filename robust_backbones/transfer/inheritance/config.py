@@ -9,7 +9,7 @@ from typing import Any
 from robust_backbones.data.transforms import EvaluationImages
 from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
 
-DISTANCES = {
+DISTANCE_NAMES = {
     "w2": "2-Wasserstein distance",
     "otdd": "OTDD, classes by exact transport,",
     "otdd_gaussian": "OTDD, classes as normal distributions,",
@@ -84,7 +84,7 @@ class InheritanceConfig(EvaluationImages):
         check_not_negative(self, "fisher_labels", "l2_init_strength", "l2_sp_strength", "prompt_width", "prompt_lr")
         check_not_negative(self, "distance_images")
         check_choice("precision", self.precision, ("fp32", "bf16"))
-        check_choice("distance", self.distance, DISTANCES)
+        check_choice("distance", self.distance, DISTANCE_NAMES)
         if self.image_size and 2 * self.frame >= self.image_size:
             raise InputError(f"a prompt of {self.frame} pixels covers the whole image of {self.image_size}")
         if not 0 < self.held_out < 1:

@@ -12,8 +12,7 @@ from typing import Any
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.runs.identity import differences, identity
 from robust_backbones.runs.record import RunRecord
-from robust_backbones.transfer.inheritance.config import DISTANCES as KINDS
-from robust_backbones.transfer.inheritance.config import InheritanceConfig
+from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES, InheritanceConfig
 from robust_backbones.transfer.inheritance.methods import PRETRAINED
 from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
@@ -58,7 +57,7 @@ class Matrix:
     distances: Mapping[str, float]
     """Set -> its distance to pre-training, if measured."""
     distance: str = "w2"
-    """Which distance: one of ``config.DISTANCES``."""
+    """Which distance: one of ``config.DISTANCE_NAMES``."""
 
     def robustness_improvement(self, target: str) -> float:
         """RI_i = mean over j ≠ i of (accuracy on j after fine-tuning on i - accuracy on j before)."""
@@ -138,7 +137,7 @@ def matrices_of(label: str, records: Mapping[str, RunRecord] | Mapping[Path, Run
     sets = tuple(sorted(before.keys() - {PRETRAINING}))
     _, measured = single.get(DISTANCES, (None, None))
     distance = str(measured.config.get("distance", "w2")) if measured else "w2"
-    check_choice("distance", distance, KINDS)
+    check_choice("distance", distance, DISTANCE_NAMES)
     distances = _values(measured, "wasserstein" if distance == "w2" else distance) if measured else {}
     rows: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
     for method, target, seed in sorted(cells):

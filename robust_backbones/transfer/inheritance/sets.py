@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections import Counter
@@ -30,7 +29,7 @@ from robust_backbones.data.decoding import is_hidden, visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.files import write_json
-from robust_backbones.runs.identity import FINGERPRINT, differences
+from robust_backbones.runs.identity import FINGERPRINT, differences, read_settings
 from robust_backbones.transfer.protocol import drawn_by_class
 
 PRETRAINING = "pretraining"
@@ -252,7 +251,7 @@ def make_set(
 
     Args:
         images_per_class: number of images of each class, drawn by ``seed``; 0: all.
-        skip: leave out this many of each class's draw, from its start, because other sets have them.
+        skip: with ``images_per_class``, leave out the start of each class's draw, which other sets have.
 
     Returns:
         The number of its images. An existing set is kept if it was made in the same way.
@@ -278,7 +277,7 @@ def make_set(
     target, unfinished = output / kind, output / f".{kind}.unfinished"
     if target.exists():
         path = target / NOTE
-        if path.exists() and not differences(json.loads(path.read_text()), note):
+        if path.exists() and not differences(read_settings(path), note):
             return len(dataset)
         raise InputError(f"{target} holds another set: remove it, or choose another --output")
     shutil.rmtree(unfinished, ignore_errors=True)
