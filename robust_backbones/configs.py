@@ -71,6 +71,9 @@ DETECTOR_KEYS: dict[str, Any] = {
     "MODEL.FAST_ROI_ALIGN": True,
     # The losses of Faster and Mask R-CNN over the whole batch at once: fast/rcnn.py. False: Detectron2's own step.
     "MODEL.FAST_STEP": False,
+    # Of MODEL.FAST_STEP on GPUs: backbone, FPN and RPN head compiled, and batches padded to a few shapes, which is more
+    # than rounding and so another run: anchors are sampled, and norms that learn see zeros, beyond the images.
+    "MODEL.COMPILE": False,
     # "float16" is Detectron2's own AMP and needs CUDA; "bfloat16" needs no loss scaling and runs on CPUs too.
     "SOLVER.AMP.DTYPE": "float16",
     # Decay, in [0, 1), of the exponential moving average of the weights, which is what is evaluated and saved; 0: off.

@@ -127,6 +127,8 @@ def setup(options: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, bool]
     from robust_backbones.runs.folders import began, own_folder
 
     cfg = load_config(options.config_file, [*own_sets(options), *options.opts], classes=0)
+    if cfg.MODEL.COMPILE and cfg.MODEL.DEVICE == "cpu" and not options.eval_only:
+        raise InputError("MODEL.COMPILE pays on GPUs only (on CPUs eager mode is faster): give MODEL.COMPILE False")
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone
     cfg.MODEL.ALLOW_UNVERIFIED |= options.allow_unverified_detector
     cfg.TEST.REFERENCE_EVAL |= options.reference_eval

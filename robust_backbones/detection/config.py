@@ -248,6 +248,14 @@ def check_config(cfg: CfgNode) -> None:
             if values[key] not in allowed:
                 mend = f"give {key} {' or '.join(map(repr, allowed))}, or MODEL.FAST_STEP False"
                 raise InputError(f"MODEL.FAST_STEP does not know {key} {values[key]!r}: {mend}")
+    if cfg.MODEL.COMPILE:
+        if not cfg.MODEL.FAST_STEP:
+            raise InputError("MODEL.COMPILE compiles the step of MODEL.FAST_STEP: give MODEL.FAST_STEP True with it")
+        if 0 in cfg.INPUT.MIN_SIZE_TRAIN and not cfg.INPUT.SCALE_JITTER:
+            raise InputError("MODEL.COMPILE needs images of few sizes: give INPUT.MIN_SIZE_TRAIN without 0")
+        for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM"):
+            if "SyncBN" in str(values[key]):  # processes cannot wait for each other within a graph
+                raise InputError(f"MODEL.COMPILE does not know {key} {values[key]!r}: give another norm")
     heads = cfg.MODEL.ROI_HEADS.NAME
     if cfg.MODEL.ROI_HEADS.RES5_NORM and heads != BackboneRes5ROIHeads.__name__:
         raise InputError(

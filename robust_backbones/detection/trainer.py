@@ -32,7 +32,9 @@ from robust_backbones.detection.datasets import (
     register_datasets,
 )
 from robust_backbones.detection.evaluators import build_evaluator
+from robust_backbones.detection.fast.compiled import fixed_sides
 from robust_backbones.detection.fast.metrics import DeferredAMPTrainer, DeferredTrainer
+from robust_backbones.detection.fast.rcnn import BatchedRCNN
 from robust_backbones.detection.hooks import Checkpoints, Evaluation, PreciseBN, WeightAverage
 from robust_backbones.detection.layer_decay import layer_factors
 from robust_backbones.detection.left_out import leave_out
@@ -123,7 +125,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        return build_detector(cfg)
+        model = build_detector(cfg)
+        if cfg.MODEL.COMPILE and isinstance(model, BatchedRCNN):  # not of a trained one that is attacked
+            model.sides = fixed_sides(cfg)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -255,11 +256,11 @@ def test_bfloat16_is_float32_where_it_would_be_software(
     assert Compute(torch.device("cuda"), "bf16").dtype == torch.bfloat16
 
 
+# Not every instruction that the processor says it has is tried out with the compiler first.
+@torch._inductor.config.patch({"cpp.vec_isa_ok": True})
 @pytest.mark.slow
-def test_compiled_networks_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_networks_learn_the_same() -> None:
     """torch.compile is for GPUs, where it pays; that it changes nothing shows on a CPU as well."""
-    # Not every instruction that the processor says it has is tried out with the compiler first.
-    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)
     plain, compiled = (
         learner(small(), compute=Compute(torch.device("cpu"), compile_mode=mode)) for mode in ("", "default")
     )

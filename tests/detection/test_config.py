@@ -380,6 +380,7 @@ def test_scratch_freezes_nothing(task: Path) -> None:
 
 BASE = CONFIG_DIR / "Base-RCNN-FPN.yaml"
 BASE_C4 = CONFIG_DIR / "Base-RCNN-C4.yaml"
+COMPILED = ["MODEL.FAST_STEP", True, "MODEL.COMPILE", True]
 
 
 @pytest.mark.parametrize(
@@ -407,6 +408,9 @@ BASE_C4 = CONFIG_DIR / "Base-RCNN-C4.yaml"
         (["SOLVER.STEPS", (80000, 60000)], "give rising steps"),
         (["SOLVER.STEPS", (60000, None)], "give rising steps"),
         (["MODEL.RESNETS.RES5_DILATION", 2, "MODEL.RESNETS.DEPTH", 18], "dilates no ResNet-18"),
+        (["MODEL.COMPILE", True], "give MODEL.FAST_STEP True"),
+        ([*COMPILED, "INPUT.MIN_SIZE_TRAIN", (0,)], "INPUT.MIN_SIZE_TRAIN without 0"),
+        ([*COMPILED, "MODEL.RESNETS.NORM", "SyncBN"], "does not know MODEL.RESNETS.NORM 'SyncBN'"),
         (["MODEL.WEIGHTS"], "cannot use the overrides: .*odd length"),
     ],
 )

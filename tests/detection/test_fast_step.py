@@ -1,16 +1,19 @@
 """MODEL.FAST_STEP: with the same boxes drawn, the losses and gradients of Detectron2's step."""
 
 import copy
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from benchmarks.step_counts import DETECTORS, count, detector_step
 from benchmarks.step_counts import FAST as FAST_WAY
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.modeling.matcher import Matcher
@@ -20,10 +23,12 @@ from detectron2.structures import Boxes, Instances, pairwise_iou
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.data_stream import MaskMapper
 from robust_backbones.detection.datasets import register_datasets
+from robust_backbones.detection.fast import compiled, rcnn
 from robust_backbones.detection.fast.frozen_norm import keep_scales
 from robust_backbones.detection.fast.matching import iou, match, sample
 from robust_backbones.detection.fast.rcnn import objects_of
@@ -242,6 +247,113 @@ def test_objects_may_lie_on_the_device_as_attacks_have_them() -> None:
     assert [(tuple(each.shape), each.device.type) for each in found] == [((1, 2, 4), "meta"), ((1, 2), "meta")]
 
 
+# --- MODEL.COMPILE ---
+
+COMPILED = [*FAST, "MODEL.COMPILE", True]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        # As of COCO, of VOC with the sides of COCO, with one shorter side that divides, where the longer one is not
+        # limited, and where it is by little.
+        (["INPUT.MIN_SIZE_TRAIN", (640, 672, 704, 736, 768, 800)], 7),
+        (["INPUT.MIN_SIZE_TRAIN", (480, 640, 800), "INPUT.MAX_SIZE_TRAIN", 1333], 7),
+        (["INPUT.MIN_SIZE_TRAIN", (192,), "INPUT.MAX_SIZE_TRAIN", 384], 9),
+        (["INPUT.MIN_SIZE_TRAIN", (64, 96), "INPUT.MAX_SIZE_TRAIN", 1333], 9),
+        (["INPUT.MIN_SIZE_TRAIN", (800,), "INPUT.MAX_SIZE_TRAIN", 600], 1),
+        (["INPUT.SCALE_JITTER", (0.1, 2.0, 1000)], 1),
+    ],
+)
+def test_batches_have_few_shapes_that_hold_their_images(sizes: list[object], most: int) -> None:
+    """Of landscapes, or of portraits, as Detectron2 groups them, of sides of 100 to 1000 pixels."""
+    cfg = load_config(SHAPES_CONFIG, [*SMALL, *COMPILED, *sizes, "MODEL.DEVICE", "meta"])
+    model, rng = Trainer.build_model(cfg), random.Random(0)
+    shapes = set()
+    for batch in range(200):
+        images = []
+        for _ in range(3):
+            height, width = sorted(rng.randint(100, 1000) for _ in range(2))[:: 1 if batch % 2 else -1]
+            short = rng.choice(cfg.INPUT.MIN_SIZE_TRAIN)
+            size = ResizeShortestEdge.get_output_shape(height, width, short, cfg.INPUT.MAX_SIZE_TRAIN)
+            images.append(torch.empty(3, *((1000, 1000) if cfg.INPUT.SCALE_JITTER else size), device="meta"))
+        padded = model._images(images)[0].shape[2:]
+        for side, axis in zip(padded, (1, 2), strict=True):
+            assert side >= max(image.shape[axis] for image in images)
+            assert side % 32 == 0
+        shapes.add(padded)
+    assert len(shapes) <= most
+
+
+# Not every instruction that the processor says it has is tried out with the compiler first.
+@torch._inductor.config.patch({"cpp.vec_isa_ok": True})
+@pytest.mark.parametrize(
+    ("backend", "bfloat16", "tolerance"),
+    [
+        ("aot_eager", False, 1e-5),
+        # Of a weight that five levels share, gradients are added up in bfloat16 without a graph.
+        ("aot_eager", True, 1e-2),
+        pytest.param("inductor", False, 1e-5, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_maps_give_the_same_losses_and_gradients(
+    backend: str, bfloat16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same padded images; also those of a copy with other weights, as weight averages are."""
+    monkeypatch.setattr(compiled, "BACKEND", backend)
+    sizes = ["INPUT.MAX_SIZE_TRAIN", 96, "MODEL.MASK_ON", False, "MODEL.DEVICE", "cpu"]
+    cfg = load_config(SHAPES_CONFIG, [*SMALL, *COMPILED, *sizes])
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg).train()
+    usual = {name: value.clone() for name, value in build_detector(cfg).state_dict().items()}
+    samples = []
+    for size in ((64, 80), (70, 60)):
+        objects = Instances(size, gt_boxes=Boxes(some_boxes(2, seed=size[0]) * 2.5), gt_classes=torch.tensor([0, 2]))
+        samples.append({"image": torch.randint(256, (3, *size), dtype=torch.uint8), "instances": objects})
+
+    def step(one: nn.Module, through: Any) -> tuple[dict[str, float], dict[str, Tensor]]:
+        monkeypatch.setattr(rcnn, "compiled_dense", through)
+        torch.manual_seed(1)
+        one.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            losses, gradients = losses_and_gradients(one, samples)
+        return losses, {name: gradient.clone() for name, gradient in gradients.items()}
+
+    other = copy.deepcopy(model)
+    for one in (model, other):
+        found, gradients = step(one, compiled.compiled_dense)
+        wanted, plain = step(one, compiled.dense)
+        assert found == pytest.approx(wanted, rel=1e-5)
+        assert gradients.keys() == plain.keys()
+        for name, gradient in plain.items():
+            assert (gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
+        assert one.state_dict().keys() == usual.keys()
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.1)
+
+
+def test_more_shapes_than_pytorchs_limit_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Maps(nn.Module):
+        in_features = ("p2",)
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            return {"p2": images.sin()}
+
+        def rpn_head(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+            return maps, maps
+
+    graphs = CompileCounter()
+    monkeypatch.setattr(compiled, "BACKEND", graphs)
+    torch._dynamo.reset()
+    limit, maps = torch._dynamo.config.recompile_limit, Maps()
+    for _ in range(2):
+        for width in range(1, limit + 3):
+            compiled.compiled_dense(maps, maps, torch.zeros(1, 3, 1, width))
+    assert graphs.frame_count == limit + 2
+    assert torch._dynamo.config.recompile_limit == limit
+
+
 # --- what the host waits for ---
 
 
@@ -279,10 +391,14 @@ def read_losses(trainer: Trainer) -> dict[int, float]:
         ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"],
         ["ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1],
         ["ADVERSARIAL.KIND", "free", "ADVERSARIAL.REPLAYS", 2],
+        ["MODEL.COMPILE", True, "ADVERSARIAL.KIND", "pgd", "ADVERSARIAL.STEPS", 1, "SOLVER.EMA_DECAY", 0.5],
     ],
-    ids=["box", "mask_bfloat16", "pgd", "free"],
+    ids=["box", "mask_bfloat16", "pgd", "free", "compiled_pgd"],
 )
-def test_a_killed_run_resumes_as_the_unbroken_one(cfg: CfgNode, overrides: list[Any]) -> None:
+def test_a_killed_run_resumes_as_the_unbroken_one(
+    cfg: CfgNode, overrides: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     cfg.merge_from_list(overrides)
     unbroken, _ = run(cfg)
     losses = read_losses(unbroken)

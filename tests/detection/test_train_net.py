@@ -243,6 +243,8 @@ def test_what_the_configuration_gets_wrong_is_refused(
     assert "unknown data set" in refused(*config, "DATASETS.TEST", "('coco_2077',)", "DATASETS.TRAIN", "()", *output)
     assert "leave out --resume" in refused(*config, "--eval-only", "--resume", *output)
     assert "VOC's format" in refused(*config, "--classes", "circle,square", *output)
+    compiled = ["MODEL.COMPILE", "True", "MODEL.FAST_STEP", "True", "INPUT.MASK_FORMAT", "bitmask"]
+    assert "pays on GPUs only" in refused(*config, *compiled, "MODEL.DEVICE", "cpu", *output)
     assert not (tmp_path / "run").exists()
 
 

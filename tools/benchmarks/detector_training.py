@@ -12,6 +12,7 @@ from benchmarks.work import Work
 
 FILE = CONFIG.parents[1] / "PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml"
 DETECTRON2, OURS, FAST = "Detectron2's AMP, bf16", "ours, bf16", "ours, MODEL.FAST_STEP, bf16"
+COMPILED = "ours, MODEL.FAST_STEP and COMPILE, bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class DetectorTraining(Work):
         shared = {"voc": str(self.voc), "short_side": self.short_side, "batch_size": self.batch_size}
         shared["workers"] = workers
         kinds = {DETECTRON2: {"ours": False}, OURS: {}, FAST: {"fast_step": True}}
+        if self.device == "cuda":
+            kinds[COMPILED] = {"fast_step": True, "compiled": True}
         return [Way(name, "detector_training:iteration", {**shared, **kind}) for name, kind in kinds.items()]
 
     @property
@@ -58,12 +61,14 @@ def iteration(
     device: str,
     ours: bool = True,
     fast_step: bool = False,
+    compiled: bool = False,
 ) -> Side:
     overrides: list[Any] = [
         *("DATASETS.VOC_FORMAT", (("photographs", voc, "trainval"),), "DATASETS.TRAIN", ("photographs",)),
         *("INPUT.MIN_SIZE_TRAIN", (short_side,), "INPUT.MAX_SIZE_TRAIN", 2 * short_side),
         *("SOLVER.IMS_PER_BATCH", batch_size, "DATALOADER.NUM_WORKERS", workers),
         *("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16", "MODEL.FAST_STEP", fast_step),
+        *("MODEL.COMPILE", compiled),
     ]
     cfg, model, _ = random_detector(
         (32, 32), images=1, device=device, config=FILE, fast_roi_align=True if ours else None, overrides=overrides
@@ -75,4 +80,7 @@ def iteration(
 
     register_datasets(cfg)
     batches = TrainingStream(cfg) if ours else build_detection_train_loader(cfg)
-    return Side(trainer_step(cfg, model, batches))
+    step = trainer_step(cfg, model, batches)
+    for _ in range(100 if compiled else 0):  # every shape is compiled before a turn counts
+        step()
+    return Side(step)

@@ -19,6 +19,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers, Res5ROIHeads, RO
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from robust_backbones.detection.fast.compiled import compiled_dense, dense
 from robust_backbones.detection.fast.matching import iou, match, rows, sample
 from robust_backbones.detection.fast.proposals import grid_anchors, propose
 from robust_backbones.detection.roi_heads import BackboneRes5ROIHeads
@@ -30,6 +31,9 @@ Losses = dict[str, Tensor]
 class BatchedRCNN(GeneralizedRCNN):
     """Detectron2's GeneralizedRCNN with another way to its training losses; its tensors and detections are the same."""
 
+    sides: tuple[int, ...] = ()
+    """Of MODEL.COMPILE, ``fixed_sides``; empty: nothing is compiled."""
+
     def forward(self, batch: list[dict[str, Any]]) -> Any:
         """In training the losses by Detectron2's names, else what Detectron2 returns."""
         if not self.training:
@@ -37,17 +41,27 @@ class BatchedRCNN(GeneralizedRCNN):
         instances = [item["instances"] for item in batch]
         images, corners = self._images([item["image"] for item in batch])
         boxes, classes = (_upload(each, self.device) for each in objects_of(instances))
-        features = self.backbone(images)
-        (proposals, are_there), losses = propose_and_learn(self.proposal_generator, features, boxes, classes, corners)
+        # Without gradients precise BN passes through, now and then.
+        through = compiled_dense if self.sides and torch.is_grad_enabled() else dense
+        features, predictions = through(self.backbone, self.proposal_generator, images)
+        (proposals, are_there), losses = propose_and_learn(
+            self.proposal_generator, features, predictions, boxes, classes, corners
+        )
         regions = sample_regions(self.roi_heads, proposals, are_there, boxes, classes)
         return losses | self._region_losses(features, regions, instances, images.shape[-2:])
 
     def _images(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Normalised, in a tensor of the size that Detectron2 gives it, and ``corners`` as ``propose`` has them."""
+        """Normalised, in a tensor of the size that Detectron2 gives it, and ``corners`` as ``propose`` has them.
+
+        With ``sides`` it may be larger: zeros beyond an image are what it has beside a larger one anyway.
+        """
         constraints = self.backbone.padding_constraints
         step = max(constraints.get("size_divisibility", self.backbone.size_divisibility), 1)
         square = constraints.get("square_size", 0)
-        height, width = (-(-(square or max(image.shape[axis] for image in images)) // step) * step for axis in (1, 2))
+        largest = [square or max(image.shape[axis] for image in images) for axis in (1, 2)]
+        if not square:
+            largest = [next((side for side in self.sides if side >= most), most) for most in largest]
+        height, width = (-(-side // step) * step for side in largest)
         whole = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
         pixels = _upload(torch.stack(whole), self.device)
         sizes = torch.tensor([[*image.shape[:0:-1]] * 2 for image in images], dtype=torch.float32)
@@ -114,16 +128,21 @@ class Regions(NamedTuple):
 
 
 def propose_and_learn(
-    rpn: RPN, features: dict[str, Tensor], boxes: Tensor, classes: Tensor, corners: Tensor
+    rpn: RPN,
+    features: dict[str, Tensor],
+    predictions: tuple[list[Tensor], list[Tensor]],
+    boxes: Tensor,
+    classes: Tensor,
+    corners: Tensor,
 ) -> tuple[tuple[Tensor, Tensor], Losses]:
     """The RPN's proposals, as ``propose`` gives them, and its losses (Ren et al. 2015, equation 1).
 
     Args:
+        features, predictions: as ``dense`` gives them.
         boxes, classes: the objects, (N, M, 4) and (N, M); class -1 where there is none.
     """
-    maps = [features[name] for name in rpn.in_features]
-    anchors = grid_anchors(rpn.anchor_generator, maps)
-    level_logits, level_deltas = rpn.rpn_head(maps)
+    anchors = grid_anchors(rpn.anchor_generator, [features[name] for name in rpn.in_features])
+    level_logits, level_deltas = predictions
     level_logits = [logits.permute(0, 2, 3, 1).flatten(1) for logits in level_logits]
     level_deltas = [deltas.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for deltas in level_deltas]
     with torch.no_grad():
