@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how the processes of a run work together."""
+"""The files of a run, and the coordination of its processes."""

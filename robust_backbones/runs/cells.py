@@ -1,4 +1,4 @@
-"""Cells: evaluations that each have a record, run once, by whichever of several processes comes first."""
+"""Cells: evaluations with a record each, run once, by whichever of several processes comes first."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def run_cells(
 
     Args:
         folder: where a cell's ``record.json`` is, and its lock.
-        run: writes that record and returns a sentence about it, which is printed.
+        run: writes that record and returns a sentence about it to print.
 
     Raises:
-        PreemptedError: ``stop`` was asked for; finished cells are kept.
+        PreemptedError: ``stop`` was requested; finished cells are kept.
     """
 
     def missing() -> list[C]:
@@ -62,7 +62,7 @@ def run_cells(
 
 
 def check_stop(stop: StopRequest) -> None:
-    """Raise PreemptedError where ``stop`` was asked for."""
+    """Raise PreemptedError if ``stop`` was requested."""
     if stop:
         raise PreemptedError("asked to stop: finished cells are kept; give the same command again to resume")
 

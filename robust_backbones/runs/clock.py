@@ -1,4 +1,4 @@
-"""How long a run has taken, in a file of its own: equal runs have equal checkpoints."""
+"""The time that a run has taken, in a separate file, so that equal runs have equal checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from robust_backbones.runs.files import write_json
 
 
 class RunClock:
-    """The seconds of a run in ``folder``, with those before the checkpoint that this process resumed from."""
+    """The seconds of a run in ``folder``, including those before the checkpoint that this process resumed from."""
 
     def __init__(self, folder: str | Path) -> None:
         self._path = Path(folder) / "seconds.json"
@@ -21,11 +21,11 @@ class RunClock:
         return self._before + time.perf_counter() - self._start
 
     def save(self) -> None:
-        """To be called once a checkpoint is written; a kill between the two loses the seconds since the one before."""
+        """To be called after a checkpoint is written; a kill between loses the seconds since the previous one."""
         write_json(self._path, {"seconds": self.seconds})
 
     def resume(self, held: float | None = None) -> None:
-        """Add the seconds that were saved; ``held`` are those in an older checkpoint."""
+        """Add the saved seconds; ``held`` are those stored in an older checkpoint."""
         if held is None:
             held = json.loads(self._path.read_text())["seconds"] if self._path.exists() else 0.0
         self._before += held

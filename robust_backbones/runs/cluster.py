@@ -1,4 +1,4 @@
-"""Runs on a cluster: submitit starts one process a GPU, and starts the run again after preemption or time-out."""
+"""Runs on a cluster: submitit starts one process per GPU, and restarts the run after preemption or time-out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXECUTORS = ("slurm", "local", "debug")
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where a run is submitted to, and what it asks for there."""
+    """Where a run is submitted, and the resources it requests."""
 
     executor: str = ""
     """slurm; local (processes of this machine) or debug (this process) to try a submission; empty: run here and now."""
@@ -24,7 +24,7 @@ class ClusterConfig:
     """On each node; with --device cuda, each has a GPU of its own."""
     partition: str = ""
     hours: float = 24.0
-    """Time that one job may take; a run that needs more is started again where it was."""
+    """Time limit of one job; a run that needs more is resumed in another job."""
     restarts: int = 20
     """How often a run may hit its time limit; preemptions do not count."""
 
@@ -43,7 +43,7 @@ def open_executor(
     """submitit's executor for jobs of ``tasks`` processes and ``gpus`` GPUs on each node; their logs go to ``folder``.
 
     Args:
-        parallel: how many jobs of an array run side by side.
+        parallel: how many jobs of an array run at the same time.
 
     Raises:
         InputError: there is no such cluster, or no submitit.
@@ -70,7 +70,7 @@ def open_executor(
 
 @contextmanager
 def scheduler_errors(cluster: ClusterConfig) -> Iterator[None]:
-    """Errors of the scheduler, or on the way to it, as an InputError."""
+    """Turn errors of the scheduler, or of reaching it, into an InputError."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # all of submitit's own are RuntimeErrors

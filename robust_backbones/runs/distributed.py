@@ -1,4 +1,4 @@
-"""Several processes that train one network: what they add up, agree on and gather; one process is the plain case."""
+"""Several processes that train one network: sums, agreement and gathering; also works with one process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.distributed.nn.functional import all_reduce
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among ``size`` equal ones; every method is a collective call that all must make."""
+    """This process's rank among ``size`` processes; every method is a collective call that all must make."""
 
     rank: int = 0
     size: int = 1
@@ -53,7 +53,7 @@ class Processes:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's ``value``, by rank; the whole list arrives everywhere."""
+        """Every process's ``value``, by rank, in every process."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -63,15 +63,15 @@ class Processes:
 
 ALONE = Processes()
 TIMEOUT = timedelta(minutes=30)
-"""The last images of an evaluation can lie on one process alone for a while; half an hour still finds a dead one."""
+"""One process alone may evaluate the last images for a while; half an hour still detects a dead one."""
 M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
 def join_processes(device: torch.device) -> Iterator[Processes]:
-    """Join the processes that torchrun (or a Slurm task) announces in the environment; alone when it does not.
+    """Join the processes that torchrun (or a Slurm task) sets in the environment; a single process if none are set.
 
-    Whoever has joined already stays so.
+    A process that has already joined stays so.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -93,7 +93,7 @@ def is_first_process() -> bool:
 
 
 def local_device(name: str) -> torch.device:
-    """``cuda`` -> this process's own GPU of its machine; ``cpu`` as it is."""
+    """``cuda`` -> this process's own GPU on its machine; ``cpu`` is unchanged."""
     if name != "cuda":
         return torch.device(name)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -109,7 +109,7 @@ def synchronize_batch_norms(model: M, device: torch.device) -> M:
 
 
 def synchronize_on_cpu(model: M, layer: type[nn.Module]) -> M:
-    """``model`` with batch norms that synchronise without a GPU in place of those of type ``layer``.
+    """``model`` with its batch norms of type ``layer`` replaced by ones that synchronise without a GPU.
 
     As with torch's ``convert_sync_batchnorm``, the new ones hold the old ones' parameters and statistics; a ``model``
     that is itself a batch norm is left alone, and the new one returned.
@@ -148,9 +148,9 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
 
 
 def fork_workers() -> None:
-    """For a process that was spawned: fork its data workers, as any other process does.
+    """In a spawned process, fork its data workers, as any other process does.
 
-    They would be spawned too, and each would import for seconds what it has.
+    Otherwise they would be spawned too, and each would spend seconds on imports.
     """
     if "fork" in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method("fork", force=True)
@@ -159,9 +159,8 @@ def fork_workers() -> None:
 def end_process(status: int) -> NoReturn:
     """End this process, one of several, with ``status``: exit handlers run, but Python is not finalised.
 
-    Gloo's threads outlive ``destroy_process_group`` where DistributedDataParallel holds the group. One of them that
-    releases a tensor while Python is finalised aborts the process, and a run that had succeeded fails (pytorch issue
-    190489).
+    Gloo's threads outlive ``destroy_process_group`` if DistributedDataParallel holds the group. If one of them releases
+    a tensor while Python is finalised, the process aborts, and a successful run fails (pytorch issue 190489).
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, so that a kill at any moment loses nothing."""
+"""Atomic writes: files appear whole or not at all, so that a kill at any moment loses nothing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What it raises to read JSON that is damaged, or of something else."""
+"""Exceptions of reading JSON that is damaged, or of something else."""
 
 
 @contextmanager
 def atomic_path(path: Path, *, new: bool = False, durable: bool = True) -> Iterator[Path]:
-    """A temporary path beside ``path``, of its suffix, that takes its name once the block has finished without error.
+    """A temporary path beside ``path``, with its suffix, renamed to ``path`` once the block has finished without error.
 
-    What a killed process left of the same file is removed, under a temporary path of a temporary one too. ``durable``
-    waits for the disk, so that the file and its name outlive a power cut as well.
+    Leftovers of a killed process for the same file are removed, including temporary files of temporary files.
+    ``durable`` flushes to the disk, so that the file and its name survive a power cut too.
 
     Raises:
-        FileExistsError: with ``new``, where there is such a file; of several writers one succeeds.
+        FileExistsError: with ``new``, if the file exists; of several writers one succeeds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{socket.gethostname()}~{os.getpid()}~{get_ident()}.tmp{path.suffix}")
@@ -58,7 +58,7 @@ def _sync(path: Path) -> None:
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Remove those of ``paths`` that processes of this machine were writing, by ``atomic_path``, when they died."""
+    """Remove those of ``paths`` that ``atomic_path`` left behind when processes of this machine died while writing."""
     for path in paths:
         name, *writer = path.name.rsplit("~", 2)
         if len(writer) == 2 and name.endswith(f".{socket.gethostname()}") and not _lives(int(writer[0])):
@@ -86,13 +86,13 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> None:
 
 
 def check_types(made: object, types: Mapping[str, Any]) -> None:
-    """Raise ValueError with the names of the fields of ``made``, as JSON said them, that are of other types."""
+    """Raise ValueError with the names of the fields of ``made``, read from JSON, that have other types."""
     if wrong := [name for name, kind in types.items() if not _is_of(kind, getattr(made, name))]:
         raise ValueError(", ".join(wrong))
 
 
 def _is_of(kind: Any, value: Any) -> bool:
-    """Whether a value of JSON is of the type that a field is annotated with."""
+    """Whether a JSON value has the type of a field's annotation."""
     parts = get_args(kind)
     if isinstance(kind, UnionType):
         return any(_is_of(part, value) for part in parts)

@@ -1,4 +1,4 @@
-"""Whose a run's folder is: one run's, and while a command writes it, one process's."""
+"""Ownership of a run's folder: by one run and, while a command writes to it, by one process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LOCK = "lock.json"
 
 @contextmanager
 def own_folder(folder: str | Path) -> Iterator[None]:
-    """Be the one process that writes ``folder`` while the block runs; what dead ones were writing is removed.
+    """Be the only process that writes ``folder`` while the block runs; partial files of dead ones are removed.
 
     Raises:
-        HeldError: another process is; its sentence names it.
+        HeldError: another process is; the message names it.
         TrainingFailedError: the folder was removed meanwhile.
     """
     folder = Path(folder)
@@ -46,7 +46,7 @@ def own_folder(folder: str | Path) -> Iterator[None]:
 
 
 def began(folder: Path) -> bool:
-    """Whether a run has written more into its folder than its settings and logs: else it may start with others."""
+    """Whether a run has written more than settings and logs into its folder; if not, it may start with others."""
     return any(_is_result(folder, path) for path in (folder.rglob("*") if folder.exists() else ()))
 
 
@@ -65,10 +65,10 @@ def _is_result(folder: Path, path: Path) -> bool:
 def claimed(
     folder: Path, config: Settings, defaults: Settings | None = None, *, processes: Processes = ALONE
 ) -> Iterator[bool]:
-    """Claim ``folder``, and be the one process that writes it while the block runs; gives whether its run has finished.
+    """Claim ``folder``, and be the only process that writes it in the block; yields whether its run has finished.
 
-    A finished run is only read. Of several ``processes`` of one run the main one claims for all. A run that ended
-    before it had begun, such as one whose settings were refused, leaves its folder to another.
+    A finished run is only read. With several ``processes`` of one run, the main one claims for all. A run that ended
+    before it had begun, for example because its settings were refused, leaves its folder free for another.
 
     Raises:
         InputError: the folder holds another run or something else; or, a HeldError, another process writes it.
@@ -92,7 +92,7 @@ def claimed(
 def shared(folder: Path, config: Settings, defaults: Settings | None = None) -> Iterator[None]:
     """Claim ``folder`` with any number of processes of the same run, which share its work while the block runs.
 
-    A run that ended before it had begun leaves its folder to another, once none of its processes is there any more.
+    A run that ended before it had begun leaves its folder free for another, once all of its processes have ended.
 
     Raises:
         InputError: the folder holds another run or something else.
@@ -110,7 +110,7 @@ def shared(folder: Path, config: Settings, defaults: Settings | None = None) -> 
 
 
 def _take(folder: Path, config: Settings, defaults: Settings | None) -> bool:
-    """``claim`` by the one process that writes ``folder``: a run that had not begun loses it."""
+    """``claim`` by the only process that writes ``folder``: a run that had not begun loses it."""
     path = folder / "config.json"
     if path.exists() and not began(folder) and differences(read_settings(path), config, defaults):
         write_json(path, config)
@@ -118,9 +118,9 @@ def _take(folder: Path, config: Settings, defaults: Settings | None) -> bool:
 
 
 def claim(folder: Path, config: Settings, defaults: Settings | None = None) -> bool:
-    """Make ``folder`` that of the run with these settings, in its config.json; True when that run has finished there.
+    """Make ``folder`` belong to the run with these settings, by its config.json; True if that run has finished there.
 
-    Any number of processes may claim a folder at once; of different runs one gets it.
+    Any number of processes may claim a folder at once; of different runs, one gets it.
 
     Args:
         defaults: values of the settings that an older config.json may lack.

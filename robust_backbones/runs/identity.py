@@ -1,7 +1,7 @@
-"""What a run is: the settings that its results depend on.
+"""The identity of a run: the settings that its results depend on.
 
-Two runs are the same when their settings are, but for those in ``FREE``. A setting that a file does not name has its
-default, so that folders written before an option existed stay what they are.
+Two runs are the same if their settings are the same, except for those in ``FREE``. A setting that is not in a file has
+its default, so folders written before an option existed keep their identity.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ FREE = frozenset(
         "errors",
     }
 )
-"""Settings that never make another run."""
+"""Settings that do not belong to a run's identity."""
 FINGERPRINT = "data_fingerprint"
-"""The setting, or those below it, that knows data by their content: of ``ClassificationDataset.fingerprint``."""
+"""The setting, or those below it, that identifies data by content: from ``ClassificationDataset.fingerprint``."""
 Settings = Mapping[str, Any]
 
 
@@ -60,20 +60,20 @@ def _plain(value: Any) -> Any:
 
 
 def identity(config: Settings, defaults: Settings | None = None) -> dict[str, Any]:
-    """The settings that tell a run from others, by their full names; those left out have the value in ``defaults``."""
+    """The settings that distinguish a run, by their full names; those with the value in ``defaults`` are left out."""
     return {name: value for name, value in (flat(defaults or {}) | flat(config)).items() if name not in FREE}
 
 
 def differences(held: Settings, own: Settings, defaults: Settings | None = None) -> list[str]:
-    """Names of the settings that make two runs different ones; empty when they are the same run."""
+    """Names of the settings in which two runs differ; empty if they are the same run."""
     one, other = identity(held, defaults), identity(own, defaults)
     return sorted(name for name in one.keys() | other.keys() if not _is_same(name, one.get(name), other.get(name)))
 
 
 def _is_same(name: str, held: Any, own: Any) -> bool:
-    """Equal; of fingerprints three of four of the images, since an unreadable one may be repaired or removed.
+    """Whether values are equal; of fingerprints, three of four images, as unreadable ones may be repaired or removed.
 
-    A folder of before there were fingerprints may hold any data.
+    A folder from before fingerprints existed may have any data.
     """
     if name.partition(".")[0] != FINGERPRINT:
         return bool(held == own)
@@ -84,7 +84,7 @@ def _is_same(name: str, held: Any, own: Any) -> bool:
 
 
 def digest(config: Settings, defaults: Settings | None = None) -> str:
-    """Ten hexadecimal digits, the same for the same run, also once an option with a default has been added."""
+    """Ten hexadecimal digits, the same for the same run, even after an option with a default has been added."""
     usual = identity(defaults or {})
     telling = {name: value for name, value in identity(config).items() if value != usual.get(name)}
     return hashlib.sha256(json.dumps(telling, sort_keys=True).encode()).hexdigest()[:10]
@@ -104,7 +104,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def check_same(folder: Path, held: Settings, own: Settings, defaults: Settings | None = None) -> None:
-    """Refuse a folder that holds another run than ``own``.
+    """Refuse a folder that holds a run other than ``own``.
 
     Raises:
         InputError: it does; the message names the settings that differ.

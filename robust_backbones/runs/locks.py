@@ -1,4 +1,4 @@
-"""One owner at a time: a lock file that names its owner, and that a dead owner loses."""
+"""Lock files with one owner at a time: a lock names its owner, and a dead owner loses it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from robust_backbones.errors import InputError
 from robust_backbones.runs.files import DAMAGED, check_types, write_json
 
 STALE_SECONDS = 600.0
-"""Silence after which an owner on another machine, where nobody can look for its process, counts as dead."""
+"""Silence after which an owner on another machine, whose process cannot be checked, counts as dead."""
 _HEARTBEAT_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, and since when it has owned a lock."""
+    """A process, and the time since which it has owned a lock."""
 
     host: str
     pid: int
     born: str | None
-    """When the process started, as the kernel counts: another process may have got its number since."""
+    """Start time of the process according to the kernel: its id may have been reused since."""
     since: str
     """Local time."""
 
@@ -51,10 +51,10 @@ class HeldError(InputError):
 
 @contextmanager
 def lock(path: Path) -> Iterator[Owner | None]:
-    """Own ``path`` while the block runs; gives the dead owner that it was taken from, if any.
+    """Own ``path`` while the block runs; yields the dead owner that it was taken from, if any.
 
-    The file's modification time is the owner's last sign of life. An owner that finds its lock taken by another one (a
-    machine that slept for long was believed dead) gets SIGTERM.
+    The file's modification time is the owner's last sign of life. An owner that finds its lock taken by another (its
+    machine slept for long and was believed dead) gets SIGTERM.
 
     Raises:
         HeldError: its owner is alive.
@@ -75,7 +75,7 @@ def lock(path: Path) -> Iterator[Owner | None]:
 
 @contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
-    """``lock``, but False where another process owns ``path``; a HeldError of the block is the block's own."""
+    """``lock``, but yields False if another process owns ``path``; a HeldError raised in the block is passed on."""
     with ExitStack() as stack:
         try:
             stack.enter_context(lock(path))
@@ -92,7 +92,7 @@ def owner_of(path: Path) -> Owner | None:
 
 
 def remove_if_dead(path: Path) -> None:
-    """Remove a lock whose owner died right after its last write, where nobody is to take it over."""
+    """Remove a lock whose owner died right after its last write, if nobody will take it over."""
     if path.exists() and not owner_of(path):
         path.unlink(missing_ok=True)
 
@@ -117,7 +117,7 @@ def _acquire(path: Path, own: Owner) -> Owner | None:
 
 @contextmanager
 def guard(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine out of the block, as long as it runs."""
+    """Keep other processes of this machine out of the block while it runs."""
     while True:
         with open(path, "a") as guard:
             with suppress(OSError):  # a file system may have no such locks
@@ -163,7 +163,7 @@ def _silence(path: Path) -> float:
 
 
 def _start_time(pid: int) -> str | None:
-    """None for a process that is dead, waited for or not, and where there is no /proc."""
+    """None for a dead process, including a zombie, and where there is no /proc."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
     except OSError:

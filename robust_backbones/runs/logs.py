@@ -1,4 +1,4 @@
-"""A run's curves while it runs: JSON lines, TensorBoard, and Weights & Biases for those who ask."""
+"""A run's curves while it runs: JSON lines, TensorBoard, and optionally Weights & Biases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from robust_backbones.runs.files import write_jsonl
 
 
 def read_rows(folder: Path, name: str, covered: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """The rows of ``folder/name.jsonl`` that are ``covered`` by the checkpoint of a run that is resumed."""
+    """The rows of ``folder/name.jsonl`` that are ``covered`` by the checkpoint of a resumed run."""
     path = folder / f"{name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [row for row in rows if covered(row)]
@@ -21,7 +21,7 @@ def read_rows(folder: Path, name: str, covered: Callable[[dict[str, Any]], bool]
 class RunLog:
     """Rows of numbers, each with its ``step``, written to ``folder`` and shown by TensorBoard.
 
-    ``rows`` are those of a resumed run's past: whatever else lies in the files is of steps that are to come again.
+    ``rows`` are those of a resumed run's past: other rows in the files are of steps that will be repeated.
 
     Args:
         wandb_project: the Weights & Biases project to log to as well; empty is none.
@@ -56,7 +56,7 @@ class RunLog:
             )
 
     def write(self, name: str, row: dict[str, Any]) -> None:
-        """Add ``row`` to ``folder/name.jsonl``; its ``step`` and ``epoch`` tell where on the curves it lies."""
+        """Add ``row`` to ``folder/name.jsonl``; its ``step`` and ``epoch`` are its position on the curves."""
         self.rows[name].append(row)
         write_jsonl(self.folder / f"{name}.jsonl", self.rows[name])
         curves = {f"{name}/{key}": value for key, value in row.items() if key not in ("step", "epoch")}

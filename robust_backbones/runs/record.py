@@ -1,4 +1,4 @@
-"""One record a run: what it was and what came out of it."""
+"""One record per run: its settings and its results."""
 
 from __future__ import annotations
 
@@ -32,38 +32,38 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one run was and what came out of it; tables and figures are drawn from these alone."""
+    """Settings and results of one run; tables and figures are made from these alone."""
 
     run_id: str
     task: str
     """``pretrain``, ``finetune``, ``transfer``, ``robustness``, ``corruptions``, ``inheritance``, ``visualization``,
     ``detection``, ``segmentation`` or ``detector_robustness``."""
     backbone: dict[str, Any]
-    """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``, for a training
-    the ``checkpoint_sha256`` and ``best_sha256`` of what it wrote."""
+    """The BackboneSpec as a dict; for detection also the converted file's ``source_sha256``, for a training the
+    ``checkpoint_sha256`` and ``best_sha256`` of its files."""
     threat_model: str | None
-    """As ``ThreatModel.parse`` reads it; None when the source did not say."""
+    """As read by ``ThreatModel.parse``; None if the source did not say."""
     dataset: str
     metrics: dict[str, float | None]
-    """Named as Detectron2 names them (``bbox/AP``), 0 to 100; distances and what ``visualization`` measures are in
-    their own units. None where not defined."""
+    """With Detectron2's names (``bbox/AP``), 0 to 100; distances and the measures of ``visualization`` are in their own
+    units. None if undefined."""
     seed: int
     config: dict[str, Any]
     seconds: float
     git_commit: str | None = field(default_factory=lambda: git_commit())
     versions: dict[str, str] = field(default_factory=lambda: versions())
     data_warnings: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Of detection: data set -> what is odd in its annotations -> how often. Empty in records before version 0.2."""
+    """For detection: data set -> kind of annotation warning -> count. Empty in records before version 0.2."""
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
 
     @classmethod
     def of(cls, content: Any) -> RunRecord:
-        """From a file's content; where that does not say so, this code's commit and these packages did not make it.
+        """From a file's content; the commit and package versions are those in the file, not those of this code.
 
         Raises:
-            TypeError, ValueError: it is no record, as files that were edited by hand.
+            TypeError, ValueError: it is not a record, for example after editing by hand.
         """
         record = cls(**{"git_commit": None, "versions": {}, **content})
         check_types(record, _TYPES)
@@ -86,7 +86,7 @@ _PERCENTAGE = re.compile("accuracy|^(?!rPC/)(.*/)?(bbox|segm)/A[PR]")
 """Metrics that are in 0 to 100; rPC is a ratio."""
 _ROUNDING = 1e-6
 _TYPES = get_type_hints(RunRecord)
-"""The fields' types. Looked at once: to find them Python runs the annotations, which nobody's record is to set off."""
+"""The fields' types. Read once, at import: Python evaluates the annotations for it, which no record shall trigger."""
 
 
 def git_commit() -> str | None:
@@ -105,7 +105,7 @@ def git_commit() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+    """Versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""The signals by which a machine asks a run to stop: a flag for the main process, silence in its data workers."""
+"""Signals that ask a run to stop: they set a flag in the main process and are ignored in its data workers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from types import FrameType
 from robust_backbones.errors import PreemptedError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they take a machine away."""
+"""Sent by schedulers before they take a machine away."""
 
 
 class StopRequest:
@@ -28,7 +28,7 @@ class StopRequest:
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None], signals: Sequence[signal.Signals]) -> Iterator[None]:
-    """Answer signals by ``handler`` while the block runs; in a thread, which may set none, by what there is."""
+    """Handle signals by ``handler`` while the block runs; in a thread, which may not set any, as before."""
     is_main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, handler) for number in (signals if is_main else ())}
     try:
@@ -40,10 +40,10 @@ def handled(handler: Callable[[int, FrameType | None], None], signals: Sequence[
 
 @contextmanager
 def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[StopRequest]:
-    """Turn these signals into a flag to look at, while the block runs.
+    """Turn these signals into a flag to check, while the block runs.
 
     Raises:
-        PreemptedError: a signal came while data workers were starting, which died of it.
+        PreemptedError: a signal was received while data workers were starting, and they died of it.
     """
     request = StopRequest()
 
@@ -61,12 +61,12 @@ def stop_on_signals(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterato
 
 @contextmanager
 def end_on_signals() -> Iterator[None]:
-    """End the block at STOP_SIGNALS, wherever it is: for what looks at no ``StopRequest``, such as a start.
+    """End the block at STOP_SIGNALS, wherever it is: for code that does not check a ``StopRequest``, such as a start.
 
-    Processes that the block forks die of them, as they would.
+    Processes that the block forks die of them, as usual.
 
     Raises:
-        PreemptedError: a signal came.
+        PreemptedError: a signal was received.
     """
     own = os.getpid()
 
@@ -87,15 +87,15 @@ def end_on_signals() -> Iterator[None]:
 
 
 class _Asked(BaseException):
-    """Nobody who handles errors takes it for one."""
+    """Not an ``Exception``, so that error handlers do not catch it."""
 
 
 @cache
 def stop_for_parent_only() -> None:
-    """For data workers, called in each of them: end when the process that started this one asks, and for nobody else.
+    """To be called in each data worker: stop only when the process that started it asks.
 
-    Schedulers signal every process of a run. The main one answers, and needs its workers until its state is written;
-    at its own end, Python stops them by SIGTERM.
+    Schedulers signal every process of a run. The main one handles the signal, and needs its workers until its state is
+    saved; when it ends, Python stops them by SIGTERM.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None, "this is no worker"
