@@ -46,9 +46,10 @@ from robust_backbones.transfer.inheritance.evaluations import (
     compare_with_detector,
     evaluate_corruptions,
 )
+from robust_backbones.transfer.inheritance.make_sets import check_kind, make_set
 from robust_backbones.transfer.inheritance.matrix import read_matrices
 from robust_backbones.transfer.inheritance.run import DEFAULT_METHODS, run_protocol
-from robust_backbones.transfer.inheritance.sets import KNOWN_SETS, check_kind, make_set
+from robust_backbones.transfer.inheritance.sets import KNOWN_SETS
 
 
 @dataclass(kw_only=True)

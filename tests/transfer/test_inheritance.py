@@ -57,6 +57,7 @@ from robust_backbones.transfer.inheritance.evaluations import (
     with_own_classifier,
 )
 from robust_backbones.transfer.inheritance.job import Job, accuracy_on, for_evaluation, rate, train
+from robust_backbones.transfer.inheritance.make_sets import apply, make_set
 from robust_backbones.transfer.inheritance.matrix import read_matrices
 from robust_backbones.transfer.inheritance.methods import (
     METHODS,
@@ -74,8 +75,6 @@ from robust_backbones.transfer.inheritance.sets import (
     PRETRAINING,
     Memory,
     RelatedSet,
-    apply,
-    make_set,
     open_related_set,
 )
 from tests.conftest import disk_of, negatives, randomize_batch_norms

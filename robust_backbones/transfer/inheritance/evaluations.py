@@ -29,7 +29,8 @@ from robust_backbones.runs.identity import FINGERPRINT, differences
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
 from robust_backbones.transfer.inheritance.job import accuracy_on, for_evaluation
-from robust_backbones.transfer.inheritance.sets import RelatedSet, apply
+from robust_backbones.transfer.inheritance.make_sets import apply
+from robust_backbones.transfer.inheritance.sets import RelatedSet
 
 TASK = "corruptions"
 
