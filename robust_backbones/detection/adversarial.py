@@ -1,6 +1,6 @@
-"""Adversarial training of detectors: the images of a batch climb the detector's own training loss.
+"""Adversarial training of detectors: the images of a batch are perturbed to maximise the detector's training loss.
 
-They are augmented, resized and not yet normalised; each, whatever its size, has a ball of its own.
+They are augmented and resized, but not yet normalised; each has its own ball, whatever its size.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from robust_backbones.detection.attacks import frozen_losses, same_normalizer
 from robust_backbones.threat_models import ThreatModel
 
 Batch = list[dict[str, Any]]
-"""Detectron2's dictionaries, one an image; ``image``, shape (3, H, W) in 0-255, is what the adversary changes."""
+"""Detectron2's dictionaries, one per image; ``image``, shape (3, H, W) in 0-255, is what the adversary changes."""
 
 # Beside that of ``ascend``: a detector's losses are means over hundreds of regions, small for float16.
 _LOSS_SCALE = 2.0**8
 
 
 def replays(cfg: CfgNode) -> int:
-    """How many updates of the weights, that is iterations, each batch is used for."""
+    """For how many weight updates (iterations) each batch is used."""
     return cfg.ADVERSARIAL.REPLAYS if cfg.ADVERSARIAL.KIND == "free" else 1
 
 
 class FreeStream:
     """The batches of ``stream``, each ADVERSARIAL.REPLAYS times, for free training (Shafahi et al. 2019, algorithm 1).
 
-    Training runs ``backward`` once on each. That pass gives the gradients of the images too, and the next replay comes
-    with every image one step of size epsilon further up: an iteration costs what it costs in standard training, and the
-    backward pass through frozen stages.
+    Training runs ``backward`` once on each. That pass also gives the gradients of the images, and in the next replay
+    every image has moved one step of size epsilon up its gradient: an iteration costs as much as in standard training,
+    plus the backward pass through frozen stages.
 
-    In Shafahi et al. a batch starts with the perturbation of the one before. Images of a detector differ in size, so it
-    starts anew here: at 0 (the first replay is clean) or, with ADVERSARIAL.RANDOM_START, at a random point of the ball.
+    In Shafahi et al. a batch starts with the perturbation of the previous one. Images of a detector differ in size, so
+    here it starts anew: at 0 (the first replay is clean) or, with ADVERSARIAL.RANDOM_START, at a random point of the
+    ball.
     """
 
     def __init__(self, stream: Iterable[Batch], cfg: CfgNode) -> None:
@@ -62,14 +63,14 @@ class FreeStream:
 
 
 class AttackedDetector(nn.Module):
-    """A detector that is trained on what PGD makes of the images, and on nothing else (Madry et al. 2018, eq. 2.1).
+    """A detector that is trained only on images attacked by PGD (Madry et al. 2018, eq. 2.1).
 
-    ADVERSARIAL.STEPS steps of ADVERSARIAL.RELATIVE_STEP_SIZE epsilon climb the loss at the present weights. Proposals
-    and the regions that the losses are taken over are drawn anew at each step, as they are in training.
+    ADVERSARIAL.STEPS steps of ADVERSARIAL.RELATIVE_STEP_SIZE epsilon maximise the loss at the current weights.
+    Proposals and the regions of the losses are sampled anew at each step, as in training.
     """
 
     def __init__(self, model: nn.Module, cfg: CfgNode) -> None:
-        """``model``: what the weights are trained through, that is the detector or DistributedDataParallel of it."""
+        """``model``: the module that is trained: the detector, or DistributedDataParallel of it."""
         super().__init__()
         self.model, self._cfg = model, cfg
 
@@ -78,7 +79,7 @@ class AttackedDetector(nn.Module):
         return self.model(self.attack(batch))
 
     def attack(self, batch: Batch) -> Batch:
-        """``batch`` with images within the ball around its own; weights, gradients and statistics stay as they are."""
+        """``batch`` with attacked images, within their balls; weights, gradients and statistics do not change."""
         adversary = self._cfg.ADVERSARIAL
         threat_model = ThreatModel.parse(adversary.THREAT_MODEL)
         if threat_model.epsilon == 0:
@@ -99,7 +100,7 @@ class AttackedDetector(nn.Module):
 
 
 def _clean_and_start(batch: Batch, threat_model: ThreatModel, cfg: CfgNode) -> tuple[list[Tensor], list[Tensor]]:
-    """The images of a batch, shape (3, H, W) in [0, 1], and where their perturbation starts."""
+    """The images of a batch, shape (3, H, W) in [0, 1], and the start of their perturbation."""
     clean = [item["image"].to(cfg.MODEL.DEVICE).float() / 255 for item in batch]
     return clean, random_point(clean, threat_model) if cfg.ADVERSARIAL.RANDOM_START else clean
 

@@ -1,4 +1,4 @@
-"""White-box attacks on R-CNNs and RetinaNets through their own training losses, and signs that they fail."""
+"""White-box attacks on R-CNNs and RetinaNets through their own training losses, and checks for gradient masking."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ LOSSES = {
     "mask": ("loss_mask",),
     "total": ("loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"),
 }
-"""What an attack can raise, as sums of Detectron2's training losses; ``total`` is what training minimises."""
+"""The losses that an attack can maximise, as sums of Detectron2's training losses; ``total`` is the training loss."""
 LARGER_BALLS = (2, 4)
 """The multiples of epsilon at which ``sanity_check`` attacks again."""
 TOLERATED_SHARE = 0.25
-"""Of images that may fail a sanity check without a warning: an attack of few steps can overshoot in a larger ball,
-where its steps are longer. Where gradients are masked, most images fail."""
+"""Share of images that may fail a sanity check without a warning: an attack with few steps can overshoot in a larger
+ball, where its steps are longer. If gradients are masked, most images fail."""
 _SIGNS = {
     "random_is_stronger": "random noise is stronger than the white-box attack",
     "larger_is_not_stronger": "a larger epsilon is not stronger",
@@ -53,26 +53,26 @@ Detector: TypeAlias = GeneralizedRCNN | DenseDetector
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorAttack(AttackConfig):
-    """An adversary of detectors: what it raises, within which ball and how hard it tries.
+    """An adversary of detectors: its loss, its ball and its effort.
 
     The ball is around the image as the detector sees it: after resizing, before normalisation, in [0, 1] pixel units.
-    Of all points that an attack comes across the strongest counts, the image itself included.
+    The result is the strongest of all points that an attack visits, including the image itself.
     """
 
     threat_model: ThreatModel
-    """At epsilon 0 images stay as they are."""
+    """At epsilon 0 images do not change."""
     loss: str = "total"
     """One of LOSSES: classification, localization, objectness, mask, total."""
     steps: int = 10
     """1 to 100."""
     relative_step_size: float = 0.25
-    """Step size as a fraction of epsilon; of no use to the schedule ``apgd``."""
+    """Step size as a fraction of epsilon; ignored by the schedule ``apgd``."""
     schedule: Literal["fixed", "apgd"] = "fixed"
-    """fixed: projected gradient ascent with a fixed step size (Madry et al. 2018); apgd: step sizes that halve where
-    the loss stalls (Croce & Hein 2020)."""
+    """fixed: projected gradient ascent with a fixed step size (Madry et al. 2018); apgd: step sizes that halve when the
+    loss stalls (Croce & Hein 2020)."""
     target: int | Literal["derangement"] | None = None
-    """Make the detector take every object for one of this class (from 0), or of another class each: ``derangement``
-    draws from ``target_seed`` one target a class, never itself. The attack then lowers the classification loss of the
+    """Targeted attack: every object is to be classified as this class (from 0); ``derangement`` draws from
+    ``target_seed`` one target for each class, never itself. The attack then lowers the classification loss of the
     targets. None: no target, the attack raises ``loss``."""
     target_seed: int = 0
 
@@ -88,7 +88,7 @@ class DetectorAttack(AttackConfig):
             raise InputError(f"a target needs the classification loss, got {self.loss}: give loss classification")
 
     def check(self, model: Detector) -> None:
-        """Raise InputError where a detector lacks the loss, the target's class, or a part that attacks need."""
+        """Raise InputError if a detector lacks the loss, the target class, or a part that attacks need."""
         if missing := missing_part(model):
             raise InputError(
                 f"{type(model).__name__} cannot be attacked: {missing}; attacks are of Faster, Mask and Cascade R-CNN "
@@ -118,33 +118,32 @@ class DetectorAttack(AttackConfig):
 
 @dataclass(frozen=True)
 class AttackedImage:
-    """Detectron2's input dict with the attacked image, and what that did to the loss."""
+    """Detectron2's input dict with the attacked image, and the loss before and after."""
 
     sample: dict[str, Any]
     """``image`` is float32 in 0-255, on the device of the original; the rest is the original's."""
     clean_loss: float
-    """Of the original: what the attack raises; with a target, minus the classification loss of the targets."""
+    """Loss of the original that the attack maximises; with a target, minus the classification loss of the targets."""
     loss: float
-    """The same of the attacked image; not below ``clean_loss``."""
+    """The same for the attacked image; not below ``clean_loss``."""
 
 
 def attack_image(model: Detector, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int = 0) -> AttackedImage:
     """The image near that of ``sample`` which maximises the detector's own training loss.
 
-    On an image without objects, the attack raises the background's classification and objectness losses;
-    localisation and mask losses are zero there, and with a target the image stays as it is. The model and the global
-    random generators are given back as they were.
+    On an image without objects, the attack maximises the background's classification and objectness losses;
+    localisation and mask losses are zero there, and with a target the image does not change. The states of the model
+    and the global random generators are restored.
 
     Args:
         model: a Faster, Mask or Cascade R-CNN, or a RetinaNet, on any device.
         sample: Detectron2's input dict: ``image``, shape (C, H, W), uint8 or float in 0-255, resized and not
             normalised; ``instances``, its ground truth at this size (``gt_boxes``, ``gt_classes``, and ``gt_masks``
             for a Mask R-CNN). Anything else is passed on.
-        seed: of the random starts and of the sampling of anchors and proposals.
+        seed: of the random starts and the sampling of anchors and proposals.
 
     Raises:
-        InputError: as ``DetectorAttack.check``; image and ground truth are not of the same size; the ball holds every
-            image.
+        InputError: as ``DetectorAttack.check``; image and ground truth differ in size; the ball contains every image.
         RuntimeError: the result is outside the ball or 0-255.
     """
     attack.check(model)
@@ -169,9 +168,9 @@ def attack_image(model: Detector, sample: Mapping[str, Any], attack: DetectorAtt
 
 @contextmanager
 def frozen_losses(model: Detector) -> Iterator[None]:
-    """Have ``model(samples)`` return Detectron2's training losses, all layers in eval mode and without gradients.
+    """Make ``model(samples)`` return Detectron2's training losses, with all layers in eval mode and without gradients.
 
-    Every module is given back in its own mode, exceptions included.
+    The mode of every module is restored, even after an exception.
     """
     with frozen_eval(model):
         for module in model.modules():
@@ -181,13 +180,13 @@ def frozen_losses(model: Detector) -> Iterator[None]:
 
 
 def loss_function(model: Detector, sample: Mapping[str, Any], attack: DetectorAttack, *, seed: int = 0) -> Losses:
-    """What the attack raises, as a function of the image alone: images in [0, 1], shape (1, C, H, W), -> shape (1,).
+    """The loss that the attack maximises: images in [0, 1], shape (1, C, H, W) -> shape (1,).
 
-    For use within ``frozen_losses``. Each call samples anchors and proposals with the same random numbers, and leaves
-    the global generators as they were.
+    For use within ``frozen_losses``. Each call samples anchors and proposals with the same random numbers, and does not
+    change the global generators.
 
     Raises:
-        InputError: the ground truth is of another size than the image.
+        InputError: ground truth and image differ in size.
     """
     instances = sample["instances"].to(model.device)
     if instances.image_size != tuple(sample["image"].shape[-2:]):
@@ -213,7 +212,7 @@ def loss_function(model: Detector, sample: Mapping[str, Any], attack: DetectorAt
 
 
 def missing_part(model: nn.Module) -> str:
-    """What an attack on this detector would need and does not find; "" for nothing."""
+    """What an attack on this detector would need and is missing; "" for nothing."""
     if isinstance(model, RetinaNet):
         return ""
     if isinstance(model, PanopticFPN):
@@ -235,7 +234,7 @@ def _number_of_classes(model: Detector) -> int:
 
 @contextmanager
 def same_normalizer(model: Detector) -> Iterator[None]:
-    """Give back the running number of positive anchors by which a RetinaNet divides its losses: each call moves it."""
+    """Restore the running number of positive anchors by which a RetinaNet divides its losses; each call changes it."""
     before = model.__dict__.get("loss_normalizer")
     try:
         yield
@@ -248,7 +247,7 @@ def same_normalizer(model: Detector) -> Iterator[None]:
 
 @contextmanager
 def _same_draws(seed: int, device: torch.device) -> Iterator[None]:
-    """Global random numbers from ``seed``; the generators are then given back as they were."""
+    """Global random numbers from ``seed``; the generators are restored afterwards."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.default_generator.manual_seed(seed)
@@ -258,20 +257,21 @@ def _same_draws(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def sanity_check(model: Detector, samples: Sequence[Mapping[str, Any]], attack: DetectorAttack) -> dict[str, float]:
-    """Hold an attack against random noise, and against itself in larger balls: two signs of gradient masking.
+    """Compare an attack with random noise, and with itself in larger balls: two checks for gradient masking.
 
-    Both are of Athalye et al. 2018, "Obfuscated gradients give a false sense of security", section 3.1.
+    Both are from Athalye et al. 2018, "Obfuscated gradients give a false sense of security", section 3.1.
 
-    Takes about 3.5 times as long as the attack. Images without objects are left out: some losses are constant there.
+    Takes about 3.5 times as long as the attack. Images without objects are left out, as some losses are constant there.
 
     Args:
         samples: as ``attack_image`` takes them.
 
     Returns:
-        Metrics of a record: how many ``sanity/images`` were attacked; of how many of them one of as many random points
-        of the ball as the attack has steps has a higher loss, ``sanity/random_is_stronger``; for how many no attack in
-        a larger ball reaches a higher loss, ``sanity/larger_is_not_stronger``; and the mean of what the attack raises,
-        as ``sanity/loss/NAME``: ``clean``, ``random``, ``attack``, ``attack x2`` and ``attack x4`` epsilon.
+        Metrics of a record: ``sanity/images``, the number of attacked images; ``sanity/random_is_stronger``, the number
+        for which a random point of the ball (of as many as the attack has steps) has a higher loss;
+        ``sanity/larger_is_not_stronger``, the number for which no attack in a larger ball reaches a higher loss; and
+        the mean of the attacked loss as ``sanity/loss/NAME``: ``clean``, ``random``, ``attack``, ``attack x2`` and
+        ``attack x4`` epsilon.
 
     Raises:
         InputError: there is no image with objects, epsilon is 0, or as ``attack_image``.
@@ -302,7 +302,7 @@ def sanity_check(model: Detector, samples: Sequence[Mapping[str, Any]], attack: 
 
 
 def sanity_warnings(metrics: Mapping[str, float | None]) -> list[str]:
-    """A sentence for every sign that more than TOLERATED_SHARE of the images show; ``metrics`` are a record's."""
+    """A sentence for every check that more than TOLERATED_SHARE of the images fail; ``metrics`` are a record's."""
     images = metrics.get("sanity/images") or 0
     counts = {sentence: metrics.get(f"sanity/{name}") or 0 for name, sentence in _SIGNS.items()}
     return [

@@ -1,4 +1,4 @@
-"""The images of cells: the data set or some of its images, and domains, other images of the same categories."""
+"""The images of cells: the data set, or some of its images, and domains (other images of the same categories)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from robust_backbones.runs.files import atomic_path
 
 @dataclass(frozen=True)
 class ImageChoice:
-    """Which images of a data set are evaluated, and the seed of all that is random."""
+    """Which images of a data set are evaluated, and the seed of all random numbers."""
 
     limit: int | None = None
-    """Only so many of the annotated images (of each domain too); a greater limit takes the same ones and more. Classes
-    that they do not show count as AP 0 by VOC 2007's metric, and not at all by COCO's."""
+    """Number of annotated images (of each domain too); a larger limit takes the same ones and more. Classes that they
+    do not show count as AP 0 by VOC 2007's metric, and not at all by COCO's."""
     seed: int = 0
-    """Decides the corruptions' random numbers and, with a limit, which images are taken."""
+    """Determines the corruptions' random numbers and, with a limit, which images are taken."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -49,7 +49,7 @@ class ImageChoice:
 
 
 def take_images(dataset: str, choice: ImageChoice, folder: Path) -> str:
-    """Register the chosen images as a set of their own, which evaluators then count alone; returns its name.
+    """Register the chosen images as a separate set, so that evaluators see only these; returns its name.
 
     ``folder`` gets its annotation file (COCO) or list of images (VOC). Without a limit it is the set itself.
     """
@@ -77,8 +77,8 @@ def take_images(dataset: str, choice: ImageChoice, folder: Path) -> str:
 def find_domains(folder: Path) -> list[tuple[str, str, str]]:
     """Rows of (``domain-NAME``, annotation file, image folder) for each folder NAME, sorted.
 
-    The annotation file is the one JSON file in NAME/annotations (as in COCO-O) or NAME, the image folder is NAME or the
-    folder in it that holds the first image. InputError where these are not there.
+    The annotation file is the only JSON file in NAME/annotations (as in COCO-O) or NAME; the image folder is NAME or
+    the folder in it that contains the first image. InputError if they are missing.
     """
     if not folder.is_dir():
         raise InputError(f"no folder of domains at {folder}: check --domains")

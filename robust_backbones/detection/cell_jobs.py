@@ -1,4 +1,4 @@
-"""Cells evaluated by one process or by several that share them; a kill loses no finished cell."""
+"""Cells evaluated by one or several processes; a kill loses no finished cell."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
 CHECKED_IMAGES = 8
-"""``Cell.check_change`` gets so many images, the first ones that show objects."""
+"""Number of images for ``Cell.check_change``, the first ones with objects."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class CellJob:
     cells: Sequence[Cell]
     images: ImageChoice
     workers: int
-    """Processes that decode and corrupt images; no result depends on it."""
+    """Processes that decode and corrupt images; results do not depend on it."""
     identity: Mapping[str, Any]
-    """What all cells in ``output`` share; part of every record."""
+    """The settings that all cells in ``output`` share; part of every record."""
 
     def folder(self, cell: Cell) -> Path:
         return self.output / "cells" / cell.name
 
     def check_settings(self) -> None:
-        """Raise InputError where a cell's record is of other settings."""
+        """Raise InputError if a cell's record has other settings."""
         for cell in self.cells:
             path = self.folder(cell) / "record.json"
             if path.exists() and RunRecord.read(path).config["settings"] != cell.settings:
@@ -76,7 +76,7 @@ class CellJob:
             place: The line of the progress bar.
 
         Raises:
-            PreemptedError: ``stop`` was asked for, or the process that started this one has ended.
+            PreemptedError: ``stop`` was requested, or the process that started this one has ended.
         """
         datasets = {cell.dataset: self.dataset(cell) for cell in self.cells}
         threads, parent = cv2.getNumThreads(), torch.multiprocessing.parent_process()
@@ -96,7 +96,7 @@ class CellJob:
             cv2.setNumThreads(threads)
 
     def run_in_processes(self, count: int, stop: StopRequest) -> None:
-        """``run`` in ``count`` processes, one a GPU where there are several."""
+        """``run`` in ``count`` processes, one per GPU if there are several."""
         errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
         context = torch.multiprocessing.start_processes(
             _run_in_process, args=(self, errors), nprocs=count, join=False, start_method="spawn"
@@ -205,7 +205,7 @@ def _run_in_process(rank: int, job: CellJob, errors: Any) -> None:
 def worst_attacks(
     truth: COCO, detections: Mapping[str, Sequence[Row]], *, max_dets: Sequence[int] = MAX_DETS
 ) -> dict[Any, str]:
-    """For every image the attack under which its AP is the lowest; the first of those that tie.
+    """For every image the attack under which its AP is the lowest; the first one in case of ties.
 
     AP is COCO's box AP on this image alone: the mean over 10 IoU thresholds and the classes that it shows.
 
@@ -233,7 +233,7 @@ def worst_attacks(
 def metrics_of(
     rows: Sequence[Row], dataset: str, *, masks: bool, max_dets: Sequence[int] = MAX_DETS
 ) -> dict[str, float | None]:
-    """The metrics of detections as a cell's detections.json holds them, by the set's own evaluator."""
+    """The metrics of the detections in a cell's detections.json, by the set's own evaluator."""
     if evaluator_kind(dataset) == "coco":
         truth = ground_truth(dataset)
         tasks = ("bbox", "segm") if masks else ("bbox",)

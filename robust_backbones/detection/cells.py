@@ -1,4 +1,4 @@
-"""Cells of a detector's robustness: one evaluation each, on the same images, changed in one way."""
+"""Cells of a detector's robustness: each is one evaluation on the same images, changed in one way."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Cell:
-    """One evaluation, here of the images as they are; has to be picklable."""
+    """One evaluation, here on unchanged images; must be picklable."""
 
     name: str
     dataset: str = ""
     """A registered set, in COCO's or VOC's format; "": the configuration's."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What else tells this cell from another one of its name; plain JSON."""
+    """Other settings that distinguish this cell from another one of its name; plain JSON."""
 
     changes_inputs = False
-    """Whether ``change`` does anything; then inputs come with their ground truth."""
+    """Whether ``change`` does anything; if so, inputs come with their ground truth."""
 
     def check(self, model: Detector) -> None:
-        """Raise InputError where this cannot be measured of the detector."""
+        """Raise InputError if this cannot be measured for the detector."""
 
     def change_file(self, image: NDArray[np.uint8], file_name: str, seed: int) -> NDArray[np.uint8]:
-        """The image file as it is read, (H, W, 3) RGB, before it is resized -> the same, changed."""
+        """The image as read from its file, (H, W, 3) RGB, before resizing -> the changed image."""
         return image
 
     def change(self, model: Detector, sample: Sample, seed: int) -> tuple[Sample, dict[str, float]]:
-        """The input after it is resized -> the input to detect on, and numbers whose mean over the images is a metric.
+        """The input after resizing -> the input to detect on, and numbers whose mean over the images is a metric.
 
         ``model`` is in eval mode; ``sample["instances"]`` is the ground truth at the size of the input.
         """
         return sample, {}
 
     def check_change(self, model: Detector, samples: Sequence[Sample]) -> dict[str, float]:
-        """Further metrics that show whether ``change`` does what it should, on a few inputs as ``change`` gets them."""
+        """Further metrics that show whether ``change`` works as it should, on a few of its inputs."""
         return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorruptionCell(Cell):
-    """``CORRUPTION-SEVERITY``, of Hendrycks & Dietterich 2019; severity 0 leaves the images as they are."""
+    """``CORRUPTION-SEVERITY``, of Hendrycks & Dietterich 2019; severity 0 does not change the images."""
 
     corruption: str
     severity: int
@@ -72,7 +72,7 @@ class CorruptionCell(Cell):
 def corruption_cells(names: Iterable[str], severities: Iterable[int]) -> list[Cell]:
     """A cell for each corruption (``all`` alone: the 15 of Hendrycks & Dietterich 2019; or ``none``) and severity.
 
-    InputError where there is no such corruption or severity.
+    InputError if there is no such corruption or severity.
     """
     chosen, severities = tuple(dict.fromkeys(names)), sorted(set(severities))
     if chosen in (("all",), ("none",)):
@@ -89,7 +89,7 @@ def corruption_cells(names: Iterable[str], severities: Iterable[int]) -> list[Ce
 
 @dataclass(frozen=True, kw_only=True)
 class AttackCell(Cell):
-    """Its metrics hold the mean of the attacked loss before and after and, for epsilon above 0, ``sanity_check``'s."""
+    """Its metrics: the mean of the attacked loss before and after and, for epsilon above 0, ``sanity_check``'s."""
 
     attack: DetectorAttack
 
@@ -112,9 +112,9 @@ def attack_cell(attack: DetectorAttack) -> Cell:
 
 
 class CellMapper(WorkerMapper):
-    """Detectron2's mapper for tests, after what the cell does to the file; with ground truth where inputs change.
+    """Detectron2's mapper for tests, after the cell has changed the file; with ground truth if inputs change.
 
-    There an object without a usable mask has one that fills its box, the size that mask AP gives it.
+    In this ground truth, an object without a usable mask has one that fills its box, the size that mask AP gives it.
     """
 
     def __init__(self, cfg: CfgNode, cell: Cell, seed: int) -> None:

@@ -48,14 +48,14 @@ _NETWORKS: dict[type[nn.Module], tuple[str, str]] = {
     SwinBackbone: ("", r"^norm\d\.|relative_position_index$"),  # the norms after stages
     ViT: ("", r"rel_pos_[hw]$"),
 }
-"""Class of a backbone -> where in it the names of files begin, and which of its tensors no source has."""
+"""Class of a backbone -> the prefix of the names in files, and the tensors that no source has."""
 _AGAIN = "convert its source again with `robust-backbones convert SRC DST.pkl` and give the .pkl"
 
 
 class BackboneCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer that accepts a file only if it fills the whole backbone and fits the configuration.
 
-    Reading runs no code of a file; what it saves keeps the backbone's metadata.
+    Reading runs no code from a file; saved files keep the backbone's metadata.
     """
 
     def __init__(
@@ -67,23 +67,23 @@ class BackboneCheckpointer(DetectionCheckpointer):
         whole_detector: bool = False,
         **checkpointables: Any,
     ) -> None:
-        """``whole_detector``: for evaluation; every tensor must come from the file, not the backbone's alone."""
+        """``whole_detector``: for evaluation; every tensor must come from the file, not only the backbone's."""
         super().__init__(model, save_dir, **checkpointables)
         self.cfg = cfg
         self.whole_detector = whole_detector
         self.metadata: BackboneMetadata | None = None
         self.unfilled: list[str] = []
-        """Backbone tensors that no file filled, which MODEL.BACKBONE.ALLOW_PARTIAL let through; they are random."""
+        """Backbone tensors that no file filled, allowed by MODEL.BACKBONE.ALLOW_PARTIAL; they are random."""
         self.rest: dict[str, Tensor] = {}
-        """What the backbone's file keeps beside its tensors (``convert.rest_of``), for the files that are saved."""
+        """What the backbone's file has besides its tensors (``convert.rest_of``), for the saved files."""
         self.interpolated: list[str] = []
-        """Backbone tensors that were made to fit MODEL.SWIN.WINDOW_SIZE; nothing proves them."""
+        """Backbone tensors that were interpolated to MODEL.SWIN.WINDOW_SIZE; they are not proven."""
         self.unverified: dict[str, str] | None = None
-        """Which plain detector MODEL.ALLOW_UNVERIFIED let through: its ``source`` and ``source_sha256``."""
+        """The plain detector allowed by MODEL.ALLOW_UNVERIFIED: its ``source`` and ``source_sha256``."""
         self._path = Path()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load ``path``, or raise ``InputError`` saying what does not fit and how to mend it."""
+        """Load ``path``, or raise ``InputError`` that says what does not fit and how to fix it."""
         if path:
             self._path = self._file_of(path)
         elif self.whole_detector:
@@ -115,10 +115,10 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return path
 
     def save(self, name: str, *, model: nn.Module | None = None, resumable: bool = True, **content: Any) -> None:
-        """Write ``name``.pth whole or not at all, with further entries ``content``.
+        """Write ``name``.pth atomically, with further entries ``content``.
 
         Args:
-            model: whose weights to write instead of the trained one's, such as their average.
+            model: the model to save instead of the trained one, such as its average.
             resumable: write the optimiser's and the trainer's state too, and make it the last checkpoint.
         """
         if not self.save_dir or not self.save_to_disk:
@@ -135,7 +135,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(f"{name}.pth")
 
     def provenance(self) -> tuple[dict[str, Any], str | None]:
-        """What records say of the backbone, and its threat model; None where its source did not say."""
+        """What records say about the backbone, and its threat model; None if its source did not say."""
         backbone: dict[str, Any] = {"unfilled_tensors": self.unfilled} if self.unfilled else {}
         backbone |= {"interpolated_tensors": self.interpolated} if self.interpolated else {}
         backbone |= {_UNVERIFIED: self.unverified} if self.unverified else {}
@@ -250,7 +250,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        """Nothing: the same warning for a right and for a wrong backbone is what hid the wrong ones."""
+        """Logs nothing: Detectron2 has the same warning for right and wrong backbones, which hid the wrong ones."""
 
 
 def _how_to_convert(source: str | Path) -> str:
@@ -258,13 +258,13 @@ def _how_to_convert(source: str | Path) -> str:
 
 
 def _is_caffe2(content: Any) -> bool:
-    """Whether a file is one of Detectron's zoo, whose makers always feed and build the network in one way."""
+    """Whether a file is from Detectron's zoo, whose networks all have the same preprocessing and architecture."""
     places = (content, content.get("model"), content.get("blobs")) if isinstance(content, dict) else ()
     return any(isinstance(names, dict) and "res2_0_branch2a_w" in names for names in places)
 
 
 def check_config(cfg: CfgNode, spec: BackboneSpec, path: Path) -> None:
-    """Raise InputError, with the overrides that mend it, where ``cfg`` feeds or builds the backbone another way."""
+    """Raise InputError, with the overrides that fix it, if ``cfg`` has another preprocessing or architecture."""
     held = flat(cfg)
     wanted = {**spec.detectron2_overrides(), "MODEL.RESNETS.STEM_OUT_CHANNELS": 64}
     differing = {key: value for key, value in wanted.items() if not _agree(held[key], value)}
@@ -277,7 +277,7 @@ def check_config(cfg: CfgNode, spec: BackboneSpec, path: Path) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The training checkpoint to resume from: what ``last_checkpoint`` names if it is there, else the latest one."""
+    """The training checkpoint to resume from: the one in ``last_checkpoint`` if it exists, else the latest one."""
     note = folder / "last_checkpoint"
     if note.is_file() and (named := folder / note.read_text().strip()).is_file():
         return named
@@ -288,7 +288,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def backbone_tensors(model: nn.Module) -> dict[str, str]:
     """Each tensor that a backbone file must fill: its name in the detector -> its name in the file.
 
-    The network's and, in C4 detectors, those of res5 in the ROI heads; not what no source has: ``_NETWORKS``.
+    Those of the network and, in C4 detectors, of res5 in the ROI heads; without those that no source has
+    (``_NETWORKS``).
     """
     prefixes = {
         (f"{name}." if name else "") + inner: ("", absent)

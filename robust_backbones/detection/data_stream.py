@@ -1,6 +1,6 @@
-"""Detectron2's stream of training batches, which a resumed run continues: the same images, the same flips.
+"""Detectron2's stream of training batches, continued by a resumed run with the same images and flips.
 
-Detectron2 itself starts its shuffle and its augmentation afresh, so that a resumed run is another run.
+Detectron2 itself restarts its shuffling and augmentation, so its resumed runs differ from uninterrupted ones.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from robust_backbones.runs.signals import stop_for_parent_only
 
 
 class TrainingStream:
-    """Batches for ``cfg``: lists of Detectron2's dictionaries, one list an iteration of this process.
+    """Batches for ``cfg``: lists of Detectron2's dictionaries, one list per iteration of this process.
 
-    Drawn from its start it is ``build_detection_train_loader(cfg)``, random number by random number.
+    From its start it equals ``build_detection_train_loader(cfg)``, random number by random number.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -49,14 +49,14 @@ class TrainingStream:
         )
         self._loader = build_detection_train_loader(cfg, mapper=self._mapper)
         self.random_state_at_start: dict[str, Any] = {}
-        """What ``resume_from`` needs, once the first batch has been drawn."""
+        """What ``resume_from`` needs; available once the first batch has been drawn."""
         self._random_state_now: dict[str, Any] = {}
 
     def resume_from(self, iteration: int, *, at_start: dict[str, Any], now: dict[str, Any]) -> None:
-        """Begin with the batch of ``iteration`` instead, as a stream would that has given all before it.
+        """Begin with the batch of ``iteration`` instead, as if all earlier batches had been drawn.
 
-        ``at_start`` is the first run's ``random_state_at_start``, ``now`` the random state that the process had when
-        ``iteration`` was about to begin. Skipped images are not read: this takes less than a millisecond each, in the
+        ``at_start`` is the first run's ``random_state_at_start``, ``now`` the random state of the process when
+        ``iteration`` was about to begin. Skipped images are not read: each takes less than a millisecond, in the
         loader's workers.
         """
         self._mapper.skipped_batches = iteration
@@ -81,9 +81,9 @@ class TrainingStream:
 
 
 class MaskMapper(DatasetMapper):
-    """Detectron2's, which takes images whose masks are run lengths, too, whatever INPUT.MASK_FORMAT is.
+    """Detectron2's, but it also accepts run-length masks, with any INPUT.MASK_FORMAT.
 
-    In training it has large-scale jitter, as configs/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py of Detectron2.
+    In training it has large-scale jitter, like configs/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py of Detectron2.
     """
 
     @classmethod
@@ -116,7 +116,7 @@ def _check_shapely() -> None:
 
 
 class WorkerMapper:
-    """A mapper whose processes leave the signals that end a run to the main process."""
+    """A mapper whose worker processes leave stop signals to the main process."""
 
     def __init__(self, mapper: DatasetMapper) -> None:
         self.mapper = mapper
@@ -131,15 +131,15 @@ class WorkerMapper:
 
 
 class _Skipped(dict[str, Any]):
-    """A data set's dictionary whose image was not read; ``random_state`` is NumPy's as it would have been augmented."""
+    """A data set's dictionary whose image was not read; ``random_state`` is NumPy's at its augmentation."""
 
     random_state: Any
 
 
 class _SkippingMapper(WorkerMapper):
-    """One that draws its first random numbers without reading the images they are for.
+    """A mapper that draws its first random numbers without reading the images they are for.
 
-    Every loader worker holds its own copy, and knows which of the stream's samples come to it.
+    Every loader worker has its own copy, and knows which of the stream's samples it gets.
     """
 
     def __init__(self, mapper: DatasetMapper, *, batch_size: int, grouped: bool) -> None:
@@ -158,7 +158,7 @@ class _SkippingMapper(WorkerMapper):
         return sample
 
     def read(self, sample: _Skipped) -> dict[str, Any]:
-        """The sample as it would have been: grouping by aspect ratio keeps some images for a later batch."""
+        """The sample as it would have been, because grouping by aspect ratio keeps some images for a later batch."""
         state = np.random.get_state()
         np.random.set_state(sample.random_state)
         try:
@@ -167,7 +167,7 @@ class _SkippingMapper(WorkerMapper):
             np.random.set_state(state)
 
     def _batch(self) -> int:
-        """The batch that this sample belongs to; about, when grouping by aspect ratio may keep it for a later one."""
+        """The batch that this sample belongs to; approximate if grouping by aspect ratio may delay it."""
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         if self.grouped:  # workers hand over sample by sample, in turn
@@ -176,7 +176,7 @@ class _SkippingMapper(WorkerMapper):
 
 
 class _ShapeOnly:
-    """Stands in for Detectron2's AugInput: augmentations draw from an image's shape and change it, at no cost."""
+    """Replaces Detectron2's AugInput: augmentations only need and change an image's shape, at no cost."""
 
     def __init__(self, height: int, width: int) -> None:
         self.image = _blank(height, width)
@@ -229,7 +229,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Leave the global generators as they were: what happens inside has no influence on training."""
+    """Restore the global generators afterwards, so that the block does not affect training."""
     state = random_state()
     try:
         yield

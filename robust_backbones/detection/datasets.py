@@ -29,11 +29,11 @@ from robust_backbones.errors import InputError, plural
 
 
 def register_datasets(cfg: CfgNode) -> None:
-    """Register what DATASETS.COCO_FORMAT and VOC_FORMAT list, without SKIPPED and apart from HELD_OUT; registering a
-    name again replaces it.
+    """Register the sets of DATASETS.COCO_FORMAT and VOC_FORMAT, without SKIPPED and without HELD_OUT images;
+    registering a name again replaces it.
 
     Raises:
-        InputError: a row is none, two are of one name, or a VOC folder has no classes.
+        InputError: a row is invalid, two have the same name, or a VOC folder has no classes.
     """
     rows = [tuple(row) for row in (*cfg.DATASETS.COCO_FORMAT, *cfg.DATASETS.VOC_FORMAT)]
     if twice := [name for name, count in Counter(row[0] for row in dict.fromkeys(rows) if row).items() if count > 1]:
@@ -62,8 +62,8 @@ def register_datasets(cfg: CfgNode) -> None:
 
 
 def _load_by_ours(name: str) -> None:
-    """Have a set of Detectron2's own loaders read by ours: theirs drop objects without a polygon, boxes and all, and
-    read no list of two columns."""
+    """Read a set of Detectron2's own loaders by ours: theirs drop objects without a polygon, including their boxes, and
+    cannot read lists with two columns."""
     module = getattr(DatasetCatalog[name], "__module__", "") if name in DatasetCatalog else ""
     metadata = MetadataCatalog.get(name).as_dict() if module else {}
     if module == "detectron2.data.datasets.coco" and "json_file" in metadata:
@@ -110,12 +110,12 @@ def classes_key(cfg: CfgNode) -> str:
 
 
 def number_of_classes(cfg: CfgNode) -> int:
-    """How many classes the detector tells apart."""
+    """The detector's number of classes."""
     return int(cfg.MODEL[classes_key(cfg).split(".")[1]].NUM_CLASSES)
 
 
 def derive_classes(cfg: CfgNode, *, eval_only: bool = False, known: int = 0) -> None:
-    """Set NUM_CLASSES, where it is 0 because nobody gave it, to ``known`` or that of the first data set."""
+    """Set NUM_CLASSES, if it is 0 because it was not given, to ``known`` or that of the first data set."""
     names = [*(() if eval_only else cfg.DATASETS.TRAIN), *cfg.DATASETS.TEST]
     for part in ("ROI_HEADS", "RETINANET"):
         node = cfg.MODEL[part]
@@ -125,9 +125,9 @@ def derive_classes(cfg: CfgNode, *, eval_only: bool = False, known: int = 0) -> 
 
 
 def match_classes(names: Sequence[str], wanted: Sequence[str]) -> None:
-    """Register sets again with the classes ``wanted``, in this order, where theirs differ; ids play no part.
+    """Register sets again with the classes ``wanted``, in this order, if theirs differ; ids do not matter.
 
-    A class that a set lacks has no object in it, and its AP is not defined.
+    A class that is missing in a set has no objects there, and its AP is undefined.
 
     Raises:
         InputError: a set has other classes.
@@ -167,7 +167,7 @@ def check_names(name: str, found: Sequence[str], wanted: Sequence[str], *, all_o
 def categories(dataset: str) -> list[dict[str, Any]]:
     """COCO's categories of a registered set, in the order of a detector's classes: ``[{"id": 1, "name": "cat"}, ...]``.
 
-    A class without an id of its own gets one that no other has, from 1; a set that is not registered has no classes.
+    A class without an id gets an unused one, from 1; a set that is not registered has no classes.
     """
     metadata = MetadataCatalog.get(dataset) if dataset in DatasetCatalog else Metadata()
     ids = {place: number for number, place in metadata.get("thing_dataset_id_to_contiguous_id", {}).items()}
@@ -177,7 +177,7 @@ def categories(dataset: str) -> list[dict[str, Any]]:
 
 
 def annotated_set(name: str) -> AnnotatedSet | None:
-    """Where the files of a registered set are; None of one without files that we know.
+    """The files of a registered set; None if it has no known files.
 
     Raises:
         InputError: there is no such set.
@@ -197,7 +197,7 @@ def annotated_set(name: str) -> AnnotatedSet | None:
 
 
 def missing_files(cfg: CfgNode) -> list[str]:
-    """A sentence for each set of a configuration whose annotations or images are not there, by their paths alone."""
+    """A sentence for each set of a configuration whose annotations or images are missing, judging by paths only."""
     try:
         register_datasets(cfg)
         sets = {name: annotated_set(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
@@ -209,7 +209,7 @@ def missing_files(cfg: CfgNode) -> list[str]:
 
 
 def evaluator_kind(dataset: str) -> str:
-    """By whose average precision a registered set is evaluated: ``pascal_voc``, or ``coco``, also where it is not said.
+    """The average precision by which a registered set is evaluated: ``pascal_voc`` or ``coco`` (the default).
 
     Raises:
         InputError: by another one.
@@ -222,21 +222,21 @@ def evaluator_kind(dataset: str) -> str:
 
 @dataclass(frozen=True)
 class DataWarning:
-    """What is odd in a data set and stops nothing; its text is a sentence."""
+    """A problem of a data set that does not stop the run; its text is a sentence."""
 
     dataset: str
     kind: str
-    """As ``boxes without area``."""
+    """Such as ``boxes without area``."""
     count: int
     first: str
-    """The first one's place, what is wrong there, and how to mend it."""
+    """The location of the first one, what is wrong there, and how to fix it."""
 
     def __str__(self) -> str:
         return f"{self.dataset}: {self.count} {self.kind}, the first: {self.first}"
 
 
 def counted(warnings: Iterable[DataWarning]) -> dict[str, dict[str, int]]:
-    """Data set -> kind -> how often, as records have it."""
+    """Data set -> kind -> count, as in records."""
     counts: dict[str, dict[str, int]] = {}
     for warning in warnings:
         counts.setdefault(warning.dataset, {})[warning.kind] = warning.count
@@ -244,7 +244,7 @@ def counted(warnings: Iterable[DataWarning]) -> dict[str, dict[str, int]]:
 
 
 def skip_unreadable(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Have the run leave out the images that cannot be read, by DATASETS.SKIPPED; all images are decoded.
+    """Leave out the images that cannot be read, by DATASETS.SKIPPED; all images are decoded for it.
 
     Raises:
         InputError: an unknown set, or one whose annotation file is missing.
@@ -264,11 +264,11 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning
     """Load every annotation and look for every image that the run will read.
 
     Returns:
-        What is odd and stops nothing, such as boxes that have no area, or test images that are trained on.
+        The warnings, such as boxes without area, or test images that are also training images.
 
     Raises:
-        InputError: an unknown or missing set, a missing image, a set without objects or with boxes that are no numbers,
-            or a number of classes other than MODEL.ROI_HEADS.NUM_CLASSES.
+        InputError: an unknown or missing set, a missing image, a set without objects or with boxes that are not
+            numbers, or a number of classes other than MODEL.ROI_HEADS.NUM_CLASSES.
     """
     names = list(cfg.DATASETS.TEST) if eval_only else [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
     if not names:
@@ -307,7 +307,7 @@ def _warnings(name: str, faults: Sequence[Fault], images: int, use: Use) -> Iter
 
 
 def _refuse_errors(name: str, faults: Sequence[Fault], images: int, *, masks: bool = False) -> None:
-    """InputError with the first of the errors; missing files come first, for then the path is likely wrong."""
+    """InputError with the first of the errors; missing files come first, as the path is then probably wrong."""
     errors = [fault for fault in faults if fault.severity == "error"]
     command = f"`robust-backbones check-data{' --masks' * masks}` lists them"
     if missing := sorted((fault.file, fault.mend) for fault in errors if fault.what == MISSING):
@@ -330,7 +330,7 @@ def _refuse_errors(name: str, faults: Sequence[Fault], images: int, *, masks: bo
 
 
 def _check(name: str, cfg: CfgNode, images: dict[str, set[str]], *, eval_only: bool) -> Iterator[DataWarning]:
-    """What is odd in a set; the files of its images become ``images[name]``."""
+    """The warnings about a set; the files of its images become ``images[name]``."""
     dataset, headers = annotated_set(name), cache_folder() / "headers"
     use = Use(name in cfg.DATASETS.TRAIN and not eval_only, name in cfg.DATASETS.TEST, cfg.MODEL.MASK_ON)
     try:
@@ -363,7 +363,7 @@ def _check(name: str, cfg: CfgNode, images: dict[str, set[str]], *, eval_only: b
 
 
 def _layout(name: str) -> str:
-    """How the folder of data sets has to look."""
+    """The expected layout of the folder of data sets."""
     metadata, root = MetadataCatalog.get(name), datasets_root()
     if "dirname" in metadata.as_dict():
         if not Path(metadata.dirname).absolute().is_relative_to(root.absolute()):

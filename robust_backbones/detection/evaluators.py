@@ -1,4 +1,4 @@
-"""COCO's and PASCAL VOC's average precision: Detectron2's numbers, more of them and sooner."""
+"""COCO's and PASCAL VOC's average precision: Detectron2's numbers, with more metrics and faster."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Array = NDArray[np.float64]
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> CocoEvaluator | VocEvaluator:
-    """The evaluator of a registered set; without an OUTPUT_DIR it writes nothing, and of several sets a folder each."""
+    """The evaluator of a registered set; without an OUTPUT_DIR it writes nothing; each of several sets has a folder."""
     if evaluator_kind(dataset_name) == "pascal_voc":
         return VocEvaluator(dataset_name)
     folder = Path(cfg.OUTPUT_DIR) / "inference" if cfg.OUTPUT_DIR else None
@@ -64,18 +64,18 @@ def build_evaluator(cfg: CfgNode, dataset_name: str) -> CocoEvaluator | VocEvalu
 
 
 class CocoEvaluator(DatasetEvaluator):
-    """Evaluates by ``coco_metrics``; no number depends on how the images were spread over processes.
+    """Evaluates by ``coco_metrics``; results do not depend on how the images were distributed over processes.
 
     Args:
         dataset_name: A registered set, in COCO's format or Detectron2's own.
         tasks: ``bbox``, ``segm`` or both.
         output_dir: The folder to write ``coco_instances_results.json`` to.
         reference: Compute with pycocotools instead of faster-coco-eval.
-        max_dets: As ``coco_metrics`` takes it.
+        max_dets: As in ``coco_metrics``.
     """
 
     results: list[Result]
-    """Once evaluated: all detections in COCO's result format."""
+    """After evaluation: all detections in COCO's result format."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class CocoEvaluator(DatasetEvaluator):
         """``{task: metrics}``; ``{}`` in every process but the first, and for a set without annotations.
 
         Raises:
-            InputError: a detection is of a class that the set does not have, or as ``coco_metrics``.
+            InputError: a detection has a class that the set does not have, or as in ``coco_metrics``.
         """
         comm.synchronize()
         gathered = comm.gather(self._images, dst=0)
@@ -141,7 +141,7 @@ class CocoEvaluator(DatasetEvaluator):
         return metrics
 
     def _with_class_id(self, result: Result, ids: Sequence[int]) -> Result:
-        """The detection with the set's class id in place of the detector's number of it."""
+        """The detection with the set's class id instead of the detector's class index."""
         number, classes = result["category_id"], len(ids)
         if number >= classes:
             raise InputError(
@@ -163,7 +163,7 @@ def _detections(instances: Instances, image_id: Any) -> list[Result]:
 
 
 def ground_truth(dataset_name: str) -> COCO:
-    """A registered set's annotations, with the ids of ``categories``; VOC's difficult objects are as all others."""
+    """A registered set's annotations, with the ids of ``categories``; VOC's difficult objects are like all others."""
     metadata = MetadataCatalog.get(dataset_name)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         if "json_file" in metadata.as_dict():
@@ -185,7 +185,7 @@ def ground_truth(dataset_name: str) -> COCO:
 
 
 def without_images(truth: COCO, images: Container[Any]) -> COCO:
-    """The same annotations but those of some images, by their ids."""
+    """The same annotations without those of some images, by their ids."""
     rows = {
         "images": [row for row in truth.dataset["images"] if row["id"] not in images],
         "annotations": [row for row in truth.dataset.get("annotations", []) if row["image_id"] not in images],
@@ -203,19 +203,19 @@ def coco_metrics(
 ) -> dict[str, float]:
     """COCO's AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl and ``AP-<class name>``, each 0 to 100.
 
-    A number is NaN where no ground truth of the class or size exists, and 0 where it does and nothing is found.
+    A number is NaN if no ground truth of the class or size exists, and 0 if it does and nothing is found.
 
     Args:
-        ground_truth: Ids of images and annotations may be anything, 0 included; not changed.
+        ground_truth: Ids of images and annotations may be anything, including 0; not changed.
         results: Detections in COCO's result format, with the class ids of ``ground_truth``; not changed.
         task: ``bbox``, or ``segm``, for which an object's size is its mask's area; it ignores objects without a usable
-            mask, as COCO does crowds, here of the size of their boxes.
+            mask as COCO ignores crowds, with the size of their boxes.
         reference: Compute with pycocotools instead of faster-coco-eval.
-        max_dets: How many detections of a class in an image count, the best; rising. AP is by the last, and each has
-            its AR: ``AR300`` for 300.
+        max_dets: How many of the best detections of a class in an image count; increasing. AP is by the last one, and
+            each has its AR: ``AR300`` for 300.
 
     Raises:
-        InputError: an annotation has no area, which faster-coco-eval would take for area 0.
+        InputError: an annotation has no area, which faster-coco-eval would treat as area 0.
     """
     # COCO's code takes annotation 0 for "no match", and faster-coco-eval reads image ids as integers: number afresh.
     image_ids = {theirs: ours for ours, theirs in enumerate(sorted(ground_truth.imgs))}
@@ -265,7 +265,7 @@ def coco_metrics(
 
 
 def _with_mask(annotation: Result) -> Result:
-    """Itself with a mask; without one it is a crowd that fills its box: neither found nor missed."""
+    """The annotation itself if it has a mask; otherwise a crowd that fills its box: neither found nor missed."""
     if (mask := usable_mask(annotation.get("segmentation"))) is not None:
         return annotation if mask is annotation["segmentation"] else {**annotation, "segmentation": mask}
     return {**annotation, "iscrowd": 1, "segmentation": box_polygon(annotation["bbox"])}
@@ -306,8 +306,8 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
 
         ``bbox`` is by 11 points for VOC 2007, with ``bbox-area`` as the other, and by area for later years, with
         ``bbox-11point``. ``AP-<class name>`` is the mean over the ten IoU thresholds; all are 0 to 100. For a class
-        without ground truth Detectron2 has 0 by 11 points, and by area NaN, or 0 where nothing is found either. Means
-        of sets with ``SHOWN_CLASSES`` leave such a class out, and its AP is NaN.
+        without ground truth Detectron2 has 0 by 11 points, and by area NaN, or 0 if nothing is detected either. For
+        sets with ``SHOWN_CLASSES`` the means leave such a class out, and its AP is NaN.
         """
         gathered = comm.gather(self.results, dst=0)
         if not comm.is_main_process():
@@ -354,7 +354,7 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
 
 
 def _voc_results(instances: Instances, image_id: str) -> list[Result]:
-    """Detections in COCO's result format; in float64, so that the float32 boxes come back exactly."""
+    """Detections in COCO's result format; in float64, so that the float32 boxes are preserved exactly."""
     corners = instances.pred_boxes.tensor.cpu().double()
     boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
     scores, classes = instances.scores.tolist(), instances.pred_classes.tolist()
@@ -365,7 +365,7 @@ def _voc_results(instances: Instances, image_id: str) -> list[Result]:
 
 
 def _corners(result: Result) -> list[float]:
-    """x1, y1, x2, y2 in pixels from 1, to the decimal that Detectron2 writes, which counts them in float32."""
+    """x1, y1, x2, y2 in pixels from 1, rounded to the decimal that Detectron2 writes, in float32 as there."""
     x, y, width, height = result["bbox"]
     return [float(f"{side:.1f}") for side in (np.float32(x) + 1, np.float32(y) + 1, x + width, y + height)]
 
@@ -374,7 +374,7 @@ def _class_aps(results: Sequence[Result], objects: Mapping[str, Array]) -> list[
     """One class's AP by 11 points and by area, 0 to 100, at the IoU thresholds 0.5, 0.55, ..., 0.95.
 
     Args:
-        results: An image's all together.
+        results: All of one image are consecutive.
         objects: By image, rows of (x1, y1, x2, y2, difficult).
     """
     first = dict(zip(objects, np.cumsum([0, *map(len, objects.values())]).tolist(), strict=False))
@@ -411,7 +411,7 @@ def _overlaps(boxes: Array, objects: Array) -> Array:
 
 
 def _average_precisions(right: Array, wrong: Array, objects: int) -> tuple[float, float]:
-    """11-point AP and area under the precision envelope, 0 to 100, of running counts of right and wrong detections."""
+    """11-point AP and area under the precision envelope, 0 to 100, from running counts of right and wrong ones."""
     with np.errstate(invalid="ignore"):  # no object: 0 / 0
         recall = np.concatenate([[0.0], right / np.float64(objects), [1.0]])
     precision = np.concatenate([[0.0], right / np.maximum(right + wrong, np.finfo(float).eps), [0.0]])

@@ -1,4 +1,4 @@
-"""What happens between the steps of a detector's training: averaging weights, precise BN, checkpoints, evaluation."""
+"""Hooks between the training steps of a detector: weight averaging, precise BN, checkpoints, evaluation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 
 
 class WeightAverage(HookBase):
-    """Keeps the exponential moving average of a model's weights and of its batch norms' statistics."""
+    """Keeps an exponential moving average of a model's weights and batch norm statistics."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         average = get_ema_multi_avg_fn(decay)
@@ -59,11 +59,11 @@ class WeightAverage(HookBase):
 
 
 class PreciseBN(hooks.PreciseBN):
-    """Detectron2's, on images that the iteration alone decides: a resumed run takes those of the unbroken one."""
+    """Detectron2's, on images that depend only on the iteration, so that a resumed run uses the same ones."""
 
     @classmethod
     def build(cls, cfg: CfgNode, model: nn.Module) -> PreciseBN | None:
-        """None where ``cfg`` asks for none or ``model`` has no batch norm that learns."""
+        """None if ``cfg`` does not ask for it or ``model`` has no trained batch norm."""
         if not (cfg.TEST.PRECISE_BN.ENABLED and hooks.get_bn_modules(model)):
             return None
         cfg = cfg.clone()
@@ -81,7 +81,7 @@ class PreciseBN(hooks.PreciseBN):
 class Checkpoints(HookBase):
     """Saves every SOLVER.CHECKPOINT_PERIOD iterations, and the final detector; every process has to call it.
 
-    Where each batch is replayed, it is after the last of its replays: a perturbation is part of no checkpoint.
+    If batches are replayed, this is after the last replay: checkpoints contain no perturbation.
     """
 
     def after_step(self) -> None:
@@ -98,8 +98,8 @@ class Evaluation(HookBase):
 
     Without DATASETS.TEST it does nothing.
 
-    It runs after ``Checkpoints``, so that an evaluation that fails loses no training; one that was cut off is repeated
-    when the run resumes.
+    It runs after ``Checkpoints``, so that a failed evaluation loses no training; an interrupted one is repeated when
+    the run resumes.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class Evaluation(HookBase):
         return period > 0 and 0 < iteration < self.trainer.max_iter and iteration % period == 0
 
     def _run(self, iteration: int, row: int) -> None:
-        """Evaluate after ``iteration`` iterations, logged as of number ``row``: one that was cut off as of the same."""
+        """Evaluate after ``iteration`` iterations, logged as number ``row``, also when repeated after a stop."""
         self.trainer.read_losses()
         with undisturbed(), self._stopped_between_images(iteration):
             self.results = flat_metrics(self.trainer.test(self.trainer.cfg, self.trainer.evaluated_model))
@@ -151,7 +151,7 @@ class Evaluation(HookBase):
 
     @contextmanager
     def _stopped_between_images(self, iteration: int) -> Iterator[None]:
-        """Not amid the replays of a batch, which no checkpoint knows, nor where other processes would wait for it."""
+        """Not during the replays of a batch, which no checkpoint contains, nor if other processes would wait for it."""
         cfg, alone = self.trainer.cfg, comm.get_world_size() == 1
 
         def check(*_: object) -> None:
@@ -192,7 +192,7 @@ class Evaluation(HookBase):
 
 
 def flat_metrics(results: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:
-    """``{"bbox": {"AP": 40.1}}`` -> ``{"bbox/AP": 40.1}``; what is not defined (no object of a size) is None."""
+    """``{"bbox": {"AP": 40.1}}`` -> ``{"bbox/AP": 40.1}``; undefined metrics (no object of a size) are None."""
     flat: dict[str, float | None] = {}
     for name, value in results.items():
         if isinstance(value, Mapping):

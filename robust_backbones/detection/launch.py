@@ -1,4 +1,4 @@
-"""The processes of a detector's training: started here, as by Detectron2, or joined where torchrun started them."""
+"""The processes of a detector's training: started here, as by Detectron2, or by torchrun and joined here."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from robust_backbones.runs.signals import STOP_SIGNALS, StopRequest, handled
 
 
 def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> CfgNode:
-    """``cfg`` for the processes that will run it: scaled where SOLVER.REFERENCE_WORLD_SIZE says what it was made for.
+    """``cfg`` scaled to the number of processes that will run it, if SOLVER.REFERENCE_WORLD_SIZE is set.
 
-    Detectron2 then keeps the images per process: batch and learning rate grow with the processes, iterations shrink.
+    Detectron2 then keeps the images per process: batch size and learning rate grow with the processes, iterations
+    shrink.
     """
     processes = _torchrun_size() or num_gpus * num_machines
     if processes < 1 or min(num_gpus, num_machines) < 1:
@@ -49,7 +50,7 @@ def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> Cfg
 
 
 def _torchrun_size() -> int:
-    """How many processes torchrun has started; 0 when it was not used."""
+    """How many processes torchrun has started; 0 if it was not used."""
     return int(os.environ.get("WORLD_SIZE", "0"))
 
 
@@ -62,11 +63,11 @@ def launch(
     machine_rank: int,
     dist_url: str,
 ) -> None:
-    """Run ``function(*arguments)`` in ``num_gpus`` processes on each of ``num_machines``, one process a GPU.
+    """Run ``function(*arguments)`` in ``num_gpus`` processes on each of ``num_machines``, one process per GPU.
 
-    Without CUDA they are CPU processes. Under torchrun its processes are joined and the numbers are not looked at.
+    Without CUDA they are CPU processes. Under torchrun its processes are joined and these numbers are ignored.
 
-    What ``function`` raises in a started process is printed there, and this one exits with its status.
+    An exception of ``function`` in a started process is printed there, and this process exits with its status.
     """
     if _torchrun_size() > 1:
         _join(function, arguments)
@@ -138,7 +139,7 @@ def _in_child(function: Callable[..., None], arguments: tuple[Any, ...]) -> None
 
 @contextmanager
 def _stop_signals_for_children() -> Iterator[StopRequest]:
-    """Forward ``STOP_SIGNALS`` to the processes that this one has started, and remember that they came."""
+    """Forward ``STOP_SIGNALS`` to the processes that this one has started, and remember that they were received."""
     request = StopRequest()
 
     def forward(number: int, frame: FrameType | None) -> None:

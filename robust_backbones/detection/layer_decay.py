@@ -1,4 +1,4 @@
-"""Layer-wise learning rates: how deep a parameter of the backbone lies, as the makers of each family count layers."""
+"""Layer-wise learning rates: the depth of the backbone's parameters, as the authors of each family count layers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from robust_backbones.errors import InputError
 
 
 def layer_of(family: str, name: str, blocks: Sequence[int]) -> int:
-    """The layer of a parameter: 0 is the stem; what is in no layer, as FPN and heads, is above the last one.
+    """The layer of a parameter: 0 is the stem; parameters in no layer, such as FPN and heads, are above the last one.
 
     Args:
         family: a class of ``FAMILIES``.
-        name: within the network, as ``stages.2.blocks.4.conv_dw.weight``; ``""`` gives the layer above the last.
-        blocks: how many blocks each stage has, as [3, 3, 9, 3]; [12] where there is one stage.
+        name: within the network, such as ``stages.2.blocks.4.conv_dw.weight``; ``""`` gives the layer above the last.
+        blocks: number of blocks of each stage, such as [3, 3, 9, 3]; [12] for a single stage.
     """
     return FAMILIES[family][1](name, blocks)
 
 
 def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
-    """What multiplies the learning rate of each parameter of the backbone: ``decay`` once for every layer above it.
+    """The learning rate factor of each parameter of the backbone: ``decay`` once for every layer above it.
 
     Raises:
-        InputError: the model's backbone is of no family whose layers are counted.
+        InputError: the model's backbone is of a family without a definition of layers.
     """
     for prefix, module in model.named_modules():
         for kind in type(module).__mro__:

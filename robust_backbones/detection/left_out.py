@@ -1,5 +1,5 @@
-"""Images that a run leaves out: those that cannot be read, found once and from then on part of its configuration, and
-training images that are held out to choose by."""
+"""Images that a run leaves out: unreadable ones, found once and then stored in its configuration, and held-out training
+images, for selection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from robust_backbones.detection.standard_format import Items, register
 from robust_backbones.errors import InputError, plural
 
 SHOWN_CLASSES = "ap_over_shown_classes"
-"""Metadata of a set in VOC's format: whether its AP leaves out classes that it does not show, as COCO's does."""
+"""Metadata of a set in VOC's format: whether its AP leaves out classes without objects, as COCO's does."""
 _LEFT_OUT = "left_out"
 _WHOLE = "whole"
 _Files = dict[int | str, str]
@@ -28,10 +28,10 @@ _logger = logging.getLogger(__name__)
 
 
 def unreadable_rows(name: str, dataset: AnnotatedSet) -> list[tuple[str, int | str, str]]:
-    """Rows for DATASETS.SKIPPED, (name, image id, file): the images of a set that do not decode whole.
+    """Rows for DATASETS.SKIPPED, (name, image id, file): the images of a set that cannot be fully decoded.
 
     Raises:
-        FileNotFoundError: of an annotation file or list.
+        FileNotFoundError: an annotation file or list is missing.
     """
     content, _ = dataset.read()
     # The check names the other rows.
@@ -60,7 +60,7 @@ def leave_out(cfg: CfgNode) -> None:
 def hold_out(cfg: CfgNode) -> None:
     """Register the sets of DATASETS.TRAIN again without the DATASETS.HELD_OUT images that NAME_held_out gets.
 
-    They are those whose file names have the lowest SHA-256, whatever the order of the annotations. Nothing is read yet.
+    Those are the ones whose file names have the lowest SHA-256, for any order of annotations. Nothing is read yet.
     """
     for name in cfg.DATASETS.TRAIN:
         if whole := MetadataCatalog.get(name).get(_WHOLE, None) if name in DatasetCatalog else None:

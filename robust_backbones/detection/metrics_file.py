@@ -1,4 +1,4 @@
-"""Detectron2's metrics.json, of which a kill loses no row that the last checkpoint covers, and doubles none."""
+"""Detectron2's metrics.json, but a kill neither loses nor duplicates rows that the last checkpoint covers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from robust_backbones.runs.files import atomic_path
 
 
 class MetricsFile(EventWriter):
-    """As Detectron2's JSONWriter, but a line an iteration: what comes later for the same one, such as its evaluation,
-    joins its line. A kill can cut off the last line alone.
+    """Like Detectron2's JSONWriter, but with one line per iteration: later values of the same iteration, such as its
+    evaluation, are added to its line. A kill can truncate only the last line.
 
     A resumed run keeps the lines before ``start_iter``; what was logged after its checkpoint is logged again.
     Losses are medians over 20 iterations.
@@ -24,7 +24,7 @@ class MetricsFile(EventWriter):
         self._written: dict[str, int] = {}
         self._lines: dict[int, str] = {}
         self._end = -1
-        """The iteration of the file's last line; -1: the file is to be written anew."""
+        """The iteration of the file's last line; -1: the file is to be rewritten."""
         for line in path.read_text().splitlines() if start_iter and path.exists() else ():
             if line.endswith("}") and (iteration := json.loads(line)["iteration"]) < start_iter:
                 self._lines[iteration] = line

@@ -1,4 +1,4 @@
-"""How robust a detector is: clean, on corrupted images, on other domains and under attack, resumable cell by cell.
+"""Robustness of a detector: clean, on corrupted images, on other domains and under attack, resumable cell by cell.
 
 P, mPC and rPC are those of Michaelis et al. 2019, "Benchmarking robustness in object detection", eq. 1 and 2.
 """
@@ -37,7 +37,7 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
 
 MEASURES = ("bbox/AP", "bbox/AP50", "segm/AP")
-"""What P, mPC and rPC are of; AP50 is VOC's own."""
+"""The metrics of which P, mPC and rPC are computed; AP50 is VOC's own."""
 CLEAN = "clean"
 
 
@@ -56,29 +56,30 @@ def evaluate_detector(
     allow_unverified: bool = False,
     skip: bool = False,
 ) -> RunRecord:
-    """Measure a detector on the clean images and in every cell; cells that ``output`` holds already are not run again.
+    """Evaluate a detector on the clean images and in every cell; cells that exist in ``output`` are not run again.
 
     Each cell gets a folder ``output/cells/NAME`` with record.json and detections.json (COCO's result format; VOC's
-    classes count from 1), and ``output/record.json`` has P, mPC and rPC over all cells that ``output`` holds. The same
-    command may run several times at once, on machines that share ``output`` too: they share the cells.
+    classes count from 1), and ``output/record.json`` has P, mPC and rPC over all cells in ``output``. The same command
+    may run several times at once, also on machines that share ``output``: they share the cells.
 
     Args:
-        config_file: the detector's, as its run's config.yaml; its one DATASETS.TEST is the set to evaluate on.
-        weights: the detector, as model_final.pth.
-        cells: of ``corruption_cells`` and ``attack_cell``. Of two or more attacks the worst for each image makes
-            ``attack-worst``. What ``sanity_check`` sees on a few images is in an attack's metrics, and as sentences
-            in ``warnings`` of the record's configuration.
+        config_file: the detector's, such as its run's config.yaml; its single DATASETS.TEST is the set to evaluate on.
+        weights: the detector, such as model_final.pth.
+        cells: from ``corruption_cells`` and ``attack_cell``. With two or more attacks, ``attack-worst`` has the worst
+            one for each image. The results of ``sanity_check`` on a few images are in an attack's metrics, and as
+            sentences in ``warnings`` of the record's configuration.
         images: all by default.
-        domains: a folder with a folder a domain, as ``find_domains`` reads it; a cell each.
-        device: ``cpu`` or ``cuda``, where the jobs are spread over all GPUs.
-        jobs: processes that each evaluate a cell; a CPU's cores are theirs to share (OMP_NUM_THREADS).
-        workers: processes of each job that decode and corrupt images; neither changes any result.
-        allow_unverified: take a detector of plain Detectron2, which does not say what its backbone is; the records do.
-        skip: leave out images that cannot be read; else one stops the evaluation. The records list them.
+        domains: a folder with one folder per domain, as read by ``find_domains``; one cell each.
+        device: ``cpu`` or ``cuda``; with ``cuda`` the jobs are distributed over all GPUs.
+        jobs: processes that each evaluate a cell; on a CPU they share its cores (OMP_NUM_THREADS).
+        workers: processes of each job that decode and corrupt images; like ``jobs`` it does not affect results.
+        allow_unverified: accept a detector of plain Detectron2, which does not say what its backbone is; records mark
+            it.
+        skip: leave out images that cannot be read, instead of stopping. The records list them.
 
     Raises:
-        InputError: what is given does not fit together, or ``output`` holds something else.
-        PreemptedError: SIGTERM or SIGUSR1 came; finished cells are kept.
+        InputError: the arguments do not fit together, or ``output`` holds something else.
+        PreemptedError: SIGTERM or SIGUSR1 was received; finished cells are kept.
     """
     weights, output, images = Path(weights), Path(output), images or ImageChoice()
     if jobs < 1 or workers < 0:
@@ -128,9 +129,10 @@ def evaluate_detector(
 def summarize(cells: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
     """The metrics of cells by their names -> P, mPC, rPC (a percentage), every mean and cell, for each of MEASURES.
 
-    ``P/bbox/AP`` is the clean one. ``fog/bbox/AP`` is the mean over fog's five severities, ``mPC/bbox/AP`` that over
-    the 15 corruptions (Michaelis et al. 2019, eq. 1), ``rPC/bbox/AP`` its ratio to P (eq. 2); ``fog-3/bbox/AP`` is a
-    cell's. A mean that lacks a cell is None, but ``corrupted/bbox/AP`` is that over whatever corruptions there are.
+    ``P/bbox/AP`` is the clean AP, ``fog-3/bbox/AP`` that of a cell, ``fog/bbox/AP`` the mean over fog's five
+    severities, ``mPC/bbox/AP`` the mean over the 15 corruptions (Michaelis et al. 2019, eq. 1), and ``rPC/bbox/AP`` its
+    ratio to P (eq. 2). A mean with a missing cell is None, but ``corrupted/bbox/AP`` is over the corruptions that
+    exist.
     """
     metrics: dict[str, float | None] = {}
     for measure in (name for name in MEASURES if name in cells.get(CLEAN, {})):
@@ -157,7 +159,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 
 
 def _identity(cfg: CfgNode, weights: Path, dataset: str, images: ImageChoice) -> dict[str, Any]:
-    """What all cells of one folder share."""
+    """The settings that all cells of one folder share."""
     kept = ("MODEL.", "INPUT.", "TEST.DETECTIONS", "TEST.MAX_DETS")
     keys = {name: value for name, value in identity(cfg).items() if name.startswith(kept) and name != "MODEL.WEIGHTS"}
     skipped = cfg.DATASETS.SKIPPED

@@ -20,15 +20,15 @@ BASIC_BLOCK_DEPTHS = (18, 34)
 
 @ROI_HEADS_REGISTRY.register()
 class BackboneRes5ROIHeads(Res5ROIHeads):
-    """Detectron2's C4 heads, chosen with ``MODEL.ROI_HEADS.NAME "BackboneRes5ROIHeads"``; three things differ.
+    """Detectron2's C4 heads, chosen with ``MODEL.ROI_HEADS.NAME "BackboneRes5ROIHeads"``, with three differences.
 
     - ``res5`` is the last stage of the backbone's depth; Detectron2's is three bottlenecks also for ResNet-18 and -34.
     - ``MODEL.BACKBONE.FREEZE_AT`` 5 freezes ``res5`` as well: its weights, and its batch norm as FrozenBN.
     - ``MODEL.ROI_HEADS.RES5_NORM`` (``""`` for none, else as ``MODEL.RESNETS.NORM``) is a norm of the output of
       ``res5``, which all heads then see: MoCo's detection protocol (He et al. 2020, appendix A).
 
-    The tensors of ``res5`` have Detectron2's names. The norm is ``res5_norm``, outside of ``res5``, since no backbone
-    file can fill it; it is trained in a frozen backbone, too.
+    The tensors of ``res5`` have Detectron2's names. The norm is ``res5_norm``, outside of ``res5``, because no backbone
+    file can fill it; it is trained even if the backbone is frozen.
     """
 
     @configurable
@@ -60,9 +60,7 @@ class BackboneRes5ROIHeads(Res5ROIHeads):
 
 
 def use_float32_boxes(detector: nn.Module, *, fast: bool) -> None:
-    """Put ``Float32BoxesROIAlign`` in place of each ROIAlign; ``fast``: where a
-    gradient is taken on a CPU, by ``roi_align_by_rows``.
-    """
+    """Replace each ROIAlign by ``Float32BoxesROIAlign``; ``fast``: use ``roi_align_by_rows`` for gradients on a CPU."""
     for parent in [*detector.modules()]:
         for name, child in parent.named_children():
             if type(child) is ROIAlign:
@@ -70,7 +68,7 @@ def use_float32_boxes(detector: nn.Module, *, fast: bool) -> None:
 
 
 class Float32BoxesROIAlign(ROIAlign):
-    """Detectron2's ROIAlign rounds boxes to the features' type: in bfloat16, to 4 pixels beyond pixel 512; not this."""
+    """ROIAlign with float32 boxes; Detectron2's casts them to the features' type (bfloat16: 4 pixels beyond 512)."""
 
     def __init__(self, like: ROIAlign, *, fast: bool) -> None:
         super().__init__(like.output_size, like.spatial_scale, like.sampling_ratio, like.aligned)

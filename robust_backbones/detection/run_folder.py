@@ -1,4 +1,4 @@
-"""The folder of a detector's run: whose it is, the configuration that started it, and the record that ends it."""
+"""The folder of a detector's run: its owner, the configuration at its start, and the record at its end."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from robust_backbones.runs.record import RunRecord
 
 
 def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
-    """Whether the run of ``cfg`` has already finished in its OUTPUT_DIR; an unset SEED becomes that of the run there.
+    """Whether the run of ``cfg`` has already finished in its OUTPUT_DIR; an unset SEED is taken from the run there.
 
     Args:
-        extend: SOLVER.MAX_ITER may be larger than that of the run there, and SOLVER.STEPS others: ``cfg`` then notes
-            in SOLVER.EXTENDED which schedule is left, and when.
+        extend: SOLVER.MAX_ITER may be larger than in the run there, and SOLVER.STEPS different: ``cfg`` then notes in
+            SOLVER.EXTENDED which schedule is left, and when.
 
     Raises:
-        InputError: the folder holds another run, or this one while ``resume`` was not asked for.
+        InputError: the folder holds another run, or this one without ``resume``.
     """
     folder = Path(cfg.OUTPUT_DIR)
     path = folder / "config.yaml"
@@ -73,7 +73,7 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
 
 
 def _conversion(weights: str) -> tuple[str, ...]:
-    """A conversion of a study by its folder, which has the weights' hash in its name, wherever the study lies now."""
+    """A study's conversion, identified by its folder name with the weights' hash, wherever the study is now."""
     path = Path(weights)
     return path.parts[-2:] if re.fullmatch(r"convert-.+-[0-9a-f]{10}", path.parent.name) else ()
 
@@ -89,9 +89,9 @@ def _extend(cfg: CfgNode, held: Mapping[str, Any]) -> None:
 
 
 def write_config(cfg: CfgNode) -> None:
-    """Make OUTPUT_DIR the folder of this run; the first process does.
+    """Make OUTPUT_DIR the folder of this run, in the first process.
 
-    The record of a shorter run, which this one extends, becomes ``record_MAX_ITER.json``.
+    The record of a shorter run that this one extends becomes ``record_MAX_ITER.json``.
     """
     if comm.is_main_process():
         path = Path(cfg.OUTPUT_DIR) / "record.json"
@@ -104,7 +104,7 @@ def write_config(cfg: CfgNode) -> None:
 
 
 def seed_processes(cfg: CfgNode) -> None:
-    """Seed each process with SEED and its rank, after drawing SEED where none is set; every process calls it."""
+    """Seed each process with SEED and its rank, after drawing SEED if it is not set; every process calls it."""
     if cfg.SEED < 0:
         cfg.SEED = comm.all_gather(secrets.randbelow(2**31))[0]
     seed_all_rng(cfg.SEED + comm.get_rank())
@@ -113,8 +113,7 @@ def seed_processes(cfg: CfgNode) -> None:
 def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
     """Log to OUTPUT_DIR, make it the folder of a training run, and seed each process with SEED and its rank.
 
-    Every process calls it. The configuration that it returns is frozen, with the seed that was drawn where none was
-    set.
+    Every process calls it. The returned configuration is frozen, and has the drawn seed if none was set.
     """
     folder, rank, size = Path(cfg.OUTPUT_DIR), comm.get_rank(), comm.get_world_size()
     folder.mkdir(parents=True, exist_ok=True)
@@ -142,7 +141,7 @@ def set_up(cfg: CfgNode, *, training: bool) -> CfgNode:
 
 
 def runs_in_bfloat16(cfg: CfgNode) -> bool:
-    """Whether it is asked for, and this device multiplies in bfloat16 no slower than in float32."""
+    """Whether bfloat16 is requested, and this device multiplies in it no slower than in float32."""
     wanted = cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "bfloat16"
     return wanted and arithmetic("bf16", torch.device(cfg.MODEL.DEVICE)) == torch.bfloat16
 
@@ -188,7 +187,7 @@ def write_record(
 
 
 def check_expected(cfg: CfgNode, metrics: Mapping[str, float | None]) -> None:
-    """Raise TrainingFailedError where a metric is not as in TEST.EXPECTED_RESULTS (task, metric, value, tolerance)."""
+    """Raise TrainingFailedError if a metric is not as in TEST.EXPECTED_RESULTS (task, metric, value, tolerance)."""
     for task, name, expected, tolerance in cfg.TEST.EXPECTED_RESULTS:
         value = metrics.get(f"{task}/{name}")
         if value is None or abs(value - expected) > tolerance:

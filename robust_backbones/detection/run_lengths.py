@@ -1,7 +1,7 @@
-"""Masks to COCO's run lengths, on the device that the masks are on.
+"""Encodes masks as COCO's run lengths, on the device of the masks.
 
-Detectron2 copies an image's masks to the CPU, up to a hundred of the image's size, where pycocotools reads every pixel.
-Here the device finds the places where a mask changes, and those alone are copied.
+Detectron2 copies up to a hundred full-size masks per image to the CPU, where pycocotools reads every pixel. Here the
+device finds the positions where a mask changes, and only these are copied.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 _MOST_PIXELS = 2**27
-"""Whose changes are looked for at once: copies of so many pixels are in memory."""
+"""Number of pixels processed at once: copies of this many are in memory."""
 
 
 def run_lengths(masks: Tensor) -> list[dict[str, Any]]:

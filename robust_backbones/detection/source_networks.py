@@ -1,7 +1,7 @@
-"""The network of a source by its makers' own code, which the proof compares with; our reading where that is not there.
+"""The source network for the proof, built by its authors' own code, or by our reading of the file if that is missing.
 
-A reading that leaves out what no tensor shows (anti-aliasing, another activation or stride) makes the same mistake on
-both sides of a comparison with itself. The makers' code is not ours to mistake.
+A reading that misses what no tensor shows (anti-aliasing, another activation or stride) makes the same mistake on both
+sides of a comparison with itself. The authors' code is independent of it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class SourceNetwork:
 
     model: NormalizedModel
     layers: tuple[str, ...]
-    """Its modules whose outputs are the stages res2 to res5; of a ViT, its last block."""
+    """The modules whose outputs are the stages res2 to res5; for a ViT, its last block."""
     whose: str
-    """As in ``timm's own network``."""
+    """Such as ``timm's own network``."""
     strides: tuple[int, ...] = STRIDES
 
     def stages(self, images: Tensor) -> list[Tensor]:
@@ -65,7 +65,7 @@ class SourceNetwork:
 
 
 class _OfSwin(SourceNetwork):
-    """A Swin, whose stages are compared after a layer norm without parameters: what Detectron2's begin with."""
+    """A Swin, whose stages are compared after a layer norm without parameters, as Detectron2's are initially."""
 
     def stages(self, images: Tensor) -> list[Tensor]:
         network: Any = self.model.backbone
@@ -83,7 +83,7 @@ def _from_tokens(tokens: Tensor, height: int) -> Tensor:
 
 
 class _Patches(nn.Module):
-    """A vision transformer whose blocks see patches alone, as in a detector; of torchvision or transformers."""
+    """A vision transformer of torchvision or transformers whose blocks see only patches, as in a detector."""
 
     def __init__(self, network: nn.Module, blocks: str) -> None:
         super().__init__()
@@ -102,25 +102,25 @@ class _Patches(nn.Module):
 
 
 def _first(output: Any) -> Tensor:
-    """What a block gives to the next one: in some releases of transformers the first of a tuple."""
+    """The output of a block for the next one: in some releases of transformers the first item of a tuple."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
 
 @dataclass(frozen=True)
 class _Own:
-    """The makers' network for a checkpoint, and the tensors that are its own."""
+    """The authors' network for a checkpoint, and its own tensors."""
 
     network: nn.Module
     state_dict: Mapping[str, Tensor]
     backbone: str = ""
-    """The module in it that normalised images enter."""
+    """The submodule that takes normalised images."""
     layers: tuple[str, ...] = ()
-    """Those of its stages where they are not layer1 to layer4, or timm's."""
+    """The modules of its stages, if they are not layer1 to layer4, or timm's."""
     blocks: str = ""
     """The module that holds the blocks of a ViT that is not timm's."""
 
     def load(self) -> set[str]:
-        """Fill the network; returns the names in which the two differ, where it is left as it is."""
+        """Fill the network; returns the names in which the two differ, in which case it is not changed."""
         wanted, found = _shapes(self.network.state_dict()), _shapes(self.state_dict)
         other = {name for name in wanted | found if wanted.get(name) != found.get(name)}
         if not other:
@@ -130,7 +130,7 @@ class _Own:
 
 @dataclass(frozen=True)
 class _OfTransformers(_Own):
-    """Filled by transformers, whose releases name modules otherwise than their files name tensors."""
+    """Filled by transformers, whose releases name modules differently from the tensors in their files."""
 
     report: Mapping[str, Any] = field(default_factory=dict)
 
@@ -143,14 +143,14 @@ class _OfTransformers(_Own):
 
 
 class _NotKnownError(Exception):
-    """Why the makers' network cannot be built."""
+    """Why the authors' network cannot be built."""
 
 
 def source_network(checkpoint: Checkpoint) -> SourceNetwork:
-    """By its makers' code where that is installed and the file says which network it is; else as we read the file.
+    """Built by its authors' code if that is installed and the file says which network it is; else by our reading.
 
     Raises:
-        ProofFailedError: the makers' network has other tensors than the file.
+        ProofFailedError: the authors' network has other tensors than the file.
     """
     title, build = _MAKERS.get(checkpoint.layout, ("", _nobody))
     try:
@@ -279,7 +279,7 @@ def _transformers(checkpoint: Checkpoint) -> _Own:
 
 @contextmanager
 def _without_reports(transformers: Any) -> Iterator[None]:
-    """Without its progress bar and its table of what the file lacks."""
+    """Suppress its progress bar and its table of missing tensors."""
     logging = transformers.logging
     verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -310,7 +310,7 @@ _MAKERS: dict[str, tuple[str, Callable[[Checkpoint], _Own]]] = {
     "transformers": ("transformers", _transformers),
     "robustness": ("robustness", _robustness),
 }
-"""Layout -> whose code it is, and what builds it."""
+"""Layout -> whose code it is, and the function that builds the network."""
 
 
 def _content(checkpoint: Checkpoint) -> tuple[dict[Any, Any], Description]:

@@ -23,7 +23,7 @@ Items = list[dict[str, Any]]
 
 
 def register(name: str, load: Callable[[], Items], metadata: Mapping[str, Any]) -> None:
-    """Register a set, in the place of one of this name."""
+    """Register a set, replacing one of this name."""
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
@@ -32,7 +32,7 @@ def register(name: str, load: Callable[[], Items], metadata: Mapping[str, Any]) 
 
 
 def load_voc(folder: str, split: str, classes: Sequence[str]) -> Items:
-    """As Detectron2's ``load_voc_instances``, with images of any format and names with spaces."""
+    """Like Detectron2's ``load_voc_instances``, but with images of any format and names with spaces."""
     content, _ = read_voc(folder, split, classes)
     items = _without_objects(content["images"], os.path.join(folder, "JPEGImages"))
     for row in content["annotations"]:
@@ -43,7 +43,7 @@ def load_voc(folder: str, split: str, classes: Sequence[str]) -> Items:
 
 
 def load_coco(file: str, folder: str, name: str) -> Items:
-    """As Detectron2's ``load_coco_json``, which leaves out or dies of objects without a usable polygon."""
+    """Like Detectron2's ``load_coco_json``, which leaves out or fails at objects without a usable polygon."""
     content = json.loads(Path(file).read_bytes())
     rows = sorted(content["categories"], key=lambda row: row["id"])
     numbers = {row["id"]: number for number, row in enumerate(rows)}
@@ -75,7 +75,7 @@ def load_coco(file: str, folder: str, name: str) -> Items:
 
 
 def _without_objects(images: Sequence[Mapping[str, Any]], folder: str) -> dict[Any, dict[str, Any]]:
-    """COCO's rows of images in Detectron2's format, by their ids."""
+    """COCO's image rows in Detectron2's format, by id."""
     return {
         row["id"]: {
             "file_name": os.path.join(folder, row["file_name"]),
@@ -89,7 +89,7 @@ def _without_objects(images: Sequence[Mapping[str, Any]], folder: str) -> dict[A
 
 
 def content_of(items: Items, classes: Sequence[str], use: Use) -> Content:
-    """Detectron2's dictionaries as COCO's content; bit masks, which it may hold as arrays, as run lengths."""
+    """Detectron2's dictionaries as COCO's content; bit masks, which may be arrays, as run lengths."""
     content: Content = {"images": [], "annotations": []}
     content["categories"] = [{"id": number, "name": name} for number, name in enumerate(classes)]
     for number, item in enumerate(items):
@@ -113,7 +113,7 @@ def content_of(items: Items, classes: Sequence[str], use: Use) -> Content:
 
 
 def _plain(value: Any) -> Any:
-    """A number of NumPy's as Python's."""
+    """A NumPy number as a Python one."""
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -1,4 +1,4 @@
-"""Detectron2's own Swin Transformer under a feature pyramid, of the shape of one of timm's."""
+"""Detectron2's own Swin Transformer under a feature pyramid, with the shape of one of timm's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from robust_backbones.timm_models import STRIDES, is_swin, is_timm, keep_paths, 
 
 
 class RecomputedSwinBlock(SwinTransformerBlock):
-    """A block that keeps its input alone, and computes the rest anew in the backward pass, with the same drop path."""
+    """A block that stores only its input and recomputes the rest in the backward pass, with the same drop path."""
 
     def forward(self, x: Tensor, mask_matrix: Tensor) -> Tensor:
         """(N, tokens, C) -> the same shape."""
@@ -28,23 +28,23 @@ class RecomputedSwinBlock(SwinTransformerBlock):
 
 
 class SwinBackbone(SwinTransformer):
-    """Detectron2's Swin (Liu et al. 2021) with the stages' names of a ResNet: ``res2`` at stride 4 to ``res5`` at 32.
+    """Detectron2's Swin (Liu et al. 2021) with a ResNet's stage names: ``res2`` at stride 4 to ``res5`` at 32.
 
-    Each stage ends in a layer norm that no classifier has: it begins as the identity after normalisation, and learns
-    with the detector. Where the windows divide the feature maps, and there is more than one window a side, the stages
-    before these norms are timm's. Elsewhere they are not: Detectron2 pads before it shifts windows and timm after it,
-    and where there is one window timm does not shift it.
+    Each stage ends in a layer norm that the classifier does not have: it starts as plain normalisation, and is trained
+    with the detector. If the windows divide the feature maps, with more than one window a side, the stages before these
+    norms equal timm's. Otherwise they do not: Detectron2 pads before shifting windows and timm after, and timm does not
+    shift a single window.
 
     Args:
-        arch: timm's name, as ``swin_tiny_patch4_window7_224``.
-        freeze_at: stages that are not learnt, as ``MODEL.BACKBONE.FREEZE_AT``: 1 the stem, 2 ``res2`` too, up to 5; a
-            stage ends with the merging of its patches, and not with its norm.
-        drop_path: as ``MODEL.BACKBONE.DROP_PATH``; blocks that are not learnt are never left out.
+        arch: timm's name, such as ``swin_tiny_patch4_window7_224``.
+        freeze_at: frozen stages, as ``MODEL.BACKBONE.FREEZE_AT``: 1 the stem, 2 ``res2`` too, up to 5; a stage ends
+            with the merging of its patches, not with its norm.
+        drop_path: as ``MODEL.BACKBONE.DROP_PATH``; frozen blocks are never dropped.
         recompute: as ``MODEL.BACKBONE.USE_ACT_CHECKPOINT``.
         window_size: as ``MODEL.SWIN.WINDOW_SIZE``; 0: timm's.
 
     Raises:
-        InputError: timm has no such Swin; or Detectron2 has none, for its windows differ.
+        InputError: timm has no such Swin; or Detectron2 cannot build it, because its windows differ.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def resized_biases(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Those relative position biases of a file that are of windows of another size than the model's, made to fit.
+    """The relative position biases of a file with another window size than the model's, interpolated to fit.
 
-    Interpolated as timm does; by the names of the file, which the model's end with.
+    Interpolated as in timm; by the file's names, which are suffixes of the model's.
     """
     from timm.layers import resize_rel_pos_bias_table
 

@@ -1,4 +1,4 @@
-"""Networks of timm as Detectron2 backbones: the stages at strides 4 to 32 under a feature pyramid."""
+"""timm networks as Detectron2 backbones: the stages at strides 4 to 32 under a feature pyramid."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ STAGES = ("res2", "res3", "res4", "res5")
 
 
 class TimmBackbone(Backbone):
-    """The stages of a convolutional network of timm, by Detectron2's names: ``res2`` at stride 4 to ``res5`` at 32.
+    """The stages of a convolutional timm network, with Detectron2's names: ``res2`` at stride 4 to ``res5`` at 32.
 
     Args:
-        norm: of its batch norms: ``FrozenBN``, ``BN`` or ``SyncBN``, as ``MODEL.RESNETS.NORM``.
-        freeze_at: stages that are not learnt, as ``MODEL.BACKBONE.FREEZE_AT``: 1 the stem, 2 ``res2`` too, up to 5.
-        drop_path: as ``MODEL.BACKBONE.DROP_PATH``; blocks that are not learnt are never left out.
-        recompute: as ``MODEL.BACKBONE.USE_ACT_CHECKPOINT``; not with batch norms that learn, which would count each
-            batch twice.
+        norm: type of its batch norms: ``FrozenBN``, ``BN`` or ``SyncBN``, as ``MODEL.RESNETS.NORM``.
+        freeze_at: frozen stages, as ``MODEL.BACKBONE.FREEZE_AT``: 1 the stem, 2 ``res2`` too, up to 5.
+        drop_path: as ``MODEL.BACKBONE.DROP_PATH``; frozen blocks are never dropped.
+        recompute: as ``MODEL.BACKBONE.USE_ACT_CHECKPOINT``; not with trained batch norms, which would count each batch
+            twice.
 
     Raises:
         InputError: another norm; timm has no such network, or it has no such stages; it cannot be recomputed.
@@ -97,7 +97,7 @@ def _first_groups(arch: str, network: nn.Module, freeze_at: int) -> list[nn.Modu
 
 
 def _recompute(arch: str, network: Any) -> None:
-    """Have the blocks keep their inputs alone; InputError where they cannot, or where that would be another network."""
+    """Make the blocks store only their inputs; InputError if they cannot, or if that would change the network."""
     if any(isinstance(module, _BatchNorm) for module in network.modules()):
         raise InputError(
             "MODEL.BACKBONE.USE_ACT_CHECKPOINT would have batch norms count each batch twice: give MODEL.RESNETS.NORM "
@@ -117,7 +117,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def options(cfg: CfgNode) -> dict[str, Any]:
-    """What the configuration asks of a backbone, as ``TimmBackbone`` and ``SwinBackbone`` take it."""
+    """The backbone options in the configuration, as arguments of ``TimmBackbone`` and ``SwinBackbone``."""
     asked = cfg.MODEL.BACKBONE
     return {"freeze_at": asked.FREEZE_AT, "drop_path": asked.DROP_PATH, "recompute": asked.USE_ACT_CHECKPOINT}
 

@@ -1,4 +1,4 @@
-"""What the proof of a conversion leaves out, since a detector does it otherwise than the source: measured, and said."""
+"""What the proof of a conversion does not cover, because detector and source differ there: measured and printed."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from robust_backbones.timm_models import is_swin
 from robust_backbones.timm_vit import PATCH_SIZE, is_vit, vit_shape, without_class_token
 
 DETECTION_SIZE = 1024
-"""Of ViTDet's images, in pixels."""
+"""Size of ViTDet's images, in pixels."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that the backbone of a detector does otherwise, and by how much."""
+    """One thing that a detector's backbone computes differently, and by how much."""
 
     what: str
     image: str
-    """``random``, or the image file's name; empty where no image has a part in it."""
+    """``random``, or the image file's name; empty if no image is involved."""
     relative: float
     """max|difference| / max|of the source|."""
 
@@ -39,8 +39,8 @@ class Difference:
 
 @torch.no_grad()
 def differences(checkpoint: Checkpoint, *, image: str | Path | None = None) -> list[Difference]:
-    """Of a ViT, what its class token and the interpolation of its position embeddings change; of a Swin, what sizes of
-    images change; of others, nothing. What is rounding is no difference."""
+    """For a ViT, the effects of its class token and of interpolating its position embeddings; for a Swin, of image
+    sizes; for others, none. Rounding does not count as a difference."""
     spec = checkpoint.spec
     if is_foreign(spec.arch) and is_swin(spec.arch):
         return _of_swin(checkpoint)
@@ -62,7 +62,7 @@ def differences(checkpoint: Checkpoint, *, image: str | Path | None = None) -> l
 
 
 def _of_swin(checkpoint: Checkpoint) -> list[Difference]:
-    """At the next size after the proof's, and at half of it, for both of which Detectron2 shifts windows otherwise."""
+    """At the next size after the proof's, and at half of it, where Detectron2 shifts windows differently."""
     ours, source, proven = SwinBackbone(checkpoint.spec.arch).eval(), source_network(checkpoint), sides(checkpoint.spec)
     ours.load_state_dict(convert(checkpoint)[0], strict=False)  # but for its own norms
     why = {
@@ -83,7 +83,7 @@ def _of_swin(checkpoint: Checkpoint) -> list[Difference]:
 
 
 def position_embeddings(checkpoint: Checkpoint, side: int) -> tuple[Tensor, Tensor]:
-    """Those for ``side`` x ``side`` patches, each (1, side, side, C): as timm and as Detectron2 resize them."""
+    """Those for ``side`` x ``side`` patches, each (1, side, side, C), as resized by timm and by Detectron2."""
     from timm.layers import resample_abs_pos_embed
 
     embeds_class = vit_shape(checkpoint.spec.arch, checkpoint.spec.image_size).embeds_class

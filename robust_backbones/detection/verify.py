@@ -1,8 +1,8 @@
-"""The proof of a conversion: Detectron2's res2-res5 equal the source's layer1-layer4, each fed in its own way.
+"""The proof of a conversion: Detectron2's res2-res5 equal the source's layer1-layer4, each with its own preprocessing.
 
-Of a ViT it is the last block's features, at the size that it was pre-trained at, without the class token on both sides.
+For a ViT, the last block's features are compared, at the size of pre-training, without the class token on both sides.
 
-And ``MODEL.WEIGHTS robust://NAME``: a published backbone, downloaded, converted and proven at the first use.
+Also ``MODEL.WEIGHTS robust://NAME``: a published backbone, downloaded, converted and proven at the first use.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ _SMALL_HEADS = ["MODEL.FPN.OUT_CHANNELS", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 8, "MO
 
 @dataclass(frozen=True)
 class StageError:
-    """How far one stage's features lie from the source's."""
+    """The error of one stage's features against the source's."""
 
     image: str
     """``random``, or the image file's name."""
     batch_norm: str
-    """``eval``: by the statistics in the file (Detectron2's FrozenBN); ``train``: by those of the image itself (BN)."""
+    """``eval``: with the statistics in the file (Detectron2's FrozenBN); ``train``: with those of the image (BN)."""
     stage: str
     largest: float
     """max|difference|, in units of the features."""
     relative: float
     """max|difference| / max|source|."""
     against: str = ""
-    """Whose network the source's features are of, as in ``timm's own network``; ``our reading of the file`` where its
-    makers' code is not installed, or the file does not say which network it is."""
+    """Whose network computed the source's features, such as ``timm's own network``; ``our reading of the file`` if its
+    authors' code is not installed, or the file does not say which network it is."""
 
 
 def prove(checkpoint: Checkpoint, converted: str | Path, *, image: str | Path | None = None) -> list[StageError]:
-    """``feature_errors``; ProofFailedError where one is not below ``TOLERANCE``."""
+    """``feature_errors``; ProofFailedError if one is not below ``TOLERANCE``."""
     errors = feature_errors(checkpoint, converted, image=image)
     if wrong := [error for error in errors if not error.relative < TOLERANCE]:
         stages = ", ".join(f"{error.stage} by {error.relative:.1e}" for error in wrong)
@@ -79,12 +79,13 @@ def feature_errors(
 ) -> list[StageError]:
     """Compare all stages, on random pixels and on the image file if one is given, in both modes of batch norm.
 
-    The converted file goes the way that training goes: configuration, model, checkpoint guard, image reader and the
-    detector's own preprocessing of uint8 pixels. The reference is the source's network, of ``source_networks``, on the
-    same pixels in [0, 1].
+    The converted file is used as in training: configuration, model, checkpoint guard, image reader and the detector's
+    own preprocessing of uint8 pixels. The reference is the source's network, from ``source_networks``, on the same
+    pixels in [0, 1].
 
     Args:
-        size: of the random image; by default 224 pixels, of a Swin the least where the networks are the same function.
+        size: of the random image; by default 224 pixels, for a Swin the smallest at which the networks are the same
+            function.
 
     Raises:
         ProofFailedError: the network that the source names has other tensors.
@@ -137,18 +138,18 @@ def feature_errors(
 
 @dataclass(frozen=True)
 class Sides:
-    """Of images for the proof, in pixels: the random one's, and the least, the step and the largest of a file's."""
+    """Sides of images for the proof, in pixels: the random one's, and smallest, step and largest of a file's."""
 
     random: int = 224
     least: int = 64
     step: int = 32
-    """The detector would pad others, and the source would not."""
+    """The detector would pad other sizes, and the source would not."""
     largest: int = 512
 
 
 def sides(spec: BackboneSpec) -> Sides:
-    """The windows of a Swin have to divide the feature maps, and to be more than one a side: there alone Detectron2
-    shifts them as timm does. A ViT takes one square alone."""
+    """The windows of a Swin must divide the feature maps, with more than one a side: only then does Detectron2 shift
+    them as timm does. A ViT accepts only one square size."""
     if is_foreign(spec.arch) and is_swin(spec.arch):
         step = 32 * swin_shape(spec.arch).window_size
         return Sides(2 * step, 2 * step, step, max(2 * step, 512))
@@ -159,7 +160,7 @@ def sides(spec: BackboneSpec) -> Sides:
 def inputs(
     in_format: str, spec: BackboneSpec, image: Path | None = None, size: int = 0
 ) -> Iterable[tuple[str, Tensor, Tensor]]:
-    """The same pixels for the detector and for the source, each in its own order of channels: uint8, (3, H, W)."""
+    """The same pixels for the detector and for the source, each in its own channel order: uint8, (3, H, W)."""
     source_order, size = spec.channel_order, size or sides(spec).random
     pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     yield "random", _in_order(pixels, in_format), _in_order(pixels, source_order)
@@ -170,7 +171,7 @@ def inputs(
 
 
 def _pixels_of(image: Path) -> Tensor:
-    """By Pillow alone: what Detectron2's reader is held to."""
+    """By Pillow alone, as a reference for Detectron2's reader."""
     try:
         with Image.open(image) as file:
             return pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
@@ -204,7 +205,7 @@ def converted_backbone(name: str) -> Path:
 
 
 def _is_made_of(path: Path, note: Path, source_sha256: str) -> bool:
-    """Whether ``path`` is as it was written, from that source, by this version of the format."""
+    """Whether ``path`` is unchanged, from that source, and in this version of the format."""
     try:
         return note.read_text().strip() == sha256(path) and read_backbone(path)[1].source_sha256 == source_sha256
     except (OSError, InputError):
@@ -212,7 +213,7 @@ def _is_made_of(path: Path, note: Path, source_sha256: str) -> bool:
 
 
 class RobustPathHandler(PathHandler):
-    """Makes ``robust://NAME`` a path for all of Detectron2."""
+    """Registers ``robust://NAME`` as a path for all of Detectron2."""
 
     def _get_supported_prefixes(self) -> list[str]:
         return [zoo.PREFIX]

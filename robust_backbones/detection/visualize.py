@@ -1,4 +1,4 @@
-"""Pictures of objects: of several detectors side by side, of one beside the ground truth, of one image."""
+"""Pictures of objects: several detectors side by side, one beside the ground truth, or one image."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PANEL_WIDTH = 400
 
 
 def draw_side_by_side(runs: Mapping[str, Path], output: Path, *, images: int) -> None:
-    """Write a picture with a row an image of the first run's test set: ground truth, then what each detector finds
-    with a score of 0.5 or more.
+    """Write a picture with one row per image of the first run's test set: ground truth, then the detections of each
+    detector with a score of 0.5 or more.
 
     Args:
         runs: detector's name -> OUTPUT_DIR of its training, with model_final.pth.
         output: a ``.png`` or ``.jpg`` file.
-        images: the first so many annotated ones.
+        images: number of annotated images, from the first.
 
     Raises:
         InputError: a detector has a class that neither the test set nor the first detector has.
@@ -62,7 +62,7 @@ def draw_side_by_side(runs: Mapping[str, Path], output: Path, *, images: int) ->
 
 
 def _in_order_of(classes: list[str], names: list[str], objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Objects of a detector of the classes ``names``, numbered as in ``classes``, which has all of them, or as many."""
+    """Objects of a detector with the classes ``names``, numbered as in ``classes``, which has all, or as many."""
     if names == nameless(len(classes)):
         return objects
     if unknown := [name for name in names if name not in classes]:
@@ -76,11 +76,11 @@ def _in_order_of(classes: list[str], names: list[str], objects: list[dict[str, A
 def ground_truth_beside_detections(
     items: Iterable[Mapping[str, Any]], detections: Iterable[Instances], metadata: Any, *, min_score: float = 0.5
 ) -> list[NDArray[np.uint8]]:
-    """For each image a picture of what is in it, left, and of what a detector found in it, right.
+    """For each image a picture with its ground truth on the left and a detector's output on the right.
 
     Args:
-        items: images as Detectron2's data sets hold them, with ``file_name`` and ``annotations``.
-        detections: a detector's output for each of them, on the CPU, in pixels of the image as it is in the file.
+        items: images as in Detectron2's data sets, with ``file_name`` and ``annotations``.
+        detections: a detector's output for each of them, on the CPU, in pixels of the image file.
         metadata: the data set's; see ``draw_objects``.
         min_score: detections below it are left out.
 
@@ -101,7 +101,7 @@ def ground_truth_beside_detections(
 
 
 def objects_in(instances: Instances, *, min_score: float = 0.0) -> list[dict[str, Any]]:
-    """Detections on the CPU as ``draw_objects`` takes them, without those that score below ``min_score``."""
+    """Detections on the CPU for ``draw_objects``, without those that score below ``min_score``."""
     rows = instances_to_coco_json(instances, 0)
     return [{**row, "bbox_mode": BoxMode.XYWH_ABS} for row in rows if row["score"] >= min_score]
 
@@ -109,14 +109,14 @@ def objects_in(instances: Instances, *, min_score: float = 0.0) -> list[dict[str
 def draw_objects(
     image: NDArray[np.uint8], objects: Sequence[Mapping[str, Any]], metadata: Any, *, scale: float = 1.0
 ) -> NDArray[np.uint8]:
-    """An image with its objects' boxes, masks, class names and scores; the colour tells the class.
+    """An image with its objects' boxes, masks, class names and scores; the colour shows the class.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        objects: annotations in Detectron2's format: ``bbox`` in pixels, ``bbox_mode``, ``category_id`` from 0, and, if
-            they have them, ``segmentation`` (polygons or RLE), ``iscrowd``, ``score`` in [0, 1].
-        metadata: of the data set; its ``thing_classes`` and ``thing_colors`` are used where it has them.
-        scale: size of the picture in sizes of the image.
+        objects: annotations in Detectron2's format: ``bbox`` in pixels, ``bbox_mode``, ``category_id`` from 0, and
+            optionally ``segmentation`` (polygons or RLE), ``iscrowd``, ``score`` in [0, 1].
+        metadata: of the data set; its ``thing_classes`` and ``thing_colors`` are used if it has them.
+        scale: size of the picture relative to the image.
 
     Returns:
         (scale * H, scale * W, 3) uint8 RGB.
@@ -142,7 +142,7 @@ def draw_objects(
 
 
 def read_rgb(file_name: str | Path) -> NDArray[np.uint8]:
-    """An image file as (H, W, 3) uint8 RGB, as its EXIF data turn it; InputError if it has no right pixels."""
+    """An image file as (H, W, 3) uint8 RGB, in its EXIF orientation; InputError if it cannot be read correctly."""
     check_image(file_name)
     try:
         return read_image(str(file_name), "RGB")
@@ -151,13 +151,13 @@ def read_rgb(file_name: str | Path) -> NDArray[np.uint8]:
 
 
 def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
-    """Write an (H, W, 3) uint8 RGB image to a ``.png`` or ``.jpg`` file, whole or not at all."""
+    """Write an (H, W, 3) uint8 RGB image to a ``.png`` or ``.jpg`` file, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(cv2.imencode(path.suffix, image[:, :, ::-1])[1].tobytes())
 
 
 def _panels(file_name: str, columns: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Any) -> NDArray[np.uint8]:
-    """One image beside itself, each time with the objects of a column under its title; RGB."""
+    """Copies of one image side by side, each with the objects of a column under its title; RGB."""
     image = read_rgb(file_name)
     panels = []
     for title, objects in columns.items():

@@ -1,7 +1,7 @@
 """Plain vision transformers as backbones: Detectron2's ViT under its simple feature pyramid (Li et al. 2022).
 
-The network of timm that ``MODEL.BACKBONE.TIMM`` names gives width, depth, heads and MLP. Windows, relative positions
-and the pyramid are the detector's own.
+Width, depth, heads and MLP are those of timm's network ``MODEL.BACKBONE.TIMM``. Windows, relative positions and the
+pyramid belong to the detector.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from robust_backbones.timm_models import build_timm, is_timm
 from robust_backbones.timm_vit import PATCH_SIZE, ViTShape, vit_shape
 
 FEATURE = "last_feat"
-"""Of the last block, without a norm after it."""
+"""Name of the last block's output, without a norm after it."""
 _SCALES = (4.0, 2.0, 1.0, 0.5)
 
 
 class RecomputedBlock(Block):
-    """A block that keeps its input alone, and computes the rest anew in the backward pass, with the same drop path."""
+    """A block that stores only its input and recomputes the rest in the backward pass, with the same drop path."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> the same shape."""
@@ -36,8 +36,8 @@ class RecomputedBlock(Block):
 
 
 class PaddedPyramid(SimpleFeaturePyramid):
-    """Detectron2's, with its constraint on the size of images spelt so that they are padded to it, and without a norm
-    where ``norm`` is empty."""
+    """Detectron2's pyramid, with its image size constraint stated so that images are padded to it, and without a norm
+    if ``norm`` is empty."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -74,7 +74,7 @@ def build_vit_sfp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> PaddedPyrami
 
 
 def build_vit(cfg: CfgNode) -> ViT:
-    """Detectron2's ViT as ``MODEL.BACKBONE`` and ``MODEL.VIT`` say; normalised images (N, 3, H, W) -> stride 16.
+    """Detectron2's ViT by ``MODEL.BACKBONE`` and ``MODEL.VIT``; normalised images (N, 3, H, W) -> stride 16.
 
     Raises:
         InputError: as ``build_vit_sfp_backbone``.
@@ -145,9 +145,9 @@ def check_keys(cfg: CfgNode, shape: ViTShape) -> None:
 
 
 def freeze(vit: ViT, freeze_at: int) -> None:
-    """Stop learning, and drop path, in the first parts: 1 the embeddings, 2 to 5 a quarter of the blocks more each.
+    """Freeze the first parts, and their drop path: 1 the embeddings, 2 to 5 another quarter of the blocks each.
 
-    Relative positions stay learnt: they were not pre-trained.
+    Relative positions are still trained, because they were not pre-trained.
     """
     depth = len(vit.blocks)
     blocks = [*vit.blocks[: depth * max(freeze_at - 1, 0) // 4]]

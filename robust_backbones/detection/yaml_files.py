@@ -1,4 +1,4 @@
-"""Detectron2's YAML files, read without running code or asking the network."""
+"""Detectron2's YAML files, read without running code or accessing the network."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's settings over those of its ``_BASE_``, one file or several, relative to it.
+    """A file's settings merged over those of its ``_BASE_``, one or several files, with paths relative to it.
 
     Raises:
-        ValueError: it holds no settings; or a ``_BASE_`` is no file, is not there, or leads back to itself.
-        yaml.YAMLError: it is no YAML, or asks for code.
+        ValueError: it has no settings; or a ``_BASE_`` is not a file, is missing, or leads back to itself.
+        yaml.YAMLError: it is not YAML, or asks for code.
     """
     path = path.resolve()
     if path in above:
@@ -58,7 +58,7 @@ def _merge(own: Mapping[str, Any], settings: dict[str, Any]) -> None:
 
 
 class _Loader(StrictLoader):
-    """YAML, and the one expression that Detectron2's files ask ``eval`` for: a list of anchor sizes."""
+    """YAML, and the only kind of expression for which Detectron2's files need ``eval``: lists of anchor sizes."""
 
 
 def _expression(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> Any:
@@ -73,7 +73,7 @@ _Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _expressio
 
 
 def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    """Of numbers, lists, ``+ - * / **`` and ``[... for x in ...]``, one within no other."""
+    """The value of an expression of numbers, lists, ``+ - * / **`` and unnested ``[... for x in ...]``."""
     match node:
         case ast.Constant(value=int() | float()):
             return node.value
