@@ -100,6 +100,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise InputError("--eval-only evaluates MODEL.WEIGHTS and resumes nothing: leave out --resume")
     if options.extend and not options.resume:
         raise InputError("--extend continues training: give --resume with it")
+    if late := [word for word in options.opts if word.startswith("--")]:
+        raise InputError(f"{late[0]} comes after KEY VALUE pairs: give options before them")
     if len(options.opts) % 2:
         raise InputError(f"configuration overrides come as KEY VALUE pairs, got: {' '.join(options.opts)}")
     return options

@@ -24,11 +24,34 @@ from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.identity import flat
 from robust_backbones.threat_models import ThreatModel
 
+
+def _is_device(name: str) -> bool:
+    try:
+        return bool(torch.device(name))
+    except RuntimeError:
+        return False
+
+
 _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(
         ("DATASETS.TRAIN", "DATASETS.TEST"),
         (lambda names: not isinstance(names, str), "is one text, not a tuple: give (NAME,), with a comma"),
     ),
+    "DATALOADER.NUM_WORKERS": (lambda count: count >= 0, "is no number of processes: give 0 or more"),
+    **dict.fromkeys(
+        ("INPUT.MIN_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST"),
+        (
+            lambda sides: min([sides] if isinstance(sides, int) else sides, default=-1) >= 0,
+            "are no sides of images: give 1 or more, or 0 for images as they are",
+        ),
+    ),
+    **dict.fromkeys(
+        ("INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST"),
+        (lambda side: side >= 1, "is no side of an image: give 1 or more"),
+    ),
+    "MODEL.DEVICE": (_is_device, "is no device: give cpu, cuda or cuda:NUMBER"),
+    "MODEL.FPN.OUT_CHANNELS": (lambda count: count >= 1, "is no number of channels: give 1 or more"),
+    "SOLVER.BASE_LR": (lambda rate: 0 <= rate < math.inf, "is no learning rate: give 0.0 or more"),
     # Each process adds its rank to it.
     "SEED": (lambda seed: seed < 2**32 - 2**16, "is no seed of NumPy's: give a number below 4 billion"),
     "MODEL.BACKBONE.DROP_PATH": (lambda rate: 0 <= rate < 1, "is not in [0, 1): give 0.0 for none"),
@@ -149,6 +172,19 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
             mend = f"did you mean {near[0]}?" if near else "check its spelling"
             raise InputError(f"unknown configuration key {key}: {mend}") from None
         raise InputError(f"cannot use {source}: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def usable(what: str) -> Iterator[None]:
+    """What Detectron2 raises for values of a configuration that it does not know, as one sentence."""
+    try:
+        yield
+    except (KeyError, ValueError, AssertionError, AttributeError, TypeError, IndexError, ArithmeticError) as error:
+        text = " ".join(map(str, error.args)).split()
+        said = " ".join(text) if len(text) > 1 else repr(error)
+        raise InputError(
+            f"Detectron2 makes no {what} of this configuration ({said}): correct it; --debug shows where it fails"
+        ) from error
 
 
 _LEVELS = ("p2", "p3", "p4", "p5", "p6")

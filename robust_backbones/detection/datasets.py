@@ -185,7 +185,7 @@ def annotated_set(name: str) -> AnnotatedSet | None:
     if name not in DatasetCatalog:
         raise InputError(
             f"unknown data set {name!r}: use one of Detectron2's own (coco_2017_train, voc_2007_trainval, ...) "
-            "or give yours as --train NAME=annotations.json:IMAGES (or DATASETS.COCO_FORMAT)"
+            "or give yours as annotations.json:IMAGES, which `train` takes as --train NAME=annotations.json:IMAGES"
         )
     metadata = MetadataCatalog.get(name).as_dict()
     if "json_file" in metadata:

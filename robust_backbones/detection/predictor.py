@@ -18,7 +18,7 @@ from torch import nn
 from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.data.annotations_images import check_image
 from robust_backbones.detection.checkpoint import BackboneCheckpointer
-from robust_backbones.detection.config import load_config
+from robust_backbones.detection.config import load_config, usable
 from robust_backbones.detection.data_stream import undisturbed
 from robust_backbones.detection.datasets import categories, class_names, match_classes, number_of_classes
 from robust_backbones.detection.fast.frozen_norm import keep_scales
@@ -33,7 +33,8 @@ def build_detector(cfg: CfgNode) -> nn.Module:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.META_ARCHITECTURE = BatchedRCNN.__name__
-    model: nn.Module = build_model(cfg)
+    with usable("detector"):
+        model: nn.Module = build_model(cfg)
     if cfg.MODEL.FAST_STEP:
         keep_scales(model)
     use_float32_boxes(model, fast=cfg.MODEL.FAST_ROI_ALIGN)
@@ -87,7 +88,9 @@ def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    checkpointer = BackboneCheckpointer(build_model(cfg), cfg.OUTPUT_DIR, cfg=cfg, whole_detector=whole_detector)
+    with usable("detector"):
+        model = build_model(cfg)
+    checkpointer = BackboneCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, whole_detector=whole_detector)
     content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume and not whole_detector)
     if whole_detector:
         known = categories_of(content, cfg, cfg.MODEL.WEIGHTS)

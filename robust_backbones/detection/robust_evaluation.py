@@ -30,7 +30,7 @@ from robust_backbones.detection.datasets import (
     skip_unreadable,
 )
 from robust_backbones.detection.predictor import load_detector
-from robust_backbones.errors import InputError
+from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.folders import shared
 from robust_backbones.runs.identity import identity
 from robust_backbones.runs.record import RunRecord
@@ -83,7 +83,9 @@ def evaluate_detector(
     """
     weights, output, images = Path(weights), Path(output), images or ImageChoice()
     if jobs < 1 or workers < 0:
-        raise InputError(f"jobs {jobs} with workers {workers} cannot work: give at least one job and no fewer workers")
+        raise InputError(
+            f"{plural(jobs, 'job')} with {plural(workers, 'worker')} cannot work: give 1 or more, with 0 or more"
+        )
     # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
     cfg = load_config(config_file, ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", False])
     cfg.MODEL.ALLOW_UNVERIFIED |= allow_unverified

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robust_backbones.detection.adversarial import AttackedDetector, FreeStream, replays
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
-from robust_backbones.detection.config import check_config
+from robust_backbones.detection.config import check_config, usable
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state
 from robust_backbones.detection.datasets import (
     categories,
@@ -93,14 +93,18 @@ class Trainer(DefaultTrainer):
             data_warnings = counted(warnings)
             seed_processes(cfg)
             cfg.freeze()
+        if not cfg.DATASETS.TRAIN:
+            raise InputError("there is nothing to train on: give --train, or name data sets in DATASETS.TRAIN")
         match_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], class_names(cfg.DATASETS.TRAIN[0]))
         TrainerBase.__init__(self)
         self.cfg, self.clock = cfg, RunClock(cfg.OUTPUT_DIR)
         self._data_warnings = data_warnings or {}
         # In Detectron2's order: each of these draws random numbers.
         model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        self.stream = TrainingStream(cfg)
+        with usable("optimizer"):
+            optimizer = self.build_optimizer(cfg, model)
+        with usable("loader of images"):
+            self.stream = TrainingStream(cfg)
 
         device = torch.device(cfg.MODEL.DEVICE)
         if comm.get_world_size() > 1:

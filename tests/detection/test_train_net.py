@@ -239,6 +239,8 @@ def test_what_the_configuration_gets_wrong_is_refused(
     assert "none.yaml" in refused("--config-file", tmp_path / "none.yaml")
     assert "MODEL.MASK_ON" in refused(*config, "MODEL.MASKON", "True")
     assert "KEY VALUE" in refused(*config, "MODEL.WEIGHTS")
+    for late in (["--eval-only"], ["--num-gpus", 2]):
+        assert f"{late[0]} comes after KEY VALUE" in refused(*config, "MODEL.WEIGHTS", "x.pkl", *late)
     assert "DETECTRON2_DATASETS" in refused(*config, *output)  # not set here: ./datasets does not exist
     assert "unknown data set" in refused(*config, "DATASETS.TEST", "('coco_2077',)", "DATASETS.TRAIN", "()", *output)
     assert "leave out --resume" in refused(*config, "--eval-only", "--resume", *output)
@@ -246,6 +248,26 @@ def test_what_the_configuration_gets_wrong_is_refused(
     compiled = ["MODEL.COMPILE", "True", "MODEL.FAST_STEP", "True", "INPUT.MASK_FORMAT", "bitmask"]
     assert "pays on GPUs only" in refused(*config, *compiled, "MODEL.DEVICE", "cpu", *output)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["MODEL.META_ARCHITECTURE", "Nothing"], "No object named 'Nothing'"),
+        (["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "x"], "Unknown pooler type: x"),
+        (["MODEL.FPN.NORM", "x"], "'x'"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", "[]"], "cannot be empty"),
+        (["SOLVER.MOMENTUM", -1.0], "momentum"),
+        (["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE", "x"], "AssertionError"),
+        (["DATALOADER.SAMPLER_TRAIN", "x"], "Unknown training sampler: x"),
+        (["DATASETS.TRAIN", "()"], "DATASETS.TRAIN"),
+    ],
+)
+def test_what_detectron2_does_not_know_is_one_sentence(
+    run: Callable[..., tuple[str, str]], converted: Maker, tmp_path: Path, overrides: list[object], words: str
+) -> None:
+    output = ["MODEL.WEIGHTS", converted("resnet18"), "OUTPUT_DIR", tmp_path / "run"]
+    assert_refused(run(*SMALL, *TINY, *overrides, *output, status=2)[1], words)
 
 
 def test_the_number_of_classes_is_held_against_the_data(run: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
