@@ -215,18 +215,30 @@ def _files_alike(path: str, listings: Listings) -> list[str]:
 
 def _mend_of_missing(path: str, listings: Listings) -> str:
     """How to mend the name of a file that is not there."""
-    place, name = os.path.split(path.replace("\\", "/"))
-    plain, folders = re.sub(_UPLOADED, "", name), (Path(place), *Path(place).parents)
-    if plain != name and (found := next((above for above in folders if os.path.isfile(above / plain)), None)):
+    folder, name = os.path.split(path.replace("\\", "/"))
+    plain, above = re.sub(_UPLOADED, "", name), (Path(folder), *Path(folder).parents)
+    if plain != name and (found := next((place for place in above if os.path.isfile(place / plain)), None)):
         return f"{found} has {plain!r}, without what Label Studio puts before it: write file_name so"
     if "\\" in path:
         return "write / between folders in file_name, not \\"
     folder, name = os.path.split(path)
     if others := _files_alike(path, listings):
         return f"its folder has {others[0]!r}: write file_name as the file is called"
-    if above := next((place for place in Path(folder).parents if os.path.exists(place / name)), None):
-        return f"it is in {above}: give another image folder, or mend file_name"
+    places = (*Path(folder).parents, *_inside(folder, listings))
+    if found := next((place for place in places if os.path.exists(place / name)), None):
+        return f"it is in {found}: give another image folder, or mend file_name"
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}: check the image folder and file_name"
     return "add the image, or remove it from the set"
+
+
+def _inside(folder: str, listings: Listings) -> list[Path]:
+    """The first of a folder's own folders."""
+    key = os.path.join(folder, "*")
+    if key not in listings:
+        folders = [entry.path for entry in os.scandir(folder) if entry.is_dir()] if os.path.isdir(folder) else []
+        listings[key] = defaultdict(list, {"": sorted(folders)[:20]})
+    return [Path(path) for path in listings[key][""]]
 
 
 def _plain_stem(name: str) -> str:

@@ -95,8 +95,9 @@ def repair(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename = str) 
     what was done, with the ids and names of what it was done to.
 
     Raises:
-        InputError: the file is no COCO file, VOC's list is not there or names what is not in its folder, boxes look
-            like those of another layout, two images or classes share an id, or ``output`` exists.
+        InputError: the file is no COCO file, VOC's list is not there or names what is not in its folder, none of the
+            images is there, boxes look like those of another layout, two images or classes share an id, or ``output``
+            exists.
     """
     if output.exists():
         raise InputError(f"{output} exists: give another folder to --fix")
@@ -147,6 +148,7 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
             row = {**row, "width": header.width, "height": header.height}
             done[_SIZES].append(row["file_name"])
         kept_images.append(row)
+    _refuse_none(dataset, len(images), done)
     known = {str(row.get("id")): (row["width"], row["height"]) for row in kept_images}
     faults = check_coco(dataset.annotations, {**content, "images": kept_images})
     _refuse_layout(dataset.annotations, faults, boxes, known)
@@ -231,6 +233,12 @@ def _refuse_layout(file: Path, faults: Iterable[Fault], boxes: Boxes, sizes: Map
     pairs = [(box, sizes[image]) for image, rows in boxes.items() if image in sizes for box in rows]
     if pairs and (guess := guess_of_boxes(*(np.array(part, np.float64) for part in zip(*pairs, strict=True)))):
         raise InputError(f"{file}: {guess[0]}: {guess[1]}")
+
+
+def _refuse_none(dataset: AnnotatedSet, images: int, done: Changes) -> None:
+    """A copy without any image helps nobody."""
+    if images and images == len(done[_GONE]):
+        raise InputError(f"no image of {dataset.annotations} is in {dataset.images}, or can be read: check the path")
 
 
 def _make_numbers(content: Content, done: Changes) -> None:
@@ -392,6 +400,7 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Chang
         with atomic_path(output / f"Annotations/{name}.xml", durable=False) as temporary:
             ElementTree(root).write(temporary, encoding="utf-8")
         kept.append(name)
+    _refuse_none(dataset, len(paths), done)
     place = output / "ImageSets/Main"
     place.mkdir(parents=True, exist_ok=True)
     (place / f"{dataset.split}.txt").write_text("".join(f"{name}\n" for name in kept), "utf-8")

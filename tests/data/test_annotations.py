@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -596,9 +598,14 @@ def test_images(tmp_path: Path) -> None:
     for name in ("TE\u0308XT.jpg", "te\u0308xt.png"):
         (fault,) = check_images([(1, str(tmp_path / name), 60, 40)])
         assert str(fault).endswith("its folder has 'tëxt.JPG': write file_name as the file is called")
-    missing = [tmp_path / name for name in ("gone.jpg", "a\\b.jpg", "images/sub/deep.png")]
-    (link, other, above) = check_images([(name.name, str(name), 1, 1) for name in missing])
+    (tmp_path / "train").mkdir()
+    plain.save(tmp_path / "train/inside.jpg")
+    names = ("gone.jpg", "a\\b.jpg", "images/sub/deep.png", "inside.jpg", "images/no.jpg")
+    missing = [tmp_path / name for name in names]
+    (link, other, above, inside, nowhere) = check_images([(name.name, str(name), 1, 1) for name in missing])
     assert f"it is in {tmp_path}: give another image folder" in above.mend
+    assert f"it is in {tmp_path / 'train'}: give another image folder" in inside.mend
+    assert f"there is no folder {tmp_path / 'images'}: check the image folder" in nowhere.mend
     assert link.what == MISSING
     assert "write / between folders" in other.mend
     (tmp_path / "tëxt.JPG").rename(tmp_path / "text.jpg")
@@ -979,6 +986,16 @@ def test_boxes_of_another_layout_are_not_repaired(tmp_path: Path, images: Path) 
         with pytest.raises(InputError, match=words):
             repair(dataset, Use(), tmp_path / "fixed")
     assert not (tmp_path / "fixed").exists()
+
+
+def test_a_set_without_any_image_is_not_repaired(tmp_path: Path, images: Path) -> None:
+    """Its folder is wrong, not the set."""
+    voc(tmp_path / "VOC")
+    shutil.rmtree(tmp_path / "VOC/JPEGImages")
+    dataset = coco_set(tmp_path, images, sound())
+    for one in (replace(dataset, images=tmp_path), AnnotatedSet.parse(f"{tmp_path / 'VOC'}:test")):
+        with pytest.raises(InputError, match=f"no image of .* is in {one.images}, or can be read: check the path"):
+            repair(one, Use(), tmp_path / "fixed")
 
 
 @pytest.mark.parametrize("factor", [0.5, 2])
