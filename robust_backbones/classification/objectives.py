@@ -45,7 +45,7 @@ class ObjectiveConfig:
     kind: str = "pgd"
     """pgd: PGD adversarial training with ``attack`` (Madry et al. 2018).
     trades: clean loss plus ``trades_beta`` times the divergence under ``attack`` (Zhang et al. 2019).
-    fast: one signed step of 1.25 epsilon from a random start (Wong et al. 2020), without ``attack``.
+    fast: one step of 1.25 epsilon from a random start (Wong et al. 2020), without ``attack``.
     free: each batch is replayed, and each backward pass updates weights and perturbation (Shafahi et al. 2019)."""
     replays: int = 4
     """m of free training: replays of each batch. Train for 1/m of the epochs to spend the same time."""

@@ -41,11 +41,8 @@ from robust_backbones.commands.options import DeviceOptions, EvaluationOptions
 from robust_backbones.errors import InputError, check_not_negative, check_seeds, plural
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
-from robust_backbones.transfer.inheritance.evaluations import (
-    CorruptionConfig,
-    compare_with_detector,
-    evaluate_corruptions,
-)
+from robust_backbones.transfer.inheritance.corruptions import CorruptionConfig, evaluate_corruptions
+from robust_backbones.transfer.inheritance.detectors import compare_with_detector
 from robust_backbones.transfer.inheritance.make_sets import check_kind, make_set
 from robust_backbones.transfer.inheritance.matrix import read_matrices
 from robust_backbones.transfer.inheritance.run import DEFAULT_METHODS, run_protocol

@@ -47,15 +47,12 @@ from robust_backbones.runs.files import write_json
 from robust_backbones.runs.locks import lock
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.transfer.inheritance import evaluations
+from robust_backbones.transfer.inheritance import corruptions
 from robust_backbones.transfer.inheritance.adapters import LowRankModel, PromptedModel
 from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES, InheritanceConfig
+from robust_backbones.transfer.inheritance.corruptions import CorruptionConfig, mean_corruption_error
+from robust_backbones.transfer.inheritance.detectors import with_own_classifier
 from robust_backbones.transfer.inheritance.distances import gaussian, otdd, sinkhorn, wasserstein
-from robust_backbones.transfer.inheritance.evaluations import (
-    CorruptionConfig,
-    mean_corruption_error,
-    with_own_classifier,
-)
 from robust_backbones.transfer.inheritance.job import Job, accuracy_on, for_evaluation, rate, train
 from robust_backbones.transfer.inheritance.make_sets import apply, make_set
 from robust_backbones.transfer.inheritance.matrix import read_matrices
@@ -1062,8 +1059,8 @@ def test_the_tool_measures_corruptions_and_detectors(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluations, "CORRUPTIONS", ("brightness", "contrast"))
-    monkeypatch.setattr(evaluations, "SEVERITIES", (1, 5))
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", ("brightness", "contrast"))
+    monkeypatch.setattr(corruptions, "SEVERITIES", (1, 5))
     first, second = tmp_path / "first.pt", tmp_path / "second.pt"
     for path, weights in ((first, start.state_dict), (second, fine_tuned)):
         write_checkpoint(path, spec=SPEC, state_dict=weights, threat_model=start.threat_model)
