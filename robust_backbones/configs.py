@@ -112,6 +112,8 @@ DETECTOR_KEYS: dict[str, Any] = {
     "DATASETS.HELD_OUT": 0,
     # Images to leave out, which --skip-unreadable finds: rows of (set, image id, file).
     "DATASETS.SKIPPED": (),
+    # Set by a run: rows of (set, SHA-256 of its annotations).
+    "DATASETS.CONTENT": (),
     # COCO's own (slow) pycocotools instead of faster-coco-eval, which gives the same numbers.
     "TEST.REFERENCE_EVAL": False,
     # COCO's maxDets: of a class in an image so many detections count, the best; AP by the last, AR by each.

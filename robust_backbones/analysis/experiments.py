@@ -67,6 +67,7 @@ _NAMING = (
     "INPUT.MIN_SIZE_TEST",
     "DATASETS.TRAIN",
 )
+_CONTENT = "DATASETS.CONTENT"
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,10 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
             alternatives = groups.setdefault((run.record.task, run.record.dataset), [])
             own = setting(run.record)
             for known, members in alternatives:
-                if known == own:
+                # A record of before annotations were noted may be of those that the others have.
+                unsaid = {} if known.get(_CONTENT) and own.get(_CONTENT) else {_CONTENT: None}
+                if known | unsaid == own | unsaid:
+                    known.update({_CONTENT: own[_CONTENT]} if own.get(_CONTENT) else {})
                     members.append(run)
                     break
             else:
@@ -403,6 +407,8 @@ def _key_and_value(key: str, setting: Mapping[str, Any]) -> str:
             return f"without the {attack[1]} attack"
         what, value = attack[2].removeprefix("threat_model."), setting[key]
         return f"with a {attack[1]} attack" if what == "loss" else f"{attack[1]} attack's {what} {_fraction(value)}"
+    if key == _CONTENT:
+        return "annotations " + ", ".join(f"{name} {digest[:8]}" for name, digest in setting.get(key, ()))
     if key == "adversarial_training":
         return f"fine-tuned adversarially, {setting[key]}" if setting.get(key) else "fine-tuned as usual"
     if key not in setting:

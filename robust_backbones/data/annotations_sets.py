@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from robust_backbones.data.annotations import Content, Fault, Use, check_coco, read_json
 from robust_backbones.data.annotations_images import check_images
-from robust_backbones.data.annotations_voc import check_voc, read_voc
+from robust_backbones.data.annotations_voc import check_voc, read_voc, voc_names
 from robust_backbones.errors import InputError
 
 
@@ -71,6 +72,20 @@ class AnnotatedSet:
         first, second, is_coco = parts_of(place)
         folder = locate(first)
         return cls(folder, locate(second)) if is_coco else cls(folder, folder / "JPEGImages", second)
+
+    def digest(self) -> str:
+        """SHA-256 of the annotation file, or of the list and its images' XML files; empty where one cannot be read."""
+        digest = hashlib.sha256()
+        try:
+            files = [self.annotations]
+            if self.split:
+                listed, folder = self.annotations / f"ImageSets/Main/{self.split}.txt", self.annotations / "Annotations"
+                files = [listed, *(folder / f"{name}.xml" for name in voc_names(listed, folder))]
+            for path in files:
+                digest.update(path.read_bytes())
+        except (OSError, UnicodeDecodeError):
+            return ""
+        return digest.hexdigest()
 
     def read(self) -> tuple[Content, list[Fault]]:
         """The content in COCO's format, ``{}`` where it cannot be read, and what is wrong with its files.

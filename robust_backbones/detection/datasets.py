@@ -196,6 +196,13 @@ def annotated_set(name: str) -> AnnotatedSet | None:
     return None
 
 
+def annotation_digests(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Rows for DATASETS.CONTENT of the registered sets among ``names`` whose annotations are in files."""
+    sets = {name: annotated_set(name) for name in dict.fromkeys(names) if name in DatasetCatalog}
+    rows = [(name, dataset.digest()) for name, dataset in sets.items() if dataset]
+    return tuple((name, digest) for name, digest in rows if digest)
+
+
 def missing_files(cfg: CfgNode) -> list[str]:
     """A sentence for each set of a configuration whose annotations or images are missing, judging by paths only."""
     try:

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 
 from robust_backbones.detection.config import check_config
 from robust_backbones.detection.data_stream import undisturbed
-from robust_backbones.detection.datasets import check_datasets, counted, register_datasets
+from robust_backbones.detection.datasets import annotation_digests, check_datasets, counted, register_datasets
 from robust_backbones.detection.hooks import flat_metrics
 from robust_backbones.detection.predictor import load_detector, read_run
 from robust_backbones.detection.run_folder import keep_other_record, write_record
@@ -56,6 +56,7 @@ def evaluate(
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = str(weights or found)
+    cfg.DATASETS.CONTENT = annotation_digests(cfg.DATASETS.TEST)
     cfg.freeze()
     trained = load_detector(cfg, cfg.MODEL.WEIGHTS)
     trained.match_classes(cfg.DATASETS.TEST)

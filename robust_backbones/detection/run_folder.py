@@ -22,6 +22,7 @@ from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.classification.compute import arithmetic
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.detection.checkpoint import newest_checkpoint
+from robust_backbones.detection.datasets import annotation_digests
 from robust_backbones.errors import InputError, TrainingFailedError, plural
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.folders import began
@@ -32,6 +33,8 @@ from robust_backbones.runs.record import RunRecord
 def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
     """Whether the run of ``cfg`` has already finished in its OUTPUT_DIR; an unset SEED is taken from the run there.
 
+    DATASETS.CONTENT becomes that of the files; a folder of before it was noted may be of any.
+
     Args:
         extend: SOLVER.MAX_ITER may be larger than in the run there, and SOLVER.STEPS different: ``cfg`` then notes in
             SOLVER.EXTENDED which schedule is left, and when.
@@ -41,6 +44,7 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
     """
     folder = Path(cfg.OUTPUT_DIR)
     path = folder / "config.yaml"
+    cfg.DATASETS.CONTENT = annotation_digests((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
     if not path.exists() or not began(folder):
         if began(folder):
             raise InputError(f"{folder} is not empty and holds no detector's run of ours: give another OUTPUT_DIR")
@@ -50,6 +54,13 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
     held = read_settings(path)
     if (conversion := _conversion(cfg.MODEL.WEIGHTS)) and conversion == _conversion(held.get("MODEL.WEIGHTS", "")):
         held["MODEL.WEIGHTS"] = cfg.MODEL.WEIGHTS
+    content, before = dict(cfg.DATASETS.CONTENT), dict(held.pop("DATASETS.CONTENT", ()))
+    if other := [name for name in content if before.get(name, content[name]) != content[name]]:
+        raise InputError(
+            f"{folder} holds a run on other annotations of {', '.join(other)}: choose another output folder, or put "
+            "back the files that it began with"
+        )
+    held["DATASETS.CONTENT"] = cfg.DATASETS.CONTENT
     cfg.SOLVER.EXTENDED = held.get("SOLVER.EXTENDED", ())
     if not cfg.DATASETS.SKIPPED:  # the list of the first start holds for the whole run
         cfg.DATASETS.SKIPPED = held.get("DATASETS.SKIPPED", ())

@@ -441,6 +441,18 @@ def test_runs_of_other_settings_are_not_pooled(tmp_path: Path) -> None:
     assert len({experiment.slug for experiment in found}) == 2
 
 
+def test_runs_on_other_annotations_are_not_pooled(tmp_path: Path) -> None:
+    """Under one name; those of a record of before they were noted are taken for those of the others."""
+    runs = [record("L2:3", seed) for seed in (0, 1, 2)]
+    for run, digest in zip(runs[1:], ("a" * 64, "b" * 64), strict=True):
+        run.config["DATASETS"]["CONTENT"] = [["mine", digest]]
+    found = experiments(find_runs([write(tmp_path, *runs)]))
+    assert [(one.setting, len(one.runs)) for one in found] == [
+        ("annotations mine aaaaaaaa", 2),
+        ("annotations mine bbbbbbbb", 1),
+    ]
+
+
 def test_sets_whose_names_are_alike_in_files_have_tables_of_their_own(tmp_path: Path) -> None:
     """Sets named with other letters alone, and test sets of one run called as corruptions are."""
     runs = [record("L2:0", 0, dataset=name, metrics={"bbox/AP": ap}) for name, ap in (("夜", 1.0), ("昼", 2.0))]

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from detectron2.config import CfgNode
 
+from robust_backbones.detection.datasets import register_datasets
 from robust_backbones.detection.run_folder import check_folder, set_up
 from robust_backbones.errors import InputError
 
@@ -74,6 +75,38 @@ def test_a_run_that_never_began_leaves_its_folder_to_another(cfg: CfgNode) -> No
     assert not check_folder(cfg, resume=False)
     set_up(cfg, training=True)
     assert yaml.safe_load((Path(cfg.OUTPUT_DIR) / "config.yaml").read_text())["SOLVER"]["BASE_LR"] == 0.5
+
+
+@pytest.mark.parametrize("is_coco", [True, False])
+def test_annotations_that_have_changed_make_another_run(cfg: CfgNode, tmp_path: Path, is_coco: bool) -> None:
+    """Under the same name and path; a folder of before they were noted may be of any."""
+    listed, annotated = tmp_path / "ImageSets/Main/train.txt", tmp_path / "Annotations/1.xml"
+    for path, text in {listed: "1\n", annotated: "<annotation/>", tmp_path / "train.json": "{}"}.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("mine",), ()
+    if is_coco:
+        cfg.DATASETS.COCO_FORMAT = (("mine", str(tmp_path / "train.json"), str(tmp_path)),)
+    else:
+        cfg.DATASETS.VOC_FORMAT = (("mine", str(tmp_path), "train", ("cat",)),)
+    register_datasets(cfg)
+    assert not check_folder(cfg, resume=True)
+    begin(cfg)
+    for path in [tmp_path / "train.json"] if is_coco else [listed, annotated]:
+        before = path.read_text()
+        path.write_text(f" {before}")
+        with pytest.raises(InputError, match="holds a run on other annotations of mine"):
+            check_folder(cfg, resume=True)
+        path.write_text(before)
+        assert not check_folder(cfg, resume=True)
+    path.unlink()  # as on a machine without the data
+    assert not check_folder(cfg, resume=True)
+    path.touch()
+    held = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    content = yaml.safe_load(held.read_text())
+    assert content["DATASETS"].pop("CONTENT")
+    held.write_text(yaml.safe_dump(content))
+    assert not check_folder(cfg, resume=True)
 
 
 def test_a_seed_that_was_drawn_is_kept(cfg: CfgNode) -> None:
