@@ -1,4 +1,4 @@
-"""Faster ways on CPUs to compute the same results, up to rounding; all are off until asked for."""
+"""Faster CPU implementations with the same results, up to rounding; all are off by default."""
 
 from robust_backbones.cpu.convolutions import fast
 

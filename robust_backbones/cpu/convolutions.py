@@ -1,4 +1,4 @@
-"""Convolutions that CPUs are slow at, computed as other operations of the same result."""
+"""Convolutions that are slow on CPUs, computed by other operations with the same result."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Pair = tuple[int, int]
 
 
 def fast(device: str | torch.device = "cpu") -> AbstractContextManager[object]:
-    """Within this context, convolutions of this thread that CPUs are slow at take another way; no module changes.
+    """Within this context, convolutions of this thread that are slow on CPUs run differently; no module changes.
 
-    ``with cpu.fast(device): ...`` does nothing where ``device`` is a GPU. It concerns float32 and bfloat16 inputs on
+    ``with cpu.fast(device): ...`` does nothing if ``device`` is a GPU. It applies to float32 and bfloat16 inputs on
     CPUs and convolutions without groups and dilation:
 
     - An output of fewer than 16 pixels is a matrix product over the windows of the whole batch. PyTorch convolves image
@@ -53,7 +53,7 @@ def _convolution(
     dilation: int | Pair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``F.conv2d`` by the way that is fastest on CPUs."""
+    """``F.conv2d`` by the fastest method on CPUs."""
     known = (
         isinstance(input, Tensor)
         and input.ndim == 4
@@ -114,9 +114,9 @@ def _over_blocks(
 
 
 class _Windows(torch.autograd.Function):
-    """What each output of a convolution sees: (N, H, W, C) -> (N, height, width, pixels of the window * C).
+    """The window of each output of a convolution: (N, H, W, C) -> (N, height, width, pixels of the window * C).
 
-    As one function, since slices alone would each have a gradient of the input's size, to be filled and added.
+    A single function, because separate slices would each have a gradient of the input's size, to be filled and added.
     """
 
     @staticmethod
@@ -142,7 +142,7 @@ class _Windows(torch.autograd.Function):
 
 
 def _places(window: Pair, stride: Pair, output: Pair) -> Iterator[tuple[slice, slice, slice]]:
-    """For each pixel of the window, row by row, the padded pixels (N, H, W, C) that the outputs see through it."""
+    """For each pixel of the window, row by row, the padded pixels (N, H, W, C) that all outputs have there."""
     for top in range(window[0]):
         for left in range(window[1]):
             rows = slice(top, top + stride[0] * (output[0] - 1) + 1, stride[0])

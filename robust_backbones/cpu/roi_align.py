@@ -1,4 +1,4 @@
-"""ROIAlign (He et al. 2017, "Mask R-CNN", section 3) by a way that is faster on CPUs."""
+"""ROIAlign (He et al. 2017, "Mask R-CNN", section 3), implemented to be faster on CPUs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def roi_align_by_rows(
     """torchvision's ``roi_align``, up to rounding, as weighted sums over rows of a table.
 
     The table has a row of C channels for each pixel. A bin is the mean of its samples and a sample a mean of four
-    pixels, so that a bin is one bag of rows: memory is read and written a row at a time, where torchvision's operator
+    pixels, so a bin is one weighted bag of rows: memory is read and written row by row, while torchvision's operator
     goes through the pixels of one channel after the other.
 
     Args:
         features: (N, C, H, W).
-        rois: (R, 5), of the features' type: image, left, top, right, bottom; in pixels, ``spatial_scale`` times which
-            are pixels of the features.
-        sampling_ratio: samples of a bin along each axis; 0 for about one a pixel.
-        aligned: the middle of a pixel is at half, as in Detectron2.
+        rois: (R, 5), of the features' type: image, left, top, right, bottom, in image pixels; multiplied by
+            ``spatial_scale`` they are pixels of the features.
+        sampling_ratio: samples of a bin along each axis; 0 for about one per pixel.
+        aligned: pixel centres are at half-integers, as in Detectron2.
 
     Returns:
         (R, C, *output_size), channels last.

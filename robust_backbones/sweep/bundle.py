@@ -1,4 +1,4 @@
-"""Takes a study to another machine: its results, and the weights that its next runs need, in files of limited size."""
+"""Moves a study to another machine: its results, and the weights that its next runs need, in files of limited size."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from robust_backbones.runs.locks import owner_of
 from robust_backbones.sweep.plan import Attempt, Plan, Run
 
 INDEX = "study.json"
-"""Names a bundle's other files and what they are; written last."""
+"""Lists a bundle's other files and their contents; written last."""
 _ALWAYS = 1 << 20
-"""Files of finished runs up to this size travel in any case: records, metrics, configurations."""
+"""Files of finished runs up to this size are always included: records, metrics, configurations."""
 
 
 def pack(plan: Plan, folder: Path, *, part_bytes: int = 16 << 20) -> list[Path]:
-    """Write what another machine needs to go on; gives the bundle's files, an earlier one there is replaced.
+    """Write what another machine needs to continue; returns the bundle's files. An earlier bundle there is replaced.
 
-    Of finished runs it takes the results and small files, of interrupted ones all, and whatever a run that is not done
-    names in its command: a backbone as it is, in float32, so that all seeds start from the same weights.
+    It has the results and small files of finished runs, all files of interrupted ones, and everything that the commands
+    of remaining runs name: backbones unchanged, in float32, so that all seeds start from the same weights.
 
     Args:
-        part_bytes: no file is larger.
+        part_bytes: largest size of a file.
 
     Raises:
         InputError: ``folder`` holds something else.
@@ -58,12 +58,12 @@ def pack(plan: Plan, folder: Path, *, part_bytes: int = 16 << 20) -> list[Path]:
 
 
 def unpack(plan: Plan, folder: Path) -> list[str]:
-    """Add a bundle to the study's folder; gives the keys of the runs that are further than they were here.
+    """Add a bundle to the study's folder; returns the keys of the runs that are further than they were here.
 
-    A run that is as far or further here stays as it is, but for files that it lacks.
+    A run that is as far or further here does not change, except that missing files are added.
 
     Raises:
-        InputError: no bundle, one that is not whole, or one of another study; a run is at work here.
+        InputError: no bundle, an incomplete one, or one of another study; a run is at work here.
     """
     index = _index(folder)
     if index["study"] != plan.name:

@@ -53,7 +53,7 @@ from robust_backbones.sweep.power import check_power, primary_of
 
 @dataclass
 class StudyOptions:
-    """What every verb needs."""
+    """Options of every verb."""
 
     manifest: tyro.conf.Positional[Path]
     """The study, a YAML file; one of the package's where there is none of this name."""
@@ -66,7 +66,7 @@ class SetupOptions(StudyOptions):
     """Check everything that the manifest names, and write the plan."""
 
     pilot: tuple[Path, ...] = ()
-    """Folders with records of a pilot, whose difference and spread the primary comparison is planned for."""
+    """Folders with records of a pilot, whose difference and spread are used to plan the primary comparison."""
     allow_underpowered: bool = False
     """Accept a primary comparison with less than 80 % power."""
 
@@ -192,7 +192,7 @@ def main(arguments: list[str]) -> int:
 
 
 def make_report(plan: Plan, manifest: Manifest) -> int:
-    """The report of the plan's runs; folders beside theirs are of earlier settings."""
+    """The report of the plan's runs; other folders beside them are of earlier settings."""
     paths = [path for run in plan.runs for path in sorted(plan.folder(run).rglob("record.json"))]
     primary = primary_of(manifest, plan)
     page = write_report(find_runs(paths), plan.output / "report", title=manifest.report, primary=primary)
@@ -201,7 +201,7 @@ def make_report(plan: Plan, manifest: Manifest) -> int:
 
 
 def set_up(plan: Plan, manifest: Manifest) -> list[str]:
-    """Write the plan and say what it is; gives what its data lack on this machine."""
+    """Write the plan and print it; returns what is missing of its data on this machine."""
     primary = primary_of(manifest, plan)
     check_declared(plan, primary)
     written = plan.set_up()
@@ -299,7 +299,7 @@ def show(output: Path, *, watch: bool) -> int:
 
 
 def status_text(plan: Plan) -> str:
-    """Runs by group and state; then every one that is at work, was interrupted or failed."""
+    """Runs by group and state; then each run that is at work, was interrupted or failed."""
     states = plan.states()
     left, total = plan.seconds_left(states), plan.time_left(states)
     groups = list(dict.fromkeys(run.group for run in plan.runs))

@@ -1,4 +1,4 @@
-"""Expands a manifest to a plan: tasks x backbones x protocols x seeds, and the runs that these need."""
+"""Expands a manifest to a plan: tasks x backbones x protocols x seeds, and the runs that they need."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from robust_backbones.transfer.protocol import labels_of
 
 CHOSEN = "SOLVER.CHOSEN"
 EACH = "each"
-"""The ``seed`` of a pre-training of which each seed of the study has its own."""
+"""The ``seed`` of a pre-training that is run once for each seed of the study."""
 SCRATCH = "protocols/scratch.yaml"
-"""The configuration of detectors whose backbone is random; it empties MODEL.WEIGHTS."""
+"""The configuration of detectors with a random backbone; it sets MODEL.WEIGHTS to ""."""
 
 
 def expand(manifest: Manifest) -> Plan:
     """The runs of a study, each after those that it needs; nothing is written.
 
-    A task that chooses its backbones has runs once all of the task that it chooses by are done; it is pending before.
+    A task that chooses its backbones is pending until all runs of the task that it chooses by are done.
 
     Raises:
         InputError: a file is missing or cannot be used, an option or a configuration key is unknown, two backbones
@@ -67,25 +67,25 @@ class _Source:
     """A backbone's checkpoint."""
 
     path: str
-    """As the verbs ``convert`` and ``transfer`` take it; empty where there is none."""
+    """As an argument of the verbs ``convert`` and ``transfer``; empty if there is none."""
     weights: Any
-    """What the weights are: sha256 of a file, name of a published backbone, key of the run that makes them, or an
-    architecture whose weights are random."""
+    """Identifies the weights: sha256 of a file, name of a published backbone, key of the run that makes them, or an
+    architecture with random weights."""
     spec: BackboneSpec
     needs: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     checks: tuple[str, ...] = ()
-    """Keys of the runs that it is to pass before it is used."""
+    """Keys of the runs that it must pass before it is used."""
 
 
 class _Expansion:
-    """The runs of a manifest as they are found, each once."""
+    """Collects the runs of a manifest, each once."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._runs: dict[str, Run] = {}
         self._detectors: dict[tuple[str, str], dict[tuple[tuple[str, Any], ...], list[Run]]] = {}
-        """(task, backbone) -> values of the task's grid -> a run a seed."""
+        """(task, backbone) -> values of the task's grid -> one run per seed."""
         self.choices: dict[str, Any] = {}
         self.pending: dict[str, str] = {}
 
@@ -111,7 +111,7 @@ class _Expansion:
         return tuple(self._runs.values())
 
     def _add(self, kind: str, name: str, argv: Sequence[str], config: Options, defaults: Options, **rest: Any) -> Run:
-        """The run of these settings; ``argv``, of a verb, may hold {folder}, the run's own."""
+        """The run with these settings; ``argv``, for a verb, may contain {folder}, the run's own."""
         key = f"{name}-{digest({'kind': kind, **config}, defaults)}"
         words = ("robust_backbones", *(word.replace("{folder}", self._folder(key)) for word in argv))
         return self._runs.setdefault(key, Run(key, kind, argv=words, **{"group": name, **rest}))
@@ -162,9 +162,9 @@ class _Expansion:
         return self._add("pretrain", title, argv, settings, defaults, **rest), spec
 
     def _checks(self, name: str, source: _Source, accuracy: float) -> tuple[str, ...]:
-        """Whether a published backbone has the accuracy that it is published with, where ImageNet is there.
+        """Runs that check a published backbone's accuracy against the published one, if ImageNet is there.
 
-        After its conversion, which downloads it: a cluster's machines often cannot.
+        After its conversion, which downloads it, because machines of a cluster often cannot.
         """
         if not (folder := imagenet_folder(self._manifest)):
             return ()
@@ -180,7 +180,7 @@ class _Expansion:
         Empty until all runs of that task are done.
 
         Raises:
-            InputError: one of them has no such result, or both tasks are tested on the same images.
+            InputError: one of them has no such result, or both tasks have the same test images.
         """
         source = self._manifest.task(choice.task)
         own, earlier = (self._settings(one) for one in (task, source))
@@ -222,11 +222,11 @@ class _Expansion:
         return self._add("convert", f"convert-{name}", argv, settings, {}, **rest)
 
     def _detect(self, task: Task, name: str, sources: Mapping[int, _Source], chosen: Options) -> None:
-        """A run a seed, protocol and combination of the task's grid.
+        """One run per seed, protocol and combination of the task's grid.
 
         Args:
             sources: by seed.
-            chosen: values of keys that were chosen for this backbone.
+            chosen: values of keys chosen for this backbone.
         """
         _refuse_own(f"task {task.name}", (*task.overrides, *task.grid), ("OUTPUT_DIR", "SEED", "MODEL.WEIGHTS"))
         manifest, source = self._manifest, next(iter(sources.values()))
@@ -267,7 +267,7 @@ class _Expansion:
                         self._evaluate(task, f"{title}-seed{seed}", group, run)
 
     def _evaluate(self, task: Task, name: str, group: str, detector: Run) -> None:
-        """How robust a detector of the study is."""
+        """The evaluation of the robustness of a detector of the study."""
         _refuse_own(f"robustness of task {task.name}", task.robustness, ("output",))
         folder = self._folder(detector.key)
         paths = (f"{folder}/config.yaml", f"{folder}/model_final.pth", "--output", "{folder}")
@@ -280,7 +280,7 @@ class _Expansion:
         self._add("evaluate", f"robustness-{name}", argv, settings, defaults, **rest)
 
     def _transfer(self, task: Task, name: str, sources: Mapping[int, _Source]) -> None:
-        """One run for all seeds, or for each whose backbone is its own; what the study trains itself has its name."""
+        """One run for all seeds, or for each seed with its own backbone; the study's own networks keep their names."""
         first = next(iter(sources.values()))
         label = name if first.needs else ""
         if len({source.path for source in sources.values()}) > 1:
@@ -316,7 +316,7 @@ class _Expansion:
 
 
 def pretraining(manifest: Manifest, name: str, seed: int | None = None) -> tuple[tuple[str, ...], Any]:
-    """The command of a pre-training, with this seed in place of its own, and the options that the verb reads there."""
+    """The command of a pre-training, with this seed instead of its own, and the options that the verb reads there."""
     options = {**manifest.pretraining[name], **({} if seed is None else {"seed": seed})}
     _refuse_own(f"pretraining {name}", options, ("output", "list_recipes"))
     argv = ("pretrain", "--output", "{folder}", *_words(options))
@@ -324,13 +324,13 @@ def pretraining(manifest: Manifest, name: str, seed: int | None = None) -> tuple
 
 
 def _refuse_own(where: str, names: Iterable[str], own: Sequence[str]) -> None:
-    """Raise InputError for options or keys whose values are the study's own, which the last word would be."""
+    """Raise InputError for options or keys that the study sets itself, so that given values would be ignored."""
     if taken := [name for name in names if name in own or name.startswith("cluster.")]:
         raise InputError(f"{where} gives {taken[0]}, which the study sets itself: leave it out")
 
 
 def _parsed(parse: Callable[[list[str]], Any], argv: Sequence[str], where: str) -> Any:
-    """The options of a verb, as its own command line reads them; InputError where it does not take them."""
+    """The options of a verb, read by its own command line; InputError if it does not accept them."""
     verb, *words = argv
     printed = io.StringIO()
     try:
@@ -345,7 +345,7 @@ def _parsed(parse: Callable[[list[str]], Any], argv: Sequence[str], where: str) 
 
 
 def missing_data(manifest: Manifest) -> list[str]:
-    """What the tasks' data sets lack on this machine, which need not be the one that trains."""
+    """What is missing of the tasks' data sets on this machine, which need not be the one that trains."""
     from robust_backbones.detection.datasets import missing_files
 
     lines = []
@@ -363,24 +363,24 @@ def missing_data(manifest: Manifest) -> list[str]:
 
 
 def imagenet_folder(manifest: Manifest) -> Path | None:
-    """The validation images that published backbones are checked on; None where they are not there."""
+    """The validation images that published backbones are checked on; None if they are not there."""
     folder = Path(manifest.imagenet) / "val"
     return folder if manifest.imagenet and folder.is_dir() else None
 
 
 def as_texts(overrides: Options) -> dict[str, str]:
-    """As load_config takes them."""
+    """Values as arguments of load_config."""
     return {key: value if isinstance(value, str) else repr(value) for key, value in overrides.items()}
 
 
 def task_settings(task: Task, files: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Every key of the configuration of a task's detectors; ``files`` are those of a protocol."""
+    """All keys of the configuration of a task's detectors; ``files`` are those of a protocol."""
     return detector_settings((*task.config_files, *files), tuple(as_texts(task.overrides).items()))
 
 
 @cache
 def detector_settings(files: tuple[str, ...], overrides: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    """Every key of a detector's configuration; needs Detectron2, whose defaults are part of it."""
+    """All keys of a detector's configuration; needs Detectron2, whose defaults are part of it."""
     return flat(_config(files, overrides))
 
 
@@ -393,7 +393,7 @@ def _config(files: tuple[str, ...], overrides: tuple[tuple[str, str], ...]) -> A
 
 
 def _words(options: Options) -> tuple[str, ...]:
-    """Options of a manifest as words of a command line: true is a flag, false its --no- form, a list several values."""
+    """A manifest's options as command-line words: true is a flag, false its --no- form, a list several values."""
     words: list[str] = []
     for name, value in options.items():
         flag = name.replace("_", "-")

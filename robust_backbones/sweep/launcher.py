@@ -1,6 +1,6 @@
-"""Launches a study: runs in this machine's processes or as jobs of a cluster, each as soon as those it needs are done.
+"""Launches a study: runs in processes of this machine or as cluster jobs, each as soon as those it needs are done.
 
-An interrupted run is resumed; a failed one stops nothing but the runs that need it.
+An interrupted run is resumed; a failed one stops only the runs that need it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from robust_backbones.runs.files import DAMAGED, write_json
 from robust_backbones.sweep.plan import ATTEMPT, Machines, Plan, Run, count
 
 KILLED = -signal.SIGKILL
-"""Status of a run that ended without saying how."""
+"""Status of a run that ended without reporting one."""
 RESTARTS = 5
 """How often one launch resumes a run that was interrupted."""
 SPARE = 1.2
-"""How much longer than expected a run may take and still be started, where the time is limited."""
+"""Factor on a run's expected time: with a time limit, a run is started only if this much is left."""
 _CPUS_PER_PROCESS = 4
 _FIRST_PORT, _PORTS = 20_000, 10_000  # below those that Linux gives to clients
 _QUEUED = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLETING")
@@ -39,7 +39,7 @@ _QUEUED = ("PENDING", "RUNNING", "REQUEUED", "SUSPENDED", "CONFIGURING", "COMPLE
 def start_process(
     plan: Plan, key: str, processes: int, environment: Mapping[str, str], machines: Machines | None = None
 ) -> subprocess.Popen[bytes]:
-    """One run in a process of its own, which answers signals, with its output after that of earlier attempts."""
+    """Start one run in a separate process that handles signals; its output is appended to that of earlier attempts."""
     log = plan.log(plan.run(key))
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "robust_backbones.sweep.runner", str(plan.output), key, str(processes)]
@@ -63,9 +63,9 @@ class LocalExecutor:
     """Processes of this machine.
 
     Args:
-        jobs: how many runs work side by side.
-        processes: of each run, one a GPU.
-        gpus: those of this machine, as CUDA_VISIBLE_DEVICES names them; each run gets its own.
+        jobs: how many runs work at the same time.
+        processes: of each run, one per GPU.
+        gpus: those of this machine, with the names of CUDA_VISIBLE_DEVICES; each run gets its own.
 
     Raises:
         InputError: there are fewer GPUs than the runs need.
@@ -91,11 +91,11 @@ class LocalExecutor:
             self._environments = [{"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}] * jobs
 
     def running(self) -> dict[str, Handle]:
-        """Runs that an earlier launch has started and that this one has to wait for."""
+        """Runs started by an earlier launch, for which this one has to wait."""
         return {}
 
     def start(self, runs: Sequence[Run]) -> dict[str, Handle]:
-        """Start those of ``runs`` that there is room for, the first ones first."""
+        """Start as many of ``runs`` as there is room for, in order."""
         free = [slot for slot, held in enumerate(self._slots) if held is None or held.poll() is not None]
         started: dict[str, Handle] = {}
         for slot, run in zip(free, runs, strict=False):
@@ -106,7 +106,7 @@ class LocalExecutor:
 
 @dataclass
 class ClusterJob:
-    """One run as submitit calls it on each of its machines, and calls it again after an interruption."""
+    """One run, called by submitit on each of its machines, and again after an interruption."""
 
     output: Path
     key: str
@@ -119,9 +119,9 @@ class ClusterJob:
         return self._process.wait()
 
     def checkpoint(self) -> Any:
-        """What to submit when the scheduler takes the machine away: the same job, once the run has written its state.
+        """What to submit when the scheduler takes the machine away: the same job, once the run has saved its state.
 
-        Called by a signal's handler, amid ``__call__``: Popen's own methods would wait for themselves here.
+        Called by a signal handler during ``__call__``: Popen's own methods would deadlock here.
         """
         import submitit
 
@@ -156,7 +156,7 @@ class _Submitted:
     note: Path
 
     def poll(self) -> int | None:
-        """What the job's function returned, even where the run died too early to note it itself."""
+        """The return value of the job's function, even if the run died too early to note it itself."""
         if not self.job.done():
             return None
         self.note.unlink(missing_ok=True)
@@ -168,19 +168,19 @@ class _Submitted:
 
 
 Handle = subprocess.Popen[bytes] | _Submitted
-"""A run that was started; ``poll`` gives its exit status once it has ended, negative where it was killed."""
+"""A started run; ``poll`` returns its exit status once it has ended, negative if it was killed."""
 
 
 class ClusterExecutor:
     """Jobs of a cluster, by submitit; runs that are ready together become one array.
 
-    Conversions stay in processes of this machine: they take a minute, no GPU, and often the network that the machines
-    of a cluster lack.
+    Conversions run in processes of this machine: they take a minute and no GPU, and often need the network, which the
+    machines of a cluster lack.
 
     Args:
         cluster: with its executor; ``processes`` is for each run, on each of ``nodes`` for those that can use several.
-        jobs: how many of an array work side by side.
-        gpus: False asks for none.
+        jobs: how many of an array work at the same time.
+        gpus: False requests none.
     """
 
     def __init__(self, plan: Plan, cluster: ClusterConfig, *, jobs: int = 256, gpus: bool = True) -> None:
@@ -247,10 +247,10 @@ def launch(
     """Run all of ``plan`` that is not done; the caller holds the lock of its folder.
 
     Args:
-        minutes: start only runs that end within them, by the pace of earlier ones of their group. Of a group that has
-            not shown its pace one run is started. Whatever is still at work shortly before the end is asked to stop.
-        stop: true once this process was asked to stop. Runs are then asked to, and waited for.
-        pause: seconds between looks at the runs.
+        minutes: start only runs that should end within this time, by the pace of earlier runs of their group. A group
+            without a known pace starts one run. Runs still at work shortly before the end are asked to stop.
+        stop: true once this process was asked to stop. Runs are then asked to stop, and waited for.
+        pause: seconds between checks of the runs.
 
     Returns:
         the exit status: 0 all are done, 1 some failed, 75 asked to stop, or out of time.
@@ -319,7 +319,7 @@ def launch(
 def _fitting(
     plan: Plan, states: Mapping[str, str], ready: Sequence[Run], running: Iterable[str], seconds: float
 ) -> list[Run]:
-    """Those of ``ready`` that end within ``seconds``; of a group without a pace the first, unless one is running."""
+    """Those of ``ready`` that should end within ``seconds``; of a group without a pace the first, unless one runs."""
     if seconds == math.inf:
         return [*ready]
     expected = plan.seconds_left(states)

@@ -27,35 +27,35 @@ T = TypeVar("T", bound="BackboneEntry | Task")
 
 @dataclass(frozen=True)
 class BackboneEntry:
-    """Where a backbone comes from: exactly one of ``pretrain``, ``file``, ``published`` and ``scratch``."""
+    """The source of a backbone: exactly one of ``pretrain``, ``file``, ``published`` and ``scratch``."""
 
     name: str
     pretrain: str = ""
     """A name under ``pretraining``."""
     file: str = ""
-    """A checkpoint of any source that conversion knows, converted ones too."""
+    """A checkpoint of any source that ``convert`` reads, including converted ones."""
     published: str = ""
-    """One of the published robust backbones, as ``resnet50_l2_eps3``; ``robust://`` may stand before it."""
+    """One of the published robust backbones, such as ``resnet50_l2_eps3``, with or without ``robust://``."""
     scratch: str = ""
-    """An architecture, as ``resnet50``, with random weights: the floor of detectors; it has nothing to transfer."""
+    """An architecture, such as ``resnet50``, with random weights: a baseline for detectors, not for transfer."""
     options: Options = field(default_factory=dict)
     """What ``file`` does not say itself: options of the verb ``convert``."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which backbones a task has: the best of an earlier task, whose images and seeds are others.
+    """The backbones of a task: the best of an earlier task, which has other images and seeds.
 
-    Of a task with a ``grid`` each backbone takes the values that are best for it.
+    If that task has a ``grid``, each backbone takes the values that were best for it.
     """
 
     task: str
     metric: str
-    """As in records: ``bbox/AP``; means over the seeds are compared."""
+    """As in records, such as ``bbox/AP``; means over seeds are compared."""
     best: int = 0
-    """So many, beside ``keep``; 0: all."""
+    """Number of backbones, in addition to ``keep``; 0: all."""
     keep: tuple[str, ...] = ()
-    """Taken whatever their results, as the standard one."""
+    """Taken whatever their results, such as the standard one."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ class Task:
     overrides: Options = field(default_factory=dict)
     """Detectron2's keys."""
     protocols: tuple[str, ...] = ()
-    """Names under the manifest's ``protocols``; all of them when none is given."""
+    """Names under the manifest's ``protocols``; all if none is given."""
     transfer: str = ""
     """One of ``TRANSFER_MODES``."""
     dataset: str = ""
     options: Options = field(default_factory=dict)
     """Of the verb ``transfer``; the manifest's seeds are its trials."""
     robustness: Options = field(default_factory=dict)
-    """Options of the verb ``evaluate detector``, which measures every detector of the task; none: it does not."""
+    """Options of the verb ``evaluate detector``, run for every detector of the task; without any it is not run."""
     backbones: tuple[str, ...] = ()
-    """All when none is given."""
+    """All if none is given."""
     seeds: tuple[int, ...] = ()
-    """The manifest's when none is given."""
+    """The manifest's if none is given."""
     grid: Options = field(default_factory=dict)
     """Detectron2's keys, each with a list of values; a run for each combination."""
     choose: Choice | None = None
@@ -100,7 +100,7 @@ class PrimaryComparison:
     protocol: str = ""
     """Where the task has several."""
     difference: float | None = None
-    """Expected, in points; where not given, a pilot's or the paper's."""
+    """Expected, in points; if not given, a pilot's or the paper's."""
     std: float | None = None
     """Expected standard deviation of the paired differences over seeds, in points."""
     chosen: str = ""
@@ -125,15 +125,15 @@ class Manifest:
     primary: PrimaryComparison | None
     cluster: ClusterConfig
     imagenet: str = ""
-    """A folder with val/; where it is there, published backbones are first checked on it."""
+    """A folder with val/; if it exists, published backbones are first checked on it."""
     report: str = ""
-    """The title of the report that is made of the study once all runs are done; empty: none is."""
+    """The title of the report that is made once all runs are done; empty: no report."""
 
     def seeds_of(self, task: Task) -> tuple[int, ...]:
         return task.seeds or self.seeds
 
     def protocols_of(self, task: Task) -> tuple[str, ...]:
-        """Names under ``protocols``; an empty one where there are none."""
+        """Names under ``protocols``; an empty name if there are none."""
         return task.protocols or tuple(self.protocols) or ("",)
 
     def task(self, name: str) -> Task:
@@ -141,14 +141,13 @@ class Manifest:
 
 
 def read_manifest(path: str | Path, output: str | Path | None = None) -> Manifest:
-    """Read a manifest: a file that exists, or one of the package's, as ``small.yaml`` or ``studies/small.yaml``.
+    """Read a manifest: an existing file, or one of the package's, such as ``small.yaml`` or ``studies/small.yaml``.
 
     Args:
-        output: replaces the folder that the manifest names (``runs/NAME`` when it names none).
+        output: replaces the manifest's folder (``runs/NAME`` if it has none).
 
     Raises:
-        InputError: no such file, no YAML, an unknown key (the message names the valid ones), a name that stands for
-            nothing.
+        InputError: no such file, not YAML, an unknown key (the message names the valid ones), an undefined name.
     """
     path = find_file(path, STUDY_DIR)
     try:
@@ -322,7 +321,7 @@ def _choice(name: str, content: Any) -> Choice:
 
 
 def _entry(kind: type[T], what: str, name: str, content: Any) -> T:
-    """A dataclass of texts, lists of texts and mappings, from a mapping with some of its fields."""
+    """A dataclass of strings, lists of strings and mappings, from a mapping with some of its fields."""
     known = {one.name: one for one in fields(kind) if one.name != "name"}
     values: dict[str, Any] = {}
     for key, value in _mapping(what, content, known).items():
@@ -364,7 +363,7 @@ def _known(what: str, name: str, valid: Iterable[str]) -> None:
 
 
 def _name(name: Any) -> str:
-    """A name that can be part of a folder's."""
+    """A name that can be part of a folder's name."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
         raise InputError(f"{name!r} cannot be part of a folder's name: use letters, digits, and . _ -")
     return name

@@ -1,4 +1,4 @@
-"""The runs of a study, their folders, and what those say about how far they are; needs no torch."""
+"""The runs of a study, their folders, and their progress as read from these; needs no torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from robust_backbones.runs.files import DAMAGED, check_types, write_json
 from robust_backbones.runs.locks import owner_of
 
 STATES = ("waiting", "ready", "running", "preempted", "failed", "done")
-"""waiting: for another run; preempted: started, then interrupted, however that was; the next launch resumes it."""
+"""waiting: for another run; preempted: started, then interrupted in any way; the next launch resumes it."""
 _OURS = ("cluster", "jobs", "lock.json", "primary.json", "report", "runs")
-"""What a study's folder holds beside its plan."""
+"""What a study's folder contains besides its plan."""
 ATTEMPT = "----"
-"""Begins the line that each attempt begins with in a run's log."""
+"""Start of the first line of each attempt in a run's log."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Run:
     """One call of one verb."""
 
     key: str
-    """A readable name, and a hash of the configuration and the weights: another setting is another run."""
+    """A readable name, and a hash of the configuration and the weights: another setting gives another run."""
     kind: str
     """``pretrain``, ``convert``, ``detect``, ``transfer`` or ``evaluate``."""
     group: str
@@ -37,14 +37,14 @@ class Run:
     needs: tuple[str, ...] = ()
     """Keys of the runs that must be done first."""
     results: tuple[str, ...] = ("record.json",)
-    """Files of its folder that appear whole; the run is done once all are there."""
+    """Files of its folder, written atomically; the run is done once all exist."""
     work: int = 1
     """Iterations of a detector, epochs of a pre-training."""
     task: str = ""
-    """Of the manifest; empty for what its tasks share."""
+    """Of the manifest; empty for runs that its tasks share."""
 
     def command(self, processes: int, machines: Machines | None = None) -> list[str]:
-        """``argv`` for this many processes, one a GPU, on each of the machines."""
+        """``argv`` for this many processes, one per GPU, on each of the machines."""
         if self.kind == "detect":
             module, verb, *options = self.argv
             return [
@@ -86,7 +86,7 @@ class Machines:
 
 @dataclass(frozen=True)
 class Plan:
-    """A study: its runs, each after those that it needs, and the folder with all that they write."""
+    """A study: its runs, each after those that it needs, and the folder with all their outputs."""
 
     name: str
     manifest: str
@@ -94,11 +94,11 @@ class Plan:
     output: Path
     runs: tuple[Run, ...]
     cost: str = ""
-    """What the manifest says that it takes."""
+    """The cost according to the manifest."""
     choices: Mapping[str, Any] = field(default_factory=dict)
-    """Task -> which backbones it has by which results of an earlier task: ``by``, ``chosen`` and all ``means``."""
+    """Task -> its backbones, chosen by results of an earlier task: ``by``, ``chosen`` and all ``means``."""
     pending: Mapping[str, str] = field(default_factory=dict)
-    """Task that will choose its backbones -> the task that it chooses by: its runs join the plan once that is done."""
+    """Task that will choose its backbones -> the task it chooses by; its runs join the plan once that one is done."""
 
     def __post_init__(self) -> None:
         earlier: set[str] = set()
@@ -111,7 +111,7 @@ class Plan:
 
     @classmethod
     def read(cls, output: Path) -> Plan:
-        """What ``write`` left in ``output``."""
+        """Read the plan in ``output``."""
         try:
             content = json.loads((output / "plan.json").read_text())
             runs = tuple(Run(**_with_tuples(row)) for row in content["runs"])
@@ -128,10 +128,10 @@ class Plan:
             ) from None
 
     def set_up(self) -> bool:
-        """Write the plan into its folder; False where it is there already. The caller holds the folder's lock.
+        """Write the plan into its folder; False if it is there already. The caller holds the folder's lock.
 
         Raises:
-            InputError: the folder is that of another manifest, or holds something else; a task that has begun would
+            InputError: the folder belongs to another manifest, or holds something else; a task that has begun would
                 have other backbones.
         """
         if (self.output / "plan.json").exists():
@@ -165,18 +165,18 @@ class Plan:
         raise InputError(f"no run is called {key} in {self.output}: it was set up anew without it")
 
     def folder(self, run: Run) -> Path:
-        """What the verb writes; it makes the folder itself."""
+        """The folder of the verb's output, which the verb creates itself."""
         return self.output / "runs" / run.key
 
     def job(self, run: Run) -> Path:
-        """What the sweep notes about the run: its lock, its last attempt, and all that it printed."""
+        """The folder of the sweep's notes about the run: its lock, its last attempt, and its output."""
         return self.output / "jobs" / run.key
 
     def log(self, run: Run) -> Path:
         return self.job(run) / "log.txt"
 
     def note(self, run: Run) -> Path:
-        """Which job of a cluster the run is, as long as it is one."""
+        """The file that names the run's cluster job, as long as it is one."""
         return self.job(run) / "job.json"
 
     def is_done(self, run: Run) -> bool:
@@ -188,9 +188,9 @@ class Plan:
         return [path for path in paths if path.name == "record.json" and path.exists()]
 
     def states(self) -> dict[str, str]:
-        """One of ``STATES`` for every run, by what lies on disk.
+        """One of ``STATES`` for every run, from its files.
 
-        What leaves no record, such as a conversion, is done as well once all that needs it is.
+        A run without a record, such as a conversion, is also done once all runs that need it are.
         """
         found: dict[str, str] = {}
         users: dict[str, list[Run]] = {}
@@ -211,7 +211,7 @@ class Plan:
         return found
 
     def progress(self, run: Run) -> float:
-        """The part of the run that is done, 0 to 1."""
+        """The finished fraction of the run, 0 to 1."""
         folder = self.folder(run)
         if self.is_done(run):
             return 1.0
@@ -226,7 +226,7 @@ class Plan:
         return len(self.records(run)) / len(run.results)
 
     def last_line(self, run: Run) -> str:
-        """What the run printed last: its error, which torchrun buries under its own, or the last line."""
+        """The last output of the run: its error, which torchrun hides under its own, or the last line."""
         lines = _tail(self.log(run)).replace("\r", "\n").split("\n")  # progress bars go back to the line's beginning
         lines = [line.strip() for line in lines if line.strip()]
         start = max((place for place, line in enumerate(lines) if line.startswith(ATTEMPT)), default=0)
@@ -234,7 +234,7 @@ class Plan:
         return (errors or lines or [""])[-1]
 
     def pace(self, run: Run, state: str) -> float | None:
-        """Seconds that the whole run takes, by its records or its last attempt; None where neither says."""
+        """Seconds that the whole run takes, by its records or its last attempt; None if neither says."""
         attempt = Attempt.read(self.job(run))
         if attempt and state == "running":
             attempt = replace(attempt, seconds=time.time() - attempt.started, reached=self.progress(run))
@@ -243,7 +243,7 @@ class Plan:
         return attempt.seconds / (attempt.reached - attempt.progress) if attempt and attempt.has_pace else None
 
     def seconds_left(self, states: Mapping[str, str]) -> dict[str, float | None]:
-        """Of each run that is not done; None where neither it nor another of its group has shown its pace.
+        """The remaining seconds of each run that is not done; None if there is no pace of it or of its group.
 
         A run's pace is its own since it was last started, else the average of its group.
         """
@@ -260,9 +260,9 @@ class Plan:
         return left
 
     def time_left(self, states: Mapping[str, str]) -> float | None:
-        """Seconds until all is done, if as many runs as now work side by side; None: nobody knows yet.
+        """Seconds until all is done, with as many runs at a time as now; None if unknown.
 
-        Conversions are left out: they take a minute at most.
+        Conversions are left out, as they take a minute at most.
         """
         left = self.seconds_left(states)
         own = [left[run.key] for run in self.runs if run.key in left and run.kind != "convert"]
@@ -273,18 +273,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Attempt:
-    """The last time that a run was started; ``job/attempt.json``."""
+    """The last attempt of a run; ``job/attempt.json``."""
 
     started: float
     """Seconds since the epoch."""
     progress: float
-    """Of the run, when it was started."""
+    """Of the run, at the start."""
     status: int | None = None
-    """Its exit status; None while it runs, and for one that was killed."""
+    """Its exit status; None while it runs, and if it was killed."""
     seconds: float = 0.0
-    """How long it worked."""
+    """Its duration."""
     reached: float = 0.0
-    """Of the run, when it ended."""
+    """Progress of the run, at the end."""
 
     @property
     def has_pace(self) -> bool:
@@ -317,7 +317,7 @@ def count(states: Iterable[str]) -> dict[str, int]:
 
 
 def _with_tuples(row: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has lists for tuples."""
+    """Turn JSON's lists back into tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}
 
 
@@ -331,7 +331,7 @@ def _tail(path: Path) -> str:
 
 
 def _last_row(path: Path) -> dict[str, float]:
-    """The numbers of the last whole line of a file of JSON rows; a kill can cut off the one after it."""
+    """The numbers in the last complete line of a file of JSON rows; a kill can truncate the line after it."""
     for line in reversed(_tail(path).split("\n")):
         try:
             row = json.loads(line)

@@ -1,4 +1,4 @@
-"""What the seeds of a study can find: the power of its primary comparison, for an effect that is expected."""
+"""What the seeds of a study can detect: the power of its primary comparison for an expected effect."""
 
 from __future__ import annotations
 
@@ -30,25 +30,26 @@ class Expected:
     source: str
 
     def power(self, seeds: int, alpha: float = ALPHA) -> float:
-        """The chance to find it by a two-sided paired t test."""
+        """The probability of detecting it with a two-sided paired t test."""
         return power(self.difference / self.std, seeds, alpha) if seeds > 1 else 0.0
 
     def seeds(self, alpha: float = ALPHA) -> int | None:
-        """How many give a power of 80 %."""
+        """How many seeds give a power of 80 %."""
         return seeds_needed(self.difference / self.std, alpha)
 
 
 def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpowered: bool = False) -> list[str]:
-    """What the study can find, in sentences.
+    """What the study can detect, in sentences.
 
     The expected effect of the primary comparison is the pilot's, else the manifest's, else the paper's. Without a
-    primary comparison all of a study is exploratory; the sentences say what it could find of the paper's effects.
+    primary comparison the whole study is exploratory; the sentences then say which of the paper's effects it could
+    detect.
 
     Args:
         pilot: folders of records of a smaller study with the same backbones.
 
     Raises:
-        InputError: the primary comparison is with a robust backbone; it has less than 80 % power, unless
+        InputError: the primary comparison is against a robust backbone; it has less than 80 % power, unless
             ``allow_underpowered``; the pilot does not have it; reports have no table of its metric.
     """
     if manifest.primary is None:
@@ -101,7 +102,7 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
 
 
 def primary_of(manifest: Manifest, plan: Plan) -> Primary | None:
-    """The declared comparison as reports read it."""
+    """The declared comparison, as read by reports."""
     primary = manifest.primary
     if primary is None:
         return None
@@ -125,7 +126,7 @@ def _expected(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Pa
 
 
 def of_paper(paper: PaperResult) -> Expected | None:
-    """Its means and stds taken as true, the two runs of a pair as independent; None without stds."""
+    """The effect with its means and stds taken as true, and the two runs of a pair independent; None without stds."""
     standard, robust = paper.standard, paper.robust
     if standard.std is None or robust.std is None:
         return None
@@ -161,7 +162,7 @@ def _of_pilot(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Pa
 
 
 def _threat_model(manifest: Manifest, name: str) -> ThreatModel | None:
-    """What a backbone was trained at, where the manifest says it."""
+    """The threat model of a backbone's training, if the manifest says it."""
     (entry,) = (backbone for backbone in manifest.backbones if backbone.name == name)
     if entry.published:
         return zoo.find(entry.published).threat_model
@@ -185,7 +186,7 @@ def _paper(task: Task) -> list[PaperResult]:
 
 
 def _exploratory(manifest: Manifest) -> list[str]:
-    """What a study without a primary comparison could find of the paper's effects, at the first step of Holm."""
+    """Which of the paper's effects a study without a primary comparison could detect, at Holm's first step."""
     found = []
     tests = 0
     for task in manifest.tasks:

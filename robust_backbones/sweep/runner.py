@@ -1,7 +1,7 @@
 """``python -m robust_backbones.sweep.runner OUTPUT KEY PROCESSES [MACHINES RANK ADDRESS]``: one run, in this process.
 
-It holds the run's lock, so that no run is at work twice, whoever starts it; and exits with the run's status. Of several
-machines the first one does.
+It holds the run's lock, so that no run is at work twice, whoever starts it, and exits with the run's status. With
+several machines, the first one does this.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def call(command: Sequence[str]) -> int:
-    """Run a module with its arguments, as ``python -m`` would; gives its exit status.
+    """Run a module with its arguments, as ``python -m`` would; returns its exit status.
 
-    It shares this process, so that the lock's owner is the process that works, and dies with it.
+    It runs in this process, so that the lock's owner is the process that works, and ends with it.
     """
     sys.argv = [*command]
     sys.path[0] = os.getcwd()
