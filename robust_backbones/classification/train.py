@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from robust_backbones.checkpoint.format import sha256, write_checkpoint
 from robust_backbones.classification.checkpoints import CheckpointFolder
-from robust_backbones.classification.compute import available
+from robust_backbones.classification.compute import Compute, available
 from robust_backbones.classification.config import PAPER_BATCH_SIZE, Execution, TrainingConfig
 from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
 from robust_backbones.data.batches import check_fills_batch, steps_per_epoch, train_batches, val_batches
@@ -89,7 +89,8 @@ def train(
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(config.seed * 1_000_003 + processes.rank)
-        return _Run(config, task, Path(output), execution, device, processes, stop).run()
+        compute = config.compute(device, execution.compile)
+        return _Run(config, task, Path(output), execution, compute, processes, stop).run()
 
 
 _ACCURACIES = ("clean_accuracy", "robust_accuracy")
@@ -107,24 +108,23 @@ class _Progress:
     """The accuracies of the epoch with the highest robust one."""
 
 
+@dataclass
 class _Run:
     """One process's part in one run."""
 
-    def __init__(
-        self,
-        config: TrainingConfig,
-        task: TrainingTask,
-        output: Path,
-        execution: Execution,
-        device: torch.device,
-        processes: Processes,
-        stop: StopRequest,
-    ) -> None:
-        self.config, self.task, self.output, self.execution = config, task, output, execution
-        self.processes, self.stop = processes, stop
-        self.compute = config.compute(device, execution.compile)
-        self.checkpoints = CheckpointFolder(output / "checkpoints", execution.keep_checkpoints)
-        self.train_data, self.val_data = copy.copy(task.train), task.val  # the first one's transform changes
+    config: TrainingConfig
+    task: TrainingTask
+    output: Path
+    execution: Execution
+    compute: Compute
+    processes: Processes
+    stop: StopRequest
+
+    def __post_init__(self) -> None:
+        config, execution, processes = self.config, self.execution, self.processes
+        self.checkpoints = CheckpointFolder(self.output / "checkpoints", execution.keep_checkpoints)
+        # the first one's transform changes
+        self.train_data, self.val_data = copy.copy(self.task.train), self.task.val
         self.steps = self._count_steps()  # of an epoch
         self.micro_batch_size = execution.micro_batch_size or max(1, config.batch_size // processes.size)
         self.accumulate = config.batch_size // (self.micro_batch_size * processes.size)

@@ -31,10 +31,10 @@ from robust_backbones.transfer.protocol import (
     Backbones,
     Selection,
     TransferImages,
-    identity,
     open_data,
     read_backbones,
     select,
+    settings_of,
     trial_record,
     without_unreadable,
 )
@@ -98,21 +98,20 @@ def full_finetune(
     checkpoints, opened, output = read_backbones(backbones), open_data(data), Path(output)
     config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
     available(execution.device)
-
     usable = partial(TransferImages, grid, settings=len(grid.settings), batch_size=config.batch_size)
-    usable(opened)  # refuses what it cannot use, before anything is written
+    images = usable(opened)  # refuses what it cannot use, before anything is written
     with ExitStack() as stack:
         processes = stack.enter_context(join_processes(local_device(execution.device)))
         plain = {**config.to_dict(), **grid.to_dict(), "mode": MODE}
         defaults = {**fed_as(type(config)(), BackboneSpec()).to_dict(), **type(grid)().to_dict()}
-        own = identity(plain, checkpoints, opened)
+        own = settings_of(plain, checkpoints, opened)
         stack.enter_context(claimed(output, own, defaults, processes=processes))
         if execution.skip_unreadable:
-            opened = without_unreadable(opened, output, workers=execution.workers, processes=processes)
+            images = usable(without_unreadable(opened, output, workers=execution.workers, processes=processes))
             execution = replace(execution, skip_unreadable=False)
         records = []
         for label, checkpoint in checkpoints.items():
-            backbone = _Backbone(grid, config, checkpoint, usable(opened), output / label, execution, processes)
+            backbone = _Backbone(grid, config, checkpoint, images, output / label, execution, processes)
             records += backbone.trials()
         return records
 

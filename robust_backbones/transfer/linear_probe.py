@@ -39,11 +39,11 @@ from robust_backbones.transfer.protocol import (
     Backbones,
     Selection,
     TransferImages,
-    identity,
     open_data,
     order_of,
     read_backbones,
     select,
+    settings_of,
     trial_record,
     without_unreadable,
 )
@@ -83,14 +83,14 @@ def linear_probe(
     config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
     batch_size = config.batch_size if config.solver == "sgd" else 1
     usable = partial(TransferImages, config, settings=len(config.grid), batch_size=batch_size)
-    usable(opened)  # refuses what it cannot use, before anything is written
+    images = usable(opened)  # refuses what it cannot use, before anything is written
     compute = Compute(available(device), config.precision)
-    settings = identity({"mode": MODE, **config.to_dict()}, checkpoints, opened)
+    settings = settings_of({"mode": MODE, **config.to_dict()}, checkpoints, opened)
     defaults = fed_as(type(config)(), BackboneSpec()).to_dict()
     with stop_on_signals() as stop, claimed(output, settings, defaults):
         if skip_unreadable:
-            opened = without_unreadable(opened, output, workers=workers)
-        probe = _Probe(config, checkpoints, compute, usable(opened), output, workers)
+            images = usable(without_unreadable(opened, output, workers=workers))
+        probe = _Probe(config, checkpoints, compute, images, output, workers)
         if records := probe.finished():
             probe.state.unlink(missing_ok=True)  # of one that was killed between its last record and its end
             return records

@@ -141,7 +141,7 @@ def trial_record(
     )
 
 
-def identity(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], data: TransferData) -> dict[str, Any]:
+def settings_of(config: dict[str, Any], checkpoints: Mapping[str, Checkpoint], data: TransferData) -> dict[str, Any]:
     """Everything that the results of an experiment depend on, for ``runs.folders.claimed``."""
     return {
         **config,
