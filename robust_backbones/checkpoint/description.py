@@ -27,6 +27,7 @@ _OF_OTHERS = re.compile(
 )
 """Names of options that are not those of the network."""
 _NORMALIZES = re.compile("(no_|without_)?(do_|use_)?normali[sz](e|ation)(_(inputs?|images?))?")
+_MEAN = re.compile("(?i)((ima?ge?|pixel|rgb|norm(ali[sz](e|ation))?|data(set)?|input)_)?mean")
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
 
 _Allowed = dict[str, tuple[Any, ...] | None]
@@ -147,8 +148,13 @@ class Description:
 
     def _fed(self) -> list[dict[str, Any]]:
         """Mean and std in the options of a training."""
-        pairs = [(options.get("mean"), options.get("std")) for options in self._options]
-        return [{"mean": tuple(mean), "std": tuple(std)} for mean, std in pairs if is_triple(mean) and is_triple(std)]
+        found = []
+        for options in self._options:
+            for name in filter(lambda name: isinstance(name, str) and _MEAN.fullmatch(name), options):
+                mean, std = options[name], options.get(name[:-4] + ("STD" if name.isupper() else "std"))
+                if is_triple(mean) and is_triple(std):
+                    found.append({"mean": tuple(mean), "std": tuple(std)})
+        return found
 
     def _doubt(self) -> str:
         """What the options of a training say against taking or assuming any mean and std."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, BY_USER, READING, Checkpoint
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec, check_normalization, is_number
+from robust_backbones.models import IMAGENET_MEAN, BackboneSpec, check_normalization, is_number
 from robust_backbones.threat_models import ThreatModel
 
 _OPTION = re.compile(
@@ -72,13 +72,21 @@ def agreed(
     if any(name not in values for name in READING):
         unsaid = [name for name in READING if name not in stated and name not in in_file]
         imagenet, own = ({name: getattr(spec, name) for name in unsaid} for spec in (BackboneSpec(), usual))
-        other = {name: value for name, value in own.items() if value != imagenet[name]}
+        timms = {name: value for name, value in own.items() if value != imagenet[name]}
         raise InputError(
             f"it does not say what it was fed with: give {' '.join(map(_option, unsaid))} (ImageNet's usual ones are "
-            f"{_options(imagenet)}" + (f"; of timm's own {usual.arch} {_options(other)}" if other else "") + ")"
+            f"{_options(imagenet)}" + (f"; of timm's own {usual.arch} {_options(timms)}" if timms else "") + ")"
         )
     check_normalization(values["mean"], values["std"])
     who = {name: BY_FILE if name in in_file else BY_USER if name in stated else ASSUMED for name in READING}
+    order = values["channel_order"]
+    other = "BGR" if order == "RGB" else "RGB"
+    usual_mean = IMAGENET_MEAN if other == "RGB" else IMAGENET_MEAN[::-1]
+    if who["channel_order"] == ASSUMED and _close(values["mean"], usual_mean, 0.01):
+        raise InputError(
+            f"its mean is ImageNet's as of {other}, and {order} would be assumed: give --channel-order {other} or, if "
+            f"images are {order} all the same, --channel-order {order}"
+        )
     return values, who
 
 
@@ -133,10 +141,10 @@ def in_python(message: str) -> str:
     )
 
 
-def _close(a: Any, b: Any) -> bool:
+def _close(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(
-            math.isclose(x, y, rel_tol=0, abs_tol=1e-4) if is_number(x) and is_number(y) else x == y
+            math.isclose(x, y, rel_tol=0, abs_tol=tolerance) if is_number(x) and is_number(y) else x == y
             for x, y in zip(a, b, strict=True)
         )
     return bool(a == b)

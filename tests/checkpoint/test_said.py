@@ -319,6 +319,7 @@ def test_the_options_of_the_training_count(tmp_path: Path, tensors: Tensors, opt
         ({"no_normalization": True, "mean": [0.5] * 3, "std": [0.25] * 3}, "its no_normalization is True"),
         ({"input_range": [-1, 1], "mean": [0.5] * 3, "std": [0.25] * 3}, r"its input_range is \[-1, 1\]"),
         ([{"mean": [mean] * 3, "std": [0.25] * 3} for mean in (0.5, 0.4)], "means or stds that differ"),
+        ([{f"{name}mean": [0.5] * 3, f"{name}std": [std] * 3} for name, std in (("img_", 0.1), ("", 0.2))], "differ"),
     ],
 )
 def test_nothing_is_assumed_against_the_options_of_the_training(
@@ -330,6 +331,15 @@ def test_nothing_is_assumed_against_the_options_of_the_training(
     with pytest.raises(InputError, match=f"{doubt}: give --mean and --std"):
         read_checkpoint(path)
     assert read_checkpoint(path, statement=Statement(mean=(0.0,) * 3, std=(1.0,) * 3)).spec.mean == (0.0,) * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["mean", "MEAN", "img_mean", "image_mean", "pixel_mean", "normalize_mean", "dataset_mean"]
+)
+def test_options_may_call_the_mean_by_what_it_is_of(tmp_path: Path, tensors: Tensors, name: str) -> None:
+    std = name.replace("mean", "std").replace("MEAN", "STD")
+    torch.save({"state_dict": tensors, "config": {"data": {name: [0.5] * 3, std: [0.25] * 3}}}, tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth", statement=Statement(channel_order="RGB")).spec.mean == (0.5,) * 3
 
 
 def test_options_in_options_count(tmp_path: Path, tensors: Tensors) -> None:
