@@ -1,1 +1,1 @@
-"""The command lines, one module a verb."""
+"""The command lines, one module per verb."""

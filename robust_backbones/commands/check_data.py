@@ -6,11 +6,11 @@ Examples:
     robust-backbones check-data mine/train.json:mine/images --fix repaired
     robust-backbones check-data mine/VOC:trainval --fix repaired --classes "traffic light,car" --rename auto=car
 
-A SET is annotations.json:IMAGE_FOLDER, VOC_FOLDER:LIST, or a name that Detectron2 knows. Relative paths are looked for
+A SET is annotations.json:IMAGE_FOLDER, VOC_FOLDER:LIST, or a name that Detectron2 knows. Relative paths are looked up
 in the folder that DETECTRON2_DATASETS names, then in the working folder. Every fault is one line: file, image id,
-annotation id, what is wrong, and how to mend it. `robust-backbones train` checks the same before it starts. Headers of
-images are remembered until a file changes. Exit status: 0 no error (warnings do not count) or, with --fix, none that is
-left in the copy, 1 errors, 2 bad input.
+annotation id, what is wrong, and how to fix it. `robust-backbones train` runs the same check before it starts. Headers
+of images are cached until a file changes. Exit status: 0 no error (warnings do not count) or, with --fix, none left in
+the copy, 1 errors, 2 bad input.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("sets", nargs="+", metavar="SET", help="see above")
     add("--masks", action="store_true", help="check masks too, for Mask R-CNN")
     add("--fix", type=Path, metavar="OUT", help="write a repaired copy of the annotations, and changes.txt, to OUT")
-    names = "with --fix: classes that differ from these in case, spaces, - and _ alone get these names"
+    names = "with --fix: classes that differ from these only in case, spaces, - and _ get these names"
     add("--classes", metavar="NAME,NAME,...", help=names)
     add("--rename", action="append", default=[], metavar="OLD=NEW", help="with --fix; may be given several times")
     add("--most", type=int, default=50, help="faults of a set to list (default 50); all are counted")
@@ -89,7 +89,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def find_set(text: str) -> AnnotatedSet:
-    """The set of a path or of a name that Detectron2 knows."""
+    """The set for a path, or for a name that Detectron2 knows."""
     if ":" in text:
         return AnnotatedSet.parse(text)
     if os.path.exists(text):

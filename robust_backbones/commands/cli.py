@@ -1,4 +1,4 @@
-"""What every command line shares: reading options, and errors as one sentence."""
+"""Common parts of all command lines: reading options, and errors as one sentence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _threat_model(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructor
 def parse(options_type: Any, arguments: Sequence[str], *, description: str | None, default: Any = None) -> Any:
     """Read an ``options_type``, a dataclass or a union of several, from arguments; unknown names exit with status 2.
 
-    ``default`` holds the values of the options that are not given, where they are not the dataclass's own.
+    ``default`` has the values of options that are not given, if they differ from the dataclass's.
     """
     defaults = {} if default is None else {"default": default}
     help_text = _Help()
@@ -82,7 +82,7 @@ def _with_examples(help_text: str, description: str | None, arguments: Sequence[
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """For commands with few options; its help shows ``description`` as it is written."""
+    """For commands with few options; its help shows ``description`` unchanged."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return made

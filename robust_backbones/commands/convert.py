@@ -8,11 +8,11 @@ Examples:
 
 SRC is a checkpoint that holds a ResNet, ConvNeXt, Swin, ViT or another network of timm, whatever wraps it: of
 `pretrain`, MadryLab's robustness library, RobustBench, ARES, torchvision, timm, transformers, self-supervised training,
-Lightning, MMDetection, Detectron2 and others; or hub:NAME, one of the published robust backbones. Of several networks
-in it, --key or --prefix chooses one. What SRC does not say about its input you say, or it is assumed, and marked so;
---source names the layout where its keys do not tell it. It is read without running any code that it may hold. DST is a
-.pkl, .pth or .safetensors; it says what the backbone is (architecture, mean, std, threat model, sha256 of SRC), which
-`train` checks against its configuration. Exit status: 0 done, 1 the proof failed, 2 bad input.
+Lightning, MMDetection, Detectron2 and others; or hub:NAME, one of the published robust backbones. If it holds several
+networks, --key or --prefix chooses one. What SRC does not say about its input, you say with options, or it is assumed
+and marked as assumed; --source names the layout if the keys do not show it. No code in SRC is run. DST is a .pkl, .pth
+or .safetensors; it describes the backbone (architecture, mean, std, threat model, sha256 of SRC), and `train` checks
+this against its configuration. Exit status: 0 done, 1 the proof failed, 2 bad input.
 """
 
 import argparse
@@ -117,31 +117,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         choices=SOURCES,
         metavar="LAYOUT",
         default="",
-        help=f"layout of SRC, instead of what its keys tell: {', '.join(SOURCES)}",
+        help=f"layout of SRC, instead of the one recognised by its keys: {', '.join(SOURCES)}",
     )
-    parser.add_argument("--key", help="which of several networks in SRC: its key, as in teacher or state.model")
-    parser.add_argument("--prefix", help="which of several networks in SRC: what its tensors' names begin with")
+    parser.add_argument("--key", help="which of several networks in SRC: its key, such as teacher or state.model")
+    parser.add_argument("--prefix", help="which of several networks in SRC: the prefix of its tensor names")
     parser.add_argument(
-        "--arch", help="timm's name of the network, where no shape of SRC tells it, or a head is doubted"
+        "--arch", help="timm's name of the network, if its shapes do not show it, or to confirm a doubtful head"
     )
     floats: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("C1", "C2", "C3")}
-    parser.add_argument("--mean", **floats, help="what SRC was fed with, where it does not say: pixels in [0, 1]")
+    parser.add_argument("--mean", **floats, help="normalisation of SRC, if it does not say: for pixels in [0, 1]")
     parser.add_argument("--std", **floats)
     parser.add_argument("--channel-order", choices=("RGB", "BGR"))
-    parser.add_argument("--stride-in-1x1", choices=("true", "false"), help="where bottlenecks of SRC stride")
-    parser.add_argument("--require-said", action="store_true", help="refuse what neither SRC nor you say of its input")
-    parser.add_argument("--threat-model", metavar="NORM:EPSILON", help="what SRC was trained against, as L2:3")
+    parser.add_argument("--stride-in-1x1", choices=("true", "false"), help="whether SRC's bottlenecks stride there")
+    parser.add_argument("--require-said", action="store_true", help="refuse to assume what neither SRC nor you say")
+    parser.add_argument("--threat-model", metavar="NORM:EPSILON", help="what SRC was trained against, such as L2:3")
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="prove that nothing changed, by Detectron2's own features or, of torchvision's names, by every tensor",
+        help="prove that nothing changed: by Detectron2's own features or, with torchvision's names, by every tensor",
     )
-    parser.add_argument("--image", type=Path, help="prove it on this photograph too")
+    parser.add_argument("--image", type=Path, help="run the proof on this photograph too")
     parser.add_argument(
-        "--write-config", type=Path, metavar="YAML", help="write a configuration with DST and its needs"
+        "--write-config", type=Path, metavar="YAML", help="write a configuration with DST and the keys it needs"
     )
-    parser.add_argument("--base-config", type=Path, default=BASE_CONFIG, metavar="YAML", help="that it is based on")
+    parser.add_argument("--base-config", type=Path, default=BASE_CONFIG, metavar="YAML", help="its base")
     parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, the rest on stderr")
     options = parser.parse_args(arguments)
     suffixes = {"detectron2": SUFFIXES, "torchvision": SUFFIXES[1:], "timm": ("", ".safetensors")}[options.to]
@@ -198,7 +198,7 @@ def check_equal(checkpoint: Checkpoint, written: Path) -> None:
 
 
 def write_config(path: Path, base: Path, weights: Path, overrides: dict[str, object]) -> None:
-    """The backbone and what it needs, on top of ``base``, in Detectron2's YAML."""
+    """Write the backbone and the keys it needs, on top of ``base``, in Detectron2's YAML."""
     config: dict[str, Any] = {}
     for key, value in {**overrides, "MODEL.WEIGHTS": str(weights.resolve())}.items():
         *nodes, last = key.split(".")

@@ -1,4 +1,4 @@
-"""The whole path on synthetic shapes, without a download: two backbones, two Mask R-CNNs, one table, one picture.
+"""The whole pipeline on synthetic shapes, without a download: two backbones, two Mask R-CNNs, one table, one picture.
 
 Example:
     robust-backbones demo --output demo_output

@@ -1,12 +1,12 @@
-"""Say what is installed here, what is missing, and the command that mends it.
+"""Show what is installed, what is missing, and the command that fixes it.
 
 Examples:
     robust-backbones doctor
     robust-backbones doctor --install-detectron2
     robust-backbones doctor --published ~/.cache/robust_backbones/published
 
-Exit status: 0 when detectors can be trained here, 1 when something that this needs is missing. With --published, 0
-when FOLDER has every published backbone as it was published, 1 when one is missing or another file, 2 without FOLDER.
+Exit status: 0 if detectors can be trained here, 1 if something needed for it is missing. With --published, 0 if FOLDER
+has every published backbone unchanged, 1 if one is missing or is another file, 2 without FOLDER.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ OPTIONAL = {
     "POT": ("distances between data sets (inheritance)", "pip install 'robust-backbones[inheritance]'"),
     "submitit": ("jobs of a Slurm cluster", "pip install 'robust-backbones[slurm]'"),
 }
-"""Package -> what it is for, and how to get it."""
+"""Package -> its purpose, and how to install it."""
 DATA_SETS = {
     "COCO 2017": ("coco/annotations/instances_train2017.json", "coco/train2017", "coco/val2017"),
     "VOC 2007": ("VOC2007/Annotations", "VOC2007/ImageSets", "VOC2007/JPEGImages"),
     "VOC 2012": ("VOC2012/Annotations", "VOC2012/ImageSets", "VOC2012/JPEGImages"),
 }
-"""Title -> what Detectron2 reads of it in DETECTRON2_DATASETS."""
+"""Title -> the files that Detectron2 reads in DETECTRON2_DATASETS."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for; ``mend`` is empty where nothing is to do."""
+    """The result of one check; ``mend`` is empty if there is nothing to do."""
 
     name: str
     found: str
@@ -71,13 +71,13 @@ class PublishedFile:
     state: str
     """``right``, ``missing`` or ``wrong``."""
     detail: str
-    """What it is, or what to do."""
+    """Description, or what to do."""
 
 
 def main(arguments: list[str]) -> int:
     parser = cli.parser(__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--install-detectron2", action="store_true", help="get Detectron2, which is not on PyPI")
+    parser.add_argument("--install-detectron2", action="store_true", help="install Detectron2, which is not on PyPI")
     parser.add_argument("--published", type=Path, metavar="FOLDER", help="check the published backbones in a folder")
     options = parser.parse_args(arguments)
     if options.install_detectron2 and (options.json or options.published):
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
 
 
 def check_published(folder: Path, *, in_json: bool) -> int:
-    """Look at every published backbone's file in ``folder``, offline."""
+    """Check every published backbone's file in ``folder``, offline."""
     if not folder.is_dir():
         raise InputError(f"no folder at {folder}: give the one that holds the published files")
     files = [published_file(folder / backbone.file, backbone) for backbone in published().values()]
@@ -119,7 +119,7 @@ def check_published(folder: Path, *, in_json: bool) -> int:
 
 
 def published_file(path: Path, backbone: PublishedBackbone) -> PublishedFile:
-    """Whether ``path`` is the file of its name: whole, of its architecture, and the one that its sha256 says."""
+    """Whether ``path`` is the file of its name: complete, with its architecture and its sha256."""
     if not path.is_file():
         return PublishedFile(path.name, "missing", f"put {REPOSITORY}/{path.name} of huggingface.co at {path}")
     try:
@@ -134,7 +134,7 @@ def published_file(path: Path, backbone: PublishedBackbone) -> PublishedFile:
 
 
 def examine() -> Iterator[Finding]:
-    """Everything that was looked for, in the order in which to mend it."""
+    """The results of all checks, in the order in which to fix them."""
     yield Finding("robust-backbones", f"{robust_backbones.__version__} in {Path(robust_backbones.__file__).parent}")
     yield Finding("Python", platform.python_version())
     problems = import_problems((*NEEDED.values(), "cv2"))
@@ -162,7 +162,7 @@ def examine() -> Iterator[Finding]:
 
 
 def import_problems(modules: Sequence[str]) -> dict[str, str]:
-    """Module -> why it cannot be imported, empty when it can. Tried in another process, which may crash."""
+    """Module -> why it cannot be imported; empty if it can. Tried in another process, which may crash."""
     code = f"""import importlib, json
 for name in {modules!r}:
     try:
@@ -176,7 +176,7 @@ for name in {modules!r}:
 
 
 def version(package: str) -> str:
-    """Of an installed package; empty when it is not there."""
+    """The version of an installed package; empty if it is missing."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -184,7 +184,7 @@ def version(package: str) -> str:
 
 
 def opencv(problem: str) -> Finding:
-    """Several packages have the module ``cv2``; each overwrites the files of the others."""
+    """Check for conflicting packages with the module ``cv2``: each overwrites the files of the others."""
     names = ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless")
     there = [f"{name} {version(name)}" for name in names if version(name)]
     found, mend = " and ".join(there), ""

@@ -1,4 +1,4 @@
-r"""Measure what a trained network can do beyond its clean accuracy.
+r"""Evaluate the robustness of a trained classifier or detector.
 
 Example, a classifier's accuracy under PGD-20 and AutoAttack on 1000 images:
     robust-backbones evaluate classifier runs/r50_linf_eps4/checkpoint.pt --data imagenet/val \
@@ -8,7 +8,7 @@ Example, a detector's AP under the 15 common corruptions:
     robust-backbones evaluate detector runs/voc_robust/config.yaml runs/voc_robust/model_final.pth \
         --output runs/voc_robust_robustness
 
-Example, under attack on two losses, and the worse of them for each image, on 500 images in 2 processes:
+Example, under attacks on two losses, with the worse one for each image, on 500 images in 2 processes:
     robust-backbones evaluate detector runs/voc_robust/config.yaml runs/voc_robust/model_final.pth \
         --corruptions none --attacks classification localization --threat-model Linf:4/255 --limit 500 --jobs 2 \
         --output runs/voc_robust_attacked
@@ -47,17 +47,16 @@ if TYPE_CHECKING:
 class ClassifierOptions(EvaluationOptions):
     """Clean, PGD and AutoAttack accuracy of a classifier, each with its 95 % interval.
 
-    OUTPUT gets outcomes.jsonl (a row an image) and record.json; an evaluation that was cut off resumes when the same
-    command is given again.
+    OUTPUT gets outcomes.jsonl (a row per image) and record.json; the same command resumes an interrupted evaluation.
     """
 
     config: Annotated[RobustnessConfig, tyro.conf.arg(name="")]
     expected: float | None = None
-    """Clean accuracy in percent, such as a published one: exit status 1 where its 95 % interval does not hold it."""
+    """Clean accuracy in percent, such as a published one: exit status 1 if the 95 % interval does not contain it."""
 
 
 EXPECTED = "expected.json"
-"""What OUTPUT gets once an accuracy was as expected."""
+"""File in OUTPUT that says that an accuracy was as expected."""
 
 
 @dataclass(kw_only=True)
@@ -66,9 +65,9 @@ class DetectorOptions(DeviceOptions):
 
     DETECTRON2_DATASETS names the folder with the data sets. OUTPUT gets cells/NAME/record.json and detections.json for
     every evaluation (clean, fog-3, ...), record.json over all, and errors.svg, .png and .csv: the AP50 that each type
-    of error costs. Cells that are there are not run again, so that an evaluation that was cut off resumes, and one of
-    few cells grows. Attacks are held against random noise and larger balls on 8 images; signs that gradients are masked
-    are printed. Exit status: 0 done, 1 failed, 2 bad input, 75 stopped by a signal.
+    of error costs. Finished cells are not run again, so an interrupted evaluation resumes, and cells can be added
+    later. Attacks are compared with random noise and larger balls on 8 images; signs of gradient masking are printed.
+    Exit status: 0 done, 1 failed, 2 bad input, 75 stopped by a signal.
     """
 
     config: tyro.conf.Positional[Path]
@@ -80,30 +79,30 @@ class DetectorOptions(DeviceOptions):
     corruptions: tuple[str, ...] = ("all",)
     """all (the 15 of Hendrycks & Dietterich 2019), none, or names such as gaussian_noise fog."""
     severities: tuple[int, ...] = SEVERITIES
-    """1 to 5; 0 is the image as it is. mPC needs all five of all 15."""
+    """1 to 5; 0 is the unchanged image. mPC needs all five of all 15."""
     domains: Path | None = None
-    """Folder with a folder a domain, each with its images and an annotation file in COCO's format, as in COCO-O."""
+    """Folder with one folder per domain, each with images and an annotation file in COCO's format, as in COCO-O."""
     attacks: tuple[str, ...] = ()
-    """Losses that a white-box adversary raises, each a cell: classification localization objectness mask total."""
+    """Losses that a white-box adversary maximises, one cell each: classification localization objectness mask total."""
     threat_model: ThreatModel | None = None
-    """The adversary's, around the image as the detector sees it, in [0, 1] pixel units."""
+    """The adversary's ball, around the image as the detector sees it, in [0, 1] pixel units."""
     attack_steps: int = 10
     attack_restarts: int = 1
     attack_schedule: Literal["fixed", "apgd"] = "fixed"
     attack_target: int | Literal["derangement"] | None = None
-    """Instead of --attacks: make the detector take every object for this class (from 0), or each class for another."""
+    """Instead of --attacks: have every object classified as this class (from 0), or each class as another one."""
     errors: tuple[str, ...] = ()
-    """Cells whose errors are drawn, as clean fog-3 attack-worst; by default clean, domains and attacks."""
+    """Cells whose error types are drawn, such as clean fog-3 attack-worst; by default clean, domains and attacks."""
     limit: int | None = None
-    """Only so many annotated images; a greater limit takes the same ones and more."""
+    """Number of annotated images; a larger limit takes the same ones and more."""
     seed: int = 0
-    """Of the corruptions and of what --limit takes."""
+    """Of the corruptions and of the choice of --limit."""
     allow_unverified_detector: bool = False
-    """Take a detector of plain Detectron2, fed as the configuration says; the records mark it."""
+    """Accept a detector of plain Detectron2, with the configuration's preprocessing; the records mark it."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read, and list them in the records."""
     jobs: int = 1
-    """Processes that each evaluate a cell, one a GPU where there are several; results do not depend on it."""
+    """Processes that each evaluate a cell, one per GPU if there are several; results do not depend on it."""
 
 
 Arguments = (
@@ -159,7 +158,7 @@ def classifier(options: ClassifierOptions) -> int:
 
 
 def cells_of(options: DetectorOptions) -> tuple[list[Cell], ImageChoice]:
-    """The cells that are asked for, and the images to evaluate them on."""
+    """The requested cells, and the images to evaluate them on."""
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
     from robust_backbones.detection.attacks import DetectorAttack
     from robust_backbones.detection.cell_images import ImageChoice
@@ -229,7 +228,7 @@ def detector(options: DetectorOptions) -> int:
 
 
 def draw_errors(output: Path, images: ImageChoice, record: RunRecord, names: Sequence[str]) -> list[str]:
-    """Draw which errors the boxes of some cells have, as ``output/errors.*``; the lines of the same as a table."""
+    """Draw the error types of the boxes of some cells, as ``output/errors.*``; returns the lines of a table of them."""
     from robust_backbones.analysis.detection_errors import detection_errors
     from robust_backbones.analysis.error_figures import error_figure, error_table
     from robust_backbones.analysis.figures import MOST_CURVES
@@ -254,7 +253,7 @@ def draw_errors(output: Path, images: ImageChoice, record: RunRecord, names: Seq
 
 
 def tables(metrics: Mapping[str, float | None], cells: Sequence[str], measure: str) -> list[str]:
-    """P, mPC, rPC and what is no corruption in all measures; then corruptions by severity in one."""
+    """P, mPC, rPC and all cells other than corruptions in all measures; then corruptions by severity in one measure."""
     measures = [name.removeprefix("P/") for name in metrics if name.startswith("P/")]
     corrupted = {*cells} & {f"{name}-{severity}" for name in CORRUPTIONS for severity in SEVERITIES}
     names = ["P", "mPC", "rPC", *sorted({*cells} - corrupted - {"clean"})]

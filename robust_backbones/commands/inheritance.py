@@ -1,4 +1,4 @@
-r"""How much robustness survives fine-tuning? The protocol of ImageNet-RIB, for any backbone and related data sets.
+r"""Measure how much robustness survives fine-tuning: ImageNet-RIB's protocol, for any backbone and data sets.
 
 Example, without ImageNet's variants:
     robust-backbones inheritance make-sets tiny-imagenet-100/val --output sets \
@@ -11,17 +11,17 @@ Example, with them, their folders in data/:
     robust-backbones inheritance run hub:resnet50_l2_eps3 --pretraining imagenet --data-root data --sets imagenet-v2 \
         imagenet-a imagenet-r imagenet-sketch imagenet-cartoon imagenet-drawing objectnet imagenet-c --output runs/rib
 
-Example, a fine-tuned network under corruptions, against the one before:
+Example, a fine-tuned network under corruptions, relative to the one before:
     robust-backbones inheritance corruptions runs/r50/checkpoint.pt --data imagenet/val --output runs/r50_c
     robust-backbones inheritance corruptions runs/inheritance/r50/fine_tuning/sketch/seed_0/checkpoint.pt \
         --data imagenet/val --output runs/r50_sketch_c --reference runs/r50_c/record.json
 
-Example, a detector's backbone under its classifier:
+Example, a detector's backbone with its classifier:
     robust-backbones inheritance detector runs/voc_robust/model_final.pth runs/robust/checkpoint.pt \
         --data imagenet/val --threat-model L2:0.5 --no-autoattack --output runs/voc_robust_inheritance
 
-`corruptions` measures a classifier under the 15 common corruptions; `detector` puts a detector's backbone back under
-its classifier and attacks it. `robust-backbones inheritance run --help` lists the options of a command.
+`corruptions` evaluates a classifier under the 15 common corruptions; `detector` evaluates a detector's backbone with
+its former classifier, clean and attacked. `robust-backbones inheritance run --help` lists the options of a command.
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
 
@@ -68,7 +68,7 @@ class InheritanceOptions(DeviceOptions):
     """Folder for the results: LABEL/METHOD/SET/seed_S/record.json."""
     config: Annotated[InheritanceConfig, tyro.conf.arg(name="")] = field(default_factory=InheritanceConfig)
     memory_gb: float = 8.0
-    """Room for decoded images, each of which is decoded once; sets that find none are decoded at every use."""
+    """Memory for decoded images, each of which is decoded once; sets that do not fit are decoded at every use."""
     methods: tuple[str, ...] = DEFAULT_METHODS
     """fine_tuning linear_probe lp_ft lwf ewc l2_init l2_sp lora visual_prompt wise_ft uniform_soup greedy_soup;
     wise_ft_0.3 is WiSE-FT at another alpha than 0.5."""
@@ -79,22 +79,22 @@ class InheritanceOptions(DeviceOptions):
 
 @dataclass
 class InheritanceTableOptions:
-    """RI, mRI, the accuracy matrices and their figures, and how distances go with forgetting."""
+    """RI, mRI, the accuracy matrices and their figures, and the relation of distances to forgetting."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Outputs of `run`, finished or not."""
     output: Path
     """Folder for tables (Markdown and CSV) and figures (SVG, PNG and their numbers as CSV)."""
     methods: tuple[str, ...] = ()
-    """Only these; all when not given."""
+    """Only these; by default all."""
 
 
 @dataclass
 class MakeSetsOptions:
     """Related data sets from a folder of images: sketched, cartooned, or under a corruption at a severity.
 
-    Sets that show the same photographs let a network know the images of one from the other. With --disjoint no two do,
-    and the kind photograph gives a validation set of those that are left.
+    If sets share photographs, a network may recognise images of one from another. With --disjoint no two share any, and
+    the kind photograph gives a validation set of the remaining ones.
     """
 
     source: tyro.conf.Positional[Path]
@@ -102,11 +102,11 @@ class MakeSetsOptions:
     output: Path
     """Folder for the sets, each a folder with the name of its kind."""
     kinds: tuple[str, ...]
-    """sketch, cartoon, photograph (as it is), or CORRUPTION-SEVERITY, as fog-3."""
+    """sketch, cartoon, photograph (unchanged), or CORRUPTION-SEVERITY, such as fog-3."""
     images_per_class: int = 0
-    """Only so many images of each class; 0: all."""
+    """Number of images of each class; 0: all."""
     disjoint: bool = False
-    """Make each set from other photographs, --images-per-class of them."""
+    """Make each set from different photographs, --images-per-class of them."""
     seed: int = 0
     """Of the corruptions, and of which images are taken."""
     workers: int = 2
@@ -123,7 +123,7 @@ class CorruptionsOptions(EvaluationOptions):
 
 @dataclass(kw_only=True)
 class DetectorInheritanceOptions(DeviceOptions):
-    """Accuracy of a backbone under its own classifier, clean and attacked, before and after detection training."""
+    """Accuracy of a backbone with its own classifier, clean and attacked, before and after detection training."""
 
     detector: tyro.conf.Positional[Path]
     """The detector's checkpoint, such as its run's model_final.pth."""

@@ -5,7 +5,7 @@ Example:
 
 Needs torch to be installed already. In order:
   1. Detectron2 can be imported: nothing to do.
-  2. A C++ compiler is there and the git host answers: build the pinned upstream commit against the installed torch.
+  2. There is a C++ compiler and the git host answers: build the pinned upstream commit against the installed torch.
   3. Else: the pure-Python part of the PyPI redistribution sal-detectron2 0.7.2, checked by its sha256. Its compiled
      part is for Python 3.10 only and is left out, and so is its stray top-level package `tools`.
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--source", choices=("auto", "git", "wheel"), default="auto", help="where to take it from")
     parser.add_argument("--git-url", default=GIT_URL, help="repository to build from (default: upstream)")
     parser.add_argument("--commit", default=COMMIT, help="commit to build (default: the tested one)")
-    parser.add_argument("--constraint", default="", metavar="FILE", help="of versions, for pip")
+    parser.add_argument("--constraint", default="", metavar="FILE", help="version constraints for pip")
     options = parser.parse_args(arguments)
     return install(options.source, git_url=options.git_url, commit=options.commit, constraint=options.constraint)
 
@@ -52,7 +52,7 @@ def install(source: str = "auto", *, git_url: str = GIT_URL, commit: str = COMMI
 
     Args:
         source: ``git``, ``wheel``, or ``auto``, which tries one after the other.
-        constraint: file of versions that pip keeps to; empty for none.
+        constraint: file of version constraints for pip; empty for none.
     """
     if state := installed_state():
         print(f"Detectron2 {state} is already installed")
@@ -87,7 +87,7 @@ def install(source: str = "auto", *, git_url: str = GIT_URL, commit: str = COMMI
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter, away from the folder that this was started in."""
+    """Run code in a fresh interpreter, outside the folder that this was started in."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tempfile.gettempdir())
 
 
@@ -99,7 +99,7 @@ def import_detectron2() -> subprocess.CompletedProcess[str]:
 
 
 def installed_state() -> str:
-    """Version and whether `_C` is there; empty when Detectron2 cannot be imported."""
+    """Version and whether `_C` exists; empty if Detectron2 cannot be imported."""
     result = import_detectron2()
     return result.stdout.strip() if result.returncode == 0 else ""
 
@@ -109,7 +109,7 @@ def pip(*arguments: str) -> int:
 
 
 def why_not_git(url: str) -> str:
-    """Empty when a build from git can be tried, else what is missing for it."""
+    """Empty if a build from git can be tried, else what is missing for it."""
     if not shutil.which("git"):
         return "git is not installed"
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):

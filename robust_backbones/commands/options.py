@@ -1,4 +1,4 @@
-"""Groups of options that several commands have."""
+"""Groups of options shared by several commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DeviceOptions:
 
 @dataclass(kw_only=True)
 class EvaluationOptions(DeviceOptions):
-    """What every evaluation of a classifier needs."""
+    """Options of every evaluation of a classifier."""
 
     checkpoint: tyro.conf.Positional[Path]
     """A checkpoint of any source that `robust-backbones convert` knows, or hub:NAME."""

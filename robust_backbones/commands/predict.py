@@ -5,9 +5,9 @@ Example, the detector of `robust-backbones demo` on the images it was evaluated 
 
 RUN is the OUTPUT_DIR of `robust-backbones train`, with config.yaml and model_final.pth, or another .pth file in it;
 with --allow-unverified-detector also one of plain Detectron2, or --config-file and a file of its model zoo.
-OUTPUT gets NAME.jpg for each image, with the boxes, masks and class names of what scores at least --min-score, and
-coco_results.json with all that was found, in pixels of the image, for pycocotools' COCO.loadRes. There image_id is
-the number that an image's name is, as COCO's are; if some name is no number, images count from 1 as they are given.
+OUTPUT gets NAME.jpg for each image, with boxes, masks and class names of detections that score at least --min-score,
+and coco_results.json with all detections, in pixels of the image, for pycocotools' COCO.loadRes. Its image_id is the
+number in an image's name, as in COCO; if some name is not a number, images are numbered from 1 in the given order.
 Exit status: 0 done, 2 bad input.
 """
 
@@ -82,9 +82,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of such files")
     parser.add_argument("--weights", type=Path, required=True, metavar="RUN", help="the detector, see above")
     parser.add_argument("--config-file", type=Path, help="the detector's (default: config.yaml beside its weights)")
-    parser.add_argument("--allow-unverified-detector", action="store_true", help="take a detector of plain Detectron2")
+    parser.add_argument("--allow-unverified-detector", action="store_true", help="accept plain Detectron2 detectors")
     parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder for the results")
-    parser.add_argument("--min-score", type=float, default=0.5, help="of what is drawn, in [0, 1] (default 0.5)")
+    parser.add_argument("--min-score", type=float, default=0.5, help="of drawn detections, in [0, 1] (default 0.5)")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=DEVICE)
     options = parser.parse_args(arguments)
@@ -96,7 +96,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """The files, and the image files in the folders, sorted; each once."""
+    """The files, and the image files in the folders, sorted, without duplicates."""
     found: dict[str, Path] = {}
     suffixes = image_suffixes()
     for path in paths:
@@ -113,7 +113,7 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 
 def name_pictures(images: list[Path], output: Path) -> list[Path]:
-    """A file in ``output`` for each image, named as it is and with a number from the second of a name on."""
+    """A file in ``output`` for each image, with its name, and a number from the second of the same name on."""
     inputs, taken = {image.resolve() for image in images}, dict[str, Path]()
     is_ours = (output / RESULTS).exists()
     for image in images:
@@ -128,7 +128,7 @@ def name_pictures(images: list[Path], output: Path) -> list[Path]:
 
 
 def image_ids(images: list[Path]) -> list[int]:
-    """The numbers that the files' names are, where these tell the images apart; else 1, 2, ..."""
+    """The numbers in the files' names, if they are unique; else 1, 2, ..."""
     stems = [image.stem for image in images]
     numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdigit()]
     return numbers if len(set(numbers)) == len(stems) else list(range(1, len(stems) + 1))

@@ -11,10 +11,10 @@ Examples:
     robust-backbones pretrain --recipe robust_fine_tuning --arch convnext_tiny --start-from clean.safetensors \
         --data imagenet --output runs/convnext_tiny_tuned
 
-DATA/train and DATA/val hold one folder of images a class, or shards (*.tar). A recipe is that of a published backbone
-(--list-recipes shows them); without one, the options' defaults are the paper's ResNet-50. OUTPUT gets checkpoint.pt,
-best.pt, metrics.jsonl (a row an epoch), steps.jsonl, tensorboard/ and record.json; a run that was cut off resumes when
-the same command is given again. Exit status: 0 done, 1 the training failed, 2 bad input, 75 preempted (give the
+DATA/train and DATA/val hold one folder of images per class, or shards (*.tar). A recipe is that of a published backbone
+(--list-recipes shows them); without one, the options' defaults are those of the paper's ResNet-50. OUTPUT gets
+checkpoint.pt, best.pt, metrics.jsonl (a row per epoch), steps.jsonl, tensorboard/ and record.json; the same command
+resumes an interrupted run. Exit status: 0 done, 1 the training failed, 2 bad input, 75 preempted (give the
 command again). --debug shows tracebacks.
 """
 
@@ -42,9 +42,9 @@ class PretrainOptions:
     output: Path
     """Folder for this run's results."""
     start_from: Path | None = None
-    """Checkpoint, of --arch, whose weights the network starts from; without it they are random."""
+    """Checkpoint of --arch with the initial weights; without it they are random."""
     recipe: str = ""
-    """Published backbone whose recipe the options start from, or robust_fine_tuning, of a clean network."""
+    """Published backbone whose recipe gives the options' defaults, or robust_fine_tuning, for a clean network."""
     list_recipes: bool = False
     """Show the recipes with the ImageNet accuracy to expect, and stop."""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
@@ -54,7 +54,7 @@ class PretrainOptions:
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """One process's part in a submitted run; submitit calls it, and calls it again after an interruption."""
+    """One process's part in a submitted run; called by submitit, and again after an interruption."""
 
     config: PretrainConfig
     data: Path

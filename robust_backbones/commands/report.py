@@ -1,15 +1,16 @@
-r"""Make tables, figures and one self-contained report.html of the records that runs leave.
+r"""Make tables, figures and one self-contained report.html from the records of runs.
 
 Examples:
     robust-backbones report runs/study --output report
     robust-backbones report runs/voc_standard runs/voc_robust --output report --pictures 4
 
-Every record.json and records.jsonl in the folders, however deep, is read. Runs that differ in backbone and seed alone
-are compared: mean, spread and interval over seeds, paired tests against the standard backbone with Holm's correction
-over the whole report, effect size, and a sentence each. The comparison that a study's manifest declares as `primary`
+Every record.json and records.jsonl in the folders and their subfolders is read. Runs that differ only in backbone and
+seed are compared: mean, spread and interval over seeds, paired tests against the standard backbone with Holm's
+correction over the whole report, effect size, and a sentence each. The comparison that a study's manifest declares as
+`primary`
 is tested alone. OUTPUT gets report.html, tables/*.{md,csv,tex} and figures/*.{svg,png,csv}.
---pictures N also draws what the standard and the best robust detector find in the first N test images; this needs
-Detectron2, the runs' weights, and DETECTRON2_DATASETS as in training.
+--pictures N also draws the detections of the standard and the best robust detector in the first N test images; this
+needs Detectron2, the runs' weights, and DETECTRON2_DATASETS as in training.
 Exit status: 0 done, 2 bad input. --debug shows tracebacks.
 """
 
@@ -36,7 +37,7 @@ class Arguments:
     title: str = "Do robust backbones transfer better?"
     """Heading of the page."""
     pictures: int = 0
-    """Test images of each experiment on which detections are drawn side by side."""
+    """Number of test images of each experiment with detections drawn side by side."""
 
 
 def main(arguments: list[str]) -> int:
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 
 def files_in(output: Path) -> set[tuple[str, int, int]]:
-    """Tables and figures, each by its name and what a new one of this name would change."""
+    """Tables and figures, by name, with what a new one of the same name would change."""
     paths = [*output.glob("tables/*"), *output.glob("figures/*")]
     return {(path.name, (status := path.stat()).st_ino, status.st_mtime_ns) for path in paths}
 

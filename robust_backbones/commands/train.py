@@ -9,11 +9,11 @@ On your own data, in COCO's or VOC's format:
         --train mine=/data/train.json:/data/images --test mine_val=/data/val.json:/data/images \\
         MODEL.WEIGHTS robust.pkl OUTPUT_DIR runs/mine
 
-More --config-file options change the first: those in detectron_configs/protocols and detectron_configs/architectures.
+Further --config-file options modify the first: see detectron_configs/protocols and detectron_configs/architectures.
 The run stops before training unless MODEL.WEIGHTS fills every tensor of the backbone and fits the configuration.
-Relative paths of data are looked for in the folder that DETECTRON2_DATASETS names, then in the working folder. Without
+Relative paths of data are looked up in the folder that DETECTRON2_DATASETS names, then in the working folder. Without
 a GPU it runs on the CPU. OUTPUT_DIR gets model_final.pth, metrics.json and record.json (box, mask AP). After SIGTERM or
-SIGUSR1 the state is written, and the same command with --resume continues exactly. Exit status: 0 done, 1 training
+SIGUSR1 the state is saved, and the same command with --resume continues exactly. Exit status: 0 done, 1 training
 diverged or its result is not the expected one, 2 bad input, 75 stopped by a signal.
 """
 
@@ -75,19 +75,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="SET",
-        help="set to evaluate on; with --train and no --test, none",
+        help="set to evaluate on; with --train but no --test, none",
     )
     add("--classes", metavar="NAME,NAME,...", help="of sets in VOC's format; default: all names in the XML files")
     add("--resume", action="store_true", help="continue from the newest checkpoint in OUTPUT_DIR, if any")
-    add(
-        "--extend", action="store_true", help="with --resume: up to a larger SOLVER.MAX_ITER, by the schedule given now"
-    )
+    add("--extend", action="store_true", help="with --resume: up to a larger SOLVER.MAX_ITER, by the new schedule")
     add("--eval-only", action="store_true", help="evaluate the detector in MODEL.WEIGHTS")
-    add("--allow-partial-backbone", action="store_true", help="leave tensors that MODEL.WEIGHTS lacks random")
-    add("--allow-unverified-detector", action="store_true", help="take a detector of plain Detectron2 as MODEL.WEIGHTS")
+    add("--allow-partial-backbone", action="store_true", help="initialise tensors missing from MODEL.WEIGHTS randomly")
+    add("--allow-unverified-detector", action="store_true", help="accept a plain Detectron2 detector as MODEL.WEIGHTS")
     add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, and list them")
     add("--reference-eval", action="store_true", help="COCO AP by pycocotools: slower, the same numbers")
-    add("--num-gpus", type=int, default=1, help="processes on this machine, one a GPU (or on CPUs)")
+    add("--num-gpus", type=int, default=1, help="processes on this machine, one per GPU (or on CPUs)")
     add("--num-machines", type=int, default=1)
     add("--machine-rank", type=int, default=0, help="0 to num-machines - 1")
     add("--dist-url", default="auto", help="tcp://FIRST_MACHINE:PORT, needed with several machines")
@@ -158,7 +156,7 @@ def own_sets(options: argparse.Namespace) -> list[Any]:
     """Overrides that register the sets of --train and --test, and choose them.
 
     Raises:
-        InputError: one is not written as the help says.
+        InputError: one does not have the format in the help.
     """
     coco, voc = [], []
     # A configuration's number is that of its own data: nobody gave one for these.

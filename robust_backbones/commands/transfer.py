@@ -10,8 +10,8 @@ Examples:
 
 A data set is one of the twelve of Salman et al. 2020 (`datasets` shows them) or the path of a folder that holds train/
 and test/. A backbone is a checkpoint of any source that `robust-backbones convert` knows, or hub:NAME. Both modes
-choose learning rate and weight decay on held-out training images; --select-on test does as the public code, and tables
-say so. A command that was cut off resumes when it is given again. `robust-backbones transfer probe --help` lists the
+choose learning rate and weight decay on held-out training images; --select-on test selects like the public code, and
+tables say so. The same command resumes an interrupted run. `robust-backbones transfer probe --help` lists the
 options of one.
 Exit status: 0 done, 1 training failed, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
 """
@@ -44,7 +44,7 @@ LABEL = r"\w[\w.-]*"
 
 @dataclass
 class DatasetsOptions:
-    """What is there of the twelve data sets, what is missing, and where to get it."""
+    """Show which of the twelve data sets are present, which are missing, and where to get them."""
 
     data_root: Path
     """Folder that holds the data sets, each as NAME/train and NAME/test or as torchvision lays it out."""
@@ -52,7 +52,7 @@ class DatasetsOptions:
 
 @dataclass
 class TransferOptions:
-    """What both modes need."""
+    """Options of both modes."""
 
     dataset: tyro.conf.Positional[str]
     """Name of one of the twelve data sets, or the path of a folder that holds train/ and test/."""
@@ -63,9 +63,9 @@ class TransferOptions:
     data_root: Path | None = None
     """Folder that holds the data sets."""
     labels: tuple[str, ...] = ()
-    """What the backbones are called, in their order; by default as their files."""
+    """Names of the backbones, in their order; by default those of their files."""
     metric: Literal["", "top1", "mean_per_class"] = ""
-    """Of a folder of your own; top1 when not given."""
+    """For a folder of your own; default top1."""
     split: Literal["drawn", "first"] = "drawn"
     """Of caltech101 and caltech256: training images drawn once and for all, or the first 30 and 60 of each class.
     The latter is as in the public code; the data set is then called caltech101_first."""
@@ -89,14 +89,14 @@ class ProbeOptions(TransferOptions, DeviceOptions):
 
     config: Annotated[ProbeConfig, tyro.conf.arg(name="")] = field(default_factory=ProbeConfig)
     checkpoint_minutes: float = 1.0
-    """Time between the states, at the ends of epochs, that a probe resumes from."""
+    """Time between states saved for resuming, at ends of epochs."""
     skip_unreadable: bool = False
     """Look at every image first and leave out those that cannot be read, listed in skipped.json; else stop at one."""
 
 
 @dataclass(frozen=True)
 class FinetuneRecipe(FinetuneConfig):
-    """Fine-tuning as the command line has it: the grid sets the rest."""
+    """Fine-tuning options of the command line; the grid sets the others."""
 
     lr: tyro.conf.Suppress[float] = 0.01
     weight_decay: tyro.conf.Suppress[float] = 5e-4
@@ -105,7 +105,7 @@ class FinetuneRecipe(FinetuneConfig):
 
 @dataclass
 class FinetuneOptions(TransferOptions):
-    """The whole network learns the new task ("full-network"); runs of the grid are kept and resumed one by one."""
+    """Fine-tune the whole network ("full-network"); runs of the grid are kept and resumed one by one."""
 
     grid: Annotated[TransferConfig, tyro.conf.arg(name="")] = field(default_factory=TransferConfig)
     config: Annotated[FinetuneRecipe, tyro.conf.arg(name="")] = field(default_factory=FinetuneRecipe)

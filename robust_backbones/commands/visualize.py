@@ -8,8 +8,8 @@ Examples:
     robust-backbones visualize saliency standard=hub:resnet50_l2_eps0 robust=hub:resnet50_l2_eps3 \
         --data imagenet/val --output runs/saliency
 
-A backbone is NAME=PATH or NAME=hub:PUBLISHED, of any source that `robust-backbones convert` knows, a detector's
-model_final.pth too, which has no logits. OUTPUT gets picture.png, numbers.csv (a row an image and backbone) and
+A backbone is NAME=PATH or NAME=hub:PUBLISHED, from any source that `robust-backbones convert` reads, or a detector's
+model_final.pth, which has no logits. OUTPUT gets picture.png, numbers.csv (a row per image and backbone) and
 record.json, with measures in their own units.
 `robust-backbones visualize inversion --help` lists the options of one command.
 Exit status: 0 done, 2 bad input, 75 preempted (give the command again). --debug shows tracebacks.
@@ -61,14 +61,14 @@ from robust_backbones.threat_models import ThreatModel
 
 @dataclass(kw_only=True)
 class VisualizeOptions:
-    """What all commands need."""
+    """Options of all commands."""
 
     backbones: tyro.conf.Positional[tuple[str, ...]]
     """One or more NAME=PATH; the others are compared with the first."""
     output: Path
     """Folder for the results."""
     image_size: int = 224
-    """Side of the images in pixels; best that of the training."""
+    """Side of the images in pixels; preferably that of training."""
     seed: int = 0
     """Of the noise, and of which images are taken."""
     batch_size: int = 25
@@ -88,23 +88,23 @@ class ActivationOptions(VisualizeOptions):
 
 @dataclass(kw_only=True)
 class PhotographOptions(VisualizeOptions):
-    """What commands on photographs need."""
+    """Options of commands on photographs."""
 
     data: Path
-    """Folder of images, or of a folder of images (or shards) a class."""
+    """Folder of images, or with one folder of images (or shards) per class."""
     images: int = 50
-    """How many, drawn from all by the seed."""
+    """Number of images, drawn from all by the seed."""
     val_resize: int = 256
     """Shorter side of images before the central crop of image_size."""
     pictures: int = 8
-    """Images in the picture; the numbers are of all."""
+    """Number of images in the picture; the numbers are over all."""
 
 
 @dataclass(kw_only=True)
 class InversionOptions(PhotographOptions):
-    """Images found by nothing but the representation of another image, and how like that image they are.
+    """Images reconstructed from the representation of another image alone, and their similarity to that image.
 
-    SSIM and pixel correlation of the image found with the one whose representation it has; distance is that of the
+    SSIM and pixel correlation are between the reconstructed and the original image; distance is between the
     representations, ‖R(x) - R(target)‖ / ‖R(target)‖. Differences between backbones are paired by image.
     """
 
@@ -119,7 +119,8 @@ class InversionOptions(PhotographOptions):
 class SaliencyOptions(PhotographOptions):
     """Gradients of the loss with respect to the pixels, and their alignment with the image (Etmann et al. 2019).
 
-    The picture shows those of the cross-entropy of the class that each backbone predicts. alignment is |<x, g>| / ‖g‖,
+    The picture shows gradients of the cross-entropy for the class that each backbone predicts. alignment is |<x, g>| /
+    ‖g‖,
     of the winning logit's gradient g, with pixels in [0, 1]; cosine is the same over ‖x‖.
     """
 
@@ -232,7 +233,7 @@ def named_paths(backbones: Sequence[str]) -> dict[str, Path]:
 
 @torch.no_grad()
 def check_layer(options: Any, models: Mapping[str, NormalizedModel]) -> None:
-    """Refuse what a network does not have before anything is written."""
+    """Refuse a layer that a network does not have, before anything is written."""
     layer = LOGITS if isinstance(options, SaliencyOptions) else options.layer
     units = torch.tensor(options.units if isinstance(options, ActivationOptions) else (0,), device=options.device)
     start = noise(1, options.image_size, seed=0).to(options.device).expand(len(units), -1, -1, -1)
@@ -246,7 +247,7 @@ def check_layer(options: Any, models: Mapping[str, NormalizedModel]) -> None:
 
 
 def open_photographs(options: PhotographOptions) -> tuple[Photographs, str]:
-    """From a folder, or from its class folders or shards, with their fingerprint."""
+    """Photographs from a folder, its class folders or shards, with their fingerprint."""
     folder = options.data
     transform = val_transform(options.image_size, resize=options.val_resize)
     if folder.is_dir() and not any(path.is_dir() or path.suffix == ".tar" for path in visible(folder)):
@@ -269,7 +270,7 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def settings(options: VisualizeOptions) -> dict[str, Any]:
-    """What decides the numbers, for JSON."""
+    """The settings that determine the numbers, for JSON."""
     values = asdict(options)
     ascent = values.pop("ascent", {})
     if ascent.get("ball"):
