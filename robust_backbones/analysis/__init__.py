@@ -1,1 +1,1 @@
-"""Tables and figures, drawn from run records alone."""
+"""Tables and figures, made from run records alone."""

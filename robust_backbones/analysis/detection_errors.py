@@ -1,4 +1,4 @@
-"""Which parts of a detector fail: AP50 lost to each of TIDE's error types (Bolya et al. 2020, arXiv 2008.08115)."""
+"""Types of detection errors: AP50 lost to each of TIDE's error types (Bolya et al. 2020, arXiv 2008.08115)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pycocotools import mask
 from robust_backbones.errors import InputError
 
 ERRORS = ("classification", "localisation", "background", "missed", "both", "duplicate")
-"""TIDE's Cls, Loc, Bkg, Miss, Both (a wrong class and a wrong place) and Dupe."""
+"""TIDE's Cls, Loc, Bkg, Miss, Both (wrong class and wrong localisation) and Dupe."""
 ORACLES = (*ERRORS, "false positives", "false negatives")
-"""What an oracle repairs: one type of error, or all wrong detections, or all objects that are not found."""
+"""What an oracle fixes: one type of error, all wrong detections, or all missed objects."""
 FOREGROUND_IOU = 0.5
 BACKGROUND_IOU = 0.1
 MOST_DETECTIONS = 100
-"""Of an image and class, the detections with the best scores, as in COCO's evaluation."""
+"""Number of detections per image and class, those with the best scores, as in COCO's evaluation."""
 
 _REGIONS = {"bbox": "bbox", "segm": "segmentation"}
 _KINDS = (*ERRORS, "right", "ignored")
@@ -31,35 +31,35 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class DetectionErrors:
-    """A detector's errors on one test set; of plain numbers, so that ``asdict`` and JSON keep them."""
+    """A detector's errors on one test set, as plain numbers that survive ``asdict`` and JSON."""
 
     ap50: float
     """COCO's, 0 to 100."""
     delta_ap: dict[str, float]
-    """By ORACLES, the AP50 points that its repair alone would give: they need not add up to ``100 - ap50``."""
+    """By ORACLES, the AP50 points that this fix alone would give: they need not add up to ``100 - ap50``."""
     counts: dict[str, int]
-    """By ORACLES, how many detections are wrong; of ``missed`` and ``false negatives``, how many objects."""
+    """By ORACLES, the number of wrong detections; for ``missed`` and ``false negatives``, of objects."""
 
 
 def detection_errors(ground_truth: Any, detections: Iterable[Mapping[str, Any]], task: str) -> DetectionErrors:
     """The errors of a detector, and what each type costs (TIDE, sections 2.2 to 2.4).
 
-    Detections are matched with objects as in COCO's evaluation at IoU 0.5. One that matches nothing is the first of
-    these that applies, in the order of the authors' toolbox; IoU is its highest with any object of that class:
+    Detections are matched with objects as in COCO's evaluation at IoU 0.5. An unmatched one is the first of these that
+    applies, in the order of the authors' toolbox; IoU is its highest with any object of that class:
 
     - ``localisation``: 0.1 <= IoU < 0.5 with its own class. The oracle moves it onto the object.
     - ``classification``: IoU >= 0.5 with another class. The oracle gives it the object's class.
-    - ``duplicate``: IoU >= 0.5 with its own class, where another detection has the object. The oracle removes it.
+    - ``duplicate``: IoU >= 0.5 with its own class, but another detection matches the object. The oracle removes it.
     - ``background``: IoU < 0.1 with every class. The oracle removes it.
     - ``both``: 0.1 <= IoU < 0.5 with another class. The oracle removes it.
 
-    ``missed`` is an object without a match that no localisation or classification error aims at; its oracle asks for
-    fewer objects. Of several errors that aim at one object, an oracle repairs the one with the best score and removes
-    the others; it removes all of them where the object has a match.
+    ``missed`` is an object without a match that no localisation or classification error refers to; its oracle reduces
+    the number of objects. If several errors refer to one object, an oracle fixes the one with the best score and
+    removes the others; it removes all of them if the object has a match.
 
-    Crowds, and objects with a true ``ignore`` (VOC's difficult ones), need not be found, and what matches them is no
-    error. pycocotools itself takes no notice of ``ignore``: ``ap50`` is its AP50 where only crowds have it. A class
-    that an oracle leaves without an object to find has AP 100 if nothing is wrongly detected as it, and else 0.
+    Crowds, and objects with a true ``ignore`` (VOC's difficult ones), need not be found, and detections that match them
+    are not errors. pycocotools itself disregards ``ignore``: ``ap50`` is its AP50 if only crowds have it. A class
+    without an object to find after an oracle has AP 100 if nothing is wrongly detected as it, else 0.
 
     Args:
         ground_truth: In COCO's format, as a dict or a COCO API.
@@ -107,8 +107,8 @@ def average_precision(right: Bools, objects: int) -> float:
     """COCO's AP of one class at one IoU threshold: the envelope of precision at 101 recalls, 0 to 1.
 
     Args:
-        right: shape (detections,), best score first: whether each is right.
-        objects: How many there are to find. Of none, AP is 1 without and 0 with detections.
+        right: shape (detections,), best score first: whether each is correct.
+        objects: Number of objects to find. For none, AP is 1 without and 0 with detections.
     """
     if objects == 0:
         return float(right.size == 0)
@@ -128,22 +128,22 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Detections:
-    """Of all images, best score first; each array is (detections,)."""
+    """The detections of all images, best score first; each array is (detections,)."""
 
     classes: Ints
     kinds: Ints
-    """Places in _KINDS."""
+    """Indices into _KINDS."""
     targets: Ints
-    """Of localisation and classification errors, the object that the oracle moves them to; else -1."""
+    """For localisation and classification errors, the object that the oracle moves them to; else -1."""
 
 
 @dataclass(frozen=True)
 class _Objects:
-    """Of all images; each array is (objects,)."""
+    """The objects of all images; each array is (objects,)."""
 
     classes: Ints
     wanted: Bools
-    """Neither crowd nor ignored."""
+    """Whether neither crowd nor ignored."""
     matched: Bools
     missed: Bools
 
@@ -188,7 +188,7 @@ def _best_detections(
 def _overlaps(
     detections: Sequence[Mapping[str, Any]], objects: Sequence[Mapping[str, Any]], region: str, image: Mapping[str, Any]
 ) -> Floats:
-    """IoU as (detections, objects); with a crowd, the share of the detection that lies in it."""
+    """IoU as (detections, objects); for a crowd, the share of the detection inside it."""
     if not detections or not objects:
         return np.zeros((len(detections), len(objects)))
     sides = [[row[region] for row in rows] for rows in (detections, objects)]
@@ -210,7 +210,7 @@ def _match(overlaps: Floats, wanted: Bools, crowd: Bools) -> Ints:
     """COCOeval's greedy matching in an image: each detection's object, or -1.
 
     Args:
-        overlaps: shape (detections, objects), best score first; -1 where the classes differ.
+        overlaps: shape (detections, objects), best score first; -1 if the classes differ.
         wanted, crowd: shape (objects,).
     """
     matches = np.full(len(overlaps), -1)
@@ -227,7 +227,7 @@ def _match(overlaps: Floats, wanted: Bools, crowd: Bools) -> Ints:
 
 
 def _kinds(overlaps: Floats, same_class: Bools, matches: Ints, wanted: Bools, crowd: Bools) -> tuple[Ints, Ints]:
-    """Each detection's place in _KINDS, and of localisation and classification errors the object meant; else -1."""
+    """Each detection's index into _KINDS, and the object of localisation and classification errors; else -1."""
     own = np.where(same_class & ~crowd, overlaps, -1)
     other = np.where(~same_class & ~crowd, overlaps, -1)
     own_best, other_best = (side.max(axis=1, initial=-1) for side in (own, other))
@@ -249,7 +249,7 @@ def _kinds(overlaps: Floats, same_class: Bools, matches: Ints, wanted: Bools, cr
 
 
 def _ap50(found: _Detections, objects: _Objects, oracle: str = "") -> float:
-    """AP50, 0 to 100, after one of ORACLES, or as it is."""
+    """AP50, 0 to 100, with or without one of ORACLES."""
     classes, wanted = found.classes.copy(), objects.wanted
     right, ignored = (found.kinds == _KINDS.index(kind) for kind in ("right", "ignored"))
     removed = np.zeros(len(classes), bool)

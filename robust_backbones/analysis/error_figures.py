@@ -1,4 +1,4 @@
-"""The table and the figure of a detector's errors, condition by condition."""
+"""The table and the figure of a detector's error types, by condition."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robust_backbones.errors import InputError
 
 
 def error_table(errors: Mapping[str, DetectionErrors]) -> Table:
-    """A row a condition: its AP50 and the points that each oracle would give; the CSV has the counts, too.
+    """One row per condition: its AP50 and the points that each oracle would give; the CSV also has the counts.
 
     Args:
         errors: condition (``clean``, ``fog 3``, ``PGD-10``) -> its errors.
@@ -30,14 +30,14 @@ def error_table(errors: Mapping[str, DetectionErrors]) -> Table:
 
 
 def error_figure(errors: Mapping[str, DetectionErrors], title: str, path: Path) -> Picture:
-    """The AP50 points lost to each type of error, a bar a condition; not stacked, since they do not add up.
+    """The AP50 points lost to each type of error, one bar per condition; not stacked, because they do not add up.
 
     Args:
         errors: condition -> its errors, the clean one first.
         title: what is evaluated, such as a detector and a test set.
-        path: of its files, without their suffixes.
+        path: of its files, without suffixes.
 
-    Raises:
+        Raises:
         InputError: there are no conditions, or more than MOST_CURVES.
     """
     if not 0 < len(errors) <= MOST_CURVES:

@@ -1,4 +1,4 @@
-"""Sorting runs into experiments: those that differ in backbone and seed alone are compared."""
+"""Sorts runs into experiments: runs that differ only in backbone and seed are compared."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TASKS = {
 """Tasks whose backbones are compared."""
 METRICS = {"bbox": "box", "segm": "mask", "bbox-area": "box (area)", "bbox-11point": "box (11-point)"}
 HEADLINES = ("bbox/AP", "segm/AP", "clean_accuracy", "robust_accuracy")
-"""What summary and figures are about."""
+"""The metrics of summary and figures."""
 # What is varied within an experiment: backbone and seed, and of a transfer trial what its grid chose.
 _VARIED = {
     "SEED",
@@ -85,12 +85,12 @@ class BackboneRuns:
 
     @property
     def family(self) -> tuple[Any, ...]:
-        """Architecture and pre-training: what it shares with the standard backbone that it is compared with."""
+        """Architecture and pre-training, shared with the standard backbone that it is compared with."""
         return family(next(iter(self.runs.values())).record)
 
     @property
     def label(self) -> str:
-        """Name and threat model, each said once."""
+        """Name and threat model, without repetition."""
         return self.name if self.name == self.trained_at else f"{self.name} {self.trained_at}"
 
     @property
@@ -104,29 +104,29 @@ class BackboneRuns:
         return str(self.threat_model)
 
     def values(self, metric: str) -> dict[int, float]:
-        """Seed -> result (0-100), where there is one."""
+        """Seed -> result (0-100), if there is one."""
         found = {seed: run.record.metrics.get(metric) for seed, run in self.runs.items()}
         return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
 
     def summary(self, metric: str) -> Summary | None:
-        """Over the seeds, within the metric's bounds; None where no seed has a result."""
+        """Over the seeds, within the metric's bounds; None if no seed has a result."""
         values = list(self.values(metric).values())
         return summarize(values, bounds=bounds(metric)) if values else None
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Runs that differ in backbone and seed alone: what is compared is what was varied."""
+    """Runs that differ only in backbone and seed, so that only these are compared."""
 
     task: str
     dataset: str
     setting: str
-    """What is different in the other experiments of its task and data set; empty where there is none."""
+    """The settings that differ in other experiments of its task and data set; empty if there are none."""
     backbones: tuple[BackboneRuns, ...]
     """The standard ones first, then by norm and epsilon."""
     notes: tuple[str, ...]
     number: int = 1
-    """Among those whose titles make the same name of a file."""
+    """Number among experiments whose titles give the same file name."""
 
     @property
     def title(self) -> str:
@@ -134,7 +134,7 @@ class Experiment:
 
     @property
     def slug(self) -> str:
-        """The title as the beginning of file names, short enough for one."""
+        """The title as a prefix of file names, short enough for them."""
         name = re.sub(r"[^a-z0-9]+", "_", f"{self.task} {self.dataset} {self.setting}".lower()).strip("_")
         name = name if len(name) <= 100 else f"{name[:90]}_{zlib.crc32(name.encode()):08x}"
         return name if self.number == 1 else f"{name}_{self.number}"
@@ -146,7 +146,7 @@ class Experiment:
     def standards(self, backbone: BackboneRuns) -> list[BackboneRuns]:
         """The standard backbones of its architecture and pre-training, as far as both are known: one to compare with.
 
-        A backbone that began from scratch is compared with the only standard one.
+        A backbone trained from scratch is compared with the only standard one.
         """
         return [
             one
@@ -156,18 +156,18 @@ class Experiment:
         ]
 
     def reference(self, backbone: BackboneRuns) -> BackboneRuns | None:
-        """What a backbone is compared with; None for standard ones, and where there is none or more than one."""
+        """The backbone that this one is compared with; None for standard ones, or if there is not exactly one."""
         standards = [] if backbone.is_standard else self.standards(backbone)
         return standards[0] if len(standards) == 1 else None
 
     @property
     def robust(self) -> list[BackboneRuns]:
-        """Those to compare with a standard one, of known or unknown training."""
+        """Backbones to compare with a standard one, with known or unknown training."""
         return [b for b in self.backbones if not b.is_standard and not b.is_from_scratch]
 
     @property
     def metrics(self) -> list[str]:
-        """Those that get a table, and that some run has a value of."""
+        """Metrics that get a table and have a value in some run."""
         names = dict.fromkeys(name for run in self.runs for name in run.record.metrics)
         # Without an adversary, robust accuracy is the clean one once more.
         if str(self.runs[0].record.config.get("eval_threat_model") or "L2:0").endswith(":0"):
@@ -178,25 +178,25 @@ class Experiment:
 
     @property
     def headlines(self) -> list[str]:
-        """AP of boxes and masks, or accuracy; of several test sets each."""
+        """AP of boxes and masks, or accuracy, for each of several test sets."""
         return [name for name in self.metrics if f"/{name}".endswith(tuple(f"/{headline}" for headline in HEADLINES))]
 
     @cached_property
     def mixed_versions(self) -> dict[str, Counter[str]]:
-        """Package -> how many runs have which version, for packages that not all runs have in one version."""
+        """Package -> number of runs by version, for packages whose version differs among runs."""
         packages = sorted({package for run in self.runs for package in run.record.versions})
         found = {name: Counter(run.record.versions.get(name, "none") for run in self.runs) for name in packages}
         return {package: versions for package, versions in found.items() if len(versions) > 1}
 
     def is_odd(self, backbone: BackboneRuns) -> bool:
-        """Whether a run of it has another version of some library than most runs of the experiment."""
+        """Whether one of its runs has another version of some library than most runs of the experiment."""
         usual = {package: versions.most_common(1)[0][0] for package, versions in self.mixed_versions.items()}
         own = [{name: run.record.versions.get(name, "none") for name in usual} for run in backbone.runs.values()]
         return any(versions != usual for versions in own)
 
     @property
     def remarks(self) -> list[str]:
-        """What holds for every table of the experiment."""
+        """Remarks on every table of the experiment."""
         remarks = list(self.notes)
         repeated = [backbone for backbone in self.backbones if len(backbone.runs) > 1]
         if self.task != "transfer" and any(len({r.weights for r in b.runs.values()}) == 1 for b in repeated):
@@ -214,10 +214,10 @@ class Experiment:
 
 
 def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
-    """The runs of TASKS, sorted into what can be compared.
+    """The runs of TASKS, sorted into comparable groups.
 
     Raises:
-        InputError: two runs are the same by all they say, with different results.
+        InputError: two runs have the same settings but different results.
     """
     groups: dict[tuple[str, str], list[tuple[dict[str, Any], list[RecordedRun]]]] = {}
     for run in runs:
@@ -255,7 +255,7 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
 
 
 def setting(record: RunRecord) -> dict[str, Any]:
-    """A run's configuration without what may differ within an experiment."""
+    """A run's configuration without the keys that may differ within an experiment."""
     config = identity(record.config, _defaults(str(record.config.get("mode"))))
     varied = {*_VARIED, "SOLVER.CHOSEN", *config.get("SOLVER.CHOSEN", ())}
     return {key: value for key, value in config.items() if key not in varied and not key.startswith(_CHOSEN)}
@@ -263,7 +263,7 @@ def setting(record: RunRecord) -> dict[str, Any]:
 
 @cache
 def _defaults(mode: str) -> dict[str, Any]:
-    """What records mean by a setting that they do not name; only those of transfer trials have a ``mode``."""
+    """Defaults of settings that records do not name; only those of transfer trials have a ``mode``."""
     if mode == linear_probe.MODE:
         return linear_probe.ProbeConfig().to_dict()
     if mode == finetune.MODE:
@@ -274,7 +274,7 @@ def _defaults(mode: str) -> dict[str, Any]:
 def is_reported(metric: str) -> bool:
     """Whether a metric gets a table of its own: AP, AP50 and AP75 of boxes and masks, clean and robust accuracy.
 
-    Of corruptions and attacks those of their cells.
+    For corruptions and attacks, those of their cells.
     """
     # The best of several evaluations on the test images is no result.
     is_average = re.search(rf"(^|/)({'|'.join(METRICS)})/AP(50|75)?$", metric) and not metric.startswith("best/")
@@ -282,17 +282,17 @@ def is_reported(metric: str) -> bool:
 
 
 def bounds(metric: str) -> tuple[float, float]:
-    """Between which a metric can lie: AP and accuracies in [0, 100]; rPC is a ratio."""
+    """The range of a metric: AP and accuracies are in [0, 100]; rPC is a ratio."""
     return (0.0, math.inf if metric.startswith("rPC/") else 100.0)
 
 
 def is_stylized(name: str) -> bool:
-    """Whether a backbone or data set of this name is of images in other styles."""
+    """Whether a backbone or data set, by its name, is of stylised images."""
     return re.search(r"styli[sz]e", name.lower()) is not None
 
 
 def metric_name(metric: str) -> str:
-    """``segm/AP50`` -> ``mask AP50``, with the test set in front where a run has several."""
+    """``segm/AP50`` -> ``mask AP50``, preceded by the test set if a run has several."""
     *dataset, kind, name = ["", *metric.split("/")][-3:]
     text = f"{METRICS[kind]} {name}" if kind in METRICS else name.replace("_", " ")
     return " ".join([*filter(None, dataset), text])
@@ -301,10 +301,10 @@ def metric_name(metric: str) -> str:
 def _backbones(
     runs: Sequence[RecordedRun], named: Mapping[str, str]
 ) -> tuple[tuple[BackboneRuns, ...], tuple[str, ...]]:
-    """The runs of one experiment by backbone, and what had to be left out.
+    """The runs of one experiment by backbone, and those that had to be left out.
 
     Args:
-        named: weights -> what a sweep calls them: of pre-trainings for each seed it tells which belong together.
+        named: weights -> their name in a sweep, which shows which pre-trainings for each seed belong together.
     """
     families: dict[tuple[str, str | None, tuple[Any, ...], str], list[RecordedRun]] = {}
     for run in runs:
@@ -346,14 +346,14 @@ def _backbones(
 
 
 def family(record: RunRecord) -> tuple[Any, ...]:
-    """Architecture and pre-training of a run's backbone: (architecture, classes, stem), each None where not known."""
+    """Architecture and pre-training of a run's backbone: (architecture, classes, stem), each None if unknown."""
     return tuple(record.backbone.get(key) for key in ("arch", "num_classes", "stem"))
 
 
 def networks(families: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:
-    """Family -> the name of its architecture, with its stem, and with its classes where another has other ones.
+    """Family -> the name of its architecture, with its stem, and with its classes if they differ among families.
 
-    What was pre-trained on ImageNet's 1000 classes keeps the bare name.
+    Networks pre-trained on ImageNet's 1000 classes keep the plain name.
     """
     names = {family: _network(*family) for family in families}
     shared = Counter(names.values())
@@ -375,13 +375,13 @@ def _order(backbone: BackboneRuns) -> tuple[Any, ...]:
 
 
 def setting_names(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each setting the few keys in which it differs from the others; nothing where there is one setting."""
+    """For each setting the few keys in which it differs from the others; nothing if there is only one."""
     order = {key: place for place, key in enumerate(_NAMING)}
     keys = sorted({key for s in settings for key in s}, key=lambda key: (order.get(key, len(order)), key))
     names: list[list[str]] = [[] for _ in settings]
 
     def split(group: Sequence[int]) -> None:
-        """By the first key whose values differ; what then still is alike, by the next one."""
+        """Split by the first key whose values differ; equal ones by the next key."""
         for key in keys if len(group) > 1 else ():
             parts: dict[str, list[int]] = {}
             for index in group:
@@ -417,7 +417,7 @@ def _key_and_value(key: str, setting: Mapping[str, Any]) -> str:
 
 
 def _fraction(value: Any) -> str:
-    """An epsilon in 1/255 where it is one."""
+    """An epsilon in units of 1/255 if it is a multiple."""
     if isinstance(value, float) and abs(value * 255 - round(value * 255)) < 1e-6 and 0 < value < 0.25:
         return f"{round(value * 255)}/255"
     return str(value)

@@ -1,4 +1,4 @@
-"""One model of a figure: SVG, PNG and its numbers as CSV; and what figures share, which need no colour to be read."""
+"""Common parts of figures: SVG, PNG and numbers as CSV; all figures are readable without colour."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "////", "....", "xxxx", "----", "\\\\\\\\", "oo")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
 STYLES = tuple(zip(COLORS, MARKERS, LINES, strict=True))
-"""(Colour, marker, line) of a curve, by its place."""
+"""(Colour, marker, line) of a curve, by its index."""
 MOST_CURVES = len(STYLES)
 DPI = 150
-"""Of PNGs."""
+"""Resolution of PNGs."""
 NORMS = {"L2": "ℓ2", "Linf": "ℓ∞"}
 NAMES = {
     "resnet18": "ResNet-18",
@@ -48,7 +48,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture's file (a ``.png`` and a ``.csv`` may stand beside it), its caption, and its alternative text."""
+    """A picture's file (maybe with a ``.png`` and a ``.csv`` beside it), its caption, and its alternative text."""
 
     file: Path
     caption: str
@@ -65,7 +65,7 @@ class Page:
 
 
 def as_written(figure: Figure) -> Figure:
-    """The figure with its texts as they are: a ``$`` in a name begins no formula."""
+    """The figure with literal texts: a ``$`` in a name does not start a formula."""
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     return figure
@@ -75,8 +75,8 @@ def save(figure: Figure, path: Path, rows: Sequence[Mapping[str, Any]], caption:
     """Write a figure as SVG and PNG, and its numbers as CSV.
 
     Args:
-        path: of its files, without their suffixes.
-        rows: the numbers in it, as ``Table`` has them.
+        path: of its files, without suffixes.
+        rows: the numbers in it, as in ``Table``.
     """
     # A fixed salt and no date: the same numbers give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "robust-backbones"}):
@@ -91,7 +91,7 @@ def save(figure: Figure, path: Path, rows: Sequence[Mapping[str, Any]], caption:
 
 
 def number_of(counts: Sequence[int], what: str) -> str:
-    """``n = 3 seeds``, or ``n = 2 to 3 seeds`` where they differ."""
+    """``n = 3 seeds``, or ``n = 2 to 3 seeds`` if they differ."""
     low, high = min(counts), max(counts)
     return f"n = {low} {what}{'s' * (low > 1)}" if low == high else f"n = {low} to {high} {what}s"
 
@@ -102,11 +102,11 @@ def grouped_bars(
     groups: Mapping[str, Sequence[float]],
     reach: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> None:
-    """Bars beside each other at each centre, a colour and hatch a group.
+    """Bars beside each other at each centre, with one colour and hatch per group.
 
     Args:
-        groups: label -> a value a centre; at most MOST_CURVES.
-        reach: label -> how far the interval of each value goes down and up.
+        groups: label -> one value per centre; at most MOST_CURVES.
+        reach: label -> the extent of each value's interval, down and up.
     """
     width = 0.84 / len(groups)
     for index, (label, values) in enumerate(groups.items()):
@@ -126,7 +126,7 @@ def grouped_bars(
 
 
 def epsilon_places(epsilons: Sequence[float]) -> list[float]:
-    """Positions on a logarithmic axis, a unit a factor of ten, with 0 half a unit below the smallest above it."""
+    """Positions on a logarithmic axis, one unit per factor of ten, with 0 half a unit below the smallest other."""
     smallest = min((epsilon for epsilon in epsilons if epsilon > 0), default=1.0)
     return [math.log10(epsilon / smallest) + 0.5 if epsilon > 0 else 0.0 for epsilon in epsilons]
 
@@ -135,7 +135,7 @@ def epsilon_axis(axes: Axes, norm: str, places: Mapping[float, float]) -> None:
     """Label the axis of the epsilons of pre-training.
 
     Args:
-        places: epsilon in [0, 1] -> its place on the axis.
+        places: epsilon in [0, 1] -> its position on the axis.
     """
     unit, text = (255, "in 1/255") if norm == "Linf" else (1, "pixels in [0, 1]")
     axes.set_xlabel(f"{NORMS[norm]} ε of pre-training ({text})", fontsize="small")

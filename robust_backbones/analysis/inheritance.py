@@ -33,7 +33,7 @@ MOST_EXACT = 8
 
 @dataclass(frozen=True)
 class Correlation:
-    """Of ``n`` pairs (distance to pre-training, accuracy lost on pre-training); no coefficients below 3 pairs."""
+    """Correlation of ``n`` pairs (distance to pre-training, accuracy lost on it); no coefficients below 3 pairs."""
 
     n: int
     r: float | None = None
@@ -42,21 +42,21 @@ class Correlation:
     high: float | None = None
     spearman: float | None = None
     spearman_p: float | None = None
-    """Two-sided: exact over all permutations of up to MOST_EXACT pairs, by Student's t of more."""
+    """Two-sided: exact over all permutations for up to MOST_EXACT pairs, by Student's t for more."""
     distance: str = ""
     """One of ``DISTANCE_NAMES``."""
 
     @property
     def r_squared(self) -> float | None:
-        """The share of the variance of losses that a line through the distances explains."""
+        """The share of the variance of losses explained by a line through the distances."""
         return None if self.r is None else self.r**2
 
 
 def summary_table(matrices: Sequence[Matrix]) -> Table:
-    """A row a backbone and method: mRI, RI of each set, gain on the own set, change on pre-training.
+    """One row per backbone and method: mRI, RI of each set, gain on the own set, change on pre-training.
 
-    Values are means over seeds in points of accuracy, mRI with its standard deviation over them. A row whose sets have
-    not all been fine-tuned on has no mRI.
+    Values are means over seeds in points of accuracy, mRI with its standard deviation over seeds. A row without
+    fine-tuning on all sets has no mRI.
     """
     sets = _common_sets(matrices)
     rows = []
@@ -77,7 +77,7 @@ def summary_table(matrices: Sequence[Matrix]) -> Table:
 
 
 def accuracy_table(matrices: Sequence[Matrix]) -> Table:
-    """Every accuracy: a row a backbone, method, seed, set fine-tuned on and set evaluated on."""
+    """Every accuracy: one row per backbone, method, seed, set fine-tuned on and set evaluated on."""
     rows = [
         {"backbone": one.label, "method": one.method, "seed": one.seed, "fine_tuned_on": target, "evaluated_on": name}
         | {"before": one.before[name], "after": after, "change": one.change(target, name)}
@@ -89,9 +89,9 @@ def accuracy_table(matrices: Sequence[Matrix]) -> Table:
 
 
 def correlations(matrices: Sequence[Matrix]) -> dict[tuple[str, str], Correlation]:
-    """Of distance and loss over the sets, for each backbone and method, and over all methods of a backbone (``all``).
+    """Correlations of distance and loss over the sets, for each backbone and method, and over all methods (``all``).
 
-    A set is one pair: its losses are averaged over seeds, and for ``all`` over methods too, since pairs that share a
+    A set is one pair: its losses are averaged over seeds, and for ``all`` over methods too, because pairs that share a
     distance are not independent.
     """
     found: dict[tuple[str, str], Correlation] = {}
@@ -130,7 +130,7 @@ def correlate(points: Sequence[tuple[float, float]]) -> Correlation:
 
 
 def permutation_p(x: Sequence[float], y: Sequence[float]) -> float:
-    """The share of all n! orders of y whose rank correlation with x is at least as far from 0 as that of this one."""
+    """The share of all n! orders of y whose rank correlation with x is at least as far from 0 as this one's."""
     a, b = scipy.stats.rankdata(x), scipy.stats.rankdata(y)
     a = a - a.mean()
     products = np.array(list(permutations(b))) @ a  # proportional to Spearman's coefficients
@@ -153,9 +153,9 @@ def correlation_table(found: Mapping[tuple[str, str], Correlation]) -> Table:
 
 
 def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
-    """A heat map a method of one backbone: change of accuracy on each set after fine-tuning on each.
+    """One heat map per method of one backbone: change of accuracy on each set after fine-tuning on each.
 
-    Cells hold the mean over seeds in points; the set's own cell is framed, and pre-training stands last.
+    Cells have the mean over seeds in points; the set's own cell is framed, and pre-training is last.
     """
     sets = _common_sets(matrices)
     groups = _by_method(matrices)
@@ -207,7 +207,7 @@ def change_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
 
 
 def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
-    """Accuracy lost on pre-training against the distance to it, a point a set and a marker a method.
+    """Accuracy lost on pre-training against the distance to it, one point per set and one marker per method.
 
     Raises:
         InputError: no distances were measured, or different ones.
@@ -251,10 +251,10 @@ def distance_figure(matrices: Sequence[Matrix], path: Path) -> Picture:
 
 
 def inheritance_pages(runs: Sequence[RecordedRun], folder: Path) -> list[tuple[Answer, Page]]:
-    """Answer and section of the records of ``inheritance`` of each setting and group of sets; figures go to ``folder``.
+    """Answer and section for the ``inheritance`` records of each setting and group of sets; figures go to ``folder``.
 
     Raises:
-        InputError: two records are of one cell, with different results.
+        InputError: two records of one cell have different results.
     """
     by_setting: dict[str, dict[str, dict[str, RunRecord]]] = {}
     for run in runs:
@@ -336,10 +336,10 @@ def _by_method(matrices: Sequence[Matrix]) -> dict[tuple[str, str], list[Matrix]
 
 
 def _common_sets(matrices: Sequence[Matrix]) -> tuple[str, ...]:
-    """The sets that all matrices are over.
+    """The sets of all matrices.
 
     Raises:
-        InputError: they differ, so that their mRI could not be compared.
+        InputError: they differ, so their mRI cannot be compared.
     """
     kinds = {one.sets for one in matrices}
     if len(kinds) != 1:
@@ -349,7 +349,7 @@ def _common_sets(matrices: Sequence[Matrix]) -> tuple[str, ...]:
 
 
 def _distance(matrices: Sequence[Matrix]) -> str:
-    """The one distance that was measured.
+    """The distance that was measured.
 
     Raises:
         InputError: they differ.
@@ -361,6 +361,6 @@ def _distance(matrices: Sequence[Matrix]) -> str:
 
 
 def _mean(values: Iterable[float]) -> float | None:
-    """None of no values."""
+    """The mean; None without values."""
     found = list(values)
     return fmean(found) if found else None

@@ -1,4 +1,4 @@
-"""The tables of records beside those of experiments: classifiers, their transfer, and robustness of detectors."""
+"""Tables of records other than those of experiments: classifiers, their transfer, and robustness of detectors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from robust_backbones.threat_models import ThreatModel
 
 
 def record_tables(records: Sequence[RunRecord]) -> list[Table]:
-    """Those of the following tables that these records can fill."""
+    """The following tables, as far as these records can fill them."""
 
     def of(*tasks: str) -> list[RunRecord]:
         return [record for record in records if record.task in tasks]
@@ -28,7 +28,7 @@ def record_tables(records: Sequence[RunRecord]) -> list[Table]:
 
 
 def transfer_table(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> Table:
-    """One row a backbone: its accuracy as a classifier beside the AP (0-100) of the detector that started from it.
+    """One row per backbone: its accuracy as a classifier beside the AP (0-100) of the detector that started from it.
 
     Args:
         pairs: (pre-training record, detection record) of each backbone.
@@ -46,7 +46,7 @@ def transfer_table(pairs: Sequence[tuple[RunRecord, RunRecord]]) -> Table:
 
 
 def classifier_table(records: Sequence[RunRecord]) -> Table:
-    """One row a classifier: accuracies (0-100) as pre-training or an attack measured them, with 95 % intervals.
+    """One row per classifier: accuracies (0-100) measured by pre-training or an attack, with 95 % intervals.
 
     Args:
         records: of the tasks ``pretrain`` and ``robustness``, in any order.
@@ -77,18 +77,18 @@ def accuracies(record: RunRecord, *stages: str) -> dict[str, float | None]:
 
 
 def with_interval(name: str) -> tuple[str, str]:
-    """The formats of an accuracy, with its interval where there is one."""
+    """The formats of an accuracy, with its interval if there is one."""
     return f"{{{name}:.1f}} ({{{name}_low:.1f}} to {{{name}_high:.1f}})", f"{{{name}:.1f}}"
 
 
 def classification_table(records: Sequence[RunRecord]) -> Table:
-    """One row a backbone in an experiment of classification transfer: its trials' accuracies, and how it was set.
+    """One row per backbone in an experiment of classification transfer: its trials' accuracies and settings.
 
-    Trials are alike in all but what ``setting`` leaves out; a backbone is known by label, training and ``family``, for
-    each seed may have a pre-training of its own. Accuracies are 0-100.
+    Trials differ only in what ``setting`` leaves out; a backbone is identified by label, training and ``family``,
+    because each seed may have its own pre-training. Accuracies are 0-100.
 
     Args:
-        records: of task ``transfer``, in any order; one that is given twice counts once.
+        records: of task ``transfer``, in any order; duplicates count once.
     """
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.seed):
@@ -133,7 +133,7 @@ def classification_table(records: Sequence[RunRecord]) -> Table:
 
 
 def _deviations(record: RunRecord) -> str:
-    """What a record's reader must know beside its setting: whatever is not as the paper describes it."""
+    """What a record's reader must know besides its setting: all deviations from the paper."""
     config = record.config
     deviations = {
         "L-BFGS": config.get("solver") == "lbfgs",
@@ -152,10 +152,10 @@ def _deviations(record: RunRecord) -> str:
 
 
 def detector_robustness_table(records: Sequence[RunRecord]) -> Table:
-    """One row a detector and measure: AP (0-100) on clean and corrupted images, and under attack.
+    """One row per detector and measure: AP (0-100) on clean and corrupted images, and under attack.
 
     Args:
-        records: of the task ``detector_robustness``, in any order; those of single cells are passed over.
+        records: of the task ``detector_robustness``, in any order; those of single cells are skipped.
     """
     found = [record for record in records if "cells" in record.config]
     attacks = {_attack_name(cell, record): "" for record in found for cell in record.config["attacks"]}
@@ -174,7 +174,7 @@ def detector_robustness_table(records: Sequence[RunRecord]) -> Table:
 
 
 def _attack_name(cell: str, record: RunRecord) -> str:
-    """A cell of an attack, with its ball and steps; ``worst`` has none of its own."""
+    """The name of an attack's cell, with its ball and steps; ``worst`` has none of its own."""
     settings = record.config["attacks"][cell]
     if "threat_model" not in settings:
         return f"worst of {len(settings['attacks'])}"
@@ -184,7 +184,7 @@ def _attack_name(cell: str, record: RunRecord) -> str:
 
 
 def provenance_table(records: Sequence[RunRecord]) -> Table:
-    """One row a run: what it was, what it took, and the source that made it."""
+    """One row per run: its settings, its cost, and the version of the code."""
     rows = [
         {
             "run": record.run_id,
@@ -206,6 +206,6 @@ def provenance_table(records: Sequence[RunRecord]) -> Table:
 
 
 def _oddities(record: RunRecord) -> str | None:
-    """What the check of the data warned of."""
+    """The warnings of the data check."""
     sets = record.data_warnings.items()
     return "; ".join(f"{name}: {count} {kind}" for name, kinds in sets for kind, count in kinds.items()) or None

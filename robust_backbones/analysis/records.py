@@ -1,4 +1,4 @@
-"""Finding the records of runs, checking them, and keeping them in the one file that a report can be made again from."""
+"""Finds the records of runs, checks them, and keeps them in one file from which a report can be made again."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 
 RECORDS = "records.jsonl"
-"""Where a report keeps the records that it is of."""
+"""File in which a report keeps its records."""
 PRIMARY = "primary.json"
-"""Where a study keeps the comparison that it declared before its runs."""
+"""File in which a study keeps the comparison that it declared before its runs."""
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A record and the folder that it lies in."""
+    """A record and its folder."""
 
     folder: Path
     record: RunRecord
     line: str = ""
-    """Of a records.jsonl: that file and the line."""
+    """For a records.jsonl: the file and the line."""
 
     @property
     def place(self) -> str:
-        """Where the record stands, for messages."""
+        """The location of the record, for messages."""
         return self.line or str(self.folder)
 
     @property
     def weights(self) -> str:
-        """Identifies its backbone's file: the sha256, or the file's name where the record has none."""
+        """Identifies its backbone's file: the sha256, or the file's name if the record has none."""
         return str(self.record.backbone.get("source_sha256") or self.weights_name)
 
     @property
@@ -45,7 +45,7 @@ class RecordedRun:
 
     @property
     def named(self) -> str:
-        """What a sweep calls its backbone, by the folder of the conversion; empty where there was none."""
+        """The name of its backbone in a sweep, by the folder of the conversion; empty if there was none."""
         found = re.fullmatch(r"convert-(.+)-[0-9a-f]{10}", self._weights_path.parent.name)
         return found[1] if found else ""
 
@@ -56,7 +56,7 @@ class RecordedRun:
 
     @property
     def seed(self) -> int:
-        """That of training, also where a later evaluation has one of its own."""
+        """The seed of training, even if a later evaluation has its own."""
         return int(self.record.config.get("SEED", self.record.seed))
 
     @property
@@ -67,15 +67,15 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class Primary:
-    """The one comparison that a study declared before its runs: its test is corrected for no other."""
+    """The comparison that a study declared before its runs; its test is not corrected for others."""
 
     metric: str
-    """As in records: ``segm/AP``."""
+    """As in records, such as ``segm/AP``."""
     runs: tuple[str, ...]
-    """Folders' names of the backbone's runs; it is compared with the standard one."""
+    """Folder names of the backbone's runs; it is compared with the standard one."""
 
     def names(self, metric: str, runs: Iterable[RecordedRun]) -> bool:
-        """Whether it is of this metric of a backbone with these runs."""
+        """Whether it is about this metric of a backbone with these runs."""
         return metric == self.metric and any(run.folder.name in self.runs for run in runs)
 
     def write(self, path: Path) -> None:
@@ -83,7 +83,7 @@ class Primary:
 
     @classmethod
     def read(cls, path: Path) -> Primary:
-        """What ``write`` wrote; InputError where it is none of ours."""
+        """Read what ``write`` wrote; InputError if it is not such a file."""
         try:
             values = json.loads(path.read_text())
             return cls(str(values["metric"]), tuple(map(str, values["runs"])))
@@ -92,10 +92,10 @@ class Primary:
 
 
 def find_primary(folders: Sequence[str | Path]) -> Primary | None:
-    """The declared comparison of the one study in these folders that has one.
+    """The declared comparison of the only study in these folders that has one.
 
     Raises:
-        InputError: there are several, or a file is none of ours.
+        InputError: there are several, or a file is invalid.
     """
     found: dict[Primary, Path] = {}
     for path in (path for folder in map(Path, folders) for path in sorted(folder.rglob(PRIMARY))):
@@ -109,12 +109,12 @@ def find_primary(folders: Sequence[str | Path]) -> Primary | None:
 
 
 def find_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
-    """Every record.json in these folders, however deep, and every record in a report's records.jsonl.
+    """Every record.json in these folders and their subfolders, and every record in a report's records.jsonl.
 
-    Such a file may also be given itself. What a report among its own runs holds of them counts once.
+    Such a file may also be given itself. Runs that also occur in a report among them count once.
 
     Raises:
-        InputError: a folder is missing or holds no record; a file is no record.
+        InputError: a folder is missing or has no record; a file is not a record.
     """
     found: dict[Path, RecordedRun] = {}
     reports: dict[Path, list[RecordedRun]] = {}
@@ -141,7 +141,7 @@ def find_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
 
 
 def write_records(runs: Sequence[RecordedRun], path: Path) -> None:
-    """All records in one file, from which ``find_runs`` reads them again: a line each, with its folder's name."""
+    """Write all records to one file that ``find_runs`` can read: one line each, with its folder's name."""
     write_text(path, "".join(f"{_line(run)}\n" for run in runs))
 
 

@@ -41,14 +41,14 @@ def write_report(
 ) -> Path:
     """Write ``tables/*.{md,csv,tex}``, ``figures/*.{svg,png,csv}`` and ``report.html``; the path of the last.
 
-    ``records.jsonl`` holds the runs' records, so that the report can be made again from its own folder.
+    ``records.jsonl`` has the runs' records, so that the report can be made again from its own folder.
 
     Args:
         pictures: slug of an experiment -> further pictures for its section.
         primary: the comparison that was declared before the runs.
 
     Raises:
-        InputError: two runs are the same with different results, or a record lacks what its tables need.
+        InputError: two equal runs have different results, or a record lacks what its tables need.
     """
     check_complete(runs)
     output = Path(output)
@@ -93,7 +93,7 @@ def write_report(
 
 
 def check_complete(runs: Sequence[RecordedRun]) -> None:
-    """Raise InputError for a record that lacks what its tables ask for: each is made of it alone."""
+    """Raise InputError for a record that lacks what its tables need, by making each from it alone."""
     for run in runs:
         try:
             results(*experiments(name_stand_ins([run])))
@@ -169,7 +169,7 @@ GLOSSARY = {
     r"\bn\b": "n: number of seeds, or of points of a line.",
     r">-<": "-: a value that does not exist.",
 }
-"""Pattern of a term -> what it means; a page explains those that it has."""
+"""Pattern of a term -> its meaning; a page explains the terms that occur in it."""
 
 
 def _glossary(text: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What an experiment says: one table a metric, with the standard backbone compared, and the summary in words."""
+"""The results of an experiment: one table per metric, comparisons to the standard backbone, and a summary."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Row:
-    """A backbone in a table; ``comparison`` is with the standard backbone, None for that itself and without one."""
+    """A backbone in a table; ``comparison`` is with the standard backbone, None for that itself or without one."""
 
     backbone: BackboneRuns
     summary: Summary | None
@@ -54,14 +54,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """One metric of an experiment: a row a backbone, the paper's values where it has some, and what to know of both."""
+    """One metric of an experiment: one row per backbone, the paper's values if it has some, and notes on both."""
 
     experiment: Experiment
     metric: str
     rows: tuple[Row, ...]
     paper: PaperResult | None
     paper_differences: tuple[str, ...]
-    """Why the paper's values do not compare with ours; empty where nothing is known to differ."""
+    """Why the paper's values do not compare with ours; empty if no difference is known."""
 
     @property
     def title(self) -> str:
@@ -73,7 +73,7 @@ class Result:
 
     @property
     def notes(self) -> list[str]:
-        """What to know beside ``experiment.remarks``: values that are missing, and how the paper's were made."""
+        """Notes in addition to ``experiment.remarks``: missing values, and how the paper's were obtained."""
         notes = []
         for row in self.rows:
             missing = sorted(row.backbone.runs.keys() - row.backbone.values(self.metric).keys())
@@ -94,7 +94,7 @@ class Result:
 
     @property
     def table(self) -> Table:
-        """A row a backbone; below them the paper's."""
+        """One row per backbone; below them the paper's."""
         rows = [self._values(row) for row in self.rows]
         if self.paper:
             words = "The paper's value, not ours"
@@ -127,9 +127,9 @@ class Result:
 
 
 def results(*found: Experiment, primary: Primary | None = None) -> list[Result]:
-    """A result for each metric that gets a table, of the experiments that are reported together.
+    """A result for each metric that gets a table, for experiments that are reported together.
 
-    All their tests are one family for Holm's correction, without the primary comparison, which is tested alone.
+    All their tests are one family for Holm's correction, except the primary comparison, which is tested alone.
     """
     own = [_result(experiment, metric, primary) for experiment in found for metric in experiment.metrics]
     places = [(i, j) for i, result in enumerate(own) for j in range(len(result.rows))]
@@ -165,18 +165,18 @@ def _result(experiment: Experiment, metric: str, primary: Primary | None) -> Res
 
 @dataclass(frozen=True)
 class Answer:
-    """What the records say to the question of one task."""
+    """The answer of the records to the question of one task."""
 
     question: str
     verdict: str
     """In a few words: ``Better in 3 of 8``, ``Not distinguishable``, ``Not tested``, ``Not compared``."""
     sentence: str
-    """Differences by what they are of; what is missing where the question has no answer."""
+    """The differences, by metric; what is missing if the question has no answer."""
     details: Sequence[str] = ()
 
 
 def answers(found: Sequence[Result]) -> list[Answer]:
-    """One a task, from the robust backbones' comparisons in headline metrics."""
+    """One answer per task, from the robust backbones' comparisons in headline metrics."""
     answered = []
     for task, question in QUESTIONS.items():
         own = [r for r in found if r.experiment.task == task and r.metric in r.experiment.headlines]
@@ -197,7 +197,7 @@ def answers(found: Sequence[Result]) -> list[Answer]:
 
 
 def _measured(result: Result) -> str:
-    """What a metric is of, in words; empty for what another metric of its experiment says already."""
+    """The subject of a metric in words; empty if another metric of its experiment already says it."""
     cell, *rest = result.metric.split("/")
     if result.experiment.task != "detector_robustness" or len(rest) < 2:
         return metric_name("/".join(result.metric.split("/")[-2:]))
@@ -212,7 +212,7 @@ def conclude(compared: Mapping[str, Sequence[Comparison | None]]) -> tuple[str, 
     """Verdict and sentence of comparisons with standard backbones.
 
     Args:
-        compared: what was measured -> a comparison a robust backbone, None where it has no standard one.
+        compared: what was measured -> one comparison per robust backbone, None if it has no standard one.
     """
     seen = [one for ones in compared.values() for one in ones if one and one.difference is not None]
     if not seen:

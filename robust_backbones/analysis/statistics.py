@@ -1,4 +1,4 @@
-"""What a few seeds can tell: means with intervals, paired comparisons with the standard backbone, the seeds needed."""
+"""Statistics over few seeds: means with intervals, paired comparisons with the standard backbone, seeds needed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import scipy  # scipy.stats, which takes half a second to import, where it is fi
 K = TypeVar("K", bound=Hashable)
 
 ALPHA = 0.05
-"""A difference counts as found when its p value after Holm's correction is below this."""
+"""A difference is significant if its p value after Holm's correction is below this."""
 POWER = 0.8
-"""The chance of finding a difference that a planned number of seeds has to give."""
+"""The probability of detecting a difference that a planned number of seeds must give."""
 MOST_SEEDS = 10_000
-"""More are not counted."""
+"""Search limit: larger numbers are not computed."""
 # Percentages are known to 1e-13 or so in float64, and the smallest step of an AP is far above this.
 _ROUNDING = 1e-9
 # Power is 1 from far below on, and scipy's series need not converge above.
@@ -37,20 +37,20 @@ class Summary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of a backbone with the standard one, over the seeds that both have; a positive difference is the backbone's.
+    """Comparison of a backbone with the standard one, over their common seeds; positive if the backbone is better.
 
-    What does not exist is None; ``reason`` then says why there is no test.
+    Undefined values are None; ``reason`` then says why there is no test.
     """
 
     seeds: tuple[int, ...]
-    """Those that both have."""
+    """Common seeds."""
     unpaired: tuple[int, ...]
-    """Those that only one of the two has; they count in means, but not here."""
+    """Seeds of only one of the two; they count in means, but not here."""
     difference: float | None
     """Mean of the paired differences."""
     low: float | None = None
     high: float | None = None
-    """95 % t interval of the difference, of this comparison alone."""
+    """95 % t interval of the difference, for this comparison alone."""
     effect: float | None = None
     """Cohen's d_z: mean of the paired differences over their standard deviation (Cohen 1988, section 2.3.5)."""
     p: float | None = None
@@ -58,7 +58,7 @@ class Comparison:
     p_holm: float | None = None
     """The same after Holm's correction for all tests of the family."""
     seeds_needed: int | None = None
-    """For 80 % power at the observed effect and the family's strictest level, ALPHA / tests; None also above
+    """Seeds for 80 % power at the observed effect and the family's strictest level, ALPHA / tests; None also above
     MOST_SEEDS and for an effect of 0."""
     reason: str = ""
 
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """The verdict in plain words, with what it rests on."""
+        """The verdict in plain words, with its evidence."""
         if self.reason:
             return f"Not tested: {self.reason}."
         assert self.difference is not None
@@ -91,7 +91,7 @@ class Comparison:
 
 
 def summarize(values: Sequence[float], *, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Summary:
-    """Mean, spread and interval of one or more values; the interval is cut off at what the values are bounded by."""
+    """Mean, spread and interval of one or more values; the interval is truncated at the bounds of the values."""
     low, high = _interval(values, bounds)
     return Summary(len(values), fmean(values), stdev(values) if len(values) > 1 else None, low, high)
 
@@ -110,13 +110,13 @@ def compare_pairs(
 
     Args:
         pairs: backbone -> (the standard one's, its own) results, each seed -> result; the seeds need not be the same.
-        bounds: of a difference; intervals are cut off there.
+        bounds: of a difference; intervals are truncated there.
     """
     return corrected({key: _compare_one(standard, own, bounds) for key, (standard, own) in pairs.items()})
 
 
 def corrected(comparisons: Mapping[K, Comparison]) -> dict[K, Comparison]:
-    """The comparisons with Holm's correction for all tests among them, whatever they were corrected for before."""
+    """The comparisons with Holm's correction for all tests among them, replacing any earlier correction."""
     tested = {key: comparison.p for key, comparison in comparisons.items() if comparison.p is not None}
     p_holm = dict(zip(tested, holm(list(tested.values())), strict=True))
     return {
@@ -162,7 +162,7 @@ def _compare_one(standard: Mapping[int, float], other: Mapping[int, float], boun
 def holm(p_values: Sequence[float]) -> list[float]:
     """p values after Holm's step-down correction (1979, "A simple sequentially rejective multiple test procedure").
 
-    The smallest of m is multiplied by m, the next by m - 1 and so on; none may be below one before it, or above 1.
+    The smallest of m is multiplied by m, the next by m - 1 and so on; each is at least the previous one, and at most 1.
     """
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
@@ -172,7 +172,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def power(effect: float, n: int, alpha: float = ALPHA) -> float:
-    """The chance that a two-sided paired t test with ``n`` pairs finds an effect d_z.
+    """The probability that a two-sided paired t test with ``n`` pairs detects an effect d_z.
 
     t then follows the noncentral t distribution with n - 1 degrees of freedom and noncentrality d_z sqrt(n) (Cohen
     1988; Faul et al. 2007, "G*Power 3").
@@ -203,11 +203,11 @@ class LinearFit:
     slope: float
     intercept: float
     r_squared: float
-    """The share of the variance of y that the line explains."""
+    """The share of the variance of y explained by the line."""
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit | None:
-    """The line through the points; None where it would say nothing: of fewer than 3, or where x or y is constant."""
+    """The line through the points; None if it would be meaningless: for fewer than 3, or if x or y is constant."""
     if len(x) < 3 or max(x) - min(x) <= _ROUNDING or max(y) - min(y) <= _ROUNDING:
         return None
     fit = scipy.stats.linregress(x, y)
@@ -215,7 +215,7 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> LinearFit | None:
 
 
 def p_value(p: float) -> str:
-    """As it is printed: three decimals."""
+    """As printed, with three decimals."""
     return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 

@@ -1,4 +1,4 @@
-"""Figures of an experiment: a metric against epsilon, curves of training, and each class against the standard."""
+"""Figures of an experiment: a metric against epsilon, training curves, and each class against the standard."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from robust_backbones.errors import InputError
 from robust_backbones.threat_models import ThreatModel
 
 MOST_CLASSES = 30
-"""A figure shows no more: of more classes, those with the lowest and the highest differences."""
+"""Most classes in a figure: with more, it shows those with the lowest and the highest differences."""
 MOST_PANELS = 3
 MOST_ROWS = 8
 _CELLS = {"P": "clean", "mPC": "corrupted\n(mPC)", "corrupted": "corrupted"}
@@ -57,9 +57,9 @@ def study_figures(experiment: Experiment, folder: Path) -> list[Picture]:
 
 
 def condition_figure(experiment: Experiment, kind: str, path: Path) -> Picture | None:
-    """A detector's result (``bbox/AP``) on clean and corrupted images and under each attack, a bar a backbone.
+    """A detector's result (``bbox/AP``) on clean and corrupted images and under each attack, one bar per backbone.
 
-    Of more than MOST_CURVES backbones, the first; the CSV has all.
+    With more than MOST_CURVES backbones, it shows the first ones; the CSV has all.
     """
     metrics = [m for m in experiment.headlines if m.endswith(f"/{kind}") and not m.startswith("rPC/")]
     if f"mPC/{kind}" in metrics:
@@ -96,9 +96,9 @@ def condition_figure(experiment: Experiment, kind: str, path: Path) -> Picture |
 
 
 def epsilon_figure(experiment: Experiment, metric: str, path: Path) -> Picture | None:
-    """A metric against the epsilon of pre-training, with 95 % intervals and every seed; a panel a norm.
+    """A metric against the epsilon of pre-training, with 95 % intervals and every seed; one panel per norm.
 
-    An architecture is a colour, marker and line. None where fewer than two backbones have a known epsilon and a value.
+    Each architecture has a colour, marker and line. None if fewer than two backbones have a known epsilon and a value.
     """
     norms = _norms(experiment, metric)
     if not norms:
@@ -116,9 +116,9 @@ def epsilon_figure(experiment: Experiment, metric: str, path: Path) -> Picture |
 
 
 def figure_4(found: Sequence[Experiment], path: Path) -> Picture | None:
-    """Box and mask AP of all detectors against the epsilon of pre-training, as figure 4 of Salman et al. 2020.
+    """Box and mask AP of all detectors against the epsilon of pre-training, as in figure 4 of Salman et al. 2020.
 
-    A panel a metric and norm; None where there is one metric at most.
+    One panel per metric and norm; None with fewer than two metrics.
     """
     shown = [
         (experiment, metric)
@@ -162,13 +162,13 @@ def _on_epsilon_axis(experiment: Experiment, metric: str) -> list[tuple[Backbone
 
 
 def _norms(experiment: Experiment, metric: str) -> list[str]:
-    """Those with a panel: none where there are not two backbones to compare."""
+    """The norms with a panel: none without two backbones to compare."""
     shown = _on_epsilon_axis(experiment, metric)
     return (sorted({model.norm for _, model, _ in shown if model.epsilon}) or ["L2"]) if len(shown) > 1 else []
 
 
 def _epsilon_panel(panel: Axes, experiment: Experiment, metric: str, norm: str) -> list[dict[str, Any]]:
-    """Draw the backbones of a norm, and the standard ones; their rows."""
+    """Draw the backbones of a norm, and the standard ones; returns their rows."""
     shown = _on_epsilon_axis(experiment, metric)
     families = networks(backbone.family for backbone, *_ in shown)
     own = [one for one in shown if one[0].is_standard or one[1].norm == norm]
@@ -208,8 +208,8 @@ def _points(rows: Sequence[Mapping[str, Any]]) -> str:
 def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture | None:
     """A scalar of metrics.json against iterations: mean over the seeds of a backbone, and their range as a band.
 
-    Of more than MOST_CURVES backbones it shows the standard ones and those with the highest results; the CSV has all.
-    None where no backbone's runs have it at two common iterations.
+    With more than MOST_CURVES backbones it shows the standard ones and those with the highest results; the CSV has all.
+    None if no backbone's runs have it at two common iterations.
     """
     figure = Figure(figsize=(5, 3.8), layout="constrained")
     axes = figure.subplots()
@@ -253,11 +253,11 @@ def training_figure(experiment: Experiment, metric: str, path: Path) -> Picture 
 def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | None:
     """Each class's AP with a robust backbone minus that with the standard one, with 95 % intervals over paired seeds.
 
-    A panel a backbone, for the MOST_PANELS with the highest mean AP; the CSV has all. None without per-class results of
-    both.
+    One panel per backbone, for the MOST_PANELS with the highest mean AP; the CSV has all. None without per-class
+    results of both.
 
     Args:
-        task: ``bbox`` or ``segm``, after the test set's name where a run has several.
+        task: ``bbox`` or ``segm``, preceded by the test set's name if a run has several.
     """
     prefix, metric = f"{task}/AP-", metric_name(f"{task}/AP")
     names = sorted({n for run in experiment.runs for n in run.record.metrics if n.startswith(prefix)})
@@ -317,7 +317,7 @@ def class_figure(experiment: Experiment, task: str, path: Path) -> Picture | Non
 
 
 def read_curve(folder: Path, metric: str) -> dict[int, float]:
-    """A scalar of a run's metrics.json by iteration; empty where there is none.
+    """A scalar of a run's metrics.json by iteration; empty if there is none.
 
     Raises:
         InputError: the file is damaged.
@@ -336,7 +336,7 @@ def _mean(backbone: BackboneRuns, metric: str) -> float:
 
 
 def _reach(summary: Summary) -> tuple[float, float]:
-    """How far its interval goes down and up from the mean."""
+    """The extent of its interval below and above the mean."""
     if summary.low is None or summary.high is None:
         return math.nan, math.nan
     return summary.mean - summary.low, summary.high - summary.mean

@@ -1,4 +1,4 @@
-"""One model of a table: rows of exact values, and how readers see them in Markdown, CSV, LaTeX, HTML and plain text."""
+"""Tables: rows of exact values, and their display in Markdown, CSV, LaTeX, HTML and plain text."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from robust_backbones.runs.files import atomic_path
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of exact values by name, and the columns that readers see.
+    """Rows of exact values by name, and the displayed columns.
 
-    A column's cell is the first of its formats of which the row has all values, else ``-``. A format such as
-    ``{mean:.2f} ± {std:.2f}`` names values of the row; ``:.2f`` is that of the column's own name, and ``p`` the format
-    of p values. ``None`` is a value that does not exist. Values whose names begin with ``_`` are for readers alone.
+    A column's cell uses the first of its formats for which the row has all values, else ``-``. A format such as
+    ``{mean:.2f} ± {std:.2f}`` names values of the row; ``:.2f`` applies to the value with the column's name, and ``p``
+    is the format of p values. ``None`` is a missing value. Values whose names begin with ``_`` are only displayed.
     """
 
     title: str
     rows: Sequence[Mapping[str, Any]]
     columns: Mapping[str, str | Sequence[str]]
-    """Head -> format, or formats from the fullest to the barest."""
+    """Column title -> format, or formats from the most to the least detailed."""
     notes: Sequence[str] = field(default=())
 
     @classmethod
     def of(cls, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-        """A table whose values are shown as they are."""
+        """A table whose values are shown unchanged."""
         return cls("", [dict(zip(heads, row, strict=True)) for row in rows], dict.fromkeys(heads, ":"))
 
     @property
     def cells(self) -> list[list[str]]:
-        """The rows as they are shown."""
+        """The displayed rows."""
         return [[_shown(row, head, forms) for head, forms in self.columns.items()] for row in self.rows]
 
     def to_markdown(self) -> str:
@@ -46,7 +46,7 @@ class Table:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     def to_csv(self) -> str:
-        """All values, unrounded, as RFC 4180 has it but with plain line ends; empty is what does not exist."""
+        """All values, unrounded, by RFC 4180 but with plain line ends; missing values are empty."""
         names = dict.fromkeys(name for row in self.rows for name in row if not name.startswith("_"))
         text = io.StringIO()
         writer = csv.DictWriter(text, list(names or self.columns), extrasaction="ignore", lineterminator="\n")
@@ -55,7 +55,7 @@ class Table:
         return text.getvalue()
 
     def to_latex(self, label: str) -> str:
-        """A table environment that needs no package; text is escaped, and notes stand below in small print."""
+        """A table environment that needs no package; text is escaped, and notes are below in small print."""
         head, *body = (" & ".join(map(_latex_text, line)) + r" \\" for line in [list(self.columns), *self.cells])
         form = "l" * 2 + "r" * (len(self.columns) - 3) + r"p{0.3\textwidth}"
         below = "".join(f"\\par {_latex_text(note)}\n" for note in self.notes)
@@ -93,7 +93,7 @@ class Table:
         return "\n".join(form.format(*line).rstrip() for line in lines)
 
     def write(self, path: Path) -> None:
-        """Write ``path``.md, .csv and .tex; the first has title and notes where there are notes."""
+        """Write ``path``.md, .csv and .tex; the first has title and notes if there are notes."""
         text = self.to_markdown()
         if self.notes:
             text = "\n\n".join([self.title, text, "\n".join(f"- {note}" for note in self.notes)])

@@ -1,4 +1,4 @@
-"""What visualisations measured, as means and paired differences, and their picture."""
+"""Measures of visualisations as means and paired differences, and their picture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 def metrics_of(rows: Sequence[Row], names: Sequence[str], *, compared: bool) -> dict[str, float | None]:
     """Means over images as ``NAME/MEASURE``, in the measure's own unit.
 
-    ``NAME - FIRST/MEASURE`` is the mean of the paired differences; ``_low`` and ``_high`` end its 95 % t interval.
+    ``NAME - FIRST/MEASURE`` is the mean of the paired differences; ``_low`` and ``_high`` are its 95 % t interval.
     """
     measures = [name for name in rows[0] if name not in ("image", "backbone")]
     columns = {
@@ -43,7 +43,7 @@ def metrics_of(rows: Sequence[Row], names: Sequence[str], *, compared: bool) -> 
 
 
 def table(metrics: Mapping[str, float | None]) -> list[str]:
-    """A line a backbone, and one a difference with its 95 % interval."""
+    """One line per backbone, and one per difference with its 95 % interval."""
     split = [key.rsplit("/", 1) for key in metrics if not key.endswith(("_low", "_high"))]
     names, measures = (list(dict.fromkeys(column)) for column in zip(*split, strict=True))
     ends = [f"{measure}{end}" for measure in measures for end in ("", "_low", "_high")]

@@ -1,4 +1,4 @@
-"""What the figures of transfer share: panels of data sets, with our trials and beside them the paper's values."""
+"""Common parts of transfer figures: panels of data sets, with our trials and beside them the paper's values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_COLUMNS = 4
 
 @dataclass
 class Drawing:
-    """A figure of panels, each of a data set, with our values or the paper's; and what it says in numbers and words."""
+    """A figure of panels, each of a data set, with our values or the paper's, and its content in numbers and words."""
 
     mode: str
     compared: Sequence[Target]
@@ -35,7 +35,7 @@ class Drawing:
 
     @classmethod
     def of(cls, mode: str, compared: Sequence[Target], width: float, *, count: int | None = None) -> Drawing:
-        """``count`` panels that are ``width`` inches wide, of these data sets and the paper's."""
+        """``count`` panels of ``width`` inches, of these data sets and the paper's."""
         count = len(compared) if count is None else count
         columns = max(1, min(count, MOST_COLUMNS, round(14 / width)))
         lines = -(-count // columns) or 1
@@ -50,11 +50,11 @@ class Drawing:
 
     @property
     def n(self) -> str:
-        """How many trials our values are means of."""
+        """The number of trials in our means."""
         return number_of([row["n"] for row in self.rows if row.get("whose", "ours") == "ours"], "trial")
 
     def add(self, target: Target, words: str, *rows: Mapping[str, Any], whose: str = "") -> None:
-        """Rows of the CSV, and the same in words; ``whose`` is a column where the paper has panels of its own."""
+        """Rows of the CSV, and the same in words; ``whose`` is a column if the paper has its own panels."""
         of = {"dataset": target.dataset, "setting": target.setting, **({"whose": whose} if whose else {})}
         self.rows += [{**of, **row} for row in rows]
         self.words.append(f"{target.dataset if whose in ('', 'ours') else whose} {words}")
@@ -64,7 +64,7 @@ class Drawing:
         panel.set_title("\n".join([*(ours if whose == "ours" else [whose]), *more]), fontsize="small")
 
     def legend(self, entries: Sequence[tuple[str, str, str, Any]]) -> None:
-        """One for all panels, from (label, colour, marker, line); a diamond is hollow."""
+        """One legend for all panels, from (label, colour, marker, line); a diamond is hollow."""
         handles = []
         for label, color, marker, line in entries:
             face = "white" if marker == "D" and line == "none" else color
@@ -84,9 +84,9 @@ class Drawing:
 
 
 def with_papers(drawn: Iterable[tuple[Target, T, T]]) -> list[tuple[Target, str, T]]:
-    """(data set, whose, what to draw) a panel, from (data set, ours, the paper's or nothing): ours, then the paper's.
+    """(data set, whose, what to draw) for each panel, from (data set, ours, the paper's or None), ours first.
 
-    Several settings of one data set share a panel of the paper's.
+    Several settings of one data set share one panel of the paper's.
     """
     panels: list[tuple[Target, str, T]] = []
     for target, ours, papers in drawn:

@@ -1,4 +1,4 @@
-"""Tables and figures of classification transfer, as Salman et al. 2020 have them, for any set of backbones."""
+"""Tables and figures of classification transfer, as in Salman et al. 2020, for any set of backbones."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def best_table(mode: str, found: Sequence[Target]) -> Table:
 
 
 def linf_page(mode: str, found: Sequence[Target]) -> Page | None:
-    """The table of l-infinity backbones beside the paper's; none where nothing was transferred from one to its data."""
+    """The table of l-infinity backbones beside the paper's; none if none was transferred to its data sets."""
     rows: list[dict[str, Any]] = []
     for target in found:
         own = []
@@ -120,7 +120,7 @@ def linf_page(mode: str, found: Sequence[Target]) -> Page | None:
 
 
 def texture_page(mode: str, found: Sequence[Target], folder: Path) -> Page | None:
-    """Figure 8; backbones of ``pretrain --stylize`` are named as the stand-in that they are."""
+    """Figure 8; backbones of ``pretrain --stylize`` are labelled as a stand-in."""
     sources = [source for target in found for source in target.sources if source.kind == "stylized"]
     stands_in = any(source.pretraining and source.pretraining.stand_in for source in sources)
     kinds = {**TEXTURE, "stylized": STAND_IN} if stands_in else TEXTURE
@@ -132,7 +132,7 @@ def texture_page(mode: str, found: Sequence[Target], folder: Path) -> Page | Non
 def _kinds_figure(
     mode: str, found: Sequence[Target], kinds: Mapping[str, str], needed: Sequence[str], path: Path
 ) -> Picture | None:
-    """A panel a data set: of each architecture the best backbone of each kind; two kinds and those needed, or none."""
+    """One panel per data set: for each architecture the best backbone of each kind; none if kinds are missing."""
     panels = []
     for target in found:
         ranked = {arch: {kind: target.of_kind(arch, kind) for kind in kinds} for arch in target.archs}
@@ -174,7 +174,7 @@ def _kinds_figure(
 
 
 def _paper_of_kind(paper: PaperTransfer | None, kind: str) -> tuple[float, float] | None:
-    """(epsilon, mean) of the paper's standard or best robust backbone; it has no numbers of texture-trained ones."""
+    """(epsilon, mean) of the paper's standard or best robust backbone; it has no numbers for texture-trained ones."""
     if paper is None or kind == "stylized":
         return None
     means = {epsilon: mean for epsilon, mean in paper.means.items() if (epsilon == 0) == (kind == "standard")}
@@ -182,7 +182,7 @@ def _paper_of_kind(paper: PaperTransfer | None, kind: str) -> tuple[float, float
 
 
 def _table_1(target: Target) -> dict[str, Any] | None:
-    """The best of all architectures that have both kinds, and of all of the paper's; None where none has."""
+    """The best of all architectures with both kinds, and of all of the paper's; None without such an architecture."""
     row: dict[str, Any] = {"data set": target.dataset, "setting": target.setting or None}
     archs = [arch for arch in target.archs if all(target.of_kind(arch, kind) for kind in BEST)]
     if not archs:
@@ -250,7 +250,7 @@ def _paper_table_2(target: Target) -> list[Series]:
 
 
 def _accuracy_figure(mode: str, panels: Sequence[tuple[Target, str, list[Series]]], path: Path, over: str) -> Picture:
-    """A panel a data set, and beside it one of the paper's points, whose axes are others."""
+    """One panel per data set, and beside it one with the paper's points, which has other axes."""
     drawing = Drawing.of(mode, [target for target, whose, _ in panels if whose == "ours"], 3.7, count=len(panels))
     for panel, (target, whose, series) in zip(drawing.axes, panels, strict=True):
         for index, one in enumerate(series):
@@ -283,7 +283,7 @@ def _accuracy_figure(mode: str, panels: Sequence[tuple[Target, str, list[Series]
 
 
 def _label_points(panel: Axes, points: Sequence[Point]) -> None:
-    """Texts beside the points, but none that would lie on one before it."""
+    """Labels beside the points, without those that would overlap an earlier one."""
     panel.margins(x=0.2 if any(len(text) > 5 for *_, text in points) else 0.12, y=0.15)
     (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
     placed: list[tuple[float, float]] = []
@@ -344,7 +344,7 @@ def downscale_page(mode: str, paired: Sequence[tuple[Target, Target]], folder: P
     """Figure 7.
 
     Args:
-        paired: a data set as it is, and through fewer pixels.
+        paired: a data set at full resolution and downscaled.
     """
     drawn: list[tuple[Target, tuple[Any, ...], tuple[Any, ...]]] = []
     for original, reduced in paired:
@@ -407,6 +407,6 @@ def _paper_curve(paper: PaperTransfer) -> Curve:
 
 
 def _ticks(shown: Iterable[Mapping[str, Curve]]) -> dict[float, float]:
-    """Epsilon -> its place on the axis."""
+    """Epsilon -> its position on the axis."""
     epsilons = sorted({epsilon for found in shown for curve in found.values() for epsilon, _ in curve.points})
     return dict(zip(epsilons, epsilon_places(epsilons), strict=True))

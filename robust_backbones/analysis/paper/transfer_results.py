@@ -1,4 +1,4 @@
-"""Classification transfer as the paper looks at it: backbones of known pre-training, and what became of them."""
+"""Results of classification transfer as the paper groups them: backbones with known pre-training, and their trials."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ METRIC = "clean_accuracy"
 
 
 STAND_IN = "amplitude-mixed (stand-in for Stylized ImageNet)"
-"""What ``pretrain --stylize`` is called in every table and figure."""
+"""The name of ``pretrain --stylize`` in every table and figure."""
 _NOTE = f", {STAND_IN}"
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """What is known of the training of a backbone."""
+    """What is known about the training of a backbone."""
 
     accuracy: float
     """On the clean validation images of ``dataset``, 0-100."""
     dataset: str
     stylized: bool
     stand_in: bool = False
-    """Stylized by mixing amplitudes of spectra (``pretrain --stylize``), in place of Stylized ImageNet."""
+    """Stylized by mixing amplitude spectra (``pretrain --stylize``), instead of Stylized ImageNet."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Trials:
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """As a CSV has them."""
+        """As in a CSV."""
         numbers = {"n": len(self.values), "mean": self.mean, "min": self.low, "max": self.high}
         return {**numbers, "trials": " ".join(map(repr, self.values))}
 
@@ -72,17 +72,16 @@ class TransferSource:
 
     name: str
     arch: str
-    """With what sets it apart from others of the target, as ``networks`` has it."""
+    """With what distinguishes it from others of the target, as in ``networks``."""
     threat_model: ThreatModel | None
     pretraining: Pretraining | None
     trials: Trials
 
     @property
     def kind(self) -> str:
-        """``standard``, ``robust``, ``stylized`` or, of an unknown threat model, ``unknown``.
+        """``standard``, ``robust``, ``stylized`` or, for an unknown threat model, ``unknown``.
 
-        Stylized is what was trained on images in other styles, as its pre-training says or, where that is not known,
-        its name.
+        Stylized means trained on stylised images, according to its pre-training or, if that is unknown, its name.
         """
         if self.pretraining.stylized if self.pretraining else is_stylized(self.name):
             return "stylized"
@@ -93,12 +92,12 @@ class TransferSource:
 
 @dataclass(frozen=True)
 class Target:
-    """A data set in one setting of transfer, and the backbones that were moved to it."""
+    """A data set in one setting of transfer, and the backbones transferred to it."""
 
     mode: str
     dataset: str
     setting: str
-    """What is different in others of its mode and data set; empty where there is none."""
+    """The settings that differ in others of its mode and data set; empty if there are none."""
     record: RunRecord
     """One of the trials."""
     sources: tuple[TransferSource, ...]
@@ -113,17 +112,17 @@ class Target:
 
     @property
     def threat_models(self) -> list[ThreatModel]:
-        """Those of the standard and robust backbones, the standard one first."""
+        """Threat models of the standard and robust backbones, the standard one first."""
         found = {s.threat_model for s in self.sources if s.threat_model and s.kind in ("standard", "robust")}
         return sorted(found, key=lambda model: (model.epsilon > 0, model.norm, model.epsilon))
 
     def of_kind(self, arch: str, kind: str) -> list[TransferSource]:
-        """Its backbones of an architecture and a kind, that with the highest mean first."""
+        """Its backbones of an architecture and a kind, the one with the highest mean first."""
         found = [source for source in self.sources if (source.arch, source.kind) == (arch, kind)]
         return sorted(found, key=lambda source: -source.trials.mean)
 
     def trials(self, arch: str, threat_model: ThreatModel) -> Trials | None:
-        """Those of all standard or robust backbones of one architecture and threat model together."""
+        """The trials of all standard or robust backbones of one architecture and threat model together."""
         values = [
             value
             for source in self.sources
@@ -134,19 +133,19 @@ class Target:
 
     @property
     def paper_name(self) -> str:
-        """What the paper's data set is called of which this is one, or a subset; empty where there is none."""
+        """The name of the paper's data set that this is, or a subset of; empty if there is none."""
         return next((paper.dataset for arch in NAMES if (paper := self.paper(arch))), "")
 
     def paper(self, arch: str, *, downscale: int = 0) -> PaperTransfer | None:
-        """The paper's accuracies for the same, or for images that were reduced to ``downscale`` pixels: it has 32."""
+        """The paper's accuracies for the same, or for images downscaled to ``downscale`` pixels: it has 32."""
         return paper_transfer(self.dataset, arch, self.mode, downscale=downscale)
 
 
 class Pretrainings:
-    """Finds the pre-training of a backbone that a record of transfer names.
+    """Finds the pre-training of a backbone in a record of transfer.
 
-    By the sha256 of the weights, which the records of pre-training name, or which lie beside them; without either by
-    the name of the run, if architecture, classes and threat model agree; else among the published backbones.
+    By the sha256 of the weights, in the records of pre-training or from the files beside them; without either by the
+    name of the run, if architecture, classes and threat model agree; else among the published backbones.
     """
 
     def __init__(self, runs: Sequence[RecordedRun]) -> None:
@@ -161,7 +160,7 @@ class Pretrainings:
                 self._by_name.setdefault(run.record.run_id, []).append(run)
 
     def of(self, record: RunRecord) -> Pretraining | None:
-        """The pre-training of the backbone of one trial; None where it is not known."""
+        """The pre-training of the backbone of one trial; None if unknown."""
         if found := self._by_weights.get(str(record.backbone.get("source_sha256"))):
             return found
         label = str(record.backbone.get("label")).removesuffix(_NOTE)
@@ -175,9 +174,9 @@ class Pretrainings:
 
 
 def name_stand_ins(runs: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """The runs with STAND_IN in the names of those whose backbone it made, by which all tables and figures call them.
+    """The runs with STAND_IN in the names of those whose backbone it made, which all tables and figures use.
 
-    Of a pre-training it stands at its data set, elsewhere at the backbone's label and the run.
+    For a pre-training it is in the data set's name, elsewhere in the backbone's label and the run's name.
     """
     trained = [run for run in runs if run.record.task == "pretrain"]
     if not any(run.record.config.get("stylize", 0) > 0 for run in trained):
@@ -200,7 +199,7 @@ def _name_stand_in(run: RecordedRun, pretrainings: Pretrainings) -> RecordedRun:
 
 
 def _weights(run: RecordedRun, name: str) -> str:
-    """The sha256 of a file of a pre-training; empty where it is not known."""
+    """The sha256 of a file of a pre-training; empty if unknown."""
     path, noted = run.folder / f"{name}.pt", run.record.backbone.get(f"{name}_sha256")
     return str(noted) if noted else sha256(path) if path.is_file() else ""
 
@@ -252,14 +251,14 @@ Point = tuple[float, Trials, str]
 
 @dataclass(frozen=True)
 class Series:
-    """Backbones that have something in common."""
+    """Backbones with a common property."""
 
     label: str
     points: tuple[Point, ...]
 
     @property
     def fit(self) -> LinearFit | None:
-        """Of the means to the source accuracies."""
+        """Fit of the means to the source accuracies."""
         return linear_fit([x for x, _, _ in self.points], [trials.mean for _, trials, _ in self.points])
 
     @property
@@ -269,7 +268,7 @@ class Series:
 
 
 def over_epsilons(target: Target) -> list[Series]:
-    """A series an architecture and norm, by epsilon; a standard backbone is where every norm begins."""
+    """One series per architecture and norm, by epsilon; each norm starts at the standard backbone."""
     norms = sorted({model.norm for model in target.threat_models if model.epsilon}) or ["L2"]
     return _series(
         (f"{name(arch)}, {NORMS[norm]}", model.epsilon, (accuracy, trials, epsilon_text(model)))
@@ -279,14 +278,14 @@ def over_epsilons(target: Target) -> list[Series]:
 
 
 def over_architectures(target: Target) -> list[Series]:
-    """A series a threat model, by source accuracy."""
+    """One series per threat model, by source accuracy."""
     return _series(
         (str(model), accuracy, (accuracy, trials, name(arch))) for model, arch, accuracy, trials in _known(target)
     )
 
 
 def _known(target: Target) -> Iterator[tuple[ThreatModel, str, float, Trials]]:
-    """The standard and robust backbones whose source accuracy is known: (trained at, architecture, that, trials)."""
+    """The standard and robust backbones with known source accuracy: (trained at, architecture, accuracy, trials)."""
     for model in target.threat_models:
         for source in target.sources:
             if source.threat_model == model and source.pretraining and source.kind != "stylized":
@@ -294,7 +293,7 @@ def _known(target: Target) -> Iterator[tuple[ThreatModel, str, float, Trials]]:
 
 
 def _series(members: Iterable[tuple[str, float, Point]]) -> list[Series]:
-    """Series from (its label, place in it, point), of at least two differently labelled points each."""
+    """Series from (its label, position in it, point), with at least two differently labelled points each."""
     groups: dict[str, list[tuple[float, Point]]] = {}
     for label, place, point in members:
         groups.setdefault(label, []).append((place, point))
@@ -311,7 +310,7 @@ class Curve:
 
     @property
     def best(self) -> tuple[float, Trials]:
-        """The point with the highest mean; of equal ones the first."""
+        """The point with the highest mean; the first of equal ones."""
         return max(self.points, key=lambda point: point[1].mean)
 
     @property
@@ -322,7 +321,7 @@ class Curve:
 
 
 def curves(target: Target, arch: str) -> dict[str, Curve]:
-    """Norm -> curve of two epsilons or more; the standard backbone begins each of them."""
+    """Norm -> curve of two epsilons or more; each starts at the standard backbone."""
     found = {}
     for norm in sorted({model.norm for model in target.threat_models if model.epsilon}):
         models = [model for model in target.threat_models if model.norm == norm or model.epsilon == 0]
@@ -333,7 +332,7 @@ def curves(target: Target, arch: str) -> dict[str, Curve]:
 
 
 def pairs(originals: Sequence[Target], reduced: Sequence[Target]) -> list[tuple[Target, Target]]:
-    """Data sets that were used as they are and with less detail, in settings that are the same otherwise."""
+    """Data sets used at full and at lower resolution, with otherwise equal settings."""
 
     def full_size(target: Target) -> dict[str, Any]:
         return {**setting(target.record), "downscale": 0}
@@ -347,7 +346,7 @@ def pairs(originals: Sequence[Target], reduced: Sequence[Target]) -> list[tuple[
 
 
 def name(arch: str) -> str:
-    """As figures have it."""
+    """As in figures."""
     return NAMES.get(arch, arch)
 
 
@@ -358,5 +357,5 @@ def in_order(archs: Iterable[str]) -> list[str]:
 
 
 def epsilon_text(model: ThreatModel) -> str:
-    """Epsilon alone, in 1/255 where the norm is linf."""
+    """Epsilon alone, in 1/255 if the norm is linf."""
     return f"{255 * model.epsilon:g}/255" if model.norm == "Linf" else f"{model.epsilon:g}"

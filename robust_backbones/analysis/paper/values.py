@@ -1,4 +1,4 @@
-"""Results of Salman et al. 2020, to stand beside ours, and why the two may not compare."""
+"""Results of Salman et al. 2020, to show beside ours, and why the two may not be comparable."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRANSFER_SOURCE = "Salman et al. 2020, appendix F, means of three trials, from t
 
 @dataclass(frozen=True)
 class PaperValue:
-    """A mean in AP points (0-100); ``std`` and ``n`` (runs) where the paper gives them."""
+    """A mean in AP points (0-100); ``std`` and ``n`` (runs) if the paper gives them."""
 
     trained_at: str
     mean: float
@@ -44,7 +44,7 @@ class PaperResult:
     images_seen: int
     """Iterations x batch."""
     schedule: str
-    """Where ``images_seen`` is from. COCO's values fit Detectron2's 3x schedule (its model zoo has box AP 40.2, with
+    """Source of ``images_seen``. COCO's values fit Detectron2's 3x schedule (its model zoo has box AP 40.2, with
     masks 41.0 and mask AP 37.2) and not 1x (37.9; 38.6 and 35.2)."""
     standard: PaperValue
     robust: PaperValue
@@ -85,7 +85,7 @@ def paper_result(record: RunRecord, metric: str) -> PaperResult | None:
 
 
 def differences_to_paper(record: RunRecord, paper: PaperResult) -> list[str]:
-    """What a run did otherwise than the paper, in words; empty where nothing is known to differ."""
+    """What a run did differently from the paper, in words; empty if no difference is known."""
     solver, model = _get(record.config, "SOLVER"), _get(record.config, "MODEL")
     arch, classes = record.backbone.get("arch"), record.backbone.get("num_classes")
     train = _get(record.config, "DATASETS").get("TRAIN", [])
@@ -137,7 +137,7 @@ def paper_transfer_linf(dataset: str, arch: str, mode: str) -> Mapping[float, fl
         dataset, arch, mode: as ``paper_transfer``; the paper has CIFAR-10 and CIFAR-100, ResNet-18 and ResNet-50.
 
     Returns:
-        Epsilon in 1/255 -> accuracy (0-100); empty where there is none.
+        Epsilon in 1/255 -> accuracy (0-100); empty if there is none.
     """
     for row in _read("salman2020_transfer_linf.csv"):
         name, *rest = (row.pop(key) for key in ("dataset", "arch", "mode"))
@@ -162,12 +162,12 @@ def _read(name: str) -> list[dict[str, str]]:
 
 
 def paper_transfer(dataset: str, arch: str, mode: str, *, downscale: int = 0) -> PaperTransfer | None:
-    """The paper's accuracies for a data set, or for that which a subset's name begins with (``cifar10_small``).
+    """The paper's accuracies for a data set, or for the one that a subset's name starts with (``cifar10_small``).
 
     Args:
         arch: one of ``models.ARCHITECTURES``.
         mode: ``linear_probe`` or ``full_network``.
-        downscale: 32 for images that were reduced to that and enlarged again.
+        downscale: 32 for images that were downscaled to that and enlarged again.
     """
     for (name, *rest), result in _transfer_table().items():
         if rest == [arch, mode, downscale] and re.match(rf"{name}(?![a-z0-9])", dataset.lower()):
@@ -176,7 +176,7 @@ def paper_transfer(dataset: str, arch: str, mode: str, *, downscale: int = 0) ->
 
 
 def differences_to_paper_transfer(record: RunRecord) -> list[str]:
-    """What a classification transfer did otherwise than the paper, in words; empty where nothing is known to differ."""
+    """What a classification transfer did differently from the paper, in words; empty if no difference is known."""
     config, classes = record.config, record.backbone.get("num_classes")
     count, epochs, size = (config.get(key) for key in ("images_per_class", "epochs", "image_size"))
     is_subset, is_regression = (count or 0) > 0, config.get("solver") == "lbfgs"
