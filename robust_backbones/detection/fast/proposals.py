@@ -43,16 +43,17 @@ def propose(
     Returns:
         (N, P, 4), the best first, and which of them there are, (N, P).
     """
-    scores, boxes = [], []
+    scores, shifts, sources = [], [], []
     for level_anchors, level_logits, level_deltas in zip(anchors, logits, deltas, strict=True):
         best, indices = level_logits.topk(min(level_logits.shape[1], rpn.pre_nms_topk[True]), dim=1)
-        decoded = rpn.box2box_transform.apply_deltas(
-            rows(level_deltas, indices).flatten(0, 1), level_anchors[indices].flatten(0, 1)
-        )
-        scores.append(best.float())
-        boxes.append(decoded.view(*indices.shape, 4))
+        scores.append(best)
+        shifts.append(rows(level_deltas, indices))
+        sources.append(level_anchors[indices])
     counts = [level.shape[1] for level in scores]
-    all_scores, all_boxes = torch.cat(scores, dim=1), torch.cat(boxes, dim=1)
+    all_scores, all_shifts, all_sources = (torch.cat(parts, dim=1) for parts in (scores, shifts, sources))
+    all_scores = all_scores.float()
+    decoded = rpn.box2box_transform.apply_deltas(all_shifts.flatten(0, 1), all_sources.flatten(0, 1))
+    all_boxes = decoded.view_as(all_sources)
     finite = all_boxes.isfinite().all(dim=2) & all_scores.isfinite()
     all_boxes = torch.minimum(all_boxes.clamp(min=0), corners[:, None])
     valid = finite & (all_boxes[..., 2:] - all_boxes[..., :2] > rpn.min_box_size).all(dim=2)
