@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._inductor.config
 from benchmarks.step_counts import DETECTORS, count, detector_step
 from benchmarks.step_counts import FAST as FAST_WAY
 from detectron2.config import CfgNode
@@ -285,22 +284,16 @@ def test_batches_have_few_shapes_that_hold_their_images(sizes: list[object], mos
     assert len(shapes) <= most
 
 
-# Not every instruction that the processor says it has is tried out with the compiler first.
-@torch._inductor.config.patch({"cpp.vec_isa_ok": True})
-@pytest.mark.parametrize(
-    ("backend", "bfloat16", "tolerance"),
-    [
-        ("aot_eager", False, 1e-5),
-        # Of a weight that five levels share, gradients are added up in bfloat16 without a graph.
-        ("aot_eager", True, 1e-2),
-        pytest.param("inductor", False, 1e-5, marks=pytest.mark.slow),
-    ],
-)
+# Of a weight that five levels share, gradients are added up in bfloat16 without a graph.
+@pytest.mark.parametrize(("bfloat16", "tolerance"), [(False, 1e-5), (True, 1e-2)])
 def test_compiled_maps_give_the_same_losses_and_gradients(
-    backend: str, bfloat16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    bfloat16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the same padded images; also those of a copy with other weights, as weight averages are."""
-    monkeypatch.setattr(compiled, "BACKEND", backend)
+    """Of the same padded images; also those of a copy with other weights, as weight averages are.
+
+    By graphs as PyTorch captures them. Inductor's code for them is PyTorch's, and takes a minute to compile.
+    """
+    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
     sizes = ["INPUT.MAX_SIZE_TRAIN", 96, "MODEL.MASK_ON", False, "MODEL.DEVICE", "cpu"]
     cfg = load_config(SHAPES_CONFIG, [*SMALL, *COMPILED, *sizes])
     torch.manual_seed(0)
