@@ -18,7 +18,7 @@ from tqdm import tqdm
 from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.cuda_graph import Gradients, GraphedGradients, Parts
-from robust_backbones.classification.folding import twin_of
+from robust_backbones.classification.folding import Unfolded, twin_of
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.classification.objectives import MicroBatch, Objective
 from robust_backbones.data.stylization import stylize
@@ -64,7 +64,7 @@ class Learner:
         self.compute, self.processes = compute, processes
         self._threat_model, self._epsilon_warmup_steps = threat_model, epsilon_warmup_steps
         self._stylize, self._mix = stylize, mix
-        self._twin = twin_of(model, compute.attack_dtype)
+        self._twin = (twin_of if threat_model.epsilon > 0 else Unfolded)(model, compute.attack_dtype)
         self._adversary = compute.compile(self._twin)
         network: nn.Module = model
         if processes.size > 1:
@@ -126,8 +126,7 @@ class Learner:
         found = []
         for part, (images, labels) in enumerate(parts):
             with self._gradients_stay_local(last=part + 1 == len(parts)):
-                if threat_model.epsilon > 0:
-                    self._twin.refresh()
+                self._twin.refresh()
                 micro_batch = MicroBatch(images, labels, threat_model, part, self._generator)
                 loss, logits = self.objective.loss(self._forward, self._adversary, micro_batch)
                 self._scaler.scale(loss / len(parts)).backward()
