@@ -13,11 +13,7 @@ from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, BackboneSpec, check_normalization, is_number
 from robust_backbones.threat_models import ThreatModel
 
-_OPTION = re.compile(
-    r"(?<=[ (])--(mean|std|channel-order|stride-in-1x1|threat-model|arch|key|prefix|source)\b"
-    r"((?: [\d.e-]+){3}| '[^']*'| (?!-|and\b|if\b)[^\s(),;:]+)?"
-)
-"""An option of ``convert`` in a message, and the value after it."""
+_OPTION = re.compile(r"(?<=[ (])--(mean|std|channel-order|stride-in-1x1|threat-model|arch|key|prefix|source)\b")
 
 
 @dataclass(frozen=True)
@@ -115,30 +111,16 @@ def _option(name: str) -> str:
 
 
 def in_python(message: str) -> str:
-    """An error's message with arguments, as ``mean=(0.5, 0.5, 0.5)``, for options, and what takes them."""
+    """An error's message with the names of arguments in place of options, and the call that takes them."""
     message, *_ = message.split("; these are options of ")
-    names = dict[str, None]()
-
-    def argument(found: re.Match[str]) -> str:
-        name, value = found[1].replace("-", "_"), (found[2] or "").strip()
-        names[name] = None
-        if name in ("mean", "std"):
-            value = value and f"({', '.join(value.split())})"
-        elif value in ("true", "false"):
-            value = value.title()
-        elif value and not value.startswith("'"):
-            value = repr(value)
-        return f"{name}={value}"
-
-    message = _OPTION.sub(argument, message)
+    names = [option.replace("-", "_") for option in dict.fromkeys(_OPTION.findall(message))]
+    message = _OPTION.sub(lambda found: found[1].replace("-", "_"), message)
     if not names or "leave out" in message:
         return message
     stated = ", ".join(f"{name}=..." for name in names if name in Statement.__dataclass_fields__)
-    own = [f"{name}=..." for name in names if name not in Statement.__dataclass_fields__]
-    arguments = ", ".join([*own, *([f"statement=Statement({stated})"] if stated else [])])
-    return (
-        f"{message}; read_checkpoint(FILE, {arguments}) takes them, and what it returns is given in place of the file"
-    )
+    arguments = [f"{name}=..." for name in names if name not in Statement.__dataclass_fields__]
+    arguments += [f"statement=Statement({stated})"] if stated else []
+    return f"{message}; give what read_checkpoint(FILE, {', '.join(arguments)}) returns in place of the file"
 
 
 def _close(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
