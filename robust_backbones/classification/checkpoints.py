@@ -60,9 +60,8 @@ class CheckpointFolder:
         """Turn a failed write of ``path`` into a ``TrainingFailedError`` that names the checkpoint to resume from."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch may report a full disk as a RuntimeError
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except OSError as error:
             raise TrainingFailedError(
-                f"cannot write {path} ({reason}): make room and give the same command again; "
+                f"cannot write {path} ({error.strerror or error}): make room and give the same command again; "
                 f"the last good checkpoint is {self.last_good()}"
             ) from error

@@ -384,10 +384,16 @@ def test_a_disk_that_is_full_at_once_is_told_in_one_sentence(
     def full(*arguments: object, **options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(TrainingFailedError, match=r"No space left on device\): make room") as error:
         pretrain(CONFIG, data, tmp_path / "run", HERE)
     assert "\n" not in str(error.value)
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):  # for which no room helps
+        pretrain(CONFIG, data, tmp_path / "run", HERE)
 
 
 def test_an_unreadable_image_stops_the_run_or_is_listed(data: Path, tmp_path: Path) -> None:
