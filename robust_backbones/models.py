@@ -107,7 +107,9 @@ class BackboneSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.arch, str) or not (self.arch in ARCHITECTURES or is_timm(self.arch)):
-            nearest = difflib.get_close_matches(str(self.arch), [*ARCHITECTURES, *timm_names()], cutoff=0)
+            nearest = difflib.get_close_matches(
+                str(self.arch), {**dict.fromkeys((*ARCHITECTURES, *timm_names()))}, cutoff=0
+            )
             raise InputError(
                 f"unknown architecture {self.arch!r}, nearest to {', '.join(nearest)}: choose one of "
                 f"{', '.join(ARCHITECTURES)}, or a classifier of timm (timm.list_models() names them)"

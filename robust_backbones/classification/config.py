@@ -186,6 +186,6 @@ class Execution:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise InputError(f"device must be cpu, cuda or cuda:NUMBER, got {self.device!r}")
         check_positive(self, "keep_checkpoints", "log_period")
-        check_not_negative(self, "workers", "micro_batch_size")
+        check_not_negative(self, "workers", "micro_batch_size", "checkpoint_minutes")
         if self.compile and self.device == "cpu":
             raise InputError("--compile pays on GPUs only (on CPUs eager mode is faster): leave it out")

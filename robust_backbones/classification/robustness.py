@@ -23,7 +23,7 @@ from robust_backbones.classification.compute import Compute
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import mix, open_dataset
 from robust_backbones.data.transforms import EvaluationImages
-from robust_backbones.errors import InputError, check_choice, check_positive
+from robust_backbones.errors import InputError, check_choice, check_positive, plural
 from robust_backbones.models import BackboneSpec, fed_as
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.identity import FINGERPRINT
@@ -186,12 +186,15 @@ def evaluate_robustness(
 
 def check_classes(names: Sequence[str], data: Path, checkpoint: Checkpoint) -> None:
     """Raise InputError where the class folders of ``data`` cannot be the classes that a classifier knows."""
-    if len(names) != checkpoint.spec.num_classes:
-        raise InputError(
-            f"{data} holds {len(names)} classes, but {checkpoint.source} knows {checkpoint.spec.num_classes}"
-        )
+    if not checkpoint.spec.num_classes:
+        raise InputError(f"{checkpoint.source} has no classifier: give the checkpoint that it was made from")
     if {name.lower() for name in names} <= {"train", "val", "valid", "validation", "test"}:
         raise InputError(f"{data} holds {' and '.join(names)}, parts of a data set and no classes: give one of them")
+    if len(names) != checkpoint.spec.num_classes:
+        raise InputError(
+            f"{data} holds {plural(len(names), 'class')}, but {checkpoint.source} knows {checkpoint.spec.num_classes}: "
+            "give data with the classes that it was trained on"
+        )
     known, numbers = [*checkpoint.classes], [str(label) for label in range(len(names))]
     unnamed = numbers in (known, names) and {*known} != {*names}  # as in shards without classes.txt
     if others := [pair for pair in zip(names, known, strict=False) if pair[0] != pair[1] and not unnamed]:

@@ -160,6 +160,7 @@ def main(arguments: list[str]) -> int:
 def run(options: InheritanceOptions) -> int:
     if not (options.methods and options.seeds):
         raise InputError("--methods and --seeds need one or more each")
+    check_not_negative(options, "memory_gb")
     check_seeds(options)
     sets = {}
     for name in options.sets:

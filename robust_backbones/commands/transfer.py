@@ -31,7 +31,7 @@ from robust_backbones.classification.config import Execution
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions
 from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
-from robust_backbones.errors import InputError, plural
+from robust_backbones.errors import InputError, check_not_negative, plural
 from robust_backbones.runs.distributed import is_first_process
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import ProbeConfig, TransferConfig
@@ -159,6 +159,7 @@ def datasets(options: DatasetsOptions) -> int:
 def transfer(options: ProbeOptions | FinetuneOptions) -> int:
     data = open_transfer_data(options.dataset, options.data_root, metric=options.metric, split=options.split)
     if isinstance(options, ProbeOptions):
+        check_not_negative(options, "checkpoint_minutes")
         names = ("device", "workers", "checkpoint_minutes", "skip_unreadable")
         execution = {name: getattr(options, name) for name in names}
         with cpu.fast(options.device):

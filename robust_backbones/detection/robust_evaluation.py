@@ -84,7 +84,7 @@ def evaluate_detector(
     weights, output, images = Path(weights), Path(output), images or ImageChoice()
     if jobs < 1 or workers < 0:
         raise InputError(
-            f"{plural(jobs, 'job')} with {plural(workers, 'worker')} cannot work: give 1 or more, with 0 or more"
+            f"{plural(jobs, 'job')} with {plural(workers, 'worker')} cannot work: give jobs >= 1 and workers >= 0"
         )
     # Mixed precision is for training; in float16 the configuration would be refused on a CPU.
     cfg = load_config(config_file, ["MODEL.DEVICE", device, "SOLVER.AMP.ENABLED", False])

@@ -90,6 +90,8 @@ class LaunchOptions(SetupOptions):
 
     def __post_init__(self) -> None:
         check_not_negative(self, "jobs", "processes")
+        if self.share < 1:
+            raise InputError(f"--share {self.share} is no number of runs: give 1 or more")
         on_cluster = self.executor == "slurm"
         if not self.minutes > 0 or (on_cluster and self.minutes < math.inf):
             raise InputError(
@@ -259,7 +261,7 @@ def executor_for(plan: Plan, manifest: Manifest, options: LaunchOptions) -> Loca
         return ClusterExecutor(plan, cluster, jobs=options.jobs or 256, gpus=options.gpus)
     found = torch.cuda.device_count()
     gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))).split(",")[:found]
-    if options.share < 1 or options.share > 1 < processes:
+    if options.share > 1 < processes:
         raise InputError(f"--share {options.share} is for runs of one process, not of {processes}: give 1 or more")
     gpus *= options.share
     side_by_side = max(1, (len(gpus) or os.cpu_count() or 1) // processes)

@@ -646,7 +646,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     good = ["--data", data, "--threat-model", "Linf:1/255", "--output", tmp_path / "run", *FAST, *ON_CPU]
     status, _, err = run_tool("evaluate", "classifier", torchvision_file("mobilenet_v2"), *good)
     assert status == 2
-    assert "holds 4 classes, but mobilenet_v2.pth knows 10" in err
+    assert "holds 4 classes, but mobilenet_v2.pth knows 10: give data with the classes that" in err
+    _, _, err = run_tool("evaluate", "classifier", torchvision_file("mobilenet_v2"), "--data", data.parent, *good[2:])
+    assert "train and val, parts of a data set" in err
     status, _, err = run_tool("evaluate", "classifier", tmp_path / "none.pt", *good)
     assert status == 2
     assert "no file at" in err

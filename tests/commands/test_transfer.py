@@ -247,6 +247,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert_refused(run(folder, standard, "--num-outputs", 3), "4 classes, more than 3 outputs")
     assert_refused(run(folder, standard, "--batch-size", 33), "lower --batch-size")
     assert_refused(run(folder, standard, "--lrs", 0), "learning rate")
+    assert_refused(run(folder, standard, "--checkpoint-minutes", -1), "checkpoint_minutes must be >= 0")
     assert not output.exists()
 
 

@@ -235,6 +235,7 @@ def test_watching_ends_where_nothing_is_to_come(
     [
         (["--executor", "slurm", "--share", 2], "--share 2 is for runs side by side"),
         (["--share", 2], "--share 2 is for runs side by side"),
+        (["--executor", "local", "--share", 0], "--share 0 is no number of runs"),
         (["--no-gpus"], "--no-gpus is for jobs of a cluster"),
         (["--executor", "local", "--no-gpus"], "--no-gpus is for jobs of a cluster"),
         (["--executor", "slurm", "--minutes", 5], "--minutes 5 is for runs of this machine"),

@@ -1047,6 +1047,8 @@ def test_the_tool_says_what_is_wrong(run_tool: Run, world: Path, tmp_path: Path)
     assert "no finished cells" in refused("table", tmp_path, *here)
     run = ["run", "none.pt", "--pretraining", world / "pretraining", *here, *OPTIONS]
     assert "--data-root" in refused(*run, "--sets", "imagenet-r", "imagenet-a")
+    two = ("--sets", world / "negative", world / "mirrored")
+    assert "memory_gb must be >= 0" in refused(*run, *two, "--memory-gb", -1)
     assert "none.pt" in refused(*run, "--sets", world / "negative", world / "mirrored")
     assert not (tmp_path / "out").exists()
 
