@@ -1,4 +1,4 @@
-"""What a file keeps beside a network: heads, which a detector can do without, and what may be parts of the network."""
+"""What a file contains besides a network: heads, which a detector does not need, and possible parts of the network."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _ACTS = re.compile(
     r"(?i)att(n|en)|(^|_)(att|cbam|bam|se|eca|ca|sa|gc|nl|stn|film|gate|prompt|adapt\w*"
     r"|non_?local|denois\w*|swish|p?relu|act)(_?(layer|block|module))?s?_?\d*(_|$)"
 )
-"""Names of what acts between layers, such as ``layer2_attn``, ``cbam`` and ``prompt``; ``fc_attn2`` is no head."""
+"""Names of modules between layers, such as ``layer2_attn``, ``cbam`` and ``prompt``; ``fc_attn2`` is not a head."""
 _PLACE = re.compile(r"(?i)(^|_)(layer|stage|block)s?_?\d")
 
 
 def check_left_out(network: Network) -> None:
-    """Refuse a module that is left out and may change the features, by its name or by what it takes.
+    """Refuse a left-out module that may change the features, judging by its name or its input channels.
 
-    A head takes what the last stage gives, or a head before it. What takes images, or as many channels as an inner
-    stage of a ResNet gives, may stand before layers of the network.
+    The input of a head is the last stage's output, or another head's. A module that takes images, or as many channels
+    as an inner stage of a ResNet has, may be in front of layers of the network.
     """
     spec, levels = network.spec, network.prefix.split(".")[:-1]
     shapes, classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)
@@ -63,14 +63,14 @@ def check_left_out(network: Network) -> None:
 
 
 def _taken(tensors: dict[str, Tensor]) -> list[int]:
-    """The channels that the weights of a module take, or that its only vectors have."""
+    """The input channels of a module's weights, or the length of its vectors if it has nothing else."""
     weights = [tensor.shape for tensor in tensors.values() if tensor.ndim > 1]
     vectors = [tensor.shape[0] for tensor in tensors.values() if tensor.ndim == 1]
     return [shape[1] if shape[1] > 1 else shape[0] for shape in weights] or vectors  # 1: it is depthwise
 
 
 def _makes_images(tensors: dict[str, Tensor]) -> bool:
-    """Whether a module can be added to images, is a norm of their channels, or makes images of images."""
+    """Whether a module can be added to images, normalises their channels, or maps images to images."""
     shapes = [tuple(tensor.shape) for tensor in tensors.values()]
     if {*shapes} <= {(3,), ()} and len(
         [name for name in tensors if re.search(r"(^|\.)(weight|bias|running_mean|running_var)$", name)]

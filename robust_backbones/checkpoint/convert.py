@@ -27,29 +27,29 @@ from robust_backbones.timm_vit import is_vit
 FORMAT = "robust_backbones.backbone/1"
 _WHO = (BY_FILE, BY_USER, ASSUMED)
 REST = "rest"
-"""Where a file has what ``rest_of`` gives; in a ``.safetensors`` it stands before the names, with a full stop."""
+"""The key of ``rest_of``'s tensors in a file; in a ``.safetensors``, with a full stop, their names' prefix."""
 SUFFIXES = (".pkl", ".pth", ".safetensors")
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What became of every tensor; the caller judges. Names are torchvision's, except for the values of ``renamed``."""
+    """What was done with every tensor; the caller judges. Names are torchvision's, except the values of ``renamed``."""
 
     source: str
     source_sha256: str
     layout: str
     reading: str
-    """How images enter the network: mean, std, channel order and stride, each with who says it."""
+    """Preprocessing and stride: mean, std, channel order and stride, each with its origin."""
     renamed: dict[str, str]
     dropped: tuple[str, ...]
-    """Of no use to a detector: the classifier, batch norm's counters, and what the file holds beside the network."""
+    """Not needed by a detector: the classifier, batch norm's counters, and what the file has besides the network."""
     missing: tuple[str, ...]
-    """The architecture has them, the source does not."""
+    """In the architecture, but not in the source."""
     unexpected: tuple[str, ...]
-    """The source has them, the architecture does not."""
+    """In the source, but not in the architecture."""
     incorrect_shapes: tuple[str, ...]
     not_finite: tuple[str, ...]
-    """They hold a NaN or an infinity."""
+    """Tensors with a NaN or an infinity."""
 
     @property
     def ok(self) -> bool:
@@ -80,7 +80,7 @@ class ConversionReport:
 
 
 def _part(name: str) -> str:
-    """What a tensor is a part of, such as ``module.projector`` of ``module.projector.0.weight``."""
+    """The module that a tensor belongs to, such as ``module.projector`` for ``module.projector.0.weight``."""
     for what, ending in {"counters": "num_batches_tracked", "index tables": "relative_position_index"}.items():
         if name.endswith(ending):
             return what
@@ -92,19 +92,19 @@ def detectron2_name(name: str) -> str:
     """Detectron2's name of a torchvision backbone tensor.
 
     Raises:
-        KeyError: no ResNet of torchvision has such a tensor, but for the classifier.
+        KeyError: no torchvision ResNet has such a tensor, apart from the classifier.
     """
     return translated(name, "torchvision", "detectron2")
 
 
 def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport]:
-    """Rename a backbone's tensors; values are left as they are (as float32).
+    """Rename a backbone's tensors; values do not change (as float32).
 
     Returns:
         the tensors under Detectron2's names, and the report; the caller judges by ``report.ok``.
 
     Raises:
-        InputError: Detectron2's ResNet cannot be this backbone.
+        InputError: Detectron2's ResNet cannot represent this backbone.
     """
     checkpoint.spec.detectron2_overrides()  # raises: other networks' tensors have no names there
     spec = checkpoint.spec
@@ -140,7 +140,7 @@ def convert(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], ConversionReport
 
 
 def detectron2_names(spec: BackboneSpec) -> dict[str, str]:
-    """The tensors of use to a detector, with their names there, among all but the classifier's."""
+    """The tensors that a detector needs, with their names there, among all but the classifier's."""
     expected, classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)
     names = [name for name in expected if not name.startswith(f"{classifier}.")]
     if not is_foreign(spec.arch):
@@ -154,8 +154,8 @@ def detectron2_names(spec: BackboneSpec) -> dict[str, str]:
 
 
 def rest_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What a network of timm's has between its stages and its classifier, such as a last norm: no detector has a place
-    for it, and a file keeps it so that the network can be read again."""
+    """What a timm network has between its stages and its classifier, such as a last norm: no detector has it, and a
+    file keeps it so that the network can be restored."""
     spec = checkpoint.spec
     if not is_foreign(spec.arch):
         return {}
@@ -170,10 +170,10 @@ def convert_file(
     """Convert a backbone to Detectron2's format and write it, with its metadata.
 
     Args:
-        checkpoint: of ``sources.read_checkpoint``.
+        checkpoint: from ``sources.read_checkpoint``.
         path: the file to write: .pkl, .pth or .safetensors.
-        prove: called with the checkpoint and the written file before that gets its name; what it raises leaves no file,
-            or the old one. ``detection.verify.prove`` is such a function.
+        prove: called with the checkpoint and the written file before the file gets its name; if it raises, there is no
+            file, or the old one. ``detection.verify.prove`` is such a function.
 
     Returns:
         The report. Nothing is written unless ``report.ok``.
@@ -197,7 +197,7 @@ def convert_file(
 
 @dataclass(frozen=True)
 class BackboneMetadata:
-    """What a converted file says about itself; the checkpoint guard holds the detector's configuration to it."""
+    """What a converted file says about itself; the checkpoint guard checks the detector's configuration against it."""
 
     spec: BackboneSpec
     threat_model: str | None
@@ -205,7 +205,7 @@ class BackboneMetadata:
     source: str
     source_sha256: str
     said: dict[str, str] = field(default_factory=lambda: dict.fromkeys(READING, BY_FILE))
-    """As ``Checkpoint.said``; files from before it was noted do not tell what was assumed."""
+    """As ``Checkpoint.said``; older files without it do not say what was assumed."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> BackboneMetadata:
@@ -214,7 +214,7 @@ class BackboneMetadata:
         return cls(checkpoint.spec, threat_model, *origin)
 
     def reading(self) -> str:
-        """How images enter the network, each value with who says it."""
+        """Preprocessing and stride, each value with its origin."""
         return reading(self.spec, self.said)
 
     @classmethod
@@ -222,7 +222,7 @@ class BackboneMetadata:
         """Read what ``to_dict`` wrote.
 
         Raises:
-            InputError: it is not ours, or is damaged.
+            InputError: it is not ours, or it is damaged.
         """
         fields = dict(content) if isinstance(content, dict) else {}
         if fields.pop("format", None) != FORMAT:
@@ -250,9 +250,9 @@ def write_backbone(
 ) -> None:
     """Write a ``.pkl``, ``.pth`` or ``.safetensors`` by the suffix; identical input gives identical bytes.
 
-    ``rest`` is that of ``rest_of``.
+    ``rest`` is from ``rest_of``.
 
-    ``matching_heuristics`` lets Detectron2 put ``res2.*`` under whatever prefix the detector gives its backbone.
+    ``matching_heuristics`` lets Detectron2 match ``res2.*`` under any prefix of the detector's backbone.
     """
     fields = {**metadata.to_dict(), "overrides": metadata.spec.detectron2_overrides()}
     content = {"__author__": "robust-backbones", "matching_heuristics": True, "metadata": fields}
@@ -274,10 +274,10 @@ def write_backbone(
 def write_torchvision(path: str | Path, checkpoint: Checkpoint, **strings: str) -> None:
     """Write torchvision's state dict, classifier included, as ``.pth`` or, with the metadata, ``.safetensors``.
 
-    ``strings`` are further ones of the ``.safetensors``.
+    ``strings`` are further metadata of the ``.safetensors``.
 
     Raises:
-        InputError: torchvision's network is another one; or its inputs are, which a ``.pth`` cannot say.
+        InputError: torchvision's network differs; or its preprocessing does, which a ``.pth`` cannot say.
     """
     path, spec = Path(path), checkpoint.spec
     if is_foreign(spec.arch):
@@ -297,12 +297,12 @@ def write_torchvision(path: str | Path, checkpoint: Checkpoint, **strings: str) 
 
 
 def write_described(path: Path, checkpoint: Checkpoint, **strings: str) -> None:
-    """Write a ``.safetensors`` of all tensors as they are named, with the metadata and further strings."""
+    """Write a ``.safetensors`` of all tensors, with their names, the metadata and further strings."""
     _save_safetensors(path, checkpoint.state_dict, BackboneMetadata.of(checkpoint).to_dict(), **strings)
 
 
 def _own(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the order of their names, with storages of their own: torch.save writes all that a tensor is a view of."""
+    """In the order of their names, with separate storages: torch.save writes all that a tensor is a view of."""
     return {name: tensors[name].clone(memory_format=torch.contiguous_format) for name in sorted(tensors)}
 
 
@@ -318,7 +318,7 @@ def _save_torch(path: Path, content: dict[str, Any]) -> None:
 
 
 def metadata_in(content: Any) -> BackboneMetadata | None:
-    """What a file's content, as ``read_file`` gives it, says about itself; None where it is not one of ours.
+    """The metadata in a file's content from ``read_file``; None if it is not one of ours.
 
     Raises:
         InputError: it is damaged.
@@ -355,7 +355,7 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], BackboneMetadata
 
 
 def apart(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A converted file's entries of the backbone, and those of ``rest_of`` by their own names."""
+    """A converted file's entries of the backbone, and those of ``rest_of`` with their own names."""
     if "model" in content:
         return content["model"], content.get(REST, {})
     rest = {name.removeprefix(f"{REST}."): tensor for name, tensor in content.items() if name.startswith(f"{REST}.")}

@@ -1,4 +1,4 @@
-"""What timm, transformers and a training say of a network beside its weights, which no tensor shows."""
+"""What timm, transformers and a training say about a network besides its weights, and no tensor shows."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _OPTION_KEYS = (
     *("args", "opt", "options", "config", "cfg", "model_config", "hparams", "hyper_parameters"),
     *("normalize", "transform"),
 )
-"""Of a file's entries: how the training was run, as a dictionary or an ``argparse.Namespace``."""
+"""Entries of a file with the options of a training, as a dictionary or an ``argparse.Namespace``."""
 _OF_OTHERS = re.compile(
     "(?i)head|decod|class|proj|loss|aux|teacher|target|optim|sched|noise|(?<!con)text|lang|bert|transformer|mlp"
 )
-"""Names of options that are not those of the network."""
+"""Names of options that do not concern the network."""
 _NORMALIZES = re.compile("(no_|without_)?(do_|use_)?normali[sz](e|ation)(_(inputs?|images?))?")
 _MEAN = re.compile("(?i)((ima?ge?|pixel|rgb|norm(ali[sz](e|ation))?|data(set)?|input)_)?mean")
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
 
 _Allowed = dict[str, tuple[Any, ...] | None]
-"""Settings -> their values that leave the features as they are; None: any."""
+"""Settings -> values that do not change the features; None: any."""
 _OF_TIMM: _Allowed = {
     **dict.fromkeys(("num_classes", "global_pool", "drop_rate", "drop_path_rate", "drop_block_rate", "pretrained")),
     **{"in_chans": (3,), "output_stride": (32,), "zero_init_last": None, "img_size": None},
@@ -72,7 +72,7 @@ _GELU_OF_ARES = re.compile(r"ARES_(ResNet152|Wide_ResNet50_2)_AT\.pth")
 
 
 class Description:
-    """What is said of a network: in its file, in a safetensors header, in JSON files beside it."""
+    """What is said about a network: in its file, in a safetensors header, in JSON files beside it."""
 
     def __init__(self, content: dict[Any, Any], path: Path) -> None:
         header, meta, more = (content.get(key) for key in (METADATA, "meta", "hyper_parameters"))
@@ -99,7 +99,7 @@ class Description:
         self._of_mmdetection = "\n".join(text for text in texts if isinstance(text, str))
 
     def values(self) -> dict[str, Any]:
-        """What is said of ``READING``."""
+        """What is said about ``READING``."""
         said = self.of_options() | self._of_pipeline()
         for where, fields, prefix in (
             ("pretrained_cfg", self.cfg, ""),
@@ -128,7 +128,7 @@ class Description:
         return said
 
     def _of_pipeline(self) -> dict[str, Any]:
-        """What MMDetection's configuration says, where it says one thing; its images are of 0-255, and read as BGR."""
+        """What MMDetection's configuration says, if it is unambiguous; its images are in 0-255, and read as BGR."""
         text, three = self._of_mmdetection, r"\s*,\s*".join([r"(\d+\.?\d*)"] * 3)
         found = {name: {*re.findall(rf"\b{name}\s*=\s*[\[(]\s*{three}", text)} for name in ("mean", "std")}
         orders = {*re.findall(r"\b(?:bgr_)?to_rgb\s*=\s*(True|False)", text)}
@@ -138,7 +138,7 @@ class Description:
         return {**said, "channel_order": "RGB" if orders == {"True"} else "BGR"}
 
     def of_options(self) -> dict[str, Any]:
-        """What the options of a training say, where anything may stand."""
+        """What the options of a training say, which may contain anything."""
         fed = self._fed()
         said: dict[str, Any] = fed[0] if fed and not self._doubt() else {}
         for options in self._options:
@@ -157,7 +157,7 @@ class Description:
         return found
 
     def _doubt(self) -> str:
-        """What the options of a training say against taking or assuming any mean and std."""
+        """What in the options of a training speaks against reading or assuming any mean and std."""
         fed = self._fed()
         for options in self._options:
             for name, value in options.items():
@@ -168,14 +168,14 @@ class Description:
         return "options of its training say means or stds that differ" if any(one != fed[0] for one in fed) else ""
 
     def check_fed(self) -> None:
-        """Refuse to assume a mean where the options of a training are against it."""
+        """Refuse to assume a mean if the options of a training speak against it."""
         if doubt := self._doubt():
             raise InputError(
                 f"{doubt}: give --mean and --std, which are 0 0 0 and 1 1 1 where pixels in [0, 1] enter it"
             )
 
     def named(self) -> BackboneSpec | None:
-        """The network of timm that it is said to be; None of a ResNet, which is ours or refused."""
+        """The timm network that it is said to be; None for a ResNet, which is ours or refused."""
         names = {name.split("/")[-1].split(".")[0] for _, name, exact in self._architectures() if exact}
         names = {name for name in names if not re.search("res(net|next)", name) and is_foreign(name)}
         return self.evaluated(usual_spec(names.pop())) if len(names) == 1 else None
@@ -190,9 +190,9 @@ class Description:
         return spec if interpolation is None else replace(spec, interpolation=interpolation)
 
     def check(self, arch: str) -> None:
-        """Refuse a network that is said to be another than its tensors' shapes tell.
+        """Refuse a network whose description contradicts its tensors' shapes.
 
-        Variants by activation, dilation or blur have no tensors of their own, and other features.
+        Variants with another activation, dilation or blur have the same tensors but different features.
         """
         if _GELU_OF_ARES.fullmatch(self._path.name):
             raise InputError(
@@ -214,7 +214,7 @@ class Description:
                     )
 
     def _settings(self, arch: str) -> Iterator[tuple[str, dict[Any, Any], _Allowed]]:
-        """Who says it, settings that may change the features, and the values that do not."""
+        """Origin, settings that may change the features, and the values that do not."""
         activation = [layer for begin, layer in _ACTIVATIONS.items() if re.search(rf"(^|_)({begin})", arch)]
         of_options = {} if is_foreign(arch) else _OF_RESNETS
         if activation:
@@ -240,7 +240,7 @@ class Description:
         yield "config.json", {k: self.config[k] for k in asked if k in self.config}, asked
 
     def check_heads(self, arch: str, layout: str, *, stated: bool) -> None:
-        """Refuse a ViT-S that may have 12 heads, as MoCo v3's: no tensor shows how many there are."""
+        """Refuse a ViT-S that may have 12 heads, like MoCo v3's: no tensor shows their number."""
         if not arch.startswith("vit_small_") or self.by_timm:
             return
         if layout == "moco_v3":
@@ -252,7 +252,7 @@ class Description:
             )
 
     def norm_epsilon(self, arch: str) -> float:
-        """That of transformers' layer norms, which no tensor shows; 0 where it is timm's too."""
+        """The epsilon of transformers' layer norms, which no tensor shows; 0 if it equals timm's."""
         kind, facts = self.config.get("model_type"), norm_and_heads(arch)
         if kind not in _NORM_EPSILON:
             family = arch.split("_")[0]
@@ -277,7 +277,7 @@ class Description:
         return 0.0 if epsilon == facts.norm_epsilon else epsilon
 
     def _architectures(self) -> Iterator[tuple[str, str, bool]]:
-        """Who says it, the name, and whether nothing else than timm's names can stand there."""
+        """Origin, name, and whether only timm's names can be there."""
         said: list[tuple[str, Any, bool]] = [
             ("config.json beside it", self.config.get("architecture"), True),
             ("config.json beside it", self.config.get("backbone"), False),
@@ -293,7 +293,7 @@ class Description:
 
 
 def _options_in(value: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
-    """The dictionaries in options of a training, but for those of other networks; each once."""
+    """The dictionaries in options of a training, except those of other networks; each once."""
     value = value.values if isinstance(value, Options) else value
     if not isinstance(value, dict | list | tuple) or id(value) in seen:
         return
@@ -307,7 +307,7 @@ def _options_in(value: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
 
 
 def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
-    """Whether a setting has one of these values, a text however it is written: ``nn.ReLU``, ``{"type": "ReLU"}``."""
+    """Whether a setting has one of these values, in any spelling of a string: ``nn.ReLU``, ``{"type": "ReLU"}``."""
     value = value.tolist() if isinstance(value, Tensor) else value
     words = re.findall(r"\w+", str(value).lower())
     return value in values or any(isinstance(one, str) and one in words for one in values)
@@ -325,7 +325,7 @@ def _differs(said: str, arch: str, *, exact: bool) -> bool:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file or it holds something else."""
+    """The object in a JSON file; empty if there is no such file or it contains something else."""
     if not path.is_file():
         return {}
     try:
@@ -336,7 +336,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def _dictionary_of(value: Any, name: str) -> dict[str, Any]:
-    """A dictionary, or its JSON as a safetensors header has it."""
+    """A dictionary, or its JSON in a safetensors header."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

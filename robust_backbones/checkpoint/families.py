@@ -1,4 +1,4 @@
-"""ConvNeXt, Swin and ViT by the names of the libraries that make them, as a table; read under timm's names."""
+"""ConvNeXt, Swin and ViT under the names of several libraries, as a table; read under timm's names."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class FamilyNames:
     anchor: str
     """The tensor that shows where a network begins."""
     names: Mapping[str, str]
-    """Its names -> timm's, with fields of ``_FIELDS``; [0], [1], [2] are parts that timm keeps as one tensor, and what
-    leads to nothing is no weight. A name that is not here stays as it is."""
+    """Its names -> timm's, with fields of ``_FIELDS``; [0], [1], [2] are parts that timm keeps as one tensor, and an
+    empty value is not a weight. Other names do not change."""
     inside: str = ""
-    """What stands before all names but the classifier's."""
+    """The prefix of all names but the classifier's."""
 
 
 def _same(number: int) -> int:
@@ -47,7 +47,7 @@ _FIELDS: dict[str, tuple[str, Callable[[int], int]]] = {
 
 
 def _blocks(before: str, after: str, layers: Mapping[str, str]) -> dict[str, str]:
-    """The names of a block's layers: weight and bias of each, or one tensor where the name ends with a full stop."""
+    """The names of a block's layers: weight and bias of each, or one tensor if the name ends with a full stop."""
     return {
         f"{before}.{old}.{{tensor}}".replace("..{tensor}", ""): f"{after}.{new}.{{tensor}}".replace("..{tensor}", "")
         for old, new in layers.items()
@@ -244,10 +244,10 @@ TORCHVISION = {
 
 
 def renamed(names: Iterable[str], row: FamilyNames) -> dict[str, str]:
-    """A library's names -> timm's; those of no weights are left out.
+    """A library's names -> timm's, without those that are not weights.
 
     Args:
-        names: without what stands before the network.
+        names: without the network's prefix.
     """
     found = {}
     for name in names:
@@ -287,12 +287,12 @@ def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def spec_of(row: FamilyNames, tensors: Mapping[str, Tensor]) -> BackboneSpec:
-    """Which network of timm these tensors by timm's names are, recognised by their shapes.
+    """Which timm network these tensors (under timm's names) are, recognised by their shapes.
 
-    Mean and std are timm's in it, which nothing in the file says; of torchvision's the size is as it evaluates them.
+    Its mean and std are timm's, as the file does not say them; torchvision's have the size of torchvision's evaluation.
 
     Raises:
-        InputError: none that timm has.
+        InputError: timm has no such network.
     """
     try:
         width = {

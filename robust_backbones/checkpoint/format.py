@@ -1,4 +1,4 @@
-"""Backbone checkpoints: what one is, and our own format; ``sources`` reads those from elsewhere."""
+"""Backbone checkpoints and our own file format; ``sources`` reads those of other libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from robust_backbones.threat_models import ThreatModel
 
 FORMAT = "robust_backbones.checkpoint/1"
 TRAINING_FORMAT = "robust_backbones.training/1"
-"""Of the files that a run resumes from; no backbone is read from them."""
+"""Format of the files that a run resumes from; no backbone is read from them."""
 
 
 READING = ("mean", "std", "channel_order", "stride_in_1x1")
@@ -28,7 +28,7 @@ BY_FILE, BY_USER, ASSUMED = "said by the file", "said by you", "assumed"
 
 
 def reading(spec: BackboneSpec, said: Mapping[str, str]) -> str:
-    """The values of ``READING``, each with who says it."""
+    """The values of ``READING``, each with its origin."""
     values = {
         "mean": "mean " + " ".join(f"{value:.6g}" for value in spec.mean),
         "std": "std " + " ".join(f"{value:.6g}" for value in spec.std),
@@ -48,22 +48,22 @@ class Checkpoint:
     threat_model: ThreatModel | None
     """None when the source does not say how the backbone was trained."""
     layout: str
-    """Whose file it is: one of ``sources.SOURCES``."""
+    """The layout of the file: one of ``sources.SOURCES``."""
     source: str
-    """File name without its folder."""
+    """File name without folder."""
     source_sha256: str
     said: dict[str, str] = field(default_factory=lambda: dict.fromkeys(READING, BY_FILE))
-    """Who says each value of ``READING`` in ``spec``: ``BY_FILE``, ``BY_USER``, or ``ASSUMED``, nobody."""
+    """The origin of each value of ``READING`` in ``spec``: ``BY_FILE``, ``BY_USER`` or ``ASSUMED``."""
     key: str = ""
-    """Of the file's dictionary that holds the tensors; ``state.model`` is the one within another."""
+    """Key of the file's dictionary with the tensors; ``state.model`` is nested in another one."""
     prefix: str = ""
-    """What the file puts before the names of ``state_dict``."""
+    """The prefix in the file of the names of ``state_dict``."""
     left_out: tuple[str, ...] = ()
     """Tensors of the file that are not the network's, by the file's names."""
     classes: tuple[str, ...] = ()
-    """Names of the classes in the order of the logits; empty where the file does not say them."""
+    """Names of the classes in the order of the logits; empty if the file does not say them."""
     path: Path | None = field(default=None, compare=False)
-    """The file, where the proof finds what its makers' own code needs."""
+    """The file, in which the proof finds what its authors' code needs."""
 
     def reading(self) -> str:
         """How images enter the network, each value with who says it."""
@@ -78,14 +78,14 @@ class Checkpoint:
         return NormalizedModel(self.build(), self.spec).eval()
 
     def record_fields(self, **more: str) -> dict[str, Any]:
-        """What the ``RunRecord`` of anything made from this backbone has as ``backbone`` and ``threat_model``."""
+        """``backbone`` and ``threat_model`` in the ``RunRecord`` of anything made from this backbone."""
         return {
             "backbone": {**self.spec.to_dict(), "source_sha256": self.source_sha256, **more},
             "threat_model": None if self.threat_model is None else str(self.threat_model),
         }
 
     def in_rgb(self) -> Checkpoint:
-        """The same function of RGB images, where this one takes BGR: the stem's input channels change places."""
+        """The same function for RGB images, if this one takes BGR: the stem's input channels are swapped."""
         if self.spec.channel_order == "RGB":
             return self
         with torch.device("meta"):
@@ -103,9 +103,9 @@ def write_checkpoint(
     threat_model: ThreatModel | None,
     classes: Sequence[str] = (),
 ) -> None:
-    """Write our own format; ``threat_model`` is None where nobody said how the backbone was trained.
+    """Write our own format; ``threat_model`` is None if it is unknown how the backbone was trained.
 
-    ``classes`` are as ``Checkpoint`` has them; a classifier of more outputs has no names for them.
+    ``classes`` are as in ``Checkpoint``; further outputs of a larger classifier have no names.
     """
     content = {
         "format": FORMAT,
@@ -118,7 +118,7 @@ def write_checkpoint(
 
 
 def save_tensors(path: str | Path, content: dict[str, Any]) -> None:
-    """Write what ``load_tensors`` reads: tensors and plain values; the file appears whole or not at all.
+    """Write tensors and plain values for ``load_tensors``, atomically.
 
     The same content gives the same bytes.
     """
@@ -128,7 +128,7 @@ def save_tensors(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def _without_identity(value: Any) -> Any:
-    """Equal strings as one object and containers as objects of their own: a pickle shows which of them are the same."""
+    """Make equal strings one object and containers separate objects: a pickle shows which of them are identical."""
     if type(value) is str:
         return sys.intern(value)
     if isinstance(value, dict):
@@ -142,6 +142,6 @@ def _without_identity(value: Any) -> Any:
 
 
 def sha256(path: str | Path) -> str:
-    """Of a file's content, as 64 hexadecimal digits."""
+    """SHA-256 of a file's content, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Backbones as the Hugging Face hub and timm have them: tensors, config.json and a model card; to and from the hub."""
+"""Backbones in the format of timm and the Hugging Face hub (tensors, config.json, model card); upload and download."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from robust_backbones.runs.files import atomic_path
 from robust_backbones.timm_models import timm_config
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-"""The files of a repository, by the names that the hub and timm know."""
+"""The files of a repository, with the names used by the hub and timm."""
 PROCESSOR = "preprocessor_config.json"
-"""Where repositories of transformers say mean and std."""
+"""File with mean and std in repositories of transformers."""
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name is a repository's, ``USER/NAME``; those of published backbones have no slash."""
+    """Whether a name is a repository's, ``USER/NAME``; names of published backbones have no slash."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name))
 
 
 def write_timm(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a ``.safetensors`` under timm's tensor names, which for the ResNets are torchvision's.
+    """Write a ``.safetensors`` with timm's tensor names, which for ResNets are torchvision's.
 
     Raises:
         InputError: timm has no such network.
@@ -90,7 +90,7 @@ def _pretrained_cfg(spec: BackboneSpec) -> dict[str, Any]:
 
 
 def model_card(metadata: BackboneMetadata) -> str:
-    """README.md of a repository, from what a converted file says of itself. Its user adds the licence."""
+    """README.md of a repository, from a converted file's metadata. The user adds the licence."""
     spec = metadata.spec
     rows = {
         "architecture": spec.arch,
@@ -135,12 +135,12 @@ model = timm.create_model("hf-hub:USER/NAME", pretrained=True)
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:
-    """Upload the files of ``write_timm`` and ``describe`` to ``USER/NAME``, made if it is not there; returns its URL.
+    """Upload the files of ``write_timm`` and ``describe`` to ``USER/NAME``, created if missing; returns its URL.
 
     HF_ENDPOINT names another hub; the token is HF_TOKEN or that of ``hf auth login``.
 
     Raises:
-        InputError: the hub does not take them.
+        InputError: the hub refuses them.
     """
     from huggingface_hub import HfApi
 
@@ -161,12 +161,12 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
 
 
 def fetch(repository: str) -> Path:
-    """The weights of ``USER/NAME`` in the cache, and beside them what says what they are; downloaded where missing.
+    """The weights of ``USER/NAME`` in the cache, with their descriptions beside them; downloaded if missing.
 
     HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 forbids the network.
 
     Raises:
-        InputError: it cannot be had.
+        InputError: it cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError

@@ -1,4 +1,4 @@
-"""Which network a file's tensors are, recognised by their shapes."""
+"""Recognises the network of a file's tensors by their shapes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from robust_backbones.models import ARCHITECTURES, BackboneSpec, is_counter, ref
 def identify(state_dict: dict[str, Tensor], named: BackboneSpec | None = None) -> BackboneSpec:
     """The architecture, stem and number of classes of a torchvision-named network, recognised by its tensors' shapes.
 
-    What no tensor tells (``mean``, ``std``, ``channel_order``, ``stride_in_1x1``) is torchvision's in the spec.
+    Values that no tensor shows (``mean``, ``std``, ``channel_order``, ``stride_in_1x1``) are torchvision's in the spec.
 
     Args:
-        named: the network of timm that the file names; the tensors then have to be its own, by timm's names.
+        named: the timm network that the file names; the tensors must then be its own, under timm's names.
 
     Raises:
         InputError: no known architecture has exactly these tensors.

@@ -1,4 +1,4 @@
-"""Finds the networks in a checkpoint, whatever they are wrapped in, and tells whose layout it is, by a table."""
+"""Finds the networks in a checkpoint in any wrapper, and recognises its layout, by a table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SEGMENTER = "classifies by convolutions alone, of 3x3"
 TIMM, BARE = "described by timm", "names of torchvision and nothing else"
 
 DILATED = "dilated"
-"""Of ``SOURCES``: networks whose last stages dilate in place of striding, as DeepLab's; no tensor shows it."""
+"""One of ``SOURCES``: networks with dilated instead of strided last stages, as DeepLab; no tensor shows it."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Source:
 
     description: str
     sign: str = ""
-    """A pattern, searched in the file's keys and in KEY/NAME of the tensors beside the network, one a line."""
+    """A pattern, searched in the file's keys and in KEY/NAME of the tensors beside the network, one per line."""
     convention: dict[str, Any] | None = None
-    """What its makers mean where the file and the user say nothing; None: the user has to say it."""
+    """The convention of its authors, if the file and the user say nothing; None: the user has to say it."""
     has_classifier: bool = True
-    """False: what is called ``fc`` is a projection."""
+    """False: the layer called ``fc`` is a projection."""
 
 
 _ORDER = {"channel_order": "RGB"}
@@ -118,7 +118,7 @@ COCO_V1 = re.compile(
 _LITE = tuple(f"tf_efficientnet_lite{number}" for number in range(5))
 
 _ANY = ("robustbench", "timm", "torchvision", "training")
-"""Any file may be of these."""
+"""Any file may have one of these layouts."""
 
 # A network's second copy, which its makers leave where it is: an attacker's, or an average that only trains the first.
 _SECOND = r"(^|\.)(attacker|encoder_k|momentum_encoder|momentum_backbone|backbone_momentum|target_encoder)\."
@@ -131,21 +131,21 @@ class Network:
     """A network in a file."""
 
     key: str
-    """Of the dictionary that holds it, as in ``state.model``; "" is the file itself."""
+    """Key of the dictionary with it, such as ``state.model``; "" is the file itself."""
     prefix: str
-    """What stands before its names, without the wrappers of torch.compile and the like."""
+    """The prefix of its names, without the wrappers of torch.compile and the like."""
     names: dict[str, str]
     """The file's name of each of its tensors -> torchvision's."""
     tensors: dict[str, Tensor]
-    """All that the dictionary holds, by the file's names."""
+    """All tensors of the dictionary, by the file's names."""
     named: BackboneSpec | None = None
-    """The network of timm that the file says it is; ``names`` then leads to timm's."""
+    """The timm network that the file says it is; ``names`` then has timm's names."""
     library: str = ""
-    """By whose names it was found, as in ``families.FAMILIES``; ``named`` is then told by shapes or by our metadata."""
+    """The library by whose names it was found, as in ``families.FAMILIES``; ``named`` is then by shapes or metadata."""
 
     @cached_property
     def state_dict(self) -> dict[str, Tensor]:
-        """By torchvision's names, as the file has them."""
+        """The file's tensors, by torchvision's names."""
         state_dict = {short: self.tensors[name] for name, short in self.names.items()}
         if any(name.startswith("res2_0_branch") for name in self.names):
             _add_statistics(state_dict, self.tensors.get("conv1_b"))
@@ -153,24 +153,24 @@ class Network:
 
     @cached_property
     def spec(self) -> BackboneSpec:
-        """What its tensors tell; InputError where they are those of no known architecture."""
+        """The spec shown by its tensors; InputError if they do not belong to a known architecture."""
         return identify(self.state_dict, self.named)
 
     @property
     def segments(self) -> bool:
-        """Whether its classifier is convolutions alone, of which one sees more than a pixel, as an FCN's."""
+        """Whether its classifier has only convolutions, one of them larger than a pixel, as an FCN's."""
         layer = r"(^|\.)classifier\.\d+\.weight$"
         beside = [t.shape for name, t in self.tensors.items() if name not in self.names and re.search(layer, name)]
         has_linear = any(len(shape) == 2 for shape in beside)  # one answer for an image
         return not has_linear and any(len(shape) == 4 and shape[-1] > 1 for shape in beside)
 
     def shared_levels(self, levels: list[str]) -> int:
-        """How many parts of a name, from its first one, stand before the network's names too."""
+        """How many leading parts of a name are also in the network's prefix."""
         pairs = zip(levels, self.prefix.split("."), strict=False)
         return len([*takewhile(lambda pair: pair[0] == pair[1], pairs)])
 
     def differs_in(self, other: Network) -> str:
-        """The first tensor that the two do not share, by torchvision's name; "" where they are equal."""
+        """The first tensor in which the two differ, by torchvision's name; "" if they are equal."""
         mine, theirs = self.state_dict, other.state_dict
         for name in mine | theirs:
             if name not in mine or name not in theirs or mine[name].shape != theirs[name].shape:
@@ -189,7 +189,7 @@ class Network:
 
 
 def tensors_of(content: Any) -> dict[str, Tensor]:
-    """The tensors and their names; nothing where ``content`` is no dictionary."""
+    """The tensors and their names; empty if ``content`` is not a dictionary."""
     items = content.items() if isinstance(content, dict) else ()
     return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
 
@@ -212,9 +212,9 @@ def dictionaries_in(
 def find_network(
     content: dict[str, Any], *, key: str | None = None, prefix: str | None = None, named: BackboneSpec | None = None
 ) -> Network:
-    """The one network in a file's content, or the one that ``key`` and ``prefix`` choose.
+    """The only network in a file's content, or the one that ``key`` and ``prefix`` choose.
 
-    ``named`` is the network of timm that the file says it is.
+    ``named`` is the timm network that the file says it is.
 
     Raises:
         InputError: there is none; or there are several that differ, which the message lists.
@@ -243,7 +243,7 @@ def find_network(
 
 
 def _listed(networks: list[Network]) -> str:
-    """How to choose each of them, and what it is."""
+    """How to choose each of them, and a description of it."""
     keys, options = [network.key for network in networks], []
     for network in networks:
         by_prefix = keys.count(network.key) > 1
@@ -276,7 +276,7 @@ def _inert_in(content: dict[Any, Any]) -> list[str]:
 
 
 def _of_clip(names: Collection[str]) -> str:
-    """Why the tower of a CLIP is not read: no tensor tells GELU from the QuickGELU of OpenAI's."""
+    """Why the tower of a CLIP is not read: no tensor distinguishes GELU from OpenAI's QuickGELU."""
     if not any(name.endswith("visual.positional_embedding") for name in names):
         return ""
     return (
@@ -293,11 +293,11 @@ _IN_PARTS = {
     r"lora_[AB]": "its library's merge, such as peft's merge_and_unload",
     r"flat_param$": "FSDP's StateDictType.FULL_STATE_DICT",
 }
-"""Names of weights that are kept in parts -> what makes them whole."""
+"""Names of weights stored in parts -> how to merge them."""
 
 
 def _in_parts(names: Collection[str]) -> str:
-    """The mend where weights are kept in parts, or nothing."""
+    """The fix if weights are stored in parts, or nothing."""
     for part, whole in _IN_PARTS.items():
         if name := next(filter(re.compile(part).search, names), ""):
             return f"; {name} is a part of a weight: make it whole by {whole}, and save the state_dict() again"
@@ -324,7 +324,7 @@ def _networks_of(key: str, tensors: dict[str, Tensor], named: BackboneSpec | Non
 
 
 def _efficientnets(key: str, plain: dict[str, str], tensors: dict[str, Tensor]) -> list[Network]:
-    """The EfficientNet-Lites by EfficientNet-PyTorch's names: 0 to 4, recognised by their blocks and widths."""
+    """EfficientNet-Lite 0 to 4 under EfficientNet-PyTorch's names, recognised by their blocks and widths."""
     found = []
     for network in _networks_from(("_conv_stem.weight",), key, plain, tensors):
         candidates = []
@@ -339,7 +339,7 @@ def _efficientnets(key: str, plain: dict[str, str], tensors: dict[str, Tensor]) 
 
 
 def _of_families(key: str, plain: dict[str, str], tensors: dict[str, Tensor]) -> list[Network]:
-    """ConvNeXt, Swin and ViT by the names of those who make them."""
+    """ConvNeXt, Swin and ViT under the names of their libraries."""
     found: list[Network] = []
     problems = []
     for row in FAMILIES:
@@ -368,7 +368,7 @@ def _networks_from(
     tensors: dict[str, Tensor],
     named: BackboneSpec | None = None,
 ) -> list[Network]:
-    """The networks that begin with one of these tensors, and are not part of another one."""
+    """The networks that start with one of these tensors, and are not part of another one."""
     prefixes = {
         name.removesuffix(first) for first in firsts for name in plain.values() if f".{name}".endswith(f".{first}")
     }
@@ -380,7 +380,7 @@ def _networks_from(
 
 
 def _names_of_resnet(plain: dict[str, str], prefix: str, naming: str) -> dict[str, str]:
-    """torchvision's names of the tensors after ``prefix``; those of heads and projections are left out."""
+    """torchvision's names of the tensors after ``prefix``, without heads and projections."""
     names = {}
     for name, full in plain.items():
         # A C4 detector of Detectron2 keeps res5 in its heads.
@@ -397,9 +397,9 @@ def _names_of_resnet(plain: dict[str, str], prefix: str, naming: str) -> dict[st
 
 
 def _between(plain: dict[str, str], prefix: str, names: dict[str, str]) -> dict[str, str]:
-    """What else stands between a network's layers, such as attention or an activation that learns: it is no head.
+    """Other modules between a network's layers, such as attention or a trained activation: they are not heads.
 
-    A state dict has the order in which its modules were made; one that was sorted begins with no stem.
+    A state dict has the order in which its modules were created; a sorted one does not start with a stem.
     """
     if next(iter(names.values()), "") != "conv1.weight":
         return {}
@@ -410,7 +410,7 @@ def _between(plain: dict[str, str], prefix: str, names: dict[str, str]) -> dict[
 
 
 def _check_once(plain: dict[str, str], tensors: dict[str, Tensor]) -> None:
-    """Refuse two tensors whose names differ in wrappers alone."""
+    """Refuse two tensors whose names differ only in wrappers."""
     first: dict[str, str] = {}
     for name, short in plain.items():
         if first.setdefault(short, name) != name and not torch.equal(tensors[first[short]], tensors[name]):
@@ -420,7 +420,7 @@ def _check_once(plain: dict[str, str], tensors: dict[str, Tensor]) -> None:
 
 
 def _add_statistics(state_dict: dict[str, Tensor], stem_bias: Tensor | None) -> None:
-    """Most of Caffe2's batch norms are a scale and a shift: give them the statistics that change nothing."""
+    """Most of Caffe2's batch norms are a scale and a shift: give them neutral statistics."""
     for name in [name for name in state_dict if name.endswith(".bias")]:
         norm = name.removesuffix("bias")
         state_dict.setdefault(f"{norm}running_mean", torch.zeros_like(state_dict[name]))
@@ -430,7 +430,7 @@ def _add_statistics(state_dict: dict[str, Tensor], stem_bias: Tensor | None) -> 
 
 
 def without_epsilon(network: Network) -> Network:
-    """The network with weights that undo the epsilon of its batch norms, which its makers leave out."""
+    """The network with weights that undo the epsilon of its batch norms, which its authors do not use."""
     tensors, own = dict(network.tensors), {short: name for name, short in network.names.items()}
     for short in (short for short in own if short.endswith("running_var")):
         weight, variance = own[short.replace("running_var", "weight")], tensors[own[short]].double()
@@ -439,10 +439,10 @@ def without_epsilon(network: Network) -> Network:
 
 
 def layout_of(content: dict[str, Any], network: Network, *, source: str = "", signs: Iterable[str] = ()) -> str:
-    """Whose file it is: one of ``SOURCES``; ``source`` where it is given and fits. ``signs`` are further lines.
+    """The layout of the file: one of ``SOURCES``; ``source`` if it is given and fits. ``signs`` are further lines.
 
     Raises:
-        InputError: it is not of that source.
+        InputError: it is not from that source.
     """
     keys = [key for key in content if isinstance(key, str)]
     names = [f"{network.key}/{without_wrappers(name)}" for name in network.tensors]

@@ -1,4 +1,4 @@
-"""What people give in place of a checkpoint by mistake, called by its name with the mend."""
+"""Files given instead of a checkpoint by mistake: what they are, and what to do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KINDS = (
     (b"\x93NUMPY", "is one array of NumPy, not a network: give a file of all its tensors"),
     (b"\xff\xd8\xff|\x89PNG", "is an image, not a file of tensors: give the checkpoint"),
 )
-"""How a file begins, in lower case and after white space -> what it is, and what to do."""
+"""Start of a file, in lower case and after white space -> what it is, and what to do."""
 _FRAMEWORKS = {
     **{
         "ONNX": r"\.onnx",
@@ -37,13 +37,13 @@ _FRAMEWORKS = {
     },
     **{"Flax": r"\.msgpack", "MXNet": r"\.params", "Caffe": r"\.caffemodel", "TensorRT": r"\.engine|\.plan|\.trt"},
 }
-"""Who ends the names of files so that cannot be read here."""
+"""Frameworks -> suffixes of their files, which cannot be read here."""
 _WHOLE = "load it with its library, and save one state_dict()"
 _SUFFIXES = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".safetensors", ".tar")
 
 
 def refuse_mistaken(path: Path) -> None:
-    """Raise ``InputError`` where ``path`` is no file of any tensors, by what it is."""
+    """Raise ``InputError`` if ``path`` is not a file of tensors, and say what it is."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: {_advice_in(path)}")
     if not path.is_file():
@@ -60,7 +60,7 @@ def refuse_mistaken(path: Path) -> None:
 
 
 def mistaken_for(path: Path) -> str:
-    """What a file that cannot be read seems to be, with the mend; "" where nothing tells."""
+    """What an unreadable file seems to be, with the fix; "" if unknown."""
     for framework, suffix in _FRAMEWORKS.items():
         if re.search(f"(?:{suffix})$", path.name.lower()):
             return f"seems to be a model of {framework}: give the checkpoint of the PyTorch model"
@@ -75,7 +75,7 @@ def mistaken_for(path: Path) -> str:
 
 
 def mistaken_archive(names: list[str]) -> str:
-    """What a zip archive of these files is, that no ``torch.save`` wrote, with the mend."""
+    """What a zip archive of these files is, if not from ``torch.save``, with the fix."""
     if any(name.endswith("/constants.pkl") for name in names):
         return (
             "is a TorchScript program: save its tensors by "

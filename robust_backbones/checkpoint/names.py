@@ -1,4 +1,4 @@
-"""The names that libraries give a network's tensors, as tables; this package has torchvision's, or timm's."""
+"""Tables of the tensor names of several libraries; this package uses torchvision's, or timm's."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Naming:
-    """How one library names the tensors of a ResNet. Where it counts from 0 or goes on counting, by how much."""
+    """How one library names the tensors of a ResNet, with offsets of its numbering."""
 
     names: tuple[str, str, str, str, str, str]
-    """A convolution and its norm each: of the stem, of a block, of a shortcut."""
+    """A convolution and its norm each: in the stem, in a block, in a shortcut."""
     stage: int = 0
-    """What it adds to torchvision's number of a stage (1 to 4)."""
+    """Offset to torchvision's number of a stage (1 to 4)."""
     i: int = 0
-    """What it adds to torchvision's number of a convolution (1 to 3)."""
+    """Offset to torchvision's number of a convolution (1 to 3)."""
     anchor: str = ""
     """The tensor that shows where a network begins."""
     parts: str = ""
-    """A pattern of all names that belong to the network, also of those that no ResNet of torchvision has."""
+    """A pattern of all names that belong to the network, including those that no torchvision ResNet has."""
 
 
 NAMINGS = {
@@ -86,7 +86,7 @@ def translated(name: str, source: str, target: str) -> str:
     """A tensor's name in another of ``NAMINGS``.
 
     Raises:
-        KeyError: no ResNet has such a tensor, but for the classifier.
+        KeyError: no ResNet has such a tensor, apart from the classifier.
     """
     old, new = NAMINGS[source], NAMINGS[target]
     for pattern, row in zip(_patterns(source), new.names, strict=True):
@@ -106,18 +106,18 @@ def _patterns(naming: str) -> tuple[re.Pattern[str], ...]:
 
 
 def pattern_of(name: str, fields: Mapping[str, str]) -> re.Pattern[str]:
-    """Of a name with fields in braces, each with the pattern of what can stand there; they are the pattern's groups."""
+    """The pattern of a name with fields in braces, each with the pattern of its values, as a group."""
     groups = {rf"\{{{field}\}}": f"(?P<{field}>{pattern})" for field, pattern in fields.items()}
     return re.compile(re.sub(r"\\\{\w+\\\}", lambda field: groups[field[0]], re.escape(name)))
 
 
 def without_wrappers(name: str) -> str:
-    """A tensor's name without what torch.compile, FSDP and activation checkpointing put between its parts."""
+    """A tensor's name without the parts inserted by torch.compile, FSDP and activation checkpointing."""
     return re.sub(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name)
 
 
 def of_caffe2(blob: str) -> str | None:
-    """torchvision's name of a blob of Detectron's and Detectron2's ``.pkl`` files; None of what is no backbone's."""
+    """torchvision's name of a blob in Detectron's and Detectron2's ``.pkl`` files; None if it is not in a backbone."""
     layers = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
     endings = {
         **{"w": "weight", "bn_s": "norm.weight", "bn_gamma": "norm.weight", "bn_b": "norm.bias"},
@@ -150,7 +150,7 @@ _NOT_EXPANDING = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": 
 
 
 def of_efficientnet(names: Collection[str], reference: Iterable[str]) -> dict[str, str]:
-    """EfficientNet-PyTorch's names -> timm's; one that the network does not have stays what it is.
+    """EfficientNet-PyTorch's names -> timm's; names that the network does not have do not change.
 
     Args:
         reference: timm's names, whose blocks are numbered within stages.
@@ -177,16 +177,16 @@ _VIT = {r"pos_embed": "pos_embed", r"patch_embed\.proj\.(.+)": r"patch_embed.pro
 
 
 def of_vit(name: str) -> str | None:
-    """The name in Detectron2's ViT of a tensor of timm's vision transformer; None of what has no place there: the class
-    token, the norm after the last block, pooling and the classifier."""
+    """The name in Detectron2's ViT of a tensor of timm's vision transformer; None for tensors that it does not have:
+    the class token, the norm after the last block, pooling and the classifier."""
     found = ((re.fullmatch(pattern, name), new) for pattern, new in _VIT.items())
     return next((match.expand(new) for match, new in found if match), None)
 
 
 def of_swin(name: str) -> str | None:
-    """Detectron2's name of a tensor of timm's Swin; None of what no stage has: the last norm and the classifier.
+    """Detectron2's name of a tensor of timm's Swin; None for the last norm and the classifier.
 
-    timm merges patches where a stage begins, Detectron2 where the one before it ends.
+    timm merges patches at the start of a stage, Detectron2 at the end of the previous one.
     """
     if name.startswith(("head.", "norm.")):
         return None

@@ -1,4 +1,4 @@
-"""What a file's tensors say of how images are normalised before they enter the network."""
+"""What a file's tensors say about the normalisation of images before the network."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from robust_backbones.errors import InputError
 from robust_backbones.models import is_triple
 
 _STD_OF = {"new_mean": "new_std", "mean": "std", "mu": "sigma", "pixel_mean": "pixel_std"}
-"""What libraries call the mean -> and the std beside it."""
+"""Libraries' names of the mean -> of the std beside it."""
 
 
 def normalizer_of(network: Network, content: dict[str, Any]) -> dict[str, Any] | None:
-    """Mean and std of a layer that normalises the input, or of the file's own entries; those nearest to the network.
+    """Mean and std of a layer that normalises the input, or of the file's own entries; those closest to the network.
 
     Raises:
-        InputError: there are several that differ, or one before the other.
+        InputError: there are several that differ, or one in front of the other.
     """
     entries = {k: v for k, v in content.items() if k in _STD_OF or k in _STD_OF.values()}
     values = {name: torch.tensor(v) for name, v in entries.items() if is_triple(v)} | tensors_of(entries)
@@ -52,7 +52,7 @@ def normalizer_of(network: Network, content: dict[str, Any]) -> dict[str, Any] |
 
 
 def check_normalizers(network: Network) -> None:
-    """Refuse to assume a mean where the file may have one, by a name that ``normalizer_of`` does not know."""
+    """Refuse to assume a mean if the file may have one under a name that ``normalizer_of`` does not know."""
     for name, tensor in network.tensors.items():
         of_channels = (tensor.numel() == 3 and tensor.ndim > 2) or re.search(
             "mean|std|sigma|scale|shift", name.split(".")[-1]
@@ -63,9 +63,9 @@ def check_normalizers(network: Network) -> None:
 
 
 def _triple(tensor: Tensor | None, *, of_all: bool = False) -> list[float]:
-    """The three numbers of a tensor, (3, 1, 1) and the like; of one for all channels, (1, 1, 1); else none.
+    """The three numbers of a tensor, (3, 1, 1) and the like; three times that of (1, 1, 1), for all channels; or none.
 
-    ``of_all``: whether any one number is for all channels.
+    ``of_all``: whether any single number is for all channels.
     """
     if tensor is None or tensor.is_complex():
         return []

@@ -1,4 +1,4 @@
-"""The network of timm in a file that was converted from it, or in a detector that was trained on one."""
+"""Restores the timm network from a file that was converted from it, or from a detector that was trained from one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _OF_DETECTORS = r"norm\d\.|layers\..*\.relative_position_index$|blocks\..*\.rel_
 
 
 def network_of(content: dict[str, Any], spec: BackboneSpec) -> Network:
-    """The network, by timm's names: its stages as the file has them, trained or not, and the rest as it was converted.
+    """The network, by timm's names: its stages from the file, trained or not, and the rest as converted.
 
     Args:
         content: of a file whose metadata has this spec.
 
     Raises:
-        InputError: it does not hold its stages.
+        InputError: it does not have all stages.
     """
     tensors, rest = ({n: t for n, t in held.items() if isinstance(t, Tensor)} for held in apart(content))
     own = {new: name for name, new in detectron2_names(spec).items()}

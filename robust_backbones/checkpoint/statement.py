@@ -1,4 +1,4 @@
-"""How a network is fed: what the user says of it, held to what its file says and its makers' convention."""
+"""A network's preprocessing: what the user says, checked against the file and its authors' convention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OPTION = re.compile(r"(?<=[ (])--(mean|std|channel-order|stride-in-1x1|threat-m
 
 @dataclass(frozen=True)
 class Statement:
-    """What the user says about a file; a file that says otherwise is refused, a source's convention gives way."""
+    """What the user says about a file; a contradicting file is refused, a source's convention is overridden."""
 
     mean: tuple[float, float, float] | None = None
     """Per channel, in [0, 1] pixel units."""
@@ -27,9 +27,9 @@ class Statement:
     """``RGB`` or ``BGR``."""
     stride_in_1x1: bool | None = None
     threat_model: str | ThreatModel | None = None
-    """What it was trained against, as in ``"L2:3"``."""
+    """What it was trained against, such as ``"L2:3"``."""
     arch: str | None = None
-    """timm's name of the network, where its tensors have timm's names and none of the file's shapes tell it."""
+    """timm's name of the network, if its tensors have timm's names and their shapes do not show it."""
 
 
 def agreed(
@@ -39,13 +39,13 @@ def agreed(
     usual: BackboneSpec,
     of_options: Collection[str] = (),
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the file, the user or the convention says, and which of them says each value of ``READING``.
+    """What the file, the user or the convention says, and the origin of each value of ``READING``.
 
     Args:
-        of_options: names of the file's values that are of the options of its training, where anything may stand.
+        of_options: names of the file's values that come from the options of its training, which may contain anything.
 
     Raises:
-        InputError: the file says otherwise than the user; nobody says a value; pixels in [0, 1] cannot have it.
+        InputError: the file contradicts the user; a value is not said; pixels in [0, 1] cannot have it.
     """
     stated = {name: value for name, value in vars(statement).items() if value is not None and name != "arch"}
     if "threat_model" in stated:
@@ -87,14 +87,14 @@ def agreed(
 
 
 def check_said(checkpoint: Checkpoint) -> None:
-    """Refuse what is assumed, with the options that say it."""
+    """Refuse assumed values, with the options to say them."""
     if assumed := [name for name, who in checkpoint.said.items() if who == ASSUMED]:
         options = _options({name: getattr(checkpoint.spec, name) for name in assumed})
         raise InputError(f"neither it nor you say what is assumed: give {options}, if that is how it was trained")
 
 
 def _options(values: Mapping[str, Any]) -> str:
-    """As ``convert`` takes them, such as ``--mean 0.5 0.5 0.5 --stride-in-1x1 false``."""
+    """As options of ``convert``, such as ``--mean 0.5 0.5 0.5 --stride-in-1x1 false``."""
     texts = {
         name: " ".join(f"{v:.6g}" for v in value)
         if isinstance(value, tuple)

@@ -1,14 +1,14 @@
-"""Reads files of tensors that nobody vouches for (pickles, torch.save's, safetensors) and runs nothing that they hold.
+"""Reads untrusted files of tensors (pickles, torch.save's, safetensors) without running any code in them.
 
-A pickle is a program that may call any function of any installed package. Here a loop of its own carries out the
-operations of a pickle. It calls the functions of ``_KNOWN`` alone, which rebuild tensors, arrays and containers; every
-other class or function that a file names becomes ``Inert``, so files made with dill, or with classes of packages that
-are not installed, open without them. Tensors are views of the file mapped into memory, and what a file claims to hold
-is checked against its size before anything is allocated.
+A pickle is a program that may call any function of any installed package. Here a separate loop executes the operations
+of a pickle. It only calls the functions in ``_KNOWN``, which rebuild tensors, arrays and containers; every other class
+or function that a file names becomes ``Inert``, so files made with dill, or with classes of packages that are not
+installed, can be read without them. Tensors are views of the memory-mapped file, and the sizes that a file claims are
+checked against its own before anything is allocated.
 
-``torch.load`` with another ``find_class`` is no way to do this. torch runs TorchScript that it finds in a file,
-inflates compressed records, allocates storages by the size that a file claims, and grows a storage to fit a tensor;
-Python's unpicklers set attributes of whatever a file names, and the one in C allocates by the index of a memo.
+``torch.load`` with another ``find_class`` does not suffice. torch runs TorchScript that it finds in a file, inflates
+compressed records, allocates storages by the claimed size, and grows a storage to fit a tensor; Python's unpicklers set
+attributes of anything that a file names, and the one in C allocates by the index of a memo.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from robust_backbones.checkpoint.mistaken import mistaken_archive, mistaken_for,
 from robust_backbones.errors import InputError
 
 METADATA = "__metadata__"
-"""Key of a safetensors file's own strings in what ``read_file`` returns; the name that its header gives them."""
+"""Key of a safetensors file's own strings in the result of ``read_file``, named as in its header."""
 
 SAVE_STATE_DICT = "load it where its code is installed, and save its state_dict()"
 
@@ -52,26 +52,26 @@ _LEGACY_VERSION = 1001
 
 
 class _CutOffError(Exception):
-    """A file ends before what it says that it holds."""
+    """A file is shorter than its own content claims."""
 
 
 class _MistakenError(Exception):
-    """What else than tensors a file is, with the mend."""
+    """A file is something other than tensors; says what, with the fix."""
 
 
 class Inert:
-    """Stands for an object of a class that the reader does not know; whatever a file does to it changes nothing."""
+    """Replaces an object of an unknown class; whatever a file does to it has no effect."""
 
 
 class Options(Inert):
-    """An ``argparse.Namespace``: a training's options beside the weights."""
+    """An ``argparse.Namespace``: a training's options, stored beside the weights."""
 
     def __init__(self) -> None:
         self.values: dict[Any, Any] = {}
 
 
 class _Array(Inert):
-    """A numpy array before it is given its content, and where the pickle keeps it for later."""
+    """A numpy array before it gets its content, and its position in the pickle's memo."""
 
     def __init__(self) -> None:
         self.memo_keys: list[int] = []
@@ -80,11 +80,11 @@ class _Array(Inert):
 def read_file(path: str | Path) -> Any:
     """The content of a ``.pt`` / ``.pth`` / ``.ckpt``, ``.pkl`` or ``.safetensors`` file; its suffix does not matter.
 
-    Tensors and arrays come as tensors on the CPU, dictionaries of any kind as ``dict``, unknown objects as ``Inert``.
-    A safetensors file gives its tensors by name, and its strings under ``METADATA`` where it has some.
+    Tensors and arrays become tensors on the CPU, dictionaries of any kind ``dict``, unknown objects ``Inert``. A
+    safetensors file gives its tensors by name, and its strings, if any, under ``METADATA``.
 
     Raises:
-        InputError: the file is missing, damaged, of another kind, or claims more than it can hold.
+        InputError: the file is missing, damaged, of another kind, or claims more than it can contain.
     """
     path = Path(path)
     try:
@@ -109,10 +109,10 @@ def read_file(path: str | Path) -> Any:
 
 
 def load_tensors(path: str | Path) -> dict[Any, Any]:
-    """The content of a file that holds a dictionary, as every checkpoint does; as ``read_file`` gives it.
+    """The content of a file with a dictionary, like every checkpoint, from ``read_file``.
 
     Raises:
-        InputError: as ``read_file``; or the file holds something else.
+        InputError: as ``read_file``; or the file contains something else.
     """
     content = read_file(path)
     if isinstance(content, Inert):
@@ -196,7 +196,7 @@ def _read_pickles(stream: _Stream, data: memoryview, *, nested: bool = False) ->
 
 
 def _read_storage(data: bytes) -> Any:
-    """A storage in a pickle that torch.save had no part in: a file of torch.save in the pickle."""
+    """A storage in a pickle not written by torch.save: it contains a file of torch.save."""
     return _read_pickles(io.BytesIO(data), memoryview(data), nested=True)
 
 
@@ -219,7 +219,7 @@ def _flat(data: Any, dtype: torch.dtype, numel: int) -> Tensor:
 
 
 def _count(sizes: Any) -> int:
-    """The number of elements of a tensor of these sizes, which must be such."""
+    """The number of elements of a tensor of these sizes, which are checked."""
     if not isinstance(sizes, (tuple, list)) or len(sizes) > 64:
         raise ValueError("it holds tensors of an unknown shape")
     if not all(isinstance(size, int) and 0 <= size < 2**63 for size in sizes):
@@ -253,7 +253,7 @@ def _new_array(*_: Any) -> _Array:
 
 
 def _array(_: Any, shape: Any, dtype: Any, fortran: Any, data: Any) -> Any:
-    """A numpy array from the state that its pickle gives it."""
+    """A numpy array from its pickled state."""
     if not isinstance(dtype, torch.dtype):  # of strings, objects, records
         return Inert()
     if isinstance(data, str):  # bytes in a pickle of Python 2
@@ -337,11 +337,11 @@ _KNOWN: dict[tuple[str, str], Any] = {
         for module in ("torch", "torch.storage")
     },
 }
-"""Whatever a file may name: functions, which it may call, and the element types of storages."""
+"""All that a file may name: functions, which it may call, and the element types of storages."""
 
 
 class _Unpickler:
-    """Carries out one pickle from where the stream stands, and leaves the stream after it."""
+    """Executes one pickle from the stream's position, and leaves the stream after it."""
 
     def __init__(self, stream: _Stream, storage: Storage | None = None, *, nested: bool = True) -> None:
         self._stream, self._storage, self._nested = stream, storage, nested
@@ -382,7 +382,7 @@ class _Unpickler:
         raise ValueError("its pickle is longer than that of any checkpoint")
 
     def _results(self, operation: str, argument: Any, taken: list[Any]) -> list[Any]:
-        """What an operation leaves on the stack for what it takes from it."""
+        """The results that an operation puts on the stack for its inputs."""
         match operation:
             case "PROTO" | "FRAME" | "POP" | "POP_MARK":
                 return []
@@ -459,7 +459,7 @@ class _Unpickler:
         return function(*arguments) if isinstance(function, FunctionType) else Inert()
 
     def _built(self, target: Any, state: Any) -> Any:
-        """``target`` in this state; only arrays, their types and options have one that matters."""
+        """``target`` with this state; it only matters for arrays, their types and options."""
         if isinstance(target, Options) and isinstance(state, dict):
             target.values = state
         if isinstance(target, torch.dtype) and state[1] not in ("<", "=", "|"):
@@ -471,7 +471,7 @@ class _Unpickler:
         return array
 
     def _found(self, identifier: Any, *_: Any) -> Any:
-        """A storage, as torch.save notes it: ("storage", type, key, device, number of elements, view or None)."""
+        """A storage, as written by torch.save: ("storage", type, key, device, number of elements, view or None)."""
         match identifier:
             case ("module", *_):  # a class beside its source code
                 return Inert
@@ -492,7 +492,7 @@ def _with_items(target: Any, items: list[Any]) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """``key``, if to hash it is quick: a million tuples in each other would overflow the stack."""
+    """``key``, if hashing it is cheap: a million nested tuples would overflow the stack."""
     for part in key if isinstance(key, tuple) and len(key) < 9 else (key,):
         if not isinstance(part, (NoneType, str, bytes, int, float, type, Inert, Tensor)):
             raise ValueError(f"it has a {type(part).__name__} for a key")

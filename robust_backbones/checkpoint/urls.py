@@ -17,7 +17,7 @@ _SECONDS = 60  # that a server may be silent
 
 
 def as_url(path: str | Path) -> str:
-    """The URL that ``path`` is, of whose two slashes a Path keeps one; "" where it is none."""
+    """The URL in ``path``, in which a Path keeps only one of two slashes; "" if it is not a URL."""
     scheme, slash, rest = str(path).partition(":/")
     return f"{scheme}://{rest.lstrip('/')}" if slash and scheme in ("https", "http", "detectron2") else ""
 
@@ -25,8 +25,8 @@ def as_url(path: str | Path) -> str:
 def fetch_url(url: str) -> Path:
     """The file of a URL in Detectron2's cache (FVCORE_CACHE, else ~/.torch/iopath_cache), downloaded at the first use.
 
-    Those of Detectron2's own server lie where it puts them; others in a folder of their server, since two may have
-    files of one name. HF_HUB_OFFLINE=1 forbids the network.
+    Files of Detectron2's own server are in its usual place; others in a folder of their server, because two may have
+    files of the same name. HF_HUB_OFFLINE=1 forbids network access.
 
     Raises:
         InputError: it cannot be downloaded; the message says which file to put where.
@@ -65,5 +65,5 @@ def fetch_url(url: str) -> Path:
 
 
 def reason_of(error: Exception) -> str:
-    """In one line."""
+    """The reason in one line."""
     return (" ".join(str(error).split()) or type(error).__name__)[:300]

@@ -20,9 +20,9 @@ from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 
 REPOSITORY = "madrylab/robust-imagenet-models"
-"""Where the files are, on the Hugging Face hub."""
+"""The repository of the files, on the Hugging Face hub."""
 PREFIX = "robust://"
-"""What stands before a name where a path is expected."""
+"""The prefix of a name in place of a path."""
 
 # The accuracies are those that the authors publish beside the files; epsilon is in [0, 1] pixel units.
 _TABLE = Path(__file__).with_name("published_backbones.csv")
@@ -41,7 +41,7 @@ class PublishedBackbone:
     """A backbone of "Do Adversarially Robust ImageNet Models Transfer Better?" (arXiv 2007.08489), or of ``source``."""
 
     name: str
-    """``file`` without its suffix, as in ``resnet50_l2_eps3``; epsilon is in 1/255 there where the norm is linf."""
+    """``file`` without its suffix, such as ``resnet50_l2_eps3``; its epsilon is in 1/255 if the norm is linf."""
     arch: str
     """One of ``models.ARCHITECTURES``, or timm's."""
     threat_model: ThreatModel
@@ -51,26 +51,26 @@ class PublishedBackbone:
     file: str
     """Its name in ``REPOSITORY``."""
     sha256: str = ""
-    """Of the file, where the table has it; otherwise the file that is used first is the one that holds."""
+    """Of the file, if the table has it; otherwise the file of the first use is the reference."""
 
     robust_accuracy: float | None = None
-    """Accuracy under AutoAttack within ``threat_model``, 0-100, where ``source`` reports it."""
+    """Accuracy under AutoAttack within ``threat_model``, 0-100, if ``source`` reports it."""
     fed: dict[str, Any] = field(default_factory=dict)
-    """Mean and std, where the file does not hold them."""
+    """Mean and std, if they are not in the file."""
     evaluated: dict[str, Any] = field(default_factory=dict)
-    """``val_resize`` and ``interpolation`` of a spec, where its makers' are not the usual ones."""
+    """``val_resize`` and ``interpolation`` of a spec, if its authors' differ from the usual ones."""
     where: str = ""
     """A URL, or ``robustbench``, whose code downloads it; empty: on the hub."""
     source: str = ""
-    """Who reports the accuracies, and the paper."""
+    """Source of the accuracies, and the paper."""
 
     @property
     def pinning(self) -> str:
-        """What its file is held to: ``pinned``, to the table's sha256, or ``first use``, to the one noted then."""
+        """How its file is checked: ``pinned``, with the table's sha256, or ``first use``, with the one stored then."""
         return "pinned" if self.sha256 else "first use"
 
     def hold(self, path: Path) -> None:
-        """Hold ``path`` to the table's sha256, else to the one beside it, which is noted at the first use.
+        """Check ``path`` against the table's sha256, else against the one beside it, which is stored at the first use.
 
         Raises:
             InputError: it is another file.
@@ -94,12 +94,12 @@ def published() -> dict[str, PublishedBackbone]:
 
 @cache
 def published_robust() -> dict[str, PublishedBackbone]:
-    """Those of other authors than Salman et al., by RobustBench's names or their files'."""
+    """Published backbones of authors other than Salman et al., by RobustBench's names or their files' names."""
     return _read(_ROBUST)
 
 
 def _read(table: Path) -> dict[str, PublishedBackbone]:
-    """The rows of one of the two tables, of which only that of other authors has all columns."""
+    """The rows of one of the two tables; only the one of other authors has all columns."""
     with open(table, newline="") as file:
         rows = [
             PublishedBackbone(
@@ -126,7 +126,7 @@ def find(name: str) -> PublishedBackbone:
     """The published backbone of this name.
 
     Raises:
-        InputError: there is none; the message gives the names that come nearest.
+        InputError: there is none; the message gives the closest names.
     """
     known = published() | published_robust()
     if name not in known:
@@ -136,24 +136,24 @@ def find(name: str) -> PublishedBackbone:
 
 
 def cache_folder() -> Path:
-    """Where downloads and what is made of them are kept: ROBUST_BACKBONES_CACHE, or a folder under ~/.cache."""
+    """The folder of downloads and converted files: ROBUST_BACKBONES_CACHE, or a folder under ~/.cache."""
     return Path(os.environ.get("ROBUST_BACKBONES_CACHE") or Path.home() / ".cache/robust_backbones")
 
 
 def hub_endpoint() -> str | None:
-    """The Hugging Face hub that HF_ENDPOINT names; None of the usual one."""
+    """The Hugging Face hub in HF_ENDPOINT; None for the usual one."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
 
 def fetch(name: str) -> Path:
-    """The file of a published backbone, downloaded at the first use; a download that was cut off is continued.
+    """The file of a published backbone, downloaded at the first use; an interrupted download is continued.
 
-    It is held to its sha256 (``PublishedBackbone.hold``); while downloading, to the hub's own too.
-    HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 forbids the network.
+    It is checked against its sha256 (``PublishedBackbone.hold``), and when downloading also against the hub's own.
+    HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 forbids network access.
 
     Raises:
-        InputError: no such backbone; it cannot be had from the hub (the message says which file to put where); it is
-            not the file that it was.
+        InputError: no such backbone; it cannot be downloaded from the hub (the message says which file to put where);
+            the file has changed.
     """
     published = find(name)
     path = cache_folder() / "published" / published.file
@@ -164,7 +164,7 @@ def fetch(name: str) -> Path:
 
 
 def _fetch_elsewhere(published: PublishedBackbone, path: Path) -> Path:
-    """The file, downloaded to ``path``, or where a URL's is kept; InputError, saying how to get it, where it is not."""
+    """The file, downloaded to ``path``, or in the cache of URLs; InputError, saying how to get it, if it is missing."""
     if not published.where:
         _download(path)
     elif published.where.endswith(".pth"):
@@ -181,7 +181,7 @@ def _fetch_elsewhere(published: PublishedBackbone, path: Path) -> Path:
 
 
 def _download(path: Path) -> None:
-    """Download to ``path``, which appears once the file is whole and the one that the hub promised."""
+    """Download to ``path``, which appears once the file is complete and the one that the hub announced."""
     # Only here: it takes a second to import, and the table needs none of it.
     try:
         from filelock import FileLock
@@ -233,7 +233,7 @@ def table() -> str:
 
 
 def robust_table() -> str:
-    """Of ``published_robust`` the name, architecture, threat model, clean and AutoAttack accuracy in %, and paper."""
+    """Name, architecture, threat model, clean and AutoAttack accuracy in %, and paper of ``published_robust``."""
     lines = [("name", "architecture", "threat model", "paper", "clean", "AutoAttack")]
     for one in published_robust().values():
         accuracies = (f"{one.imagenet_accuracy:.2f}", f"{one.robust_accuracy:.2f}")
