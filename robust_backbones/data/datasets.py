@@ -23,7 +23,7 @@ from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.shards import ShardImages
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import write_json
+from robust_backbones.runs.files import whole, write_json
 from robust_backbones.runs.signals import stop_for_parent_only
 
 
@@ -192,7 +192,9 @@ def skip_list(path: Path, parts: Mapping[str, ClassificationDataset], *, workers
     """What ``find_unreadable`` finds in each part, by ``path``: the list of the first start holds for the whole run."""
     if not path.exists():
         write_json(path, {part: find_unreadable(images, workers=workers) for part, images in parts.items()})
-    return dict(json.loads(path.read_text()))
+    with whole(path, "remove it, and all images are looked at again"):
+        skipped = dict(json.loads(path.read_text()))
+        return {part: dict(skipped[part]) for part in parts}
 
 
 def _unreadable(dataset: ClassificationDataset, positions: Sequence[int]) -> tuple[int, dict[str, str]]:

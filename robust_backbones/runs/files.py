@@ -13,6 +13,8 @@ from threading import get_ident
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from robust_backbones.errors import InputError
+
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """Exceptions of reading JSON that is damaged, or of something else."""
 
@@ -83,6 +85,15 @@ def write_json(path: Path, value: object, *, new: bool = False) -> None:
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextmanager
+def whole(path: Path, mend: str) -> Iterator[None]:
+    """Reading the JSON of ``path`` in the block; ``InputError`` with the ``mend`` where it is damaged."""
+    try:
+        yield
+    except DAMAGED as error:
+        raise InputError(f"{path} is damaged ({error!r}): {mend}") from None
 
 
 def check_types(made: object, types: Mapping[str, Any]) -> None:

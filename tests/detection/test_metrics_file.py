@@ -9,6 +9,7 @@ from detectron2.utils.events import EventStorage
 
 from robust_backbones.detection import metrics_file
 from robust_backbones.detection.metrics_file import MetricsFile
+from robust_backbones.errors import InputError
 
 
 def logged(path: Path, start: int, end: int, evaluated: int = -1) -> None:
@@ -33,6 +34,13 @@ def expected(end: int, evaluated: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [{"iteration": iteration, "total_loss": float(iteration)} for iteration in range(end)]
     found[evaluated]["bbox/AP"] = 50.0
     return found
+
+
+@pytest.mark.parametrize("line", ["{x}", "{}", '{"iteration": "x"}', "[" * 100_000 + "}"])
+def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(f"{line}\n")
+    with pytest.raises(InputError, match=r"metrics\.json is damaged .*: remove its damaged lines"):
+        MetricsFile(tmp_path / "metrics.json", 1)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30])

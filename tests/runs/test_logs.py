@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from robust_backbones.data.datasets import skip_list
 from robust_backbones.errors import InputError
-from robust_backbones.runs.logs import RunLog
+from robust_backbones.runs.clock import RunClock
+from robust_backbones.runs.logs import RunLog, read_rows
 
 ROWS = [{"step": step, "epoch": 1, "loss": 1 / step} for step in (1, 2, 3)]
 
@@ -29,6 +31,18 @@ def test_rows_and_curves_say_the_same_and_resuming_takes_back_what_comes_again(t
     curve = [(event.step, event.value) for event in events.Scalars("steps/loss")]
     assert curve == [(1, 1.0), (2, 0.5), (3, 0.25)]
     assert events.Tags()["scalars"] == ["steps/loss"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "null", "{}", "\0", "[" * 100_000, '{"seconds": "x", "step": "x"}'])
+def test_a_damaged_file_of_a_resumed_run_is_named(content: str, tmp_path: Path) -> None:
+    for name in ("seconds.json", "steps.jsonl", "skipped.json"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=r"seconds\.json is damaged .*: remove it"):
+        RunClock(tmp_path).resume()
+    with pytest.raises(InputError, match=r"steps\.jsonl is damaged .*: remove its damaged lines"):
+        read_rows(tmp_path, "steps", lambda row: row["step"] <= 1)
+    with pytest.raises(InputError, match=r"skipped\.json is damaged .*: remove it"):
+        skip_list(tmp_path / "skipped.json", {"train": None}, workers=0)  # type: ignore[dict-item]
 
 
 def test_nothing_but_rows_without_tensorboard(tmp_path: Path) -> None:
