@@ -168,7 +168,7 @@ class _Run:
         """Leave out the images that cannot be read."""
         path, parts = self.output / "skipped.json", {"train": self.train_data, "val": self.val_data}
         found = skip_list(path, parts, workers=self.execution.workers) if self.processes.is_main else None
-        skipped = self.processes.agree(found)
+        skipped = self.processes.broadcast(found)
         self.train_data = self.train_data.without(skipped["train"])
         self.val_data = self.val_data.without(skipped["val"])
         self.steps = self._count_steps()
@@ -200,7 +200,7 @@ class _Run:
     def _resume(self) -> dict[str, list[dict[str, Any]]]:
         """Continue from the newest checkpoint that can be read, if any; returns the rows logged up to it."""
         # All processes take the main one's list: another may see the folder later.
-        found = self.checkpoints.newest(self.processes.agree(self.checkpoints.paths()))
+        found = self.checkpoints.newest(self.processes.broadcast(self.checkpoints.paths()))
         if found is None:
             return {"steps": [], "metrics": []}
         path, content, problems = found
@@ -264,7 +264,7 @@ class _Run:
             self._write_row("steps", row)
             stop = any(self.processes.gather(bool(self.stop)))
             due = time.monotonic() - self._last_save > 60 * self.execution.checkpoint_minutes
-            if self.processes.agree(due) or stop:
+            if self.processes.broadcast(due) or stop:
                 path = self._save()
                 self._print(f"{label}, step {step}/{self.steps}: {_summary(row, config)}, {self._remaining()}")
                 clock = time.perf_counter()
@@ -374,7 +374,7 @@ class _Run:
             print(text, flush=True)
 
     def _write_record(self) -> RunRecord:
-        last = self.processes.agree(self.log.rows["metrics"][-1] if self.processes.is_main else {})
+        last = self.processes.broadcast(self.log.rows["metrics"][-1] if self.processes.is_main else {})
         metrics = {name: last[name] for name in _ACCURACIES}
         if self.task.keep_best:
             metrics |= {f"best/{name}": self.progress.best[name] for name in metrics}

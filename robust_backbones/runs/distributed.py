@@ -44,7 +44,7 @@ class Processes:
             dist.all_reduce(tensor, operation)
         return tensor
 
-    def agree(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's ``value``, in every process."""
         if self.size == 1:
             return value

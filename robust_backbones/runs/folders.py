@@ -85,7 +85,7 @@ def claimed(
             else:
                 stack.enter_context(own_folder(folder))
                 finished = _take(folder, config, defaults)
-        yield processes.agree(finished)
+        yield processes.broadcast(finished)
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def without_unreadable(data: TransferData, output: Path, *, workers: int, proces
     """``data`` without unreadable images, which ``output/skipped.json`` lists; an existing list is kept."""
     parts = {"train": data.train, "test": data.test}
     found = skip_list(output / "skipped.json", parts, workers=workers) if processes.is_main else None
-    skipped = processes.agree(found)
+    skipped = processes.broadcast(found)
     return replace(data, train=data.train.without(skipped["train"]), test=data.test.without(skipped["test"]))
 
 

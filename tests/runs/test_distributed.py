@@ -38,7 +38,7 @@ def exchange(rank: int, size: int) -> list[Any]:
         return [
             processes.sum(torch.tensor([1.0, rank])),
             processes.min(torch.tensor([5 - rank, rank])),
-            processes.agree({"from": rank}),
+            processes.broadcast({"from": rank}),
             processes.gather(rank * 10),
         ]
 
@@ -80,7 +80,7 @@ def test_one_process_needs_no_group() -> None:
     with join_processes(CPU) as processes:
         assert processes is ALONE
         assert processes.sum(torch.tensor(3.0)) == 3
-        assert processes.agree("x") == "x"
+        assert processes.broadcast("x") == "x"
         assert processes.gather(1) == [1]
     assert local_device("cpu") == CPU
 

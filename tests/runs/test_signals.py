@@ -131,7 +131,7 @@ if __name__ == "__main__":
         importlib.import_module(f"robust_backbones.runs.{module.name}")
     from robust_backbones.runs import distributed, signals
     with signals.stop_on_signals(), distributed.join_processes(torch.device("cpu")) as processes:
-        processes.agree(1)
+        processes.broadcast(1)
     distributed.synchronize_batch_norms(torch.nn.BatchNorm2d(3), torch.device("cpu"))
     assert state() == before
 """
