@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from robust_backbones.checkpoint.format import TRAINING_FORMAT, save_tensors
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.errors import InputError, TrainingFailedError
+from robust_backbones.runs.distributed import Processes
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,21 @@ class CheckpointFolder:
         for old in self.paths()[: -self.keep]:
             old.unlink()
 
-    def newest(self, paths: Sequence[Path]) -> tuple[Path, dict[str, Any], list[str]] | None:
-        """The last of ``paths`` that can be read, its content, and why each later one cannot; None without paths.
+    def newest(self, processes: Processes) -> tuple[Path, dict[str, Any], list[str]] | None:
+        """The newest one that the main process can read, its content, and why each later one cannot; None of none.
+
+        All processes take that one: another may see the folder later.
 
         Raises:
-            InputError: none can be read.
+            InputError: none can be read, or that one by another process.
         """
+        found = self._newest() if processes.is_main else None
+        path = processes.broadcast(found and found[0])
+        return found if found or not path else (path, load_tensors(path), [])
+
+    def _newest(self) -> tuple[Path, dict[str, Any], list[str]] | None:
         problems: list[str] = []
-        for path in reversed(paths):
+        for path in reversed(self.paths()):
             try:
                 return path, load_tensors(path), problems
             except InputError as error:

@@ -199,8 +199,7 @@ class _Run:
 
     def _resume(self) -> dict[str, list[dict[str, Any]]]:
         """Continue from the newest checkpoint that can be read, if any; returns the rows logged up to it."""
-        # All processes take the main one's list: another may see the folder later.
-        found = self.checkpoints.newest(self.processes.broadcast(self.checkpoints.paths()))
+        found = self.checkpoints.newest(self.processes)
         if found is None:
             return {"steps": [], "metrics": []}
         path, content, problems = found

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.checkpoint.untrusted import load_tensors
+from robust_backbones.classification import checkpoints
 from robust_backbones.classification.engine import train_one_epoch
 from robust_backbones.classification.objectives import ObjectiveConfig
+from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
 from robust_backbones.runs.distributed import ALONE, join_processes, local_device, synchronize_batch_norms
 from robust_backbones.runs.record import RunRecord
@@ -243,6 +246,30 @@ def train(output: Path, data: Path, processes: int) -> RunRecord:
     assert out.count("record written to") == 1
     assert out.count("started by 2 processes and is resumed by 1") == (processes == 1)
     return RunRecord.read(output / "record.json")
+
+
+def newest(rank: int, size: int, *, folder: Path) -> list[str]:
+    """The steps that are resumed, where the second process does not see the newest file yet."""
+    with join_processes(CPU) as processes, pytest.MonkeyPatch.context() as patch:
+        if rank:
+            path = folder / "later"
+            patch.setattr(checkpoints, "load_tensors", lambda file: load_tensors(path if "2" in file.name else file))
+        try:
+            found = checkpoints.CheckpointFolder(folder, 2).newest(processes)
+        except InputError:
+            return []
+        return [] if found is None else [found[0].stem[-1]]
+
+
+def test_no_process_resumes_from_another_checkpoint_than_the_main_one(tmp_path: Path) -> None:
+    """It ended, or went on with other weights."""
+    folder = checkpoints.CheckpointFolder(tmp_path / "checkpoints", 2)
+    for step in (1, 2):
+        folder.write(step, {"step": step})
+    found = found_by_ranks(functools.partial(newest, folder=folder.folder), tmp_path)
+    assert found == [["2"], []]
+    (folder.path(2)).unlink()
+    assert found_by_ranks(functools.partial(newest, folder=folder.folder), tmp_path) == [["1"], ["1"]]
 
 
 @pytest.mark.slow
