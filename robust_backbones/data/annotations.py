@@ -1,4 +1,4 @@
-"""Annotations of detection data in COCO's format: read, and every fault in them named with its place."""
+"""Reads annotations of detection data in COCO's format, and finds every fault with its location."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from robust_backbones.data.annotations_values import (
 Content = dict[str, Any]
 """COCO's annotation file: lists of ``images``, ``annotations`` and ``categories``."""
 Rows = dict[str, list[tuple[int, Row]]]
-"""List of the file -> its sound rows, each after its place there."""
+"""List of the file -> its valid rows, each with its index."""
 Sizes = dict[Any, tuple[int, int]]
 """Image -> width and height in pixels."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong with a data set; its text is one sentence that says where, what, and how to mend it."""
+    """A fault of a data set; its text is one sentence that says where it is, what is wrong, and how to fix it."""
 
     severity: Literal["error", "warning"]
     file: str
@@ -54,7 +54,7 @@ class Fault:
     place: tuple[str, int] | None = field(default=None, repr=False)
     """The list of the annotation file, and the row in it."""
     kind: str = field(default="", repr=False)
-    """Of a warning: what it is counted as."""
+    """Of a warning: the kind that it is counted as."""
 
     def __str__(self) -> str:
         ids = {"image": self.image, "annotation": self.annotation}
@@ -64,7 +64,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Use:
-    """What a set is for; some faults matter to one use alone."""
+    """The use of a set; some faults matter to only one use."""
 
     training: bool = True
     evaluation: bool = True
@@ -92,17 +92,17 @@ _KEYS: dict[str, dict[str, tuple[_Test, str]]] = {
         "ignore": (lambda value: value == 0, 'left out or 0 (use "iscrowd": 1 for regions that do not count)'),
     },
 }
-"""List -> key -> the test of its value, and what the value has to be."""
+"""List -> key -> the test of its value, and what the value must be."""
 _OPTIONAL = ("iscrowd", "ignore")
 MISSING = "is not there"
-"""What is wrong with a file that does not exist."""
+"""The fault of a file that does not exist."""
 _EMPTY, _LEAVES = "boxes without area", "boxes that leave their image"
 LAYOUT = "boxes of another layout"
-"""The kind of a fault of a set whose boxes are not what the format says; nobody but its maker knows what they are."""
+"""The kind of fault of a set whose boxes do not follow the format; only its author knows what they are."""
 
 
 def read_json(file: str | Path) -> tuple[Content, list[Fault]]:
-    """A COCO annotation file, ``{}`` where it is none, and what keeps it from being one.
+    """A COCO annotation file, ``{}`` if it is not one, and the reasons.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -159,7 +159,7 @@ def check_coco(file: str | Path, content: Content, use: Use | None = None) -> li
 
 
 def _fault(file: str, name: str, place: int, row: Any, what: str, mend: str, kind: str = "") -> Fault:
-    """The fault of a row, whose ids it takes: a warning where it has a kind."""
+    """The fault of a row, with the row's ids; a warning if it has a kind."""
     row = row if isinstance(row, dict) else {}
     keys = {"annotations": ("image_id", "id"), "images": ("id", "none")}.get(name, ("none", "none"))
     image, annotation = (value if is_id(value := row.get(key)) else None for key in keys)
@@ -183,7 +183,7 @@ def _faults_of_row(
 
 
 def _faults_of_sets(file: str, content: Content, sound: Rows) -> Iterator[Fault]:
-    """What no row shows alone: values that have to be unique, and rows that name others."""
+    """Faults that no single row shows: values that must be unique, and references to other rows."""
     unique = {"categories": ("id", "name"), "images": ("id", "file_name"), "annotations": ("id",)}
     for name, key in [(name, key) for name, keys in unique.items() for key in keys]:
         mend = "number them anew, as check-data --fix does" if name == "annotations" else "leave or rename one of them"
@@ -295,13 +295,13 @@ def _faults_of_masks(
 
 
 def _misfits(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which masks without a problem share less than half with their boxes, of those that have an area."""
+    """Which valid masks with an area overlap their boxes by less than half."""
     found: NDArray[np.bool_] = (boxes[:, 2:] > 0).all(1) & (overlaps(masks, boxes) < 0.5)
     return found
 
 
 def overlaps(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Intersection over union of boxes and of those around masks without a problem; NaN where there is no mask."""
+    """IoU of boxes with the boxes around valid masks; NaN if there is no mask."""
     low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     lowest, highest = np.array([*map(mask_extent, masks)]).reshape(-1, 2, 2).transpose(1, 0, 2)
     shared = (np.minimum(high, highest) - np.maximum(low, lowest)).clip(0).prod(1)
@@ -313,7 +313,7 @@ def overlaps(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.flo
 def _faults_of_most(
     file: str, rows: list[Row], boxes: NDArray[np.float64], areas: NDArray[np.float64], sizes: Sizes, use: Use
 ) -> Iterator[Fault]:
-    """What many objects show together: crowds, images without objects, boxes and areas of other units."""
+    """Faults that show only over many objects: crowds, images without objects, boxes and areas in other units."""
     warn = partial(Fault, "warning", file)
     sides = np.array([sizes[row["image_id"]] for row in rows], np.float64)
     if guess := guess_of_boxes(boxes, sides):
@@ -368,13 +368,13 @@ def _faults_of_most(
 
 
 def _is_turned(attributes: Any) -> bool:
-    """As CVAT says it, whose box is then that of the object before it was turned."""
+    """Whether CVAT marks it as rotated; its box is then that of the object before rotation."""
     angle: Any = attributes.get("rotation") if isinstance(attributes, dict) else 0
     return is_number(angle) and bool(angle % 360)
 
 
 def guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tuple[str, str] | None:
-    """What the boxes look like that are not (x, y, width, height) in pixels."""
+    """What boxes look like if they are not (x, y, width, height) in pixels."""
     # Boxes that lie outside altogether are named one by one.
     ends = boxes[:, :2] + boxes[:, 2:]
     leaving = (ends > sides + 1).any(1) & (boxes[:, :2] < sides).all(1)

@@ -1,4 +1,4 @@
-"""Images of detection data: their headers read in parallel, remembered, and compared with the annotations."""
+"""Images of detection data: headers are read in parallel, cached, and compared with the annotations."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _ORIENTATION = 0x0112
 Listings = dict[str, defaultdict[str, list[str]]]
 """Folder -> plain stem -> files: what was read of folders."""
 UNREADABLE = "images that cannot be read"
-"""The kind of the fault of an image whose pixels cannot be had."""
+"""The kind of fault of an image whose pixels cannot be read."""
 _UPLOADED = r"^(?!(?:19|20)\d{6})[0-9a-f]{8}-"
 """What Label Studio puts before the names of files; a date is the file's own."""
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 class Header(NamedTuple):
-    """What an image file says of itself."""
+    """The header of an image file."""
 
     width: int
     """As shown, after the orientation tag of EXIF."""
     height: int
     orientation: int
-    """EXIF's: above 1 the image is shown mirrored or turned, from 5 on with its sides exchanged."""
+    """EXIF's: above 1 the image is shown mirrored or rotated, from 5 on with its sides exchanged."""
     problem: str
-    """Why its pixels cannot be had; "" where they can."""
+    """Why its pixels cannot be read; "" if they can."""
 
 
 def read_header(path: str | Path) -> Header:
-    """The header of an image file; files that end too soon are decoded whole."""
+    """Read the header of an image file; files that end too early are decoded fully."""
     try:
         with Image.open(path) as image:
             check_claim(image, os.path.getsize(path))
@@ -62,7 +62,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def _problem(image: Image.Image) -> str:
-    """Why Detectron2 reads wrong pixels from an image that was opened; "" where it does not."""
+    """Why Detectron2 reads wrong pixels from an opened image; "" if it does not."""
     if image.mode in _DEEP:
         return f"has pixels of more than 8 bits (Pillow's mode {image.mode}), whose white nothing names"
     if image.format == "TIFF" and image.getexif().get(_ORIENTATION, 1) != 1:
@@ -79,7 +79,7 @@ def _is_whole(path: str | Path, end: bytes | None) -> bool:
 
 
 def undecodable(paths: Iterable[str]) -> list[str]:
-    """Those of image files that exist whose pixels cannot be had; each is decoded whole."""
+    """Existing image files whose pixels cannot be read; each is decoded fully."""
 
     def is_sound(path: str) -> bool:
         with suppress(Exception), Image.open(path) as image:
@@ -95,7 +95,7 @@ def undecodable(paths: Iterable[str]) -> list[str]:
 
 
 def check_image(path: str | Path) -> None:
-    """Refuse an image file whose pixels Pillow would not give whole and right.
+    """Refuse an image file that Pillow cannot read completely and correctly.
 
     Raises:
         ImageInputError: naming the file.
@@ -105,7 +105,7 @@ def check_image(path: str | Path) -> None:
 
 
 def read_headers(paths: Iterable[str], *, workers: int = 8, cache: Path | None = None) -> dict[str, Header]:
-    """The headers of image files that exist; ``cache`` keeps them by file, size and time of change."""
+    """The headers of existing image files; ``cache`` keeps them by file, size and modification time."""
     paths, stamps = set(paths), dict[str, list[int]]()
     for folder in {os.path.dirname(path) for path in paths}:
         if os.path.isdir(folder or "."):
@@ -151,7 +151,7 @@ def check_images(
     """Faults of image files.
 
     Args:
-        images: (image id, path, width, height), the sizes as the annotations have them.
+        images: (image id, path, width, height), with the sizes in the annotations.
     """
     faults, listings = [], Listings()
     images = list(images)
@@ -214,7 +214,7 @@ def _files_alike(path: str, listings: Listings) -> list[str]:
 
 
 def _mend_of_missing(path: str, listings: Listings) -> str:
-    """How to mend the name of a file that is not there."""
+    """How to fix the name of a missing file."""
     folder, name = os.path.split(path.replace("\\", "/"))
     plain, above = re.sub(_UPLOADED, "", name), (Path(folder), *Path(folder).parents)
     if plain != name and (found := next((place for place in above if os.path.isfile(place / plain)), None)):
@@ -233,7 +233,7 @@ def _mend_of_missing(path: str, listings: Listings) -> str:
 
 
 def _inside(folder: str, listings: Listings) -> list[Path]:
-    """The first of a folder's own folders."""
+    """The first subfolder of a folder."""
     key = os.path.join(folder, "*")
     if key not in listings:
         folders = [entry.path for entry in os.scandir(folder) if entry.is_dir()] if os.path.isdir(folder) else []
@@ -242,5 +242,5 @@ def _inside(folder: str, listings: Listings) -> list[Path]:
 
 
 def _plain_stem(name: str) -> str:
-    """A file's name without what file systems and programs often change: case, the form of accents, the suffix, %20."""
+    """A file's name without the parts that file systems and programs often change: case, accents, suffix, %20."""
     return unicodedata.normalize("NFC", unquote(os.path.splitext(name)[0])).casefold()

@@ -1,4 +1,4 @@
-"""Repaired copies of annotated sets: what is broken is mended where it says itself what it should be, else left out."""
+"""Repaired copies of annotated sets: faults with an unambiguous fix are fixed, other broken rows are left out."""
 
 from __future__ import annotations
 
@@ -86,18 +86,16 @@ def renaming(classes: Sequence[str] = (), table: Mapping[str, str] | None = None
 def repair(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename = str) -> tuple[AnnotatedSet, list[str]]:
     """Write the annotations without their errors to the folder ``output``; the set there, and a list of what was done.
 
-    Broken rows and images are left out, sizes are those of the files, boxes are clipped, classes renamed. In COCO's
-    format a missing or impossible area becomes the mask's, else the box's, a box that is none or empty the mask's, with
-    ``use.masks`` a missing mask the box, classes of one name become one, and annotations are numbered anew where their
-    ids are missing or there twice.
-    In VOC's, lines that are there twice go, corners are put in order, and an empty or unspecified ``difficult`` is 0;
-    JPEGImages is a link to the images. What would have to be guessed is not changed. ``changes.txt`` there has all of
-    what was done, with the ids and names of what it was done to.
+    Broken rows and images are left out, sizes are taken from the files, boxes are clipped, classes renamed. In COCO's
+    format a missing or impossible area becomes the mask's, else the box's, an invalid or empty box the mask's, with
+    ``use.masks`` a missing mask the box, classes with the same name are merged, and annotations whose ids are missing
+    or duplicated are renumbered. In VOC's, duplicated lines are removed, corners are put in order, and an empty or
+    unspecified ``difficult`` is 0; JPEGImages is a link to the images. What would have to be guessed is not changed.
+    ``changes.txt`` there lists all changes, with the ids and names concerned.
 
     Raises:
-        InputError: the file is no COCO file, VOC's list is not there or names what is not in its folder, none of the
-            images is there, boxes look like those of another layout, two images or classes share an id, or ``output``
-            exists.
+        InputError: the file is not a COCO file, VOC's list is missing or names files that are not in its folder, no
+            image exists, boxes look like another layout's, two images or classes share an id, or ``output`` exists.
     """
     if output.exists():
         raise InputError(f"{output} exists: give another folder to --fix")
@@ -181,7 +179,7 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
 
 
 def _boxes_by_image(rows: Iterable[Any]) -> Boxes:
-    """The sound boxes of images with objects, whatever else of these is broken."""
+    """The valid boxes of images with objects, whatever else of these is broken."""
     boxes: Boxes = {}
     for row in rows:
         if isinstance(row, dict):
@@ -192,8 +190,8 @@ def _boxes_by_image(rows: Iterable[Any]) -> Boxes:
 def _wrong_sizes(images: Iterable[tuple[Any, tuple[Any, Any], Header | None, list[list[float]] | None]]) -> set[Any]:
     """The images (key, annotated size, header, boxes) whose annotated size is wrong: their boxes are of the file's.
 
-    Boxes of an image that was resized, stretched or turned are of the former size, which a corrected one would hide. So
-    boxes have to leave the annotated size and lie in the file's, here or in other images, of which none says otherwise.
+    Boxes of a resized, stretched or rotated image refer to the former size, which a correction would hide. So boxes
+    must leave the annotated size and fit the file's, here or in other images, without any that contradicts.
     """
     wrong, unknown, seen = set[Any](), set[Any](), set[str]()
     for key, (width, height), header, boxes in images:
@@ -219,14 +217,14 @@ def _ends_in(box: list[float], width: int, height: int) -> bool:
 
 
 def _is_resized(width: Any, height: Any, header: Header) -> bool:
-    """Whether an image's size is the annotated one by a factor: then its boxes are of the latter, and stay so."""
+    """Whether an image's size is the annotated one scaled: then its boxes refer to the latter, and are kept."""
     if not (is_side(width) and is_side(height)) or width == header.width or height == header.height:
         return False
     return abs(width * header.height - height * header.width) <= max(width, height, header.width, header.height)
 
 
 def _refuse_layout(file: Path, faults: Iterable[Fault], boxes: Boxes, sizes: Mapping[str, Size]) -> None:
-    """Boxes of another layout would look sound once they are clipped or their corners are put in order."""
+    """Refuse boxes of another layout, which would look valid once clipped or with their corners in order."""
     if told := next((fault for fault in faults if fault.kind == LAYOUT), None):
         raise InputError(str(told))
     # Also of objects with other errors, which are mended.
@@ -236,13 +234,13 @@ def _refuse_layout(file: Path, faults: Iterable[Fault], boxes: Boxes, sizes: Map
 
 
 def _refuse_none(dataset: AnnotatedSet, images: int, done: Changes) -> None:
-    """A copy without any image helps nobody."""
+    """Refuse to write a copy without any image."""
     if images and images == len(done[_GONE]):
         raise InputError(f"no image of {dataset.annotations} is in {dataset.images}, or can be read: check the path")
 
 
 def _make_numbers(content: Content, done: Changes) -> None:
-    """Ids of classes and, where those of the images are numbers, of images: what is written as ``"7"`` or ``7.0``."""
+    """Make ids such as ``"7"`` or ``7.0`` whole numbers: those of classes and, if they are numbers, of images."""
     images = [row.get("id") for row in content["images"] if isinstance(row, dict)]
     images += [row.get("image_id") for row in content["annotations"] if isinstance(row, dict)]
     of_images = ["image_id", "id"] if not all(isinstance(value, str) for value in images) else []
@@ -258,7 +256,7 @@ def _make_numbers(content: Content, done: Changes) -> None:
 
 
 def _refuse_shared_ids(file: Path, content: Content) -> None:
-    """Nothing says whose the objects of two images, or classes, of one id are."""
+    """Refuse images or classes that share an id, because it is unknown whose the objects are."""
     for name, key in (("images", "file_name"), ("categories", "name")):
         seen: dict[Any, Any] = {}
         for row in content[name]:
@@ -270,7 +268,7 @@ def _refuse_shared_ids(file: Path, content: Content) -> None:
 
 
 def _number_annotations(content: Content, done: Changes) -> None:
-    """Nothing else names annotations by their ids: those that are missing, or there twice, lose no object."""
+    """Renumber missing or duplicated ids of annotations, to which nothing else refers."""
     rows = [row for row in content["annotations"] if isinstance(row, dict)]
     ids = [row.get("id") for row in rows]
     if not all(map(is_id, ids)) or len(set(ids)) < len(ids):
@@ -284,7 +282,7 @@ def _label(row: Row) -> Any:
 
 
 def _repaired_classes(rows: Iterable[Any], rename: Rename, done: Changes) -> tuple[list[Row], dict[Any, Any]]:
-    """Categories with their new names, and the id of the one that each other of its name is now."""
+    """Categories with their new names, and for each duplicate the id of the one that it is merged into."""
     kept: dict[str, Row] = {}
     broken, ids = [], {}
     for row in rows:
@@ -304,7 +302,7 @@ def _repaired_classes(rows: Iterable[Any], rename: Rename, done: Changes) -> tup
 
 
 def _repaired(row: Row, size: Size | None, use: Use, ids: Mapping[Any, Any], done: Changes) -> Row:
-    """The annotation with its box in the image, an area and a mask, where these say what the others are."""
+    """The annotation with its box inside the image, an area and a mask, as far as these determine each other."""
     row = {**row}
     if isinstance(row.get("category_id"), int) and row["category_id"] in ids:
         row["category_id"] = ids[row["category_id"]]
@@ -343,7 +341,7 @@ def _repaired(row: Row, size: Size | None, use: Use, ids: Mapping[Any, Any], don
 
 
 def _clipped(corners: list[float], size: Size) -> list[float]:
-    """(x1, y1, x2, y2) within the image, if they leave it by more than a pixel and are not outside."""
+    """(x1, y1, x2, y2) clipped to the image, if they extend more than a pixel beyond it and are not outside."""
     x1, y1, x2, y2 = corners
     low, high = min(x1, y1), max(x2 - size[0], y2 - size[1])
     if x1 >= size[0] or y1 >= size[1] or x2 <= 0 or y2 <= 0 or (low >= -1 and high <= 1):
@@ -418,7 +416,7 @@ def _write_size(root: Element, size: Size) -> None:
 def _repair_xml(
     root: Element, image: str, size: Size, classes: Sequence[str] | None, rename: Rename, done: Changes
 ) -> None:
-    """Mend an image's annotation in place."""
+    """Fix an image's annotation in place."""
     things = [(element, thing) for element in root.iter() for thing in element.findall("object")]
     for number, (above, thing) in enumerate(things):
         label = f"{image}/{number}"
@@ -439,7 +437,7 @@ def _repair_xml(
 
 
 def _repair_corners(thing: Element, label: str, size: Size, done: Changes) -> bool:
-    """Whether the object's box, mended in place, can be used; VOC counts pixels from 1, the last of a box included."""
+    """Whether the object's box, fixed in place, can be used; VOC counts pixels from 1, including the last of a box."""
     keys = ("xmin", "ymin", "xmax", "ymax")
     boxes = thing.findall("bndbox")
     values = [number_in(thing.findtext(f"bndbox/{key}")) for key in keys]

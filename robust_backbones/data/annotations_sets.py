@@ -1,4 +1,4 @@
-"""Annotated sets of detection data in COCO's or VOC's layout: checked whole."""
+"""Annotated sets of detection data in COCO's or VOC's layout, and their complete check."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from robust_backbones.errors import InputError
 
 
 def datasets_root() -> Path:
-    """The folder that Detectron2's built-in data sets are looked for in."""
+    """The folder of Detectron2's built-in data sets."""
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def locate(path: str | Path) -> Path:
-    """Where a data set's file or folder is: in ``datasets_root``, else in the working folder.
+    """The path of a data set's file or folder: in ``datasets_root``, else in the working folder.
 
-    If it is nowhere, where the user will have meant it: in the former if DETECTRON2_DATASETS names one.
+    If it does not exist, the place that the user probably meant: the former if DETECTRON2_DATASETS is set.
     """
     path = Path(path).expanduser()
     places = [datasets_root() / path, path.absolute()]
@@ -47,7 +47,7 @@ def parts_of(text: str) -> tuple[str, str, bool]:
 
 @dataclass(frozen=True)
 class AnnotatedSet:
-    """Where a set's annotations and images are."""
+    """The paths of a set's annotations and images."""
 
     annotations: Path
     """COCO's JSON file, or VOC's folder of Annotations, ImageSets and JPEGImages."""
@@ -55,13 +55,13 @@ class AnnotatedSet:
     split: str = ""
     """Of VOC: the list in ImageSets/Main."""
     classes: tuple[str, ...] | None = None
-    """Of VOC: the names that objects may have; all where it is None."""
+    """Of VOC: the names that objects may have; None: all."""
 
     @classmethod
     def parse(cls, text: str) -> AnnotatedSet:
-        """``annotations.json:IMAGES`` of COCO's format, ``FOLDER:LIST`` of VOC's; paths as ``locate`` finds them.
+        """``annotations.json:IMAGES`` of COCO's format, ``FOLDER:LIST`` of VOC's; paths as found by ``locate``.
 
-        ``NAME=`` may stand before it, as in ``train``.
+        With or without ``NAME=`` in front, as in ``train``.
 
         Raises:
             InputError: it is neither.
@@ -74,7 +74,7 @@ class AnnotatedSet:
         return cls(folder, locate(second)) if is_coco else cls(folder, folder / "JPEGImages", second)
 
     def digest(self) -> str:
-        """SHA-256 of the annotation file, or of the list and its images' XML files; empty where one cannot be read."""
+        """SHA-256 of the annotation file, or of the list and its images' XML files; empty if one cannot be read."""
         digest = hashlib.sha256()
         try:
             files = [self.annotations]
@@ -88,7 +88,7 @@ class AnnotatedSet:
         return digest.hexdigest()
 
     def read(self) -> tuple[Content, list[Fault]]:
-        """The content in COCO's format, ``{}`` where it cannot be read, and what is wrong with its files.
+        """The content in COCO's format, ``{}`` if it cannot be read, and the faults of its files.
 
         Raises:
             FileNotFoundError: of an annotation file or list.

@@ -1,4 +1,4 @@
-"""Values of annotations: whether numbers, names, boxes, areas and masks are sound, and what masks cover."""
+"""Values of annotations: validity of numbers, names, boxes, areas and masks, and the extent of masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pycocotools import mask as mask_tools
 
 Row = dict[str, Any]
 FLAT = "its polygons enclose nothing"
-"""What is wrong with a mask of lines and points."""
+"""The fault of a mask of lines and points."""
 
 
 def is_number(value: Any, most: float = 1e7) -> bool:
@@ -57,7 +57,7 @@ def is_flag(value: Any) -> bool:
 
 
 def is_odd_area(area: Any, width: Any, height: Any) -> Any:
-    """Whether an object's area cannot be that of what its box encloses, in pixels; of numbers, or arrays of them."""
+    """Whether an object's area is impossible for its box, in pixels; for numbers, or arrays of them."""
     # Masks are whole pixels, boxes are not.
     return (width * height > 4) & ((area < 1) | (area > (width + 1) * (height + 1)))
 
@@ -73,7 +73,7 @@ def number_in(text: str | None, *, whole: bool = False) -> Any:
 
 
 def plain(name: str) -> str:
-    """A class's name without case, spaces, hyphens and underscores, and with accents in one form."""
+    """A class name without case, spaces, hyphens and underscores, and with accents in one form."""
     return re.sub(r"[\s_-]+", "", unicodedata.normalize("NFC", name)).casefold()
 
 
@@ -89,10 +89,11 @@ def short(value: Any) -> str:
 
 
 def usable_mask(segmentation: Any) -> Any:
-    """The mask of an object without an error as Detectron2 and pycocotools take it, or None where there is none.
+    """The mask of a valid object in the form of Detectron2 and pycocotools, or None if it has none.
 
-    Polygons of fewer than three points are left out: pycocotools would take those of two for boxes. So is what encloses
-    nothing, run lengths without a pixel and points on a line: no detection can match it, and training would learn it.
+    Polygons of fewer than three points are left out, because pycocotools would take those of two for boxes. So are
+    masks without an area (run lengths without a pixel, points on a line): no detection can match them, and training
+    would learn them.
     """
     if isinstance(segmentation, dict):
         return segmentation if segmentation and mask_tools.area(_run_lengths(segmentation)) else None
@@ -103,7 +104,7 @@ def usable_mask(segmentation: Any) -> Any:
 
 
 def _encloses(polygon: list[float]) -> bool:
-    """Whether there are three points or more, and one of the triangles of the first and two neighbours has an area."""
+    """Whether there are three points or more, and a triangle of the first and two neighbouring ones has an area."""
     if len(polygon) < 6:
         return False
     x, y = polygon[:2]
@@ -112,25 +113,25 @@ def _encloses(polygon: list[float]) -> bool:
 
 
 def _run_lengths(mask: Any, width: int = 0, height: int = 0) -> Any:
-    """A usable mask as pycocotools' run lengths; polygons need the image's sides."""
+    """A usable mask as pycocotools' run lengths; polygons need the image's size."""
     if isinstance(mask, list):
         return mask_tools.merge(mask_tools.frPyObjects(mask, height, width))
     return mask if isinstance(mask["counts"], str) else mask_tools.frPyObjects(mask, *mask["size"])
 
 
 def mask_area(segmentation: Any, width: int, height: int) -> int:
-    """The pixels of a mask without a problem in an image of these sides, as pycocotools counts them."""
+    """The number of pixels of a valid mask in an image of this size, as counted by pycocotools."""
     return int(mask_tools.area(_run_lengths(usable_mask(segmentation), width, height)))
 
 
 def box_polygon(box: Iterable[float]) -> list[list[float]]:
-    """``(x, y, width, height)`` as COCO's polygon that fills it."""
+    """The COCO polygon that fills the box ``(x, y, width, height)``."""
     x, y, width, height = box
     return [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
 def mask_extent(segmentation: Any) -> tuple[float, float, float, float]:
-    """(x1, y1, x2, y2) of a mask without a problem; NaN where there is none."""
+    """(x1, y1, x2, y2) of a valid mask; NaN if there is none."""
     mask = usable_mask(segmentation)
     if mask is None:
         return (math.nan,) * 4
@@ -142,7 +143,7 @@ def mask_extent(segmentation: Any) -> tuple[float, float, float, float]:
 
 
 def mask_problem(segmentation: Any, width: int, height: int) -> tuple[Literal["error", "warning"], str] | None:
-    """What is wrong with an object's mask: an error, or as a warning that it has none."""
+    """The fault of an object's mask: an error, or a warning that it has none."""
     if segmentation is not None and not isinstance(segmentation, list | dict):
         return "error", f"segmentation is {short(segmentation)}"
     if isinstance(segmentation, dict) and segmentation:
@@ -193,7 +194,7 @@ def _rle_problem(rle: Row, width: int, height: int) -> str:
 
 
 def _runs_of(text: str) -> list[int] | None:
-    """COCO's compressed counts (maskApi.c, rleFrString) as run lengths; None where they are none."""
+    """COCO's compressed counts (maskApi.c, rleFrString) as run lengths; None if invalid."""
     runs: list[int] = []
     value = shift = 0
     for character in text:
@@ -214,8 +215,8 @@ def _runs_of(text: str) -> list[int] | None:
 
 
 def as_coco_writes(row: Row) -> Row:
-    """What the annotation writes in another way than COCO, with one meaning, as COCO does: numbers as texts, floats in
-    run lengths, a polygon alone, polygons of points, ``iscrowd`` without a value, and ``ignore``."""
+    """The annotation with unambiguous deviations from COCO's format converted: numbers in strings, floats in run
+    lengths, a bare polygon, polygons of points, ``iscrowd`` without a value, and ``ignore``."""
     new: Row = {}
     box, mask = row.get("bbox"), row.get("segmentation")
     if isinstance(box, list) and any(isinstance(value, str) for value in box):

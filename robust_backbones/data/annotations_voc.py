@@ -1,4 +1,4 @@
-"""Annotations of detection data in VOC's format, read as COCO's content, and every fault in them named."""
+"""Reads annotations of detection data in VOC's format as COCO's content, and finds every fault in them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from robust_backbones.data.annotations_values import Row, is_number, is_side, nu
 from robust_backbones.data.decoding import image_suffixes, is_hidden
 
 NO_XML = (OSError, ParseError, ValueError, RecursionError)
-"""What reading a file raises that is no XML, or not there."""
+"""Exceptions of reading a file that is not XML, or is missing."""
 
 
 def read_voc(
     folder: str | Path, split: str, classes: Iterable[str] | None = None, *, names: Iterable[str] | None = None
 ) -> tuple[Content, list[Fault]]:
-    """A VOC set's images and objects as COCO's content, and what is wrong with its lists and XML files.
+    """A VOC set's images and objects as COCO's content, and the faults of its lists and XML files.
 
-    Images have their names as ids, objects ``IMAGE/NUMBER``; boxes count pixels from 0, as Detectron2 reads them. Of a
-    list with a second column of -1, 0 and 1, as VOC has one for each class, the images of -1 are left out. Objects with
-    errors are in a list of their own, ``broken``, with their boxes alone.
+    Images have their names as ids, objects ``IMAGE/NUMBER``; boxes count pixels from 0, as in Detectron2. If a list has
+    a second column of -1, 0 and 1, like VOC's lists for each class, images with -1 are left out. Objects with errors
+    are in a separate list, ``broken``, with only their boxes.
 
     Args:
         folder: Holds Annotations, ImageSets/Main and JPEGImages.
         split: The list in ImageSets/Main.
-        classes: The names that objects may have; all where it is None.
-        names: Of the images, in place of those of the list.
+        classes: The names that objects may have; None: all.
+        names: Of the images, instead of those in the list.
 
     Raises:
-        FileNotFoundError: the list is not there.
+        FileNotFoundError: the list is missing.
     """
     folder = Path(folder)
     listed = folder / f"ImageSets/Main/{split}.txt"
@@ -96,15 +96,15 @@ def read_voc(
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _TAGS = {"object": ("name", "difficult", "bndbox"), "bndbox": _CORNERS, "size": ("width", "height")}
-"""Element -> those in it that are read."""
+"""Element -> its child elements that are read."""
 _ORDER = "xmax and ymax have to be the larger ones"
 
 
 def voc_names(listed: Path, annotations: Path) -> list[str]:
-    """The images that a list names, which may have spaces in their names and lie in folders.
+    """The images in a list, whose names may have spaces and folders.
 
     Raises:
-        OSError, UnicodeDecodeError: of the list.
+        OSError, UnicodeDecodeError: the list cannot be read.
     """
     names = []
     for line in filter(None, map(str.strip, listed.read_text("utf-8-sig").splitlines())):
@@ -119,7 +119,7 @@ def voc_names(listed: Path, annotations: Path) -> list[str]:
 
 
 def voc_name(listed: str, annotations: Path) -> str:
-    """An image that has an annotation by its name there, which may be listed as a file, or by its path."""
+    """The name of an image's annotation, if the image is listed as a file or by its path."""
     stem = os.path.splitext(listed)[0]
     for name in (listed, stem, stem.rpartition("JPEGImages/")[2], os.path.basename(stem)):
         if os.path.exists(annotations / f"{name}.xml"):
@@ -128,7 +128,7 @@ def voc_name(listed: str, annotations: Path) -> str:
 
 
 def voc_images(folder: Path) -> dict[str, str]:
-    """File names by image name, folders included; of several the JPEG, else an image of another format."""
+    """File names by image name, including folders; of several the JPEG, else an image of another format."""
     files = [
         os.path.relpath(os.path.join(place, file), folder) for place, _, names in os.walk(folder) for file in names
     ]
@@ -142,7 +142,7 @@ def voc_images(folder: Path) -> dict[str, str]:
 
 
 def voc_classes(folder: str | Path) -> list[str]:
-    """The names of the objects in all XML files of a VOC folder, sorted; what is no XML file is left out."""
+    """The names of the objects in all XML files of a VOC folder, sorted; other files are left out."""
     names: set[str] = set()
     annotations = Path(folder) / "Annotations"
     for file in annotations.rglob("*.xml"):
@@ -154,7 +154,7 @@ def voc_classes(folder: str | Path) -> list[str]:
 
 
 def spell_tags(root: Element) -> list[str]:
-    """Give tags that differ in case and namespace alone from those that are read their names; what they were."""
+    """Rename tags that differ only in case and namespace from those that are read; returns the former names."""
     found = []
     for above in root.iter():
         known = ("object", "size") if above is root else ("object", *_TAGS.get(_plain_tag(above), ()))
@@ -170,12 +170,12 @@ def _plain_tag(element: Element) -> str:
 
 
 def text_in(thing: Element, key: str, default: str = "") -> str:
-    """What an object's element says, without the blanks and line breaks that programs write around it."""
+    """The text of an object's element, without surrounding blanks and line breaks."""
     return thing.findtext(key, default).strip()
 
 
 def said_twice(thing: Element) -> list[str]:
-    """Of an object's name and ``difficult`` those that it has several values of."""
+    """Which of an object's name and ``difficult`` have several values."""
     keys = ("name", "difficult")
     return [key for key in keys if len({(element.text or "").strip() for element in thing.findall(key)}) > 1]
 
@@ -208,7 +208,7 @@ def _voc_object(thing: Any, numbers: dict[str, int], *, open_list: bool) -> tupl
 
 
 def check_voc(folder: str | Path, content: Content, faults: Iterable[Fault], use: Use | None = None) -> list[Fault]:
-    """``faults`` of ``read_voc``, and those of its ``content`` that COCO's format knows too, errors first."""
+    """``faults`` of ``read_voc``, and those of its ``content`` by the checks of COCO's format, errors first."""
     found = [*faults]
     rows = content["annotations"]
     if rows and (use or Use()).evaluation and all(row["difficult"] for row in rows):

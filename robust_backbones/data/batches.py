@@ -1,4 +1,4 @@
-"""An epoch as batches, over any number of processes and from any step on."""
+"""Batches of an epoch, over any number of processes and from any step on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from robust_backbones.errors import InputError, plural
 
 
 def steps_per_epoch(dataset: ClassificationDataset, batch_size: int, *, keep_last: bool = False) -> int:
-    """Optimiser steps that an epoch has images for; ``batch_size`` is global. An incomplete last one may count too."""
+    """Optimiser steps of an epoch; ``batch_size`` is global. An incomplete last one may count too."""
     return -(-len(dataset) // batch_size) if keep_last else len(dataset) // batch_size
 
 
 def check_fills_batch(name: str, images: int, batch_size: int) -> None:
-    """Raise InputError where a data set has fewer images to train on than a batch."""
+    """Raise InputError if a data set has fewer training images than a batch."""
     if images < batch_size:
         raise InputError(f"{name} has {plural(images, 'image')} to train on, less than a batch: lower --batch-size")
 
@@ -32,7 +32,7 @@ def train_batches(
     workers: int,
     keep_last: bool = False,
 ) -> DataLoader:
-    """One epoch of micro-batches in an order that only (seed, epoch) decides.
+    """One epoch of micro-batches in an order that depends only on (seed, epoch).
 
     Step s consists of images s * batch_size to (s + 1) * batch_size of the order; rank r gets the r-th part of them, in
     ``batch_size / world_size / micro_batch_size`` consecutive micro-batches. An incomplete last step is dropped,
@@ -40,9 +40,9 @@ def train_batches(
 
     Args:
         batch_size: images of one optimiser step, over all ranks.
-        micro_batch_size: images that one rank gets at a time.
-        keep_last: of one process that takes a batch at once; the last batch is then a smaller one.
-        first_step: where to begin; the images of earlier steps are not loaded.
+        micro_batch_size: images that one rank gets at once.
+        keep_last: for one process without micro-batches; the last batch is then smaller.
+        first_step: the first step; images of earlier steps are not loaded.
 
     Raises:
         InputError: the batch does not split evenly; the epoch ends before ``first_step``.

@@ -39,14 +39,14 @@ _SEEDED_BY_ARGUMENT = ("impulse_noise", "glass_blur")
 def corrupt(image: NDArray[np.uint8], name: str, severity: int, *, seed: int) -> NDArray[np.uint8]:
     """The image with one corruption, by the code of the paper's authors as packaged by Michaelis et al. (2019).
 
-    The global random generators are left as they were. A side shorter than 32 pixels, which that code refuses, is
-    mirrored up to 32 and cut off again.
+    The global random generators are not changed. A side shorter than 32 pixels, which that code refuses, is padded by
+    mirroring to 32 and cropped again.
 
     Args:
         image: shape (H, W, 3), RGB, 0-255; not changed.
         name: one of CORRUPTIONS.
         severity: 1 to 5, or 0 for the image itself.
-        seed: decides every random number; ``image_seed`` gives one that is stable over runs and machines.
+        seed: determines every random number; ``image_seed`` gives one that is stable over runs and machines.
 
     Returns:
         Shape (H, W, 3), RGB, 0-255.
@@ -81,7 +81,7 @@ def image_seed(name: str, corruption: str, severity: int, seed: int) -> int:
 
 
 def check_corruption(name: str, severity: int) -> None:
-    """Raise ``InputError`` unless ``corrupt`` knows both."""
+    """Raise ``InputError`` unless ``corrupt`` supports both."""
     if name not in CORRUPTIONS:
         near = difflib.get_close_matches(name, CORRUPTIONS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(CORRUPTIONS)}"

@@ -1,4 +1,4 @@
-"""Classification data whatever its layout, with augmentation that only the seed decides."""
+"""Classification data in any layout, with augmentation that depends only on the seed."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from robust_backbones.runs.signals import stop_for_parent_only
 class ClassificationDataset(Dataset[tuple[Tensor, int]]):
     """Items are (uint8 image of shape (3, size, size), class index).
 
-    The random part of an item depends on (seed, epoch, its index in the full data set) alone: not on workers, order,
-    device or images left out.
+    The random part of an item depends only on (seed, epoch, its index in the full data set), not on workers, order,
+    device or left-out images.
 
     Raises:
         ImageInputError: on access, an image that cannot be decoded.
     """
 
     in_memory = False
-    """Whether items are ready: then no processes are needed to load them."""
+    """Whether items are in memory: then no processes are needed to load them."""
 
     def __init__(
         self, source: ImageFiles, transform: v2.Transform, *, seed: int = 0, cache: ResizedCache | None = None
@@ -53,7 +53,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         self._source = source
         self._short_side = 0
         self.indices: Sequence[int] = range(len(source.names))
-        """Of the items in the full data set."""
+        """Indices of the items in the full data set."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,17 +92,16 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         return view
 
     def downscaled(self, short_side: int) -> ClassificationDataset:
-        """The same items of less detail: the shorter side is reduced to ``short_side`` before the transform.
+        """The same items at lower resolution: the shorter side is reduced to ``short_side`` before the transform.
 
-        Antialiased and bilinear; a smaller image stays what it is. The transform, which knows one size alone, enlarges
-        them again.
+        Antialiased and bilinear; smaller images do not change. The transform enlarges them again to its size.
         """
         view = copy.copy(self)
         view._short_side = short_side
         return view
 
     def take(self, positions: Sequence[int]) -> ClassificationDataset:
-        """The data set of these items alone, in this order; each stays what it is."""
+        """The data set with only these items, in this order; the items do not change."""
         part = copy.copy(self)
         part.names = [self.names[position] for position in positions]
         part.labels = [self.labels[position] for position in positions]
@@ -110,16 +109,16 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         return part
 
     def sample(self, count: int, *, seed: int) -> ClassificationDataset:
-        """``count`` items in an order that ``seed`` draws; a greater count adds to a smaller's."""
+        """``count`` items in an order drawn by ``seed``; a larger count includes a smaller one's items."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         return self.take(order[:count].tolist())
 
     def fingerprint(self) -> str:
-        """What ``runs.identity`` knows the images by, wherever they lie: four hexadecimal digits of each of up to 16.
+        """Identifies the images for ``runs.identity``, in any location: four hexadecimal digits for each of up to 16.
 
-        They are the images whose names hash lowest (MinHash, Broder 1997), which is a random choice that the same
-        names make again. To ask for the sizes or the bytes of all of ImageNet takes minutes where disks are shared;
-        of 16 files the bytes tell other data, though not one changed image among many.
+        These are the images whose names have the lowest hashes (MinHash, Broder 1997), a random but repeatable choice.
+        Reading the sizes or bytes of all of ImageNet takes minutes on shared disks; the bytes of 16 files detect other
+        data, though not one changed image among many.
         """
 
         def name(position: int) -> bytes:
@@ -134,7 +133,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         return found
 
     def without(self, names: Collection[str]) -> ClassificationDataset:
-        """The data set less the named images; every other item stays what it is.
+        """The data set without the named images; the other items do not change.
 
         Raises:
             InputError: a name that is not in the data set; a class that loses its last image.
@@ -153,10 +152,10 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
 def open_dataset(
     root: str | Path, transform: v2.Transform, *, seed: int = 0, cache: ResizedCache | None = None
 ) -> ClassificationDataset:
-    """The images in ``root``, which holds either one folder a class or WebDataset shards (see ``ShardImages``).
+    """The images in ``root``, which has either one folder per class or WebDataset shards (see ``ShardImages``).
 
     Raises:
-        InputError: ``root`` is missing or has neither layout, or what is in it cannot be used.
+        InputError: ``root`` is missing or has neither layout, or its content cannot be used.
     """
     root = Path(root)
     if not root.is_dir():
@@ -171,7 +170,7 @@ def open_dataset(
 
 
 def find_unreadable(dataset: ClassificationDataset, *, workers: int) -> dict[str, str]:
-    """Decode every image once: name -> reason of those that cannot be. With a cache, this fills it."""
+    """Decode every image once; returns name -> reason for unreadable ones. With a cache, this fills it."""
     loader: DataLoader[int] = DataLoader(
         range(len(dataset)),  # type: ignore[arg-type]  # positions; the workers read the images as they collate them
         batch_size=16,
@@ -189,7 +188,7 @@ def find_unreadable(dataset: ClassificationDataset, *, workers: int) -> dict[str
 
 
 def skip_list(path: Path, parts: Mapping[str, ClassificationDataset], *, workers: int) -> dict[str, dict[str, str]]:
-    """What ``find_unreadable`` finds in each part, by ``path``: the list of the first start holds for the whole run."""
+    """The result of ``find_unreadable`` for each part, by ``path``; the list of the first start holds for the run."""
     if not path.exists():
         write_json(path, {part: find_unreadable(images, workers=workers) for part, images in parts.items()})
     with whole(path, "remove it, and all images are looked at again"):
@@ -198,7 +197,7 @@ def skip_list(path: Path, parts: Mapping[str, ClassificationDataset], *, workers
 
 
 def _unreadable(dataset: ClassificationDataset, positions: Sequence[int]) -> tuple[int, dict[str, str]]:
-    """How many images were tried, and those that failed."""
+    """The number of images that were tried, and those that failed."""
     reasons = {}
     for position in positions:
         try:
@@ -209,7 +208,7 @@ def _unreadable(dataset: ClassificationDataset, positions: Sequence[int]) -> tup
 
 
 def init_worker(worker: int) -> None:
-    """One process does one thing at a time; OpenCV's own pool of threads does not survive a fork either."""
+    """Use one thread per process; OpenCV's own thread pool does not survive a fork either."""
     cv2.setNumThreads(0)
     stop_for_parent_only()
 

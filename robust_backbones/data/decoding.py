@@ -1,4 +1,4 @@
-"""Bytes of an image file to pixels, and a cache of images that were reduced once."""
+"""Decoding of image files, and a cache of downscaled images."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class ImageInputError(InputError):
 
 
 def decode(data: bytes, name: str) -> Tensor:
-    """An image file's bytes as uint8 of shape (3, H, W), RGB, equal to Pillow's ``convert("RGB")``, bit for bit.
+    """An image file's bytes as uint8 of shape (3, H, W), RGB, bit-identical to Pillow's ``convert("RGB")``.
 
-    Pillow clips gray images of 16 bits to white; here they are scaled to 8. Orientation tags are ignored, as ImageNet
-    training does. In memory channels come last: torchvision resizes such images fastest.
+    Pillow clips 16-bit gray images to white; here they are scaled to 8 bits. Orientation tags are ignored, as usual in
+    ImageNet training. The memory layout is channels last, which torchvision resizes fastest.
 
     Raises:
-        ImageInputError: ``name``, with Pillow's reason, or because nothing says which of its values is white.
+        ImageInputError: ``name``, with Pillow's reason, or because it is unknown which of its values is white.
     """
     # OpenCV decodes a plain JPEG 1.5 times as fast as Pillow and no slower than torchvision.io, whose decoders are
     # deprecated since torchvision 0.29. It may return a cut-off file half gray, and treats CMYK or 16 bits in its own
@@ -70,14 +70,14 @@ def decode(data: bytes, name: str) -> Tensor:
 
 
 def image_suffixes() -> tuple[str, ...]:
-    """Suffixes, as ``.jpg``, of the image files that Pillow reads by itself."""
+    """Suffixes, such as ``.jpg``, of the image files that Pillow reads by itself."""
     Image.init()
     kinds = Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # need other programs
     return tuple(suffix for suffix, kind in sorted(Image.registered_extensions().items()) if kind in kinds)
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file, by its path within a data set, is none of its own: ``.DS_Store``, ``._cat.jpg`` and what lies in
+    """Whether a file, by its path within a data set, does not belong to it: ``.DS_Store``, ``._cat.jpg`` and files in
     ``.ipynb_checkpoints``, ``@eaDir`` or ``__MACOSX``."""
     return _HIDDEN.search(path) is not None
 
@@ -91,7 +91,7 @@ def visible(folder: Path) -> list[Path]:
 
 
 def check_claim(image: Image.Image, size: int) -> None:
-    """Raise ValueError where a file of ``size`` bytes claims more pixels than any has: decoding allocates them."""
+    """Raise ValueError if a file of ``size`` bytes claims impossibly many pixels, which decoding would allocate."""
     width, height = image.size
     if width * height > max(_ALWAYS, _PIXELS_A_BYTE * size):
         raise ValueError(f"it claims {width} x {height} pixels in {size} bytes")
@@ -101,9 +101,9 @@ _ALWAYS, _PIXELS_A_BYTE = 2**24, 2**12
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether this is a baseline JPEG of 8 bits, one or three channels, and one scan that ends where the image does.
+    """Whether this is a baseline JPEG with 8 bits, one or three channels, and one scan that ends with the image.
 
-    (ITU T.81, annex B.) Inside a scan a stray marker is damage that OpenCV hides: it fills up with gray.
+    (ITU T.81, annex B.) A stray marker inside a scan is damage that OpenCV hides by filling with gray.
     """
     position = 2
     frame_is_plain = False
@@ -119,7 +119,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-"""Any but the restart markers, which belong in a scan; 0xFF 0x00 is an escaped byte and repeated 0xFF is padding."""
+"""Any marker except restart markers, which belong in a scan; 0xFF 0x00 is an escaped byte, repeated 0xFF is padding."""
 
 
 _JPEG_SIDE = 65_500
@@ -127,12 +127,12 @@ _JPEG_SIDE = 65_500
 
 
 class ResizedCache:
-    """Images reduced once so that their shorter side is ``short_side`` pixels, in files of their own.
+    """A cache of images downscaled so that their shorter side is ``short_side`` pixels, in separate files.
 
-    Training from large photographs then decodes a fraction of the pixels. Reduction is antialiased and bilinear, and
-    files are JPEG of quality 95; an image that is small enough, or too long for JPEG, is kept byte for byte. The
-    first access returns what later ones will read, so results never depend on what the cache held. A source file that
-    changes is reduced anew, a damaged cache file is replaced, and any number of processes may share the folder.
+    Training from large photographs then decodes only a fraction of the pixels. Downscaling is antialiased and bilinear,
+    and files are JPEG of quality 95; an image that is small enough, or too long for JPEG, is kept byte for byte. The
+    first access returns what later ones will read, so results never depend on the state of the cache. A changed source
+    file is downscaled again, a damaged cache file is replaced, and any number of processes may share the folder.
     """
 
     def __init__(self, folder: Path, short_side: int) -> None:
@@ -140,12 +140,12 @@ class ResizedCache:
         self.short_side = short_side
 
     def load(self, name: str, stamp: tuple[int, ...], read: Callable[[], bytes]) -> Tensor:
-        """The reduced image, uint8 of shape (3, H, W).
+        """The downscaled image, uint8 of shape (3, H, W).
 
         Args:
-            name: what the image is called in its data set.
-            stamp: changes when the source does, as size and time of change do.
-            read: gives the source's bytes; called only when the cache does not hold the image.
+            name: the image's name in its data set.
+            stamp: changes when the source does, such as size and modification time.
+            read: returns the source's bytes; called only if the image is not in the cache.
 
         Raises:
             ImageInputError: the source cannot be decoded.

@@ -1,4 +1,4 @@
-"""Where the images of a data set are: in files of their own, as in ImageNet's layout, or as subclasses say."""
+"""The images of a data set: in separate files, as in ImageNet's layout, or as defined by subclasses."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class _ClassFolders(ImageFolder):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images and their classes; ``labels`` and ``names`` have one entry an image."""
+    """Images and their classes; ``labels`` and ``names`` have one entry per image."""
 
     root: Path
     classes: list[str]
     labels: list[int]
     names: list[str]
-    """Paths relative to ``root``; of images in no file of their own, what stands for it."""
+    """Paths relative to ``root``, or equivalent names for images without a separate file."""
 
     @classmethod
     def scan(cls, root: Path) -> ImageFiles:
-        """List the images in one folder a class without opening them, in torchvision's order; of any format that Pillow
-        reads, such as .jfif and .gif, which torchvision passes over. Hidden folders and files are left out.
+        """List the images in one folder per class without opening them, in torchvision's order, in any format that
+        Pillow reads, also those that torchvision skips, such as .jfif and .gif. Hidden folders and files are left out.
 
         Raises:
-            InputError: a class folder holds no image.
+            InputError: a class folder has no image.
         """
         suffixes, start = image_suffixes(), len(str(root))
 
@@ -53,6 +53,6 @@ class ImageFiles:
         return (self.root / self.names[index]).read_bytes()
 
     def stamp(self, index: int) -> tuple[int, ...]:
-        """Numbers that change when the image does: size in bytes and time of change in ns."""
+        """Numbers that change when the image does: size in bytes and modification time in ns."""
         status = (self.root / self.names[index]).stat()
         return status.st_size, status.st_mtime_ns

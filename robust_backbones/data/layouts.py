@@ -1,4 +1,4 @@
-"""The images of transfer data sets where torchvision lays them out, with its lists of classes and splits."""
+"""The images of transfer data sets in torchvision's layout, with its lists of classes and splits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from robust_backbones.errors import InputError, plural
 SPLIT_SEED = 0
 """Draws the training images of the Caltech sets, which have no official split: every run shares one split."""
 SPLITS = ("drawn", "first")
-"""Of the Caltech sets: training images drawn by SPLIT_SEED, or the first of each class, as the paper's public code."""
+"""For the Caltech sets: training images drawn by SPLIT_SEED, or the first of each class, as in the public code."""
 
 Sources = tuple[ImageFiles, ImageFiles]
 Opener = Callable[[Path], Sources]
@@ -30,7 +30,7 @@ Opener = Callable[[Path], Sources]
 
 @dataclass(frozen=True)
 class ArrayImages(ImageFiles):
-    """Images that a data set keeps as one array; each is read as a BMP file, which loses nothing."""
+    """Images that a data set stores as one array; each is read as a BMP file, which is lossless."""
 
     pixels: NDArray[np.uint8]
     """Shape (N, H, W, 3), RGB."""
@@ -61,7 +61,7 @@ def _listed(
     train: Sequence[str],
     items: Callable[[Any], Iterable[tuple[str | Path, int]]] = _files_and_labels,
 ) -> Opener:
-    """Opener of a set of which torchvision lists the files of each split: those of ``train`` together, and "test"."""
+    """Opener of a set for which torchvision lists the files of each split: those of ``train`` together, and "test"."""
 
     def source(root: Path, splits: Sequence[str]) -> ImageFiles:
         parts = [dataset(root, split=split) for split in splits]
@@ -106,7 +106,7 @@ def _split(dataset: type[Any], file: str, train_images: int, split: str) -> Open
 
 
 def _sun397(root: Path) -> Sources:
-    """The first of ten official partitions, from its own files: torchvision has no split."""
+    """The first of ten official partitions, from its own files, because torchvision has no split."""
     folder = root / "SUN397"
 
     def lines(file: str) -> list[str]:
@@ -135,7 +135,7 @@ CALTECH: dict[str, dict[str, Opener]] = {
     }
     for split in SPLITS
 }
-"""Split -> name -> train and test part."""
+"""Split -> name -> train and test parts."""
 LAYOUTS: dict[str, Opener] = {
     "aircraft": _listed(datasets.FGVCAircraft, ["trainval"]),
     **CALTECH["drawn"],
@@ -148,4 +148,4 @@ LAYOUTS: dict[str, Opener] = {
     "pets": _listed(datasets.OxfordIIITPet, ["trainval"], lambda data: zip(data._images, data._labels, strict=True)),
     "sun397": _sun397,
 }
-"""Name of a data set -> train and test part of torchvision's layout under a data root; it has no Birdsnap."""
+"""Name of a data set -> train and test parts in torchvision's layout under a data root; it has no Birdsnap."""

@@ -1,4 +1,4 @@
-"""Images in WebDataset shards, tar files of samples, read at any place rather than as a stream."""
+"""Images in WebDataset shards (tar files of samples), with random access instead of streaming."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png")
 class ShardImages(ImageFiles):
     """Samples of all ``*.tar`` files of a folder, shard by shard in sorted order.
 
-    A sample is what neighbouring members with one key are, the key being the path up to the basename's first dot:
-    ``KEY.jpg`` (or .jpeg, .png) and ``KEY.cls`` with the label as a decimal number; other members are passed over.
-    ``classes.txt`` beside the shards names the classes, one a line; without it they are "0", "1", ...
+    A sample is formed by neighbouring members with the same key, the path up to the basename's first dot: ``KEY.jpg``
+    (or .jpeg, .png) and ``KEY.cls`` with the label as a decimal number; other members are skipped. ``classes.txt``
+    beside the shards names the classes, one per line; without it they are "0", "1", ...
 
-    WebDataset itself streams: it shuffles within a buffer, and it neither splits an epoch exactly over processes nor
-    starts in the middle of one. With the place of every image known, shards are an indexed data set like any other and
-    all three come for free. The price is that shards must lie on a file system, not behind a URL.
+    WebDataset itself streams: it shuffles within a buffer, and neither splits an epoch exactly over processes nor
+    starts in the middle of one. With an index of all images, shards are a data set like any other, which can do all
+    three. The price is that shards must be on a file system, not at a URL.
     """
 
     paths: list[Path]
     places: NDArray[np.int64]
     """Shape (images, 3): index into ``paths``, offset and size in bytes."""
     stamps: list[tuple[int, int]]
-    """Of each shard: size in bytes and time of change in ns."""
+    """For each shard: size in bytes and modification time in ns."""
 
     @classmethod
     def scan(cls, root: Path) -> ShardImages:
-        """Index the shards; of images only the headers are read. An image's name is ``SHARD.tar:MEMBER``.
+        """Index the shards, reading only headers of images. An image's name is ``SHARD.tar:MEMBER``.
 
         Raises:
-            InputError: a shard is damaged or compressed; a sample lacks its image or label; a label is no class; a
+            InputError: a shard is damaged or compressed; a sample lacks its image or label; a label is not a class; a
                 class has no sample.
         """
         paths = [path for path in visible(root) if path.suffix == ".tar"]
@@ -72,7 +72,7 @@ class ShardImages(ImageFiles):
 
 
 def _classes(root: Path, labels: list[int], names: list[str]) -> list[str]:
-    """The classes' names, once it is sure that labels and classes belong together."""
+    """The classes' names, after checking that labels and classes match."""
     if not labels:
         raise InputError(f"the shards in {root} hold no sample: each needs KEY.jpg (or .jpeg, .png) and KEY.cls")
     path = root / "classes.txt"
@@ -123,7 +123,7 @@ def _samples(path: Path) -> Iterator[tuple[str, int, int, int]]:
 
 
 def _key(name: str) -> str | None:
-    """What the members of a sample share, as WebDataset has it; None where it sees no part of a sample."""
+    """The common key of a sample's members, as in WebDataset; None if the member is not part of a sample."""
     match = re.match(r"((?:.*/)?[^./]+)\.[^/]*$", name)
     return match[1] if match and not re.match(r"__[^/]*__(/|$)", name) else None
 

@@ -1,4 +1,4 @@
-"""Training images in other styles: textures and colours are those of other images, shapes stay."""
+"""Training images in other styles: textures and colours of other images, with unchanged shapes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 def mix_amplitudes(images: Tensor, others: Tensor, shares: Tensor) -> Tensor:
     """Images with the phases of ``images`` and amplitudes between theirs and those of ``others``.
 
-    (1 - share) |F(x)| + share |F(x')| for every frequency and channel, F the Fourier transform over height and width:
-    the amplitude mix of Xu et al. 2021, "A Fourier-based Framework for Domain Generalization", equation 4. Phases hold
-    the shapes, amplitudes the style.
+    (1 - share) |F(x)| + share |F(x')| for every frequency and channel, with F the Fourier transform over height and
+    width: the amplitude mix of Xu et al. 2021, "A Fourier-based Framework for Domain Generalization", equation 4.
+    Phases carry the shapes, amplitudes the style.
 
     Args:
         images, others: shape (N, C, H, W), float32.
@@ -27,12 +27,12 @@ def mix_amplitudes(images: Tensor, others: Tensor, shares: Tensor) -> Tensor:
 
 
 def stylize(images: Tensor, strength: float, *, generator: torch.Generator | None = None) -> Tensor:
-    """Each image with amplitudes of another one of the batch, by a share drawn evenly from 0 to ``strength``.
+    """Each image mixed with amplitudes of another one of the batch, by a share drawn uniformly from 0 to ``strength``.
 
     Args:
         images: shape (N, 3, H, W), float32 in [0, 1].
         strength: in [0, 1].
-        generator: of the images' device; draws partners and shares.
+        generator: on the images' device; draws partners and shares.
 
     Returns:
         Shape (N, 3, H, W), clipped to [0, 1], channels last.

@@ -1,4 +1,4 @@
-"""A data set without a download: coloured shapes on cluttered grounds, for classification and for detection."""
+"""A data set without a download: coloured shapes on cluttered backgrounds, for classification and detection."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Polygon = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """How many images of which size; the same config gives the same files."""
+    """Numbers and sizes of images; the same config gives the same files."""
 
     train_images_per_class: int = 400
     val_images_per_class: int = 50
@@ -42,10 +42,10 @@ class ShapesConfig:
 def write_shapes(root: Path, config: ShapesConfig = ShapesConfig()) -> None:
     """Write ``root/shapes_classification`` (ImageFolder) and ``root/shapes`` (COCO format, with polygons).
 
-    Both have a train and a val part. A set that is already there is kept; it appears whole or not at all.
+    Both have a train and a val part. An existing set is kept; sets are written atomically.
 
     Raises:
-        InputError: ``root`` holds shapes of another config.
+        InputError: ``root`` has shapes of another config.
     """
     for name, writer in (("shapes_classification", _write_classification), ("shapes", _write_detection)):
         final = root / name
@@ -132,7 +132,7 @@ def _boxes_touch(a: Polygon, b: Polygon) -> bool:
 
 
 def _place(label: int, canvas: int, reference: int, rng: Generator) -> Polygon:
-    """A shape of the class, turned and scaled at random (0.35 to 0.8 of ``reference``), wholly on the canvas."""
+    """A shape of the class, randomly rotated and scaled (0.35 to 0.8 of ``reference``), completely on the canvas."""
     angle = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     polygon = _OUTLINES[CLASSES[label]] @ rotation.T
@@ -165,7 +165,7 @@ def _background(size: int, rng: Generator) -> Image:
 
 
 def _draw(image: Image, label: int, polygon: Polygon, rng: Generator) -> None:
-    """Fill the polygon with a bright colour whose hue leans to the class: a hint, as colours of real things are."""
+    """Fill the polygon with a bright colour whose hue is correlated with the class, like colours of real objects."""
     hue = (180 * label / len(CLASSES) + rng.normal(0, 15)) % 180  # OpenCV counts hues from 0 to 180
     hsv = np.array([[[hue, rng.uniform(150, 255), rng.uniform(180, 255)]]])
     color = cv2.cvtColor(hsv.astype(np.uint8), cv2.COLOR_HSV2BGR)[0, 0]

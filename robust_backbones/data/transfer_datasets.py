@@ -1,4 +1,4 @@
-"""The twelve classification transfer data sets of Salman et al. 2020 as one table, and folders of one's own."""
+"""The twelve classification transfer data sets of Salman et al. 2020 as one table, and custom folders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from robust_backbones.errors import InputError, check_choice, plural
 
 @dataclass(frozen=True)
 class TransferDataset:
-    """A row of transfer_datasets.csv: what a data set holds, how it is measured, where torchvision puts it."""
+    """A row of transfer_datasets.csv: the content of a data set, its metric, and its place in torchvision."""
 
     name: str
-    """What command lines say, and the folder under the data root that may hold train/ and test/."""
+    """Name on command lines, and the folder under the data root that may have train/ and test/."""
     title: str
     num_classes: int
     train_images: int
@@ -27,11 +27,11 @@ class TransferDataset:
     metric: str
     """One of ``metrics.METRICS``."""
     split: str
-    """What train and test are."""
+    """The definition of train and test."""
     source: str
     """Where to get it."""
     layout: tuple[str, ...]
-    """Paths under the data root without which torchvision's layout is not there; none where it has no such set."""
+    """Paths under the data root that torchvision's layout must have; empty if torchvision has no such set."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TransferData:
     """An opened data set; train and test have the same classes, each with an image in both."""
 
     name: str
-    """As records have it: of the table, or that of one's own folder, with ``own_`` before what the table has too."""
+    """Name in records: of the table, or of a custom folder, preceded by ``own_`` if the table has it too."""
     metric: str
     train: ClassificationDataset
     test: ClassificationDataset
@@ -50,7 +50,7 @@ class MissingDataError(InputError):
 
 
 class DifferentDataError(InputError):
-    """What is under the name of a data set has other counts than the table."""
+    """The files under the name of a data set have other counts than the table."""
 
 
 def open_transfer_data(
@@ -60,15 +60,15 @@ def open_transfer_data(
     metric: str = "",
     split: str = "drawn",
 ) -> TransferData:
-    """A data set of the table, or a folder of one's own; its images are as they are.
+    """Open a data set of the table, or a custom folder, without a transform of its images.
 
     Args:
-        dataset: a name of the table, or the path of a folder with train/ and test/ (without it, val/), each as
-            ``open_dataset`` takes it.
-        data_root: holds the data sets of the table: NAME/train and NAME/test as in a folder of one's own or, where
-            there is no NAME/train, torchvision's layout.
-        metric: of a folder of one's own, "top1" if not given; the table's data sets have theirs.
-        split: of the Caltech sets, one of SPLITS; ``first`` needs torchvision's layout.
+        dataset: a name of the table, or the path of a folder with train/ and test/ (or val/), each for
+            ``open_dataset``.
+        data_root: folder of the table's data sets: NAME/train and NAME/test as in a custom folder or, without
+            NAME/train, torchvision's layout.
+        metric: for a custom folder, default "top1"; the table's data sets have their own.
+        split: for the Caltech sets, one of SPLITS; ``first`` needs torchvision's layout.
 
     Raises:
         MissingDataError, DifferentDataError: see there.
@@ -105,11 +105,11 @@ def open_transfer_data(
 
 
 def check(row: TransferDataset, data_root: Path) -> tuple[str, str]:
-    """Whether a data set of the table is there as the table has it; no image is decoded.
+    """Check whether a data set of the table exists and matches the table; no image is decoded.
 
     Returns:
         "present" and its folder; else "missing", "differs" (its counts are not the table's) or "unusable", and what is
-        wrong and how to mend it.
+        wrong and how to fix it.
     """
     try:
         _open_row(row, data_root)
@@ -120,7 +120,7 @@ def check(row: TransferDataset, data_root: Path) -> tuple[str, str]:
 
 
 def _place(row: TransferDataset, data_root: Path) -> Path:
-    """The folder of the data set: one's own if it is there, else torchvision's."""
+    """The folder of the data set: the custom one if it exists, else torchvision's."""
     own = data_root / row.name
     return own if (own / "train").is_dir() or not row.layout else data_root / Path(row.layout[0]).parts[0]
 
@@ -128,7 +128,7 @@ def _place(row: TransferDataset, data_root: Path) -> Path:
 def _open_row(
     row: TransferDataset, data_root: Path, split: str = SPLITS[0]
 ) -> tuple[ClassificationDataset, ClassificationDataset]:
-    """Train and test part; raises as ``open_transfer_data``."""
+    """Train and test parts; raises like ``open_transfer_data``."""
     place = _place(row, data_root)
     if (data_root / row.name / "train").is_dir():
         if split != SPLITS[0]:

@@ -1,4 +1,4 @@
-"""Augmentation on uint8 images: what ImageNet and CIFAR training have always done."""
+"""Augmentation on uint8 images, as usual in ImageNet and CIFAR training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PCA_VECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836,
 
 
 def augmentation(name: str, size: int, *, min_crop_scale: float, interpolation: str = "bilinear") -> v2.Transform:
-    """What training images go through: one of AUGMENTATIONS, to ``size`` x ``size`` pixels.
+    """The transform of training images: one of AUGMENTATIONS, to ``size`` x ``size`` pixels.
 
     Raises:
         InputError: there is none of this name.
@@ -38,8 +38,8 @@ def augmentation(name: str, size: int, *, min_crop_scale: float, interpolation: 
 def mixing(mixup: float, cutmix: float, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a batch, by their alphas, one of them drawn each time.
 
-    float images (N, 3, H, W) and class indices (N,) -> images and the classes' shares (N, classes). It draws from the
-    global generator. None where both are 0.
+    float images (N, 3, H, W) and class indices (N,) -> images and class probabilities (N, classes). It draws from the
+    global generator. None if both are 0.
     """
     kinds = ((v2.MixUp, mixup), (v2.CutMix, cutmix))
     found = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha > 0]
@@ -47,7 +47,7 @@ def mixing(mixup: float, cutmix: float, classes: int) -> Callable[[Tensor, Tenso
 
 
 def train_transform(size: int, *, min_crop_scale: float, interpolation: str = "bilinear") -> v2.Transform:
-    """Random resized crop and flip, as ImageNet training has it; ``min_crop_scale`` is a share of the area."""
+    """Random resized crop and flip, as in ImageNet training; ``min_crop_scale`` is a share of the area."""
     return _RandomCropAndFlip(
         size, (min_crop_scale, 1.0), interpolation=InterpolationMode(interpolation), antialias=True
     )
@@ -56,7 +56,7 @@ def train_transform(size: int, *, min_crop_scale: float, interpolation: str = "b
 class _RandomCropAndFlip(v2.RandomResizedCrop):
     """torchvision's RandomResizedCrop and RandomHorizontalFlip for one image, without the search for other inputs.
 
-    Same draws, same bits. What torchvision does around the two operations costs a third of what they cost.
+    Same draws, bit-identical results. torchvision's overhead around the two operations is a third of their cost.
     """
 
     def forward(self, image: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class _RandomCropAndFlip(v2.RandomResizedCrop):
 class Lighting(torch.nn.Module):
     """One random colour for the whole image along ImageNet's principal components (Krizhevsky et al. 2012).
 
-    As in the library `robustness`, whose images are floats; here the sum is rounded and cut off to uint8, half a level
-    at most in values that stay within [0, 1].
+    As in the library `robustness`, whose images are floats; here the sum is rounded and clipped to uint8, which changes
+    values within [0, 1] by half a level at most.
     """
 
     def __init__(self, std: float) -> None:
@@ -92,7 +92,7 @@ _AFTER_CROP: dict[str, Callable[[], list[torch.nn.Module]]] = {
     # timm's rand-m9: 9 of its 10 levels are 27 of torchvision's 30. Erased is what becomes 0, not noise as in timm.
     "heavy": lambda: [v2.RandAugment(num_ops=2, magnitude=27), v2.RandomErasing(0.25)],
 }
-"""What comes after the crop and the flip."""
+"""The transforms after crop and flip."""
 
 
 def val_transform(size: int, *, resize: int, interpolation: str = "bilinear") -> v2.Transform:
@@ -117,5 +117,5 @@ class EvaluationImages:
         check_crop(self)
 
     def val_transform(self) -> v2.Transform:
-        """What images go through before their evaluation."""
+        """The transform of images in evaluation."""
         return val_transform(self.image_size, resize=self.val_resize, interpolation=self.interpolation)

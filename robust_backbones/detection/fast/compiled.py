@@ -14,17 +14,17 @@ from torch import Tensor
 
 BACKEND = "inductor"
 _RATIOS = (1, 1.34, 1.51, 1.78)
-"""Of long to short sides; 4:3, 3:2 and 16:9 are most cameras', and whole pixels may make a little more of them."""
+"""Ratios of long to short sides: 4:3, 3:2 and 16:9 of most cameras, a little larger because of whole pixels."""
 _GRAPHS = 64
-"""More than there are shapes, with and without an attack; PyTorch's own limit is 8, after which nothing is compiled."""
+"""More than the number of shapes, with and without an attack; PyTorch's own limit is 8, then it compiles no more."""
 
 Outputs = tuple[dict[str, Tensor], tuple[list[Tensor], list[Tensor]]]
 
 
 def fixed_sides(cfg: CfgNode) -> tuple[int, ...]:
-    """What the sides of a batch of training images are padded to, in pixels and rising, at most 5.
+    """The sides to which a batch of training images is padded, in pixels and ascending, at most 5.
 
-    A batch of landscapes, or of portraits, has one side that is the first of them: at most 9 shapes.
+    In a batch of only landscape, or only portrait, images one side is the first of them: at most 9 shapes.
     """
     short, longest = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
     if cfg.INPUT.SCALE_JITTER:
@@ -34,13 +34,13 @@ def fixed_sides(cfg: CfgNode) -> tuple[int, ...]:
 
 
 def dense(backbone: Backbone, rpn: RPN, images: Tensor) -> Outputs:
-    """The feature maps of a batch, (N, 3, H, W), and what the RPN's head says of each: its logits and its deltas."""
+    """The feature maps of a batch, (N, 3, H, W), and the RPN head's logits and deltas for each."""
     features = backbone(images)
     return features, rpn.rpn_head([features[name] for name in rpn.in_features])
 
 
 def compiled_dense(backbone: Backbone, rpn: RPN, images: Tensor) -> Outputs:
-    """The same, compiled for each shape of ``images``; the modules and the names of their tensors stay as they are."""
+    """The same, compiled for each shape of ``images``; modules and names of tensors do not change."""
     with torch._dynamo.config.patch(cache_size_limit=_GRAPHS):  # PyTorch 2.6's name, which later ones know too
         outputs: Outputs = _compile(BACKEND)(backbone, rpn, images)
     return outputs

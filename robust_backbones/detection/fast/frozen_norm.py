@@ -1,4 +1,4 @@
-"""Frozen batch norms whose scale and shift are computed once: Detectron2's computes both anew in every pass."""
+"""Frozen batch norms whose scale and shift are computed once; Detectron2's recomputes both in every pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class KeptFrozenBatchNorm2d(FrozenBatchNorm2d):
-    """Detectron2's to the bit, in 2 operators a pass instead of 9; a changed buffer is noticed."""
+    """Bit-identical to Detectron2's, with 2 operators per pass instead of 9; a changed buffer is noticed."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.requires_grad or torch.compiler.is_compiling():  # a graph keeps nothing, and fuses the 9
@@ -26,12 +26,12 @@ class KeptFrozenBatchNorm2d(FrozenBatchNorm2d):
         return x * self._scale + self._shift
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies have buffers of their own."""
+        """Copies have their own buffers."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_state", "_of")}
 
 
 def keep_scales(model: nn.Module) -> None:
-    """Put such norms in the places of Detectron2's, with the same buffers."""
+    """Replace Detectron2's norms by these, with the same buffers."""
     for name, module in [*model.named_modules()]:
         if type(module) is FrozenBatchNorm2d:
             kept = KeptFrozenBatchNorm2d(module.num_features, module.eps)

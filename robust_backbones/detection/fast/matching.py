@@ -1,6 +1,6 @@
-"""Which box learns what (Ren et al. 2015, section 3.1.2): overlap, matching and sampling, for a whole batch at once.
+"""Matching of boxes and objects (Ren et al. 2015, section 3.1.2): IoU, matching and sampling for a whole batch.
 
-N images have M objects each, as many as the image with most of them has; ``exists`` says which are there.
+N images have M objects each, as many as the image with the most objects; ``exists`` says which are real.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def match(overlaps: Tensor, exists: Tensor, matcher: Matcher) -> tuple[Tensor, Tensor]:
-    """What Detectron2's ``matcher`` gives each image of a batch.
+    """The result of Detectron2's ``matcher`` for each image of a batch.
 
     Args:
         overlaps: (N, M, A), of objects and boxes.
@@ -45,11 +45,11 @@ def match(overlaps: Tensor, exists: Tensor, matcher: Matcher) -> tuple[Tensor, T
 def sample(
     positive: Tensor, negative: Tensor, *, size: int, positive_fraction: float, keys: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``size`` boxes of each image: at most the fraction of positives, and negatives; the largest keys of each kind.
+    """Sample ``size`` boxes of each image: at most the fraction of positives, then negatives; by the largest keys.
 
     Args:
         positive, negative: (N, A).
-        keys: (N, A), in [0, 1); random, so that the sample is.
+        keys: (N, A), in [0, 1); random, for a random sample.
 
     Returns:
         Indices (N, min(size, A)), positives first, and which of them count: an image may have too few boxes.
@@ -63,5 +63,5 @@ def sample(
 
 
 def rows(values: Tensor, indices: Tensor) -> Tensor:
-    """(N, A, C) and (N, K) -> (N, K, C): of each image the rows with these indices."""
+    """(N, A, C) and (N, K) -> (N, K, C): the rows of each image with these indices."""
     return values.gather(1, indices[..., None].expand(-1, -1, values.shape[2]))

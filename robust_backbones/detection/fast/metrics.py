@@ -1,4 +1,4 @@
-"""Detectron2's trainers whose losses stay on the device until some twenty of them are read at once."""
+"""Detectron2's trainers, but losses stay on the device until some twenty of them are read at once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
 PERIOD = 20
-"""Detectron2's writers write as often."""
+"""As often as Detectron2's writers write."""
 
 
 class _ReadsLater:
-    """Of a SimpleTrainer: how it logs. A loss that is not finite is noticed when it is read."""
+    """Changes how a SimpleTrainer logs. A loss that is not finite is noticed when it is read."""
 
     iter: int
 

@@ -1,4 +1,4 @@
-"""Anchors, and the proposals that the RPN makes of them (Ren et al. 2015, section 3), for a whole batch at once."""
+"""Anchors, and the RPN's proposals from them (Ren et al. 2015, section 3), for a whole batch at once."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def grid_anchors(generator: DefaultAnchorGenerator, features: Sequence[Tensor]) 
 def propose(
     rpn: RPN, anchors: Sequence[Tensor], logits: Sequence[Tensor], deltas: Sequence[Tensor], corners: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The proposals that training takes: of each level the best, decoded, clipped, and without those that overlap.
+    """The proposals for training: the best of each level, decoded, clipped, and after non-maximum suppression.
 
-    A box that is not finite or too small is none. Training that diverges is noticed by its losses.
+    Boxes that are not finite or too small are dropped. Diverging training is noticed by its losses.
 
     Args:
         anchors: of each level, (A, 4).
@@ -41,7 +41,7 @@ def propose(
         corners: (N, 4), width, height, width and height of each image in pixels.
 
     Returns:
-        (N, P, 4), the best first, and which of them there are, (N, P).
+        (N, P, 4), the best first, and which of them are real, (N, P).
     """
     scores, shifts, sources = [], [], []
     for level_anchors, level_logits, level_deltas in zip(anchors, logits, deltas, strict=True):
@@ -68,7 +68,7 @@ def propose(
 def _kept(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Non-maximum suppression within each image, all images in one call: (N, K, 4) and (N, K) -> bool, (N, K).
 
-    The images lie apart, in float64: no box is rounded.
+    Boxes are offset by image, in float64, so that no box is rounded.
     """
     images, count = scores.shape
     apart = boxes.double() + (torch.arange(images, device=boxes.device) * 2.0**20)[:, None, None]

@@ -1,7 +1,7 @@
-"""Faster and Mask R-CNN (Ren et al. 2015, He et al. 2017) whose training losses are taken over the whole batch at once.
+"""Faster and Mask R-CNN (Ren et al. 2015, He et al. 2017) with training losses over the whole batch at once.
 
-They are Detectron2's. It loops over images, and in each it waits for the device several times; here the host waits for
-the NMS of each level, for the regions that are sampled and for those with an object, whatever the batch.
+The losses are Detectron2's. Detectron2 loops over images, and waits for the device several times in each; here the host
+only waits for the NMS of each level, for the sampled regions and for those with an object, at any batch size.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Losses = dict[str, Tensor]
 
 @META_ARCH_REGISTRY.register()
 class BatchedRCNN(GeneralizedRCNN):
-    """Detectron2's GeneralizedRCNN with another way to its training losses; its tensors and detections are the same."""
+    """Detectron2's GeneralizedRCNN with another computation of training losses; tensors and detections are the same."""
 
     sides: tuple[int, ...] = ()
     """Of MODEL.COMPILE, ``fixed_sides``; empty: nothing is compiled."""
 
     def forward(self, batch: list[dict[str, Any]]) -> Any:
-        """In training the losses by Detectron2's names, else what Detectron2 returns."""
+        """In training the losses, with Detectron2's names; else Detectron2's output."""
         if not self.training:
             return super().forward(batch)
         instances = [item["instances"] for item in batch]
@@ -51,9 +51,9 @@ class BatchedRCNN(GeneralizedRCNN):
         return losses | self._region_losses(features, regions, instances, images.shape[-2:])
 
     def _images(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Normalised, in a tensor of the size that Detectron2 gives it, and ``corners`` as ``propose`` has them.
+        """Normalised images in a tensor with Detectron2's size, and ``corners`` as in ``propose``.
 
-        With ``sides`` it may be larger: zeros beyond an image are what it has beside a larger one anyway.
+        With ``sides`` it may be larger: images beside larger ones are padded with zeros anyway.
         """
         constraints = self.backbone.padding_constraints
         step = max(constraints.get("size_divisibility", self.backbone.size_divisibility), 1)
@@ -100,7 +100,7 @@ class BatchedRCNN(GeneralizedRCNN):
 
 
 def objects_of(instances: Sequence[Instances]) -> tuple[Tensor, Tensor]:
-    """Boxes (N, M, 4) and classes (N, M) of the images' objects; class -1 where an image has less than M."""
+    """Boxes (N, M, 4) and classes (N, M) of the images' objects; class -1 if an image has fewer than M."""
     counts = [len(each) for each in instances]
     most, absent = max(1, *counts), sum(counts)
     places, first = [], 0
@@ -135,10 +135,10 @@ def propose_and_learn(
     classes: Tensor,
     corners: Tensor,
 ) -> tuple[tuple[Tensor, Tensor], Losses]:
-    """The RPN's proposals, as ``propose`` gives them, and its losses (Ren et al. 2015, equation 1).
+    """The RPN's proposals, from ``propose``, and its losses (Ren et al. 2015, equation 1).
 
     Args:
-        features, predictions: as ``dense`` gives them.
+        features, predictions: from ``dense``.
         boxes, classes: the objects, (N, M, 4) and (N, M); class -1 where there is none.
     """
     anchors = grid_anchors(rpn.anchor_generator, [features[name] for name in rpn.in_features])
@@ -171,7 +171,7 @@ def propose_and_learn(
 
 @torch.no_grad()
 def sample_regions(heads: ROIHeads, proposals: Tensor, are_there: Tensor, boxes: Tensor, classes: Tensor) -> Regions:
-    """The regions that the heads learn from: of proposals and objects, a share of each image's that meet an object."""
+    """The regions for training the heads, sampled from proposals and objects, with a share of positives per image."""
     exists = classes >= 0
     if heads.proposal_append_gt:
         proposals, are_there = torch.cat([proposals, boxes], dim=1), torch.cat([are_there, exists], dim=1)
@@ -198,7 +198,7 @@ def sample_regions(heads: ROIHeads, proposals: Tensor, are_there: Tensor, boxes:
 def pool(pooler: ROIPooler, features: Sequence[Tensor], rois: Tensor) -> Tensor:
     """Regions (R, 5) -> (R, C, H, W), each from its level of the pyramid (Lin et al. 2017, equation 1).
 
-    Every level is asked for all regions, and those of others lie outside it without area: they cost no sample.
+    All regions are passed to every level; those of other levels are outside it without area, and cost no sample.
     """
     if len(features) == 1:
         return pooler.level_poolers[0](features[0], rois)
@@ -244,7 +244,7 @@ def regression_loss(
 ) -> Tensor:
     """Smooth L1 between the predicted deltas and those from ``sources`` to ``targets``, summed over the positive.
 
-    All boxes are (..., 4), and so are the deltas: of the centre in units of the source's size, and of the size's log.
+    Boxes and deltas are (..., 4); deltas are of the centre, in units of the source's size, and of the log of the size.
     """
     targets = torch.where(positive[..., None], targets, sources)  # for the others any box will do, but one with area
     size, target_size = (boxes[..., 2:] - boxes[..., :2] for boxes in (sources, targets))
@@ -276,7 +276,7 @@ def mask_targets(
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device, without waiting for what that still has to do."""
+    """Copy to the device, without waiting for its pending work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
