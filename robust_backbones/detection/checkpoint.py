@@ -16,6 +16,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone.resnet import ResNet
 from detectron2.modeling.backbone.vit import ViT
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from robust_backbones.checkpoint.convert import REST, BackboneMetadata, apart, convert, metadata_in
@@ -145,10 +146,11 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return {**self.metadata.spec.to_dict(), **origin, **backbone}, self.metadata.threat_model
 
     def has_checkpoint(self) -> bool:
-        return newest_checkpoint(Path(self.save_dir)) is not None
+        return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        return str(newest_checkpoint(Path(self.save_dir)) or "")
+        """The one that the main process sees: another may see the folder later."""
+        return str(comm.all_gather(str(newest_checkpoint(Path(self.save_dir)) or ""))[0])
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with atomic_path(Path(self.save_dir) / "last_checkpoint") as temporary:

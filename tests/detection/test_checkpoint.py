@@ -16,10 +16,13 @@ from torch import nn
 from robust_backbones.checkpoint.convert import BackboneMetadata, convert, read_backbone, write_backbone
 from robust_backbones.checkpoint.format import write_checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
+from robust_backbones.detection import checkpoint as module
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors, newest_checkpoint
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, build_backbone
+from robust_backbones.runs.distributed import join_processes
 from robust_backbones.threat_models import ThreatModel
+from tests.conftest import start_ranks
 from tests.detection.conftest import base_config
 
 Maker = Callable[[str], Path]
@@ -164,6 +167,22 @@ def test_the_newest_checkpoint_is_found_without_a_note(tmp_path: Path) -> None:
     (tmp_path / "last_checkpoint").unlink()
     (tmp_path / "model_final.pth").touch()
     assert newest_checkpoint(tmp_path) == tmp_path / "model_final.pth"
+
+
+def test_all_processes_resume_from_the_main_ones_newest_checkpoint(small_cfg: CfgNode, tmp_path: Path) -> None:
+    """Another may see the folder later."""
+    for name in ("model_0000099", "model_0000199"):
+        (tmp_path / f"{name}.pth").touch()
+
+    def resume(rank: int, size: int) -> None:
+        with join_processes(torch.device("cpu")), pytest.MonkeyPatch.context() as patch:
+            if rank:
+                patch.setattr(module, "newest_checkpoint", lambda folder: folder / "model_0000099.pth")
+            checkpointer = BackboneCheckpointer(nn.Linear(1, 1), str(tmp_path), cfg=small_cfg)
+            assert checkpointer.has_checkpoint()
+            assert checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000199.pth")
+
+    start_ranks(resume, tmp_path / "said")
 
 
 def test_a_file_that_does_not_say_what_it_holds_is_refused(
