@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from robust_backbones.analysis.experiments import METRICS, experiments
+from robust_backbones.analysis.experiments import experiments
 from robust_backbones.analysis.paper.values import PAPER, PaperResult
 from robust_backbones.analysis.records import Primary, find_runs
 from robust_backbones.analysis.results import results
@@ -58,14 +58,10 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
         return _exploratory(manifest)
     primary = manifest.primary
     task = manifest.task(primary.task)
-    settings = task_settings(task)
-    kinds = [kind for kind in METRICS if kind != "segm" or settings["MODEL.MASK_ON"]]
-    sets = [f"{one}/" for one in settings["DATASETS.TEST"]] if len(settings["DATASETS.TEST"]) > 1 else [""]
-    reported = [f"{one}{kind}/{ap}" for one in sets for kind in kinds for ap in ("AP", "AP50", "AP75")]
-    if primary.metric not in reported:
+    if primary.metric not in (metrics := _reported(task)):
         raise InputError(
             f"{manifest.path}: reports have no {primary.metric} of task {task.name}: give primary one of "
-            f"{', '.join(reported)}"
+            f"{', '.join(metrics)}"
         )
     count, name = len(manifest.seeds_of(task)), primary.backbone or "the best backbone"
     standard = _threat_model(manifest, primary.standard)
@@ -185,16 +181,36 @@ def _paper(task: Task) -> list[PaperResult]:
     ]
 
 
+def _reported(task: Task) -> list[str]:
+    """The metrics of a task's detectors that have a table in reports."""
+    from robust_backbones.detection.datasets import evaluator_kind
+
+    settings = task_settings(task)
+    tests, own_voc = settings["DATASETS.TEST"], [row[0] for row in settings["DATASETS.VOC_FORMAT"]]
+    metrics = []
+    for test in tests:
+        name = test.removesuffix("_held_out")
+        kinds = ["bbox", *(["segm"] if settings["MODEL.MASK_ON"] else [])]
+        if name in own_voc:
+            kinds = ["bbox", "bbox-11point"]
+        elif evaluator_kind(name) == "pascal_voc":
+            kinds = ["bbox", "bbox-area" if "2007" in name else "bbox-11point"]
+        where = f"{test}/" if len(tests) > 1 else ""
+        metrics += [f"{where}{kind}/{ap}" for kind in kinds for ap in ("AP", "AP50", "AP75")]
+    return metrics
+
+
 def _exploratory(manifest: Manifest) -> list[str]:
     """Which of the paper's effects a study without a primary comparison could detect, at Holm's first step."""
     found = []
-    tests = 0
+    tests = 0  # of each metric that reports have, but for those of corruptions and attacks
     for task in manifest.tasks:
-        if not task.transfer:
-            backbones = (task.choose and task.choose.best) or len(task.backbones or manifest.backbones) - 1
-            papers = _paper(task)
-            tests += backbones * len(manifest.protocols_of(task)) * max(1, len(papers))
-            found += [(task, paper.metric, one) for paper in papers if (one := of_paper(paper))]
+        backbones = (task.choose and task.choose.best) or len(task.backbones or manifest.backbones) - 1
+        if task.transfer:
+            tests += backbones
+        else:
+            tests += backbones * len(manifest.protocols_of(task)) * len(_reported(task))
+            found += [(task, paper.metric, one) for paper in _paper(task) if (one := of_paper(paper))]
     if not found:
         return ["no primary comparison is declared: all comparisons are exploratory"]
     alpha = ALPHA / max(1, tests)

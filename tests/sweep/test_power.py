@@ -15,8 +15,10 @@ from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.sweep.manifest import Manifest, read_manifest
 from robust_backbones.sweep.power import Expected, check_power, of_paper, primary_of
+from tests.conftest import ROOT
 from tests.sweep.conftest import SMALL, SYNCBN, keys, planned, with_
 
+MASK = str(ROOT / "detectron_configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
 PRIMARY = {"task": "voc", "backbone": "robust", "metric": "bbox/AP"}
 
 
@@ -59,11 +61,18 @@ def test_an_underpowered_primary_comparison_is_refused(tmp_path: Path) -> None:
     assert "exploratory" in check_power(study(tmp_path, SMALL))[0]
 
 
-@pytest.mark.parametrize("metric", ["bbox/ap", "segm/AP", "voc_2007_test/bbox/AP"])
+@pytest.mark.parametrize("metric", ["bbox/ap", "segm/AP", "voc_2007_test/bbox/AP", "bbox-11point/AP"])
 def test_a_primary_metric_that_no_report_has_is_refused(tmp_path: Path, metric: str) -> None:
     """It was ignored, and the comparison with it."""
     with pytest.raises(InputError, match=rf"no {metric} of task voc: give primary one of bbox/AP, bbox/AP50"):
         check_power(study(tmp_path, with_(SMALL, "primary", {**PRIMARY, "metric": metric})))
+
+
+def test_exploratory_power_is_at_the_level_of_the_report_s_family(tmp_path: Path) -> None:
+    """Which has a test for each table: AP, AP50 and AP75 by both metrics of VOC, of boxes and masks of COCO."""
+    coco = {"config_files": [MASK], "overrides": {"SOLVER.AMP.ENABLED": False}}
+    told = check_power(study(tmp_path, with_(SMALL, "tasks/coco", coco)))
+    assert all("at 0.05 / 13 (" in line for line in told[1:3])  # 6 + 6, and the accuracy of the transfer
 
 
 def test_a_pilot_plans(tmp_path: Path) -> None:
