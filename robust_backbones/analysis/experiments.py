@@ -16,7 +16,7 @@ from robust_backbones.analysis.statistics import Summary, summarize
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.corruptions import CORRUPTIONS
 from robust_backbones.errors import InputError
-from robust_backbones.runs.identity import identity
+from robust_backbones.runs.identity import flat, identity
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer import finetune, linear_probe
@@ -220,17 +220,17 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
         InputError: two runs have the same settings but different results.
     """
     groups: dict[tuple[str, str], list[tuple[dict[str, Any], list[RecordedRun]]]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: not flat(run.record.config).get(_CONTENT)):
         if run.record.task in TASKS and "cell" not in run.record.config:
             alternatives = groups.setdefault((run.record.task, run.record.dataset), [])
             own = setting(run.record)
-            for known, members in alternatives:
-                # A record of before annotations were noted may be of those that the others have.
-                unsaid = {} if known.get(_CONTENT) and own.get(_CONTENT) else {_CONTENT: None}
-                if known | unsaid == own | unsaid:
-                    known.update({_CONTENT: own[_CONTENT]} if own.get(_CONTENT) else {})
-                    members.append(run)
-                    break
+            alike = [members for known, members in alternatives if known == own]
+            if not (alike or own.get(_CONTENT)):
+                # A record of before annotations were noted is taken to be of those that all others have.
+                unsaid = {_CONTENT: None}
+                alike = [members for known, members in alternatives if known | unsaid == own | unsaid]
+            if len(alike) == 1:
+                alike[0].append(run)
             else:
                 alternatives.append((own, [run]))
     order = list(TASKS)
@@ -408,7 +408,8 @@ def _key_and_value(key: str, setting: Mapping[str, Any]) -> str:
         what, value = attack[2].removeprefix("threat_model."), setting[key]
         return f"with a {attack[1]} attack" if what == "loss" else f"{attack[1]} attack's {what} {_fraction(value)}"
     if key == _CONTENT:
-        return "annotations " + ", ".join(f"{name} {digest[:8]}" for name, digest in setting.get(key, ()))
+        noted = ", ".join(f"{name} {digest[:8]}" for name, digest in setting.get(key, ()))
+        return f"annotations {noted or 'not noted'}"
     if key == "adversarial_training":
         return f"fine-tuned adversarially, {setting[key]}" if setting.get(key) else "fine-tuned as usual"
     if key not in setting:

@@ -442,15 +442,19 @@ def test_runs_of_other_settings_are_not_pooled(tmp_path: Path) -> None:
 
 
 def test_runs_on_other_annotations_are_not_pooled(tmp_path: Path) -> None:
-    """Under one name; those of a record of before they were noted are taken for those of the others."""
+    """Under one name; those of a record of before they were noted are taken for those of the others, if these agree."""
     runs = [record("L2:3", seed) for seed in (0, 1, 2)]
     for run, digest in zip(runs[1:], ("a" * 64, "b" * 64), strict=True):
         run.config["DATASETS"]["CONTENT"] = [["mine", digest]]
-    found = experiments(find_runs([write(tmp_path, *runs)]))
-    assert [(one.setting, len(one.runs)) for one in found] == [
-        ("annotations mine aaaaaaaa", 2),
-        ("annotations mine bbbbbbbb", 1),
-    ]
+    for own in (runs, runs[::-1]):
+        found = experiments([RecordedRun(tmp_path, one) for one in own])
+        assert sorted((one.setting, len(one.runs)) for one in found) == [
+            ("annotations mine aaaaaaaa", 1),
+            ("annotations mine bbbbbbbb", 1),
+            ("annotations not noted", 1),
+        ]
+        (one,) = experiments([RecordedRun(tmp_path, one) for one in own if one is not runs[2]])
+        assert len(one.runs) == 2
 
 
 def test_sets_whose_names_are_alike_in_files_have_tables_of_their_own(tmp_path: Path) -> None:
