@@ -10,6 +10,7 @@ from pathlib import Path
 
 from robust_backbones.analysis.tables import write_text
 from robust_backbones.errors import InputError
+from robust_backbones.runs.files import DAMAGED
 from robust_backbones.runs.identity import flat
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
@@ -87,8 +88,10 @@ class Primary:
         try:
             values = json.loads(path.read_text())
             return cls(str(values["metric"]), tuple(map(str, values["runs"])))
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} declares no comparison ({error!r}): set its study up again") from None
+        except DAMAGED as error:
+            raise InputError(
+                f"{path} declares no comparison ({error!r}): remove it, and set its study up again"
+            ) from None
 
 
 def find_primary(folders: Sequence[str | Path]) -> Primary | None:
@@ -157,7 +160,7 @@ def _read_records(path: Path) -> list[RecordedRun]:
         try:
             values = json.loads(line)
             folder, record = Path(values.pop("folder")), RunRecord.of(values)
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        except DAMAGED as error:
             raise InputError(f"{path} holds no record in line {number} ({error}): make the report again") from None
         where = f"{path}, line {number}"
         runs.append(RecordedRun(path.parent / f"{number:04d}" / folder, _checked(record, where), where))

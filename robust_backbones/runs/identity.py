@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from robust_backbones.errors import InputError
+from robust_backbones.runs.files import DAMAGED
 
 FREE = frozenset(
     {
@@ -99,7 +100,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         return flat(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+    except (OSError, yaml.YAMLError, *DAMAGED):
         raise InputError(f"cannot read {path}: remove its folder, or choose another one") from None
 
 

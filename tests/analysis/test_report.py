@@ -676,6 +676,13 @@ def test_a_broken_line_of_records_is_named(
     assert words in err
 
 
+@pytest.mark.parametrize("content", ["", "[", "null", "[1]", "{}", "\0", '{"metric": "a", "runs": 7}', "[" * 100_000])
+def test_a_damaged_declaration_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "primary.json").write_text(content)
+    with pytest.raises(InputError, match=r"primary\.json declares no comparison .*: remove it"):
+        find_primary([tmp_path])
+
+
 def test_paths_of_bytes_that_are_no_text_are_reported(run_tool: Run, tmp_path: Path) -> None:
     """As a folder called in Latin-1 has them: what differs between two runs is said in every table."""
     one, other = (

@@ -31,9 +31,10 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
         claim(folder, {"lr": 1, "attack": {"steps": 4}, "new": 1, "sizes": []})
     with pytest.raises(InputError, match="no run of ours"):
         claim(tmp_path, config)
-    (folder / "config.json").write_text("[")
-    with pytest.raises(InputError, match="cannot read"):
-        claim(folder, config)
+    for damaged in ("[", "[1]", "\0", "[" * 100_000):
+        (folder / "config.json").write_text(damaged)
+        with pytest.raises(InputError, match="cannot read"):
+            claim(folder, config)
 
 
 def claim_at(moment: float, folder: Path, lr: float) -> str:
