@@ -51,11 +51,11 @@ INTRODUCTION = """# Benchmarks
 
 Made by `python tools/benchmark.py page` from the records in `docs/benchmarks`, which `make bench` writes.
 
-Two ways to do the same work take turns, each in a process of its own and on the same PyTorch; each round begins with
-another way. What they compute is compared before any time counts, and a benchmark whose ways differ prints no time.
-On CPUs the seconds are processor seconds; other processes, which these do not count, still take caches and memory from
-both sides. Ratios are the median over rounds, with the least and the greatest round in brackets. Other software runs in
-an environment of its own, which the tool installs. A GPU is idle while a turn takes longer than its kernels.
+Several ways to do the same work take turns, each in a separate process with the same PyTorch; each round starts with
+another way. Their results are compared before any timing, and a benchmark whose ways differ prints no time.
+On CPUs, seconds are processor seconds; these do not include other processes, which still take caches and memory from
+both sides. Ratios are medians over rounds, with the smallest and the largest round in brackets. Other software runs in
+a separate environment, which the tool installs. A GPU is idle for as long as a turn exceeds the time of its kernels.
 """
 
 
@@ -203,7 +203,7 @@ def _reaches(ordered: Sequence[Record], found: Mapping[str, Record]) -> str:
     for processor, found_rates in rates.items():
         rate = median(found_rates)
         text += f"\n\nOn the {processor} a matrix product in bfloat16 runs at {rate:.2f} times the speed of float32"
-        slow = ": what bf16 was to give needs hardware that is fast at it (AVX512-BF16, AMX, or a GPU)."
+        slow = ": the target for bf16 needs hardware that is fast at it (AVX512-BF16, AMX, or a GPU)."
         text += slow if rate < 1 else "."
     return text
 
@@ -234,7 +234,7 @@ def _checks(record: Record) -> str:
     if not checks:
         return ""
     rows = [[c["what"], f"{c['found']:.2g}", f"{c['limit']:g}"] for c in checks]
-    return "Compared before any time counted:\n\n" + Table.of(["what", "found", "allowed"], rows).to_markdown()
+    return "Compared before timing:\n\n" + Table.of(["what", "found", "allowed"], rows).to_markdown()
 
 
 def _fit(series: Record) -> LinearFit | None:
