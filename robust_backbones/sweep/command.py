@@ -343,10 +343,6 @@ def collect(plan: Plan, folder: Path | None) -> int:
         with atomic_path(folder / PRIMARY) as temporary:
             temporary.write_bytes((plan.output / PRIMARY).read_bytes())
     left = sum(state != "done" for state in plan.states().values())
-    print(
-        plural(len(paths), "record")
-        + (f" copied to {folder}" if folder else "")
-        + (f"; {plural(left, 'run')} not done" * bool(left)),
-        file=sys.stderr,
-    )
+    copied, rest = f" copied to {folder}" * bool(folder), f"; {plural(left, 'run')} not done" * bool(left)
+    print(f"{plural(len(paths), 'record')}{copied}{rest}", file=sys.stderr)
     return 0

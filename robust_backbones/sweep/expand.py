@@ -299,14 +299,9 @@ class _Expansion:
         for config in (parsed.config, *([parsed.grid] if hasattr(parsed, "grid") else [])):
             settings |= config.to_dict()
             defaults |= type(config)().to_dict()
-        settings |= {
-            "mode": task.transfer,
-            "dataset": Path(task.dataset).name,
-            "metric": parsed.metric,
-            "split": parsed.split,
-        }
+        settings |= {"mode": task.transfer, "dataset": Path(task.dataset).name, "weights": source.weights}
+        settings |= {"metric": parsed.metric, "split": parsed.split}
         defaults["split"] = "drawn"
-        settings["weights"] = source.weights
         label = label or labels_of([Path(source.path)])[0]
         trials = seeds[:1] if settings.get("solver") == "lbfgs" else seeds  # its optimum is no matter of seeds
         results = tuple(f"{label}/seed_{seed}/record.json" for seed in trials)

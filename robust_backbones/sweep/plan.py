@@ -47,14 +47,8 @@ class Run:
         """``argv`` for this many processes, one per GPU, on each of the machines."""
         if self.kind == "detect":
             module, verb, *options = self.argv
-            return [
-                module,
-                verb,
-                "--num-gpus",
-                str(processes),
-                *(machines.of_detectron2() if machines else ()),
-                *options,
-            ]
+            where = machines.of_detectron2() if machines else ()
+            return [module, verb, "--num-gpus", str(processes), *where, *options]
         if self.kind == "pretrain" and (processes > 1 or machines):
             where = machines.of_torchrun() if machines else ("--standalone",)
             return ["torch.distributed.run", *where, f"--nproc-per-node={processes}", "-m", *self.argv]

@@ -55,12 +55,7 @@ class HeadBank(Heads):
     """
 
     def __init__(
-        self,
-        classifiers: Sequence[nn.Linear],
-        settings: Sequence[Setting],
-        *,
-        momentum: float,
-        device: torch.device,
+        self, classifiers: Sequence[nn.Linear], settings: Sequence[Setting], *, momentum: float, device: torch.device
     ) -> None:
         def a_setting_each(tensors: list[Tensor]) -> Tensor:
             return torch.stack(tensors).detach().to(device)[:, None].repeat_interleave(len(settings), dim=1)
