@@ -51,15 +51,8 @@ def expand(manifest: Manifest) -> Plan:
         runs = expansion.runs()
     except InputError as error:
         raise InputError(f"{manifest.path}: {error}") from None
-    return Plan(
-        manifest.name,
-        str(manifest.path.absolute()),
-        manifest.output,
-        runs,
-        manifest.cost,
-        expansion.choices,
-        expansion.pending,
-    )
+    path = str(manifest.path.absolute())
+    return Plan(manifest.name, path, manifest.output, runs, manifest.cost, expansion.choices, expansion.pending)
 
 
 @dataclass(frozen=True)

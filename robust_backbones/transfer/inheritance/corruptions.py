@@ -97,11 +97,10 @@ def evaluate_corruptions(
     load_library()  # it says so when it is missing, before anything is written
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(Path(checkpoint))
     data, output, compute = Path(data), Path(output), Compute(available(device), config.precision)
-    known = checkpoint.spec
-    config = fed_as(config, known)
+    config = fed_as(config, checkpoint.spec)
     dataset = open_dataset(data, config.val_transform())
     check_classes(dataset.classes, data, checkpoint)
-    everything = tuple(range(known.num_classes))
+    everything = tuple(range(checkpoint.spec.num_classes))
     images = RelatedSet(data.name, dataset, everything).limited(config.limit, seed=config.seed).images
     about = {**asdict(config), "data": data.name, "images": len(images), FINGERPRINT: images.fingerprint()}
     if reference is not None:
@@ -109,7 +108,6 @@ def evaluate_corruptions(
     usual = asdict(fed_as(CorruptionConfig(), BackboneSpec()))
     identity = {**about, "checkpoint_sha256": checkpoint.source_sha256}
     network = for_evaluation(checkpoint.in_rgb().model().to(compute.device), compute)
-
     fields = {**checkpoint.record_fields(), "dataset": data.name, "seed": config.seed}
 
     def write(folder: Path, run_id: str, metrics: dict[str, float | None], seconds: float, **more: Any) -> RunRecord:
