@@ -1,4 +1,4 @@
-# make demo    the whole path on synthetic shapes, one table and one picture
+# make demo    the whole pipeline on synthetic shapes, one table and one picture
 # make test    every test; make check: format, lint, types and the fast tests
 # make trials  what takes too long for a test: kills, damaged files, an hour in one process
 # make bench   every benchmark against other software, and docs/benchmarks.md

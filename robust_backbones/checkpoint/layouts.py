@@ -41,7 +41,7 @@ DILATED = "dilated"
 
 @dataclass(frozen=True)
 class Source:
-    """One layout of checkpoints: what tells it, and what its makers feed the network."""
+    """One layout of checkpoints: how it is recognised, and its authors' preprocessing."""
 
     description: str
     sign: str = ""
