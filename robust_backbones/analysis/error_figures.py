@@ -37,7 +37,7 @@ def error_figure(errors: Mapping[str, DetectionErrors], title: str, path: Path) 
         title: what is evaluated, such as a detector and a test set.
         path: of its files, without suffixes.
 
-        Raises:
+    Raises:
         InputError: there are no conditions, or more than MOST_CURVES.
     """
     if not 0 < len(errors) <= MOST_CURVES:
