@@ -16,7 +16,7 @@ from robust_backbones.analysis.statistics import Summary, summarize
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.corruptions import CORRUPTIONS
 from robust_backbones.errors import InputError
-from robust_backbones.runs.identity import flat, identity
+from robust_backbones.runs.identity import DIGESTS, flat, identity
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer import finetune, linear_probe
@@ -67,7 +67,6 @@ _NAMING = (
     "INPUT.MIN_SIZE_TEST",
     "DATASETS.TRAIN",
 )
-_CONTENT = "DATASETS.CONTENT"
 
 
 @dataclass(frozen=True)
@@ -220,14 +219,14 @@ def experiments(runs: Sequence[RecordedRun]) -> list[Experiment]:
         InputError: two runs have the same settings but different results.
     """
     groups: dict[tuple[str, str], list[tuple[dict[str, Any], list[RecordedRun]]]] = {}
-    for run in sorted(runs, key=lambda run: not flat(run.record.config).get(_CONTENT)):
+    for run in sorted(runs, key=lambda run: not flat(run.record.config).get(DIGESTS)):
         if run.record.task in TASKS and "cell" not in run.record.config:
             alternatives = groups.setdefault((run.record.task, run.record.dataset), [])
             own = setting(run.record)
             alike = [members for known, members in alternatives if known == own]
-            if not (alike or own.get(_CONTENT)):
+            if not (alike or own.get(DIGESTS)):
                 # A record of before annotations were noted is taken to be of those that all others have.
-                unsaid = {_CONTENT: None}
+                unsaid = {DIGESTS: None}
                 alike = [members for known, members in alternatives if known | unsaid == own | unsaid]
             if len(alike) == 1:
                 alike[0].append(run)
@@ -407,7 +406,7 @@ def _key_and_value(key: str, setting: Mapping[str, Any]) -> str:
             return f"without the {attack[1]} attack"
         what, value = attack[2].removeprefix("threat_model."), setting[key]
         return f"with a {attack[1]} attack" if what == "loss" else f"{attack[1]} attack's {what} {_fraction(value)}"
-    if key == _CONTENT:
+    if key == DIGESTS:
         noted = ", ".join(f"{name} {digest[:8]}" for name, digest in setting.get(key, ()))
         return f"annotations {noted or 'not noted'}"
     if key == "adversarial_training":

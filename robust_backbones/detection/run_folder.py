@@ -26,7 +26,7 @@ from robust_backbones.detection.datasets import annotation_digests
 from robust_backbones.errors import InputError, TrainingFailedError, plural
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.runs.folders import began
-from robust_backbones.runs.identity import check_same, differences, read_settings
+from robust_backbones.runs.identity import DIGESTS, check_same, differences, read_settings
 from robust_backbones.runs.record import RunRecord
 
 
@@ -54,20 +54,19 @@ def check_folder(cfg: CfgNode, *, resume: bool, extend: bool = False) -> bool:
     held = read_settings(path)
     if (conversion := _conversion(cfg.MODEL.WEIGHTS)) and conversion == _conversion(held.get("MODEL.WEIGHTS", "")):
         held["MODEL.WEIGHTS"] = cfg.MODEL.WEIGHTS
-    content, before = dict(cfg.DATASETS.CONTENT), dict(held.pop("DATASETS.CONTENT", ()))
+    content, before = dict(cfg.DATASETS.CONTENT), dict(held.get(DIGESTS, ()))
     if other := [name for name in content if before.get(name, content[name]) != content[name]]:
         raise InputError(
             f"{folder} holds a run on other annotations of {', '.join(other)}: choose another output folder, or put "
             "back the files that it began with"
         )
-    held["DATASETS.CONTENT"] = cfg.DATASETS.CONTENT
     cfg.SOLVER.EXTENDED = held.get("SOLVER.EXTENDED", ())
     if not cfg.DATASETS.SKIPPED:  # the list of the first start holds for the whole run
         cfg.DATASETS.SKIPPED = held.get("DATASETS.SKIPPED", ())
     if cfg.SEED < 0:
         cfg.SEED = held.get("SEED", cfg.SEED)
     changed = {*differences(held, cfg, DETECTOR_KEYS)}
-    longer = held["SOLVER.MAX_ITER"] < cfg.SOLVER.MAX_ITER and changed <= {"SOLVER.MAX_ITER", "SOLVER.STEPS"}
+    longer = changed <= {"SOLVER.MAX_ITER", "SOLVER.STEPS"} and held["SOLVER.MAX_ITER"] < cfg.SOLVER.MAX_ITER
     if longer and not extend:
         raise InputError(
             f"{folder} holds this run, planned for {plural(held['SOLVER.MAX_ITER'], 'iteration')}: train "

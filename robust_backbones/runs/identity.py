@@ -42,6 +42,8 @@ FREE = frozenset(
 """Settings that do not belong to a run's identity."""
 FINGERPRINT = "data_fingerprint"
 """The setting, or those below it, that identifies data by content: from ``ClassificationDataset.fingerprint``."""
+DIGESTS = "DATASETS.CONTENT"
+"""The setting that identifies a detector's annotations by content: rows of (set, SHA-256)."""
 Settings = Mapping[str, Any]
 
 
@@ -74,8 +76,11 @@ def differences(held: Settings, own: Settings, defaults: Settings | None = None)
 def _is_same(name: str, held: Any, own: Any) -> bool:
     """Whether values are equal; of fingerprints, three of four images, as unreadable ones may be repaired or removed.
 
-    A folder from before fingerprints existed may have any data.
+    A folder from before fingerprints existed may have any data, and so may a set whose digest only one of two has.
     """
+    if name == DIGESTS:
+        one, other = dict(held or ()), dict(own or ())
+        return all(one[data] == other[data] for data in one.keys() & other.keys())
     if name.partition(".")[0] != FINGERPRINT:
         return bool(held == own)
     if not (held and own):

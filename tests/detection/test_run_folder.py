@@ -7,7 +7,7 @@ import yaml
 from detectron2.config import CfgNode
 
 from robust_backbones.detection.datasets import register_datasets
-from robust_backbones.detection.run_folder import check_folder, set_up
+from robust_backbones.detection.run_folder import check_folder, keep_other_record, set_up, write_record
 from robust_backbones.errors import InputError
 
 
@@ -132,6 +132,25 @@ def test_a_damaged_configuration_is_an_error_of_one_line(cfg: CfgNode, content: 
     with pytest.raises(InputError, match=r"cannot read .*config\.yaml") as error:
         check_folder(cfg, resume=True)
     assert "\n" not in str(error.value)
+
+
+def test_a_configuration_of_another_program_is_another_run(cfg: CfgNode) -> None:
+    """It ended in a KeyError."""
+    begin(cfg)
+    (Path(cfg.OUTPUT_DIR) / "config.yaml").write_text("model: resnet\n")
+    with pytest.raises(InputError, match="holds another run"):
+        check_folder(cfg, resume=True)
+
+
+def test_a_record_of_before_annotations_were_noted_is_of_the_same_settings(cfg: CfgNode) -> None:
+    """It was renamed, and called one of other weights or settings."""
+    path = Path(cfg.OUTPUT_DIR) / "eval_record.json"
+    write_record(path.name, cfg, {}, backbone={}, threat_model=None, seconds=1.0, data_warnings={})
+    for content, is_kept in (((), True), ((("a", "1"),), True), ((("a", "2"),), False)):
+        cfg.DATASETS.CONTENT = content
+        keep_other_record(path.name, cfg)
+        assert path.exists() == is_kept
+        write_record(path.name, cfg, {}, backbone={}, threat_model=None, seconds=1.0, data_warnings={})
 
 
 @pytest.mark.parametrize("name", ["model_0000099.pth", "record.json"])
