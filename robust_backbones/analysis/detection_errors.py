@@ -19,7 +19,7 @@ ORACLES = (*ERRORS, "false positives", "false negatives")
 FOREGROUND_IOU = 0.5
 BACKGROUND_IOU = 0.1
 MOST_DETECTIONS = 100
-"""Number of detections per image and class, those with the best scores, as in COCO's evaluation."""
+"""Number of detections per image and class that count, those with the best scores: COCO's."""
 
 _REGIONS = {"bbox": "bbox", "segm": "segmentation"}
 _KINDS = (*ERRORS, "right", "ignored")
@@ -41,7 +41,9 @@ class DetectionErrors:
     """By ORACLES, the number of wrong detections; for ``missed`` and ``false negatives``, of objects."""
 
 
-def detection_errors(ground_truth: Any, detections: Iterable[Mapping[str, Any]], task: str) -> DetectionErrors:
+def detection_errors(
+    ground_truth: Any, detections: Iterable[Mapping[str, Any]], task: str, *, most: int = MOST_DETECTIONS
+) -> DetectionErrors:
     """The errors of a detector, and what each type costs (TIDE, sections 2.2 to 2.4).
 
     Detections are matched with objects as in COCO's evaluation at IoU 0.5. An unmatched one is the first of these that
@@ -65,6 +67,7 @@ def detection_errors(ground_truth: Any, detections: Iterable[Mapping[str, Any]],
         ground_truth: In COCO's format, as a dict or a COCO API.
         detections: In COCO's result format, with the ids of ``ground_truth``.
         task: ``bbox`` or ``segm``.
+        most: how many detections of a class in an image count, the best.
 
     Raises:
         InputError: the task is neither; a detection or annotation does not fit; there is no object to find.
@@ -88,7 +91,7 @@ def detection_errors(ground_truth: Any, detections: Iterable[Mapping[str, Any]],
             image = images[row["image_id"]]
             (image.objects if name == "annotation" else image.detections).append(row)
 
-    found, objects = _judge_all(images.values(), classes, _REGIONS[task])
+    found, objects = _judge_all(images.values(), classes, _REGIONS[task], most)
     if not objects.wanted.any():
         raise InputError("the ground truth has no object to find: without one, AP is not defined")
     ap50 = _ap50(found, objects)
@@ -148,13 +151,15 @@ class _Objects:
     missed: Bools
 
 
-def _judge_all(images: Iterable[_Image], classes: Mapping[Any, int], region: str) -> tuple[_Detections, _Objects]:
+def _judge_all(
+    images: Iterable[_Image], classes: Mapping[Any, int], region: str, most: int
+) -> tuple[_Detections, _Objects]:
     scores, found, objects, first = [np.empty(0)], [], [], 0
     for image in images:
         object_classes = np.array([classes[row["category_id"]] for row in image.objects], int)
         crowd = np.array([bool(row.get("iscrowd")) for row in image.objects], bool)
         wanted = ~crowd & ~np.array([bool(row.get("ignore")) for row in image.objects], bool)
-        best, best_scores, best_classes = _best_detections(image.detections, classes)
+        best, best_scores, best_classes = _best_detections(image.detections, classes, most)
         overlaps = _overlaps(best, image.objects, region, image.info)
         same_class = best_classes[:, None] == object_classes
         matches = _match(np.where(same_class, overlaps, -1), wanted, crowd)
@@ -173,14 +178,14 @@ def _judge_all(images: Iterable[_Image], classes: Mapping[Any, int], region: str
 
 
 def _best_detections(
-    rows: Sequence[Mapping[str, Any]], classes: Mapping[Any, int]
+    rows: Sequence[Mapping[str, Any]], classes: Mapping[Any, int], most: int
 ) -> tuple[list[Mapping[str, Any]], Floats, Ints]:
     """An image's detections that count, best score first, with their scores and classes."""
     scores = np.array([row["score"] for row in rows], float)
     order = np.argsort(-scores, kind="stable")
     own = np.array([classes[row["category_id"]] for row in rows], int)[order]
-    if len(rows) > MOST_DETECTIONS:
-        kept = np.sort(np.concatenate([np.flatnonzero(own == c)[:MOST_DETECTIONS] for c in np.unique(own)]))
+    if len(rows) > most:
+        kept = np.sort(np.concatenate([np.flatnonzero(own == c)[:most] for c in np.unique(own)]))
         order, own = order[kept], own[kept]
     return [rows[place] for place in order], scores[order], own
 

@@ -32,6 +32,7 @@ from robust_backbones.classification.compute import available
 from robust_backbones.classification.robustness import RobustnessConfig, evaluate_robustness
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions, EvaluationOptions
+from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES
 from robust_backbones.errors import InputError, TrainingFailedError, plural
 from robust_backbones.runs.files import write_json
@@ -236,11 +237,12 @@ def draw_errors(output: Path, images: ImageChoice, record: RunRecord, names: Seq
     from robust_backbones.detection.evaluators import ground_truth
 
     chosen = names or ["clean", *(cell for cell in record.config["cells"] if cell.startswith(("domain-", "attack-")))]
-    errors = {}
+    errors, most = {}, (record.config.get("TEST.MAX_DETS") or DETECTOR_KEYS["TEST.MAX_DETS"])[-1]
     for cell in chosen[:MOST_CURVES]:
         folder = output / "cells" / cell
         truth = ground_truth(take_images(RunRecord.read(folder / "record.json").dataset, images, output / "images"))
-        errors[cell] = detection_errors(truth, json.loads((folder / "detections.json").read_text()), "bbox")
+        found = json.loads((folder / "detections.json").read_text())
+        errors[cell] = detection_errors(truth, found, "bbox", most=most)
     title = f"{record.dataset}, {plural(record.config['images'], 'image')}"
     error_figure(errors, title, output / "errors")
     rest = chosen[MOST_CURVES:]

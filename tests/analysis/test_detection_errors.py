@@ -177,7 +177,7 @@ def test_boundaries_of_overlap() -> None:
     assert [kind(box, DOG) for box in (half, less, tenth, little)] == ["classification", "both", "both", "background"]
 
 
-def evaluated(ground_truth: Truth, detections: Rows, task: str = "bbox") -> COCOeval:
+def evaluated(ground_truth: Truth, detections: Rows, task: str = "bbox", most: int = 100) -> COCOeval:
     """pycocotools at IoU 0.5, taught to heed ``ignore``."""
 
     class Heeding(COCOeval):  # type: ignore[misc]
@@ -202,7 +202,7 @@ def evaluated(ground_truth: Truth, detections: Rows, task: str = "bbox") -> COCO
         evaluator = Heeding(api, api.loadRes(rows) if rows else empty, task)
         evaluator.params.iouThrs = np.array([0.5])
         evaluator.params.areaRng, evaluator.params.areaRngLbl = [[0, 1e10]], ["all"]
-        evaluator.params.maxDets = [100]
+        evaluator.params.maxDets = [most]
         evaluator.evaluate()
         evaluator.accumulate()
     return evaluator
@@ -214,8 +214,8 @@ def coco_aps(evaluator: COCOeval) -> list[float]:
     return [100 * column.mean() if (column > -1).all() else math.nan for column in precision.T]
 
 
-def coco_ap50(ground_truth: Truth, detections: Rows, task: str = "bbox") -> float:
-    return float(np.nanmean(coco_aps(evaluated(ground_truth, detections, task))))
+def coco_ap50(ground_truth: Truth, detections: Rows, task: str = "bbox", most: int = 100) -> float:
+    return float(np.nanmean(coco_aps(evaluated(ground_truth, detections, task, most))))
 
 
 # Few places, sizes and scores: overlaps and scores are often equal.
@@ -228,16 +228,16 @@ DETECTIONS = st.tuples(PLACED, st.integers(1, 4))
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.lists(OBJECTS, max_size=14), st.lists(DETECTIONS, max_size=30))
-def test_ap50_is_that_of_pycocotools(placed: list[Any], scored: list[Any]) -> None:
+@given(st.lists(OBJECTS, max_size=14), st.lists(DETECTIONS, max_size=30), st.sampled_from((1, 2, 100)))
+def test_ap50_is_that_of_pycocotools(placed: list[Any], scored: list[Any], most: int) -> None:
     objects = [{**row, flag: 1} for row, flag in placed] + [
         {"image_id": 1, "category_id": 2, "bbox": [30, 30, 5, 5]},  # something to find
     ]
     detections = [{**row, "score": score / 4} for row, score in scored]
     ground_truth = truth(objects, images=4, classes=(3, 1, 2))
     before = copy.deepcopy((ground_truth, detections))
-    errors = detection_errors(ground_truth, detections, "bbox")
-    assert errors.ap50 == pytest.approx(coco_ap50(ground_truth, detections), abs=1e-9)
+    errors = detection_errors(ground_truth, detections, "bbox", most=most)
+    assert errors.ap50 == pytest.approx(coco_ap50(ground_truth, detections, most=most), abs=1e-9)
     assert min(errors.delta_ap.values()) >= -1e-9  # no oracle harms
     assert errors.counts["false positives"] == sum(errors.counts[name] for name in ERRORS) - errors.counts["missed"]
     assert (ground_truth, detections) == before

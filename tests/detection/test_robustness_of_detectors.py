@@ -424,6 +424,18 @@ def test_attacks(few: Path, run: Path, tmp_path: Path, run_tool: Run) -> None:
     assert (status, "no cell fog-3 was evaluated" in err) == (2, True)
 
 
+def test_errors_are_of_as_many_detections_as_ap_is(run: Path, tmp_path: Path, run_tool: Run) -> None:
+    """Of 100 of a class they were, whatever TEST.MAX_DETS."""
+    shutil.copytree(run, tmp_path / "run")
+    cfg = load_config(run / "config.yaml", ["TEST.MAX_DETS", (1, 2)])
+    (tmp_path / "run/config.yaml").write_text(cfg.dump())
+    output = tmp_path / "out"
+    words = command(tmp_path / "run", output, "--corruptions", "none", "--limit", "3", "--workers", "0")
+    assert run_tool(*words)[0] == 0
+    (row,) = csv.DictReader((output / "errors.csv").read_text().splitlines())
+    assert float(row["AP50"]) == pytest.approx(metrics(output, "clean")["bbox/AP50"])
+
+
 @pytest.mark.slow
 def test_a_target_is_an_attack_of_its_own(run: Path, tmp_path: Path, run_tool: Run) -> None:
     output = tmp_path / "out"
