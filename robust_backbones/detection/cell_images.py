@@ -24,7 +24,8 @@ class ImageChoice:
 
     limit: int | None = None
     """Number of annotated images (of each domain too); a larger limit takes the same ones and more. Classes that they
-    do not show count as AP 0 by VOC 2007's metric, and not at all by COCO's."""
+    do not show count as AP 0 by VOC 2007's metric, leave VOC 2012's undefined if they are detected, and do not count by
+    COCO's nor in your own sets in VOC's format."""
     seed: int = 0
     """Determines the corruptions' random numbers and, with a limit, which images are taken."""
 

@@ -88,9 +88,7 @@ def check_weights(cfg: CfgNode, *, resume: bool, whole_detector: bool) -> None:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DEVICE = "cpu"
-    with usable("detector"):
-        model = build_model(cfg)
-    checkpointer = BackboneCheckpointer(model, cfg.OUTPUT_DIR, cfg=cfg, whole_detector=whole_detector)
+    checkpointer = BackboneCheckpointer(build_detector(cfg), cfg.OUTPUT_DIR, cfg=cfg, whole_detector=whole_detector)
     content = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume and not whole_detector)
     if whole_detector:
         known = categories_of(content, cfg, cfg.MODEL.WEIGHTS)
