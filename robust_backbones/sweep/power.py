@@ -209,7 +209,8 @@ def _exploratory(manifest: Manifest) -> list[str]:
         if task.transfer:
             tests += backbones
         else:
-            tests += backbones * len(manifest.protocols_of(task)) * len(_reported(task))
+            settings = len(manifest.protocols_of(task)) * math.prod(map(len, task.grid.values()))
+            tests += backbones * settings * len(_reported(task))
             found += [(task, paper.metric, one) for paper in _paper(task) if (one := of_paper(paper))]
     if not found:
         return ["no primary comparison is declared: all comparisons are exploratory"]

@@ -71,8 +71,9 @@ def test_a_primary_metric_that_no_report_has_is_refused(tmp_path: Path, metric: 
 def test_exploratory_power_is_at_the_level_of_the_report_s_family(tmp_path: Path) -> None:
     """Which has a test for each table: AP, AP50 and AP75 by both metrics of VOC, of boxes and masks of COCO."""
     coco = {"config_files": [MASK], "overrides": {"SOLVER.AMP.ENABLED": False}}
-    told = check_power(study(tmp_path, with_(SMALL, "tasks/coco", coco)))
-    assert all("at 0.05 / 13 (" in line for line in told[1:3])  # 6 + 6, and the accuracy of the transfer
+    for grid, tests in (({}, 13), ({"SOLVER.BASE_LR": [0.01, 0.02]}, 19)):  # 6 + 6, and the accuracy of the transfer
+        told = check_power(study(tmp_path, with_(SMALL, "tasks/coco", {**coco, "grid": grid})))
+        assert all(f"at 0.05 / {tests} (" in line for line in told[1:3])
 
 
 def test_a_pilot_plans(tmp_path: Path) -> None:
