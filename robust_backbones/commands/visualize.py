@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from robust_backbones.analysis.tables import Table, write_text
@@ -48,7 +47,7 @@ from robust_backbones.classification.visualization import (
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DEVICE, Device
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
-from robust_backbones.data.decoding import visible
+from robust_backbones.data.decoding import is_image, visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, check_crop, plural
@@ -251,7 +250,7 @@ def open_photographs(options: PhotographOptions) -> tuple[Photographs, str]:
     folder = options.data
     transform = val_transform(options.image_size, resize=options.val_resize)
     if folder.is_dir() and not any(path.is_dir() or path.suffix == ".tar" for path in visible(folder)):
-        names = [path.name for path in visible(folder) if path.suffix.lower() in IMG_EXTENSIONS]
+        names = [path.name for path in visible(folder) if is_image(path.name)]
         if not names:
             raise InputError(f"no image in {folder}: give a folder of images, or of a folder of images a class")
         dataset = ClassificationDataset(ImageFiles(folder, ["any"], [0] * len(names), names), transform)

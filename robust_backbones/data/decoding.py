@@ -6,6 +6,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import cv2
@@ -69,11 +70,17 @@ def decode(data: bytes, name: str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
+@cache
 def image_suffixes() -> tuple[str, ...]:
     """Suffixes, such as ``.jpg``, of the image files that Pillow reads by itself."""
     Image.init()
     kinds = Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # need other programs
     return tuple(suffix for suffix, kind in sorted(Image.registered_extensions().items()) if kind in kinds)
+
+
+def is_image(path: str) -> bool:
+    """Whether a file, by its path within a data set, is an image of it: not hidden, of a format that Pillow reads."""
+    return path.lower().endswith(image_suffixes()) and not is_hidden(path)
 
 
 def is_hidden(path: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchvision.datasets import ImageFolder
 
-from robust_backbones.data.decoding import image_suffixes, is_hidden
+from robust_backbones.data.decoding import is_hidden, is_image
 from robust_backbones.errors import InputError
 
 
@@ -36,13 +36,9 @@ class ImageFiles:
         Raises:
             InputError: a class folder has no image.
         """
-        suffixes, start = image_suffixes(), len(str(root))
-
-        def is_image(path: str) -> bool:
-            return path.lower().endswith(suffixes) and not is_hidden(path[start:])
-
+        start = len(str(root))
         try:
-            listing = _ClassFolders(str(root), is_valid_file=is_image)
+            listing = _ClassFolders(str(root), is_valid_file=lambda path: is_image(path[start:]))
         except FileNotFoundError as error:  # torchvision says which classes are empty, in several lines
             raise InputError(f"cannot use {root}: {str(error).splitlines()[0].rstrip('. ')}; add or remove") from None
         names = [os.path.relpath(path, root) for path, _ in listing.samples]

@@ -316,6 +316,13 @@ def test_a_loss_that_is_not_finite_names_its_step() -> None:
     assert not logged  # nothing may be saved
 
 
+def test_one_value_a_channel_is_one_sentence() -> None:
+    """As of a single image, or the last one of an epoch, whose last stage is 1 x 1."""
+    images, labels = batches(1)[0]
+    with pytest.raises(InputError, match=r"one value a channel.*larger"):
+        learner(resnet()).step([(images[:1], labels[:1])])
+
+
 @pytest.mark.parametrize(("bias", "diverges"), [(9.0, False), (13.0, True)])
 def test_ten_times_the_loss_of_chance_is_divergence(bias: float, diverges: bool) -> None:
     """With all images of class 0 and the others' logits raised by b, the loss is about b + log 2; 10 log 3 is 11."""

@@ -39,7 +39,7 @@ from robust_backbones.classification.compute import Compute
 from robust_backbones.classification.engine import Learner
 from robust_backbones.data.batches import train_batches, val_batches
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt, image_seed
-from robust_backbones.data.datasets import ClassificationDataset
+from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, PreemptedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
@@ -218,6 +218,20 @@ def test_sets_of_numbered_folders_and_of_parts(tmp_path: Path) -> None:
     assert all(
         one.images.classes[label] in name for label, name in zip(one.images.labels, one.images.names, strict=True)
     )
+
+
+def test_a_set_has_the_images_that_a_folder_of_classes_has(tmp_path: Path) -> None:
+    """Of any format that Pillow reads, also in a folder that is a link."""
+    image = np.zeros((4, 4, 3), np.uint8)
+    for name in ("one/cat/a.png", "one/dog/a.png", "elsewhere/b.png"):
+        _write(tmp_path / name, image)
+    (tmp_path / "one/cat/linked").symlink_to(tmp_path / "elsewhere")
+    for name in ("cat/c.jfif", "dog/d.gif"):
+        shutil.copy(tmp_path / "one/cat/a.png", tmp_path / "one" / name)
+    found = open_related_set(tmp_path / "one", ["cat", "dog"], val_transform(4, resize=4)).images
+    assert found.names == open_dataset(tmp_path / "one", val_transform(4, resize=4)).names
+    assert len(found) == 5
+    assert found[1][0].shape == (3, 4, 4)
 
 
 def test_sets_that_are_none_are_refused(tmp_path: Path) -> None:
@@ -853,6 +867,9 @@ def test_what_cannot_be_run_is_refused(world: Path, start: Checkpoint, done: Pat
         protocol(world, headless, tmp_path, ["fine_tuning"])
     with pytest.raises(InputError, match="unknown method 'dropout'"):
         protocol(world, start, tmp_path, ["dropout"])
+    with pytest.raises(InputError, match=r"val has the class circle where .* knows cross"):
+        named = replace(start, classes=("cross", "circle", "square", "triangle"))
+        protocol(world, named, tmp_path, ["fine_tuning"])
     with pytest.raises(InputError, match="4 classes, but the backbone knows 7"):
         protocol(world, replace(start, spec=replace(SPEC, num_classes=7)), tmp_path, ["fine_tuning"])
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == before

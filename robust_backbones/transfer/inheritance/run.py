@@ -15,6 +15,7 @@ import torch
 from robust_backbones.checkpoint.format import Checkpoint, save_tensors, write_checkpoint
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute, available
+from robust_backbones.classification.robustness import check_classes
 from robust_backbones.data.batches import check_fills_batch, val_batches
 from robust_backbones.data.datasets import ClassificationDataset
 from robust_backbones.errors import DivergedError, InputError
@@ -90,6 +91,8 @@ def run_protocol(
     transform = config.val_transform()
     train_images, validation = open_pretraining_set(Path(pretraining), num_classes, transform)
     classes = validation.images.classes
+    for checkpoint in checkpoints.values():
+        check_classes(classes, Path(pretraining) / "val", checkpoint)
     opened = [open_related_set(Path(path), classes, transform, name=name) for name, path in sets.items()]
     found = {one.name: one.limited(config.limit, seed=config.data_seed) for one in (*opened, validation)}
     for name in sets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +10,12 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
-from robust_backbones.data.decoding import is_hidden, visible
+from robust_backbones.data.decoding import is_image, visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.errors import InputError, plural
 
@@ -76,9 +76,10 @@ def open_related_set(root: Path, class_names: Sequence[str], transform: v2.Trans
     names, labels = [], []
     for index, folder in found:
         files = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in IMG_EXTENSIONS and not is_hidden(str(path.relative_to(folder)))
+            Path(place, name)
+            for place, _, names_there in os.walk(folder, followlinks=True)
+            for name in names_there
+            if is_image(os.path.relpath(os.path.join(place, name), folder))
         )
         if not files:
             raise InputError(f"the class folder {folder} holds no image, and would widen the mask: remove it")
@@ -125,7 +126,7 @@ def _class_folders(folder: Path, known: dict[str, int], parts: int) -> list[tupl
 
 
 def _holds_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMG_EXTENSIONS for path in visible(folder))
+    return any(is_image(path.name) for path in visible(folder))
 
 
 class DecodedImages(ClassificationDataset):
