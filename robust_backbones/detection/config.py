@@ -78,7 +78,11 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda counts: counts and all(isinstance(n, int) and n > 0 for n in counts) and [*counts] == sorted({*counts}),
         "are no rising numbers of detections: give (1, 10, 100)",
     ),
-    "TEST.BEST_METRIC": (re.compile(r"(\w+/\S+)?").fullmatch, "is no metric: give one like bbox/AP50"),
+    # One that no evaluation has would stop the run at its first evaluation, maybe the last thing that it does.
+    "TEST.BEST_METRIC": (
+        re.compile(r"((.+/)?(segm|bbox|bbox-area|bbox-11point)/(AP(50|75|[sml]|-.+)?|AR(\d+|[sml])))?").fullmatch,
+        "is no metric: give one like bbox/AP50",
+    ),
 }
 """Valid values of our keys, and of those that a notebook sets otherwise; and the message for other values."""
 
@@ -292,6 +296,8 @@ def check_config(cfg: CfgNode) -> None:
         for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM"):
             if "SyncBN" in str(values[key]):  # processes cannot wait for each other within a graph
                 raise InputError(f"MODEL.COMPILE does not know {key} {values[key]!r}: give another norm")
+    if re.search(r"(^|/)segm/", cfg.TEST.BEST_METRIC) and not cfg.MODEL.MASK_ON:
+        raise InputError(f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC!r} is of masks: give MODEL.MASK_ON True, or bbox/AP")
     heads = cfg.MODEL.ROI_HEADS.NAME
     if cfg.MODEL.ROI_HEADS.RES5_NORM and heads != BackboneRes5ROIHeads.__name__:
         raise InputError(

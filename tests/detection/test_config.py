@@ -408,6 +408,8 @@ COMPILED = ["MODEL.FAST_STEP", True, "MODEL.COMPILE", True]
         (["SOLVER.EMA_DECAY", float("nan")], "SOLVER.EMA_DECAY"),
         (["TEST.VISUALIZE", -1], "TEST.VISUALIZE"),
         (["TEST.BEST_METRIC", "AP"], "TEST.BEST_METRIC 'AP' is no metric"),
+        (["TEST.BEST_METRIC", "bbox/ap"], "TEST.BEST_METRIC 'bbox/ap' is no metric"),
+        (["TEST.BEST_METRIC", "a/segm/AP"], "is of masks: give MODEL.MASK_ON True"),
         (["MODEL.BACKBONE.ALLOW_PARTIAL", "perhaps"], "Type mismatch"),
         (["MODEL.ROI_HEADS.RES5_NORM", "SyncBN"], r"protocols/syncbn\.yaml"),
         (["SOLVER.MAX_ITER", 80000], "below SOLVER.MAX_ITER"),
@@ -447,7 +449,7 @@ def test_the_new_keys_and_their_defaults() -> None:
     assert cfg.MODEL.BACKBONE.ALLOW_PARTIAL is False
     assert (cfg.SOLVER.EMA_DECAY, cfg.MODEL.ROI_HEADS.RES5_NORM) == (0.0, "")
     assert (cfg.TEST.REFERENCE_EVAL, cfg.TEST.VISUALIZE, cfg.TEST.BEST_METRIC) == (False, 4, "")
-    values = ["SOLVER.EMA_DECAY", 0.999, "TEST.VISUALIZE", 0, "TEST.BEST_METRIC", "bbox/AP50"]
+    values = ["SOLVER.EMA_DECAY", 0.999, "TEST.VISUALIZE", 0, "TEST.BEST_METRIC", "my val/bbox/AP-traffic light"]
     assert load_config(BASE, values).SOLVER.EMA_DECAY == 0.999
 
 
