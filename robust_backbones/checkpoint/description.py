@@ -24,11 +24,19 @@ _OPTION_KEYS = (
 """Entries of a file with the options of a training, as a dictionary or an ``argparse.Namespace``."""
 _OF_OTHERS = re.compile(
     "(?i)head|decod|class|proj|loss|aux|teacher|target|optim|sched|noise|(?<!con)text|lang|bert|transformer|mlp"
+    "|tokeniz|discrimin|critic|(?<!bottle)neck|depth|thermal|infrared|lidar|audio"
 )
 """Names of options that do not concern the network."""
+_OTHER_TYPE = re.compile("(?i)noise|discriminator")
+"""What options are of, by their ``type`` or Hydra's ``_target_``, that do not concern the network."""
+_ORDER_KEYS = ("input_space", "channel_order", "color_order", "input_format", "FORMAT")
 _NORMALIZES = re.compile("(no_|without_)?(do_|use_)?normali[sz](e|ation)(_(inputs?|images?))?")
 _MEAN = re.compile("(?i)((ima?ge?|pixel|rgb|norm(ali[sz](e|ation))?|data(set)?|input)_)?mean")
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
+
+_PATH, _BESIDE, _OPTION = "its path", "config.json beside it", "an option of its training"
+_OUTSIDE = (_PATH, _BESIDE)
+_ALONE = "save its state_dict alone"
 
 _Allowed = dict[str, tuple[Any, ...] | None]
 """Settings -> values that do not change the features; None: any."""
@@ -44,10 +52,16 @@ _OF_RESNETS: _Allowed = {
     "last_stride": (None, 2),
     **dict.fromkeys(("remove_first_maxpool", "remove_maxpool"), (None, False)),
     **dict.fromkeys(("act_layer", "activation_layer", "act_fn", "nonlinearity", "hidden_act"), (None, "relu")),
-    # It may be that of the last layer.
-    "activation": (
-        *(None, "", "relu", "none", "identity", "linear", "tanh", "sigmoid"),
-        *("softmax", "softmax2d", "logsoftmax", "log_softmax"),
+    # It may be that of the last layer, or whether there is one.
+    **dict.fromkeys(
+        (
+            *("activation", "activation_fn", "activation_function", "activation_type"),
+            *("act", "act_func", "act_type", "non_linearity"),
+        ),
+        (
+            *(None, True, False, "", "relu", "none", "identity", "linear", "tanh", "sigmoid"),
+            *("softmax", "softmax2d", "logsoftmax", "log_softmax"),
+        ),
     ),
     "aa_layer": (None, ""),
     "dilated": (None, False),
@@ -93,17 +107,20 @@ class Description:
         self.by_timm = bool(self.cfg) or "architecture" in self.config
         self._processor = json_object(path.with_name("preprocessor_config.json")) if self.config else {}
         self._inside = (more if isinstance(more, dict) else {}) | inside
-        plain = {key: value for key, value in content.items() if not isinstance(value, dict)}
+        plain = {key: value for key, value in content.items() if not isinstance(value, dict | Tensor)}
         self._options = [*_options_in([content.get(key) for key in _OPTION_KEYS], set()), plain]
         texts = [meta.get(key) for key in ("config", "cfg")] if isinstance(meta, dict) else []
         self._of_mmdetection = "\n".join(text for text in texts if isinstance(text, str))
 
-    def values(self) -> dict[str, Any]:
-        """What is said about ``READING``."""
+    def values(self, arch: str) -> dict[str, Any]:
+        """What is said about ``READING``; what transformers says of a network of another kind does not count."""
         said = self.of_options() | self._of_pipeline()
+        kind = self.config.get("model_type", "timm_backbone")
+        of_it = kind == "timm_backbone" or {"resnet": "res"}.get(kind, kind) in arch
+        processor = self._processor if of_it else {}
         for where, fields, prefix in (
             ("pretrained_cfg", self.cfg, ""),
-            ("preprocessor_config.json", self._processor, "image_"),
+            ("preprocessor_config.json", processor, "image_"),
         ):
             for name in ("mean", "std"):
                 if (value := fields.get(prefix + name)) is not None:
@@ -111,17 +128,17 @@ class Description:
                         raise InputError(f"{where} says that its {name} is {value!r}: three numbers belong there")
                     said[name] = tuple(value)
         # transformers multiplies pixels of 0 to 255 by a factor first, and may leave out the rest.
-        factor: Any = self._processor.get("rescale_factor")
-        scaled = is_number(factor) and factor > 0 and self._processor.get("do_rescale") is not False
+        factor: Any = processor.get("rescale_factor")
+        scaled = is_number(factor) and factor > 0 and processor.get("do_rescale") is not False
         if scaled and not math.isclose(255 * factor, 1, rel_tol=1e-4):
             said |= {name: tuple(v / (255 * factor) for v in said[name]) for name in ("mean", "std") if name in said}
-        if self._processor.get("do_normalize") is False:
+        if processor.get("do_normalize") is False:
             said |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
-        if self._processor.get("do_flip_channel_order") is True:
+        if processor.get("do_flip_channel_order") is True:
             said["channel_order"] = "BGR"
         if style := re.search(r"""\bstyle\s*[=:]\s*["'](caffe|pytorch)["']""", self._of_mmdetection):
             said["stride_in_1x1"] = style[1] == "caffe"
-        if isinstance(stride := self.config.get("downsample_in_bottleneck"), bool):
+        if of_it and isinstance(stride := self.config.get("downsample_in_bottleneck"), bool):
             said["stride_in_1x1"] = stride
         elif self.by_timm and "architecture" in {**self.cfg, **self.config}:
             said["stride_in_1x1"] = False
@@ -142,8 +159,8 @@ class Description:
         fed = self._fed()
         said: dict[str, Any] = fed[0] if fed and not self._doubt() else {}
         for options in self._options:
-            if options.get("input_space") in ("RGB", "BGR"):
-                said["channel_order"] = options["input_space"]
+            if orders := [options[key] for key in _ORDER_KEYS if options.get(key) in ("RGB", "BGR")]:
+                said["channel_order"] = orders[0]
         return said
 
     def _fed(self) -> list[dict[str, Any]]:
@@ -152,8 +169,8 @@ class Description:
         for options in self._options:
             for name in filter(lambda name: isinstance(name, str) and _MEAN.fullmatch(name), options):
                 mean, std = options[name], options.get(name[:-4] + ("STD" if name.isupper() else "std"))
-                if is_triple(mean) and is_triple(std):
-                    found.append({"mean": tuple(mean), "std": tuple(std)})
+                if three := _three(mean):
+                    found.append({"mean": three, "std": _three(std)})
         return found
 
     def _doubt(self) -> str:
@@ -161,10 +178,14 @@ class Description:
         fed = self._fed()
         for options in self._options:
             for name, value in options.items():
-                off = isinstance(name, str) and (match := _NORMALIZES.fullmatch(name)) and value is bool(match[1])
+                match = _NORMALIZES.fullmatch(name) if isinstance(name, str) else None
+                offs = ("True", "1") if match and match[1] else ("False", "0", "none")
+                off = match and isinstance(value, int | str) and str(value) in offs
                 in_units = name == "input_range" and value not in (None, [0, 1], (0, 1))
                 if off or (in_units and not any(max(one["mean"]) > 1 for one in fed)):
                     return f"an option of its training says that its {name} is {value!r}"
+        if any(not one["std"] for one in fed):
+            return "options of its training say a mean without a std"
         return "options of its training say means or stds that differ" if any(one != fed[0] for one in fed) else ""
 
     def check_fed(self) -> None:
@@ -200,9 +221,10 @@ class Description:
             )
         for where, name, exact in self._architectures():
             if _differs(name, arch, exact=exact):
+                mend = "move the file to a folder of its own, or rename it" if where in _OUTSIDE else _ALONE
                 raise InputError(
                     f"{where} says that it is {name}, which has the tensors of {arch} and other features: it cannot be "
-                    f"read as one (if that is wrong, move the file to a folder of its own, or rename it)"
+                    f"read as one (if that is wrong, {mend})"
                 )
         for where, fields, allowed in self._settings(arch):
             for name in fields:
@@ -210,7 +232,7 @@ class Description:
                 if values is not None and not _is_among(fields[name], values):
                     raise InputError(
                         f"{where} says that its {name} is {fields[name]!r}, which gives other features than {arch}'s: "
-                        "it cannot be read as one"
+                        f"it cannot be read as one{f' (if that is of another network, {_ALONE})' * (where == _OPTION)}"
                     )
 
     def _settings(self, arch: str) -> Iterator[tuple[str, dict[Any, Any], _Allowed]]:
@@ -232,10 +254,10 @@ class Description:
             yield "config.json", {"dilation": True}, {}
         for options in self._options:
             if options.get("dilation") is True:
-                yield "an option of its training", {"dilation": True}, {}
+                yield _OPTION, {"dilation": True}, {}
             said = {k: options[k] for k in of_options if k in options}
             known = {k: v for k, v in said.items() if not isinstance(v, Inert) and v is not Inert}
-            yield "an option of its training", known, of_options
+            yield _OPTION, known, of_options
         asked = _OF_TRANSFORMERS.get(self.config.get("model_type", ""), {})
         yield "config.json", {k: self.config[k] for k in asked if k in self.config}, asked
 
@@ -279,13 +301,13 @@ class Description:
     def _architectures(self) -> Iterator[tuple[str, str, bool]]:
         """Origin, name, and whether only timm's names can be there."""
         said: list[tuple[str, Any, bool]] = [
-            ("config.json beside it", self.config.get("architecture"), True),
-            ("config.json beside it", self.config.get("backbone"), False),
+            (_BESIDE, self.config.get("architecture"), True),
+            (_BESIDE, self.config.get("backbone"), False),
             ("its pretrained_cfg", self.cfg.get("architecture"), True),
             *((f"its entry {key}", self._inside.get(key), key == "architecture") for key in _NAME_KEYS),
         ]
-        texts = [("its path", str(self._path.absolute()))] + [
-            ("an option of its training", str(options.get(key))) for options in self._options for key in _NAME_KEYS
+        texts = [(_PATH, str(self._path.absolute()))] + [
+            (_OPTION, str(options.get(key))) for options in self._options for key in _NAME_KEYS
         ]
         for where, text in texts:
             said += [(where, name, False) for name in _VARIANT.findall(text)]
@@ -300,10 +322,22 @@ def _options_in(value: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
     seen.add(id(value))
     parts = value
     if isinstance(value, dict):
+        kinds = [kind for key in ("type", "_target_") if isinstance(kind := value.get(key), str)]
+        if any(_OTHER_TYPE.search(kind.split(".")[-1]) for kind in kinds):
+            return
         yield value
         parts = [part for name, part in value.items() if not _OF_OTHERS.search(str(name))]
     for part in parts:
         yield from _options_in(part, seen)
+
+
+def _three(value: Any) -> tuple[float, ...]:
+    """The three numbers of a list, tensor or text; three times the one of a list; or none."""
+    value = value.flatten()[:4].tolist() if isinstance(value, Tensor) else value
+    if isinstance(value, str) and len(words := re.split(r"[\s,]+", value[:200].strip("[]() "))) == 3:
+        value = [float(word) for word in words if re.fullmatch(r"-?\d*\.?\d+", word)]
+    value = value * 3 if isinstance(value, list | tuple) and len(value) == 1 else value
+    return tuple(value) if is_triple(value) else ()
 
 
 def _is_among(value: Any, values: tuple[Any, ...]) -> bool:

@@ -178,7 +178,7 @@ def _read(
             spec = replace(spec, norm_epsilon=description.norm_epsilon(spec.arch))
         elif not is_foreign(spec.arch):
             spec = description.evaluated(spec)
-        in_file = description.values() | (normalizer or {})
+        in_file = description.values(spec.arch) | (normalizer or {})
     if not (spec.resnet_shape and spec.resnet_shape.has_bottlenecks):
         in_file = {"stride_in_1x1": False, **in_file}  # without a 1x1 convolution that could stride
     if not ("mean" in in_file or (statement.mean and statement.std)):

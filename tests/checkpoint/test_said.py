@@ -96,6 +96,7 @@ def test_other_names_of_the_same_network_are_known(tmp_path: Path, tensors: Tens
         {"cfg": {"activation": "nn.LeakyReLU", "context": {}}},
         {"cfg": {"context": {"activation": {"type": "GELU"}}}},
         {"act_layer": "silu"},
+        *({"args": {name: "silu"}} for name in ("activation_fn", "activation_function", "act", "non_linearity")),
         {"args": argparse.Namespace(dilation=True)},  # DETR's
         {"cfg": {"MODEL": {"last_stride": 1}}},
         {"hparams": {"batch_norm_epsilon": 1e-3}},
@@ -113,8 +114,13 @@ def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors
     own = {
         "activation": torch.nn.ReLU,
         "act_fn": "nn.ReLU",
+        "act": True,
         "text": {"hidden_act": "gelu"},
         "mlp": {"activation": "gelu"},
+        "tokenizer": {"activation": "gelu"},
+        "discriminator": {"act_layer": "leaky_relu"},
+        "neck": {"activation": "swish"},
+        "critic": {"_target_": "models.Discriminator", "activation": "elu"},
     }
     own |= {"cfg": [{"activation": one} for one in ("RELU", {"type": "ReLU"}, torch.nn.ReLU(), "log_softmax", "tanh")]}
     own |= {"replace_stride_with_dilation": np.zeros(3, bool), "noise": {"mean": [0.0] * 3, "std": [0.1] * 3}}
@@ -122,8 +128,10 @@ def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors
     torch.save(content, path)
     read_checkpoint(path, statement=STATED)
     torch.save({"state_dict": tensors, **entries}, path)
-    with pytest.raises(InputError, match="other features"):
+    with pytest.raises(InputError, match="other features") as refused:
         read_checkpoint(path, statement=STATED)
+    if "option" in str(refused.value):
+        assert "save its state_dict alone" in str(refused.value)
 
 
 def test_a_normaliser_in_units_of_0_255_is_mended_by_what_the_message_says(tmp_path: Path, tensors: Tensors) -> None:
@@ -320,6 +328,9 @@ def test_the_options_of_the_training_count(tmp_path: Path, tensors: Tensors, opt
         ({"input_range": [-1, 1], "mean": [0.5] * 3, "std": [0.25] * 3}, r"its input_range is \[-1, 1\]"),
         ([{"mean": [mean] * 3, "std": [0.25] * 3} for mean in (0.5, 0.4)], "means or stds that differ"),
         ([{f"{name}mean": [0.5] * 3, f"{name}std": [std] * 3} for name, std in (("img_", 0.1), ("", 0.2))], "differ"),
+        ({"normalize": 0}, "its normalize is 0"),
+        ({"normalization": "none"}, "its normalization is 'none'"),
+        ({"mean": [0.4, 0.45, 0.5], "std": None}, "a mean without a std"),
     ],
 )
 def test_nothing_is_assumed_against_the_options_of_the_training(
@@ -340,6 +351,37 @@ def test_options_may_call_the_mean_by_what_it_is_of(tmp_path: Path, tensors: Ten
     std = name.replace("mean", "std").replace("MEAN", "STD")
     torch.save({"state_dict": tensors, "config": {"data": {name: [0.5] * 3, std: [0.25] * 3}}}, tmp_path / "file.pth")
     assert read_checkpoint(tmp_path / "file.pth", statement=Statement(channel_order="RGB")).spec.mean == (0.5,) * 3
+
+
+@pytest.mark.parametrize("of", [list, tuple, torch.tensor, np.array, str, lambda values: " ".join(map(str, values))])
+def test_options_may_have_the_mean_in_any_form(tmp_path: Path, tensors: Tensors, of: Any) -> None:
+    options = {"mean": of([0.4, 0.45, 0.5]), "std": of([0.25] * 3), "channel_order": "RGB"}
+    torch.save({"state_dict": tensors, "config": options}, tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth").spec.mean == pytest.approx((0.4, 0.45, 0.5))
+    options |= {"mean": "1" * 10**5, "std": "0.5"}
+    torch.save({"state_dict": tensors, "config": options}, tmp_path / "file.pth")
+    with pytest.raises(InputError, match="give --mean --std"):
+        read_checkpoint(tmp_path / "file.pth")
+
+
+@pytest.mark.parametrize("other", [{"_target_": "a.GaussNoise"}, {"type": "GaussianNoise"}, "depth", "thermal"])
+def test_the_mean_of_noise_or_depth_is_not_of_the_image(tmp_path: Path, tensors: Tensors, other: Any) -> None:
+    values = {"mean": [0.0] * 3, "std": [0.1] * 3}
+    options = {other: values} if isinstance(other, str) else {"transforms": [other | values]}
+    torch.save({"state_dict": tensors, "config": options}, tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth", statement=STATED).spec.mean == STATED.mean
+
+
+@pytest.mark.parametrize(("kind", "mean"), [("vit", 0.4), ("resnet", 0.5)])
+def test_a_processor_of_another_network_beside_it_does_not_count(
+    tmp_path: Path, tensors: Tensors, kind: str, mean: float
+) -> None:
+    torch.save({"state_dict": tensors}, tmp_path / "file.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    stated = replace(STATED, mean=(mean,) * 3, std=(0.5,) * 3)
+    assert read_checkpoint(tmp_path / "file.pth", statement=stated).spec.mean == (mean,) * 3
 
 
 def test_options_in_options_count(tmp_path: Path, tensors: Tensors) -> None:
