@@ -354,16 +354,15 @@ def networks(families: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:
 
     Networks pre-trained on ImageNet's 1000 classes keep the plain name.
     """
-    names = {family: _network(*family) for family in families}
+    names = {
+        (arch, classes, stem): (arch or "unknown") + (f" ({stem} stem)" if stem not in (None, "imagenet") else "")
+        for arch, classes, stem in families
+    }
     shared = Counter(names.values())
     return {
         family: name if shared[name] == 1 or family[1] == 1000 else f"{name} of {family[1] or 'no'} classes"
         for family, name in names.items()
     }
-
-
-def _network(arch: str | None, classes: int | None, stem: str | None) -> str:
-    return (arch or "unknown") + (f" ({stem} stem)" if stem not in (None, "imagenet") else "")
 
 
 def _order(backbone: BackboneRuns) -> tuple[Any, ...]:

@@ -12,17 +12,6 @@ from torch import nn
 from robust_backbones.errors import InputError
 
 
-def layer_of(family: str, name: str, blocks: Sequence[int]) -> int:
-    """The layer of a parameter: 0 is the stem; parameters in no layer, such as FPN and heads, are above the last one.
-
-    Args:
-        family: a class of ``FAMILIES``.
-        name: within the network, such as ``stages.2.blocks.4.conv_dw.weight``; ``""`` gives the layer above the last.
-        blocks: number of blocks of each stage, such as [3, 3, 9, 3]; [12] for a single stage.
-    """
-    return FAMILIES[family][1](name, blocks)
-
-
 def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     """The learning rate factor of each parameter of the backbone: ``decay`` once for every layer above it.
 
@@ -32,10 +21,10 @@ def layer_factors(model: nn.Module, decay: float) -> dict[str, float]:
     for prefix, module in model.named_modules():
         for kind in type(module).__mro__:
             if kind.__name__ in FAMILIES:
-                blocks = [len(stage) for stage in FAMILIES[kind.__name__][0](module)]
-                top = layer_of(kind.__name__, "", blocks)
-                layers = {name: layer_of(kind.__name__, name, blocks) for name, _ in module.named_parameters()}
-                return {f"{prefix}.{name}": decay ** (top - layer) for name, layer in layers.items()}
+                stages, layer_of = FAMILIES[kind.__name__]
+                blocks = [len(stage) for stage in stages(module)]
+                names, top = [name for name, _ in module.named_parameters()], layer_of("", blocks)
+                return {f"{prefix}.{name}": decay ** (top - layer_of(name, blocks)) for name in names}
     raise InputError(
         f"SOLVER.LAYER_DECAY counts the layers of {', '.join(FAMILIES)}, and the backbone is none of them: give 1.0"
     )
@@ -77,4 +66,5 @@ FAMILIES: dict[str, tuple[_Stages, Callable[[str, Sequence[int]], int]]] = {
     "SwinTransformer": (lambda network: [stage.blocks for stage in network.layers], _swin),
     "ViT": (lambda network: [network.blocks], _vit),
 }
-"""Class (timm's ConvNeXt, Detectron2's others) -> its stages, and the layer of a name."""
+"""Class (timm's ConvNeXt, Detectron2's others) -> its stages, and the layer of a parameter by its name and the number
+of blocks of each stage: 0 is the stem; parameters in no layer, such as a norm after the last, are above all."""

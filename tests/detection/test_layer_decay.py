@@ -10,13 +10,14 @@ from timm.layers import DropPath
 from torch import nn
 
 from robust_backbones.detection.config import load_config
-from robust_backbones.detection.layer_decay import layer_factors, layer_of
+from robust_backbones.detection.layer_decay import FAMILIES, layer_factors
 from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
 from tests.detection import tiny_networks  # noqa: F401
 from tests.detection.conftest import SHAPES_CONFIG, SMALL
 
+_, layer_of = FAMILIES["ConvNeXt"]
 TIMM: list[object] = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.BACKBONE.TIMM"]
 
 
@@ -38,7 +39,7 @@ TIMM: list[object] = ["MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.B
     ],
 )
 def test_convnext_is_counted_as_its_detectors_are(blocks: list[int], name: str, layer: int) -> None:
-    assert layer_of("ConvNeXt", name, blocks) == layer
+    assert layer_of(name, blocks) == layer
 
 
 def test_vit_is_counted_as_detectron2_counts_it() -> None:
@@ -78,7 +79,7 @@ def test_rates_and_decay_in_the_optimiser() -> None:
     blocks = [1, 2, 4, 2]
     for name, group in groups.items():
         inner = name.removeprefix("backbone.bottom_up.network.")
-        assert group["lr"] == 0.5 ** (layer_of("ConvNeXt", "", blocks) - layer_of("ConvNeXt", inner, blocks))
+        assert group["lr"] == 0.5 ** (layer_of("", blocks) - layer_of(inner, blocks))
         matrix = model.get_parameter(name).ndim > 1
         assert group["weight_decay"] == (0.1 if matrix else 0.0), name
     with pytest.raises(InputError, match=r"SOLVER\.LAYER_DECAY counts the layers of ConvNeXt"):
