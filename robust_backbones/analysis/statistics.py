@@ -96,6 +96,11 @@ def summarize(values: Sequence[float], *, bounds: tuple[float, float] = (-math.i
     return Summary(len(values), fmean(values), stdev(values) if len(values) > 1 else None, low, high)
 
 
+def compare(standard: Mapping[int, float], others: Mapping[K, Mapping[int, float]]) -> dict[K, Comparison]:
+    """Each backbone with one standard one: ``compare_pairs`` of results (seed -> result)."""
+    return compare_pairs({key: (standard, results) for key, results in others.items()})
+
+
 def compare_pairs(
     pairs: Mapping[K, tuple[Mapping[int, float], Mapping[int, float]]],
     *,

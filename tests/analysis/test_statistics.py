@@ -13,18 +13,12 @@ from robust_backbones.analysis.statistics import (
     ALPHA,
     MOST_SEEDS,
     POWER,
-    Comparison,
-    compare_pairs,
+    compare,
     holm,
     power,
     seeds_needed,
     summarize,
 )
-
-
-def compare(standard: dict[int, float], others: dict[str, dict[int, float]]) -> dict[str, Comparison]:
-    return compare_pairs({name: (standard, own) for name, own in others.items()})
-
 
 RESULTS = st.floats(0, 100).map(lambda value: round(value, 3))
 

@@ -13,7 +13,7 @@ import yaml
 
 from robust_backbones.analysis.experiments import experiments
 from robust_backbones.analysis.records import RecordedRun, find_primary
-from robust_backbones.analysis.statistics import compare_pairs
+from robust_backbones.analysis.statistics import compare
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.sweep import command
@@ -244,7 +244,7 @@ def test_one_launch_goes_through_both_and_reports(
         for name in ("eps0", "eps0.5")
     }
     values = {name: {s: one["metrics"]["bbox/AP"] for s, one in own.items()} for name, own in found.items()}
-    alone = compare_pairs({"eps0.5": (values["eps0"], values["eps0.5"])})["eps0.5"]
+    alone = compare(values["eps0"], {"eps0.5": values["eps0.5"]})["eps0.5"]
     assert f"Primary comparison, tested alone. {alone.sentence}" in (tmp_path / "output/report/report.html").read_text()
     assert run_tool("sweep", "status", *where)[1].splitlines()[-1] == "nobody is launching"
 
