@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import TypeVar, cast
@@ -70,6 +72,20 @@ class Compute:
         """uint8 (N, 3, H, W) -> float32 in [0, 1] on the device; channels last, the fastest layout for convolutions."""
         images = images.to(self.device, non_blocking=True).float() / 255
         return images.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def single_values_refused() -> Iterator[None]:
+    """Batch norms in train mode that get one value a channel raise ``InputError``."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            "a batch norm got one value a channel, of a single small image, and cannot train on it: give a larger "
+            "--batch-size (or --micro-batch-size), or larger images; with --keep-last the last batch counts too"
+        ) from None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:

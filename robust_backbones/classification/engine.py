@@ -16,13 +16,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from robust_backbones.attacks import AttackConfig, pgd
-from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.compute import Compute, single_values_refused
 from robust_backbones.classification.cuda_graph import Gradients, GraphedGradients, Parts
 from robust_backbones.classification.folding import Unfolded, twin_of
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.classification.objectives import MicroBatch, Objective
 from robust_backbones.data.stylization import stylize
-from robust_backbones.errors import DivergedError, InputError
+from robust_backbones.errors import DivergedError
 from robust_backbones.models import NormalizedModel
 from robust_backbones.runs.distributed import ALONE, Processes
 from robust_backbones.threat_models import ThreatModel
@@ -141,16 +141,8 @@ class Learner:
         return self._mix(images, labels) if self._mix else (images, labels)
 
     def _forward(self, images: Tensor) -> Tensor:
-        try:
-            with self.compute.autocast():
-                return self._network(images).float()
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise InputError(
-                "a batch norm got one value a channel, of a single small image, and cannot train on it: give a larger "
-                "--batch-size (or --micro-batch-size), or larger images; with --keep-last the last batch counts too"
-            ) from None
+        with single_values_refused(), self.compute.autocast():
+            return self._network(images).float()
 
     def _gradients_stay_local(self, *, last: bool) -> AbstractContextManager[None]:
         """Processes exchange gradients once a step, with its last micro-batch."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from robust_backbones.checkpoint.format import Checkpoint
-from robust_backbones.classification.compute import Compute
+from robust_backbones.classification.compute import Compute, single_values_refused
 from robust_backbones.classification.folding import twin_of
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset
@@ -73,6 +73,6 @@ class Features:
         for pixels, _ in tqdm(batches, desc=description, unit="batch", disable=None, leave=False):
             pixels = self.compute.to_unit_range(pixels)
             for part, network in zip(parts, self._networks, strict=True):
-                with self._context():
+                with single_values_refused(), self._context():
                     part.append(network(pixels).float())
         return [torch.cat(part) for part in parts]

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from robust_backbones.classification.robustness import (
     STAGES,
     RobustnessConfig,
     attack_batch,
+    check_classes,
     evaluate_robustness,
     wilson_interval,
 )
@@ -609,6 +612,23 @@ def test_bad_arguments_are_refused(
     assert err.startswith("error: ")
     assert words in err
     assert not (tmp_path / "run").exists()
+
+
+def test_numbered_folders_do_not_sort_as_the_outputs_of_a_classifier_without_names(
+    checkpoint: Checkpoint, data: Path, tmp_path: Path
+) -> None:
+    """ImageNet-V2 has folders 0 to 999, of which 10 comes before 2: nearly every label would be another class."""
+    image = next(data.rglob("*.*g"))
+    of_eleven = replace(checkpoint, spec=replace(checkpoint.spec, num_classes=11), classes=())
+    for digits, root in ((1, tmp_path / "text"), (2, tmp_path / "zeros")):
+        for number in range(11):
+            folder = root / f"{number:0{digits}}"
+            folder.mkdir(parents=True)
+            shutil.copy(image, folder)
+        names = open_dataset(root, val_transform(32, resize=32)).classes
+        with pytest.raises(InputError, match=r"sorts 10 before 2.*002") if digits == 1 else nullcontext():
+            check_classes(names, root, of_eleven)
+        check_classes(names, root, replace(of_eleven, classes=tuple(names)))
 
 
 @pytest.mark.parametrize(

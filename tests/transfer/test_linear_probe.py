@@ -162,6 +162,14 @@ def test_batch_norms_in_train_mode_are_the_plain_networks(
     assert record.metrics["clean_accuracy"] == pytest.approx(mean_accuracy(net, data.test))
 
 
+def test_batch_norms_cannot_be_trained_on_one_small_image(
+    checkpoint: Checkpoint, data: TransferData, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, batch_norm="train", batch_size=1)
+    with pytest.raises(InputError, match=r"one value a channel.*larger"):
+        probe(config, checkpoint, data, tmp_path / "out")
+
+
 def test_a_frozen_backbone_stays_what_it_is(checkpoint: Checkpoint, data: TransferData, tmp_path: Path) -> None:
     probe(CONFIG, checkpoint, data, tmp_path / "out")
     for seed in CONFIG.seeds:
