@@ -334,9 +334,9 @@ def _options_in(value: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
 def _three(value: Any) -> tuple[float, ...]:
     """The three numbers of a list, tensor or text; three times the one of a list; or none."""
     value = value.flatten()[:4].tolist() if isinstance(value, Tensor) else value
+    value = value * 3 if isinstance(value, list | tuple) and len(value) == 1 else value
     if isinstance(value, str) and len(words := re.split(r"[\s,]+", value[:200].strip("[]() "))) == 3:
         value = [float(word) for word in words if re.fullmatch(r"-?\d*\.?\d+", word)]
-    value = value * 3 if isinstance(value, list | tuple) and len(value) == 1 else value
     return tuple(value) if is_triple(value) else ()
 
 

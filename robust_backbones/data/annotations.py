@@ -399,6 +399,6 @@ def guess_of_boxes(boxes: NDArray[np.float64], sides: NDArray[np.float64]) -> tu
         return f"{what}, and none left or above, as boxes of larger images do", "write boxes in pixels of these"
     if leaving.mean() > 0.5:
         return what, "write bbox as (x, y, width, height) in pixels of the image, x and y of its upper left corner"
-    if (boxes[:, :2] + boxes[:, 2:] <= 1.01).all() and (sides > 8).all():
+    if (ends <= 1.51).all() and (sides > 8).all():  # x and y may be those of the center
         return "every box lies within one pixel, as fractions of an image do", "write boxes in pixels"
     return None

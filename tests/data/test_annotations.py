@@ -227,6 +227,7 @@ def mostly_corners() -> Content:
         (change_all("image_id", str), 'image_id "1" does not exist in the file: write 1, as the id is there'),
         (change_all("segmentation", lambda _: POLYGON), "one list of numbers"),
         (change_all("bbox", lambda b: [b[0] / 60, b[1] / 40, b[2] / 60, b[3] / 40]), "fractions"),
+        (change_all("bbox", lambda b: [0.95, 0.9, 0.1, 0.2]), "fractions"),  # x and y of the center, as YOLO's
         (change_all("iscrowd", lambda _: 1), "not a crowd"),
         (sound() | {"annotations": []}, "not a crowd"),
         (sound() | {"images": sound()["images"] + sound()["images"][:1]}, "id 1 is that of another row"),
