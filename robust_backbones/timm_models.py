@@ -21,7 +21,7 @@ STRIDES = (4, 8, 16, 32)
 @cache
 def is_timm(arch: str) -> bool:
     """Whether timm has a network of this name, with or without a tag of weights."""
-    return bool(_timm().is_model(arch))
+    return bool(_timm().is_model(arch)) and timm_config(arch) is not None  # as of names that it has given up
 
 
 def timm_names() -> list[str]:

@@ -61,6 +61,7 @@ def test_the_configuration_is_timm_s_own() -> None:
     ("arch", "size", "message"),
     [
         ("resnet51", 0, "unknown architecture 'resnet51'.*timm"),
+        ("tv_resnet50", 0, "unknown architecture 'tv_resnet50', nearest to .*resnet50"),  # a former name
         ("deit_tiny_distilled_patch16_224", 0, "classifier .* is not one linear layer"),
         ("test_vit", 64, "takes images of 160 pixels alone, not 64"),
         ("test_convnext", 16, "takes no images of 16 pixels .*: give another --image-size"),
