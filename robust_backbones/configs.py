@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,12 @@ def get_config_file(name: str) -> str:
     return str(path.absolute())
 
 
-def nearest_names(name: str) -> str:
-    """The three configuration names within ``detectron_configs`` that are closest to ``name``."""
-    names = [file.relative_to(CONFIG_DIR).as_posix() for file in CONFIG_DIR.glob("**/*.yaml")]
+def as_arguments(overrides: Mapping[str, object]) -> str:
+    """Overrides of a configuration as a shell's command line takes them."""
+    return " ".join(f'{key} "{value}"' for key, value in overrides.items())
+
+
+def nearest_names(name: str, folder: Path = CONFIG_DIR) -> str:
+    """The three names of the package's files in ``folder`` that are closest to ``name``."""
+    names = [file.relative_to(folder).as_posix() for file in folder.glob("**/*.yaml")]
     return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))

@@ -35,7 +35,7 @@ from robust_backbones.checkpoint.hub import WEIGHTS, describe, is_repository, pu
 from robust_backbones.checkpoint.sources import HUB, SOURCES, Statement, read_checkpoint
 from robust_backbones.checkpoint.zoo import find
 from robust_backbones.commands import cli
-from robust_backbones.configs import CONFIG_DIR, find_file
+from robust_backbones.configs import CONFIG_DIR, as_arguments, find_file
 from robust_backbones.errors import InputError, MissingPackageError, ProofFailedError
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> int:
         report.check()
         say(report)
         result |= {"report": report.to_dict(), "overrides": spec.detectron2_overrides()}
-        say("Detectron2 needs " + ", ".join(f"{key} {value}" for key, value in result["overrides"].items()))
+        say(f"Detectron2 needs {as_arguments(result['overrides'])}")
         if options.write_config:
             write_config(options.write_config, options.base_config, options.dst, result["overrides"])
             say(f"configuration written to {options.write_config}")

@@ -249,7 +249,7 @@ def draw_errors(output: Path, images: ImageChoice, record: RunRecord, names: Seq
     return [
         "COCO's AP50 of boxes, and the points that the repair of each type of error gives (TIDE):",
         error_table(errors).to_markdown(),
-        *([f"not drawn, for want of room: {', '.join(rest)}; choose with --errors"] if rest else []),
+        *([f"not drawn, because there is no room: {', '.join(rest)}; choose with --errors"] if rest else []),
         f"drawn in {output / 'errors.svg'}",
     ]
 

@@ -93,7 +93,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.data_warnings = {}  # of the check of the data, once it was made
     if not options.config_file:
-        raise InputError("give --config-file, one of detectron_configs/*/*.yaml")
+        raise InputError("give --config-file, such as COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
     if options.eval_only and options.resume:
         raise InputError("--eval-only evaluates MODEL.WEIGHTS and resumes nothing: leave out --resume")
     if options.extend and not options.resume:

@@ -27,6 +27,7 @@ from robust_backbones.checkpoint.sources import HUB, read_checkpoint
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.checkpoint.urls import as_url, fetch_url
 from robust_backbones.checkpoint.zoo import PREFIX
+from robust_backbones.configs import as_arguments
 from robust_backbones.detection.swin_backbone import SwinBackbone, resized_biases
 from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.errors import InputError, plural
@@ -274,8 +275,10 @@ def check_config(cfg: CfgNode, spec: BackboneSpec, path: Path) -> None:
         differing["MODEL.RESNETS.NORM"] = "FrozenBN"
     if differing:
         found = ", ".join(f"{key} is {held[key]}" for key in differing)
-        mend = " ".join(f'{key} "{value}"' for key, value in differing.items())
-        raise InputError(f"the configuration does not fit the backbone in {path} ({found}): add the overrides {mend}")
+        raise InputError(
+            f"the configuration does not fit the backbone in {path} ({found}): add the overrides "
+            f"{as_arguments(differing)}"
+        )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -174,6 +174,8 @@ def _one_sentence(cfg: CfgNode, source: str) -> Iterator[None]:
             key = message.rsplit(" ", 1)[-1]  # yacs says "Non-existent [config] key: A.B"
             near = difflib.get_close_matches(key, list(flat(cfg)), n=1, cutoff=0.5)
             mend = f"did you mean {near[0]}?" if near else "check its spelling"
+            if "=" in key:
+                mend = f"write {key.replace('=', ' ', 1)}, without ="
             raise InputError(f"unknown configuration key {key}: {mend}") from None
         raise InputError(f"cannot use {source}: {' '.join(str(error).split())}") from None
 

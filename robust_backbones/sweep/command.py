@@ -124,7 +124,7 @@ class CollectOptions(StudyOptions):
 
 @dataclass
 class PackOptions(StudyOptions):
-    """Write what another machine needs to go on: results, and the weights that the next runs start from."""
+    """Write what another machine needs to continue: results, and the weights that the next runs start from."""
 
     to: Path = field(kw_only=True)
     """Folder of the bundle; an earlier bundle of the study there is replaced."""
@@ -226,7 +226,7 @@ def set_up(plan: Plan, manifest: Manifest) -> list[str]:
     if images and checks:
         print(f"the ImageNet accuracy of {plural(checks, 'published backbone')} is checked on {images.absolute()}")
     if manifest.imagenet and not images:
-        print(f"not checked: the ImageNet accuracy of published backbones, for want of {manifest.imagenet}/val")
+        print(f"not checked: the ImageNet accuracy of published backbones, because there is no {manifest.imagenet}/val")
     missing += [f"tasks will need their data: {line}" for line in missing_data(manifest)]
     for line in missing:
         print(f"warning: {line}", file=sys.stderr)

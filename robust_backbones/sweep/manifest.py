@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from robust_backbones.checkpoint import zoo
-from robust_backbones.configs import STUDY_DIR, StrictLoader, find_file
+from robust_backbones.configs import STUDY_DIR, StrictLoader, find_file, nearest_names
 from robust_backbones.errors import InputError
 from robust_backbones.runs.cluster import ClusterConfig
 
@@ -153,7 +153,10 @@ def read_manifest(path: str | Path, output: str | Path | None = None) -> Manifes
     try:
         return _manifest(path, yaml.load(path.read_text(), StrictLoader), output)
     except OSError as error:
-        raise InputError(f"cannot read the manifest {path} ({error.strerror}): see studies/ for examples") from None
+        raise InputError(
+            f"cannot read the manifest {path} ({error.strerror}): of the package's, the nearest names are "
+            f"{nearest_names(path.name, STUDY_DIR)}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     except InputError as error:

@@ -80,7 +80,7 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
     if expected is None:
         return [
             *told,
-            "power: not known, for want of an expected effect: give --pilot, or difference and std in primary",
+            "power: not known without an expected effect: give --pilot, or difference and std in primary",
         ]
     found, needed = expected.power(count), expected.seeds()
     enough = f"{POWER:.0%} need {f'{needed:,}' if needed else f'more than {MOST_SEEDS:,}'} seeds"

@@ -1,6 +1,7 @@
 """Conversion: every tensor is accounted for, values are untouched, bytes are reproducible."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -220,6 +221,9 @@ def test_json_is_all_there_is_on_stdout(
     assert result["report"]["ok"]
     assert len(result["report"]["renamed"]) == 100
     assert result["overrides"]["MODEL.RESNETS.DEPTH"] == 18
+    said = next(line for line in err.splitlines() if line.startswith("Detectron2 needs "))
+    pasted = iter(shlex.split(said.removeprefix("Detectron2 needs ")))
+    assert dict(zip(pasted, pasted, strict=True)) == {key: str(held) for key, held in result["overrides"].items()}
     assert max(error["relative"] for error in result["errors"]) < 1e-4
     assert result["metadata"] == BackboneMetadata.of(read_checkpoint(torchvision_file("resnet18"))).to_dict()
 

@@ -474,6 +474,8 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yml")
     with pytest.raises(InputError, match="no configuration file"):
         load_config([])
+    with pytest.raises(InputError, match=r"write MODEL\.WEIGHTS a\.pkl, without ="):
+        load_config(BASE, ["MODEL.WEIGHTS=a.pkl", "OUTPUT_DIR=b"])
     for text in ("MODEL: [", "MODEL:\n  RESNET_DEPTH: 50\n", "_BASE_: none.yaml\n", "just text", TWICE):
         path.write_text(text)
         for files in (path, [BASE, path]):
