@@ -154,7 +154,9 @@ def check_coco(file: str | Path, content: Content, use: Use | None = None) -> li
             if not any(fault.severity == "error" for fault in found):
                 sound[name].append((place, row))
     faults += _faults_of_sets(file, content, sound)
-    faults += _faults_of_objects(file, sound, use)
+    sized = {row["id"] for _, row in sound["images"]}
+    if not content["annotations"] or any(row["image_id"] in sized for _, row in sound["annotations"]):
+        faults += _faults_of_objects(file, sound, use)
     return sorted(faults, key=lambda fault: fault.severity)
 
 

@@ -243,6 +243,11 @@ def test_what_no_row_shows_alone(content: Content, words: str) -> None:
     assert any(words in str(fault) for fault in errors(check_coco("a.json", content, Use(masks=True))))
 
 
+@pytest.mark.parametrize("content", [change_all("area", lambda _: None), change_all("bbox", lambda _: ["1"] * 4)])
+def test_objects_that_are_all_broken_are_not_called_crowds(content: Content) -> None:
+    assert not any("crowd" in str(fault) for fault in errors(check_coco("a.json", content, Use())))
+
+
 def test_masks_elsewhere_than_their_boxes_are_told() -> None:
     """As fractions of the image, or with x and y exchanged."""
     content = sound()
