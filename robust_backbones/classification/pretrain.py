@@ -11,7 +11,7 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.config import Execution, TrainingConfig
 from robust_backbones.classification.train import TrainingTask, train
-from robust_backbones.data.datasets import open_dataset
+from robust_backbones.data.datasets import check_several, open_dataset
 from robust_backbones.errors import InputError
 from robust_backbones.models import (
     BackboneSpec,
@@ -73,6 +73,7 @@ def pretrain(
     parts = [open_dataset(data / part, transform, seed=config.seed, cache=cache) for part in ("train", "val")]
     if parts[0].classes != parts[1].classes:
         raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same")
+    check_several(parts[0].classes, data / "train")
     spec = replace(spec, num_classes=len(parts[0].classes))
     origin = {"start_sha256": start.source_sha256} if start else {}
     task = TrainingTask(

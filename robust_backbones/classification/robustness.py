@@ -196,10 +196,11 @@ def check_classes(names: Sequence[str], data: Path, checkpoint: Checkpoint) -> N
             "give data with the classes that it was trained on"
         )
     known, numbers = [*checkpoint.classes], [str(label) for label in range(len(names))]
-    if not known and [*names] != numbers and {*names} == {*numbers}:
+    # A classifier of other numbered folders was most likely trained on them as they sort.
+    if not known and len(names) == 1000 and [*names] != numbers and {*names} == {*numbers}:
         raise InputError(
-            f"{data} numbers its classes, and sorts 10 before 2, while {checkpoint.source} does not name its own: name "
-            "the folders so that they sort as its outputs, such as 002 for the third"
+            f"{data} numbers ImageNet's classes, and sorts 10 before 2: name the folders so that they sort as the "
+            f"outputs of {checkpoint.source}, such as 0002 for the third"
         )
     unnamed = numbers in (known, names) and {*known} != {*names}  # as in shards without classes.txt
     if others := [pair for pair in zip(names, known, strict=False) if pair[0] != pair[1] and not unnamed]:

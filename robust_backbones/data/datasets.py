@@ -169,6 +169,14 @@ def open_dataset(
     return ClassificationDataset(source, transform, seed=seed, cache=cache)
 
 
+def check_several(classes: Sequence[str], folder: Path) -> None:
+    """Raise InputError where all images of ``folder`` are of one class: any network would be right about each."""
+    if len(classes) == 1:
+        raise InputError(
+            f"{folder} holds one class, {classes[0]}, of which any network is right: give a folder to each class"
+        )
+
+
 def find_unreadable(dataset: ClassificationDataset, *, workers: int) -> dict[str, str]:
     """Decode every image once; returns name -> reason for unreadable ones. With a cache, this fills it."""
     loader: DataLoader[int] = DataLoader(

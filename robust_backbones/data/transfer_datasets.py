@@ -9,7 +9,7 @@ from typing import Any
 
 from torchvision.transforms import v2
 
-from robust_backbones.data.datasets import ClassificationDataset, open_dataset
+from robust_backbones.data.datasets import ClassificationDataset, check_several, open_dataset
 from robust_backbones.data.layouts import CALTECH, LAYOUTS, SPLITS, Sources
 from robust_backbones.errors import InputError, check_choice, plural
 
@@ -205,6 +205,7 @@ def _check_classes(place: Path, train: ClassificationDataset, test: Classificati
                 raise InputError(f"class {name} of {place} has no image in its {part} part: add some, or remove it")
     if train.classes != test.classes:
         raise InputError(f"train and test of {place} number the classes differently: give both the same classes.txt")
+    check_several(train.classes, place / "train")
 
 
 def _read_table() -> dict[str, TransferDataset]:

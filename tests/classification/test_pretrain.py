@@ -317,6 +317,10 @@ def test_nothing_is_written_for_what_cannot_be_run(data: Path, tmp_path: Path) -
     shutil.rmtree(tmp_path / "data/val/circle")
     with pytest.raises(InputError, match="different classes"):
         pretrain(CONFIG, tmp_path / "data", tmp_path / "output", HERE)
+    for part in ("train", "val"):  # as ImageNet's val is unpacked
+        shutil.copytree(data / part / "circle", tmp_path / "one" / part / "images")
+    with pytest.raises(InputError, match="one class, images, "):
+        pretrain(CONFIG, tmp_path / "one", tmp_path / "output", HERE)
     for config, execution, message in (
         (replace(CONFIG, batch_size=999), HERE, "less than a batch"),
         (CONFIG, replace(HERE, micro_batch_size=3), "does not split"),

@@ -100,10 +100,10 @@ def test_pretrain_refuses_data(run_tool: Run, tmp_path: Path) -> None:
 
 
 def test_an_unreadable_image_stops_with_its_name(run_tool: Run, tmp_path: Path) -> None:
-    for part in ("train", "val"):
-        (tmp_path / "data" / part / "a").mkdir(parents=True)
-        for index in range(8):
-            (tmp_path / "data" / part / "a" / f"{index}.jpg").write_bytes(b"\xff\xd8 not a picture")
+    for folder in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for index in range(4):
+            (tmp_path / "data" / folder / f"{index}.jpg").write_bytes(b"\xff\xd8 not a picture")
     output = tmp_path / "run"
     assert_refused(run_tool("pretrain", "--data", tmp_path / "data", "--output", output, *FAST), "cannot read", ".jpg")
     assert [path.name for path in output.iterdir()] == ["config.json"]  # a claim, so that the mended data resumes

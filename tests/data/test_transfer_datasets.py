@@ -652,8 +652,10 @@ def test_a_folder_of_ones_own_is_not_called_as_a_data_set_of_the_table(tmp_path:
 
 
 def test_test_comes_before_val(tmp_path: Path) -> None:
-    write_folders(tmp_path, {"train": {"a": 1}, "test": {"a": 2}, "val": {"a": 3}})
-    assert len(open_pixels(tmp_path).test) == 2
+    write_folders(
+        tmp_path, {part: {"a": count, "b": 1} for count, part in enumerate(("train", "test", "val"), start=1)}
+    )
+    assert len(open_pixels(tmp_path).test) == 3
 
 
 @pytest.mark.parametrize(
@@ -673,6 +675,12 @@ def test_the_first_class_that_one_part_lacks_is_named(tmp_path: Path, lacking: s
     write_folders(tmp_path, {lacking: {"b": 1}})
     (tmp_path / lacking / "c").mkdir()
     with pytest.raises(InputError, match="classes c"):  # torchvision's own words
+        open_pixels(tmp_path)
+
+
+def test_one_class_of_which_every_network_is_right_is_refused(tmp_path: Path) -> None:
+    write_folders(tmp_path, {"train": {"images": 2}, "test": {"images": 1}})
+    with pytest.raises(InputError, match=r"train holds one class, images, .* folder"):
         open_pixels(tmp_path)
 
 
