@@ -228,16 +228,16 @@ class _Run:
             f"batch {config.batch_size} = {plural(size, 'process')} x {self.accumulate} x "
             f"{plural(self.micro_batch_size, 'image')}; learning rate {config.learning_rate:g}"
         )
+        if self.task.name == "pretrain" and config.optimizer == "sgd":
+            scaled = 0.1 * config.batch_size / PAPER_BATCH_SIZE
+            plan += f" (the paper's 0.1 at batch 512 would scale to {scaled:.3g} here)"
         if config.val_resize > 1.5 * config.image_size:
             usual = round(config.image_size * 256 / 224)
             plan += (
                 f"\nwarning: validation sees {config.image_size} px cut from images of {config.val_resize} px: "
                 f"--val-resize {usual} would leave as much of them as is usual"
             )
-        if self.task.name != "pretrain" or config.optimizer != "sgd":
-            return plan
-        scaled = 0.1 * config.batch_size / PAPER_BATCH_SIZE
-        return f"{plan} (the paper's 0.1 at batch 512 would scale to {scaled:.3g} here)"
+        return plan
 
     def _run_epoch(self, epoch: int) -> None:
         config, progress = self.config, self.progress

@@ -337,6 +337,16 @@ def test_the_global_generator_is_left_as_it_was(data: Path, tmp_path: Path) -> N
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_plan_keeps_the_learning_rate_apart_from_the_warning(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(replace(CONFIG, epochs=1, val_resize=64), data, tmp_path / "run", HERE)
+    plan, warning = capsys.readouterr().out.splitlines()[:2]
+    assert plan.endswith("learning rate 0.01 (the paper's 0.1 at batch 512 would scale to 0.00156 here)")
+    assert warning.startswith("warning: validation sees 32 px")
+    assert warning.endswith("as is usual")
+
+
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
