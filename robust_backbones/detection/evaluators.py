@@ -34,7 +34,7 @@ from pycocotools.cocoeval import COCOeval
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.annotations_values import box_polygon, usable_mask
 from robust_backbones.data.annotations_voc import text_in, voc_names
-from robust_backbones.detection.datasets import SHOWN_CLASSES, categories, evaluator_kind
+from robust_backbones.detection.datasets import SHOWN_CLASSES, annotated_set, categories, evaluator_kind
 from robust_backbones.detection.left_out import left_out
 from robust_backbones.detection.run_lengths import run_lengths
 from robust_backbones.errors import InputError, plural
@@ -163,7 +163,10 @@ def _detections(instances: Instances, image_id: Any) -> list[Result]:
 
 
 def ground_truth(dataset_name: str) -> COCO:
-    """A registered set's annotations, with the ids of ``categories``; VOC's difficult objects are like all others."""
+    """A registered set's annotations, with the ids of ``categories``; VOC's difficult objects have ``ignore``.
+
+    COCO's AP disregards it, in pycocotools and in faster-coco-eval.
+    """
     metadata = MetadataCatalog.get(dataset_name)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         if "json_file" in metadata.as_dict():
@@ -181,7 +184,16 @@ def ground_truth(dataset_name: str) -> COCO:
             for row in dataset.get("annotations", []):
                 row["category_id"] += 1
             dataset["categories"] = categories(dataset_name)
+        if (voc := annotated_set(dataset_name)) and voc.split:
+            difficult = {_place(row) for row in voc.read()[0]["annotations"] if row["difficult"]}
+            for row in dataset.get("annotations", []):
+                row["ignore"] = int(_place(row) in difficult)
         return _indexed(COCO, dataset)
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Where an object is."""
+    return row["image_id"], *(round(float(number), 1) for number in row["bbox"])
 
 
 def without_images(truth: COCO, images: Container[Any]) -> COCO:

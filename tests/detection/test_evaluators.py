@@ -26,8 +26,9 @@ from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from robust_backbones.analysis.detection_errors import detection_errors
 from robust_backbones.detection.datasets import SHOWN_CLASSES
-from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator, coco_metrics
+from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator, coco_metrics, ground_truth
 from robust_backbones.errors import InputError
 from robust_backbones.runs.distributed import join_processes
 from tests.runs.test_distributed import found_by_ranks
@@ -527,6 +528,18 @@ def test_voc_sets_of_ones_own_leave_out_what_they_do_not_show(tmp_path: Path, ye
         metrics = evaluator.evaluate()["bbox"]
     assert {key: metrics[key] for key in ("AP", "AP50", "AP75")} == same(dict(expected["bbox"]))
     assert math.isnan(metrics["AP-unicorn"])
+
+
+def test_error_types_do_not_count_difficult_objects_as_missed(tmp_path: Path) -> None:
+    """As VOC's AP does not; the cat is missed, the difficult dog is not, and the bird is found."""
+    boxes = {"cat": (9, 9, 60, 50), "dog": (70, 80, 120, 140), "bird": (150, 20, 200, 90)}
+    objects = [(name, box, int(name == "dog")) for name, box in boxes.items()]
+    write_voc(tmp_path, {"000001": objects, "000002": []})  # Detectron2 reads no list of one image
+    with registered(register_pascal_voc, str(tmp_path), "test", 2012, list(boxes)) as name:
+        truth = ground_truth(name)
+        (bird,) = [row for row in truth.dataset["annotations"] if truth.cats[row["category_id"]]["name"] == "bird"]
+        found = [{key: bird[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}]
+        assert detection_errors(truth, found, "bbox").counts["missed"] == 1
 
 
 def found_in_voc(folder: Path, rng: Generator, classes: Sequence[str]) -> list[Found]:
