@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import detectron2.utils.comm as comm
@@ -19,6 +20,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.detection.adversarial import replays
 from robust_backbones.detection.data_stream import TrainingStream, undisturbed
 from robust_backbones.detection.visualize import ground_truth_beside_detections
@@ -116,6 +118,7 @@ class Evaluation(HookBase):
         self._evaluated_at, self.best = state["evaluated_at"], state["best"]
 
     def before_train(self) -> None:
+        self._recall_the_best()
         if self._is_due(self.trainer.start_iter) and self._evaluated_at < self.trainer.start_iter:
             self._run(self.trainer.start_iter, self.trainer.start_iter - 1)
 
@@ -126,6 +129,14 @@ class Evaluation(HookBase):
             except PreemptedError:
                 self.trainer.save()
                 raise
+
+    def _recall_the_best(self) -> None:
+        """The final evaluation of a run comes after its last checkpoint, which a longer run continues from."""
+        path, done = Path(self.trainer.cfg.OUTPUT_DIR) / "model_best.pth", self.trainer.start_iter
+        if done and comm.is_main_process() and path.exists():
+            best = read_file(path).get("best")
+            if best is not None and best["iteration"] <= done:
+                self.best = best
 
     def after_train(self) -> None:
         if self.trainer.iter == self.trainer.max_iter and self.trainer.cfg.DATASETS.TEST:  # not after a failure

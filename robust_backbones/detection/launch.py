@@ -40,7 +40,7 @@ def scale_to_processes(cfg: CfgNode, *, num_gpus: int, num_machines: int) -> Cfg
             "several processes use the GPUs: take MODEL.DEVICE cpu away, or hide them: CUDA_VISIBLE_DEVICES="
         )
     if gpus and num_gpus > gpus:
-        raise InputError(f"--num-gpus {num_gpus}, but {plural(gpus, 'GPU')} found")
+        raise InputError(f"--num-gpus {num_gpus}, but {plural(gpus, 'GPU')} found: give --num-gpus {gpus}")
     batch, reference = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE
     if batch % (reference or processes):
         raise InputError(

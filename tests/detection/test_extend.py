@@ -10,6 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
+from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.detection.run_folder import check_folder
 from robust_backbones.detection.trainer import Trainer
 from robust_backbones.errors import InputError
@@ -77,6 +78,18 @@ def test_other_steps_hold_from_the_iteration_on_at_which_it_is_extended(cfg: Cfg
     _, losses = run(whole, kind=ByHand)
     for iteration, row in (first.rows | second.rows).items():
         assert row == pytest.approx(losses.rows[iteration], rel=1e-5), iteration
+
+
+def test_the_best_of_a_final_evaluation_is_kept(cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured after the last checkpoint."""
+    values = iter([3.0, 7.0, 5.0, 6.0])
+    monkeypatch.setattr(Trainer, "test", lambda *_: {"bbox": {"AP": next(values)}})
+    cfg.merge_from_list(["TEST.EVAL_PERIOD", 2, "TEST.VISUALIZE", 0])
+    cfg.DATASETS.TEST = ("shapes_val",)
+    run(cfg)
+    ours, _ = run(extended(cfg, "SOLVER.MAX_ITER", 5), resume=True, kind=partial(Trainer, checked=True))
+    assert ours.evaluation.best == {"metric": "bbox/AP", "value": 7.0, "iteration": 3}
+    assert read_file(Path(cfg.OUTPUT_DIR) / "model_best.pth")["best"]["value"] == 7
 
 
 def test_what_cannot_be_extended(cfg: CfgNode) -> None:
