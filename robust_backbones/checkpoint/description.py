@@ -12,26 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from robust_backbones.checkpoint.untrusted import METADATA, Inert, Options
+from robust_backbones.checkpoint.training_options import TrainingOptions
+from robust_backbones.checkpoint.untrusted import METADATA, Inert
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, is_foreign, is_number, is_triple, usual_spec
 from robust_backbones.timm_models import norm_and_heads
 
-_OPTION_KEYS = (
-    *("args", "opt", "options", "config", "cfg", "model_config", "hparams", "hyper_parameters"),
-    *("normalize", "transform"),
-)
-"""Entries of a file with the options of a training, as a dictionary or an ``argparse.Namespace``."""
-_OF_OTHERS = re.compile(
-    "(?i)head|decod|class|proj|loss|aux|teacher|target|optim|sched|noise|(?<!con)text|lang|bert|transformer|mlp"
-    "|tokeniz|discrimin|critic|(?<!bottle)neck|depth|thermal|infrared|lidar|audio"
-)
-"""Names of options that do not concern the network."""
-_OTHER_TYPE = re.compile("(?i)noise|discriminator")
-"""What options are of, by their ``type`` or Hydra's ``_target_``, that do not concern the network."""
-_ORDER_KEYS = ("input_space", "channel_order", "color_order", "input_format", "FORMAT")
-_NORMALIZES = re.compile("(no_|without_)?(do_|use_)?normali[sz](e|ation)(_(inputs?|images?))?")
-_MEAN = re.compile("(?i)((ima?ge?|pixel|rgb|norm(ali[sz](e|ation))?|data(set)?|input)_)?mean")
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
 
 _PATH, _BESIDE, _OPTION = "its path", "config.json beside it", "an option of its training"
@@ -107,14 +93,13 @@ class Description:
         self.by_timm = bool(self.cfg) or "architecture" in self.config
         self._processor = json_object(path.with_name("preprocessor_config.json")) if self.config else {}
         self._inside = (more if isinstance(more, dict) else {}) | inside
-        plain = {key: value for key, value in content.items() if not isinstance(value, dict | Tensor)}
-        self._options = [*_options_in([content.get(key) for key in _OPTION_KEYS], set()), plain]
+        self.options = TrainingOptions(content)
         texts = [meta.get(key) for key in ("config", "cfg")] if isinstance(meta, dict) else []
         self._of_mmdetection = "\n".join(text for text in texts if isinstance(text, str))
 
     def values(self, arch: str) -> dict[str, Any]:
         """What is said about ``READING``; what transformers says of a network of another kind does not count."""
-        said = self.of_options() | self._of_pipeline()
+        said = self.options.values() | self._of_pipeline()
         kind = self.config.get("model_type", "timm_backbone")
         of_it = kind == "timm_backbone" or {"resnet": "res"}.get(kind, kind) in arch
         processor = self._processor if of_it else {}
@@ -153,47 +138,6 @@ class Description:
             return {}
         said = {name: tuple(float(value) / 255 for value in values.pop()) for name, values in found.items()}
         return {**said, "channel_order": "RGB" if orders == {"True"} else "BGR"}
-
-    def of_options(self) -> dict[str, Any]:
-        """What the options of a training say, which may contain anything."""
-        fed = self._fed()
-        said: dict[str, Any] = fed[0] if fed and not self._doubt() else {}
-        for options in self._options:
-            if orders := [options[key] for key in _ORDER_KEYS if options.get(key) in ("RGB", "BGR")]:
-                said["channel_order"] = orders[0]
-        return said
-
-    def _fed(self) -> list[dict[str, Any]]:
-        """Mean and std in the options of a training."""
-        found = []
-        for options in self._options:
-            for name in filter(lambda name: isinstance(name, str) and _MEAN.fullmatch(name), options):
-                mean, std = options[name], options.get(name[:-4] + ("STD" if name.isupper() else "std"))
-                if three := _three(mean):
-                    found.append({"mean": three, "std": _three(std)})
-        return found
-
-    def _doubt(self) -> str:
-        """What in the options of a training speaks against reading or assuming any mean and std."""
-        fed = self._fed()
-        for options in self._options:
-            for name, value in options.items():
-                match = _NORMALIZES.fullmatch(name) if isinstance(name, str) else None
-                offs = ("True", "1") if match and match[1] else ("False", "0", "none")
-                off = match and isinstance(value, int | str) and str(value) in offs
-                in_units = name == "input_range" and value not in (None, [0, 1], (0, 1))
-                if off or (in_units and not any(max(one["mean"]) > 1 for one in fed)):
-                    return f"an option of its training says that its {name} is {value!r}"
-        if any(not one["std"] for one in fed):
-            return "options of its training say a mean without a std"
-        return "options of its training say means or stds that differ" if any(one != fed[0] for one in fed) else ""
-
-    def check_fed(self) -> None:
-        """Refuse to assume a mean if the options of a training speak against it."""
-        if doubt := self._doubt():
-            raise InputError(
-                f"{doubt}: give --mean and --std, which are 0 0 0 and 1 1 1 where pixels in [0, 1] enter it"
-            )
 
     def named(self) -> BackboneSpec | None:
         """The timm network that it is said to be; None for a ResNet, which is ours or refused."""
@@ -246,13 +190,13 @@ class Description:
         for where, arguments in (
             ("config.json", self.config.get("model_args")),
             ("model_args", self._inside.get("model_args")),
-            *(("args.model_kwargs", options.get("model_kwargs")) for options in self._options),
+            *(("args.model_kwargs", options.get("model_kwargs")) for options in self.options.dictionaries),
         ):
             if isinstance(arguments, dict):
                 yield where, arguments, _OF_TIMM | {"act_layer": tuple(activation)}
         if self._beside.get("dilation") is True:  # DETR's
             yield "config.json", {"dilation": True}, {}
-        for options in self._options:
+        for options in self.options.dictionaries:
             if options.get("dilation") is True:
                 yield _OPTION, {"dilation": True}, {}
             said = {k: options[k] for k in of_options if k in options}
@@ -307,37 +251,11 @@ class Description:
             *((f"its entry {key}", self._inside.get(key), key == "architecture") for key in _NAME_KEYS),
         ]
         texts = [(_PATH, str(self._path.absolute()))] + [
-            (_OPTION, str(options.get(key))) for options in self._options for key in _NAME_KEYS
+            (_OPTION, str(options.get(key))) for options in self.options.dictionaries for key in _NAME_KEYS
         ]
         for where, text in texts:
             said += [(where, name, False) for name in _VARIANT.findall(text)]
         return (one for one in said if isinstance(one[1], str))
-
-
-def _options_in(value: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
-    """The dictionaries in options of a training, except those of other networks; each once."""
-    value = value.values if isinstance(value, Options) else value
-    if not isinstance(value, dict | list | tuple) or id(value) in seen:
-        return
-    seen.add(id(value))
-    parts = value
-    if isinstance(value, dict):
-        kinds = [kind for key in ("type", "_target_") if isinstance(kind := value.get(key), str)]
-        if any(_OTHER_TYPE.search(kind.split(".")[-1]) for kind in kinds):
-            return
-        yield value
-        parts = [part for name, part in value.items() if not _OF_OTHERS.search(str(name))]
-    for part in parts:
-        yield from _options_in(part, seen)
-
-
-def _three(value: Any) -> tuple[float, ...]:
-    """The three numbers of a list, tensor or text; three times the one of a list; or none."""
-    value = value.flatten()[:4].tolist() if isinstance(value, Tensor) else value
-    value = value * 3 if isinstance(value, list | tuple) and len(value) == 1 else value
-    if isinstance(value, str) and len(words := re.split(r"[\s,]+", value[:200].strip("[]() "))) == 3:
-        value = [float(word) for word in words if re.fullmatch(r"-?\d*\.?\d+", word)]
-    return tuple(value) if is_triple(value) else ()
 
 
 def _is_among(value: Any, values: tuple[Any, ...]) -> bool:

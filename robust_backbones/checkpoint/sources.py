@@ -184,8 +184,8 @@ def _read(
     if not ("mean" in in_file or (statement.mean and statement.std)):
         check_normalizers(network)
         if not (own or metadata):
-            description.check_fed()
-    of_options = [name for name, value in description.of_options().items() if value == in_file.get(name)]
+            description.options.check_assumed()
+    of_options = [name for name, value in description.options.values().items() if value == in_file.get(name)]
     values, said = agreed(in_file, _convention(network, layout), statement, spec, of_options)
     if metadata:  # an assumption stays one
         said |= {name: ASSUMED for name, who in metadata.said.items() if who == ASSUMED}
