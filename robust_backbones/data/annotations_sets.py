@@ -79,7 +79,8 @@ class AnnotatedSet:
         try:
             files = [self.annotations]
             if self.split:
-                listed, folder = self.annotations / f"ImageSets/Main/{self.split}.txt", self.annotations / "Annotations"
+                listed = self.annotations / "ImageSets/Main" / f"{self.split}.txt"
+                folder = self.annotations / "Annotations"
                 files = [listed, *(folder / f"{name}.xml" for name in voc_names(listed, folder))]
             for path in files:
                 digest.update(path.read_bytes())

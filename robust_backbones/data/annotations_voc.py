@@ -39,7 +39,7 @@ def read_voc(
         FileNotFoundError: the list is missing.
     """
     folder = Path(folder)
-    listed = folder / f"ImageSets/Main/{split}.txt"
+    listed = folder / "ImageSets/Main" / f"{split}.txt"  # an absolute path stays alone
     faults: list[Fault] = []
     try:
         lines = voc_names(listed, folder / "Annotations") if names is None else names

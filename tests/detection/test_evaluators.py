@@ -27,6 +27,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from robust_backbones.analysis.detection_errors import detection_errors
+from robust_backbones.detection.cell_images import ImageChoice, take_images
 from robust_backbones.detection.datasets import SHOWN_CLASSES
 from robust_backbones.detection.evaluators import CocoEvaluator, VocEvaluator, coco_metrics, ground_truth
 from robust_backbones.errors import InputError
@@ -530,13 +531,15 @@ def test_voc_sets_of_ones_own_leave_out_what_they_do_not_show(tmp_path: Path, ye
     assert math.isnan(metrics["AP-unicorn"])
 
 
-def test_error_types_do_not_count_difficult_objects_as_missed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [None, 1])
+def test_error_types_do_not_count_difficult_objects_as_missed(tmp_path: Path, limit: int | None) -> None:
     """As VOC's AP does not; the cat is missed, the difficult dog is not, and the bird is found."""
     boxes = {"cat": (9, 9, 60, 50), "dog": (70, 80, 120, 140), "bird": (150, 20, 200, 90)}
     objects = [(name, box, int(name == "dog")) for name, box in boxes.items()]
     write_voc(tmp_path, {"000001": objects, "000002": []})  # Detectron2 reads no list of one image
     with registered(register_pascal_voc, str(tmp_path), "test", 2012, list(boxes)) as name:
-        truth = ground_truth(name)
+        MetadataCatalog.get(name).set(evaluator_type="pascal_voc")
+        truth = ground_truth(take_images(name, ImageChoice(limit=limit, seed=0), tmp_path))
         (bird,) = [row for row in truth.dataset["annotations"] if truth.cats[row["category_id"]]["name"] == "bird"]
         found = [{key: bird[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9}]
         assert detection_errors(truth, found, "bbox").counts["missed"] == 1
