@@ -8,9 +8,9 @@ Examples:
 
 A SET is annotations.json:IMAGE_FOLDER, VOC_FOLDER:LIST, or a name that Detectron2 knows. Relative paths are looked up
 in the folder that DETECTRON2_DATASETS names, then in the working folder. Every fault is one line: file, image id,
-annotation id, what is wrong, and how to fix it. `robust-backbones train` runs the same check before it starts. Headers
-of images are cached until a file changes. Exit status: 0 no error (warnings do not count) or, with --fix, none left in
-the copy, 1 errors, 2 bad input.
+annotation id, what is wrong, and how to fix it. Images that two of the sets share, links and copies too, are warnings.
+`robust-backbones train` runs the same check before it starts. Headers of images are cached until a file changes.
+Exit status: 0 no error (warnings do not count) or, with --fix, none left in the copy, 1 errors, 2 bad input.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from pathlib import Path
 
 from robust_backbones.checkpoint.zoo import cache_folder
 from robust_backbones.commands import cli
-from robust_backbones.data.annotations import Use
+from robust_backbones.data.annotations import Fault, Use
 from robust_backbones.data.annotations_repair import renaming, repair
 from robust_backbones.data.annotations_sets import AnnotatedSet
+from robust_backbones.data.shared_images import shared_images
 from robust_backbones.errors import InputError, check_not_negative, check_positive, plural
 
 
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
     check_positive(options, "workers")
     check_not_negative(options, "most")
     rename = renaming(classes, dict(pair.split("=", 1) for pair in options.rename))
-    errors = 0
+    errors, files = 0, dict[str, list[str]]()
     datasets = [find_set(name) for name in options.sets]
     places = ["-".join(filter(None, (one.annotations.stem, one.split))) for one in datasets]
     if options.fix and (
@@ -49,6 +50,13 @@ def main(arguments: list[str]) -> int:
             faults, content = dataset.check(use, workers=options.workers, cache=cache_folder() / "headers")
         except OSError as error:
             raise InputError(f"{name} lacks {error.filename}: check the path") from None
+        rows = dict(dataset.image_files(content))
+        for other, paths in files.items():
+            for path, original in shared_images(rows, paths).items():
+                what = f"is also an image of {other}" + f", there as {original}" * (path != original)
+                mend = "leave it out of one, if you train on one and test on the other"
+                faults.append(Fault("warning", path, what, mend, rows[path]["id"]))
+        files[name] = list(rows)
         counts = Counter(fault.severity for fault in faults)
         for fault in faults[: options.most]:
             print(f"{fault.severity}: {fault}")

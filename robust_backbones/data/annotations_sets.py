@@ -6,9 +6,11 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from robust_backbones.data.annotations import Content, Fault, Use, check_coco, read_json
 from robust_backbones.data.annotations_images import check_images
+from robust_backbones.data.annotations_values import is_file_name, is_id
 from robust_backbones.data.annotations_voc import check_voc, read_voc, voc_names
 from robust_backbones.errors import InputError
 
@@ -95,6 +97,14 @@ class AnnotatedSet:
             FileNotFoundError: of an annotation file or list.
         """
         return read_voc(self.annotations, self.split, self.classes) if self.split else read_json(self.annotations)
+
+    def image_files(self, content: Content) -> list[tuple[str, dict[str, Any]]]:
+        """Path and row of each image in ``content``, without rows that lack a name or an id: the check names those."""
+        return [
+            (str(self.images / row["file_name"]), row)
+            for row in content.get("images", [])
+            if isinstance(row, dict) and is_file_name(row.get("file_name")) and is_id(row.get("id"))
+        ]
 
     def check(
         self, use: Use | None = None, *, workers: int = 8, cache: Path | None = None

@@ -23,6 +23,7 @@ from robust_backbones.data.annotations import MISSING, Fault, Use, check_coco, r
 from robust_backbones.data.annotations_images import UNREADABLE, check_images
 from robust_backbones.data.annotations_sets import AnnotatedSet, datasets_root, locate
 from robust_backbones.data.annotations_voc import voc_classes
+from robust_backbones.data.shared_images import first_shared, shared_images
 from robust_backbones.detection.left_out import SHOWN_CLASSES, hold_out, leave_out, left_out, unreadable_rows
 from robust_backbones.detection.standard_format import Items, content_of, listed, load_coco, load_voc, register
 from robust_backbones.errors import InputError, plural
@@ -284,9 +285,11 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> list[DataWarning
     images: dict[str, set[str]] = {}
     warnings = [warning for name in names for warning in _check(name, cfg, images, eval_only=eval_only)]
     trained = () if eval_only else cfg.DATASETS.TRAIN
-    for name in [name for name in names if name not in trained]:
-        if shared := images[name] & set[str]().union(*(images[other] for other in trained)):
-            told = f"{min(shared)}; AP on them does not tell of others"
+    tested = {name: images[name] for name in names if name not in trained}
+    originals = shared_images(itertools.chain(*tested.values()), itertools.chain(*(images[name] for name in trained)))
+    for name, paths in tested.items():
+        if shared := {path: original for path, original in originals.items() if path in paths}:
+            told = f"{first_shared(shared)}; AP on them does not tell of others"
             warnings.append(DataWarning(name, "images of a training set", len(shared), told))
     for asked, kind, told in (
         (cfg.MODEL.KEYPOINT_ON, "measure left out", "AP of keypoints, which Detectron2's COCOEvaluator has"),

@@ -15,7 +15,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from robust_backbones.data.annotations_images import undecodable
 from robust_backbones.data.annotations_sets import AnnotatedSet
-from robust_backbones.data.annotations_values import is_file_name, is_id
 from robust_backbones.detection.standard_format import Items, register
 from robust_backbones.errors import InputError, plural
 
@@ -33,13 +32,7 @@ def unreadable_rows(name: str, dataset: AnnotatedSet) -> list[tuple[str, int | s
     Raises:
         FileNotFoundError: an annotation file or list is missing.
     """
-    content, _ = dataset.read()
-    # The check names the other rows.
-    rows = [
-        (str(dataset.images / row["file_name"]), row)
-        for row in content.get("images", [])
-        if isinstance(row, dict) and is_file_name(row.get("file_name")) and is_id(row.get("id"))
-    ]
+    rows = dataset.image_files(dataset.read()[0])
     lost = set(undecodable({path for path, _ in rows}))
     found = sorted((pair for pair in rows if pair[0] in lost), key=lambda pair: pair[0])
     return [(name, row["id"], row["file_name"]) for _, row in found]

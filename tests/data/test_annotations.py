@@ -915,6 +915,27 @@ def test_check_data_lists_counts_and_repairs(tmp_path: Path, images: Path, run_t
     assert run_tool("check-data", where, "--fix", tmp_path / "fixed")[0] == 2
 
 
+def test_check_data_lists_the_images_that_sets_share(tmp_path: Path, images: Path, run_tool: Run) -> None:
+    shutil.copytree(images, tmp_path / "copies")
+    (tmp_path / "copies/2.png").rename(tmp_path / "copies/photo.png")
+    Image.new("RGB", (60, 40), (0, 9, 0)).save(tmp_path / "copies/3.png")
+    coco_set(tmp_path, images, sound())
+    other = sound()
+    other["images"][1]["file_name"] = "photo.png"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    one, two = f"{tmp_path / 'truth.json'}:{images}", f"{tmp_path / 'other.json'}:{tmp_path / 'copies'}"
+    status, out, _ = run_tool("check-data", one, two)
+    mend = "leave it out of one, if you train on one and test on the other"
+    told = [
+        f"warning: {tmp_path / 'copies' / copy}, image {image}: is also an image of {one}, there as "
+        f"{images / original}: {mend}"
+        for copy, image, original in (("1.png", 1, "1.png"), ("photo.png", 2, "2.png"))
+    ]
+    counts = "3 images, 9 objects, 0 errors"
+    assert (status, out.splitlines()) == (0, [f"{one}: {counts}, 0 warnings", *told, f"{two}: {counts}, 2 warnings"])
+    assert f"{images / '1.png'}, image 1: is also an image of {one}: {mend}" in run_tool("check-data", one, one)[1]
+
+
 def test_fix_says_which_warnings_are_left(tmp_path: Path, images: Path, run_tool: Run) -> None:
     """Two spellings of a class are two classes in training: what repairs nothing of them has to say so last."""
     content = sound()

@@ -1,6 +1,7 @@
 """What is wrong with a data set is said before hours are spent on it: which file, and how the folder has to look."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from pycocotools import mask as mask_tools
 from pycocotools.coco import COCO
 
 from robust_backbones.configs import CONFIG_DIR
+from robust_backbones.data.annotations_voc import voc_classes
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.data_stream import MaskMapper
 from robust_backbones.detection.datasets import (
@@ -153,8 +155,57 @@ def test_test_images_that_are_trained_on_are_counted(cfg: CfgNode, tmp_path: Pat
     cfg.DATASETS.COCO_FORMAT = (*cfg.DATASETS.COCO_FORMAT, ("part", "part.json", folder))
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (name,), (name, "part")
     register_datasets(cfg)
-    assert counted(check_datasets(cfg)) == {"part": {"images of a training set": 3}}
+    (warning,) = check_datasets(cfg)
+    assert counted([warning]) == {"part": {"images of a training set": 3}}
+    first = tmp_path / folder / kept[0]["file_name"]
+    told = f"part: 3 images of a training set, the first: {first}; AP on them does not tell of others"
+    assert str(warning) == told
     assert check_datasets(cfg, eval_only=True) == []
+
+
+def test_copies_of_training_images_under_other_names_are_counted(cfg: CfgNode, tmp_path: Path) -> None:
+    """And links; other images of the same size in bytes are none."""
+    train, val = tmp_path / "shapes/train", tmp_path / "shapes/val"
+    images = sorted(path.name for path in val.iterdir())
+    for name, make in zip(images, (shutil.copy, os.link, os.symlink), strict=False):
+        (val / name).unlink()
+        make(train / "000007.jpg", val / name)
+    (val / images[3]).write_bytes((train / "000008.jpg").read_bytes()[:-3] + b"X\xff\xd9")  # but its end
+    (warning,) = check_datasets(cfg)
+    assert counted([warning]) == {"shapes_val": {"images of a training set": 3}}
+    assert f"the first: {val / images[0]}, the same image as {train / '000007.jpg'}; AP on them" in str(warning)
+    assert check_datasets(cfg, eval_only=True) == []
+
+
+def test_held_out_images_are_training_images_only_by_their_copies(cfg: CfgNode, tmp_path: Path) -> None:
+    cfg.DATASETS.HELD_OUT, cfg.DATASETS.TEST = 3, ("shapes_train_held_out",)
+    register_datasets(cfg)
+    assert check_datasets(cfg) == []
+    held, trained = (Path(DatasetCatalog.get(name)[0]["file_name"]) for name in (*cfg.DATASETS.TEST, "shapes_train"))
+    shutil.copy(trained, held)
+    (warning,) = check_datasets(cfg)
+    assert f"1 images of a training set, the first: {held}, the same image as {trained};" in str(warning)
+
+
+def test_a_copy_in_vocs_format_is_found_in_another_folder(cfg: CfgNode, real_data: Path, tmp_path: Path) -> None:
+    source = real_data / "detectron2/VOC2007"
+    names = (source / "ImageSets/Main/trainval.txt").read_text().split()[:4]
+    for folder, part in (("one", names[:3]), ("two", names[2:])):
+        root = tmp_path / folder
+        (root / "ImageSets/Main").mkdir(parents=True)
+        (root / "ImageSets/Main/all.txt").write_text("\n".join(f"{folder}{name}" for name in part))
+        for place, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+            (root / place).mkdir()
+            for name in part:
+                shutil.copy(source / place / f"{name}.{suffix}", root / place / f"{folder}{name}.{suffix}")
+    classes = tuple(voc_classes(source))
+    cfg.DATASETS.VOC_FORMAT = tuple((name, str(tmp_path / name), "all", classes) for name in ("one", "two"))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.MODEL.ROI_HEADS.NUM_CLASSES = ("one",), ("two",), len(classes)
+    cfg.MODEL.MASK_ON = False
+    register_datasets(cfg)
+    (warning,) = [warning for warning in check_datasets(cfg) if warning.kind == "images of a training set"]
+    copy, original = (tmp_path / name / f"JPEGImages/{name}{names[2]}.jpg" for name in ("two", "one"))
+    assert (warning.count, warning.first.split("; ")[0]) == (1, f"{copy}, the same image as {original}")
 
 
 @pytest.mark.parametrize(
