@@ -352,7 +352,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         ("coco_screening", {"convert": 15, "detect": 30}),
         ("coco_lsj", {"convert": 4, "detect": 24}),
         ("small", {"pretrain": 2, "convert": 2, "detect": 12}),
-        ("robust_backbones", {"pretrain": 5, "convert": 5, "detect": 66, "evaluate": 66, "transfer": 20}),
+        ("robust_backbones", {"pretrain": 30, "convert": 30, "detect": 60, "evaluate": 60, "transfer": 120}),
     ],
 )
 def test_the_studies_are_ready(
