@@ -206,6 +206,6 @@ def provenance_table(records: Sequence[RunRecord]) -> Table:
 
 
 def _oddities(record: RunRecord) -> str | None:
-    """The warnings of the data check."""
+    """The warnings about the data, and about what was found."""
     sets = record.data_warnings.items()
     return "; ".join(f"{name}: {count} {kind}" for name, kinds in sets for kind, count in kinds.items()) or None

@@ -37,6 +37,7 @@ def main(arguments: list[str], run: Callable[[CfgNode, argparse.Namespace], None
     options = parse(arguments)
 
     import robust_backbones.detection  # noqa: F401  # first: it says so when Detectron2 is missing
+    from robust_backbones.detection.collapse import sentences
     from robust_backbones.detection.launch import launch
     from robust_backbones.detection.run_folder import check_expected
     from robust_backbones.runs.distributed import is_first_process
@@ -57,6 +58,9 @@ def main(arguments: list[str], run: Callable[[CfgNode, argparse.Namespace], None
         for name, value in record.metrics.items():
             if name.endswith(("/AP", "/AP50", "/AP75")):
                 print(f"{record.dataset} {name}: {'not defined' if value is None else f'{value:.2f}'}")
+        trained = Path(cfg.MODEL.WEIGHTS).parent if options.eval_only else Path(cfg.OUTPUT_DIR)
+        for warning in sentences(record.data_warnings, trained):
+            print(f"warning: {warning}", file=sys.stderr)
         print(f"{'finished before: ' if finished else ''}results written to {cfg.OUTPUT_DIR}")
         check_expected(cfg, record.metrics)
     return 0

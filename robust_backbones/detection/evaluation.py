@@ -9,10 +9,11 @@ from pathlib import Path
 import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
 
+from robust_backbones.detection.collapse import merged
 from robust_backbones.detection.config import check_config
 from robust_backbones.detection.data_stream import undisturbed
 from robust_backbones.detection.datasets import annotation_digests, check_datasets, counted, register_datasets
-from robust_backbones.detection.hooks import flat_metrics
+from robust_backbones.detection.hooks import measure
 from robust_backbones.detection.predictor import load_detector, read_run
 from robust_backbones.detection.run_folder import keep_other_record, write_record
 from robust_backbones.detection.trainer import Trainer
@@ -60,7 +61,7 @@ def evaluate(
     cfg.freeze()
     trained = load_detector(cfg, cfg.MODEL.WEIGHTS)
     trained.match_classes(cfg.DATASETS.TEST)
-    metrics = flat_metrics(Trainer.test(cfg, trained.model))
+    metrics, oddities = measure(Trainer, cfg, trained.model, Path(cfg.MODEL.WEIGHTS).parent)
     if comm.is_main_process():
         keep_other_record(NAME, cfg)
         write_record(
@@ -70,6 +71,6 @@ def evaluate(
             backbone=trained.backbone,
             threat_model=trained.threat_model,
             seconds=time.perf_counter() - start,
-            data_warnings=data_warnings or {},
+            data_warnings=merged(data_warnings or {}, oddities),
         )
     return metrics

@@ -34,6 +34,7 @@ from pycocotools.cocoeval import COCOeval
 from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.annotations_values import box_polygon, usable_mask
 from robust_backbones.data.annotations_voc import text_in, voc_names
+from robust_backbones.detection.collapse import oddities
 from robust_backbones.detection.datasets import SHOWN_CLASSES, annotated_set, categories, evaluator_kind
 from robust_backbones.detection.left_out import left_out
 from robust_backbones.detection.run_lengths import run_lengths
@@ -76,6 +77,8 @@ class CocoEvaluator(DatasetEvaluator):
 
     results: list[Result]
     """After evaluation: all detections in COCO's result format."""
+    oddities: dict[str, int]
+    """After evaluation in the first process: what is odd about the detections."""
 
     def __init__(
         self,
@@ -96,6 +99,7 @@ class CocoEvaluator(DatasetEvaluator):
 
     def reset(self) -> None:
         self._images: list[list[Result]] = []
+        self.oddities = {}
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
@@ -111,11 +115,13 @@ class CocoEvaluator(DatasetEvaluator):
         gathered = comm.gather(self._images, dst=0)
         if not comm.is_main_process():
             return {}
+        count = sum(map(len, gathered))
         images = [rows for rows in itertools.chain(*gathered) if rows]
         images.sort(key=lambda rows: rows[0]["image_id"])
         # Only now: a set in COCO's format has its categories once it has been loaded.
         ids = [category["id"] for category in categories(self._dataset_name)]
         self.results = [self._with_class_id(row, ids) for row in itertools.chain(*images)]
+        self.oddities = oddities(self.results, count)
         if self._output_dir is not None:
             with atomic_path(Path(self._output_dir) / "coco_instances_results.json") as temporary:
                 temporary.write_text(json.dumps(self.results))
@@ -300,6 +306,8 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
 
     results: list[Result]
     """All detections of this process in COCO's result format, classes from 1."""
+    oddities: dict[str, int]
+    """As a CocoEvaluator's."""
 
     def __init__(self, dataset_name: str) -> None:
         super().__init__(dataset_name)
@@ -308,6 +316,7 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
 
     def reset(self) -> None:
         self.results = []
+        self.oddities = {}
 
     def process(self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
@@ -329,8 +338,10 @@ class VocEvaluator(PascalVOCDetectionEvaluator):
         objects = {image: self._objects(image) for image in order}
         found = defaultdict[int, list[Result]](list)
         # Which of two equal scores counts first depends on the order.
-        for row in sorted(itertools.chain(*gathered), key=lambda row: order[row["image_id"]]):
+        rows = sorted(itertools.chain(*gathered), key=lambda row: order[row["image_id"]])
+        for row in rows:
             found[row["category_id"]].append(row)
+        self.oddities = oddities(rows, len(order))
         aps = []
         for number, name in enumerate(self._class_names, 1):
             shown = {image: rows[name] for image, rows in objects.items() if name in rows}

@@ -13,7 +13,7 @@ import detectron2.utils.comm as comm
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.engine import hooks
+from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import inference_context
 from detectron2.utils.env import seed_all_rng
@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from robust_backbones.checkpoint.untrusted import read_file
 from robust_backbones.detection.adversarial import replays
+from robust_backbones.detection.collapse import sentences
 from robust_backbones.detection.data_stream import TrainingStream, undisturbed
 from robust_backbones.detection.visualize import ground_truth_beside_detections
 from robust_backbones.errors import InputError, PreemptedError
@@ -107,6 +108,8 @@ class Evaluation(HookBase):
     def __init__(self) -> None:
         self.results: dict[str, float | None] = {}
         """The last evaluation's metrics."""
+        self.oddities: dict[str, dict[str, int]] = {}
+        """By set, what was odd about its detections."""
         self.best: dict[str, Any] | None = None
         """``metric``, its ``value``, and the ``iteration`` after which it was measured."""
         self._evaluated_at = 0
@@ -150,7 +153,8 @@ class Evaluation(HookBase):
         """Evaluate after ``iteration`` iterations, logged as number ``row``, also when repeated after a stop."""
         self.trainer.read_losses()
         with undisturbed(), self._stopped_between_images(iteration):
-            self.results = flat_metrics(self.trainer.test(self.trainer.cfg, self.trainer.evaluated_model))
+            cfg, model = self.trainer.cfg, self.trainer.evaluated_model
+            self.results, self.oddities = measure(self.trainer, cfg, model, Path(cfg.OUTPUT_DIR))
             if comm.is_main_process():
                 self._draw()
                 numbers = {name: value for name, value in self.results.items() if value is not None}
@@ -200,6 +204,22 @@ class Evaluation(HookBase):
         pictures = ground_truth_beside_detections(items, found, MetadataCatalog.get(dataset))
         for item, picture in zip(items, pictures, strict=True):
             self.trainer.storage.put_image(f"{dataset}/{item['image_id']}", picture.transpose(2, 0, 1))
+
+
+def measure(
+    trainer: DefaultTrainer | type[DefaultTrainer], cfg: CfgNode, model: nn.Module, run: Path
+) -> tuple[dict[str, float | None], dict[str, dict[str, int]]]:
+    """The metrics on DATASETS.TEST and, by set, what is odd about the detections, which is logged as a warning.
+
+    Both are empty in all processes but the first. ``run`` is the folder of the detector's training.
+    """
+    evaluators = {name: trainer.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST}
+    metrics = flat_metrics(trainer.test(cfg, model, [*evaluators.values()]))
+    oddities = {name: getattr(evaluator, "oddities", {}) for name, evaluator in evaluators.items()}
+    oddities = {name: kinds for name, kinds in oddities.items() if kinds}
+    for sentence in sentences(oddities, run):
+        _logger.warning(sentence)
+    return metrics, oddities
 
 
 def flat_metrics(results: Mapping[str, Any], prefix: str = "") -> dict[str, float | None]:

@@ -5,6 +5,7 @@ P, mPC and rPC are those of Michaelis et al. 2019, "Benchmarking robustness in o
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from robust_backbones.detection.attacks import sanity_warnings
 from robust_backbones.detection.cell_images import ImageChoice, find_domains
 from robust_backbones.detection.cell_jobs import CellJob
 from robust_backbones.detection.cells import AttackCell, Cell, CorruptionCell
+from robust_backbones.detection.collapse import oddities, sentences
 from robust_backbones.detection.config import load_config
 from robust_backbones.detection.data_stream import undisturbed
 from robust_backbones.detection.datasets import (
@@ -185,6 +187,9 @@ def _write_summary(job: CellJob, data_warnings: dict[str, dict[str, int]]) -> Ru
     for name, record in cells.items():
         metrics |= {f"{name}/{key}": record.metrics[key] for key in ("clean_loss", "loss") if key in record.metrics}
     warnings = {name: sanity_warnings(record.metrics) for name, record in cells.items()}
+    found = json.loads((job.output / "cells" / CLEAN / "detections.json").read_bytes())
+    odd = oddities(found, job.identity["images"])
+    warnings[CLEAN] = [*warnings[CLEAN], *sentences({clean.dataset: odd}, job.weights.parent)]
     summary = RunRecord(
         run_id=job.output.name,
         task=clean.task,

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from robust_backbones.detection.adversarial import AttackedDetector, FreeStream, replays
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
+from robust_backbones.detection.collapse import merged
 from robust_backbones.detection.config import check_config, usable
 from robust_backbones.detection.data_stream import TrainingStream, WorkerMapper, random_state
 from robust_backbones.detection.datasets import (
@@ -254,7 +255,7 @@ class Trainer(DefaultTrainer):
             backbone=backbone,
             threat_model=threat_model,
             seconds=self.clock.seconds,
-            data_warnings=self._data_warnings,
+            data_warnings=merged(self._data_warnings, self.evaluation.oddities),
         )
         return metrics
 

@@ -53,7 +53,8 @@ class RunRecord:
     git_commit: str | None = field(default_factory=lambda: git_commit())
     versions: dict[str, str] = field(default_factory=lambda: versions())
     data_warnings: dict[str, dict[str, int]] = field(default_factory=dict)
-    """For detection: data set -> kind of annotation warning -> count. Empty in records before version 0.2."""
+    """For detection: data set -> kind of warning, about annotations or about what was found -> count. Empty in records
+    before version 0.2."""
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))

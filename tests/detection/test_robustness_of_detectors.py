@@ -151,6 +151,14 @@ def test_clean_and_severity_0_are_exactly_the_plain_evaluation(few: Path, run: P
     assert sorted(path.name for path in (few / "cells/clean").glob("[!.]*")) == ["detections.json", "record.json"]
 
 
+def test_a_detector_that_finds_nothing_on_clean_images_is_told(run: Path, tmp_path: Path) -> None:
+    cfg = load_config(run / "config.yaml", ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    record = evaluate_detector(tmp_path / "config.yaml", run / "model_final.pth", tmp_path / "out", workers=0)
+    (warning,) = record.config["warnings"]["clean"]
+    assert "no detection at all on the 6 images of shapes_val" in warning
+
+
 def test_a_record_tells_what_was_measured(few: Path) -> None:
     record, clean = RunRecord.read(few / "record.json"), RunRecord.read(few / "cells/clean/record.json")
     assert (record.task, clean.task) == ("detector_robustness", "detector_robustness")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from robust_backbones.checkpoint.format import sha256
 from robust_backbones.detection.checkpoint import newest_checkpoint
+from robust_backbones.detection.collapse import NOTHING
 from robust_backbones.runs.folders import own_folder
 from robust_backbones.runs.record import RunRecord
 from tests.conftest import call_verb, start_fork, start_forks
@@ -94,6 +95,40 @@ def test_train_and_evaluate(run: Callable[..., tuple[str, str]], converted: Make
     assert "computed by pycocotools" in (tmp_path / "evaluation/log.txt").read_text()
     metrics = RunRecord.read(tmp_path / "evaluation/eval_record.json").metrics
     assert metrics == pytest.approx(record.metrics, abs=1e-9, nan_ok=True)
+
+
+def test_a_detector_that_finds_nothing_is_told(
+    run: Callable[..., tuple[str, str]], converted: Maker, tmp_path: Path
+) -> None:
+    """In the log, at the end and whenever it is evaluated; nothing fails."""
+    folder = tmp_path / "run"
+    overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()"]
+    overrides += ["OUTPUT_DIR", folder]
+    blind = [*overrides, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.99]
+    told = "no detection at all on the 6 images of shapes_val: the detector was hardly trained"
+
+    def warnings(*arguments: object) -> list[str]:
+        return [line for line in run(*arguments)[1].splitlines() if line.startswith("warning: ")]
+
+    (warning,) = warnings(*blind)
+    assert told in warning
+    assert "too high; train longer, lower SOLVER.BASE_LR" in warning  # its loss was never far above its start
+    assert told in (folder / "log.txt").read_text()
+    assert RunRecord.read(folder / "record.json").data_warnings == {"shapes_val": {NOTHING: 6}}
+    assert warnings("--resume", *blind) == [warning]
+
+    # Loss and scores of a collapsed one.
+    losses = [{"iteration": number, "total_loss": loss} for number, loss in enumerate((2.0, 31.4, 1.0))]
+    (folder / "metrics.json").write_text("".join(f"{json.dumps(row)}\n" for row in losses))
+    content = torch.load(folder / "model_final.pth", weights_only=True)
+    content["model"]["roi_heads.box_predictor.cls_score.weight"].zero_()
+    torch.save(content, folder / "collapsed.pth")
+    evaluation = ["MODEL.WEIGHTS", folder / "collapsed.pth", "OUTPUT_DIR", tmp_path / "evaluation"]
+    (warning,) = warnings("--eval-only", *overrides, *evaluation)
+    assert "detections on shapes_val have the same score" in warning
+    assert "(its loss was 31.4 at iteration 1, and 2 at first); train longer" in warning
+    evaluation = ["MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path / "evaluation"]
+    assert not warnings("--eval-only", *overrides, *evaluation)
 
 
 def write_voc(shapes: Path, folder: Path, part: str) -> None:
