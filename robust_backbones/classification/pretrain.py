@@ -11,7 +11,7 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.config import Execution, TrainingConfig
 from robust_backbones.classification.train import TrainingTask, train
-from robust_backbones.data.datasets import check_several, open_dataset
+from robust_backbones.data.datasets import check_several, open_dataset, warn_of_shared
 from robust_backbones.errors import InputError
 from robust_backbones.models import (
     BackboneSpec,
@@ -74,6 +74,7 @@ def pretrain(
     if parts[0].classes != parts[1].classes:
         raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same")
     check_several(parts[0].classes, data / "train")
+    warn_of_shared(*parts)
     spec = replace(spec, num_classes=len(parts[0].classes))
     origin = {"start_sha256": start.source_sha256} if start else {}
     task = TrainingTask(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import cv2
@@ -22,9 +23,15 @@ from tqdm import tqdm
 from robust_backbones.data.decoding import ImageInputError, ResizedCache, decode, visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.shards import ShardImages
-from robust_backbones.errors import InputError
+from robust_backbones.data.shared_images import first_shared, shared_images
+from robust_backbones.errors import InputError, plural
+from robust_backbones.runs.distributed import is_first_process
 from robust_backbones.runs.files import whole, write_json
 from robust_backbones.runs.signals import stop_for_parent_only
+
+_COMPARED = 150_000
+"""How many images of two data sets are compared at a start: in 5 s on a local disk. ImageNet's 1.3 million would take a
+minute there, and many on a network disk."""
 
 
 class ClassificationDataset(Dataset[tuple[Tensor, int]]):
@@ -46,6 +53,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         self.classes = source.classes
         self.labels = source.labels
         self.names = source.names
+        self.root = source.root
         self.transform = transform
         self.seed = seed
         self.epoch = 0
@@ -77,7 +85,7 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
         try:
             if self.cache is None:
                 return decode(self._source.read(index), name)
-            key = f"{self._source.root.name}/{name}"  # train and val may share names, and a cache
+            key = f"{self.root.name}/{name}"  # train and val may share names, and a cache
             return self.cache.load(key, self._source.stamp(index), lambda: self._source.read(index))
         except OSError as error:
             raise ImageInputError.of(name, error) from None
@@ -139,12 +147,12 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
             InputError: a name that is not in the data set; a class that loses its last image.
         """
         if unknown := sorted(set(names) - set(self.names)):
-            raise InputError(f"cannot leave out {unknown[0]}: it is not in {self._source.root}")
+            raise InputError(f"cannot leave out {unknown[0]}: it is not in {self.root}")
         left_out = set(names)
         rest = self.take([position for position, name in enumerate(self.names) if name not in left_out])
         if emptied := sorted(set(self.labels) - set(rest.labels)):
             raise InputError(
-                f"class {self.classes[emptied[0]]} of {self._source.root} keeps no image: add some, or remove the class"
+                f"class {self.classes[emptied[0]]} of {self.root} keeps no image: add some, or remove the class"
             )
         return rest
 
@@ -175,6 +183,24 @@ def check_several(classes: Sequence[str], folder: Path) -> None:
         raise InputError(
             f"{folder} holds one class, {classes[0]}, of which any network is right: give a folder to each class"
         )
+
+
+def warn_of_shared(*parts: ClassificationDataset) -> None:
+    """Print which of the data sets share images, links and copies too, if these are files; shards are not opened.
+
+    Called by every process, and done by the first. In data sets that are too large for it (see ``_COMPARED``), only
+    images of the same name in the same class folder are compared.
+    """
+    parts = tuple(part for part in parts if type(part._source) is ImageFiles and is_first_process())
+    every = sum(map(len, parts)) * (len(parts) - 1) <= _COMPARED
+    for (one, ones), (other, others) in combinations([(part, set(part.names)) for part in parts], 2):
+        names = (ones, others) if every else (ones & others, ones & others)
+        # What is one folder under two names, such as a link to it, is seen without a look at its files.
+        folders = (os.path.realpath(one.root), os.path.realpath(other.root))
+        train, test = ([f"{root}/{name}" for name in some] for root, some in zip(folders, names, strict=True))
+        if shared := shared_images(test, train):
+            told = f"shares {plural(len(shared), 'image')} with {one.root}, the first: {first_shared(shared)}"
+            print(f"warning: {other.root} {told}; accuracy on them does not tell of others", flush=True)
 
 
 def find_unreadable(dataset: ClassificationDataset, *, workers: int) -> dict[str, str]:

@@ -13,7 +13,7 @@ import torch
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.data.batches import check_fills_batch
-from robust_backbones.data.datasets import mix, skip_list
+from robust_backbones.data.datasets import mix, skip_list, warn_of_shared
 from robust_backbones.data.transfer_datasets import TransferData, open_transfer_data
 from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.runs.distributed import ALONE, Processes
@@ -163,7 +163,10 @@ def without_unreadable(data: TransferData, output: Path, *, workers: int, proces
 
 def open_data(data: TransferData | str | Path) -> TransferData:
     """The data set itself, or the one in a folder with train/ and test/."""
-    return data if isinstance(data, TransferData) else open_transfer_data(str(data), None)
+    opened = data if isinstance(data, TransferData) else open_transfer_data(str(data), None)
+    if opened.train.root != opened.test.root:  # else their lists are the data set's own
+        warn_of_shared(opened.train, opened.test)
+    return opened
 
 
 def read_backbones(backbones: Backbones) -> dict[str, Checkpoint]:

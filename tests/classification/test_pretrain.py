@@ -347,6 +347,18 @@ def test_the_plan_keeps_the_learning_rate_apart_from_the_warning(
     assert warning.endswith("as is usual")
 
 
+def test_validation_images_that_are_trained_on_are_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They stop nothing: a first trial may be so."""
+    (tmp_path / "train").symlink_to(data / "train")
+    (tmp_path / "val").symlink_to(data / "train")
+    record = pretrain(replace(CONFIG, epochs=1), tmp_path, tmp_path / "run", HERE)
+    assert record.metrics["clean_accuracy"] is not None
+    told = f"warning: {tmp_path / 'val'} shares 32 images with {tmp_path / 'train'}, the first: "
+    assert capsys.readouterr().out.count(told) == 1
+
+
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,8 +20,8 @@ from pycocotools.coco import COCO
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from robust_backbones.data import synthetic
-from robust_backbones.data.datasets import ClassificationDataset, find_unreadable, mix, open_dataset
+from robust_backbones.data import datasets, synthetic
+from robust_backbones.data.datasets import ClassificationDataset, find_unreadable, mix, open_dataset, warn_of_shared
 from robust_backbones.data.decoding import ImageInputError, ResizedCache
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.synthetic import CLASSES, ShapesConfig, write_shapes
@@ -415,3 +415,31 @@ def test_the_augmentation_of_robustness_is_the_librarys(seed: int, height: int, 
     assert found.dtype == torch.uint8
     assert np.abs(found.numpy() / 255 - expected).max() <= 0.5 / 255 + 1e-6
     assert np.abs(255 * rgb).max() > 0
+
+
+def test_images_that_train_and_val_share_are_told(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(val: Path) -> str:
+        warn_of_shared(*(open_dataset(root, TRANSFORM) for root in (pictures, val)))
+        return capsys.readouterr().out
+
+    for seed, name in enumerate(("A/z.png", "b/2.jpg"), 10):
+        write_noise(tmp_path / "val" / name, seed)
+    assert told(tmp_path / "val") == ""
+    first = tmp_path / "val/A/another.png"
+    shutil.copy(pictures / "A/z.png", first)
+    (tmp_path / "val/b/10.jpg").symlink_to(pictures / "b/10.jpg")
+    assert told(tmp_path / "val") == (
+        f"warning: {tmp_path / 'val'} shares 2 images with {pictures}, the first: {first}, the same image as "
+        f"{pictures / 'A/z.png'}; accuracy on them does not tell of others\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    assert told(tmp_path / "val") == ""
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(datasets, "_COMPARED", 5)  # more are compared by name
+    assert f"shares 1 image with {pictures}, the first: {tmp_path / 'val/b/10.jpg'}" in told(tmp_path / "val")
+    (tmp_path / "link").symlink_to(pictures)
+    assert f"{tmp_path / 'link'} shares 6 images with {pictures}, the first: {pictures / 'A/Y.jpg'};" in told(
+        tmp_path / "link"
+    )

@@ -849,6 +849,27 @@ def test_another_process_cell_is_waited_for(world: Path, start: Checkpoint, done
         assert RunRecord.read(tmp_path / place).metrics == RunRecord.read(done / place).metrics
 
 
+def test_images_that_the_sets_share_are_told(
+    world: Path, start: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(root: Path) -> list[str]:
+        with pytest.raises(InputError, match="less than a batch"):
+            protocol(root, start, tmp_path / "out", ["fine_tuning"], batch_size=18)
+        return capsys.readouterr().out.splitlines()
+
+    assert said(world) == []
+    shutil.copytree(world, tmp_path / "world")
+    root, told = tmp_path / "world", []
+    for source, part in (("pretraining/train", "pretraining/val"), ("negative", "mirrored")):
+        first, copy = min((root / source / "circle").iterdir()), root / part / "cross/copy.png"
+        shutil.copy(first, copy)
+        told.append(
+            f"warning: {root / part} shares 1 image with {root / source}, the first: {copy}, the same image as "
+        )
+        told[-1] += f"{first}; accuracy on them does not tell of others"
+    assert said(root) == told
+
+
 def test_what_cannot_be_run_is_refused(world: Path, start: Checkpoint, done: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
     with pytest.raises(InputError, match=r"holds another run \(lr is 0.01 there"):

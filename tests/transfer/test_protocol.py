@@ -1,5 +1,6 @@
 """The protocol of transfer: who selects, from what, and what is left as it was."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from robust_backbones.classification.metrics import accuracy
 from robust_backbones.errors import InputError, TrainingFailedError
 from robust_backbones.transfer.config import Setting, TransferConfig
-from robust_backbones.transfer.protocol import labels_of, select, split_held_out
+from robust_backbones.transfer.protocol import labels_of, open_data, select, split_held_out
 
 
 @given(
@@ -107,3 +108,16 @@ def test_checkpoints_are_called_by_their_files_or_folders() -> None:
     assert labels_of([Path("runs/../checkpoint.pt")]) == [Path.cwd().name]
     with pytest.raises(InputError, match="called a"):
         labels_of([Path("x/a/checkpoint.pt"), Path("y/a/best.pt")])
+
+
+def test_test_images_that_are_trained_on_are_told(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_data(shapes / "shapes_classification")
+    assert capsys.readouterr().out == ""
+    train, copy = tmp_path / "data/train", tmp_path / "data/val/cross/copy.png"
+    shutil.copytree(shapes / "shapes_classification", tmp_path / "data")
+    shutil.copy(min((train / "circle").iterdir()), copy)
+    open_data(tmp_path / "data")
+    told = f"{tmp_path / 'data/val'} shares 1 image with {train}, the first: {copy}, the same image as {train}"
+    assert told in capsys.readouterr().out

@@ -17,7 +17,7 @@ from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification.compute import Compute, available
 from robust_backbones.classification.robustness import check_classes
 from robust_backbones.data.batches import check_fills_batch, val_batches
-from robust_backbones.data.datasets import ClassificationDataset
+from robust_backbones.data.datasets import ClassificationDataset, warn_of_shared
 from robust_backbones.errors import DivergedError, InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.cells import is_finished, run_cells
@@ -95,6 +95,7 @@ def run_protocol(
         check_classes(classes, Path(pretraining) / "val", checkpoint)
     opened = [open_related_set(Path(path), classes, transform, name=name) for name, path in sets.items()]
     found = {one.name: one.limited(config.limit, seed=config.data_seed) for one in (*opened, validation)}
+    warn_of_shared(train_images, *(related.images for related in found.values()))
     for name in sets:
         check_fills_batch(name, len(found[name].images), config.batch_size)
     about = {
