@@ -19,7 +19,6 @@ from robust_backbones.models import (
     backbone_with,
     build_backbone,
     fed_as,
-    is_foreign,
     reference_shapes,
     usual_spec,
 )
@@ -65,9 +64,8 @@ def pretrain(
     """
     data, start = Path(data), None if start_from is None else read_start(start_from, config)
     spec = start.spec if start else usual_spec(config.arch, stem=config.stem)
-    if is_foreign(config.arch):  # which is built for images of the size that is asked for
-        asked = {name: getattr(config, name) for name in ("image_size", "val_resize", "interpolation")}
-        spec = replace(spec, **{name: value for name, value in asked.items() if value})
+    asked = {name: getattr(config, name) for name in ("image_size", "val_resize", "interpolation")}
+    spec = replace(spec, **{name: value for name, value in asked.items() if value})  # as it is to be evaluated
     config = fed_as(config, spec)
     cache, transform = config.image_cache(execution.cache), config.val_transform()
     parts = [open_dataset(data / part, transform, seed=config.seed, cache=cache) for part in ("train", "val")]

@@ -114,6 +114,8 @@ def cut_off_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_leaves_checkpoints_metrics_and_record(finished: tuple[Path, RunRecord]) -> None:
     output, record = finished
+    size = {"image_size": 32, "val_resize": 32}  # as later evaluations and transfers see images, unless told otherwise
+    assert record.backbone.items() >= size.items()
     assert RunRecord.read(output / "record.json") == record
     assert record.threat_model == "L2:0.5"
     assert record.config["eval_threat_model"] == "L2:0.5"
