@@ -13,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from robust_backbones.data.decoding import visible
 from robust_backbones.detection.datasets import evaluator_kind
+from robust_backbones.detection.evaluators import ground_truth
 from robust_backbones.detection.standard_format import register
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path
@@ -47,6 +48,19 @@ class ImageChoice:
         """SHA-256 of the chosen images' names and annotations."""
         items = [{**item, "file_name": Path(item["file_name"]).name} for item in self.items(dataset)]
         return hashlib.sha256(json.dumps(items, default=str).encode()).hexdigest()
+
+    def content(self, dataset: str) -> tuple[str, str]:
+        """A row for DATASETS.CONTENT: SHA-256 of the chosen images' files, and of which objects AP ignores."""
+        digest, ids = hashlib.sha256(), set()
+        for item in self.items(dataset):
+            ids.add(item["image_id"])
+            digest.update(hashlib.sha256(Path(item["file_name"]).read_bytes()).digest())
+        rows = ground_truth(dataset).dataset.get("annotations", [])
+        ignored = sorted(
+            [str(row["image_id"]), *row["bbox"]] for row in rows if row.get("ignore") and row["image_id"] in ids
+        )
+        digest.update(json.dumps(ignored).encode())
+        return dataset, digest.hexdigest()
 
 
 def take_images(dataset: str, choice: ImageChoice, folder: Path) -> str:

@@ -34,9 +34,11 @@ from robust_backbones.errors import InputError, PreemptedError, TrainingFailedEr
 from robust_backbones.runs.cells import check_stop, run_cells
 from robust_backbones.runs.distributed import fork_workers
 from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.identity import differences
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
+WORST = "attack-worst"
 CHECKED_IMAGES = 8
 """Number of images for ``Cell.check_change``, the first ones with objects."""
 
@@ -62,7 +64,7 @@ class CellJob:
         """Raise InputError if a cell's record has other settings."""
         for cell in self.cells:
             path = self.folder(cell) / "record.json"
-            if path.exists() and RunRecord.read(path).config["settings"] != cell.settings:
+            if path.exists() and differences(RunRecord.read(path).config["settings"], cell.settings):
                 raise InputError(f"{path.parent} was measured with other settings: choose another --output")
 
     def dataset(self, cell: Cell) -> str:
@@ -170,17 +172,29 @@ class CellJob:
         ).write(self.folder(cell) / "record.json")
 
     def evaluate_worst(self, attacks: Sequence[Cell]) -> None:
-        """The cell ``attack-worst``, from the detections of the others."""
+        """The cell ``attack-worst``, from the detections of all attacks in ``output`` in the balls of these, if any."""
         start = time.perf_counter()
+        records = {path.parent: RunRecord.read(path) for path in self.output.glob("cells/attack-*/record.json")}
+        balls = [records[self.folder(attack)].config["settings"].get("threat_model") for attack in attacks]
+        folders = [
+            folder
+            for folder, record in sorted(records.items())
+            if folder.name != WORST and record.config["settings"].get("threat_model") in balls
+        ]
+        if len(folders) < 2:
+            return
         dataset = self.dataset(attacks[0])
-        files = {attack.name: self.folder(attack) / "detections.json" for attack in attacks}
-        detections = {name: json.loads(file.read_text()) for name, file in files.items()}
-        chosen = worst_attacks(ground_truth(dataset), detections, max_dets=self.cfg.TEST.MAX_DETS)
+        detections = {folder.name: json.loads((folder / "detections.json").read_text()) for folder in folders}
+        truth = ground_truth(dataset)
+        if evaluator_kind(dataset) == "pascal_voc":  # whose AP ignores difficult objects, as COCO's does crowds
+            for annotation in truth.dataset["annotations"]:
+                annotation["iscrowd"] = int(annotation.get("ignore", 0))
+        chosen = worst_attacks(truth, detections, max_dets=self.cfg.TEST.MAX_DETS)
         rows = [row for name, rows in detections.items() for row in rows if chosen[row["image_id"]] == name]
         metrics = metrics_of(rows, dataset, masks=self.cfg.MODEL.MASK_ON, max_dets=self.cfg.TEST.MAX_DETS)
         metrics |= {f"images/{name}": float(list(chosen.values()).count(name)) for name in detections}
-        held = RunRecord.read(self.folder(attacks[0]) / "record.json")
-        self._write(Cell("attack-worst", settings={"attacks": list(detections)}), metrics, rows, held, start)
+        held = records[folders[0]]
+        self._write(Cell(WORST, settings={"attacks": list(detections)}), metrics, rows, held, start)
 
 
 def _run_in_process(rank: int, job: CellJob, errors: Any) -> None:

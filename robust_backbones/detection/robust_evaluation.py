@@ -19,7 +19,7 @@ from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.data.corruptions import CORRUPTIONS, SEVERITIES, load_library
 from robust_backbones.detection.attacks import sanity_warnings
 from robust_backbones.detection.cell_images import ImageChoice, find_domains
-from robust_backbones.detection.cell_jobs import CellJob
+from robust_backbones.detection.cell_jobs import WORST, CellJob
 from robust_backbones.detection.cells import AttackCell, Cell, CorruptionCell
 from robust_backbones.detection.collapse import oddities, sentences
 from robust_backbones.detection.config import load_config
@@ -34,7 +34,7 @@ from robust_backbones.detection.datasets import (
 from robust_backbones.detection.predictor import load_detector
 from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.folders import shared
-from robust_backbones.runs.identity import identity
+from robust_backbones.runs.identity import DIGESTS, identity
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import stop_on_signals
 
@@ -67,9 +67,10 @@ def evaluate_detector(
     Args:
         config_file: the detector's, such as its run's config.yaml; its single DATASETS.TEST is the set to evaluate on.
         weights: the detector, such as model_final.pth.
-        cells: from ``corruption_cells`` and ``attack_cell``. With two or more attacks, ``attack-worst`` has the worst
-            one for each image. The results of ``sanity_check`` on a few images are in an attack's metrics, and as
-            sentences in ``warnings`` of the record's configuration.
+        cells: from ``corruption_cells`` and ``attack_cell``. With two or more attacks in the same ball, those of
+            earlier commands included, ``attack-worst`` has the worst one for each image. The results of
+            ``sanity_check`` on a few images are in an attack's metrics, and as sentences in ``warnings`` of the
+            record's configuration.
         images: all by default.
         domains: a folder with one folder per domain, as read by ``find_domains``; one cell each.
         device: ``cpu`` or ``cuda``; with ``cuda`` the jobs are distributed over all GPUs.
@@ -112,7 +113,10 @@ def evaluate_detector(
     on_cpu.MODEL.DEVICE = "cpu"
     detector = load_detector(on_cpu if jobs > 1 else cfg, weights)  # before anything is written
     detector.match_classes(cfg.DATASETS.TEST)
-    domain_cells = [Cell(name, name, {"images_sha256": images.fingerprint(name)}) for name in names]
+    domain_cells = [
+        Cell(name, name, {"images_sha256": images.fingerprint(name), DIGESTS: (images.content(name),)})
+        for name in names
+    ]
     cells = [Cell(CLEAN), *cells, *domain_cells]
     job = CellJob(cfg, weights, output, cells, images, workers, _identity(cfg, weights, dataset, images))
     for cell in cells:
@@ -125,7 +129,7 @@ def evaluate_detector(
             else:
                 job.run_in_processes(jobs, stop)
         # From here on a signal ends the process: what is left takes seconds.
-        if len(attacks := [cell for cell in cells if isinstance(cell, AttackCell)]) > 1:
+        if attacks := [cell for cell in cells if isinstance(cell, AttackCell)]:
             job.evaluate_worst(attacks)
         return _write_summary(job, counted(warnings))
 
@@ -174,6 +178,7 @@ def _identity(cfg: CfgNode, weights: Path, dataset: str, images: ImageChoice) ->
         "dataset": dataset,
         "images": len(images.items(dataset)),
         "images_sha256": images.fingerprint(dataset),
+        DIGESTS: (images.content(dataset),),
         "limit": images.limit,
         "seed": images.seed,
     }
@@ -190,6 +195,13 @@ def _write_summary(job: CellJob, data_warnings: dict[str, dict[str, int]]) -> Ru
     found = json.loads((job.output / "cells" / CLEAN / "detections.json").read_bytes())
     odd = oddities(found, job.identity["images"])
     warnings[CLEAN] = [*warnings[CLEAN], *sentences({clean.dataset: odd}, job.weights.parent)]
+    if worst := cells.get(WORST):
+        counted_in = worst.config["settings"]["attacks"]
+        if rest := [name for name in cells if name.startswith("attack-") and name not in (WORST, *counted_in)]:
+            warnings[WORST] = [
+                f"it is of {', '.join(counted_in)} alone, without {', '.join(rest)}: give --attacks again if they have "
+                "one ball, and otherwise each ball an --output of its own"
+            ]
     summary = RunRecord(
         run_id=job.output.name,
         task=clean.task,

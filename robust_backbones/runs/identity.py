@@ -109,6 +109,13 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: remove its folder, or choose another one") from None
 
 
+def _difference(name: str, held: Any, own: Any) -> str:
+    if name == DIGESTS:
+        changed = [data for data, digest in own if dict(held).get(data, digest) != digest]
+        return f"the files of {', '.join(changed)} have changed"
+    return f"{name} is {held} there and {own} here"
+
+
 def check_same(folder: Path, held: Settings, own: Settings, defaults: Settings | None = None) -> None:
     """Refuse a folder that holds a run other than ``own``.
 
@@ -118,6 +125,7 @@ def check_same(folder: Path, held: Settings, own: Settings, defaults: Settings |
     if not (names := differences(held, own, defaults)):
         return
     one, other = identity(held, defaults), identity(own, defaults)
-    shown = ", ".join(f"{name} is {one.get(name)} there and {other.get(name)} here" for name in names[:3])
+    names.sort(key=DIGESTS.__eq__)  # last, as other images have other content
+    shown = ", ".join(_difference(name, one.get(name), other.get(name)) for name in names[:3])
     shown += f", and {len(names) - 3} more" * (len(names) > 3)
     raise InputError(f"{folder} holds another run ({shown}): choose another output folder")

@@ -325,6 +325,31 @@ def test_voc(run: Path, voc: tuple[Path, Path], tmp_path: Path, limit: int | Non
     assert metrics_of(rows, cfg.DATASETS.TEST[0], masks=False) == clean
 
 
+def test_vocs_difficult_objects_do_not_decide_what_the_worst_attack_is(
+    run: Path, voc: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Two of three objects are: one attack leaves only them found, the other only the third, which is perfect by AP."""
+    folder, config = voc
+    weights, output = run / "model_final.pth", tmp_path / "out"
+    for path in (folder / "Annotations").iterdir():
+        path.write_text(path.read_text().replace("<difficult>0", "<difficult>1", 2))
+    cells = [Blackened("attack-a", attack=ATTACK), Blackened("attack-b", attack=ATTACK)]
+    evaluate_detector(config, weights, output, cells, workers=0)
+    for name, ignored in (("attack-a", 0), ("attack-b", 1)):
+        things = ground_truth("voc_of_shapes").dataset["annotations"]
+        rows = [{**thing, "score": 0.9} for thing in things if thing["ignore"] == ignored]
+        (output / f"cells/{name}/detections.json").write_text(json.dumps(rows))
+    evaluate_detector(config, weights, output, cells, workers=0)
+    worst = metrics(output, "attack-worst")
+    assert (worst["images/attack-a"], worst["images/attack-b"]) == (0, 6)
+    assert worst["bbox/AP"] == 0
+    # Another choice of them is another data set, as for AP.
+    (folder / "Annotations/000001.xml").write_text(
+        (folder / "Annotations/000001.xml").read_text().replace("<difficult>1", "<difficult>0")
+    )
+    assert "the files of voc_of_shapes have changed" in refusal(config, weights, output)
+
+
 def test_voc_in_cocos_format(voc: tuple[Path, Path]) -> None:
     """Perfect detections, from the annotations as Detectron2 reads them, are perfect by both measures.
 
@@ -386,6 +411,22 @@ def test_neither_order_nor_processes_nor_workers_nor_a_change_of_nothing_matter(
     assert (worst.pop("images/attack-none"), worst.pop("images/attack-black")) == (0, 6)
     assert worst == metrics(output, "attack-black")
     assert record.metrics["attack-worst/bbox/AP"] == worst["bbox/AP"] < found["bbox/AP"]
+
+
+def test_the_worst_attack_is_of_all_commands_in_the_same_ball(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def attacks(cell: Cell) -> tuple[list[str], list[str]]:
+        record = evaluate(run, output, [cell])
+        found = record.config["attacks"].get("attack-worst", {"attacks": []})["attacks"]
+        return found, record.config["warnings"].get("attack-worst", [])
+
+    assert attacks(Unchanged("attack-none", attack=ATTACK)) == ([], [])
+    assert attacks(Blackened("attack-black", attack=ATTACK)) == (["attack-black", "attack-none"], [])
+    assert metrics(output, "attack-worst")["images/attack-black"] == 6
+    found, (warning,) = attacks(AttackCell("attack-total", settings={"threat_model": "another"}, attack=ATTACK))
+    assert found == ["attack-black", "attack-none"]
+    assert "of attack-black, attack-none alone, without attack-total" in warning
 
 
 @pytest.mark.slow
@@ -748,7 +789,9 @@ def test_refuses_what_does_not_fit(few: Path, run: Path, tmp_path: Path) -> None
     assert not output.exists()
 
 
-def test_a_folder_is_of_one_detector_configuration_and_choice_of_images(few: Path, run: Path, tmp_path: Path) -> None:
+def test_a_folder_is_of_one_detector_configuration_and_choice_of_images(
+    few: Path, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config, weights = run / "config.yaml", run / "model_final.pth"
     before = sorted(few.rglob("*"))
     content = torch.load(weights, weights_only=True)
@@ -759,6 +802,12 @@ def test_a_folder_is_of_one_detector_configuration_and_choice_of_images(few: Pat
     assert "INPUT.MIN_SIZE_TEST is 64 there and 96 here" in refusal(tmp_path / "other.yaml", weights, few, FEW)
     assert "(images is 6 there and 2 here" in refusal(config, weights, few, images=ImageChoice(2))
     assert "(seed is 0 there and 1 here)" in refusal(config, weights, few, images=ImageChoice(seed=1))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    shutil.copytree(data / "shapes", tmp_path / "shapes")
+    image = tmp_path / "shapes/val/000002.jpg"
+    cv2.imwrite(str(image), 255 - cv2.imread(str(image)))
+    assert "the files of shapes_val have changed" in refusal(config, weights, few, FEW)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
     # Not what does not change a number.
     (tmp_path / "same.yaml").write_text(load_config(config, ["SOLVER.BASE_LR", 9.0, "OUTPUT_DIR", "elsewhere"]).dump())
     evaluate_detector(tmp_path / "same.yaml", weights, few, FEW)
