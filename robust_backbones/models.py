@@ -339,7 +339,9 @@ def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
 
 
 def backbone_with(spec: BackboneSpec, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """The network with copies of these weights, in train mode; no random weights are drawn first, except by timm.
+    """The network with copies of these weights, in float32 whatever the file has, and in train mode.
+
+    No random weights are drawn first, except by timm.
 
     Raises:
         RuntimeError: these are not the tensors of this network.
@@ -350,7 +352,7 @@ def backbone_with(spec: BackboneSpec, state_dict: Mapping[str, Tensor]) -> nn.Mo
     # A file's strides would choose the kernel of a 1 x 1 convolution, and with it the roundings.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()}
     net.load_state_dict(tensors, assign=True)
-    return net
+    return net.float()
 
 
 def _build(arch: str, num_classes: int, stem: str) -> nn.Module:

@@ -107,6 +107,15 @@ def test_errors_name_arguments_that_mend_them(tmp_path: Path, several: bool) -> 
             assert api.load_backbone(api.read_checkpoint(path, statement=statement)).spec.arch == "resnet50"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_file_of_another_precision_is_a_network_of_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    network = build_backbone(BackboneSpec("resnet18", 3)).to(dtype)
+    torch.save(network.state_dict(), tmp_path / "file.pth")
+    loaded, images = robust_backbones.load_backbone(tmp_path / "file.pth").eval(), torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), network.float().eval()(loaded.normalize(images)), rtol=0, atol=0)
+
+
 def test_what_is_no_whole_backbone_is_reported_and_not_written(tmp_path: Path) -> None:
     network = build_backbone(BackboneSpec("resnet18", 4))
     with torch.no_grad():
