@@ -24,6 +24,9 @@ _PATH, _BESIDE, _OPTION = "its path", "config.json beside it", "an option of its
 _OUTSIDE = (_PATH, _BESIDE)
 _ALONE = "save its state_dict alone"
 
+_IS = r"""["']?\s*[=:]\s*"""
+"""Between a name and its value in a configuration, which is Python's text or JSON's."""
+
 _Allowed = dict[str, tuple[Any, ...] | None]
 """Settings -> values that do not change the features; None: any."""
 _OF_TIMM: _Allowed = {
@@ -121,7 +124,7 @@ class Description:
             said |= {"mean": (0.0,) * 3, "std": (1.0,) * 3}
         if processor.get("do_flip_channel_order") is True:
             said["channel_order"] = "BGR"
-        if style := re.search(r"""\bstyle\s*[=:]\s*["'](caffe|pytorch)["']""", self._of_mmdetection):
+        if style := re.search(rf"""\bstyle{_IS}["'](caffe|pytorch)["']""", self._of_mmdetection):
             said["stride_in_1x1"] = style[1] == "caffe"
         if of_it and isinstance(stride := self.config.get("downsample_in_bottleneck"), bool):
             said["stride_in_1x1"] = stride
@@ -132,8 +135,8 @@ class Description:
     def _of_pipeline(self) -> dict[str, Any]:
         """What MMDetection's configuration says, if it is unambiguous; its images are in 0-255, and read as BGR."""
         text, three = self._of_mmdetection, r"\s*,\s*".join([r"(\d+\.?\d*)"] * 3)
-        found = {name: {*re.findall(rf"\b{name}\s*=\s*[\[(]\s*{three}", text)} for name in ("mean", "std")}
-        orders = {*re.findall(r"\b(?:bgr_)?to_rgb\s*=\s*(True|False)", text)}
+        found = {name: {*re.findall(rf"\b{name}{_IS}[\[(]\s*{three}", text)} for name in ("mean", "std")}
+        orders = {order.title() for order in re.findall(rf"\b(?:bgr_)?to_rgb{_IS}(?i:(true|false))", text)}
         if any(len(values) != 1 for values in (orders, *found.values())):
             return {}
         said = {name: tuple(float(value) / 255 for value in values.pop()) for name, values in found.items()}
@@ -185,7 +188,7 @@ class Description:
         of_options = {} if is_foreign(arch) else _OF_RESNETS
         if activation:
             of_options = of_options | {"act_layer": (None, *activation)}
-        if dilated := re.search(r"\bdilations\s*=\s*[([]([\d, ]*[2-9][\d, ]*)[)\]]", self._of_mmdetection):
+        if dilated := re.search(rf"\bdilations{_IS}[([]([\d, ]*[2-9][\d, ]*)[)\]]", self._of_mmdetection):
             yield "its meta", {"dilations": dilated[1]}, {}
         for where, arguments in (
             ("config.json", self.config.get("model_args")),

@@ -180,7 +180,7 @@ def _read(
             spec = description.evaluated(spec)
         in_file = description.values(spec.arch) | (normalizer or {})
     if not (spec.resnet_shape and spec.resnet_shape.has_bottlenecks):
-        in_file = {"stride_in_1x1": False, **in_file}  # without a 1x1 convolution that could stride
+        in_file["stride_in_1x1"] = False  # without a 1x1 convolution that could stride, whatever an option says
     if not ("mean" in in_file or (statement.mean and statement.std)):
         check_normalizers(network)
         if not (own or metadata):

@@ -106,6 +106,7 @@ def test_other_names_of_the_same_network_are_known(tmp_path: Path, tensors: Tens
         {"meta": {"config": "backbone=dict(type='ResNet', dilations=(1, 1, 2, 4))"}},
     ],
 )
+        {"meta": {"cfg": '{"backbone": {"type": "ResNet", "dilations": [1, 1, 2, 4]}}'}},
 def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors, entries: dict[str, Any]) -> None:
     path = tmp_path / "file.pth"
     usual = argparse.Namespace(bn_eps=None, output_stride=32, act_layer="relu", replace_stride_with_dilation=None)
@@ -214,9 +215,10 @@ def test_a_normaliser_by_another_name_is_asked_for(tmp_path: Path, tensors: Tens
     assert read_checkpoint(path, statement=STATED).said["mean"] == BY_USER
 
 
-def test_mmdetections_style_says_where_it_strides(tmp_path: Path, bottlenecks: Tensors) -> None:
+@pytest.mark.parametrize("config", ["backbone=dict(type='ResNet', style='caffe')", '{"backbone": {"style": "caffe"}}'])
+def test_mmdetections_style_says_where_it_strides(tmp_path: Path, bottlenecks: Tensors, config: str) -> None:
     path, body = tmp_path / "file.pth", under("backbone.", bottlenecks)
-    torch.save({"meta": {"cfg": "backbone=dict(type='ResNet', style='caffe')"}, "state_dict": body}, path)
+    torch.save({"meta": {"cfg": config}, "state_dict": body}, path)
     with pytest.raises(InputError, match="stride in 1x1 is True, not False"):
         read_checkpoint(path, statement=STATED)
     checkpoint = read_checkpoint(path, statement=replace(STATED, stride_in_1x1=None))
@@ -232,6 +234,8 @@ OF_MMDETECTION = (
 )
 
 
+    '{"backbone": {"style": "caffe"}, "bgr_to_rgb": false, "mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0]}',
+    "{'style': 'caffe', 'to_rgb': False, 'mean': (103.53, 116.28, 123.675), 'std': (1.0, 1.0, 1.0)}",
 @pytest.mark.parametrize("config", OF_MMDETECTION)
 def test_mmdetections_configuration_says_what_it_was_fed(tmp_path: Path, tensors: Tensors, config: str) -> None:
     path, body = tmp_path / "file.pth", under("backbone.", tensors)
