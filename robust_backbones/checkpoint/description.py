@@ -39,7 +39,6 @@ _OF_RESNETS: _Allowed = {
     "bn_tf": (None, False),
     "output_stride": (None, 32),
     "last_stride": (None, 2),
-    **dict.fromkeys(("remove_first_maxpool", "remove_maxpool"), (None, False)),
     **dict.fromkeys(("act_layer", "activation_layer", "act_fn", "nonlinearity", "hidden_act"), (None, "relu")),
     # It may be that of the last layer, or whether there is one.
     **dict.fromkeys(
@@ -64,6 +63,10 @@ _OF_TRANSFORMERS: dict[str, _Allowed] = {
     "vit": _GELU,
     "timm_backbone": {"output_stride": (None, 32)},
 }
+# Options that say which stem a ResNet has: no tensor shows a max-pool.
+_NO_POOL = re.compile(r"(?i)(no|remove|without|skip)_(first_|stem_)?max_?pool(ing)?\d?")
+_POOL = re.compile(r"(?i)((has|keep|use|with)_)?(first_|stem_)?max_?pool(ing)?\d?")
+_SMALL_STEM = re.compile(r"(?i)(use_)?(cifar|small|tiny)_(stem|images?|inputs?|conv1?)")
 # Of transformers' configurations, which leave out what is the default.
 _NORM_EPSILON = {"convnext": 1e-12, "swin": 1e-5, "vit": 1e-12}
 # What names begin with, but for a maker's -> their activation.
@@ -157,10 +160,10 @@ class Description:
             spec = replace(spec, val_resize=int(spec.image_size / crop))
         return spec if interpolation is None else replace(spec, interpolation=interpolation)
 
-    def check(self, arch: str) -> None:
+    def check(self, arch: str, stem: str) -> None:
         """Refuse a network whose description contradicts its tensors' shapes.
 
-        Variants with another activation, dilation or blur have the same tensors but different features.
+        Variants with another activation, dilation, blur or stem have the same tensors but different features.
         """
         if _GELU_OF_ARES.fullmatch(self._path.name):
             raise InputError(
@@ -173,7 +176,7 @@ class Description:
                     f"{where} says that it is {name}, which has the tensors of {arch} and other features: it cannot be "
                     f"read as one (if that is wrong, {mend})"
                 )
-        for where, fields, allowed in self._settings(arch):
+        for where, fields, allowed in self._settings(arch, stem):
             for name in fields:
                 values = allowed.get(name, ())
                 if values is not None and not _is_among(fields[name], values):
@@ -182,7 +185,7 @@ class Description:
                         f"it cannot be read as one{f' (if that is of another network, {_ALONE})' * (where == _OPTION)}"
                     )
 
-    def _settings(self, arch: str) -> Iterator[tuple[str, dict[Any, Any], _Allowed]]:
+    def _settings(self, arch: str, stem: str) -> Iterator[tuple[str, dict[Any, Any], _Allowed]]:
         """Origin, settings that may change the features, and the values that do not."""
         activation = [layer for begin, layer in _ACTIVATIONS.items() if re.search(rf"(^|_)({begin})", arch)]
         of_options = {} if is_foreign(arch) else _OF_RESNETS
@@ -208,6 +211,8 @@ class Description:
         asked = _OF_TRANSFORMERS.get(self.config.get("model_type", ""), {})
         yield "config.json", {k: self.config[k] for k in asked if k in self.config}, asked
 
+            if not is_foreign(arch):
+                yield _OPTION, {k: v for k, v in options.items() if _is_of_other_stem(k, v, stem)}, {}
     def check_heads(self, arch: str, layout: str, *, stated: bool) -> None:
         """Refuse a ViT-S that may have 12 heads, like MoCo v3's: no tensor shows their number."""
         if not arch.startswith("vit_small_") or self.by_timm:
@@ -266,6 +271,16 @@ def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
     value = value.tolist() if isinstance(value, Tensor) else value
     words = re.findall(r"\w+", str(value).lower())
     return value in values or any(isinstance(one, str) and one in words for one in values)
+
+def _is_of_other_stem(name: Any, value: Any, stem: str) -> bool:
+    """Whether an option says that a ResNet has, or lacks, the max-pool that one of this stem lacks, or has."""
+    if not (isinstance(name, str) and isinstance(value, bool)):
+        return False
+    is_small = stem == "cifar"
+    if _POOL.fullmatch(name):
+        return value == is_small
+    return value != is_small and bool(_NO_POOL.fullmatch(name) or (value and _SMALL_STEM.fullmatch(name)))
+
 
 
 def _differs(said: str, arch: str, *, exact: bool) -> bool:

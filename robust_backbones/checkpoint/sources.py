@@ -172,7 +172,7 @@ def _read(
     else:
         if layout != "msra" and not statement.arch:  # which keeps all blobs side by side
             check_left_out(network)
-        description.check(spec.arch)
+        description.check(spec.arch, spec.stem)
         description.check_heads(spec.arch, layout, stated=bool(statement.arch))
         if network.library == "transformers":
             spec = replace(spec, norm_epsilon=description.norm_epsilon(spec.arch))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robust_backbones.checkpoint.untrusted import Options
 from robust_backbones.errors import InputError
-from robust_backbones.models import is_triple
+from robust_backbones.models import is_number, is_triple
 
 _OPTION_KEYS = (
     *("args", "opt", "options", "config", "cfg", "model_config", "hparams", "hyper_parameters"),
@@ -19,14 +19,14 @@ _OPTION_KEYS = (
 """Entries of a file with the options of a training, as a dictionary or an ``argparse.Namespace``."""
 _OF_OTHERS = re.compile(
     "(?i)head|decod|class|proj|loss|aux|teacher|target|optim|sched|noise|(?<!con)text|lang|bert|transformer|mlp"
-    "|tokeniz|discrimin|critic|(?<!bottle)neck|depth|thermal|infrared|lidar|audio"
+    "|tokeniz|discrimin|critic|(?<!bottle)neck|depth|thermal|infrared|lidar|audio|(^|_)init(?!_args)"
 )
-"""Names of options that do not concern the network."""
-_OTHER_TYPE = re.compile("(?i)noise|discriminator")
-"""What options are of, by their ``type`` or Hydra's ``_target_``, that do not concern the network."""
+"""Names of options that do not concern the network, or only its weights before training."""
+_OTHER_TYPE = re.compile("(?i)noise|discriminator|normal_?$")
+"""What such options are of, by their ``type``, Hydra's ``_target_`` or Lightning's ``class_path``."""
 _ORDER_KEYS = ("input_space", "channel_order", "color_order", "input_format", "FORMAT")
-_NORMALIZES = re.compile("(no_|without_)?(do_|use_)?normali[sz](e|ation)(_(inputs?|images?))?")
-_MEAN = re.compile("(?i)((ima?ge?|pixel|rgb|norm(ali[sz](e|ation))?|data(set)?|input)_)?mean")
+_NORMALIZES = re.compile("(no_|without_)?(do_|use_|input_|image_)?normali[sz](e|ation)(_(inputs?|images?))?")
+_MEAN = re.compile("(?i)((ima?ge?|pixel|rgb|norm(ali[sz](e|ation))?|data(set)?|input)_)?means?")
 
 
 class TrainingOptions:
@@ -50,9 +50,10 @@ class TrainingOptions:
         found = []
         for options in self.dictionaries:
             for name in filter(lambda name: isinstance(name, str) and _MEAN.fullmatch(name), options):
-                mean, std = options[name], options.get(name[:-4] + ("STD" if name.isupper() else "std"))
-                if three := _three(mean):
-                    found.append({"mean": three, "std": _three(std)})
+                mean, std = options[name], options.get(re.sub("(?i)mean", "STD" if name.isupper() else "std", name))
+                three, deviations = _three(mean), _three(std)
+                if three and (not is_number(mean) or _is_of_pixels(name, mean, deviations)):
+                    found.append({"mean": three, "std": deviations})
         return found
 
     def _doubt(self) -> str:
@@ -61,8 +62,9 @@ class TrainingOptions:
         for options in self.dictionaries:
             for name, value in options.items():
                 match = _NORMALIZES.fullmatch(name) if isinstance(name, str) else None
-                offs = ("True", "1") if match and match[1] else ("False", "0", "none")
-                off = match and isinstance(value, int | str) and str(value) in offs
+                offs = ("true", "1") if match and match[1] else ("false", "0", "none")
+                off = match and isinstance(value, int | str | None) and str(value).lower() in offs
+                off = off and not (value is None and fed)  # where it may be a default
                 in_units = name == "input_range" and value not in (None, [0, 1], (0, 1))
                 if off or (in_units and not any(max(one["mean"]) > 1 for one in fed)):
                     return f"an option of its training says that its {name} is {value!r}"
@@ -86,7 +88,7 @@ def _options_in(value: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
     seen.add(id(value))
     parts = value
     if isinstance(value, dict):
-        kinds = [kind for key in ("type", "_target_") if isinstance(kind := value.get(key), str)]
+        kinds = [kind for key in ("type", "_target_", "class_path") if isinstance(kind := value.get(key), str)]
         if any(_OTHER_TYPE.search(kind.split(".")[-1]) for kind in kinds):
             return
         yield value
@@ -95,9 +97,14 @@ def _options_in(value: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
         yield from _options_in(part, seen)
 
 
+def _is_of_pixels(name: str, mean: float, std: tuple[float, ...]) -> bool:
+    """Whether one number may be the mean of all channels; called no more than mean, it may be of weights or noise."""
+    return min(std, default=0) > 0 and (0 < mean <= 1 if re.fullmatch("(?i)means?", name) else mean >= 0)
+
+
 def _three(value: Any) -> tuple[float, ...]:
-    """The three numbers of a list, tensor or text; three times the one of a list; or none."""
-    value = value.flatten()[:4].tolist() if isinstance(value, Tensor) else value
+    """The three numbers of a list, tensor or text; three times a number, or the one of a list; or none."""
+    value = value.flatten()[:4].tolist() if isinstance(value, Tensor) else [value] if is_number(value) else value
     value = value * 3 if isinstance(value, list | tuple) and len(value) == 1 else value
     if isinstance(value, str) and len(words := re.split(r"[\s,]+", value[:200].strip("[]() "))) == 3:
         value = [float(word) for word in words if re.fullmatch(r"-?\d*\.?\d+", word)]

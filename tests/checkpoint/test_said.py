@@ -99,14 +99,16 @@ def test_other_names_of_the_same_network_are_known(tmp_path: Path, tensors: Tens
         *({"args": {name: "silu"}} for name in ("activation_fn", "activation_function", "act", "non_linearity")),
         {"args": argparse.Namespace(dilation=True)},  # DETR's
         {"cfg": {"MODEL": {"last_stride": 1}}},
+        *({"cfg": {"model": {name: True}}} for name in ("cifar_stem", "no_maxpool", "small_images")),
+        {"hyper_parameters": {"maxpool1": False}},  # of Lightning Bolts
         {"hparams": {"batch_norm_epsilon": 1e-3}},
         {"hyper_parameters": {"remove_first_maxpool": True}},
         {"arch": "se_resnet18"},
         {"args": argparse.Namespace(model="skresnet18")},
         {"meta": {"config": "backbone=dict(type='ResNet', dilations=(1, 1, 2, 4))"}},
+        {"meta": {"cfg": '{"backbone": {"type": "ResNet", "dilations": [1, 1, 2, 4]}}'}},
     ],
 )
-        {"meta": {"cfg": '{"backbone": {"type": "ResNet", "dilations": [1, 1, 2, 4]}}'}},
 def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors, entries: dict[str, Any]) -> None:
     path = tmp_path / "file.pth"
     usual = argparse.Namespace(bn_eps=None, output_stride=32, act_layer="relu", replace_stride_with_dilation=None)
@@ -124,6 +126,7 @@ def test_a_variant_named_in_the_file_is_refused(tmp_path: Path, tensors: Tensors
         "critic": {"_target_": "models.Discriminator", "activation": "elu"},
     }
     own |= {"cfg": [{"activation": one} for one in ("RELU", {"type": "ReLU"}, torch.nn.ReLU(), "log_softmax", "tanh")]}
+    own |= {"maxpool1": True, "no_maxpool": False, "small_images": False, "max_pool": 2}
     own |= {"replace_stride_with_dilation": np.zeros(3, bool), "noise": {"mean": [0.0] * 3, "std": [0.1] * 3}}
     content = {"state_dict": tensors, "arch": "my resnet", "args": usual, "meta": meta, "hyper_parameters": own}
     torch.save(content, path)
@@ -231,11 +234,11 @@ OF_MMDETECTION = (
     "    mean=[103.53, 116.28, 123.675],\n    std=[1.0, 1.0, 1.0],\n    to_rgb=False)",
     "dict(\n    bgr_to_rgb=False,\n    mean=[\n        103.53,\n        116.28,\n        123.675,\n    ],\n"
     "    pad_mask=True,\n    std=[\n        1.0,\n        1.0,\n        1.0,\n    ])",
+    '{"backbone": {"style": "caffe"}, "bgr_to_rgb": false, "mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0]}',
+    "{'style': 'caffe', 'to_rgb': False, 'mean': (103.53, 116.28, 123.675), 'std': (1.0, 1.0, 1.0)}",
 )
 
 
-    '{"backbone": {"style": "caffe"}, "bgr_to_rgb": false, "mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0]}',
-    "{'style': 'caffe', 'to_rgb': False, 'mean': (103.53, 116.28, 123.675), 'std': (1.0, 1.0, 1.0)}",
 @pytest.mark.parametrize("config", OF_MMDETECTION)
 def test_mmdetections_configuration_says_what_it_was_fed(tmp_path: Path, tensors: Tensors, config: str) -> None:
     path, body = tmp_path / "file.pth", under("backbone.", tensors)
@@ -335,6 +338,8 @@ def test_the_options_of_the_training_count(tmp_path: Path, tensors: Tensors, opt
         ({"normalize": 0}, "its normalize is 0"),
         ({"normalization": "none"}, "its normalization is 'none'"),
         ({"mean": [0.4, 0.45, 0.5], "std": None}, "a mean without a std"),
+        *(({name: None}, f"its {name} is None") for name in ("normalize", "input_normalization")),
+        ({"normalize": "false"}, "its normalize is 'false'"),
     ],
 )
 def test_nothing_is_assumed_against_the_options_of_the_training(
@@ -349,7 +354,8 @@ def test_nothing_is_assumed_against_the_options_of_the_training(
 
 
 @pytest.mark.parametrize(
-    "name", ["mean", "MEAN", "img_mean", "image_mean", "pixel_mean", "normalize_mean", "dataset_mean"]
+    "name",
+    ["mean", "MEAN", "img_mean", "image_mean", "pixel_mean", "normalize_mean", "dataset_mean", "means", "PIXEL_MEANS"],
 )
 def test_options_may_call_the_mean_by_what_it_is_of(tmp_path: Path, tensors: Tensors, name: str) -> None:
     std = name.replace("mean", "std").replace("MEAN", "STD")
@@ -368,12 +374,55 @@ def test_options_may_have_the_mean_in_any_form(tmp_path: Path, tensors: Tensors,
             read_checkpoint(tmp_path / "file.pth")
 
 
-@pytest.mark.parametrize("other", [{"_target_": "a.GaussNoise"}, {"type": "GaussianNoise"}, "depth", "thermal"])
-def test_the_mean_of_noise_or_depth_is_not_of_the_image(tmp_path: Path, tensors: Tensors, other: Any) -> None:
-    values = {"mean": [0.0] * 3, "std": [0.1] * 3}
+@pytest.mark.parametrize(("mean", "std"), [([0.0] * 3, [0.1] * 3), (0.0, 0.02), (0.5, 0.1)])
+@pytest.mark.parametrize(
+    "other",
+    [
+        *({"_target_": "a.GaussNoise"}, {"type": "GaussianNoise"}, "depth", "thermal"),
+        *("init", "weight_init", "init_cfg", {"_target_": "torch.nn.init.normal_"}, {"class_path": "TruncNormal"}),
+    ],
+)
+def test_the_mean_of_noise_depth_or_weights_is_not_of_the_image(
+    tmp_path: Path, tensors: Tensors, other: Any, mean: Any, std: Any
+) -> None:
+    values = {"mean": mean, "std": std}
     options = {other: values} if isinstance(other, str) else {"transforms": [other | values]}
     torch.save({"state_dict": tensors, "config": options}, tmp_path / "file.pth")
     assert read_checkpoint(tmp_path / "file.pth", statement=STATED).spec.mean == STATED.mean
+
+
+@pytest.mark.parametrize(
+    ("options", "fed"),
+    [
+        ({"mean": 0.5, "std": 0.25}, (0.5, 0.25)),
+        ({"means": 0.5, "stds": [0.25] * 3}, (0.5, 0.25)),
+        ({"mean": [0.5] * 3, "std": 0.25}, (0.5, 0.25)),
+        ({"pixel_mean": 0, "pixel_std": 1.0, "normalize": None}, (0, 1)),
+        ({"class_path": "Normalize", "init_args": {"mean": 0.5, "std": 0.25}}, (0.5, 0.25)),  # of LightningCLI
+        *(({"mean": mean, "std": std}, ()) for mean, std in ((0, 0.02), (-4.3, 4.6), (38.0, 12.0), (0.5, None))),
+        ({"mean": True, "std": True}, ()),
+    ],
+)
+def test_one_number_is_that_of_all_channels(
+    tmp_path: Path, tensors: Tensors, options: dict[str, Any], fed: tuple[float, float]
+) -> None:
+    torch.save({"state_dict": tensors, "config": {"data": options}}, tmp_path / "file.pth")
+    if fed:
+        spec = read_checkpoint(tmp_path / "file.pth", statement=Statement(channel_order="RGB")).spec
+        assert (spec.mean, spec.std) == tuple((number,) * 3 for number in fed)
+    else:
+        assert read_checkpoint(tmp_path / "file.pth", statement=STATED).spec.mean == STATED.mean
+
+
+def test_a_small_stem_agrees_with_options_that_say_so(tmp_path: Path) -> None:
+    small, path = build_backbone(BackboneSpec("resnet18", 2, stem="cifar")).half().state_dict(), tmp_path / "file.pth"
+    options = {"remove_first_maxpool": True, "cifar_stem": True, "maxpool1": False, "no_maxpool": True}
+    torch.save({"state_dict": small, "hyper_parameters": options | {"small_images": False}}, path)
+    assert read_checkpoint(path, statement=STATED).spec.stem == "cifar"
+    for name, value in {"remove_first_maxpool": False, "maxpool1": True}.items():
+        torch.save({"state_dict": small, "hyper_parameters": {name: value}}, path)
+        with pytest.raises(InputError, match=f"its {name} is {value}, which gives other features"):
+            read_checkpoint(path, statement=STATED)
 
 
 @pytest.mark.parametrize(("kind", "mean"), [("vit", 0.4), ("resnet", 0.5)])
