@@ -74,6 +74,7 @@ SOURCES = {
     DILATED: Source(
         "a segmenter with dilated convolutions",
         r"/(\S*\.)?(classifier|decoder)\.[\d.]*convs\.|/\S*(?i:aspp|atrous)|/(\S*\.)?aux_classifier\."
+        r"|/(\S*\.)?decoder\.fpa\."  # PAN
         rf"|^{SEGMENTER}$",
     ),
     # ares/model/imagenet_model_zoo.py: of all that they trained adversarially, also of ViTs.
@@ -158,11 +159,19 @@ class Network:
 
     @property
     def segments(self) -> bool:
-        """Whether its classifier has only convolutions, one of them larger than a pixel, as an FCN's."""
-        layer = r"(^|\.)classifier\.\d+\.weight$"
-        beside = [t.shape for name, t in self.tensors.items() if name not in self.names and re.search(layer, name)]
-        has_linear = any(len(shape) == 2 for shape in beside)  # one answer for an image
-        return not has_linear and any(len(shape) == 4 and shape[-1] > 1 for shape in beside)
+        """Whether its classifier has only convolutions, one of them larger than a pixel, or a head is torchvision's of
+        a DeepLab or an FCN, by any name."""
+        beside = {name: tuple(t.shape) for name, t in self.tensors.items() if name not in self.names}
+        for name, shape in beside.items():
+            if "convs.0.0.weight" in name and name.replace("convs.0.0.", "project.0.") in beside:
+                return True
+            # An FCN's goes by 3x3 to a quarter of the channels, and by 1x1 from these to the classes.
+            last = beside.get(re.sub(r"(?<![^.])0\.weight$", "4.weight", name), ())
+            if any([shape[1:], last[1:]] == [(4 * channels, 3, 3), (channels, 1, 1)] for channels in shape[:1]):
+                return True
+        classifier = [shape for name, shape in beside.items() if re.search(r"(^|\.)classifier\.\d+\.weight$", name)]
+        has_linear = any(len(shape) == 2 for shape in classifier)  # one answer for an image
+        return not has_linear and any(len(shape) == 4 and shape[-1] > 1 for shape in classifier)
 
     def shared_levels(self, levels: list[str]) -> int:
         """How many leading parts of a name are also in the network's prefix."""

@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
 
 from robust_backbones.checkpoint.convert import convert
 from robust_backbones.checkpoint.names import NAMINGS, translated
@@ -297,6 +299,12 @@ def test_a_layout_that_people_have(tmp_path: Path, tensors: Tensors, name: str) 
         (lambda t: {"model": under("encoder.", body(t)) | {"decoder.0.convs.0.0.weight": torch.ones(1)}}, "dilate"),
         (lambda t: under("backbone.", body(t)) | {"aux_classifier.0.weight": torch.ones(1)}, "dilate"),
         (lambda t: under("backbone.", body(t)) | {"classifier.0.weight": torch.ones(8, 512, 3, 3)}, "dilate"),  # FCN
+        *(
+            (lambda t, h=head, p=prefix: under("net.", body(t)) | under(p, h(512, 3).state_dict()), "dilate")
+            for head in (DeepLabHead, FCNHead)
+            for prefix in ("head.", "model.seg.")
+        ),
+        (lambda t: under("encoder.", body(t)) | {"decoder.fpa.branch1.1.weight": torch.ones(8, 512, 1, 1)}, "dilate"),
         (  # FCN
             lambda t: {
                 "pytorch-lightning_version": "2",
@@ -361,6 +369,12 @@ def test_the_advice_for_a_weight_in_parts_makes_it_whole(tmp_path: Path, divide:
     operator.attrgetter(advised[1].removeprefix("torch."))(torch)(layer, "weight")
     torch.save(net.state_dict(), path)
     assert torch.equal(read_checkpoint(path).state_dict["layer1.0.conv1.weight"], layer.weight)
+
+
+def test_a_head_of_convolutions_alone_is_of_no_segmenter(tmp_path: Path, tensors: Tensors) -> None:
+    head = nn.Sequential(nn.Conv2d(512, 64, 3), nn.BatchNorm2d(64), nn.ReLU(), nn.Dropout(), nn.Conv2d(64, 3, 1))
+    torch.save(under("backbone.", body(tensors)) | under("keypoints.", head.state_dict()), tmp_path / "file.pth")
+    assert read_checkpoint(tmp_path / "file.pth", statement=STATED).state_dict.keys() == body(tensors).keys()
 
 
 def test_a_segmenter_that_strides_is_read_by_the_option_that_the_refusal_names(
