@@ -30,6 +30,12 @@ def timm_names() -> list[str]:
     return names
 
 
+def current_name(arch: str) -> str:
+    """timm's present name of a network, without a tag, for one of earlier versions; others do not change."""
+    current: str | None = _timm().models.get_deprecated_models().get(arch)
+    return (current or arch).split(".")[0]
+
+
 def _timm() -> Any:
     """timm, with the networks of ``convstem`` in its registry."""
     import timm

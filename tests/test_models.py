@@ -92,7 +92,8 @@ def test_what_differs_is_named() -> None:
         identify(state_dict)
     assert str(error.value) == (
         "it comes nearest to resnet50, but lacks layer3.2.bn1.bias and has no place for attention and differs in the "
-        "shape of layer2.0.conv2.weight"
+        "shape of layer2.0.conv2.weight; of another network of timm, give its name (--arch NAME, --mean, --std, "
+        "--channel-order)"
     )
 
 

@@ -16,7 +16,7 @@ from robust_backbones.checkpoint.training_options import TrainingOptions
 from robust_backbones.checkpoint.untrusted import METADATA, Inert
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, is_foreign, is_number, is_triple, usual_spec
-from robust_backbones.timm_models import norm_and_heads
+from robust_backbones.timm_models import current_name, norm_and_heads
 
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
 
@@ -72,7 +72,9 @@ _NORM_EPSILON = {"convnext": 1e-12, "swin": 1e-5, "vit": 1e-12}
 # What names begin with, but for a maker's -> their activation.
 _ACTIVATIONS = {"res|wide_res": "relu", "convnext|swin|vit|deit": "gelu"}
 # A ResNet that has, or may have, the tensors of another one.
-_VARIANT = re.compile(r"(?<![a-z])(?:s[ek]_?|eca_?)res(?:net|next)\w*\d|res(?:net|next)(?:aa|blur)\d+")
+_VARIANT = re.compile(
+    r"(?<![a-z])(?:legacy_)?(?:s[ek]_?|eca_?)res(?:net|next)\w*\d\w*|res(?:net|next)(?:aa|blur)\d+\w*"
+)
 # Of act_gelu in ares/model/imagenet_model_zoo.py.
 _GELU_OF_ARES = re.compile(r"ARES_(ResNet152|Wide_ResNet50_2)_AT\.pth")
 
@@ -94,7 +96,9 @@ class Description:
         self.config: dict[str, Any] = next(known, {})
         self._beside = beside
         keys = [key for key in ("pretrained_cfg", "default_cfg") if key in inside]
-        cfg = inside[keys[0]] if keys else self.config.get("pretrained_cfg")
+        # Before version 0.8 of timm the whole config.json is its pretrained_cfg.
+        flat = self.config if "architecture" in self.config else None
+        cfg = inside[keys[0]] if keys else self.config.get("pretrained_cfg", flat)
         self.cfg: dict[str, Any] = {} if cfg is None else _dictionary_of(cfg, "pretrained_cfg")
         self.by_timm = bool(self.cfg) or "architecture" in self.config
         self._processor = json_object(path.with_name("preprocessor_config.json")) if self.config else {}
@@ -146,9 +150,9 @@ class Description:
         return {**said, "channel_order": "RGB" if orders == {"True"} else "BGR"}
 
     def named(self) -> BackboneSpec | None:
-        """The timm network that it is said to be; None for a ResNet, which is ours or refused."""
-        names = {name.split("/")[-1].split(".")[0] for _, name, exact in self._architectures() if exact}
-        names = {name for name in names if not re.search("res(net|next)", name) and is_foreign(name)}
+        """The timm network that it is said to be; None if that is one of ours."""
+        names = {current_name(_without_tag(name)) for _, name, exact in self._architectures() if exact}
+        names = {name for name in names if is_foreign(name)}
         return self.evaluated(usual_spec(names.pop())) if len(names) == 1 else None
 
     def evaluated(self, spec: BackboneSpec) -> BackboneSpec:
@@ -172,6 +176,8 @@ class Description:
         for where, name, exact in self._architectures():
             if _differs(name, arch, exact=exact):
                 mend = "move the file to a folder of its own, or rename it" if where in _OUTSIDE else _ALONE
+                as_itself = current_name(_without_tag(name)) if exact else ""
+                mend += f"; if it is right, give --arch {as_itself}" * bool(as_itself and is_foreign(as_itself))
                 raise InputError(
                     f"{where} says that it is {name}, which has the tensors of {arch} and other features: it cannot be "
                     f"read as one (if that is wrong, {mend})"
@@ -205,14 +211,14 @@ class Description:
         for options in self.options.dictionaries:
             if options.get("dilation") is True:
                 yield _OPTION, {"dilation": True}, {}
+            if not is_foreign(arch):
+                yield _OPTION, {k: v for k, v in options.items() if _is_of_other_stem(k, v, stem)}, {}
             said = {k: options[k] for k in of_options if k in options}
             known = {k: v for k, v in said.items() if not isinstance(v, Inert) and v is not Inert}
             yield _OPTION, known, of_options
         asked = _OF_TRANSFORMERS.get(self.config.get("model_type", ""), {})
         yield "config.json", {k: self.config[k] for k in asked if k in self.config}, asked
 
-            if not is_foreign(arch):
-                yield _OPTION, {k: v for k, v in options.items() if _is_of_other_stem(k, v, stem)}, {}
     def check_heads(self, arch: str, layout: str, *, stated: bool) -> None:
         """Refuse a ViT-S that may have 12 heads, like MoCo v3's: no tensor shows their number."""
         if not arch.startswith("vit_small_") or self.by_timm:
@@ -266,12 +272,6 @@ class Description:
         return (one for one in said if isinstance(one[1], str))
 
 
-def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
-    """Whether a setting has one of these values, in any spelling of a string: ``nn.ReLU``, ``{"type": "ReLU"}``."""
-    value = value.tolist() if isinstance(value, Tensor) else value
-    words = re.findall(r"\w+", str(value).lower())
-    return value in values or any(isinstance(one, str) and one in words for one in values)
-
 def _is_of_other_stem(name: Any, value: Any, stem: str) -> bool:
     """Whether an option says that a ResNet has, or lacks, the max-pool that one of this stem lacks, or has."""
     if not (isinstance(name, str) and isinstance(value, bool)):
@@ -282,16 +282,30 @@ def _is_of_other_stem(name: Any, value: Any, stem: str) -> bool:
     return value != is_small and bool(_NO_POOL.fullmatch(name) or (value and _SMALL_STEM.fullmatch(name)))
 
 
+def _is_among(value: Any, values: tuple[Any, ...]) -> bool:
+    """Whether a setting has one of these values, in any spelling of a string: ``nn.ReLU``, ``{"type": "ReLU"}``."""
+    value = value.tolist() if isinstance(value, Tensor) else value
+    words = re.findall(r"\w+", str(value).lower())
+    return value in values or any(isinstance(one, str) and one in words for one in values)
+
 
 def _differs(said: str, arch: str, *, exact: bool) -> bool:
     """Whether a name, such as timm's ``tv_resnet50.a1_in1k``, is that of another ResNet than ``arch``."""
-    name = re.sub(r"^(tv|gluon|ssl|swsl|ig|wsl)_|_v1b$", "", said.split("/")[-1].split(".")[0].lower())
+    former = _without_tag(said).lower()
+    name = re.sub(r"^(tv|gluon|ssl|swsl|ig|wsl)_|_v1b$", "", former)
     if exact:
-        return re.sub(r"_v1b$", "", name) != arch
-    # Elsewhere anything may stand; only what looks like the name of a ResNet counts, without what is appended to it.
-    family = r"(?:legacy_)?(?:(?:wide|se|sk|eca)_?)?res(?:net|next)[a-z]*_?\d+[a-z]*"
-    names = [found[0].replace("_", "") for one in (name, arch) if (found := re.match(family, one))]
-    return len(names) == 2 and names[0] != names[1]
+        differs = re.sub(r"_v1b$", "", name) != arch
+    else:
+        # Anything may stand there; only what looks like the name of a ResNet counts, without what is appended to it.
+        family = r"(?:legacy_)?(?:(?:wide|se|sk|eca)_?)?res(?:net|next)[a-z]*_?\d+[a-z]*"
+        names = [found[0].replace("_", "") for one in (name, arch) if (found := re.match(family, one))]
+        differs = len(names) == 2 and names[0] != names[1]
+    return differs and current_name(former) != arch
+
+
+def _without_tag(name: str) -> str:
+    """timm's name without an owner on the hub and a tag of weights."""
+    return name.split("/")[-1].split(".")[0]
 
 
 def json_object(path: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from torch import Tensor
 from robust_backbones.errors import InputError
 from robust_backbones.models import ARCHITECTURES, BackboneSpec, is_counter, reference_shapes
 
+OF_TIMM = "; of another network of timm, give its name (--arch NAME, --mean, --std, --channel-order)"
+
 
 def identify(state_dict: dict[str, Tensor], named: BackboneSpec | None = None) -> BackboneSpec:
     """The architecture, stem and number of classes of a torchvision-named network, recognised by its tensors' shapes.
@@ -38,7 +40,7 @@ def identify(state_dict: dict[str, Tensor], named: BackboneSpec | None = None) -
         equal = sum(shapes.get(name) == shape for name, shape in body.items()) / len(body)
         nearest = max(nearest, (equal, f"it comes nearest to {arch}, but {_difference(shapes, body, (weight, bias))}"))
     if nearest[1]:
-        raise InputError(nearest[1])
+        raise InputError(nearest[1] + OF_TIMM * (named is None and "has no place for" in nearest[1]))
     names = ", ".join(list(shapes)[:3])
     raise InputError(
         f"its tensors ({names} ...) are those of none of the known architectures ({', '.join(ARCHITECTURES)}) by "
@@ -49,6 +51,7 @@ def identify(state_dict: dict[str, Tensor], named: BackboneSpec | None = None) -
             if is_resnet and "conv1.weight" not in shapes
             else ""
         )
+        + OF_TIMM
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robust_backbones.checkpoint.families import FAMILIES, joined, renamed, spec_of
-from robust_backbones.checkpoint.identify import identify
+from robust_backbones.checkpoint.identify import OF_TIMM, identify
 from robust_backbones.checkpoint.names import NAMINGS, of_caffe2, of_efficientnet, translated, without_wrappers
 from robust_backbones.checkpoint.untrusted import SAVE_STATE_DICT, Inert
 from robust_backbones.errors import InputError
@@ -269,7 +269,7 @@ def _nothing_known(content: dict[str, Any]) -> str:
         return (
             f"its tensors ({names} ...) are those of none of the known architectures by the names of torchvision, "
             f"Detectron2, transformers or nn.Sequential{_in_parts(tensors)}{_of_clip(tensors)}"
-            + "; of another network of timm, give its name (--arch NAME, --mean, --std, --channel-order)"
+            + OF_TIMM
             + (f"; {inert[0]} cannot be read: save plain floats" if inert else "")
         )
     if inert:

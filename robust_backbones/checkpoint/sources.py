@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,14 +213,18 @@ def _find(
 ) -> Network:
     """The network recognised from the tensors or the file; otherwise timm's network that the user names."""
     stated = statement.arch if statement.arch and is_foreign(statement.arch) else ""
-    try:
-        network = find_network(content, key=key, prefix=prefix, named=named)
-        if not stated or network.spec.arch == stated:
-            return network
-    except InputError:
-        if not stated:
-            raise
-    network = find_network(content, key=key, prefix=prefix, named=usual_spec(stated))
+    find = partial(find_network, content, key=key, prefix=prefix)
+    # What timm calls a ResNet may have the tensors of one of ours and other features, which a description that is of
+    # another file would not show: it is one only where no tensor is ours. Other networks may have timm's former names.
+    is_resnet = named and re.search("res(net|next)", named.arch)
+    for one in dict.fromkeys((None, named) if is_resnet else (named, None)):
+        with suppress(InputError):
+            network = find(named=one)
+            if network.spec.arch == stated or not stated:
+                return network
+    if not stated:
+        return find(named=named)  # whose reason is said in its place
+    network = find(named=usual_spec(stated))
     return replace(network, library=network.library or "timm")
 
 

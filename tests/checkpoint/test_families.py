@@ -5,6 +5,7 @@ The networks are those of the libraries, built here with random weights; what is
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +19,17 @@ import torch.nn.functional as F
 import transformers
 from timm.models import convnext as timm_convnext
 from timm.models import swin_transformer as timm_swin
+from timm.models._hub import save_for_hf
 from torch import Tensor, nn
 from torchvision import models
 
 from robust_backbones.attacks import AttackConfig, pgd
 from robust_backbones.checkpoint.families import FAMILIES
+from robust_backbones.checkpoint.format import BY_FILE
 from robust_backbones.checkpoint.layouts import find_network
 from robust_backbones.checkpoint.sources import Statement, read_checkpoint
 from robust_backbones.errors import InputError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, spec_from
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, backbone_with, spec_from
 from robust_backbones.threat_models import ThreatModel
 
 STATED = Statement(mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -207,6 +210,56 @@ def test_robustbench_s_swin_of_old_timm_is_read(tmp_path: Path) -> None:
     assert (checkpoint.layout, checkpoint.spec.arch) == ("robustbench", "swin_tiny_patch4_window7_224")
     assert checkpoint.spec.mean == (0.25, 0.25, 0.25)
     assert logits_differ(source, checkpoint.build()) == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "arch"),
+    [
+        *((name, name) for name in ("resnet10t", "resnet18d", "legacy_seresnet18", "ecaresnet26t")),
+        ("seresnext26tn_32x4d", "seresnext26t_32x4d"),
+        ("vit_tiny_patch16_224_in21k", "vit_tiny_patch16_224"),
+        ("tf_efficientnet_b0_ns", "tf_efficientnet_b0"),
+    ],
+)
+def test_a_folder_of_timm_says_what_it_holds(said: str, arch: str, tmp_path: Path) -> None:
+    """Also a ResNet that is none of ours, in a folder of its name, and a network by the name of earlier versions."""
+    source = shaken(timm.create_model(arch, num_classes=4))
+    save_for_hf(source, tmp_path / said, safe_serialization="both")
+    config = json.loads((tmp_path / said / "config.json").read_text())
+    for content in (config | {"architecture": said}, config["pretrained_cfg"] | {"architecture": said}):
+        content = content | {"mean": [0.25] * 3} if "mean" in content else content
+        (tmp_path / said / "config.json").write_text(json.dumps(content))  # in its present form, and timm 0.5's
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            checkpoint = read_checkpoint(tmp_path / said / name)
+            assert (checkpoint.layout, checkpoint.spec.arch, checkpoint.said["mean"]) == ("timm", arch, BY_FILE)
+            assert checkpoint.spec.mean == tuple(content.get("mean", source.pretrained_cfg["mean"]))
+    assert logits_differ(source, checkpoint.build()) == 0
+
+
+def test_a_folder_of_timm_may_have_the_names_of_old_timm(tmp_path: Path) -> None:
+    source = shaken(timm.create_model("swin_tiny_patch4_window7_224", num_classes=4))
+    path = save(tmp_path / "pytorch_model.bin", in_old_names(source))
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "swin_tiny_patch4_window7_224"}))
+    assert logits_differ(source, read_checkpoint(path, statement=STATED).build()) == 0
+
+
+def test_a_resnet_with_the_tensors_of_ours_is_read_by_the_option_that_the_refusal_names(tmp_path: Path) -> None:
+    source = shaken(timm.create_model("resnetblur18", num_classes=4))
+    save_for_hf(source, tmp_path, safe_serialization=True)
+    with pytest.raises(InputError, match="has the tensors of resnet18 and other features") as refused:
+        read_checkpoint(tmp_path / "model.safetensors")
+    (arch,) = re.findall(r"if it is right, give --arch (\w+)", str(refused.value))
+    read = read_checkpoint(tmp_path / "model.safetensors", statement=Statement(arch=arch))
+    assert logits_differ(source, read.build()) == 0
+    assert logits_differ(source, backbone_with(BackboneSpec("resnet18", 4), read.state_dict).eval()) > 1e-4
+
+
+@pytest.mark.parametrize("arch", ["resnet18d", "resnet10t", "seresnext26t_32x4d"])
+def test_a_resnet_of_timm_that_nothing_describes_is_asked_for(arch: str, tmp_path: Path) -> None:
+    path = of_timm(arch, tmp_path / "net.pth", dict)
+    with pytest.raises(InputError, match=r"of another network of timm, give its name \(--arch NAME"):
+        read_checkpoint(path)
+    assert read_checkpoint(path, statement=replace(STATED, channel_order="RGB", arch=arch)).spec.arch == arch
 
 
 def test_ares_says_by_its_file_s_name_how_it_is_fed(tmp_path: Path) -> None:
