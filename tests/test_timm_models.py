@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from robust_backbones.checkpoint.format import write_checkpoint
+from robust_backbones.checkpoint.hub import write_timm
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.config import TrainingConfig
 from robust_backbones.classification.folding import FoldedTwin, Unfolded, twin_of
@@ -119,6 +120,15 @@ def test_files_of_ours_and_of_timm_s_come_back(arch: str, tmp_path: Path, batch:
     torch.save({"pretrained_cfg": cfg, "state_dict": weights | {"more.weight": torch.ones(1)}}, theirs)
     with pytest.raises(InputError, match=r"comes nearest to .* has no place for more\.weight"):
         read_checkpoint(theirs)
+
+
+def test_a_resnet_of_timm_with_the_tensors_of_ours_comes_back(tmp_path: Path, batch: Tensor) -> None:
+    model = network("resnetblur18").eval()
+    ours, theirs = tmp_path / "ours.pt", tmp_path / "theirs.safetensors"
+    write_checkpoint(ours, spec=model.spec, state_dict=model.backbone.state_dict(), threat_model=None)
+    write_timm(theirs, read_checkpoint(ours))
+    for path in (ours, theirs):
+        assert torch.equal(read_checkpoint(path).model()(batch), model(batch))
 
 
 @pytest.mark.parametrize("arch", ["test_efficientnet", "test_convnext", "test_vit", "test_byobnet"])

@@ -135,7 +135,9 @@ def _read(
     if metadata and is_foreign(metadata.spec.arch) and not description.by_timm:
         network = network_of(content, metadata.spec)
     else:
-        network = _find(content, key, prefix, own if own and is_foreign(own.arch) else description.named(), statement)
+        ours = own or (metadata.spec if metadata else None)
+        certain = ours if ours and is_foreign(ours.arch) else None
+        network = _find(content, key, prefix, certain, description.named(), statement)
     normalizer = normalizer_of(network, content)
     named = {
         OWN: own,
@@ -209,21 +211,27 @@ def _read(
 
 
 def _find(
-    content: dict[str, Any], key: str | None, prefix: str | None, named: BackboneSpec | None, statement: Statement
+    content: dict[str, Any],
+    key: str | None,
+    prefix: str | None,
+    certain: BackboneSpec | None,
+    described: BackboneSpec | None,
+    statement: Statement,
 ) -> Network:
     """The network recognised from the tensors or the file; otherwise timm's network that the user names."""
     stated = statement.arch if statement.arch and is_foreign(statement.arch) else ""
     find = partial(find_network, content, key=key, prefix=prefix)
     # What timm calls a ResNet may have the tensors of one of ours and other features, which a description that is of
     # another file would not show: it is one only where no tensor is ours. Other networks may have timm's former names.
-    is_resnet = named and re.search("res(net|next)", named.arch)
-    for one in dict.fromkeys((None, named) if is_resnet else (named, None)):
+    is_resnet = described and re.search("res(net|next)", described.arch)
+    tries = (certain,) if certain else (None, described) if is_resnet else (described, None)
+    for one in dict.fromkeys(tries):
         with suppress(InputError):
             network = find(named=one)
             if network.spec.arch == stated or not stated:
                 return network
     if not stated:
-        return find(named=named)  # whose reason is said in its place
+        return find(named=certain or described)  # whose reason is said in its place
     network = find(named=usual_spec(stated))
     return replace(network, library=network.library or "timm")
 
