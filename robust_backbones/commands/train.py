@@ -114,7 +114,7 @@ def setup(options: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, bool]
 
     ``stack`` then holds the folder of a training run.
     """
-    from robust_backbones.detection.config import load_config
+    from robust_backbones.detection.config import ON_GPUS_ONLY, load_config
     from robust_backbones.detection.datasets import (
         check_datasets,
         counted,
@@ -132,7 +132,7 @@ def setup(options: argparse.Namespace, stack: ExitStack) -> tuple[CfgNode, bool]
 
     cfg = load_config(options.config_file, [*own_sets(options), *options.opts], classes=0)
     if cfg.MODEL.COMPILE and cfg.MODEL.DEVICE == "cpu" and not options.eval_only:
-        raise InputError("MODEL.COMPILE pays on GPUs only (on CPUs eager mode is faster): give MODEL.COMPILE False")
+        raise InputError(ON_GPUS_ONLY)
     cfg.MODEL.BACKBONE.ALLOW_PARTIAL |= options.allow_partial_backbone
     cfg.MODEL.ALLOW_UNVERIFIED |= options.allow_unverified_detector
     cfg.TEST.REFERENCE_EVAL |= options.reference_eval

@@ -15,6 +15,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.solver import build_lr_scheduler
+from PIL import Image
 
 from robust_backbones.attacks import AttackConfig
 from robust_backbones.configs import CONFIG_DIR, DETECTOR_KEYS, find_file, nearest_names
@@ -32,6 +33,13 @@ def _is_device(name: str) -> bool:
         return False
 
 
+def _all_positive(numbers: Any) -> bool:
+    """Whether nested lists hold positive numbers alone, and none but the outer one is empty."""
+    return all((row and _all_positive(row)) if isinstance(row, list) else 0 < row < math.inf for row in numbers)
+
+
+_SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
+_HEADS = ("MODEL.RPN", "MODEL.ROI_HEADS", "MODEL.ROI_BOX_HEAD", "MODEL.RETINANET")
 _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(
         ("DATASETS.TRAIN", "DATASETS.TEST"),
@@ -48,6 +56,54 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(
         ("INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST"),
         (lambda side: side >= 1, "is no side of an image: give 1 or more"),
+    ),
+    "INPUT.FORMAT": ((*Image.MODES, "BGR", "YUV-BT.601").__contains__, "is no order of channels: give RGB or BGR"),
+    "INPUT.MASK_FORMAT": (("polygon", "bitmask").__contains__, "is not one of polygon, bitmask"),
+    **dict.fromkeys(
+        (
+            *(f"{head}.BATCH_SIZE_PER_IMAGE" for head in _HEADS[:2]),
+            *(f"MODEL.RPN.{when}_NMS_TOPK_{part}" for when in ("PRE", "POST") for part in ("TRAIN", "TEST")),
+            *(f"MODEL.ROI_BOX_HEAD.{name}" for name in ("FC_DIM", "CONV_DIM", "POOLER_RESOLUTION")),
+            *(f"MODEL.ROI_MASK_HEAD.{name}" for name in ("CONV_DIM", "POOLER_RESOLUTION")),
+        ),
+        (lambda count: count >= 1, "is too small: give 1 or more"),
+    ),
+    "MODEL.RPN.CONV_DIMS": (
+        lambda dims: all(dim == -1 or dim >= 1 for dim in dims),
+        "are no numbers of channels: give 1 or more, or -1",
+    ),
+    **dict.fromkeys(
+        [f"{head}.BBOX_REG_LOSS_TYPE" for head in _HEADS if head != "MODEL.ROI_HEADS"],
+        (("smooth_l1", "giou", "diou", "ciou").__contains__, "is not one of smooth_l1, giou, diou, ciou"),
+    ),
+    **dict.fromkeys(
+        [f"{head}.BBOX_REG_WEIGHTS" for head in _HEADS if head != "MODEL.ROI_HEADS"],
+        (
+            lambda weights: len(weights) in (4, 5) and _all_positive(weights),
+            "are no weights of boxes: give four positive numbers",
+        ),
+    ),
+    **dict.fromkeys(
+        [f"{head}.IOU_THRESHOLDS" for head in _HEADS if head != "MODEL.ROI_BOX_HEAD"],
+        (lambda ious: all(0 <= iou <= 1 for iou in ious), "are no IoUs: give numbers from 0.0 to 1.0"),
+    ),
+    **dict.fromkeys(
+        [f"{head}.POSITIVE_FRACTION" for head in _HEADS[:2]],
+        (lambda share: 0 <= share <= 1, "is no fraction: give 0.0 to 1.0"),
+    ),
+    **dict.fromkeys(
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", "MODEL.PIXEL_STD"),
+        (_all_positive, "are not all positive: give positive numbers, one or more in each list"),
+    ),
+    "SOLVER.LR_SCHEDULER_NAME": (_SCHEDULES.__contains__, f"is not one of {', '.join(_SCHEDULES)}"),
+    "SOLVER.WARMUP_METHOD": (("constant", "linear").__contains__, "is not one of constant, linear"),
+    **dict.fromkeys(
+        ("SOLVER.WEIGHT_DECAY", "SOLVER.BIAS_LR_FACTOR"),
+        (lambda factor: 0 <= factor < math.inf, "is no factor: give 0.0 or more"),
+    ),
+    **dict.fromkeys(
+        ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"),
+        (lambda decay: decay is None or 0 <= decay < math.inf, "is no factor: give 0.0 or more, or null for the same"),
     ),
     "MODEL.DEVICE": (_is_device, "is no device: give cpu, cuda or cuda:NUMBER"),
     "MODEL.FPN.OUT_CHANNELS": (lambda count: count >= 1, "is no number of channels: give 1 or more"),
@@ -84,7 +140,29 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
         "is no metric: give one like bbox/AP50",
     ),
 }
-"""Valid values of our keys, and of those that a notebook sets otherwise; and the message for other values."""
+"""Valid values of our keys, and of those of Detectron2's at which it fails in the first step, or trains on something
+else than was meant; and the message for other values."""
+
+_CROPS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "relative_range": (
+        lambda size: len(size) <= 2 and all(0 <= side <= 1 for side in size),
+        "the least share of each side, such as [0.9, 0.9]",
+    ),
+    "relative": (
+        lambda size: len(size) == 2 and all(0 < side <= 1 for side in size),
+        "a share of each side, such as [0.9, 0.9]",
+    ),
+    "absolute": (
+        lambda size: len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size),
+        "both sides in pixels, such as [384, 600]",
+    ),
+    "absolute_range": (
+        lambda size: len(size) == 2 and all(isinstance(side, int) for side in size) and 0 < size[0] <= size[1],
+        "the least and the greatest side in pixels, such as [384, 600]",
+    ),
+}
+"""INPUT.CROP.TYPE -> valid values of INPUT.CROP.SIZE."""
+ON_GPUS_ONLY = "MODEL.COMPILE pays on GPUs only (on CPUs eager mode is faster): give MODEL.COMPILE False"
 
 _FAST_STEP: dict[str, tuple[object, ...]] = {
     "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN",),
@@ -253,7 +331,14 @@ def check_config(cfg: CfgNode) -> None:
         raise InputError(
             f"the configuration lacks {min(missing)}: call robust_backbones.detection.add_config(cfg) first"
         )
-    for key, (is_valid, mend) in _VALID.items():
+    rules: dict[str, tuple[Callable[[Any], object], str]] = {}
+    if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE in _CROPS:
+        is_valid, what = _CROPS[cfg.INPUT.CROP.TYPE]
+        rules["INPUT.CROP.SIZE"] = (is_valid, f"is not what INPUT.CROP.TYPE {cfg.INPUT.CROP.TYPE} wants: give {what}")
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+        rising = "do not rise, as INPUT.MIN_SIZE_TRAIN_SAMPLING range wants: give (least, greatest)"
+        rules["INPUT.MIN_SIZE_TRAIN"] = (lambda sides: len(sides) != 2 or sides[0] <= sides[1], rising)
+    for key, (is_valid, mend) in [*_VALID.items(), *rules.items()]:
         try:
             holds = is_valid(values[key])
         except TypeError:  # of another kind, as null
@@ -284,6 +369,25 @@ def check_config(cfg: CfgNode) -> None:
         raise InputError(f"MODEL.FPN.NORM is set, but the detector has no FPN: {mend}")
     if cfg.MODEL.RESNETS.RES5_DILATION != 1 and cfg.MODEL.RESNETS.DEPTH in (18, 34):
         raise InputError("Detectron2 dilates no ResNet-18 or ResNet-34: give a deeper one, or FPN or C4 instead of DC5")
+    try:
+        _check_fast_step(cfg, values)
+    except InputError:
+        device = cfg.MODEL.DEVICE
+        if cfg.MODEL.COMPILE and (device == "cpu" or (device.startswith("cuda") and not torch.cuda.is_available())):
+            raise InputError(ON_GPUS_ONLY) from None
+        raise
+    if re.search(r"(^|/)segm/", cfg.TEST.BEST_METRIC) and not cfg.MODEL.MASK_ON:
+        raise InputError(f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC!r} is of masks: give MODEL.MASK_ON True, or bbox/AP")
+    heads = cfg.MODEL.ROI_HEADS.NAME
+    if cfg.MODEL.ROI_HEADS.RES5_NORM and heads != BackboneRes5ROIHeads.__name__:
+        raise InputError(
+            f"MODEL.ROI_HEADS.RES5_NORM is set, but {heads} has no such norm, {BackboneRes5ROIHeads.__name__} has: "
+            "for FPN give protocols/syncbn.yaml"
+        )
+
+
+def _check_fast_step(cfg: CfgNode, values: Mapping[str, Any]) -> None:
+    """Raise InputError for what MODEL.FAST_STEP or MODEL.COMPILE does not know."""
     if cfg.MODEL.FAST_STEP:
         known = _FAST_STEP | ({"INPUT.MASK_FORMAT": ("bitmask",)} if cfg.MODEL.MASK_ON else {})
         for key, allowed in known.items():
@@ -298,11 +402,3 @@ def check_config(cfg: CfgNode) -> None:
         for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM"):
             if "SyncBN" in str(values[key]):  # processes cannot wait for each other within a graph
                 raise InputError(f"MODEL.COMPILE does not know {key} {values[key]!r}: give another norm")
-    if re.search(r"(^|/)segm/", cfg.TEST.BEST_METRIC) and not cfg.MODEL.MASK_ON:
-        raise InputError(f"TEST.BEST_METRIC {cfg.TEST.BEST_METRIC!r} is of masks: give MODEL.MASK_ON True, or bbox/AP")
-    heads = cfg.MODEL.ROI_HEADS.NAME
-    if cfg.MODEL.ROI_HEADS.RES5_NORM and heads != BackboneRes5ROIHeads.__name__:
-        raise InputError(
-            f"MODEL.ROI_HEADS.RES5_NORM is set, but {heads} has no such norm, {BackboneRes5ROIHeads.__name__} has: "
-            "for FPN give protocols/syncbn.yaml"
-        )

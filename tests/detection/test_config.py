@@ -380,7 +380,9 @@ def test_scratch_freezes_nothing(task: Path) -> None:
 
 BASE = CONFIG_DIR / "Base-RCNN-FPN.yaml"
 BASE_C4 = CONFIG_DIR / "Base-RCNN-C4.yaml"
-COMPILED = ["MODEL.FAST_STEP", True, "MODEL.COMPILE", True]
+ON_META = ["MODEL.DEVICE", "meta"]
+COMPILED = [*ON_META, "MODEL.FAST_STEP", True, "MODEL.COMPILE", True]
+CROPPED = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE"]
 
 
 @pytest.mark.parametrize(
@@ -417,7 +419,40 @@ COMPILED = ["MODEL.FAST_STEP", True, "MODEL.COMPILE", True]
         (["SOLVER.STEPS", (80000, 60000)], "give rising steps"),
         (["SOLVER.STEPS", (60000, None)], "give rising steps"),
         (["MODEL.RESNETS.RES5_DILATION", 2, "MODEL.RESNETS.DEPTH", 18], "dilates no ResNet-18"),
-        (["MODEL.COMPILE", True], "give MODEL.FAST_STEP True"),
+        ([*ON_META, "MODEL.COMPILE", True], "give MODEL.FAST_STEP True"),
+        # What would help on a GPU helps nobody on a CPU.
+        (["MODEL.DEVICE", "cpu", "MODEL.COMPILE", True], "MODEL.COMPILE pays on GPUs only"),
+        (
+            ["MODEL.DEVICE", "cpu", "MODEL.COMPILE", True, "MODEL.FAST_STEP", True, "MODEL.MASK_ON", True],
+            "on GPUs only",
+        ),
+        (["INPUT.FORMAT", "rgb"], "INPUT.FORMAT 'rgb' is no order of channels"),
+        (["INPUT.MASK_FORMAT", "x"], "INPUT.MASK_FORMAT 'x' is not one of polygon, bitmask"),
+        (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", (96, 64)], r"\[96, 64\] do not rise"),
+        (
+            [*CROPPED, "relative_range", "INPUT.CROP.SIZE", [384, 600]],
+            r"\[384, 600\] is not what .*such as \[0.9, 0.9\]",
+        ),
+        ([*CROPPED, "relative", "INPUT.CROP.SIZE", [2.0, 2.0]], "INPUT.CROP.TYPE relative wants"),
+        ([*CROPPED, "absolute", "INPUT.CROP.SIZE", [0.9, 0.9]], "give both sides in pixels"),
+        ([*CROPPED, "absolute_range", "INPUT.CROP.SIZE", [600, 384]], "the least and the greatest"),
+        (["SOLVER.LR_SCHEDULER_NAME", "Cosine"], "is not one of WarmupMultiStepLR, WarmupCosineLR"),
+        (["SOLVER.WARMUP_METHOD", "lin"], "SOLVER.WARMUP_METHOD 'lin' is not one of constant, linear"),
+        (["SOLVER.WEIGHT_DECAY", float("nan")], "SOLVER.WEIGHT_DECAY nan is no factor"),
+        (["SOLVER.WEIGHT_DECAY_BIAS", "x"], "SOLVER.WEIGHT_DECAY_BIAS 'x' is no factor"),
+        (["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 0], "MODEL.RPN.BATCH_SIZE_PER_IMAGE 0 is too small"),
+        (["MODEL.RPN.PRE_NMS_TOPK_TEST", -1], "MODEL.RPN.PRE_NMS_TOPK_TEST -1 is too small"),
+        (["MODEL.RPN.CONV_DIMS", [0]], "give 1 or more, or -1"),
+        (["MODEL.RPN.BBOX_REG_LOSS_TYPE", "l1"], "is not one of smooth_l1, giou, diou, ciou"),
+        (["MODEL.RPN.BBOX_REG_WEIGHTS", (1.0, 1.0)], "give four positive numbers"),
+        (["MODEL.RPN.IOU_THRESHOLDS", [30, 70]], "give numbers from 0.0 to 1.0"),
+        (["MODEL.ROI_HEADS.POSITIVE_FRACTION", 25.0], "give 0.0 to 1.0"),
+        (["MODEL.ROI_BOX_HEAD.FC_DIM", -1], "MODEL.ROI_BOX_HEAD.FC_DIM -1 is too small"),
+        (["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", -7], "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION -7 is too small"),
+        (["MODEL.ROI_MASK_HEAD.CONV_DIM", 0], "MODEL.ROI_MASK_HEAD.CONV_DIM 0 is too small"),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [[0], [32], [64], [96], [128]]], "give positive numbers"),
+        (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[]]], "one or more in each list"),
+        (["MODEL.PIXEL_STD", [0.0, 0.0, 0.0]], "MODEL.PIXEL_STD .* are not all positive"),
         ([*COMPILED, "INPUT.MIN_SIZE_TRAIN", (0,)], "INPUT.MIN_SIZE_TRAIN without 0"),
         ([*COMPILED, "MODEL.RESNETS.NORM", "SyncBN"], "does not know MODEL.RESNETS.NORM 'SyncBN'"),
         (["MODEL.WEIGHTS"], "cannot use the overrides: .*odd length"),
@@ -427,6 +462,22 @@ def test_wrong_overrides_are_refused(overrides: list[object], words: str) -> Non
     with pytest.raises(InputError, match=words) as error:
         load_config(BASE, overrides)
     assert "\n" not in str(error.value)
+
+
+def test_unusual_values_that_detectron2_takes_are_taken() -> None:
+    for overrides in (
+        [*CROPPED, "relative_range", "INPUT.CROP.SIZE", [0.9]],
+        [*CROPPED, "relative", "INPUT.CROP.SIZE", [1, 0.5]],
+        [*CROPPED, "absolute", "INPUT.CROP.SIZE", [5000, 5000]],
+        [*CROPPED, "absolute_range", "INPUT.CROP.SIZE", [384, 384]],
+        ["INPUT.CROP.SIZE", [384, 600]],  # unused
+        ["INPUT.FORMAT", "L"],
+        ["MODEL.ANCHOR_GENERATOR.SIZES", [32, 64, 128]],
+        ["MODEL.RPN.CONV_DIMS", []],
+        ["SOLVER.WEIGHT_DECAY_NORM", None],
+        ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", (64, 64)],
+    ):
+        load_config(BASE, overrides)
 
 
 def test_steps_after_the_end_are_detectron2s_warning_once_where_it_trains(caplog: pytest.LogCaptureFixture) -> None:
