@@ -105,9 +105,9 @@ class EvaluationImages:
     """How images are resized and cropped in evaluation: the part of a config that ``models.fed_as`` fills."""
 
     image_size: int = 0
-    """Side of the images; 0: that which the network was made for, 224 for a ResNet."""
+    """Side of the images; 0: the network's own, 224 for a ResNet that `pretrain` has not trained at another."""
     val_resize: int = 0
-    """Shorter side of images before the central crop of ``image_size`` in evaluation; 0: the network's own, 256."""
+    """Shorter side of images before the central crop of ``image_size`` in evaluation; 0: the network's own, or 256."""
     interpolation: str = ""
     """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
 
