@@ -161,7 +161,7 @@ class BackboneSpec:
             "MODEL.PIXEL_MEAN": [round(255 * value, 3) for value in self.mean],
             "MODEL.PIXEL_STD": [round(255 * value, 3) for value in self.std],
         }
-        if is_foreign(self.arch):
+        if only_in_timm(self.arch):
             return {**fed, "MODEL.BACKBONE.TIMM": self.arch, **self._timm_overrides()}
         if shape is None:
             resnets = ", ".join(arch for arch, shape in ARCHITECTURES.items() if shape)
@@ -212,14 +212,14 @@ def spec_from(content: Any) -> BackboneSpec:
     return spec
 
 
-def is_foreign(arch: str) -> bool:
+def only_in_timm(arch: str) -> bool:
     """Whether a network is timm's and not one of ``ARCHITECTURES``."""
     return arch not in ARCHITECTURES and is_timm(arch)
 
 
 def only_size(spec: BackboneSpec) -> int:
     """The side of the square images if a network accepts only one size, else 0."""
-    return spec.image_size if is_foreign(spec.arch) and timm_config(spec.arch).fixed_input_size else 0
+    return spec.image_size if only_in_timm(spec.arch) and timm_config(spec.arch).fixed_input_size else 0
 
 
 def usual_spec(arch: str, num_classes: int = 1000, *, stem: str = "imagenet") -> BackboneSpec:
@@ -228,7 +228,7 @@ def usual_spec(arch: str, num_classes: int = 1000, *, stem: str = "imagenet") ->
     Raises:
         InputError: as ``BackboneSpec``.
     """
-    if not is_foreign(arch):
+    if not only_in_timm(arch):
         return BackboneSpec(arch, num_classes, stem=stem)
     cfg = timm_config(arch)
     size = cfg.input_size[-1]
@@ -272,7 +272,7 @@ def _size_problem(arch: str, size: int) -> str:
     if ARCHITECTURES.get(arch):  # a ResNet takes any
         return ""
     with torch.device("meta"):
-        net = build_timm(arch, 1, size) if is_foreign(arch) else _build(arch, 1, "imagenet")
+        net = build_timm(arch, 1, size) if only_in_timm(arch) else _build(arch, 1, "imagenet")
         try:
             net.eval()(torch.empty(1, 3, size, size))
         except (RuntimeError, AssertionError) as error:
@@ -324,7 +324,7 @@ def build_backbone(spec: BackboneSpec, *, seed: int = 0) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        if is_foreign(spec.arch):
+        if only_in_timm(spec.arch):
             net = build_timm(spec.arch, spec.num_classes, spec.image_size)
             set_norm_epsilon(net, spec.norm_epsilon)
             return net
@@ -347,7 +347,7 @@ def backbone_with(spec: BackboneSpec, state_dict: Mapping[str, Tensor]) -> nn.Mo
         RuntimeError: these are not the tensors of this network.
     """
     # timm's have buffers that no state dict holds, such as Swin's indices.
-    with nullcontext() if is_foreign(spec.arch) else torch.device("meta"):
+    with nullcontext() if only_in_timm(spec.arch) else torch.device("meta"):
         net = build_backbone(spec)
     # A file's strides would choose the kernel of a 1 x 1 convolution, and with it the roundings.
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state_dict.items()}
@@ -404,9 +404,9 @@ def reference_shapes(arch: str, stem: str, image_size: int = 224) -> tuple[dict[
     if shape is not None:
         return _resnet_shapes(shape, stem), "fc"
     with torch.device("meta"):
-        net = build_timm(arch, 1, image_size) if is_foreign(arch) else _build(arch, 1, stem)
+        net = build_timm(arch, 1, image_size) if only_in_timm(arch) else _build(arch, 1, stem)
     shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if not is_counter(name)}
-    if is_foreign(arch):
+    if only_in_timm(arch):
         return shapes, timm_classifier(arch, net)
     *_, classifier = (name for name, module in net.named_modules() if isinstance(module, nn.Linear))
     return shapes, classifier

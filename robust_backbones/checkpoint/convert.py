@@ -18,7 +18,7 @@ from robust_backbones.checkpoint.format import ASSUMED, BY_FILE, BY_USER, READIN
 from robust_backbones.checkpoint.names import of_swin, of_vit, translated
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.errors import InputError
-from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, is_foreign, reference_shapes, spec_from
+from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, only_in_timm, reference_shapes, spec_from
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.timm_models import build_stages, is_swin
@@ -143,7 +143,7 @@ def detectron2_names(spec: BackboneSpec) -> dict[str, str]:
     """The tensors that a detector needs, with their names there, among all but the classifier's."""
     expected, classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)
     names = [name for name in expected if not name.startswith(f"{classifier}.")]
-    if not is_foreign(spec.arch):
+    if not only_in_timm(spec.arch):
         return {name: detectron2_name(name) for name in names}
     for is_one, renamed in ((is_vit, of_vit), (is_swin, of_swin)):
         if is_one(spec.arch):
@@ -157,7 +157,7 @@ def rest_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """What a timm network has between its stages and its classifier, such as a last norm: no detector has it, and a
     file keeps it so that the network can be restored."""
     spec = checkpoint.spec
-    if not is_foreign(spec.arch):
+    if not only_in_timm(spec.arch):
         return {}
     expected, classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)
     names = expected.keys() - detectron2_names(spec) - {f"{classifier}.weight", f"{classifier}.bias"}
@@ -280,7 +280,7 @@ def write_torchvision(path: str | Path, checkpoint: Checkpoint, **strings: str) 
         InputError: torchvision's network differs; or its preprocessing does, which a ``.pth`` cannot say.
     """
     path, spec = Path(path), checkpoint.spec
-    if is_foreign(spec.arch):
+    if only_in_timm(spec.arch):
         raise InputError(f"{spec.arch} is here by timm's names, not by torchvision's: give --to timm")
     if spec.stride_in_1x1 or spec.stem != "imagenet":
         raise InputError(f"torchvision has no {spec.arch} with this stem and stride: keep it in Detectron2's format")

@@ -15,7 +15,7 @@ from torch import Tensor
 from robust_backbones.checkpoint.training_options import TrainingOptions
 from robust_backbones.checkpoint.untrusted import METADATA, Inert
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec, is_foreign, is_number, is_triple, usual_spec
+from robust_backbones.models import BackboneSpec, is_number, is_triple, only_in_timm, usual_spec
 from robust_backbones.timm_models import current_name, norm_and_heads
 
 _NAME_KEYS = ("architecture", "arch", "model_name", "model", "backbone", "encoder")
@@ -152,7 +152,7 @@ class Description:
     def named(self) -> BackboneSpec | None:
         """The timm network that it is said to be; None if that is one of ours."""
         names = {current_name(_without_tag(name)) for _, name, exact in self._architectures() if exact}
-        names = {name for name in names if is_foreign(name)}
+        names = {name for name in names if only_in_timm(name)}
         return self.evaluated(usual_spec(names.pop())) if len(names) == 1 else None
 
     def evaluated(self, spec: BackboneSpec) -> BackboneSpec:
@@ -177,7 +177,7 @@ class Description:
             if _differs(name, arch, exact=exact):
                 mend = "move the file to a folder of its own, or rename it" if where in _OUTSIDE else _ALONE
                 as_itself = current_name(_without_tag(name)) if exact else ""
-                mend += f"; if it is right, give --arch {as_itself}" * bool(as_itself and is_foreign(as_itself))
+                mend += f"; if it is right, give --arch {as_itself}" * bool(as_itself and only_in_timm(as_itself))
                 raise InputError(
                     f"{where} says that it is {name}, which has the tensors of {arch} and other features: it cannot be "
                     f"read as one (if that is wrong, {mend})"
@@ -194,7 +194,7 @@ class Description:
     def _settings(self, arch: str, stem: str) -> Iterator[tuple[str, dict[Any, Any], _Allowed]]:
         """Origin, settings that may change the features, and the values that do not."""
         activation = [layer for begin, layer in _ACTIVATIONS.items() if re.search(rf"(^|_)({begin})", arch)]
-        of_options = {} if is_foreign(arch) else _OF_RESNETS
+        of_options = {} if only_in_timm(arch) else _OF_RESNETS
         if activation:
             of_options = of_options | {"act_layer": (None, *activation)}
         if dilated := re.search(rf"\bdilations{_IS}[([]([\d, ]*[2-9][\d, ]*)[)\]]", self._of_mmdetection):
@@ -211,7 +211,7 @@ class Description:
         for options in self.options.dictionaries:
             if options.get("dilation") is True:
                 yield _OPTION, {"dilation": True}, {}
-            if not is_foreign(arch):
+            if not only_in_timm(arch):
                 yield _OPTION, {k: v for k, v in options.items() if _is_of_other_stem(k, v, stem)}, {}
             said = {k: options[k] for k in of_options if k in options}
             known = {k: v for k, v in said.items() if not isinstance(v, Inert) and v is not Inert}

@@ -14,7 +14,7 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.urls import reason_of
 from robust_backbones.checkpoint.zoo import cache_folder, hub_endpoint
 from robust_backbones.errors import InputError
-from robust_backbones.models import BackboneSpec, is_foreign
+from robust_backbones.models import BackboneSpec, only_in_timm
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.timm_models import timm_config
 
@@ -37,7 +37,7 @@ def write_timm(path: Path, checkpoint: Checkpoint) -> None:
     """
     spec = checkpoint.in_rgb().spec
     cfg = json.dumps(_pretrained_cfg(spec))
-    if is_foreign(spec.arch):
+    if only_in_timm(spec.arch):
         if spec.norm_epsilon:
             raise InputError(
                 f"timm's {spec.arch} has layer norms of another epsilon than {spec.norm_epsilon:g}, that of this one: "
@@ -79,7 +79,7 @@ def _pretrained_cfg(spec: BackboneSpec) -> dict[str, Any]:
         "first_conv": "conv1",
         "classifier": "fc",
     }
-    if not is_foreign(spec.arch):
+    if not only_in_timm(spec.arch):
         return cfg
     theirs = timm_config(spec.arch)
     return cfg | {

@@ -40,7 +40,7 @@ from robust_backbones.checkpoint.statement import Statement, agreed, check_said
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.checkpoint.urls import as_url, fetch_url
 from robust_backbones.errors import InputError, check_choice
-from robust_backbones.models import BackboneSpec, is_foreign, spec_from, usual_spec
+from robust_backbones.models import BackboneSpec, only_in_timm, spec_from, usual_spec
 from robust_backbones.threat_models import ThreatModel
 
 HUB = "hub:"
@@ -132,11 +132,11 @@ def _read(
         raise InputError("a run resumes from it: give the checkpoint.pt or best.pt of the same run")
     own = spec_from(content.get("spec")) if content.get("format") == FORMAT else None
     metadata, description = metadata_in(content), Description(content, path)
-    if metadata and is_foreign(metadata.spec.arch) and not description.by_timm:
+    if metadata and only_in_timm(metadata.spec.arch) and not description.by_timm:
         network = network_of(content, metadata.spec)
     else:
         ours = own or (metadata.spec if metadata else None)
-        certain = ours if ours and is_foreign(ours.arch) else None
+        certain = ours if ours and only_in_timm(ours.arch) else None
         network = _find(content, key, prefix, certain, description.named(), statement)
     normalizer = normalizer_of(network, content)
     named = {
@@ -180,7 +180,7 @@ def _read(
         description.check_heads(spec.arch, layout, stated=bool(statement.arch))
         if network.library == "transformers":
             spec = replace(spec, norm_epsilon=description.norm_epsilon(spec.arch))
-        elif not is_foreign(spec.arch):
+        elif not only_in_timm(spec.arch):
             spec = description.evaluated(spec)
         in_file = description.values(spec.arch) | (normalizer or {})
     if not (spec.resnet_shape and spec.resnet_shape.has_bottlenecks):
@@ -219,7 +219,7 @@ def _find(
     statement: Statement,
 ) -> Network:
     """The network recognised from the tensors or the file; otherwise timm's network that the user names."""
-    stated = statement.arch if statement.arch and is_foreign(statement.arch) else ""
+    stated = statement.arch if statement.arch and only_in_timm(statement.arch) else ""
     find = partial(find_network, content, key=key, prefix=prefix)
     # What timm calls a ResNet may have the tensors of one of ours and other features, which a description that is of
     # another file would not show: it is one only where no tensor is ours. Other networks may have timm's former names.

@@ -21,7 +21,7 @@ from robust_backbones.checkpoint.layouts import tensors_of
 from robust_backbones.checkpoint.names import without_wrappers
 from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.errors import InputError, ProofFailedError
-from robust_backbones.models import NormalizedModel, is_foreign
+from robust_backbones.models import NormalizedModel, only_in_timm
 from robust_backbones.timm_models import STRIDES, build_timm, is_swin, keep_paths, stage_layers, swin_shape
 from robust_backbones.timm_vit import PATCH_SIZE, is_vit, vit_shape, without_class_token
 
@@ -170,7 +170,7 @@ def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
     # In float32, as the detector: the file may have halves.
     model = NormalizedModel(own.network.float().get_submodule(own.backbone), checkpoint.spec).eval()
     arch = checkpoint.spec.arch
-    if not is_foreign(arch):
+    if not only_in_timm(arch):
         return SourceNetwork(model, own.layers or ("layer1", "layer2", "layer3", "layer4"), whose)
     keep_paths(model)
     if is_vit(arch):

@@ -15,7 +15,7 @@ from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.detection.source_networks import source_network
 from robust_backbones.detection.swin_backbone import SwinBackbone
 from robust_backbones.detection.verify import TOLERANCE, inputs, sides
-from robust_backbones.models import NormalizedModel, is_foreign
+from robust_backbones.models import NormalizedModel, only_in_timm
 from robust_backbones.timm_models import is_swin
 from robust_backbones.timm_vit import PATCH_SIZE, is_vit, vit_shape, without_class_token
 
@@ -42,9 +42,9 @@ def differences(checkpoint: Checkpoint, *, image: str | Path | None = None) -> l
     """For a ViT, the effects of its class token and of interpolating its position embeddings; for a Swin, of image
     sizes; for others, none. Rounding does not count as a difference."""
     spec = checkpoint.spec
-    if is_foreign(spec.arch) and is_swin(spec.arch):
+    if only_in_timm(spec.arch) and is_swin(spec.arch):
         return _of_swin(checkpoint)
-    if not (is_foreign(spec.arch) and is_vit(spec.arch)):
+    if not (only_in_timm(spec.arch) and is_vit(spec.arch)):
         return []
     found = []
     if "cls_token" in checkpoint.state_dict:

@@ -31,7 +31,7 @@ from robust_backbones.detection.checkpoint import BackboneCheckpointer
 from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.detection.source_networks import source_network
 from robust_backbones.errors import InputError, ProofFailedError
-from robust_backbones.models import BackboneSpec, is_foreign, only_size
+from robust_backbones.models import BackboneSpec, only_in_timm, only_size
 from robust_backbones.runs.files import atomic_path
 from robust_backbones.timm_models import is_swin, swin_shape
 
@@ -107,7 +107,7 @@ def feature_errors(
         network = detector.backbone.net if hasattr(detector.backbone, "net") else detector.backbone.bottom_up
         reference = source.model.train(mode == "train")
         # Some of timm's batch norms see one number a channel and image: one image has no statistics.
-        in_pairs = is_foreign(checkpoint.spec.arch) and any(isinstance(one, _BatchNorm) for one in network.modules())
+        in_pairs = only_in_timm(checkpoint.spec.arch) and any(isinstance(one, _BatchNorm) for one in network.modules())
         if mode == "train":
             # The statistics of a few pixels, taken layer by layer, multiply float32's rounding a thousandfold, that of
             # mean and std as well.
@@ -150,7 +150,7 @@ class Sides:
 def sides(spec: BackboneSpec) -> Sides:
     """The windows of a Swin must divide the feature maps, with more than one a side: only then does Detectron2 shift
     them as timm does. A ViT accepts only one square size."""
-    if is_foreign(spec.arch) and is_swin(spec.arch):
+    if only_in_timm(spec.arch) and is_swin(spec.arch):
         step = 32 * swin_shape(spec.arch).window_size
         return Sides(2 * step, 2 * step, step, max(2 * step, 512))
     only = only_size(spec)

@@ -17,7 +17,7 @@ from robust_backbones.models import (
     NormalizedModel,
     backbone_with,
     build_backbone,
-    is_foreign,
+    only_in_timm,
     reference_shapes,
 )
 
@@ -107,7 +107,7 @@ class FineTunedModel(NormalizedModel):
 
 def depth_groups(backbone: nn.Module, spec: BackboneSpec) -> list[list[nn.Module]]:
     """The modules of the stem and the four stages, starting at the input; all but the classifier are in one of them."""
-    if is_foreign(spec.arch):
+    if only_in_timm(spec.arch):
         return groups_of_timm(backbone, classifier_name(spec))
     groups = _RESNET if isinstance(backbone, ResNet) else _GROUPS[spec.arch]
     found = [[backbone.get_submodule(name) for name in names] for names in groups]

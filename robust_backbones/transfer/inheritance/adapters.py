@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robust_backbones.models import BackboneSpec, NormalizedModel, is_foreign
+from robust_backbones.models import BackboneSpec, NormalizedModel, only_in_timm
 from robust_backbones.transfer.networks import classifier_name
 
 
@@ -67,7 +67,7 @@ class LowRankModel(_Frozen):
         super().__init__(backbone, spec)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            classifier, of_timm = classifier_name(spec), is_foreign(spec.arch)
+            classifier, of_timm = classifier_name(spec), only_in_timm(spec.arch)
             for name, layer in list(backbone.named_modules()):
                 is_convolution = type(layer) is nn.Conv2d and layer.groups == 1
                 if is_convolution or (of_timm and isinstance(layer, nn.Linear) and name != classifier):
