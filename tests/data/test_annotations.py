@@ -933,7 +933,15 @@ def test_check_data_lists_the_images_that_sets_share(tmp_path: Path, images: Pat
     ]
     counts = "3 images, 9 objects, 0 errors"
     assert (status, out.splitlines()) == (0, [f"{one}: {counts}, 0 warnings", *told, f"{two}: {counts}, 2 warnings"])
-    assert f"{images / '1.png'}, image 1: is also an image of {one}: {mend}" in run_tool("check-data", one, one)[1]
+    # Of one set and a part of it, or of two sets of annotations of the same images, nobody reads a line an image.
+    other["images"] = sound()["images"][:2]
+    other["annotations"] = other["annotations"][:6]
+    (tmp_path / "part.json").write_text(json.dumps(other))
+    part = f"{tmp_path / 'part.json'}:{images}"
+    for sets, count in (((one, one), 3), ((one, part), 2), ((part, one), 2)):
+        (warning, total) = run_tool("check-data", *sets)[1].splitlines()[1:]
+        assert f"{count} of its images, all of one set, are also images of {sets[0]}: do not train on one" in warning
+        assert total.endswith(" 1 warning")
 
 
 def test_fix_says_which_warnings_are_left(tmp_path: Path, images: Path, run_tool: Run) -> None:
