@@ -213,9 +213,9 @@ def measure(
 
     Both are empty in all processes but the first. ``run`` is the folder of the detector's training.
     """
-    evaluators = {name: trainer.build_evaluator(cfg, name) for name in cfg.DATASETS.TEST}
-    metrics = flat_metrics(trainer.test(cfg, model, [*evaluators.values()]))
-    oddities = {name: getattr(evaluator, "oddities", {}) for name, evaluator in evaluators.items()}
+    evaluators = [(name, trainer.build_evaluator(cfg, name)) for name in cfg.DATASETS.TEST]  # a name may be there twice
+    metrics = flat_metrics(trainer.test(cfg, model, [evaluator for _, evaluator in evaluators]))
+    oddities = {name: getattr(evaluator, "oddities", {}) for name, evaluator in evaluators}
     oddities = {name: kinds for name, kinds in oddities.items() if kinds}
     for sentence in sentences(oddities, run):
         _logger.warning(sentence)

@@ -110,12 +110,12 @@ def test_a_detector_that_finds_nothing_is_told(
     def warnings(*arguments: object) -> list[str]:
         return [line for line in run(*arguments)[1].splitlines() if line.startswith("warning: ")]
 
-    (warning,) = warnings(*blind)
+    (warning,) = warnings(*blind, "DATASETS.TEST", ("shapes_val", "shapes_val"))  # one set, named twice
     assert told in warning
     assert "too high; train longer, lower SOLVER.BASE_LR" in warning  # its loss was never far above its start
     assert told in (folder / "log.txt").read_text()
     assert RunRecord.read(folder / "record.json").data_warnings == {"shapes_val": {NOTHING: 6}}
-    assert warnings("--resume", *blind) == [warning]
+    assert warnings("--resume", *blind, "DATASETS.TEST", ("shapes_val", "shapes_val")) == [warning]
 
     # Loss and scores of a collapsed one.
     losses = [{"iteration": number, "total_loss": loss} for number, loss in enumerate((2.0, 31.4, 1.0))]
