@@ -172,14 +172,14 @@ class CellJob:
         ).write(self.folder(cell) / "record.json")
 
     def evaluate_worst(self, attacks: Sequence[Cell]) -> None:
-        """The cell ``attack-worst``, from the detections of all attacks in ``output`` in the balls of these, if any."""
+        """The cell ``attack-worst``, from the detections of all attacks in ``output`` in the first one's ball."""
         start = time.perf_counter()
         records = {path.parent: RunRecord.read(path) for path in self.output.glob("cells/attack-*/record.json")}
-        balls = [records[self.folder(attack)].config["settings"].get("threat_model") for attack in attacks]
+        ball = records[self.folder(attacks[0])].config["settings"].get("threat_model")
         folders = [
             folder
             for folder, record in sorted(records.items())
-            if folder.name != WORST and record.config["settings"].get("threat_model") in balls
+            if folder.name != WORST and record.config["settings"].get("threat_model") == ball
         ]
         if len(folders) < 2:
             return

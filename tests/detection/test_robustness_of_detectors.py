@@ -416,17 +416,19 @@ def test_neither_order_nor_processes_nor_workers_nor_a_change_of_nothing_matter(
 def test_the_worst_attack_is_of_all_commands_in_the_same_ball(run: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
 
-    def attacks(cell: Cell) -> tuple[list[str], list[str]]:
-        record = evaluate(run, output, [cell])
+    def attacks(*cells: Cell) -> tuple[list[str], list[str]]:
+        record = evaluate(run, output, cells)
         found = record.config["attacks"].get("attack-worst", {"attacks": []})["attacks"]
         return found, record.config["warnings"].get("attack-worst", [])
 
     assert attacks(Unchanged("attack-none", attack=ATTACK)) == ([], [])
     assert attacks(Blackened("attack-black", attack=ATTACK)) == (["attack-black", "attack-none"], [])
     assert metrics(output, "attack-worst")["images/attack-black"] == 6
-    found, (warning,) = attacks(AttackCell("attack-total", settings={"threat_model": "another"}, attack=ATTACK))
+    other = AttackCell("attack-total", settings={"threat_model": "another"}, attack=ATTACK)
+    found, (warning,) = attacks(other)
     assert found == ["attack-black", "attack-none"]
     assert "of attack-black, attack-none alone, without attack-total" in warning
+    assert attacks(Blackened("attack-black", attack=ATTACK), other) == (found, [warning])  # in two balls at once
 
 
 @pytest.mark.slow
