@@ -102,7 +102,8 @@ def check_seeds(config: object) -> None:
 def check_crop(config: Any) -> None:
     """Raise ``InputError`` unless the central crop lies in the resized image."""
     if 0 < config.val_resize < config.image_size:
-        raise InputError(f"val_resize {config.val_resize} is smaller than the crop, image_size {config.image_size}")
+        small = f"val_resize {config.val_resize} is smaller than the crop, image_size {config.image_size}"
+        raise InputError(f"{small}: give --val-resize {config.image_size} or more")
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

@@ -103,7 +103,10 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     **dict.fromkeys(
         ("SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"),
-        (lambda decay: decay is None or 0 <= decay < math.inf, "is no factor: give 0.0 or more, or null for the same"),
+        (
+            lambda decay: decay is None or 0 <= decay < math.inf,
+            "is no factor: give 0.0 or more, or null (None in a command) for the same",
+        ),
     ),
     "MODEL.DEVICE": (_is_device, "is no device: give cpu, cuda or cuda:NUMBER"),
     "MODEL.FPN.OUT_CHANNELS": (lambda count: count >= 1, "is no number of channels: give 1 or more"),
@@ -157,7 +160,7 @@ _CROPS: dict[str, tuple[Callable[[Any], object], str]] = {
         "both sides in pixels, such as [384, 600]",
     ),
     "absolute_range": (
-        lambda size: len(size) == 2 and all(isinstance(side, int) for side in size) and 0 < size[0] <= size[1],
+        lambda size: len(size) == 2 and 1 <= size[0] <= size[1],
         "the least and the greatest side in pixels, such as [384, 600]",
     ),
 }
