@@ -338,7 +338,7 @@ def check_config(cfg: CfgNode) -> None:
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE in _CROPS:
         is_valid, what = _CROPS[cfg.INPUT.CROP.TYPE]
         rules["INPUT.CROP.SIZE"] = (is_valid, f"is not what INPUT.CROP.TYPE {cfg.INPUT.CROP.TYPE} wants: give {what}")
-    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range":
+    if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" and not isinstance(cfg.INPUT.MIN_SIZE_TRAIN, int):
         rising = "do not rise, as INPUT.MIN_SIZE_TRAIN_SAMPLING range wants: give (least, greatest)"
         rules["INPUT.MIN_SIZE_TRAIN"] = (lambda sides: len(sides) != 2 or sides[0] <= sides[1], rising)
     for key, (is_valid, mend) in [*_VALID.items(), *rules.items()]:

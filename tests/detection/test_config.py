@@ -16,7 +16,7 @@ from detectron2.solver import build_lr_scheduler
 from torch import nn
 
 from robust_backbones.detection.checkpoint import backbone_tensors
-from robust_backbones.detection.config import CONFIG_DIR, load_config
+from robust_backbones.detection.config import CONFIG_DIR, check_config, load_config
 from robust_backbones.errors import InputError
 from robust_backbones.models import ARCHITECTURES, BackboneSpec, ResNetShape
 from tests.detection.conftest import base_config
@@ -479,6 +479,9 @@ def test_unusual_values_that_detectron2_takes_are_taken() -> None:
         ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", (64, 64)],
     ):
         load_config(BASE, overrides)
+    cfg = load_config(BASE, ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"])
+    cfg.INPUT.MIN_SIZE_TRAIN = 640  # as in a notebook
+    check_config(cfg)
 
 
 def test_steps_after_the_end_are_detectron2s_warning_once_where_it_trains(caplog: pytest.LogCaptureFixture) -> None:
