@@ -88,6 +88,14 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
         (lambda ious: all(0 <= iou <= 1 for iou in ious), "are no IoUs: give numbers from 0.0 to 1.0"),
     ),
     **dict.fromkeys(
+        ("MODEL.RPN.NMS_THRESH", "MODEL.ROI_HEADS.NMS_THRESH_TEST", "MODEL.RETINANET.NMS_THRESH_TEST"),
+        (lambda iou: 0 <= iou <= 1, "is no IoU: give a number from 0.0 to 1.0"),
+    ),
+    **dict.fromkeys(
+        ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.RETINANET.SCORE_THRESH_TEST"),
+        (lambda score: score < 1, "is above every score: give a number below 1.0"),
+    ),
+    **dict.fromkeys(
         [f"{head}.POSITIVE_FRACTION" for head in _HEADS[:2]],
         (lambda share: 0 <= share <= 1, "is no fraction: give 0.0 to 1.0"),
     ),
@@ -146,6 +154,12 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
 """Valid values of our keys, and of those of Detectron2's at which it fails in the first step, or trains on something
 else than was meant; and the message for other values."""
 
+_USED_WITH = {
+    "MODEL.ROI_BOX_HEAD.FC_DIM": "MODEL.ROI_BOX_HEAD.NUM_FC",
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": "MODEL.ROI_BOX_HEAD.NUM_CONV",
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": "MODEL.MASK_ON",
+}
+"""Keys that may have any value where another one is 0 or False."""
 _CROPS: dict[str, tuple[Callable[[Any], object], str]] = {
     "relative_range": (
         lambda size: len(size) <= 2 and all(0 <= side <= 1 for side in size),
@@ -342,6 +356,8 @@ def check_config(cfg: CfgNode) -> None:
         rising = "do not rise, as INPUT.MIN_SIZE_TRAIN_SAMPLING range wants: give (least, greatest)"
         rules["INPUT.MIN_SIZE_TRAIN"] = (lambda sides: len(sides) != 2 or sides[0] <= sides[1], rising)
     for key, (is_valid, mend) in [*_VALID.items(), *rules.items()]:
+        if key in _USED_WITH and not values[_USED_WITH[key]]:
+            continue
         try:
             holds = is_valid(values[key])
         except TypeError:  # of another kind, as null
