@@ -93,7 +93,7 @@ _VALID: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     **dict.fromkeys(
         ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "MODEL.RETINANET.SCORE_THRESH_TEST"),
-        (lambda score: score < 1, "is above every score: give a number below 1.0"),
+        (lambda score: score <= 1, "is above every score: give a number up to 1.0"),
     ),
     **dict.fromkeys(
         [f"{head}.POSITIVE_FRACTION" for head in _HEADS[:2]],

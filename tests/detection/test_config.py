@@ -449,7 +449,7 @@ CROPPED = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE"]
         (["MODEL.RPN.IOU_THRESHOLDS", [30, 70]], "give numbers from 0.0 to 1.0"),
         (["MODEL.ROI_HEADS.POSITIVE_FRACTION", 25.0], "give 0.0 to 1.0"),
         (["MODEL.ROI_HEADS.NMS_THRESH_TEST", 50.0], "is no IoU: give a number from 0.0 to 1.0"),
-        (["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 5.0], "is above every score: give a number below 1.0"),
+        (["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 5.0], "is above every score: give a number up to 1.0"),
         (["MODEL.ROI_BOX_HEAD.FC_DIM", -1], "MODEL.ROI_BOX_HEAD.FC_DIM -1 is too small"),
         (["MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", -7], "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION -7 is too small"),
         (["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.CONV_DIM", 0], "MODEL.ROI_MASK_HEAD.CONV_DIM 0 is too small"),
