@@ -201,7 +201,7 @@ def _measured(result: Result) -> str:
     cell, *rest = result.metric.split("/")
     if result.experiment.task != "detector_robustness" or len(rest) < 2:
         return metric_name("/".join(result.metric.split("/")[-2:]))
-    if cell == "rPC" or (cell == "corrupted" and f"mPC/{'/'.join(rest)}" in result.experiment.metrics):
+    if cell == "rPC":
         return ""
     cells = {"P": "on clean images", "mPC": "on corrupted images", "corrupted": "on corrupted images"}
     where = "under attack" if cell.startswith("attack") else cells.get(cell, "on other images")

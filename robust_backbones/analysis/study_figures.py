@@ -62,8 +62,6 @@ def condition_figure(experiment: Experiment, kind: str, path: Path) -> Picture |
     With more than MOST_CURVES backbones, it shows the first ones; the CSV has all.
     """
     metrics = [m for m in experiment.headlines if m.endswith(f"/{kind}") and not m.startswith("rPC/")]
-    if f"mPC/{kind}" in metrics:
-        metrics = [metric for metric in metrics if metric != f"corrupted/{kind}"]
     heads = {
         metric: _CELLS.get(cell := metric.split("/")[0], cell.replace("attack-", "attack:\n")) for metric in metrics
     }

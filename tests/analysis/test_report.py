@@ -791,6 +791,20 @@ def test_detectors_robustness_is_tested_by_the_seed_of_training(tmp_path: Path) 
     assert report_command.draw(experiment, tmp_path, 1) is None  # an evaluation is no detector
 
 
+def test_the_mean_over_all_corruptions_is_tested_once(tmp_path: Path) -> None:
+    """mPC, and the mean over those that there are, are then the same numbers: one hypothesis for Holm's correction."""
+
+    def evaluated(threat_model: str, seed: int) -> RunRecord:
+        config = {"SEED": seed, "weights_sha256": f"{threat_model} {seed}", "cells": [], "attacks": {}}
+        value = (5.0 if threat_model == "L2:3" else 2.0) + seed**2
+        metrics = {f"{cell}/bbox/AP": value for cell in ("mPC", "corrupted")} | {"rPC/bbox/AP": 3 * value}
+        return replace(record(threat_model, seed, task="detector_robustness", config=config, metrics=metrics), seed=0)
+
+    records = [evaluated(threat_model, seed) for threat_model in ("L2:0", "L2:3") for seed in range(3)]
+    (experiment,) = experiments(find_runs([write(tmp_path, *records)]))
+    assert experiment.metrics == ["mPC/bbox/AP", "rPC/bbox/AP"]
+
+
 def test_the_floor_stands_beside_what_it_is_the_floor_of(tmp_path: Path) -> None:
     """A random backbone is a backbone; nothing else may differ."""
     runs = [record("L2:0", seed) for seed in range(2)]
