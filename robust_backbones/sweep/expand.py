@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from robust_backbones.checkpoint import zoo
-from robust_backbones.checkpoint.format import sha256
+from robust_backbones.checkpoint.format import Checkpoint, sha256
 from robust_backbones.checkpoint.sources import HUB, Statement, read_checkpoint
 from robust_backbones.classification.pretrain import read_start
 from robust_backbones.commands import evaluate, pretrain, transfer
@@ -132,11 +132,7 @@ class _Expansion:
             return replace(source, checks=self._checks(backbone.name, source, published.imagenet_accuracy))
         if backbone.scratch:
             return _Source("", f"scratch:{backbone.scratch}", BackboneSpec(backbone.scratch))
-        path, stated = Path(backbone.file), dict(backbone.options)
-        choice = {name: stated.pop(name) for name in ("source", "key", "prefix") if name in stated}
-        if "threat_model" in stated:
-            stated["threat_model"] = ThreatModel.parse(str(stated["threat_model"]))
-        spec = read_checkpoint(path, **choice, statement=Statement(**stated)).spec
+        path, spec = Path(backbone.file), read_file(backbone).spec
         texts = {
             key: str(value).lower() if isinstance(value, bool) else value for key, value in backbone.options.items()
         }
@@ -301,6 +297,15 @@ class _Expansion:
         needs = (*source.needs, *source.checks)
         rest = {"group": task.name, "task": task.name, "needs": needs, "results": results}
         self._add("transfer", f"{task.name}-{name}", argv, settings, defaults, **rest)
+
+
+def read_file(backbone: BackboneEntry) -> Checkpoint:
+    """The checkpoint of a backbone with a ``file``, read with its options."""
+    stated = dict(backbone.options)
+    choice = {name: stated.pop(name) for name in ("source", "key", "prefix") if name in stated}
+    if "threat_model" in stated:
+        stated["threat_model"] = ThreatModel.parse(str(stated["threat_model"]))
+    return read_checkpoint(Path(backbone.file), **choice, statement=Statement(**stated))
 
 
 def pretraining(manifest: Manifest, name: str, seed: int | None = None) -> tuple[tuple[str, ...], Any]:

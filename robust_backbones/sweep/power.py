@@ -14,7 +14,7 @@ from robust_backbones.analysis.results import results
 from robust_backbones.analysis.statistics import ALPHA, MOST_SEEDS, POWER, power, seeds_needed
 from robust_backbones.checkpoint import zoo
 from robust_backbones.errors import InputError, plural
-from robust_backbones.sweep.expand import pretraining, task_settings
+from robust_backbones.sweep.expand import pretraining, read_file, task_settings
 from robust_backbones.sweep.manifest import Manifest, PrimaryComparison, Task
 from robust_backbones.sweep.plan import Plan
 from robust_backbones.threat_models import ThreatModel
@@ -65,10 +65,11 @@ def check_power(manifest: Manifest, *, pilot: Sequence[Path] = (), allow_underpo
         )
     count, name = len(manifest.seeds_of(task)), primary.backbone or "the best backbone"
     standard = _threat_model(manifest, primary.standard)
-    if standard is not None and standard.epsilon > 0:
+    if standard is None or standard.epsilon > 0:
+        trained = "is not said to be trained without an adversary" if standard is None else f"was trained at {standard}"
         raise InputError(
-            f"{manifest.path}: the standard of primary, {primary.standard}, was trained at {standard}; reports compare "
-            "with the standard backbone: give that"
+            f"{manifest.path}: the standard of primary, {primary.standard}, {trained}; reports compare with the "
+            "standard backbone: give that, with options threat_model L2:0 if its file does not say it"
         )
     told = [f"primary: {primary.metric} of {name} against {primary.standard}, task {primary.task}"]
     chosen = (
@@ -158,14 +159,14 @@ def _of_pilot(manifest: Manifest, primary: PrimaryComparison, pilot: Sequence[Pa
 
 
 def _threat_model(manifest: Manifest, name: str) -> ThreatModel | None:
-    """The threat model of a backbone's training, if the manifest says it."""
+    """The threat model of a backbone's training; None from scratch, and if neither file nor manifest says it."""
     (entry,) = (backbone for backbone in manifest.backbones if backbone.name == name)
     if entry.published:
         return zoo.find(entry.published).threat_model
     if entry.pretrain:
         _, options = pretraining(manifest, entry.pretrain, seed=0)
         return ThreatModel.parse(options.config.threat_model)
-    return ThreatModel.parse(str(entry.options["threat_model"])) if "threat_model" in entry.options else None
+    return read_file(entry).threat_model if entry.file else None
 
 
 def _paper(task: Task) -> list[PaperResult]:

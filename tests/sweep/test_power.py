@@ -11,10 +11,13 @@ from scipy import stats
 
 from robust_backbones.analysis.paper.values import PAPER
 from robust_backbones.analysis.records import find_primary
+from robust_backbones.checkpoint.format import write_checkpoint
 from robust_backbones.errors import InputError
+from robust_backbones.models import BackboneSpec, build_backbone
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.sweep.manifest import Manifest, read_manifest
 from robust_backbones.sweep.power import Expected, check_power, of_paper, primary_of
+from robust_backbones.threat_models import ThreatModel
 from tests.conftest import ROOT
 from tests.sweep.conftest import SMALL, SYNCBN, keys, planned, with_
 
@@ -152,3 +155,20 @@ def test_a_primary_comparison_is_with_the_standard_backbone(tmp_path: Path, said
         del options["threat_model"]
     with pytest.raises(InputError, match="robust, was trained at"):
         check_power(study(tmp_path, with_(content, "pretraining/robust", {**options, **said})))
+
+
+@pytest.mark.parametrize(("trained", "said"), [(None, {}), ("L2:3", {}), (None, {"threat_model": "L2:3"})], ids=str)
+def test_a_file_that_is_not_known_as_standard_is_none_to_compare_with(
+    tmp_path: Path, trained: str | None, said: dict[str, str]
+) -> None:
+    """Reports would not test the primary comparison; a study would run to its end before anybody saw it."""
+    threat_model = None if trained is None else ThreatModel.parse(trained)
+    spec, file = BackboneSpec("resnet18", num_classes=2), tmp_path / "standard.pt"
+    write_checkpoint(file, spec=spec, state_dict=build_backbone(spec).state_dict(), threat_model=threat_model)
+    content = with_(SMALL, "backbones/standard", {"file": str(file), "options": said})
+    content = with_(content, "primary", {**PRIMARY, "standard": "standard", "difference": 50.0, "std": 0.5})
+    with pytest.raises(InputError, match=r"the standard of primary, standard, (was trained at L2:3|is not said)"):
+        check_power(study(tmp_path, content))
+    if trained != "L2:3":
+        known = with_(content, "backbones/standard/options", {"threat_model": "L2:0"})
+        assert "primary: bbox/AP" in check_power(study(tmp_path, known))[0]
