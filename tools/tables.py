@@ -93,17 +93,6 @@ def speed() -> Table:
     return Table.of(["what", "here", "instead of", "as fast", "on"], rows)
 
 
-def of_experiments(folder: str) -> Table:
-    """A row a headline result and backbone of a study."""
-    rows = []
-    for result in results(*experiments(find_runs([DOCS / folder]))):
-        if result.metric in result.experiment.headlines:
-            head = [result.experiment.title, metric_name(result.metric)]
-            heads = list(result.table.columns)[1:]
-            rows += [[*head, *row[1:]] for row in result.table.cells if not row[0].startswith("paper: ")]
-    return Table.of(["study", "result", *heads], rows)
-
-
 def study() -> Table:
     """A row a result, a column a backbone: means and deviations over seeds, and what the report calls better or worse
     than epsilon 0."""
@@ -321,7 +310,6 @@ TABLES: dict[str, Callable[[], Table]] = {
     "speed": speed,
     "study": study,
     "fast_step": fast_step,
-    "small_study": lambda: of_experiments("small_study"),
     "detector_robustness": robustness,
     "inheritance": inheritance,
     "transfer_best": transfer_best,

@@ -51,19 +51,22 @@ def main(arguments: list[str]) -> int:
         except OSError as error:
             raise InputError(f"{name} lacks {error.filename}: check the path") from None
         rows = dict(dataset.image_files(content))
+        twice: list[Fault] = []
         for other, paths in files.items():
             shared = shared_images(rows, paths)
             if len(shared) == min(len(rows), len(paths)) > 1 and all(path == its for path, its in shared.items()):
                 # One set as two, or two sets of annotations of the same images.
                 what = f"{len(shared)} of its images, all of one set, are also images of {other}"
-                faults.append(
+                twice.append(
                     Fault("warning", str(dataset.annotations), what, "do not train on one and test on the other")
                 )
                 continue
             for path, original in shared.items():
                 what = f"is also an image of {other}" + f", there as {original}" * (path != original)
                 mend = "leave it out of one, if you train on one and test on the other"
-                faults.append(Fault("warning", path, what, mend, rows[path]["id"]))
+                twice.append(Fault("warning", path, what, mend, rows[path]["id"]))
+        # Next to errors these matter most, and only the first --most faults are listed.
+        faults = sorted([*twice, *faults], key=lambda fault: fault.severity)
         files[name] = list(rows)
         counts = Counter(fault.severity for fault in faults)
         for fault in faults[: options.most]:

@@ -10,7 +10,10 @@ from typing import Any
 
 NOTHING = "images, and no detection on any"
 ALIKE = "detections, all of the same score"
-_SAYS = {NOTHING: "no detection at all on the {} images of {}", ALIKE: "all {} detections on {} have the same score"}
+_SAYS = {
+    NOTHING: "no detection above SCORE_THRESH_TEST on the {} images of {}",
+    ALIKE: "all {} detections on {} have the same score",
+}
 Warnings = Mapping[str, Mapping[str, int]]
 """Data set -> kind -> count."""
 _SPREAD = 1e-4

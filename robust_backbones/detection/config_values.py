@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from PIL import Image
+from PIL.ImageMode import getmode
 
 from robust_backbones.errors import InputError
 
@@ -49,7 +50,6 @@ _VALID: dict[str, _Rule] = {
         ("INPUT.MAX_SIZE_TRAIN", "INPUT.MAX_SIZE_TEST"),
         (lambda side: side >= 1, "is no side of an image: give 1 or more"),
     ),
-    "INPUT.FORMAT": ((*Image.MODES, "BGR", "YUV-BT.601").__contains__, "is no order of channels: give RGB or BGR"),
     "INPUT.MASK_FORMAT": (("polygon", "bitmask").__contains__, "is not one of polygon, bitmask"),
     "INPUT.SCALE_JITTER": (
         lambda given: not given or (len(given) == 3 and 0 < given[0] <= given[1] and given[2] >= 1),
@@ -178,7 +178,13 @@ def check_values(cfg: CfgNode, values: Mapping[str, Any]) -> None:
     Args:
         values: of all keys, as ``flat(cfg)`` gives them.
     """
-    rules: dict[str, _Rule] = {}
+    means = len(cfg.MODEL.PIXEL_MEAN)
+    rules: dict[str, _Rule] = {
+        "INPUT.FORMAT": (
+            lambda order: order == "BGR" or (order in Image.MODES and len(getmode(order).bands) in (1, means)),
+            f"is no order of the {means} channels of MODEL.PIXEL_MEAN: give RGB or BGR",
+        )
+    }
     if cfg.INPUT.CROP.ENABLED and cfg.INPUT.CROP.TYPE in _CROPS:
         is_valid, what = _CROPS[cfg.INPUT.CROP.TYPE]
         rules["INPUT.CROP.SIZE"] = (is_valid, f"is not what INPUT.CROP.TYPE {cfg.INPUT.CROP.TYPE} wants: give {what}")

@@ -919,7 +919,7 @@ def test_architectures_are_distinguishable_without_colour(several: Any, tmp_path
     assert len({container[0].get_hatch() for container in bars.containers}) == MOST_CURVES
 
 
-@pytest.mark.parametrize("folder", ["detector_robustness", "inheritance", "small_study", "study", "transfer_figures"])
+@pytest.mark.parametrize("folder", ["detector_robustness", "inheritance", "study", "transfer_figures"])
 def test_every_task_of_the_documentations_records_has_an_answer(folder: str, tmp_path: Path, monkeypatch: Any) -> None:
     """Its question, and what was seen in numbers or what is missing."""
     runs = find_runs([Path(__file__).parents[2] / "docs" / folder])

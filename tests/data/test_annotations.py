@@ -933,9 +933,14 @@ def test_check_data_lists_the_images_that_sets_share(tmp_path: Path, images: Pat
     ]
     counts = "3 images, 9 objects, 0 errors"
     assert (status, out.splitlines()) == (0, [f"{one}: {counts}, 0 warnings", *told, f"{two}: {counts}, 2 warnings"])
+    # They come before the warnings of single objects, of which there may be many.
+    other["annotations"][0]["bbox"] = [50, 30, 20, 20]
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    lines = run_tool("check-data", one, two, "--most", 2)[1].splitlines()
+    assert lines[1:4] == [*told, "... and 1 more: give --most 3 to see them"]
     # Of one set and a part of it, or of two sets of annotations of the same images, nobody reads a line an image.
     other["images"] = sound()["images"][:2]
-    other["annotations"] = other["annotations"][:6]
+    other["annotations"] = sound()["annotations"][:6]
     (tmp_path / "part.json").write_text(json.dumps(other))
     part = f"{tmp_path / 'part.json'}:{images}"
     for sets, count in (((one, one), 3), ((one, part), 2), ((part, one), 2)):

@@ -426,7 +426,9 @@ CROPPED = ["INPUT.CROP.ENABLED", True, "INPUT.CROP.TYPE"]
             ["MODEL.DEVICE", "cpu", "MODEL.COMPILE", True, "MODEL.FAST_STEP", True, "MODEL.MASK_ON", True],
             "on GPUs only",
         ),
-        (["INPUT.FORMAT", "rgb"], "INPUT.FORMAT 'rgb' is no order of channels"),
+        (["INPUT.FORMAT", "rgb"], "INPUT.FORMAT 'rgb' is no order of the 3 channels"),
+        (["INPUT.FORMAT", "RGBA"], "INPUT.FORMAT 'RGBA' is no order of the 3 channels"),
+        (["INPUT.FORMAT", "YUV-BT.601"], "is no order of the 3 channels"),  # float64, which no convolution takes
         (["INPUT.MASK_FORMAT", "x"], "INPUT.MASK_FORMAT 'x' is not one of polygon, bitmask"),
         (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", (96, 64)], r"\[96, 64\] do not rise"),
         (

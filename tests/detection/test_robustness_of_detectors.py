@@ -156,7 +156,7 @@ def test_a_detector_that_finds_nothing_on_clean_images_is_told(run: Path, tmp_pa
     (tmp_path / "config.yaml").write_text(cfg.dump())
     record = evaluate_detector(tmp_path / "config.yaml", run / "model_final.pth", tmp_path / "out", workers=0)
     (warning,) = record.config["warnings"]["clean"]
-    assert "no detection at all on the 6 images of shapes_val" in warning
+    assert "no detection above SCORE_THRESH_TEST on the 6 images of shapes_val" in warning
 
 
 def test_a_record_tells_what_was_measured(few: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_detector_that_finds_nothing_is_told(
     overrides = [*SMALL, *TINY, "MODEL.WEIGHTS", converted("resnet18"), "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()"]
     overrides += ["OUTPUT_DIR", folder]
     blind = [*overrides, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.99]
-    told = "no detection at all on the 6 images of shapes_val: the detector was hardly trained"
+    told = "no detection above SCORE_THRESH_TEST on the 6 images of shapes_val: the detector was hardly trained"
 
     def warnings(*arguments: object) -> list[str]:
         return [line for line in run(*arguments)[1].splitlines() if line.startswith("warning: ")]
