@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from robust_backbones.analysis.tables import Table, write_text
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.analysis.tables import Table
+from robust_backbones.runs.files import atomic_path, write_text
 
 # Okabe and Ito's palette, which colour-blind eyes can read, without its yellow, which is too light for lines.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")

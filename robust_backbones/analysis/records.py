@@ -8,9 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from robust_backbones.analysis.tables import write_text
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import DAMAGED
+from robust_backbones.runs.files import DAMAGED, write_text
 from robust_backbones.runs.identity import flat
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel

@@ -18,8 +18,8 @@ from robust_backbones.analysis.record_tables import provenance_table, record_tab
 from robust_backbones.analysis.records import PRIMARY, RECORDS, Primary, RecordedRun, write_records
 from robust_backbones.analysis.results import METHOD, Answer, Result, answers, results
 from robust_backbones.analysis.study_figures import figure_4, study_figures
-from robust_backbones.analysis.tables import write_text
 from robust_backbones.errors import InputError, plural
+from robust_backbones.runs.files import write_text
 from robust_backbones.transfer.inheritance.matrix import matrices_of
 
 # Every text colour has a contrast of at least 4.5:1 on the colour behind it (WCAG 2.1, 1.4.3; a test computes them).

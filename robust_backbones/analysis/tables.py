@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from robust_backbones.analysis.statistics import p_value
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import write_text
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,6 @@ class Table:
         write_text(path.with_name(f"{path.name}.md"), text + "\n")
         write_text(path.with_name(f"{path.name}.csv"), self.to_csv())
         write_text(path.with_name(f"{path.name}.tex"), self.to_latex(path.name))
-
-
-def write_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, "utf-8", "backslashreplace")  # a path of bytes that are no text
 
 
 class _Formatter(string.Formatter):

@@ -15,7 +15,7 @@ from robust_backbones.checkpoint.urls import reason_of
 from robust_backbones.checkpoint.zoo import cache_folder, hub_endpoint
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, only_in_timm
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import atomic_path, write_text
 from robust_backbones.timm_models import timm_config
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -60,8 +60,7 @@ def describe(folder: Path, checkpoint: Checkpoint) -> None:
     config = {"architecture": spec.arch, "num_classes": spec.num_classes, "pretrained_cfg": _pretrained_cfg(spec)}
     texts = {CONFIG: json.dumps(config, indent=2) + "\n", CARD: model_card(BackboneMetadata.of(checkpoint.in_rgb()))}
     for name, text in texts.items():
-        with atomic_path(folder / name) as temporary:
-            temporary.write_text(text)
+        write_text(folder / name, text)
 
 
 def _pretrained_cfg(spec: BackboneSpec) -> dict[str, Any]:
@@ -145,9 +144,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     from huggingface_hub import HfApi
 
     card = folder / CARD
-    text = card.read_text().replace("USER/NAME", repository)
-    with atomic_path(card) as temporary:
-        temporary.write_text(text)
+    write_text(card, card.read_text().replace("USER/NAME", repository))
     api = HfApi(endpoint=hub_endpoint())
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)

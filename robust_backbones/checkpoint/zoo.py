@@ -16,7 +16,7 @@ from robust_backbones.checkpoint.format import sha256
 from robust_backbones.checkpoint.urls import fetch_url, reason_of
 from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import write_text
 from robust_backbones.threat_models import ThreatModel
 
 REPOSITORY = "madrylab/robust-imagenet-models"
@@ -80,8 +80,7 @@ class PublishedBackbone:
             if found != self.sha256:
                 raise InputError(f"{path} is not the published file, whose sha256 is {self.sha256}: delete it")
         elif not note.exists():
-            with atomic_path(note) as temporary:
-                temporary.write_text(found + "\n")
+            write_text(note, found + "\n")
         elif note.read_text().strip() != found:
             raise InputError(f"{path} is not the file that it was (see {note.name}): delete both to download it again")
 

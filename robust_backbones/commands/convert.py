@@ -37,7 +37,7 @@ from robust_backbones.checkpoint.zoo import find
 from robust_backbones.commands import cli
 from robust_backbones.configs import CONFIG_DIR, as_arguments, find_file
 from robust_backbones.errors import InputError, MissingPackageError, ProofFailedError
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import atomic_path, write_text
 from robust_backbones.threat_models import ThreatModel
 
 BASE_CONFIG = CONFIG_DIR / "Base-RCNN-FPN.yaml"
@@ -207,5 +207,4 @@ def write_config(path: Path, base: Path, weights: Path, overrides: dict[str, obj
             node = node.setdefault(name, {})
         node[last] = value
     relative = os.path.relpath(base.resolve(), path.resolve().parent)
-    with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump({"_BASE_": relative, **config}, sort_keys=False))
+    write_text(path, yaml.safe_dump({"_BASE_": relative, **config}, sort_keys=False))

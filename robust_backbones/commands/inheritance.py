@@ -34,11 +34,12 @@ import tyro
 
 from robust_backbones import cpu
 from robust_backbones.analysis import inheritance as analysis
-from robust_backbones.analysis.tables import Table, write_text
+from robust_backbones.analysis.tables import Table
 from robust_backbones.classification.robustness import RobustnessConfig
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions, EvaluationOptions
 from robust_backbones.errors import InputError, check_not_negative, check_seeds, plural
+from robust_backbones.runs.files import write_text
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.inheritance.config import InheritanceConfig
 from robust_backbones.transfer.inheritance.corruptions import CorruptionConfig, evaluate_corruptions

@@ -26,13 +26,13 @@ import tyro
 from robust_backbones import cpu
 from robust_backbones.analysis.record_tables import classification_table
 from robust_backbones.analysis.records import RecordedRun
-from robust_backbones.analysis.tables import write_text
 from robust_backbones.classification.config import Execution
 from robust_backbones.commands import cli
 from robust_backbones.commands.options import DeviceOptions
 from robust_backbones.data.transfer_datasets import TRANSFER_DATASETS, check, open_transfer_data
 from robust_backbones.errors import InputError, check_not_negative, plural
 from robust_backbones.runs.distributed import is_first_process
+from robust_backbones.runs.files import write_text
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.transfer.config import ProbeConfig, TransferConfig
 from robust_backbones.transfer.finetune import FinetuneConfig, full_finetune

@@ -26,7 +26,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from robust_backbones.analysis.tables import Table, write_text
+from robust_backbones.analysis.tables import Table
 from robust_backbones.analysis.visualization import draw_grid, metrics_of, table
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
@@ -52,6 +52,7 @@ from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, check_crop, plural
 from robust_backbones.models import NormalizedModel
+from robust_backbones.runs.files import write_text
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord

@@ -54,7 +54,7 @@ from robust_backbones.data.annotations_voc import (
     voc_names,
 )
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import atomic_path, write_text
 
 Rename = Callable[[str], str]
 Size = tuple[int, int]
@@ -108,7 +108,7 @@ def repair(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename = str) 
         repaired = replace(dataset, annotations=output / dataset.annotations.name)
     told = {f"{what}: {len(things)}": things for what, things in done.items() if things}
     lines = [line for what, things in told.items() for line in (what, *(f"    {thing}" for thing in things))]
-    (output / "changes.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8", "backslashreplace")
+    write_text(output / "changes.txt", "".join(f"{line}\n" for line in lines))
     return repaired, [*told]
 
 
@@ -173,9 +173,7 @@ def _repair_coco(dataset: AnnotatedSet, use: Use, output: Path, rename: Rename, 
         left = {str(row["id"]) for row in rows}
     for row in mended["annotations"]:
         row.pop(_LABEL, None)
-    output.mkdir(parents=True)
-    with atomic_path(output / dataset.annotations.name) as temporary:  # an indent would make it twice as large
-        temporary.write_text(json.dumps(mended))
+    write_text(output / dataset.annotations.name, json.dumps(mended))  # an indent would make it twice as large
 
 
 def _boxes_by_image(rows: Iterable[Any]) -> Boxes:
@@ -399,9 +397,7 @@ def _repair_voc(dataset: AnnotatedSet, output: Path, rename: Rename, done: Chang
             ElementTree(root).write(temporary, encoding="utf-8")
         kept.append(name)
     _refuse_none(dataset, len(paths), done)
-    place = output / "ImageSets/Main"
-    place.mkdir(parents=True, exist_ok=True)
-    (place / f"{dataset.split}.txt").write_text("".join(f"{name}\n" for name in kept), "utf-8")
+    write_text(output / f"ImageSets/Main/{dataset.split}.txt", "".join(f"{name}\n" for name in kept))
     (output / "JPEGImages").symlink_to(dataset.images.absolute(), target_is_directory=True)
 
 

@@ -16,7 +16,7 @@ from robust_backbones.detection.datasets import evaluator_kind
 from robust_backbones.detection.evaluators import ground_truth
 from robust_backbones.detection.standard_format import register
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import write_text
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,10 @@ def take_images(dataset: str, choice: ImageChoice, folder: Path) -> str:
         content["images"] = [image for image in content["images"] if image["id"] in ids]
         content["annotations"] = [row for row in content["annotations"] if row["image_id"] in ids]
         metadata["json_file"] = f"{path}.json"
-        with atomic_path(Path(metadata["json_file"])) as temporary:
-            temporary.write_text(json.dumps(content))
+        write_text(Path(metadata["json_file"]), json.dumps(content))
     elif evaluator_kind(dataset) == "pascal_voc":
         metadata["split"] = str(path)  # joined to VOC's folder of lists, an absolute path stays alone
-        with atomic_path(Path(f"{path}.txt")) as temporary:
-            temporary.write_text("".join(f"{item['image_id']}\n" for item in items))
+        write_text(Path(f"{path}.txt"), "".join(f"{item['image_id']}\n" for item in items))
     register(name, lambda: items, metadata)
     return name
 

@@ -33,7 +33,7 @@ from robust_backbones.detection.predictor import TrainedDetector, load_detector
 from robust_backbones.errors import InputError, PreemptedError, TrainingFailedError
 from robust_backbones.runs.cells import check_stop, run_cells
 from robust_backbones.runs.distributed import fork_workers
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import write_text
 from robust_backbones.runs.identity import differences
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
@@ -157,8 +157,7 @@ class CellJob:
         origin: TrainedDetector | RunRecord,
         start: float,
     ) -> None:
-        with atomic_path(self.folder(cell) / "detections.json") as temporary:
-            temporary.write_text(json.dumps(rows))
+        write_text(self.folder(cell) / "detections.json", json.dumps(rows))
         RunRecord(
             run_id=f"{self.output.name}/{cell.name}",
             task="detector_robustness",

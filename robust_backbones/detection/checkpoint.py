@@ -32,7 +32,7 @@ from robust_backbones.detection.swin_backbone import SwinBackbone, resized_biase
 from robust_backbones.detection.timm_backbone import TimmBackbone
 from robust_backbones.errors import InputError, plural
 from robust_backbones.models import BackboneSpec
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import write_text
 from robust_backbones.runs.identity import flat
 
 _METADATA = "backbone_metadata"
@@ -154,8 +154,7 @@ class BackboneCheckpointer(DetectionCheckpointer):
         return str(comm.all_gather(str(newest_checkpoint(Path(self.save_dir)) or ""))[0])
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with atomic_path(Path(self.save_dir) / "last_checkpoint") as temporary:
-            temporary.write_text(last_filename_basename)
+        write_text(Path(self.save_dir) / "last_checkpoint", last_filename_basename)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = read_file(Path(filename))

@@ -39,7 +39,7 @@ from robust_backbones.detection.datasets import SHOWN_CLASSES, annotated_set, ca
 from robust_backbones.detection.left_out import left_out
 from robust_backbones.detection.run_lengths import run_lengths
 from robust_backbones.errors import InputError, plural
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import write_text
 
 MAX_DETS: tuple[int, ...] = DETECTOR_KEYS["TEST.MAX_DETS"]
 _logger = logging.getLogger(__name__)
@@ -123,8 +123,7 @@ class CocoEvaluator(DatasetEvaluator):
         self.results = [self._with_class_id(row, ids) for row in itertools.chain(*images)]
         self.oddities = oddities(self.results, count)
         if self._output_dir is not None:
-            with atomic_path(Path(self._output_dir) / "coco_instances_results.json") as temporary:
-                temporary.write_text(json.dumps(self.results))
+            write_text(Path(self._output_dir) / "coco_instances_results.json", json.dumps(self.results))
         most = Counter((row["image_id"], row["category_id"]) for row in self.results)
         if most and max(most.values()) > self._max_dets[-1]:
             _logger.warning(

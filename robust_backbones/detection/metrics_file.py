@@ -8,7 +8,7 @@ from pathlib import Path
 
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from robust_backbones.runs.files import atomic_path, whole
+from robust_backbones.runs.files import whole, write_text
 
 
 class MetricsFile(EventWriter):
@@ -46,8 +46,7 @@ class MetricsFile(EventWriter):
                 file.flush()
                 os.fsync(file.fileno())
         else:
-            with atomic_path(self._path) as temporary:
-                temporary.write_text(self._text(sorted(self._lines)))
+            write_text(self._path, self._text(sorted(self._lines)))
         self._end = max(self._lines)
 
     def _text(self, iterations: list[int]) -> str:

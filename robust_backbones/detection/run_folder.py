@@ -24,7 +24,7 @@ from robust_backbones.configs import DETECTOR_KEYS
 from robust_backbones.detection.checkpoint import newest_checkpoint
 from robust_backbones.detection.datasets import annotation_digests
 from robust_backbones.errors import InputError, TrainingFailedError, plural
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import write_text
 from robust_backbones.runs.folders import began
 from robust_backbones.runs.identity import DIGESTS, check_same, differences, read_settings
 from robust_backbones.runs.record import RunRecord
@@ -109,8 +109,7 @@ def write_config(cfg: CfgNode) -> None:
             before = RunRecord.read(path).config["SOLVER"]["MAX_ITER"]
             if before < cfg.SOLVER.MAX_ITER:
                 path.rename(path.with_stem(f"record_{before}"))
-        with atomic_path(path.with_name("config.yaml")) as temporary:
-            temporary.write_text(cfg.dump())
+        write_text(path.with_name("config.yaml"), cfg.dump())
 
 
 def seed_processes(cfg: CfgNode) -> None:

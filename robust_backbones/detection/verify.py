@@ -32,7 +32,7 @@ from robust_backbones.detection.config import CONFIG_DIR, load_config
 from robust_backbones.detection.source_networks import source_network
 from robust_backbones.errors import InputError, ProofFailedError
 from robust_backbones.models import BackboneSpec, only_in_timm, only_size
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import write_text
 from robust_backbones.timm_models import is_swin, swin_shape
 
 TOLERANCE = 1e-4
@@ -199,8 +199,7 @@ def converted_backbone(name: str) -> Path:
     if _is_made_of(path, note, sha256(source)):
         return path
     convert_file(read_published(name), path, prove=prove).check()
-    with atomic_path(note) as temporary:
-        temporary.write_text(sha256(path) + "\n")
+    write_text(note, sha256(path) + "\n")
     return path
 
 

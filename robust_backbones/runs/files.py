@@ -77,14 +77,18 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def write_json(path: Path, value: object, *, new: bool = False) -> None:
+def write_text(path: Path, text: str, *, new: bool = False) -> None:
+    """Write a text atomically, in UTF-8; ``new`` as in ``atomic_path``."""
     with atomic_path(path, new=new) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(text, "utf-8", "backslashreplace")  # a path of bytes that are no text
+
+
+def write_json(path: Path, value: object, *, new: bool = False) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n", new=new)
 
 
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager

@@ -64,8 +64,8 @@ def test_new_lines_are_added_and_old_ones_are_not_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = []
-    original = metrics_file.atomic_path
-    monkeypatch.setattr(metrics_file, "atomic_path", lambda path: whole.append(path) or original(path))
+    original = metrics_file.write_text
+    monkeypatch.setattr(metrics_file, "write_text", lambda path, text: whole.append(path) or original(path, text))
     logged(tmp_path / "metrics.json", 0, 50, evaluated=20)
     assert len(whole) == 2  # the first line, and the one that an evaluation joins
     assert rows(tmp_path / "metrics.json") == expected(50, 20)
