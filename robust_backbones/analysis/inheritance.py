@@ -24,9 +24,8 @@ from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
-from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES
+from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES, PRETRAINING
 from robust_backbones.transfer.inheritance.matrix import Matrix, matrices_of, setting
-from robust_backbones.transfer.inheritance.sets import PRETRAINING
 
 MOST_EXACT = 8
 

@@ -49,7 +49,7 @@ from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.transfer.inheritance import corruptions
 from robust_backbones.transfer.inheritance.adapters import LowRankModel, PromptedModel
-from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES, InheritanceConfig
+from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES, PRETRAINING, InheritanceConfig
 from robust_backbones.transfer.inheritance.corruptions import CorruptionConfig, mean_corruption_error
 from robust_backbones.transfer.inheritance.detectors import with_own_classifier
 from robust_backbones.transfer.inheritance.distances import gaussian, otdd, sinkhorn, wasserstein
@@ -68,12 +68,7 @@ from robust_backbones.transfer.inheritance.methods import (
     ordered,
 )
 from robust_backbones.transfer.inheritance.run import run_protocol
-from robust_backbones.transfer.inheritance.sets import (
-    PRETRAINING,
-    Memory,
-    RelatedSet,
-    open_related_set,
-)
+from robust_backbones.transfer.inheritance.sets import Memory, RelatedSet, open_related_set
 from tests.conftest import disk_of, negatives, randomize_batch_norms
 
 pytestmark = pytest.mark.usefixtures("narrow_resnet18")

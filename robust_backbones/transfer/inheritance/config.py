@@ -9,6 +9,10 @@ from typing import Any
 from robust_backbones.data.transforms import EvaluationImages
 from robust_backbones.errors import InputError, check_choice, check_not_negative, check_positive
 
+PRETRAINED = "pretrained"
+"""The name of the network before fine-tuning, among methods."""
+PRETRAINING = "pretraining"
+"""The name of the pre-training validation set, among sets."""
 DISTANCE_NAMES = {
     "w2": "2-Wasserstein distance",
     "otdd": "OTDD, classes by exact transport,",

@@ -12,9 +12,7 @@ from typing import Any
 from robust_backbones.errors import InputError, check_choice
 from robust_backbones.runs.identity import differences, identity
 from robust_backbones.runs.record import RunRecord
-from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES, InheritanceConfig
-from robust_backbones.transfer.inheritance.methods import PRETRAINED
-from robust_backbones.transfer.inheritance.sets import PRETRAINING
+from robust_backbones.transfer.inheritance.config import DISTANCE_NAMES, PRETRAINED, PRETRAINING, InheritanceConfig
 
 DISTANCES = "distances"
 

@@ -22,13 +22,10 @@ from robust_backbones.transfer.config import Setting
 from robust_backbones.transfer.features import Features
 from robust_backbones.transfer.heads import HeadBank, linear_layer
 from robust_backbones.transfer.inheritance.adapters import LowRankModel, PromptedModel
-from robust_backbones.transfer.inheritance.config import InheritanceConfig
+from robust_backbones.transfer.inheritance.config import PRETRAINED, InheritanceConfig
 from robust_backbones.transfer.inheritance.job import Job, LossTerm, Weights, accuracy_on, for_evaluation, rate, train
 from robust_backbones.transfer.networks import classifier_name
 from robust_backbones.transfer.protocol import order_of, split_held_out
-
-PRETRAINED = "pretrained"
-"""The name of the network before fine-tuning, among methods."""
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,12 @@ from robust_backbones.runs.folders import shared
 from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
-from robust_backbones.transfer.inheritance.config import InheritanceConfig
+from robust_backbones.transfer.inheritance.config import PRETRAINED, PRETRAINING, InheritanceConfig
 from robust_backbones.transfer.inheritance.distances import distances, load_library
 from robust_backbones.transfer.inheritance.job import Job, Weights, accuracy_on, for_evaluation
 from robust_backbones.transfer.inheritance.matrix import DISTANCES, MatrixCell
-from robust_backbones.transfer.inheritance.methods import PRETRAINED, diagonal_fisher, find, ordered
-from robust_backbones.transfer.inheritance.sets import (
-    PRETRAINING,
-    Memory,
-    RelatedSet,
-    open_pretraining_set,
-    open_related_set,
-)
+from robust_backbones.transfer.inheritance.methods import diagonal_fisher, find, ordered
+from robust_backbones.transfer.inheritance.sets import Memory, RelatedSet, open_pretraining_set, open_related_set
 from robust_backbones.transfer.protocol import Backbones, read_backbones
 
 TASK = "inheritance"

@@ -18,9 +18,8 @@ from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.decoding import is_image, visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.errors import InputError, plural
+from robust_backbones.transfer.inheritance.config import PRETRAINING
 
-PRETRAINING = "pretraining"
-"""The name of the pre-training validation set among the sets."""
 _MOST_PARTS = 2  # folders between a set and its classes, as CORRUPTION/SEVERITY of ImageNet-C
 KNOWN_SETS = {
     "imagenet-v2": "ImageNet-V2 (Recht et al. 2019; folders are numbered 0 to 999; imagenetv2.org)",
