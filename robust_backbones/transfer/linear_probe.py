@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +114,6 @@ class _Probe:
         self.config, self.checkpoints, self.compute, self.images = config, checkpoints, compute, images
         self.output, self.workers, self.state = output, workers, output / "state.pt"
         self.trains_statistics = config.batch_norm == "train"
-        self.features = Features(
-            checkpoints, compute, trained_statistics=self.trains_statistics, normalize=config.normalize
-        )
         # What heads are trained on: all images, which counts; and all but those that select.
         self.parts = {"all": torch.arange(len(images.train))}
         if images.selects:
@@ -127,6 +124,12 @@ class _Probe:
         # The optimum that L-BFGS finds is no matter of luck.
         self.seeds = config.seeds if config.solver == "sgd" else config.seeds[:1]
         self.clock = RunClock(output)
+
+    @cached_property
+    def features(self) -> Features:
+        """With the networks, which a finished probe does not need."""
+        options = {"trained_statistics": self.trains_statistics, "normalize": self.config.normalize}
+        return Features(self.checkpoints, self.compute, **options)
 
     def finished(self) -> list[RunRecord]:
         """The records, if all are there."""

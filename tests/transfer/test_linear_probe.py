@@ -245,7 +245,7 @@ def test_a_finished_probe_is_not_run_again(
     checkpoint: Checkpoint, data: TransferData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = probe(CONFIG, checkpoint, data, tmp_path / "out")
-    monkeypatch.setattr(Features, "of", lambda *a, **k: pytest.fail("it computes features again"))
+    monkeypatch.setattr(Features, "__init__", lambda *a, **k: pytest.fail("it builds networks again"))
     (tmp_path / "out/state.pt").touch()  # of a process that was killed after its last record
     assert probe(CONFIG, checkpoint, data, tmp_path / "out") == records
     assert not (tmp_path / "out/state.pt").exists()
