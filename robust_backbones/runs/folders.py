@@ -93,6 +93,7 @@ def shared(folder: Path, config: Settings, defaults: Settings | None = None) -> 
     """Claim ``folder`` with any number of processes of the same run, which share its work while the block runs.
 
     A run that ended before it had begun leaves its folder free for another, once all of its processes have ended.
+    Partial files of dead processes are removed.
 
     Raises:
         InputError: the folder holds another run or something else.
@@ -106,6 +107,7 @@ def shared(folder: Path, config: Settings, defaults: Settings | None = None) -> 
             for path in others:
                 remove_if_dead(path)
             (claim if any(path.exists() for path in others) else _take)(folder, config, defaults)
+        remove_leftovers(folder.rglob("*.tmp*"))
         yield
 
 
@@ -137,5 +139,4 @@ def claim(folder: Path, config: Settings, defaults: Settings | None = None) -> b
             write_json(path, config, new=True)
             return False
     check_same(folder, read_settings(path), config, defaults)
-    remove_leftovers(folder.rglob("*.tmp*"))
     return (folder / "record.json").exists()

@@ -16,7 +16,7 @@ from robust_backbones.analysis.records import find_runs
 from robust_backbones.checkpoint.format import save_tensors
 from robust_backbones.errors import InputError
 from robust_backbones.runs.files import atomic_path, write_json
-from robust_backbones.runs.folders import claim
+from robust_backbones.runs.folders import claim, shared
 from robust_backbones.runs.record import RunRecord
 from tests.conftest import ROOT
 
@@ -75,8 +75,8 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(tmp_
     kill_while_writing(step)
     with atomic_path(step.with_name("step_2.pt")) as living:
         living.write_text("whole")
-        assert not claim(tmp_path / "run", {"epochs": 1})
-        assert list(step.parent.iterdir()) == [living]
+        with shared(tmp_path / "run", {"epochs": 1}):
+            assert list(step.parent.iterdir()) == [living]
     assert list(step.parent.iterdir()) == [step.with_name("step_2.pt")]
 
 
