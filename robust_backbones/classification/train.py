@@ -19,13 +19,14 @@ from robust_backbones.classification.checkpoints import CheckpointFolder
 from robust_backbones.classification.compute import Compute, available
 from robust_backbones.classification.config import PAPER_BATCH_SIZE, Execution, TrainingConfig
 from robust_backbones.classification.engine import Learner, Totals, evaluate, train_one_epoch
+from robust_backbones.cpu.batch_norm import synchronize_batch_norms
 from robust_backbones.data.batches import check_fills_batch, steps_per_epoch, train_batches, val_batches
 from robust_backbones.data.datasets import ClassificationDataset, skip_list
 from robust_backbones.data.transforms import augmentation, mixing
 from robust_backbones.errors import DivergedError, PreemptedError, plural
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
 from robust_backbones.runs.clock import RunClock
-from robust_backbones.runs.distributed import Processes, join_processes, local_device, synchronize_batch_norms
+from robust_backbones.runs.distributed import Processes, join_processes, local_device
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.logs import RunLog, read_rows
 from robust_backbones.runs.record import RunRecord

@@ -1,4 +1,4 @@
-"""Faster CPU implementations with the same results, up to rounding; all are off by default."""
+"""What CPUs need of their own: faster implementations, up to rounding the same and off by default; batch norms."""
 
 from robust_backbones.cpu.convolutions import fast
 

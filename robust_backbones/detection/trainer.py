@@ -19,6 +19,7 @@ from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWrit
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from robust_backbones.cpu.batch_norm import synchronize_on_cpu
 from robust_backbones.detection.adversarial import AttackedDetector, FreeStream, replays
 from robust_backbones.detection.checkpoint import BackboneCheckpointer, backbone_tensors
 from robust_backbones.detection.collapse import merged
@@ -50,7 +51,6 @@ from robust_backbones.detection.run_folder import (
 )
 from robust_backbones.errors import DivergedError, InputError, PreemptedError, plural
 from robust_backbones.runs.clock import RunClock
-from robust_backbones.runs.distributed import synchronize_on_cpu
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
 
 _logger = logging.getLogger(__name__)

@@ -18,9 +18,10 @@ from robust_backbones.checkpoint.untrusted import load_tensors
 from robust_backbones.classification import checkpoints
 from robust_backbones.classification.engine import train_one_epoch
 from robust_backbones.classification.objectives import ObjectiveConfig
+from robust_backbones.cpu.batch_norm import synchronize_batch_norms
 from robust_backbones.errors import InputError
 from robust_backbones.models import BackboneSpec, NormalizedModel, build_backbone
-from robust_backbones.runs.distributed import ALONE, join_processes, local_device, synchronize_batch_norms
+from robust_backbones.runs.distributed import ALONE, join_processes, local_device
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.threat_models import ThreatModel
 from tests.classification.test_engine import batches, learner, noisy_batches, small

@@ -129,10 +129,11 @@ if __name__ == "__main__":
     import robust_backbones.runs
     for module in pkgutil.iter_modules(robust_backbones.runs.__path__):
         importlib.import_module(f"robust_backbones.runs.{module.name}")
+    from robust_backbones.cpu.batch_norm import synchronize_batch_norms
     from robust_backbones.runs import distributed, signals
     with signals.stop_on_signals(), distributed.join_processes(torch.device("cpu")) as processes:
         processes.broadcast(1)
-    distributed.synchronize_batch_norms(torch.nn.BatchNorm2d(3), torch.device("cpu"))
+    synchronize_batch_norms(torch.nn.BatchNorm2d(3), torch.device("cpu"))
     assert state() == before
 """
 
