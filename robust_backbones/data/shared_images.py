@@ -12,7 +12,7 @@ from itertools import chain
 from typing import TypeVar
 
 _WORKERS, _PART = 8, 100  # files at once, which network disks need; many a task, which costs more than a look at a file
-_FIRST, _MOST = 2**12, 2**22  # bytes read at once: two photographs differ early, and copies are read to the end
+_START = 2**12  # bytes in which two photographs of one size differ
 _File = tuple[int, int, int]
 """Size in bytes, device and inode: the same for all links to a file."""
 T = TypeVar("T")
@@ -21,7 +21,7 @@ T = TypeVar("T")
 def shared_images(test: Iterable[str], train: Iterable[str]) -> dict[str, str]:
     """Test image -> the training image that is the same file or has the same bytes, by their paths, in order.
 
-    A file is opened only if one of the other side has its size, and read only as far as the two agree.
+    A file is opened only if one of the other side has its size, and read to the end only if the two begin alike.
     """
     tested, trained = set(test), set(train)
     found = {path: path for path in tested & trained}
@@ -51,24 +51,17 @@ def _files(paths: list[str], pool: ThreadPoolExecutor) -> dict[_File, list[str]]
 
 
 def _copies(unseen: Mapping[_File, str], known: Mapping[_File, str], pool: ThreadPoolExecutor) -> dict[_File, str]:
-    """Those of ``unseen`` with the bytes of a ``known`` file, and its path: files of one size are read block by block,
-    and those that differ part."""
-    sizes = defaultdict(list)
-    for file in (*known, *unseen):  # known ones come first in every group
-        sizes[file[0]].append(file)
-    found: dict[_File, str] = {}
-    groups, start, length = list(sizes.values()), 0, _FIRST
-    while groups := [group for group in groups if group[0] in known and group[-1] in unseen]:
-        for group in groups:
-            if group[0][0] <= start:
-                found |= {file: known[group[0]] for file in group if file in unseen}
-        members = [(number, file) for number, group in enumerate(groups) if group[0][0] > start for file in group]
-        paths = [unseen.get(file) or known[file] for _, file in members]
+    """Those of ``unseen`` with the bytes of a ``known`` file, and its path."""
+    sizes = {file[0] for file in known} & {file[0] for file in unseen}
+    files, groups = [file for file in (*known, *unseen) if file[0] in sizes], list[list[_File]]()
+    for length in (_START, -1):
         alike = defaultdict(list)
-        for (number, file), digest in zip(members, _each(partial(_digest, start, length), paths, pool), strict=True):
-            alike[number, digest].append(file)
-        groups, start, length = list(alike.values()), start + length, min(16 * length, _MOST)
-    return found
+        paths = [unseen.get(file) or known[file] for file in files]
+        for file, digest in zip(files, _each(partial(_digest, length), paths, pool), strict=True):
+            alike[file[0], digest].append(file)  # known ones come first in every group
+        groups = [group for group in alike.values() if group[0] in known and group[-1] in unseen]
+        files = [file for group in groups for file in group]
+    return {file: known[group[0]] for group in groups for file in group if file in unseen}
 
 
 def _each(function: Callable[[str], T], paths: list[str], pool: ThreadPoolExecutor) -> Iterator[T]:
@@ -84,10 +77,10 @@ def _identity(path: str) -> _File:
         return 0, 0, 0
 
 
-def _digest(start: int, length: int, path: str) -> bytes:
-    """SHA-256 of a block of a file; of one that cannot be read, what no other has."""
+def _digest(length: int, path: str) -> bytes:
+    """SHA-256 of the first bytes of a file, for -1 of all; of one that cannot be read, what no other has."""
     try:
         with open(path, "rb", buffering=0) as file:
-            return hashlib.sha256(os.pread(file.fileno(), length, start)).digest()
+            return hashlib.sha256(file.read(length)).digest()
     except OSError:
         return os.fsencode(path)
