@@ -20,10 +20,9 @@ compute the same, 2 bad input. --debug shows tracebacks.
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from benchmarks.attack import PGD10
 from benchmarks.coco import CocoAP
 from benchmarks.conversion import Conversion
@@ -70,29 +69,29 @@ class Page:
     page: Path = ROOT / "docs/benchmarks.md"
 
 
-Arguments = (
-    Annotated[TrainingStep, tyro.conf.subcommand("training-step")]
-    | Annotated[PGD10, tyro.conf.subcommand("attack")]
-    | Annotated[Memory, tyro.conf.subcommand("memory")]
-    | Annotated[Probe, tyro.conf.subcommand("probe")]
-    | Annotated[CocoAP, tyro.conf.subcommand("coco-ap")]
-    | Annotated[Loading, tyro.conf.subcommand("loading")]
-    | Annotated[MaskRCNN, tyro.conf.subcommand("mask-rcnn")]
-    | Annotated[Modern, tyro.conf.subcommand("mask-rcnn-modern")]
-    | Annotated[DetectorTraining, tyro.conf.subcommand("detector-training")]
-    | Annotated[Inference, tyro.conf.subcommand("inference")]
-    | Annotated[DetectorAttack, tyro.conf.subcommand("detector-attack")]
-    | Annotated[Conversion, tyro.conf.subcommand("conversion")]
-    | Annotated[Growth, tyro.conf.subcommand("growth")]
-    | Annotated[All, tyro.conf.subcommand("all")]
-    | Annotated[Page, tyro.conf.subcommand("page")]
-    | Annotated[Robustness, tyro.conf.subcommand("robustness")]
-    | Annotated[StepCounts, tyro.conf.subcommand("step-counts")]
-)
+COMMANDS = {
+    "training-step": TrainingStep,
+    "attack": PGD10,
+    "memory": Memory,
+    "probe": Probe,
+    "coco-ap": CocoAP,
+    "loading": Loading,
+    "mask-rcnn": MaskRCNN,
+    "mask-rcnn-modern": Modern,
+    "detector-training": DetectorTraining,
+    "inference": Inference,
+    "detector-attack": DetectorAttack,
+    "conversion": Conversion,
+    "growth": Growth,
+    "all": All,
+    "page": Page,
+    "robustness": Robustness,
+    "step-counts": StepCounts,
+}
 
 
 def main(arguments: list[str]) -> int:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    options = cli.parse(COMMANDS, arguments, description=__doc__)
     match options:
         case All():
             for work in every(options):

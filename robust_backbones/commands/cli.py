@@ -12,8 +12,8 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -40,10 +40,13 @@ def _threat_model(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructor
 
 
 def parse(options_type: Any, arguments: Sequence[str], *, description: str | None, default: Any = None) -> Any:
-    """Read an ``options_type``, a dataclass or a union of several, from arguments; unknown names exit with status 2.
+    """Read an ``options_type``, a dataclass or one for each command's name; unknown names exit with status 2.
 
     ``default`` has the values of options that are not given, if they differ from the dataclass's.
     """
+    if isinstance(options_type, Mapping):
+        named = (Annotated[kind, tyro.conf.subcommand(name)] for name, kind in options_type.items())
+        options_type = Union[tuple(named)]  # noqa: UP007  # of a tuple
     defaults = {} if default is None else {"default": default}
     help_text = _Help()
     try:

@@ -106,10 +106,7 @@ class DetectorOptions(DeviceOptions):
     """Processes that each evaluate a cell, one per GPU if there are several; results do not depend on it."""
 
 
-Arguments = (
-    Annotated[ClassifierOptions, tyro.conf.subcommand("classifier")]
-    | Annotated[DetectorOptions, tyro.conf.subcommand("detector")]
-)
+COMMANDS = {"classifier": ClassifierOptions, "detector": DetectorOptions}
 
 
 def main(arguments: list[str]) -> int:
@@ -121,7 +118,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> ClassifierOptions | DetectorOptions:
-    options: ClassifierOptions | DetectorOptions = cli.parse(Arguments, arguments, description=__doc__)
+    options: ClassifierOptions | DetectorOptions = cli.parse(COMMANDS, arguments, description=__doc__)
     if isinstance(options, DetectorOptions):
         cells_of(options)  # refuses what it does not know
     return options

@@ -137,25 +137,16 @@ class DetectorInheritanceOptions(DeviceOptions):
     config: Annotated[RobustnessConfig, tyro.conf.arg(name="")]
 
 
-Arguments = (
-    Annotated[InheritanceOptions, tyro.conf.subcommand("run")]
-    | Annotated[InheritanceTableOptions, tyro.conf.subcommand("table")]
-    | Annotated[MakeSetsOptions, tyro.conf.subcommand("make-sets")]
-    | Annotated[CorruptionsOptions, tyro.conf.subcommand("corruptions")]
-    | Annotated[DetectorInheritanceOptions, tyro.conf.subcommand("detector")]
-)
-
-
 def main(arguments: list[str]) -> int:
-    options = cli.parse(Arguments, arguments, description=__doc__)
-    commands: dict[type, Callable[[Any], int]] = {
-        InheritanceOptions: run,
-        InheritanceTableOptions: table,
-        MakeSetsOptions: make_sets,
-        CorruptionsOptions: corruptions,
-        DetectorInheritanceOptions: detector,
+    commands: dict[str, tuple[type, Callable[[Any], int]]] = {
+        "run": (InheritanceOptions, run),
+        "table": (InheritanceTableOptions, table),
+        "make-sets": (MakeSetsOptions, make_sets),
+        "corruptions": (CorruptionsOptions, corruptions),
+        "detector": (DetectorInheritanceOptions, detector),
     }
-    return commands[type(options)](options)
+    options = cli.parse({name: kind for name, (kind, _) in commands.items()}, arguments, description=__doc__)
+    return next(function for kind, function in commands.values() if isinstance(options, kind))(options)
 
 
 def run(options: InheritanceOptions) -> int:

@@ -122,12 +122,12 @@ class TransferTableOptions:
     """Markdown file to write; without it the table is printed."""
 
 
-Arguments = (
-    Annotated[DatasetsOptions, tyro.conf.subcommand("datasets")]
-    | Annotated[ProbeOptions, tyro.conf.subcommand("probe")]
-    | Annotated[FinetuneOptions, tyro.conf.subcommand("finetune")]
-    | Annotated[TransferTableOptions, tyro.conf.subcommand("table")]
-)
+COMMANDS = {
+    "datasets": DatasetsOptions,
+    "probe": ProbeOptions,
+    "finetune": FinetuneOptions,
+    "table": TransferTableOptions,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> DatasetsOptions | ProbeOptions | FinetuneOptions | TransferTableOptions:
-    return cli.parse(Arguments, arguments, description=__doc__)
+    return cli.parse(COMMANDS, arguments, description=__doc__)
 
 
 def datasets(options: DatasetsOptions) -> int:

@@ -125,15 +125,11 @@ class SaliencyOptions(PhotographOptions):
     """
 
 
-Arguments = (
-    Annotated[ActivationOptions, tyro.conf.subcommand("activation")]
-    | Annotated[InversionOptions, tyro.conf.subcommand("inversion")]
-    | Annotated[SaliencyOptions, tyro.conf.subcommand("saliency")]
-)
+COMMANDS = {"activation": ActivationOptions, "inversion": InversionOptions, "saliency": SaliencyOptions}
 
 
 def main(arguments: list[str]) -> int:
-    options = cli.parse(Arguments, arguments, description=__doc__)
+    options = cli.parse(COMMANDS, arguments, description=__doc__)
     check(options)
     checkpoints = {name: read_checkpoint(path).in_rgb() for name, path in named_paths(options.backbones).items()}
     models = {

@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -140,19 +140,19 @@ class UnpackOptions(StudyOptions):
     """What `pack` wrote on the other machine."""
 
 
-Options = (
-    Annotated[SetupOptions, tyro.conf.subcommand("setup")]
-    | Annotated[LaunchOptions, tyro.conf.subcommand("launch")]
-    | Annotated[StatusOptions, tyro.conf.subcommand("status")]
-    | Annotated[CollectOptions, tyro.conf.subcommand("collect")]
-    | Annotated[PackOptions, tyro.conf.subcommand("pack")]
-    | Annotated[UnpackOptions, tyro.conf.subcommand("unpack")]
-)
+COMMANDS = {
+    "setup": SetupOptions,
+    "launch": LaunchOptions,
+    "status": StatusOptions,
+    "collect": CollectOptions,
+    "pack": PackOptions,
+    "unpack": UnpackOptions,
+}
 
 
 def main(arguments: list[str]) -> int:
     options: SetupOptions | LaunchOptions | StatusOptions | CollectOptions | PackOptions | UnpackOptions
-    options = cli.parse(Options, arguments, description=__doc__)
+    options = cli.parse(COMMANDS, arguments, description=__doc__)
     manifest = read_manifest(options.manifest, options.output)
     if isinstance(options, StatusOptions):
         return show(manifest.output, watch=options.watch)
