@@ -53,7 +53,9 @@ def vit_shape(arch: str, image_size: int) -> ViTShape:
     network = _built(arch, image_size)
     if not _plain(network):
         raise InputError(f"timm's {arch} is no plain vision transformer, which Detectron2's ViT would be")
-    if found := [name for name, is_in in _FOREIGN.items() if any(map(is_in, [network, *network.blocks]))]:
+    found = [name for name, is_in in _OF_NETWORKS.items() if is_in(network)]
+    blocks = [block for block in network.blocks if hasattr(block, "attn")]
+    if found := found + [name for name, is_in in _OF_BLOCKS.items() if any(map(is_in, blocks))]:
         raise InputError(f"Detectron2's ViT cannot be timm's {arch}, which has {', '.join(found)}")
     block = network.blocks[0]
     return ViTShape(
@@ -91,43 +93,34 @@ def _has(owner: Any, *names: str) -> bool:
     return any(not isinstance(getattr(owner, name, None), nn.Identity | None) for name in names)
 
 
-def _of_network(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda module: hasattr(module, "blocks") and check(module)
-
-
-def _of_block(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda module: hasattr(module, "attn") and check(module)
-
-
-# What to call it -> whether the network, or one of its blocks, has it.
-_FOREIGN: dict[str, Callable[[Any], bool]] = {
-    f"patches of other than {PATCH_SIZE} pixels": _of_network(
-        lambda net: {*net.patch_embed.patch_size} != {PATCH_SIZE}
+_OF_NETWORKS: dict[str, Callable[[Any], bool]] = {
+    f"patches of other than {PATCH_SIZE} pixels": lambda net: {*net.patch_embed.patch_size} != {PATCH_SIZE},
+    "a patch embedding that is neither a ConvStem nor a convolution with a bias": lambda net: (
+        not (_is(net.patch_embed.proj, "ConvStem") or getattr(net.patch_embed.proj, "bias", None) is not None)
+        or _has(net.patch_embed, "norm", "backbone")
     ),
-    "a patch embedding that is neither a ConvStem nor a convolution with a bias": _of_network(
-        lambda net: (
-            not (_is(net.patch_embed.proj, "ConvStem") or getattr(net.patch_embed.proj, "bias", None) is not None)
-            or _has(net.patch_embed, "norm", "backbone")
-        )
-    ),
-    "a norm before its blocks": _of_network(lambda net: _has(net, "norm_pre")),
-    "register tokens": _of_network(lambda net: net.num_reg_tokens > 0),
-    "a distillation token": _of_network(lambda net: hasattr(net, "dist_token")),
-    "no position embeddings of its own": _of_network(lambda net: net.pos_embed is None),
-    "images that are not square": _of_network(lambda net: len({*net.patch_embed.grid_size}) > 1),
-    "blocks of another kind": lambda module: not (hasattr(module, "blocks") or _is(module, "Block")),
-    "attention of another kind": _of_block(lambda block: not _is(block.attn, "Attention")),
-    "layer scale": _of_block(lambda block: _has(block, "ls1", "ls2")),
-    "norms of queries and keys": _of_block(lambda block: _has(block.attn, "q_norm", "k_norm")),
-    "norms within its attention": _of_block(lambda block: _has(block.attn, "norm")),
-    "norms within its MLP": _of_block(lambda block: _has(block.mlp, "norm")),
-    "an MLP of another kind": _of_block(lambda block: not _is(block.mlp, "Mlp")),
-    "an activation other than GELU": _of_block(
-        lambda block: type(block.mlp.act) is not nn.GELU or block.mlp.act.approximate != "none"
-    ),
-    "norms other than layer norms": _of_block(lambda block: not isinstance(block.norm1, nn.LayerNorm)),
-    "projections without a bias": _of_block(lambda block: block.attn.proj.bias is None),
+    "a norm before its blocks": lambda net: _has(net, "norm_pre"),
+    "register tokens": lambda net: net.num_reg_tokens > 0,
+    "a distillation token": lambda net: hasattr(net, "dist_token"),
+    "no position embeddings of its own": lambda net: net.pos_embed is None,
+    "images that are not square": lambda net: len({*net.patch_embed.grid_size}) > 1,
+    "blocks of another kind": lambda net: not all(_is(block, "Block") for block in net.blocks),
 }
+"""What Detectron2's ViT lacks -> whether a network has it."""
+_OF_BLOCKS: dict[str, Callable[[Any], bool]] = {
+    "attention of another kind": lambda block: not _is(block.attn, "Attention"),
+    "layer scale": lambda block: _has(block, "ls1", "ls2"),
+    "norms of queries and keys": lambda block: _has(block.attn, "q_norm", "k_norm"),
+    "norms within its attention": lambda block: _has(block.attn, "norm"),
+    "norms within its MLP": lambda block: _has(block.mlp, "norm"),
+    "an MLP of another kind": lambda block: not _is(block.mlp, "Mlp"),
+    "an activation other than GELU": lambda block: (
+        type(block.mlp.act) is not nn.GELU or block.mlp.act.approximate != "none"
+    ),
+    "norms other than layer norms": lambda block: not isinstance(block.norm1, nn.LayerNorm),
+    "projections without a bias": lambda block: block.attn.proj.bias is None,
+}
+"""The same, of one of its blocks."""
 
 
 def _is(module: nn.Module, kind: str) -> bool:
