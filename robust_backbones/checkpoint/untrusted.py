@@ -286,20 +286,8 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _no_bytes() -> bytes:
-    return b""
-
-
 def _dictionary(pairs: Any = ()) -> Any:
     return {_key(key): value for key, value in pairs} if isinstance(pairs, (list, tuple)) else Inert()
-
-
-def _options() -> Options:
-    return Options()
-
-
-def _defaultdict(_: Any = None, pairs: Any = ()) -> Any:
-    return _dictionary(pairs)
 
 
 _NUMPY_DTYPES = {
@@ -314,11 +302,11 @@ _STORAGE_DTYPES = {
 }
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _dictionary,
-    ("collections", "defaultdict"): _defaultdict,
-    ("argparse", "Namespace"): _options,
+    ("collections", "defaultdict"): lambda _=None, pairs=(): _dictionary(pairs),
+    ("argparse", "Namespace"): lambda: Options(),
     ("_codecs", "encode"): _encode,
-    ("builtins", "bytes"): _no_bytes,
-    ("__builtin__", "bytes"): _no_bytes,
+    ("builtins", "bytes"): lambda: b"",
+    ("__builtin__", "bytes"): lambda: b"",
     ("torch", "Size"): _first,
     ("torch._utils", "_rebuild_tensor"): _tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
