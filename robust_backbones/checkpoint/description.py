@@ -87,14 +87,13 @@ class Description:
         inside = content | (header if isinstance(header, dict) else {})
         beside = json_object(path.with_name("config.json"))
         self._path = path
-        part, found = beside.get("backbone_config"), [beside]
+        self._beside, part = beside, beside.get("backbone_config")
         self.is_part = isinstance(part, dict)
         """Whether it is the backbone of a detector or segmenter of transformers."""
-        found += [part] if isinstance(part, dict) else []
+        found = (one for one in (beside, part) if isinstance(one, dict))
         # A folder may hold the configuration of something else.
         known = (one for one in found if "architecture" in one or one.get("model_type") in _OF_TRANSFORMERS)
         self.config: dict[str, Any] = next(known, {})
-        self._beside = beside
         keys = [key for key in ("pretrained_cfg", "default_cfg") if key in inside]
         # Before version 0.8 of timm the whole config.json is its pretrained_cfg.
         flat = self.config if "architecture" in self.config else None

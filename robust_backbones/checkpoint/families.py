@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from robust_backbones.checkpoint.names import pattern_of
@@ -270,8 +271,6 @@ def _patterns(row: FamilyNames) -> tuple[tuple[re.Pattern[str], str], ...]:
 
 def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By the names of ``renamed``: parts become one tensor, and ConvNeXt's scales have one dimension."""
-    import torch
-
     found: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():

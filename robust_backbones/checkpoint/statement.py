@@ -95,15 +95,13 @@ def check_said(checkpoint: Checkpoint) -> None:
 
 def _options(values: Mapping[str, Any]) -> str:
     """As options of ``convert``, such as ``--mean 0.5 0.5 0.5 --stride-in-1x1 false``."""
-    texts = {
-        name: " ".join(f"{v:.6g}" for v in value)
-        if isinstance(value, tuple)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else value
-        for name, value in values.items()
-    }
-    return " ".join(f"{_option(name)} {text}" for name, text in texts.items())
+    return " ".join(f"{_option(name)} {_argument(value)}" for name, value in values.items())
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(f"{number:.6g}" for number in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _option(name: str) -> str:
