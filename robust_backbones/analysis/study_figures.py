@@ -28,7 +28,7 @@ from robust_backbones.analysis.figures import (
     save,
 )
 from robust_backbones.analysis.statistics import Summary, summarize
-from robust_backbones.errors import InputError
+from robust_backbones.runs.files import whole
 from robust_backbones.threat_models import ThreatModel
 
 MOST_CLASSES = 30
@@ -322,11 +322,9 @@ def read_curve(folder: Path, metric: str) -> dict[int, float]:
     """
     path = folder / "metrics.json"
     lines = path.read_text().splitlines() if path.exists() else []
-    try:
+    with whole(path, "remove it, and the report has no curve of that run"):
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one off
         return {row["iteration"]: row[metric] for row in rows if metric in row}
-    except (ValueError, LookupError):
-        raise InputError(f"{path} is damaged: remove it, and the report has no curve of that run") from None
 
 
 def _mean(backbone: BackboneRuns, metric: str) -> float:

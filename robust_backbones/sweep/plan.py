@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, get_type_hints
 
 from robust_backbones.errors import InputError, PreemptedError
-from robust_backbones.runs.files import DAMAGED, check_types, write_json
+from robust_backbones.runs.files import DAMAGED, check_types, whole, write_json
 from robust_backbones.runs.locks import owner_of
 
 STATES = ("waiting", "ready", "running", "preempted", "failed", "done")
@@ -106,20 +107,16 @@ class Plan:
     @classmethod
     def read(cls, output: Path) -> Plan:
         """Read the plan in ``output``."""
-        try:
-            content = json.loads((output / "plan.json").read_text())
+        path = output / "plan.json"
+        if not path.exists():
+            raise InputError(f"no plan in {output}: run `robust-backbones sweep setup` first")
+        with whole(path, "remove it, and give `robust-backbones sweep setup` again"):
+            content = json.loads(path.read_text())
             runs = tuple(Run(**_with_tuples(row)) for row in content["runs"])
             plan = cls(**{**content, "output": output, "runs": runs})
             for made, types in [(plan, _TYPES), *((run, _TYPES_OF_RUNS) for run in runs)]:
                 check_types(made, types)
             return plan
-        except FileNotFoundError:
-            raise InputError(f"no plan in {output}: run `robust-backbones sweep setup` first") from None
-        except DAMAGED as error:
-            raise InputError(
-                f"{output / 'plan.json'} is no plan of ours ({error!r}): remove it, and give `robust-backbones sweep "
-                "setup` again"
-            ) from None
 
     def set_up(self) -> bool:
         """Write the plan into its folder; False if it is there already. The caller holds the folder's lock.
@@ -286,16 +283,12 @@ class Attempt:
 
     @classmethod
     def read(cls, job: Path) -> Attempt | None:
-        try:
-            attempt = cls(**json.loads((job / "attempt.json").read_text()))
+        path = job / "attempt.json"
+        with whole(path, "remove it, and launch the study again"), suppress(FileNotFoundError):
+            attempt = cls(**json.loads(path.read_text()))
             check_types(attempt, _TYPES_OF_ATTEMPTS)
             return attempt
-        except FileNotFoundError:
-            return None
-        except DAMAGED as error:
-            raise InputError(
-                f"{job / 'attempt.json'} is no note of an attempt ({error!r}): remove it, and launch the study again"
-            ) from None
+        return None
 
     def write(self, job: Path) -> None:
         write_json(job / "attempt.json", asdict(self))
@@ -338,11 +331,8 @@ def _last_row(path: Path) -> dict[str, float]:
 
 def _seconds(path: Path) -> float:
     """How long a run took, by its record."""
-    try:
+    with whole(path, "remove it, or make its run again"):
         seconds = json.loads(path.read_text())["seconds"]
-        if 0 <= seconds < 2**64:
-            return float(seconds)
-        error: Exception = ValueError(f"seconds {seconds}")
-    except DAMAGED as damage:
-        error = damage
-    raise InputError(f"{path} is not a run record ({error!r}): remove it, or make its run again")
+        if not 0 <= seconds < 2**64:
+            raise ValueError(f"seconds {seconds}")
+        return float(seconds)
