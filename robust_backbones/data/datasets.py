@@ -7,11 +7,12 @@ import hashlib
 import heapq
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import torch
@@ -29,6 +30,7 @@ from robust_backbones.runs.distributed import is_first_process
 from robust_backbones.runs.files import whole, write_json
 from robust_backbones.runs.signals import stop_for_parent_only
 
+T = TypeVar("T")
 _COMPARED = 150_000
 """How many images of two data sets are compared at a start: in 5 s on a local disk. ImageNet's 1.3 million would take a
 minute there, and many on a network disk."""
@@ -205,20 +207,17 @@ def warn_of_shared(*parts: ClassificationDataset) -> None:
 
 def find_unreadable(dataset: ClassificationDataset, *, workers: int) -> dict[str, str]:
     """Decode every image once; returns name -> reason for unreadable ones. With a cache, this fills it."""
-    loader: DataLoader[int] = DataLoader(
-        range(len(dataset)),  # type: ignore[arg-type]  # positions; the workers read the images as they collate them
-        batch_size=16,
-        num_workers=workers,
-        collate_fn=partial(_unreadable, dataset),
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),
-    )
-    found: dict[str, str] = {}
-    with tqdm(total=len(dataset), desc="checking images", unit="img", disable=None) as progress:
-        for read, reasons in loader:
-            found |= reasons
-            progress.update(read)
-    return found
+    reasons = in_workers(partial(_problem, dataset), len(dataset), workers=workers, description="checking images")
+    return {name: reason for name, reason in zip(dataset.names, reasons, strict=True) if reason}
+
+
+def _problem(dataset: ClassificationDataset, position: int) -> str:
+    """Why an image cannot be read; "" if it can."""
+    try:
+        dataset.load(position)
+    except ImageInputError as error:
+        return error.reason
+    return ""
 
 
 def skip_list(path: Path, parts: Mapping[str, ClassificationDataset], *, workers: int) -> dict[str, dict[str, str]]:
@@ -230,15 +229,24 @@ def skip_list(path: Path, parts: Mapping[str, ClassificationDataset], *, workers
         return {part: dict(skipped[part]) for part in parts}
 
 
-def _unreadable(dataset: ClassificationDataset, positions: Sequence[int]) -> tuple[int, dict[str, str]]:
-    """The number of images that were tried, and those that failed."""
-    reasons = {}
-    for position in positions:
-        try:
-            dataset.load(position)
-        except ImageInputError as error:
-            reasons[dataset.names[position]] = error.reason
-    return len(positions), reasons
+def in_workers(function: Callable[[int], T], count: int, *, workers: int, description: str) -> Iterator[T]:
+    """``function`` of 0 to ``count`` - 1, in order, computed by ``workers`` processes."""
+    loader: DataLoader[int] = DataLoader(
+        range(count),  # type: ignore[arg-type]
+        batch_size=16,
+        num_workers=workers,
+        collate_fn=partial(_each, function),  # in the workers
+        worker_init_fn=init_worker,
+        generator=torch.Generator(),
+    )
+    with tqdm(total=count, desc=description, unit="img", disable=None, leave=False) as progress:
+        for results in loader:
+            yield from results
+            progress.update(len(results))
+
+
+def _each(function: Callable[[int], T], positions: Sequence[int]) -> list[T]:
+    return [function(position) for position in positions]
 
 
 def init_worker(worker: int) -> None:

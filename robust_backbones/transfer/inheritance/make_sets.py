@@ -5,20 +5,18 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 from robust_backbones.data.corruptions import check_corruption, corrupt, image_seed, load_library
-from robust_backbones.data.datasets import ClassificationDataset, init_worker, open_dataset
+from robust_backbones.data.datasets import ClassificationDataset, in_workers, open_dataset
 from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.files import write_json
 from robust_backbones.runs.identity import FINGERPRINT, differences, read_settings
@@ -123,44 +121,31 @@ def make_set(
         raise InputError(f"{target} holds another set: remove it, or choose another --output")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    loader = DataLoader(
-        _Maker(dataset, kind, seed),
-        batch_size=16,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=init_worker,
-        generator=torch.Generator(),
-    )
-    with tqdm(total=len(dataset), desc=kind, unit="img", disable=None, leave=False) as progress:
-        for images in loader:
-            for path, data in images:  # written here: of what fails a worker would not say why
-                (unfinished / path).parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    (unfinished / path).write_bytes(data)
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, str(unfinished / path)) from error
-            progress.update(len(images))
+    make = partial(_made, dataset, _stems(dataset), kind, seed)
+    for path, data in in_workers(make, len(dataset), workers=workers, description=kind):
+        (unfinished / path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            (unfinished / path).write_bytes(data)  # here: of what fails a worker would not say why
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(unfinished / path)) from error
     write_json(unfinished / NOTE, note)
     unfinished.rename(target)
     return len(dataset)
 
 
-class _Maker(Dataset[tuple[Path, bytes]]):
-    """Items are files of a set: path within it, content."""
+def _stems(dataset: ClassificationDataset) -> list[str]:
+    """A name for the file of each image, each another one within a class, which may have folders or several shards."""
+    files = [(Path(name).name, label) for name, label in zip(dataset.names, dataset.labels, strict=True)]
+    count = Counter(files)
+    return [f if count[f, c] == 1 else quote(n, "") for n, (f, c) in zip(dataset.names, files, strict=True)]
 
-    def __init__(self, dataset: ClassificationDataset, kind: str, seed: int) -> None:
-        self.dataset, self.kind, self.seed = dataset, kind, seed
-        files = [(Path(name).name, label) for name, label in zip(dataset.names, dataset.labels, strict=True)]
-        count = Counter(files)  # a class may have folders, or lie in several shards
-        self.files = [f if count[f, c] == 1 else quote(n, "") for n, (f, c) in zip(dataset.names, files, strict=True)]
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, position: int) -> tuple[Path, bytes]:
-        name = self.dataset.names[position]
-        image = self.dataset.load(position).permute(1, 2, 0).contiguous().numpy()
-        made = apply(image, self.kind, name=name, seed=self.seed)
-        encoded, data = cv2.imencode(".png", made[..., ::-1])
-        assert encoded
-        return Path(self.dataset.classes[self.dataset.labels[position]], f"{self.files[position]}.png"), data.tobytes()
+def _made(
+    dataset: ClassificationDataset, stems: Sequence[str], kind: str, seed: int, position: int
+) -> tuple[Path, bytes]:
+    """An image's file within the set, and its content."""
+    image = dataset.load(position).permute(1, 2, 0).contiguous().numpy()
+    made = apply(image, kind, name=dataset.names[position], seed=seed)
+    encoded, data = cv2.imencode(".png", made[..., ::-1])
+    assert encoded
+    return Path(dataset.classes[dataset.labels[position]], f"{stems[position]}.png"), data.tobytes()
