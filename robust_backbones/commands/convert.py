@@ -103,46 +103,39 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("src", metavar="SRC", help="checkpoint to convert, its URL, or hub:NAME")
-    parser.add_argument("dst", type=Path, metavar="DST", help="file to write: .pkl, .pth or .safetensors; or a folder")
-    parser.add_argument(
-        "--to", choices=("detectron2", "torchvision", "timm"), default="detectron2", help="tensor names of DST"
-    )
-    parser.add_argument(
-        "--push", metavar="USER/NAME", help="upload DST, a folder of --to timm, to the Hugging Face hub"
-    )
-    parser.add_argument("--private", action="store_true", help="to a private repository")
-    parser.add_argument(
+    add = parser.add_argument
+    add("src", metavar="SRC", help="checkpoint to convert, its URL, or hub:NAME")
+    add("dst", type=Path, metavar="DST", help="file to write: .pkl, .pth or .safetensors; or a folder")
+    add("--to", choices=("detectron2", "torchvision", "timm"), default="detectron2", help="tensor names of DST")
+    add("--push", metavar="USER/NAME", help="upload DST, a folder of --to timm, to the Hugging Face hub")
+    add("--private", action="store_true", help="to a private repository")
+    add(
         "--source",
         choices=SOURCES,
         metavar="LAYOUT",
         default="",
         help=f"layout of SRC, instead of the one recognised by its keys: {', '.join(SOURCES)}",
     )
-    parser.add_argument("--key", help="which of several networks in SRC: its key, such as teacher or state.model")
-    parser.add_argument("--prefix", help="which of several networks in SRC: the prefix of its tensor names")
-    parser.add_argument(
-        "--arch", help="timm's name of the network, if its shapes do not show it, or to confirm a doubtful head"
-    )
+    add("--key", help="which of several networks in SRC: its key, such as teacher or state.model")
+    add("--prefix", help="which of several networks in SRC: the prefix of its tensor names")
+    add("--arch", help="timm's name of the network, if its shapes do not show it, or to confirm a doubtful head")
     floats: dict[str, Any] = {"type": float, "nargs": 3, "metavar": ("C1", "C2", "C3")}
-    parser.add_argument("--mean", **floats, help="normalisation of SRC, if it does not say: for pixels in [0, 1]")
-    parser.add_argument("--std", **floats)
-    parser.add_argument("--channel-order", choices=("RGB", "BGR"))
-    parser.add_argument("--stride-in-1x1", choices=("true", "false"), help="whether SRC's bottlenecks stride there")
-    parser.add_argument("--require-said", action="store_true", help="refuse to assume what neither SRC nor you say")
-    parser.add_argument("--threat-model", metavar="NORM:EPSILON", help="what SRC was trained against, such as L2:3")
-    parser.add_argument(
+    add("--mean", **floats, help="normalisation of SRC, if it does not say: for pixels in [0, 1]")
+    add("--std", **floats)
+    add("--channel-order", choices=("RGB", "BGR"))
+    add("--stride-in-1x1", choices=("true", "false"), help="whether SRC's bottlenecks stride there")
+    add("--require-said", action="store_true", help="refuse to assume what neither SRC nor you say")
+    add("--threat-model", metavar="NORM:EPSILON", help="what SRC was trained against, such as L2:3")
+    add(
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="prove that nothing changed: by Detectron2's own features or, with torchvision's names, by every tensor",
     )
-    parser.add_argument("--image", type=Path, help="run the proof on this photograph too")
-    parser.add_argument(
-        "--write-config", type=Path, metavar="YAML", help="write a configuration with DST and the keys it needs"
-    )
-    parser.add_argument("--base-config", type=Path, default=BASE_CONFIG, metavar="YAML", help="its base")
-    parser.add_argument("--json", action="store_true", help="print one JSON document on stdout, the rest on stderr")
+    add("--image", type=Path, help="run the proof on this photograph too")
+    add("--write-config", type=Path, metavar="YAML", help="write a configuration with DST and the keys it needs")
+    add("--base-config", type=Path, default=BASE_CONFIG, metavar="YAML", help="its base")
+    add("--json", action="store_true", help="print one JSON document on stdout, the rest on stderr")
     options = parser.parse_args(arguments)
     suffixes = {"detectron2": SUFFIXES, "torchvision": SUFFIXES[1:], "timm": ("", ".safetensors")}[options.to]
     if options.dst.suffix not in suffixes or (not options.dst.suffix and options.dst.is_file()):
