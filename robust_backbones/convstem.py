@@ -48,8 +48,7 @@ class ConvStem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, C, H / stride, W / stride), the product of the strides."""
-        stages: Tensor = self.stem(images)
-        return stages
+        return self.stem(images)
 
 
 class ConvNeXtConvStem(ConvNeXt):

@@ -26,14 +26,12 @@ def is_timm(arch: str) -> bool:
 
 def timm_names() -> list[str]:
     """The names of all its networks, without tags of weights."""
-    names: list[str] = _timm().list_models()
-    return names
+    return _timm().list_models()
 
 
 def current_name(arch: str) -> str:
     """timm's present name of a network, without a tag, for one of earlier versions; others do not change."""
-    current: str | None = _timm().models.get_deprecated_models().get(arch)
-    return (current or arch).split(".")[0]
+    return (_timm().models.get_deprecated_models().get(arch) or arch).split(".")[0]
 
 
 def _timm() -> Any:
@@ -58,8 +56,7 @@ def build_timm(arch: str, num_classes: int, image_size: int) -> nn.Module:
     """
     made_for = {"img_size": image_size} if timm_config(arch).fixed_input_size else {}
     try:
-        network: nn.Module = _timm().create_model(arch, num_classes=num_classes, **made_for)
-        return network
+        return _timm().create_model(arch, num_classes=num_classes, **made_for)
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"timm cannot build {arch} for images of {image_size} pixels ({error})") from None
 
@@ -150,8 +147,7 @@ def is_swin(arch: str) -> bool:
 def _without_weights(arch: str) -> nn.Module:
     """The network without a classifier, on the meta device: tensors with shapes but no values."""
     with torch.device("meta"):
-        network: nn.Module = _timm().create_model(arch, num_classes=0)
-    return network
+        return _timm().create_model(arch, num_classes=0)
 
 
 @dataclass(frozen=True)

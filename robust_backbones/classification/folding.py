@@ -33,7 +33,7 @@ class Unfolded(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images in [0, 1], shape (N, 3, H, W) -> float32 logits (N, classes)."""
         with autocast(images.device, self.dtype):
-            return cast(Tensor, self.model(images)).float()
+            return self.model(images).float()
 
 
 class FoldedTwin(nn.Module):
@@ -120,7 +120,7 @@ class _MaxPool(nn.Module):
         self.pool = pool
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return cast(Tensor, checkpoint(self.pool, inputs, use_reentrant=False, preserve_rng_state=False))
+        return checkpoint(self.pool, inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _convolutions_before_batch_norms(backbone: nn.Module) -> dict[str, str]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, StepLR
@@ -217,7 +217,7 @@ class _Run:
                 "here on it draws other random numbers than the unbroken run"
             )
         if "rows" in content:  # an older checkpoint
-            return cast(dict[str, list[dict[str, Any]]], content["rows"])
+            return content["rows"]
         return {
             "steps": read_rows(self.output, "steps", lambda row: row["step"] <= self.learner.step_count),
             "metrics": read_rows(self.output, "metrics", lambda row: row["epoch"] <= self.progress.epoch),

@@ -104,8 +104,7 @@ def activations(model: NormalizedModel, images: Tensor, layer: str = PENULTIMATE
     try:
         model(images)
     except _Reached as reached:
-        output: Tensor = reached.args[0]
-        return output
+        return reached.args[0]
     finally:
         handle.remove()
     raise InputError(f"the network has a module {layer}, but no image goes through it: choose another layer")

@@ -132,5 +132,4 @@ def parse(arguments: list[str]) -> PretrainOptions:
     name = named.parse_known_args(arguments)[0].recipe
     data: Any = tyro.MISSING
     default = PretrainOptions(data, data, config=recipes.recipe(name)) if name else None
-    options: PretrainOptions = cli.parse(PretrainOptions, arguments, description=__doc__, default=default)
-    return options
+    return cli.parse(PretrainOptions, arguments, description=__doc__, default=default)

@@ -15,7 +15,7 @@ M = TypeVar("M", bound=nn.Module)
 def synchronize_batch_norms(model: M, device: torch.device) -> M:
     """``model`` with batch statistics taken over the batches of all processes, so that their number does not matter."""
     if device.type == "cuda":
-        return cast(M, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return synchronize_on_cpu(model, nn.BatchNorm2d)
 
 

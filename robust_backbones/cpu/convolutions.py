@@ -89,7 +89,7 @@ def _over_windows(
     window = cast(Pair, tuple(weight.shape[2:]))
     columns = inputs.permute(0, 2, 3, 1)
     if (window, stride, padding) != ((1, 1), (1, 1), (0, 0)):
-        columns = cast(Tensor, _Windows.apply(columns, window, stride, padding, output))
+        columns = _Windows.apply(columns, window, stride, padding, output)
     rows = weight.permute(0, 2, 3, 1).flatten(1)  # no copy where channels come last
     # Flat: of columns that are not contiguous, linear would make a product an image.
     outputs = F.linear(columns.flatten(0, 2), rows, bias)

@@ -298,8 +298,7 @@ def _faults_of_masks(
 
 def _misfits(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Which valid masks with an area overlap their boxes by less than half."""
-    found: NDArray[np.bool_] = (boxes[:, 2:] > 0).all(1) & (overlaps(masks, boxes) < 0.5)
-    return found
+    return (boxes[:, 2:] > 0).all(1) & (overlaps(masks, boxes) < 0.5)
 
 
 def overlaps(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -308,8 +307,7 @@ def overlaps(masks: Iterable[Any], boxes: NDArray[np.float64]) -> NDArray[np.flo
     lowest, highest = np.array([*map(mask_extent, masks)]).reshape(-1, 2, 2).transpose(1, 0, 2)
     shared = (np.minimum(high, highest) - np.maximum(low, lowest)).clip(0).prod(1)
     both = (highest - lowest).prod(1) + (high - low).prod(1) - shared
-    found: NDArray[np.float64] = shared / both.clip(1e-9)
-    return found
+    return shared / both.clip(1e-9)
 
 
 def _faults_of_most(

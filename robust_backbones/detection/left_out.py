@@ -68,8 +68,7 @@ def hold_out(cfg: CfgNode) -> None:
 
 def left_out(name: str) -> _Files:
     """The images that a registered set leaves out: id -> file."""
-    found: _Files = MetadataCatalog.get(name).get(_LEFT_OUT, dict)()
-    return found
+    return MetadataCatalog.get(name).get(_LEFT_OUT, dict)()
 
 
 def _parts(load: Callable[[], Items], name: str, count: int) -> tuple[_Files, _Files]:

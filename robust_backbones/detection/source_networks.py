@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,12 +98,12 @@ class _Patches(nn.Module):
         tokens = tokens + positions[:, 1:]
         for block in network.get_submodule(self.blocks).children():
             tokens = _first(block(tokens))
-        return cast(Tensor, tokens)
+        return tokens
 
 
 def _first(output: Any) -> Tensor:
     """The output of a block for the next one: in some releases of transformers the first item of a tuple."""
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+    return output[0] if isinstance(output, tuple) else output
 
 
 @dataclass(frozen=True)
