@@ -28,7 +28,7 @@ from robust_backbones.analysis.figures import (
     save,
 )
 from robust_backbones.analysis.statistics import Summary, summarize
-from robust_backbones.runs.files import whole
+from robust_backbones.runs.files import refuse_damaged
 from robust_backbones.threat_models import ThreatModel
 
 MOST_CLASSES = 30
@@ -322,7 +322,7 @@ def read_curve(folder: Path, metric: str) -> dict[int, float]:
     """
     path = folder / "metrics.json"
     lines = path.read_text().splitlines() if path.exists() else []
-    with whole(path, "remove it, and the report has no curve of that run"):
+    with refuse_damaged(path, "remove it, and the report has no curve of that run"):
         rows = [json.loads(line) for line in lines if line.endswith("}")]  # a kill can cut the last one off
         return {row["iteration"]: row[metric] for row in rows if metric in row}
 

@@ -27,7 +27,7 @@ from robust_backbones.data.shards import ShardImages
 from robust_backbones.data.shared_images import first_shared, shared_images
 from robust_backbones.errors import InputError, plural
 from robust_backbones.runs.distributed import is_first_process
-from robust_backbones.runs.files import whole, write_json
+from robust_backbones.runs.files import refuse_damaged, write_json
 from robust_backbones.runs.signals import stop_for_parent_only
 
 T = TypeVar("T")
@@ -224,7 +224,7 @@ def skip_list(path: Path, parts: Mapping[str, ClassificationDataset], *, workers
     """The result of ``find_unreadable`` for each part, by ``path``; the list of the first start holds for the run."""
     if not path.exists():
         write_json(path, {part: find_unreadable(images, workers=workers) for part, images in parts.items()})
-    with whole(path, "remove it, and all images are looked at again"):
+    with refuse_damaged(path, "remove it, and all images are looked at again"):
         skipped = dict(json.loads(path.read_text()))
         return {part: dict(skipped[part]) for part in parts}
 

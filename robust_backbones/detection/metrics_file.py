@@ -8,7 +8,7 @@ from pathlib import Path
 
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from robust_backbones.runs.files import whole, write_text
+from robust_backbones.runs.files import refuse_damaged, write_text
 
 
 class MetricsFile(EventWriter):
@@ -25,7 +25,7 @@ class MetricsFile(EventWriter):
         self._lines: dict[int, str] = {}
         self._end = -1
         """The iteration of the file's last line; -1: the file is to be rewritten."""
-        with whole(path, "remove its damaged lines"):
+        with refuse_damaged(path, "remove its damaged lines"):
             for line in path.read_text().splitlines() if start_iter and path.exists() else ():
                 if line.endswith("}") and (iteration := json.loads(line)["iteration"]) < start_iter:
                     self._lines[iteration] = line

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from robust_backbones.runs.files import whole, write_json
+from robust_backbones.runs.files import refuse_damaged, write_json
 
 
 class RunClock:
@@ -27,6 +27,6 @@ class RunClock:
     def resume(self, held: float | None = None) -> None:
         """Add the saved seconds; ``held`` are those stored in an older checkpoint."""
         if held is None:
-            with whole(self._path, "remove it; the seconds before this start are then not counted"):
+            with refuse_damaged(self._path, "remove it; the seconds before this start are then not counted"):
                 held = float(json.loads(self._path.read_text())["seconds"]) if self._path.exists() else 0.0
         self._before += held

@@ -92,7 +92,7 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> None:
 
 
 @contextmanager
-def whole(path: Path, mend: str) -> Iterator[None]:
+def refuse_damaged(path: Path, mend: str) -> Iterator[None]:
     """Reading the JSON of ``path`` in the block; ``InputError`` with the ``mend`` where it is damaged."""
     try:
         yield

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from robust_backbones.errors import InputError
-from robust_backbones.runs.files import whole, write_jsonl
+from robust_backbones.runs.files import refuse_damaged, write_jsonl
 
 
 def read_rows(folder: Path, name: str, covered: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """The rows of ``folder/name.jsonl`` that are ``covered`` by the checkpoint of a resumed run."""
     path = folder / f"{name}.jsonl"
-    with whole(path, "remove its damaged lines"):
+    with refuse_damaged(path, "remove its damaged lines"):
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [row for row in rows if covered(row)]
 

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any, get_type_hints
 
 from robust_backbones.errors import InputError, PreemptedError
-from robust_backbones.runs.files import DAMAGED, check_types, whole, write_json
+from robust_backbones.runs.files import DAMAGED, check_types, refuse_damaged, write_json
 from robust_backbones.runs.locks import owner_of
 
 STATES = ("waiting", "ready", "running", "preempted", "failed", "done")
@@ -110,7 +110,7 @@ class Plan:
         path = output / "plan.json"
         if not path.exists():
             raise InputError(f"no plan in {output}: run `robust-backbones sweep setup` first")
-        with whole(path, "remove it, and give `robust-backbones sweep setup` again"):
+        with refuse_damaged(path, "remove it, and give `robust-backbones sweep setup` again"):
             content = json.loads(path.read_text())
             runs = tuple(Run(**_with_tuples(row)) for row in content["runs"])
             plan = cls(**{**content, "output": output, "runs": runs})
@@ -284,7 +284,7 @@ class Attempt:
     @classmethod
     def read(cls, job: Path) -> Attempt | None:
         path = job / "attempt.json"
-        with whole(path, "remove it, and launch the study again"), suppress(FileNotFoundError):
+        with refuse_damaged(path, "remove it, and launch the study again"), suppress(FileNotFoundError):
             attempt = cls(**json.loads(path.read_text()))
             check_types(attempt, _TYPES_OF_ATTEMPTS)
             return attempt
@@ -331,7 +331,7 @@ def _last_row(path: Path) -> dict[str, float]:
 
 def _seconds(path: Path) -> float:
     """How long a run took, by its record."""
-    with whole(path, "remove it, or make its run again"):
+    with refuse_damaged(path, "remove it, or make its run again"):
         seconds = json.loads(path.read_text())["seconds"]
         if not 0 <= seconds < 2**64:
             raise ValueError(f"seconds {seconds}")
