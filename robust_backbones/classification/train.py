@@ -25,7 +25,7 @@ from robust_backbones.data.datasets import ClassificationDataset, skip_list
 from robust_backbones.data.transforms import augmentation, mixing
 from robust_backbones.errors import DivergedError, PreemptedError, plural
 from robust_backbones.models import BackboneSpec, NormalizedModel, fed_as
-from robust_backbones.runs.clock import RunClock
+from robust_backbones.runs.clock import RunClock, duration
 from robust_backbones.runs.distributed import Processes, join_processes, local_device
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.logs import RunLog, read_rows
@@ -346,8 +346,7 @@ class _Run:
         """The estimated time for the rest of the run, at its pace so far."""
         done = self.progress.epoch * self.steps + self.progress.step
         seconds = self.clock.seconds * (self.config.epochs * self.steps - done) / done
-        hours, minutes = divmod(round(seconds / 60), 60)
-        return f"{hours} h {minutes:02d} min to go"
+        return f"{duration(seconds)} to go"
 
     def _save(self) -> Path:
         step, learner = self.learner.step_count, self.learner.state_dict()  # all processes take part

@@ -9,6 +9,12 @@ from pathlib import Path
 from robust_backbones.runs.files import refuse_damaged, write_json
 
 
+def duration(seconds: float) -> str:
+    """``3 h 05 min``."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min"
+
+
 class RunClock:
     """The seconds of a run in ``folder``, including those before the checkpoint that this process resumed from."""
 

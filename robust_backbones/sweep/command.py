@@ -40,6 +40,7 @@ from robust_backbones.analysis.report import write_report
 from robust_backbones.analysis.tables import Table
 from robust_backbones.commands import cli
 from robust_backbones.errors import InputError, check_not_negative, plural
+from robust_backbones.runs.clock import duration
 from robust_backbones.runs.files import atomic_path, remove_leftovers
 from robust_backbones.runs.locks import lock, owner_of
 from robust_backbones.runs.signals import STOP_SIGNALS, stop_on_signals
@@ -324,11 +325,6 @@ def status_text(plan: Plan) -> str:
     if any(state != "done" for state in states.values()):
         lines.append("time left: " + ("not known yet" if total is None else duration(total)))
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min"
 
 
 def collect(plan: Plan, folder: Path | None) -> int:
