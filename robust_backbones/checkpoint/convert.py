@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import safetensors.torch
 import torch
@@ -19,13 +19,12 @@ from robust_backbones.checkpoint.names import of_swin, of_vit, translated
 from robust_backbones.checkpoint.untrusted import METADATA, read_file
 from robust_backbones.errors import InputError
 from robust_backbones.models import IMAGENET_MEAN, IMAGENET_STD, BackboneSpec, only_in_timm, reference_shapes, spec_from
-from robust_backbones.runs.files import atomic_path
+from robust_backbones.runs.files import atomic_path, check_types
 from robust_backbones.threat_models import ThreatModel
 from robust_backbones.timm_models import build_stages, is_swin
 from robust_backbones.timm_vit import is_vit
 
 FORMAT = "robust_backbones.backbone/1"
-_WHO = (BY_FILE, BY_USER, ASSUMED)
 REST = "rest"
 """The key of ``rest_of``'s tensors in a file; in a ``.safetensors``, with a full stop, their names' prefix."""
 SUFFIXES = (".pkl", ".pth", ".safetensors")
@@ -228,21 +227,23 @@ class BackboneMetadata:
         if fields.pop("format", None) != FORMAT:
             raise InputError(f"its backbone metadata is not of the format {FORMAT}")
         fields.pop("overrides", None)  # for readers without this package; the spec gives them again
-        spec, said = spec_from(fields.pop("spec", None)), fields.setdefault("said", dict.fromkeys(READING, BY_FILE))
-        if not (isinstance(said, dict) and said.keys() == set(READING) and all(who in _WHO for who in said.values())):
-            raise InputError("its backbone metadata cannot be read (said)")
-        texts = {"layout": str, "source": str, "source_sha256": str, "threat_model": str | None}
-        for name, kind in texts.items():
-            if name not in fields or not isinstance(fields[name], kind):
-                raise InputError(f"its backbone metadata cannot be read ({name})")
-        if unknown := fields.keys() - {*texts, "said"}:
-            raise InputError(f"its backbone metadata cannot be read ({', '.join(map(str, unknown))})")
-        if fields["threat_model"] is not None:
-            ThreatModel.parse(fields["threat_model"])
-        return cls(spec=spec, **fields)
+        spec = spec_from(fields.pop("spec", None))
+        try:
+            made = cls(spec, **fields)
+            check_types(made, _TYPES)
+            if made.said.keys() != {*READING} or not {*made.said.values()} <= {BY_FILE, BY_USER, ASSUMED}:
+                raise ValueError("said")
+        except (TypeError, ValueError) as error:
+            raise InputError(f"its backbone metadata cannot be read ({error})") from None
+        if made.threat_model is not None:
+            ThreatModel.parse(made.threat_model)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self), "spec": self.spec.to_dict()}
+
+
+_TYPES = get_type_hints(BackboneMetadata)
 
 
 def write_backbone(
