@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask
 
+from robust_backbones.data.annotations_values import run_lengths
 from robust_backbones.errors import InputError
 
 ERRORS = ("classification", "localisation", "background", "missed", "both", "duplicate")
@@ -198,17 +199,8 @@ def _overlaps(
         return np.zeros((len(detections), len(objects)))
     sides = [[row[region] for row in rows] for rows in (detections, objects)]
     if region == "segmentation":
-        sides = [[_encoded(one, image) for one in side] for side in sides]
+        sides = [[run_lengths(one, image["width"], image["height"]) for one in side] for side in sides]
     return np.asarray(mask.iou(*sides, [int(bool(row.get("iscrowd"))) for row in objects]))
-
-
-def _encoded(segmentation: Any, image: Mapping[str, Any]) -> Any:
-    """A mask as run lengths, from polygons or run lengths."""
-    if isinstance(segmentation, list):
-        return mask.merge(mask.frPyObjects(segmentation, image["height"], image["width"]))
-    if isinstance(segmentation["counts"], list):
-        return mask.frPyObjects(segmentation, *segmentation["size"])
-    return segmentation
 
 
 def _match(overlaps: Floats, wanted: Bools, crowd: Bools) -> Ints:

@@ -96,7 +96,7 @@ def usable_mask(segmentation: Any) -> Any:
     would learn them.
     """
     if isinstance(segmentation, dict):
-        return segmentation if segmentation and mask_tools.area(_run_lengths(segmentation)) else None
+        return segmentation if segmentation and mask_tools.area(run_lengths(segmentation)) else None
     if not isinstance(segmentation, list):
         return None
     polygons = [polygon for polygon in segmentation if isinstance(polygon, list) and _encloses(polygon)]
@@ -112,16 +112,16 @@ def _encloses(polygon: list[float]) -> bool:
     return any(abs((x1 - x) * (y2 - y) - (x2 - x) * (y1 - y)) > 1e-6 for (x1, y1), (x2, y2) in pairs)
 
 
-def _run_lengths(mask: Any, width: int = 0, height: int = 0) -> Any:
-    """A usable mask as pycocotools' run lengths; polygons need the image's size."""
+def run_lengths(mask: Any, width: int = 0, height: int = 0) -> Any:
+    """A usable mask as pycocotools' compressed run lengths; polygons need the image's size."""
     if isinstance(mask, list):
         return mask_tools.merge(mask_tools.frPyObjects(mask, height, width))
-    return mask if isinstance(mask["counts"], str) else mask_tools.frPyObjects(mask, *mask["size"])
+    return mask_tools.frPyObjects(mask, *mask["size"]) if isinstance(mask["counts"], list) else mask
 
 
 def mask_area(segmentation: Any, width: int, height: int) -> int:
     """The number of pixels of a valid mask in an image of this size, as counted by pycocotools."""
-    return int(mask_tools.area(_run_lengths(usable_mask(segmentation), width, height)))
+    return int(mask_tools.area(run_lengths(usable_mask(segmentation), width, height)))
 
 
 def box_polygon(box: Iterable[float]) -> list[list[float]]:
@@ -138,7 +138,7 @@ def mask_extent(segmentation: Any) -> tuple[float, float, float, float]:
     if isinstance(mask, list):
         x, y = [[value for polygon in mask for value in polygon[start::2]] for start in (0, 1)]
         return min(x), min(y), max(x), max(y)
-    left, top, width, height = mask_tools.toBbox(_run_lengths(mask)).tolist()
+    left, top, width, height = mask_tools.toBbox(run_lengths(mask)).tolist()
     return left, top, left + width, top + height
 
 

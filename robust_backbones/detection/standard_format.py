@@ -14,7 +14,7 @@ from detectron2.structures import BoxMode
 from pycocotools import mask as mask_tools
 
 from robust_backbones.data.annotations import Content, Use
-from robust_backbones.data.annotations_values import FLAT, is_number, mask_problem, usable_mask
+from robust_backbones.data.annotations_values import FLAT, is_number, mask_problem, run_lengths, usable_mask
 from robust_backbones.data.annotations_voc import read_voc
 from robust_backbones.errors import InputError
 
@@ -64,9 +64,7 @@ def load_coco(file: str, folder: str, name: str) -> Items:
         # Where masks are used, the check has refused broken ones; boxes alone do without.
         if problem is None or problem[1] == FLAT:
             mask = usable_mask(mask) or [polygon for polygon in mask if len(polygon) > 5]
-            if isinstance(mask, dict) and isinstance(mask["counts"], list):
-                mask = mask_tools.frPyObjects(mask, *mask["size"])
-            thing["segmentation"] = mask
+            thing["segmentation"] = run_lengths(mask) if isinstance(mask, dict) else mask
         points = row.get("keypoints")  # pixel indices, but for the visibility
         if points and isinstance(points, list) and all(map(is_number, points)):
             thing["keypoints"] = [value + 0.5 if place % 3 != 2 else value for place, value in enumerate(points)]
