@@ -2,6 +2,7 @@
 
 import errno
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -16,8 +17,8 @@ class InputError(Exception):
 
     def __init__(self, message: str) -> None:
         # A DataLoader worker re-raises as type(error)("Caught ... Original Traceback ... InputError: message");
-        # keep the sentence alone.
-        super().__init__(message.rsplit("InputError: ", 1)[-1].strip())
+        # keep the sentence alone, in one line whatever the error that it quotes.
+        super().__init__(re.sub(r"\s*\n\s*", " ", message.rsplit("InputError: ", 1)[-1].strip()))
 
 
 class MissingPackageError(InputError, ModuleNotFoundError):

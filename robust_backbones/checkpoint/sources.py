@@ -95,8 +95,8 @@ def read_checkpoint(
         checkpoint = _read(content, path, source, key, prefix, statement or Statement())
         if require_said:
             check_said(checkpoint)
-    except InputError as error:  # in one line, whatever a damaged file gives to show
-        reason = " ".join(str(error).split())[:2000]
+    except InputError as error:  # short, whatever a damaged file gives to show
+        reason = str(error)[:2000]
         if statement is None and _OPTIONS.search(reason):
             command = f"robust-backbones convert {shlex.quote(str(path))} DST.safetensors --to timm"
             reason += f"; these are options of `{command}`: run it with them, and give what it writes"

@@ -127,7 +127,7 @@ class WorkerMapper:
         try:
             return self.mapper(item)
         except (OSError, SyntaxError, ValueError, SizeMismatchError) as error:
-            raise InputError(f"cannot read {item['file_name']}: {' '.join(str(error).split())}") from None
+            raise InputError(f"cannot read {item['file_name']}: {error}") from None
 
 
 class _Skipped(dict[str, Any]):

@@ -264,7 +264,7 @@ def _transformers(checkpoint: Checkpoint) -> _Own:
                 output_loading_info=True,
             )
     except Exception as error:  # a value that it does not take, each release in its own way
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error)[:200]
         raise InputError(f"transformers builds no network of {checkpoint.source} by config.json ({reason})") from None
     if kind == "vit":
         blocks = "layers" if hasattr(network.vit, "layers") else "encoder.layer"

@@ -158,7 +158,7 @@ def read_manifest(path: str | Path, output: str | Path | None = None) -> Manifes
             f"{nearest_names(path.name, STUDY_DIR)}"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} is no YAML: {error}") from None
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
