@@ -124,7 +124,7 @@ _ANY = ("robustbench", "timm", "torchvision", "training")
 # A network's second copy, which its makers leave where it is: an attacker's, or an average that only trains the first.
 _SECOND = r"(^|\.)(attacker|encoder_k|momentum_encoder|momentum_backbone|backbone_momentum|target_encoder)\."
 # Other networks than ResNets, by the first of their tensors.
-_OTHERS = (*("features.conv0.weight", "layers.0.weight", "features.0.0.weight", "conv1.0.weight", "features.0.weight"),)
+_OTHERS = ("features.conv0.weight", "layers.0.weight", "features.0.0.weight", "conv1.0.weight", "features.0.weight")
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,21 +152,22 @@ def source_network(checkpoint: Checkpoint) -> SourceNetwork:
     Raises:
         ProofFailedError: the authors' network has other tensors than the file.
     """
-    title, build = _MAKERS.get(checkpoint.layout, ("", _nobody))
+    title, build = _MAKERS.get(checkpoint.layout, ("", None))
     try:
+        if build is None:
+            raise _NotKnownError
         own = build(checkpoint)
-    except _NotKnownError as reason:
-        explained = f" ({reason})" if str(reason) else ""
-        return _with(checkpoint, _Own(checkpoint.build(), {}), f"our reading of the file{explained}")
-    except ImportError:
-        return _with(checkpoint, _Own(checkpoint.build(), {}), f"our reading of the file ({title} cannot be imported)")
+    except (_NotKnownError, ImportError) as error:
+        reason = f"{title} cannot be imported" if isinstance(error, ImportError) else str(error)
+        whose = f"our reading of the file{f' ({reason})' * bool(reason)}"
+        return _with_stages(checkpoint, _Own(checkpoint.build(), {}), whose)
     whose = f"{title}'{'' if title.endswith('s') else 's'} own network"
     if other := own.load():
         raise ProofFailedError(f"{whose} and {checkpoint.source} differ in {', '.join(sorted(other)[:3])}")
-    return _with(checkpoint, own, whose)
+    return _with_stages(checkpoint, own, whose)
 
 
-def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
+def _with_stages(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
     # In float32, as the detector: the file may have halves.
     model = NormalizedModel(own.network.float().get_submodule(own.backbone), checkpoint.spec).eval()
     arch = checkpoint.spec.arch
@@ -186,10 +187,6 @@ def _with(checkpoint: Checkpoint, own: _Own, whose: str) -> SourceNetwork:
 
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in state_dict.items() if not name.endswith("num_batches_tracked")}
-
-
-def _nobody(checkpoint: Checkpoint) -> _Own:
-    raise _NotKnownError
 
 
 def _torchvision(checkpoint: Checkpoint) -> _Own:
