@@ -222,11 +222,14 @@ def only_size(spec: BackboneSpec) -> int:
 def usual_spec(arch: str, num_classes: int = 1000, *, stem: str = "imagenet") -> BackboneSpec:
     """The network with its authors' preprocessing; for timm's, mean, std, sizes and interpolation of its configuration.
 
+    A ResNet with the cifar stem takes images of 32 pixels whole.
+
     Raises:
         InputError: as ``BackboneSpec``.
     """
     if not only_in_timm(arch):
-        return BackboneSpec(arch, num_classes, stem=stem)
+        spec = BackboneSpec(arch, num_classes, stem=stem)
+        return replace(spec, image_size=32, val_resize=32) if stem == "cifar" else spec
     cfg = timm_config(arch)
     size = cfg.input_size[-1]
     fed = {"mean": cfg.mean, "std": cfg.std, "image_size": size, "interpolation": cfg.interpolation}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robust_backbones.checkpoint.identify import identify
+from robust_backbones.classification.robustness import RobustnessConfig
 from robust_backbones.errors import InputError
 from robust_backbones.models import (
     ARCHITECTURES,
@@ -18,8 +19,11 @@ from robust_backbones.models import (
     NormalizedModel,
     ResNetShape,
     build_backbone,
+    fed_as,
     reference_shapes,
+    usual_spec,
 )
+from robust_backbones.threat_models import ThreatModel
 from tests.conftest import resnet_stages
 
 RESNETS = [arch for arch, shape in ARCHITECTURES.items() if isinstance(shape, ResNetShape)]
@@ -62,7 +66,7 @@ def parameters(spec: BackboneSpec) -> int:
     + [("resnet18", "imagenet", 7), ("mobilenet_v2", "imagenet", 7)],
 )
 def test_a_network_is_recognised_by_its_shapes(arch: str, stem: str, num_classes: int) -> None:
-    spec = BackboneSpec(arch, num_classes, stem=stem)
+    spec = usual_spec(arch, num_classes, stem=stem)
     state_dict = on_meta(spec).state_dict()
     assert identify(state_dict) == spec
     without_counters = {name: t for name, t in state_dict.items() if not name.endswith("num_batches_tracked")}
@@ -178,6 +182,14 @@ def test_a_cifar_stem_keeps_the_resolution(images: Tensor) -> None:
     torch.testing.assert_close(model.backbone.fc(stages["layer4"].mean(dim=(2, 3))), model(images))
     # Kaiming initialisation over 64 outputs of 3x3: variance 2 / 576.
     assert model.backbone.conv1.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.1)
+
+
+def test_images_for_a_cifar_stem_are_cifars_whole() -> None:
+    """At 224 pixels the same ball around an image is another adversary."""
+    spec = usual_spec("resnet18", 4, stem="cifar")
+    assert identify(build_backbone(spec).state_dict()) == spec
+    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(fed_as(RobustnessConfig(ThreatModel("L2", 0.5)), spec).val_transform()(image), image)
 
 
 def test_a_stem_changes_nothing_after_it() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from robust_backbones.errors import InputError
-from robust_backbones.models import ARCHITECTURES, BackboneSpec, is_counter, reference_shapes
+from robust_backbones.models import ARCHITECTURES, BackboneSpec, is_counter, reference_shapes, usual_spec
 
 OF_TIMM = "; of another network of timm, give its name (--arch NAME, --mean, --std, --channel-order)"
 
@@ -34,9 +34,9 @@ def identify(state_dict: dict[str, Tensor], named: BackboneSpec | None = None) -
         body = {name: shape for name, shape in reference.items() if name not in (weight, bias)}
         num_classes, *_ = shapes.get(weight) or (0,)
         if num_classes and shapes == body | {weight: (num_classes, reference[weight][1]), bias: (num_classes,)}:
-            return replace(named, num_classes=num_classes) if named else BackboneSpec(arch, num_classes, stem=stem)
+            return replace(named, num_classes=num_classes) if named else usual_spec(arch, num_classes, stem=stem)
         if shapes == body and (named or ARCHITECTURES.get(arch)):
-            return replace(named, num_classes=0) if named else BackboneSpec(arch, 0, stem=stem)
+            return replace(named, num_classes=0) if named else usual_spec(arch, 0, stem=stem)
         equal = sum(shapes.get(name) == shape for name, shape in body.items()) / len(body)
         nearest = max(nearest, (equal, f"it comes nearest to {arch}, but {_difference(shapes, body, (weight, bias))}"))
     if nearest[1]:
