@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from torch import nn
 from robust_backbones.checkpoint.format import Checkpoint
 from robust_backbones.checkpoint.sources import read_checkpoint
 from robust_backbones.classification.config import Execution, TrainingConfig
+from robust_backbones.classification.robustness import check_classes
 from robust_backbones.classification.train import TrainingTask, train
 from robust_backbones.data.datasets import check_several, open_dataset, warn_of_shared
 from robust_backbones.errors import InputError
@@ -22,6 +26,7 @@ from robust_backbones.models import (
     reference_shapes,
     usual_spec,
 )
+from robust_backbones.runs.distributed import is_first_process
 from robust_backbones.runs.identity import FINGERPRINT
 from robust_backbones.runs.record import RunRecord
 
@@ -60,7 +65,7 @@ def pretrain(
         data: folder with train/ and val/ of the same classes, each readable by ``open_dataset``.
         output: folder of the run, new or to resume.
         start_from: a checkpoint of the same architecture, whose preprocessing is used too; its classifier is kept if
-            the number of classes is the same. Default: random weights.
+            its classes are the same, by number and, where it names them, by name. Default: random weights.
     """
     data, start = Path(data), None if start_from is None else read_start(start_from, config)
     spec = start.spec if start else usual_spec(config.arch, stem=config.stem)
@@ -73,7 +78,9 @@ def pretrain(
         raise InputError(f"{data / 'train'} and {data / 'val'} hold different classes: give both the same")
     check_several(parts[0].classes, data / "train")
     warn_of_shared(*parts)
-    spec = replace(spec, num_classes=len(parts[0].classes))
+    classes = parts[0].classes
+    spec = replace(spec, num_classes=len(classes))
+    keeps = start is not None and _knows(start, classes, data / "train")
     origin = {"start_sha256": start.source_sha256} if start else {}
     task = TrainingTask(
         name="pretrain",
@@ -81,11 +88,15 @@ def pretrain(
         train=parts[0],
         val=parts[1],
         spec=spec,
-        build=lambda: NormalizedModel(_network(spec, start, config.seed), spec),
+        build=lambda: NormalizedModel(_network(spec, start, keeps, config.seed), spec),
         parameter_groups=lambda model: [{"params": list(model.parameters())}],
         identity={
             "data": data.name,
-            FINGERPRINT: {"train": parts[0].fingerprint(), "val": parts[1].fingerprint()},
+            FINGERPRINT: {
+                "train": parts[0].fingerprint(),
+                "val": parts[1].fingerprint(),
+                "classes": hashlib.sha256(os.fsencode("\n".join(classes))).hexdigest()[:4],
+            },
             **origin,
         },
         backbone=spec.to_dict() | origin,
@@ -108,13 +119,26 @@ def read_start(path: str | Path, config: PretrainConfig) -> Checkpoint:
     return start
 
 
-def _network(spec: BackboneSpec, start: Checkpoint | None, seed: int) -> nn.Module:
-    """Random weights, or those that the run starts from, with a new classifier for other classes."""
+def _knows(start: Checkpoint, classes: Sequence[str], folder: Path) -> bool:
+    """Whether the classifier of ``start`` is of these classes; says so where only their number is the same."""
+    if start.spec.num_classes != len(classes):
+        return False
+    try:
+        check_classes(classes, folder, start)
+    except InputError as error:
+        if is_first_process():
+            print(f"warning: the run starts with a new classifier, because {error}", flush=True)
+        return False
+    return True
+
+
+def _network(spec: BackboneSpec, start: Checkpoint | None, keeps_classifier: bool, seed: int) -> nn.Module:
+    """Random weights, or those that the run starts from, with a new classifier unless that is to be kept."""
     net = build_backbone(spec, seed=seed)
     if start is None:
         return net
     weights = {**start.state_dict}
-    if start.spec.num_classes != spec.num_classes:
+    if not keeps_classifier:
         classifier = reference_shapes(spec.arch, spec.stem, spec.image_size)[1]
         weights |= {name: tensor for name, tensor in net.state_dict().items() if name.startswith(f"{classifier}.")}
     return backbone_with(spec, weights)

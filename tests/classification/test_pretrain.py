@@ -307,6 +307,14 @@ def test_another_run_is_never_overwritten(finished: tuple[Path, RunRecord], data
         pretrain(replace(CONFIG, lr=0.5), data, finished[0], HERE)
     with pytest.raises(InputError, match=r"another run \(data_fingerprint.train is .*, data_fingerprint.val is"):
         pretrain(CONFIG, negatives(data, tmp_path / "other"), finished[0], HERE)
+    more = shutil.copytree(data, tmp_path / "more" / data.name)
+    for part in ("train", "val"):  # one image of a class that sorts last changes no other label
+        last = max((more / part).iterdir())
+        new = more / part / f"{last.name}_more"
+        new.mkdir()
+        shutil.copy(next(last.iterdir()), new)
+    with pytest.raises(InputError, match=r"another run \(data_fingerprint.classes is"):
+        pretrain(CONFIG, more, finished[0], HERE)
     moved = shutil.copytree(data, tmp_path / "moved" / data.name)
     assert pretrain(CONFIG, moved, finished[0], HERE) == finished[1]
     (tmp_path / "holiday.jpg").touch()
@@ -485,6 +493,26 @@ def test_a_run_may_start_from_weights(
         pretrain(config, data, tmp_path / "run", HERE)
     with pytest.raises(InputError, match=r"start.pt holds a resnet18, not a resnet34: give --arch resnet18"):
         pretrain(replace(config, arch="resnet34"), data, tmp_path / "other", HERE, start_from=tmp_path / "start.pt")
+
+
+@pytest.mark.parametrize("known", [(), ("0", "1", "2", "3"), "its own", "in another order", "of other data"])
+def test_a_classifier_is_kept_for_its_own_classes(
+    known: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of as many others its outputs mean nothing: one is drawn, and that is said."""
+    monkeypatch.setattr("robust_backbones.classification.pretrain.build_backbone", build_backbone)
+    own = tuple(sorted(folder.name for folder in (data / "train").iterdir()))
+    names = {"its own": own, "in another order": own[::-1], "of other data": ("cat", *own[1:])}.get(known, known)
+    spec = BackboneSpec("resnet18", 4)
+    given = build_backbone(spec, seed=7).state_dict()
+    write_checkpoint(tmp_path / "start.pt", spec=spec, state_dict=given, threat_model=None, classes=names)
+    config = replace(CONFIG, epochs=1, lr=1e-30, weight_decay=0.0)
+    pretrain(config, data, tmp_path / "run", HERE, start_from=tmp_path / "start.pt")
+    found = read_checkpoint(tmp_path / "run/checkpoint.pt").state_dict
+    kept, told = torch.equal(found["fc.weight"], given["fc.weight"]), capsys.readouterr().out
+    assert kept == (known not in ("in another order", "of other data")) == ("a new classifier, because" not in told)
+    drawn = build_backbone(spec, seed=config.seed).state_dict()["fc.weight"]
+    assert kept or torch.equal(found["fc.weight"], drawn)
 
 
 def test_reduced_images_are_cached_once(data: Path, tmp_path: Path) -> None:
