@@ -71,6 +71,23 @@ def test_images_of_formats_that_torchvision_passes_over_are_listed_too(pictures:
     assert abs(ours[6][0].float() - torch.tensor([200, 0, 0])[:, None, None]).max() < 5
 
 
+def test_files_that_may_be_images_are_not_left_out_without_a_word(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meant = open_dataset(pictures, v2.Identity()).names
+    for name in ("A/notes.txt", "b/Thumbs.db", "b/._2", ".DS_Store", "labels.csv"):
+        (pictures / name).touch()
+    assert (open_dataset(pictures, v2.Identity()).names, capsys.readouterr().out) == (meant, "")
+    for name in ("A/1.heic", "b/deep/ILSVRC2012_1", "b/2.Jxl", "a.jpg", "b.webp"):
+        (pictures / name).touch()
+    assert open_dataset(pictures, v2.Identity()).names == meant
+    loose, unknown = capsys.readouterr().out.splitlines()
+    assert "2 files beside the class folders" in loose
+    assert f"the first {pictures / 'a.jpg'}: " in loose
+    assert "3 files in" in unknown
+    assert f"the first {pictures / 'A/1.heic'}: " in unknown
+
+
 @pytest.mark.parametrize("other", [".ipynb_checkpoints", "@eaDir", "__MACOSX", ".DS_Store", "b/.cache", "b/@eaDir"])
 def test_hidden_folders_are_no_classes_and_hidden_files_no_images(pictures: Path, other: str) -> None:
     """As notebooks, macOS and file servers leave them; the folder of the data itself may lie in a hidden one."""

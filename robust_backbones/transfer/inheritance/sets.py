@@ -16,7 +16,7 @@ from tqdm import tqdm
 from robust_backbones.data.batches import val_batches
 from robust_backbones.data.datasets import ClassificationDataset, open_dataset
 from robust_backbones.data.decoding import is_image, visible
-from robust_backbones.data.images import ImageFiles
+from robust_backbones.data.images import ImageFiles, warn_of_left_out
 from robust_backbones.errors import InputError, plural
 from robust_backbones.transfer.inheritance.config import PRETRAINING
 
@@ -72,18 +72,18 @@ def open_related_set(root: Path, class_names: Sequence[str], transform: v2.Trans
     found = _class_folders(root, {name: index for index, name in enumerate(class_names)}, _MOST_PARTS)
     classes = tuple(sorted({index for index, _ in found}))
     position = {index: label for label, index in enumerate(classes)}
-    names, labels = [], []
+    names, labels, left_out = [], [], list[str]()
     for index, folder in found:
-        files = sorted(
-            Path(place, name)
-            for place, _, names_there in os.walk(folder, followlinks=True)
-            for name in names_there
-            if is_image(os.path.relpath(os.path.join(place, name), folder))
+        every = sorted(
+            Path(place, name) for place, _, names_there in os.walk(folder, followlinks=True) for name in names_there
         )
+        files = [path for path in every if is_image(str(path.relative_to(folder)))]
+        left_out += map(str, {*every} - {*files})
         if not files:
             raise InputError(f"the class folder {folder} holds no image, and would widen the mask: remove it")
         names += [str(path.relative_to(root)) for path in files]
         labels += [position[index]] * len(files)
+    warn_of_left_out(root, sorted(left_out))
     source = ImageFiles(root, [class_names[index] for index in classes], labels, names)
     return RelatedSet(name or root.name, ClassificationDataset(source, transform), classes)
 
