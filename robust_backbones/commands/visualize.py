@@ -51,7 +51,7 @@ from robust_backbones.data.decoding import is_image, visible
 from robust_backbones.data.images import ImageFiles
 from robust_backbones.data.transforms import val_transform
 from robust_backbones.errors import InputError, check_crop, plural
-from robust_backbones.models import NormalizedModel
+from robust_backbones.models import BackboneSpec, NormalizedModel
 from robust_backbones.runs.files import write_text
 from robust_backbones.runs.folders import claimed
 from robust_backbones.runs.identity import FINGERPRINT
@@ -67,8 +67,8 @@ class VisualizeOptions:
     """One or more NAME=PATH; the others are compared with the first."""
     output: Path
     """Folder for the results."""
-    image_size: int = 224
-    """Side of the images in pixels; preferably that of training."""
+    image_size: int | None = None
+    """Side of the images in pixels; by default that of the backbones' own evaluation."""
     seed: int = 0
     """Of the noise, and of which images are taken."""
     batch_size: int = 25
@@ -94,8 +94,8 @@ class PhotographOptions(VisualizeOptions):
     """Folder of images, or with one folder of images (or shards) per class."""
     images: int = 50
     """Number of images, drawn from all by the seed."""
-    val_resize: int = 256
-    """Shorter side of images before the central crop of image_size."""
+    val_resize: int | None = None
+    """Shorter side of images before the central crop of image_size; by default the backbones' own, or as 256 to 224."""
     pictures: int = 8
     """Number of images in the picture; the numbers are over all."""
 
@@ -132,6 +132,7 @@ def main(arguments: list[str]) -> int:
     options = cli.parse(COMMANDS, arguments, description=__doc__)
     check(options)
     checkpoints = {name: read_checkpoint(path).in_rgb() for name, path in named_paths(options.backbones).items()}
+    choose_sizes(options, [checkpoint.spec for checkpoint in checkpoints.values()])
     models = {
         name: NormalizedModel(checkpoint.build(), checkpoint.spec).eval().to(options.device)
         for name, checkpoint in checkpoints.items()
@@ -200,13 +201,26 @@ def compare(options: Any, models: dict[str, NormalizedModel], photographs: Photo
 
 def check(options: Any) -> None:
     for name in ("image_size", "batch_size", "images", "val_resize", "pictures"):
-        if getattr(options, name, 1) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be > 0, got {getattr(options, name)}")
+        if (value := getattr(options, name, None)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be > 0, got {value}")
     available(options.device)
-    if isinstance(options, PhotographOptions):
-        check_crop(options)
     if isinstance(options, ActivationOptions) and not options.units:
         raise InputError("--units needs one or more numbers of classes or channels")
+
+
+def choose_sizes(options: Any, specs: Sequence[BackboneSpec]) -> None:
+    """Fill in the sizes that are not given, and refuse those that cannot be, before anything is computed."""
+    own, resizes = {spec.image_size for spec in specs}, {spec.val_resize for spec in specs}
+    if options.image_size is None:
+        if len(own) > 1:
+            sizes = " and ".join(map(str, sorted(own)))
+            raise InputError(f"the backbones were made for images of {sizes} pixels: give --image-size")
+        (options.image_size,) = own
+    if isinstance(options, PhotographOptions):
+        if options.val_resize is None:
+            usual = round(options.image_size * 256 / 224)
+            options.val_resize = resizes.pop() if own == {options.image_size} and len(resizes) == 1 else usual
+        check_crop(options)
     if isinstance(options, InversionOptions):
         blank = torch.zeros(1, 3, options.image_size, options.image_size)
         ssim(blank, blank)  # refuses what it cannot measure, before anything is computed
@@ -242,7 +256,7 @@ def check_layer(options: Any, models: Mapping[str, NormalizedModel]) -> None:
             raise InputError(f"{name} takes no images of this size ({error}): give another --image-size") from None
 
 
-def open_photographs(options: PhotographOptions) -> tuple[Photographs, str]:
+def open_photographs(options: Any) -> tuple[Photographs, str]:
     """Photographs from a folder, its class folders or shards, with their fingerprint."""
     folder = options.data
     transform = val_transform(options.image_size, resize=options.val_resize)

@@ -53,6 +53,25 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"{name}={folder / name}.pt" for name in ("standard", "robust")]
 
 
+@pytest.mark.parametrize(("own", "asked"), [((48, 48), []), ((48, 56), []), ((224, 256), ["--image-size", "48"])])
+def test_images_have_the_size_of_the_backbones(
+    run_tool: Run, photographs: Path, tmp_path: Path, own: tuple[int, int], asked: list[str]
+) -> None:
+    spec = BackboneSpec("resnet18", 4, image_size=own[0], val_resize=own[1])
+    net = build_backbone(spec).state_dict()
+    write_checkpoint(tmp_path / "own.pt", spec=spec, state_dict=net, threat_model=None)
+    write_checkpoint(tmp_path / "224.pt", spec=BackboneSpec("resnet18", 4), state_dict=net, threat_model=None)
+    options = ["--data", photographs, "--images", "2", "--device", "cpu", "--output", tmp_path / "run"]
+    command = ["visualize", "saliency", f"own={tmp_path / 'own.pt'}"]
+    assert run_tool(*command, *options, *asked)[0] == 0
+    config = RunRecord.read(tmp_path / "run/record.json").config
+    assert (config["image_size"], config["val_resize"]) == (own if own[0] == 48 else (48, 55))
+    if own[0] == 48:
+        status, _, err = run_tool(*command, f"b={tmp_path / '224.pt'}", *options[:-1], tmp_path / "two")
+        assert (status, "made for images of 48 and 224 pixels: give --image-size" in err) == (2, True)
+        assert not (tmp_path / "two").exists()
+
+
 @pytest.fixture
 def photographs(shapes: Path) -> Path:
     return shapes / "shapes_classification/val"
