@@ -118,6 +118,7 @@ def evaluate_robustness(
             message = "AutoAttack needs its authors' package: pip install pyautoattack, or --no-autoattack"
             raise InputError(message) from None
     config = fed_as(config, spec)
+    print("".join(f"{warning}\n" for warning in config.crop_warnings()), end="", flush=True)
     images = open_dataset(data, config.val_transform())
     images = images.sample(config.limit or len(images), seed=config.seed)
     check_classes(images.classes, data, checkpoint)
@@ -190,12 +191,12 @@ def check_classes(names: Sequence[str], data: Path, checkpoint: Checkpoint) -> N
         raise InputError(f"{checkpoint.source} has no classifier: give the checkpoint that it was made from")
     if {name.lower() for name in names} <= {"train", "val", "valid", "validation", "test"}:
         raise InputError(f"{data} holds {' and '.join(names)}, parts of a data set and no classes: give one of them")
-    if len(names) != checkpoint.spec.num_classes:
-        raise InputError(
-            f"{data} holds {plural(len(names), 'class')}, but {checkpoint.source} knows {checkpoint.spec.num_classes}: "
-            "give data with the classes that it was trained on"
-        )
     known, numbers = [*checkpoint.classes], [str(label) for label in range(len(names))]
+    if len(names) != (total := len(known) or checkpoint.spec.num_classes):  # more outputs than classes have no names
+        raise InputError(
+            f"{data} holds {plural(len(names), 'class')}, but {checkpoint.source} knows {total}: give data with the "
+            "classes that it was trained on"
+        )
     # A classifier of other numbered folders was most likely trained on them as they sort.
     if not known and len(names) == 1000 and [*names] != numbers and {*names} == {*numbers}:
         raise InputError(

@@ -232,13 +232,7 @@ class _Run:
         if self.task.name == "pretrain" and config.optimizer == "sgd":
             scaled = 0.1 * config.batch_size / PAPER_BATCH_SIZE
             plan += f" (the paper's 0.1 at batch 512 would scale to {scaled:.3g} here)"
-        if config.val_resize > 1.5 * config.image_size:
-            usual = round(config.image_size * 256 / 224)
-            plan += (
-                f"\nwarning: validation sees {config.image_size} px cut from images of {config.val_resize} px: "
-                f"--val-resize {usual} would leave as much of them as is usual"
-            )
-        return plan
+        return plan + "".join(f"\n{warning}" for warning in config.crop_warnings())
 
     def _run_epoch(self, epoch: int) -> None:
         config, progress = self.config, self.progress

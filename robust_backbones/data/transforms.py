@@ -105,7 +105,8 @@ class EvaluationImages:
     """How images are resized and cropped in evaluation: the part of a config that ``models.fed_as`` fills."""
 
     image_size: int = 0
-    """Side of the images; 0: the network's own, 224 for a ResNet that `pretrain` has not trained at another."""
+    """Side of the images; 0: the network's own; of a ResNet that `pretrain` has not trained at another, 224, or 32
+    with the cifar stem."""
     val_resize: int = 0
     """Shorter side of images before the central crop of ``image_size`` in evaluation; 0: the network's own, or 256."""
     interpolation: str = ""
@@ -115,6 +116,15 @@ class EvaluationImages:
         check_not_negative(self, "image_size", "val_resize")
         check_seeds(self)
         check_crop(self)
+
+    def crop_warnings(self) -> list[str]:
+        """A line to print if evaluation sees a small part of each image, as where ``image_size`` alone is given."""
+        if self.val_resize <= 1.5 * self.image_size:
+            return []
+        return [
+            f"warning: validation sees {self.image_size} px cut from images of {self.val_resize} px: "
+            f"--val-resize {round(self.image_size * 256 / 224)} would leave as much of them as is usual"
+        ]
 
     def val_transform(self) -> v2.Transform:
         """The transform of images in evaluation."""

@@ -81,6 +81,7 @@ def linear_probe(
     """
     checkpoints, opened, output = read_backbones(backbones), open_data(data), Path(output)
     config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
+    print("".join(f"{warning}\n" for warning in config.crop_warnings()), end="", flush=True)
     batch_size = config.batch_size if config.solver == "sgd" else 1
     usable = partial(TransferImages, config, settings=len(config.grid), batch_size=batch_size)
     images = usable(opened)  # refuses what it cannot use, before anything is written

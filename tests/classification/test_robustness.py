@@ -538,6 +538,28 @@ def test_a_skipped_stage_says_so(
     assert None not in {row["square"] for row in read_rows(tmp_path / "run")}
 
 
+def test_further_outputs_of_a_larger_classifier_need_no_data(data: Path, checkpoint: Checkpoint) -> None:
+    """As of the public code's 57 for the 47 classes of DTD: a network is evaluated on what it was trained on."""
+    names = open_dataset(data, val_transform(32, resize=32)).classes
+    larger = replace(checkpoint, spec=replace(checkpoint.spec, num_classes=6), classes=tuple(names))
+    check_classes(names, data, larger)
+    for unknown in ([*names, "x"], [*names, "x", "y"]):
+        with pytest.raises(InputError, match=r"holds . classes, but .* knows 4:"):
+            check_classes(unknown, data, larger)
+
+
+def test_a_crop_that_shows_little_of_an_image_is_told(
+    data: Path, tmp_path: Path, checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(CONFIG, limit=2, autoattack=False, threat_model=ThreatModel())
+    for val_resize in (32, 256):
+        evaluate_robustness(
+            replace(config, val_resize=val_resize), checkpoint, data, tmp_path / str(val_resize), workers=0
+        )
+        told = capsys.readouterr().out
+        assert ("warning: validation sees 32 px cut from images of 256 px: " in told) == (val_resize == 256)
+
+
 # --- the command line
 
 Run = Callable[..., tuple[int, str, str]]

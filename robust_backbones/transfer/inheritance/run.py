@@ -82,6 +82,7 @@ def run_protocol(
         raise InputError("the backbones must have the classifier of the pre-training set, all with the same classes")
     compute = Compute(available(device), config.precision)
     config = fed_as(config, *(checkpoint.spec for checkpoint in checkpoints.values()))
+    print("".join(f"{warning}\n" for warning in config.crop_warnings()), end="", flush=True)
     transform = config.val_transform()
     train_images, validation = open_pretraining_set(Path(pretraining), num_classes, transform)
     classes = validation.images.classes
