@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -148,6 +148,11 @@ def as_arguments(overrides: Mapping[str, object]) -> str:
 
 
 def nearest_names(name: str, folder: Path = CONFIG_DIR) -> str:
-    """The three names of the package's files in ``folder`` that are closest to ``name``."""
-    names = [file.relative_to(folder).as_posix() for file in folder.glob("**/*.yaml")]
-    return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))
+    """The three names of the package's files in ``folder`` that are closest to ``name``, by file name before folder."""
+
+    def likeness(file: PurePath) -> list[float]:
+        pairs = ((file.stem, PurePath(name).stem), (file.as_posix(), name))
+        return [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
+
+    files = [file.relative_to(folder) for file in folder.glob("**/*.yaml")]
+    return ", ".join(file.as_posix() for file in sorted(files, key=likeness, reverse=True)[:3])

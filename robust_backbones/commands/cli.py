@@ -121,6 +121,7 @@ def run(main: Callable[[list[str]], int]) -> None:
         print("error: another process of this run has ended, and its message says why", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
+        print("interrupted: the same command continues from what was saved, `train` with --resume", file=sys.stderr)
         status = 130
     except SystemExit as error:
         if not isinstance(error.code, int):

@@ -143,7 +143,9 @@ def parse(arguments: list[str]) -> DatasetsOptions | ProbeOptions | FinetuneOpti
 
 def datasets(options: DatasetsOptions) -> int:
     if not options.data_root.is_dir():
-        raise InputError(f"no folder {options.data_root}: give the one that holds the data sets")
+        raise InputError(
+            f"no folder {options.data_root}: give the one that holds the data sets, or an empty one to see what to get"
+        )
     present = 0
     for row in TRANSFER_DATASETS.values():
         state, detail = check(row, options.data_root)

@@ -383,7 +383,7 @@ def _layout(name: str) -> str:
     elif "json_file" in metadata.as_dict():
         paths = [path for path in (metadata.json_file, metadata.get("image_root")) if path]
         if not all(Path(path).absolute().is_relative_to(root.absolute()) for path in paths):
-            return f"check the path; relative ones are of DETECTRON2_DATASETS (now {root}), else of the working folder"
+            return f"check the path; relative to DETECTRON2_DATASETS (now {root}) or the working folder, or absolute"
         parts = " and ".join(os.path.relpath(path, root) for path in paths)
     else:
         return "register it in Detectron2's standard format, which its tutorial on custom data sets describes"

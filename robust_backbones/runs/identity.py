@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def _difference(name: str, held: Any, own: Any) -> str:
     if name == DIGESTS:
         changed = [data for data, digest in own if dict(held).get(data, digest) != digest]
         return f"the files of {', '.join(changed)} have changed"
+    held, own = (value[:10] if re.fullmatch("[0-9a-f]{64}", str(value)) else value for value in (held, own))  # a sha256
     return f"{name} is {held} there and {own} here"
 
 

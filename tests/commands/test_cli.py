@@ -560,6 +560,17 @@ def test_a_process_whose_peer_has_ended_says_so(size: int, how: str, tmp_path: P
     assert ("error: another process of this run has ended" in err) == (size == 2)
 
 
+def test_ctrl_c_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["tool"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run(interrupt)
+    assert ended.value.code == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.slow
 def test_whoever_reads_the_output_may_leave(tmp_path: Path) -> None:
     command = f"{sys.executable} -m robust_backbones pretrain --list-recipes | true; exit ${{PIPESTATUS[0]}}"

@@ -533,6 +533,8 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         load_config(path)
     with pytest.raises(InputError, match="nearest names here are COCO-Detection"):
         load_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yml")
+    with pytest.raises(InputError, match="nearest names here are COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x"):
+        load_config("mask_rcnn_R_50_FPN_1x.yaml")
     with pytest.raises(InputError, match="no configuration file"):
         load_config([])
     with pytest.raises(InputError, match=r"write MODEL\.WEIGHTS a\.pkl, without ="):

@@ -29,6 +29,9 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
     assert claim(folder, config)
     with pytest.raises(InputError, match=r"another run \(attack.steps is 3 there and 4 here, lr is 0.1 .*, and 1 more"):
         claim(folder, {"lr": 1, "attack": {"steps": 4}, "new": 1, "sizes": []})
+    claim(tmp_path / "other", {"checkpoint": "ab" * 32})
+    with pytest.raises(InputError, match="checkpoint is ababababab there and cdcdcdcdcd here"):
+        claim(tmp_path / "other", {"checkpoint": "cd" * 32})
     with pytest.raises(InputError, match="no run of ours"):
         claim(tmp_path, config)
     for damaged in ("[", "[1]", "\0", "[" * 100_000):
