@@ -6,6 +6,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
+from robust_backbones.checkpoint.zoo import published, published_robust
 from robust_backbones.errors import InputError
 
 _KINDS = (
@@ -47,7 +48,8 @@ def refuse_mistaken(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder: {_advice_in(path)}")
     if not path.is_file():
-        raise InputError(f"no file at {path}: check the path")
+        hub = f", or give hub:{path.stem} to download that" if path.stem in published() | published_robust() else ""
+        raise InputError(f"no file at {path}: check the path{hub}")
     with open(path, "rb") as file:
         start = file.read(64).lstrip().lower()
     if path.stat().st_size == 0:

@@ -763,3 +763,10 @@ def test_a_change_to_a_tensor_does_not_reach_the_file(tmp_path: Path, kind: str)
     assert content["a"].flatten().tolist() == [1, 2, 3, 4, 5, 6]
     assert sha256(path) == before
     assert read_file(path)["a"].flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_name_of_a_published_file_that_is_not_there_can_be_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="hub:resnet50_l2_eps3 "):
+        read_file(tmp_path / "resnet50_l2_eps3.pt")
+    with pytest.raises(InputError, match="check the path$"):
+        read_file(tmp_path / "own.pt")
