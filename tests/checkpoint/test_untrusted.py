@@ -768,5 +768,5 @@ def test_a_change_to_a_tensor_does_not_reach_the_file(tmp_path: Path, kind: str)
 def test_the_name_of_a_published_file_that_is_not_there_can_be_downloaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="hub:resnet50_l2_eps3 "):
         read_file(tmp_path / "resnet50_l2_eps3.pt")
-    with pytest.raises(InputError, match="check the path$"):
+    with pytest.raises(InputError, match=r"check the path$"):
         read_file(tmp_path / "own.pt")
