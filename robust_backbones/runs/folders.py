@@ -45,6 +45,11 @@ def own_folder(folder: str | Path) -> Iterator[None]:
                 path.rmdir()
 
 
+def tell_finished(folder: Path) -> None:
+    """Say that the results that follow are of an earlier run: data may have changed since."""
+    print(f"finished before: {folder}; its results are read, and nothing runs again", flush=True)
+
+
 def began(folder: Path) -> bool:
     """Whether a run has written more than settings and logs into its folder; if not, it may start with others."""
     return any(_is_result(folder, path) for path in (folder.rglob("*") if folder.exists() else ()))
@@ -67,8 +72,8 @@ def claimed(
 ) -> Iterator[bool]:
     """Claim ``folder``, and be the only process that writes it in the block; yields whether its run has finished.
 
-    A finished run is only read. With several ``processes`` of one run, the main one claims for all. A run that ended
-    before it had begun, for example because its settings were refused, leaves its folder free for another.
+    A finished run is only read, which is said. With several ``processes`` of one run, the main one claims for all. A
+    run that ended before it had begun, for example because its settings were refused, leaves its folder free.
 
     Raises:
         InputError: the folder holds another run or something else; or, a HeldError, another process writes it.
@@ -85,6 +90,8 @@ def claimed(
             else:
                 stack.enter_context(own_folder(folder))
                 finished = _take(folder, config, defaults)
+            if finished:
+                tell_finished(folder)
         yield processes.broadcast(finished)
 
 

@@ -27,7 +27,7 @@ from robust_backbones.data.transforms import augmentation
 from robust_backbones.errors import PreemptedError, TrainingFailedError
 from robust_backbones.models import BackboneSpec, NormalizedModel, backbone_with, fed_as
 from robust_backbones.runs.clock import RunClock
-from robust_backbones.runs.folders import claimed
+from robust_backbones.runs.folders import claimed, tell_finished
 from robust_backbones.runs.logs import RunLog, read_rows
 from robust_backbones.runs.record import RunRecord
 from robust_backbones.runs.signals import StopRequest, stop_on_signals
@@ -93,6 +93,7 @@ def linear_probe(
             images = usable(without_unreadable(opened, output, workers=workers))
         probe = _Probe(config, checkpoints, compute, images, output, workers)
         if records := probe.finished():
+            tell_finished(output)
             probe.state.unlink(missing_ok=True)  # of one that was killed between its last record and its end
             return records
         if config.solver == "sgd":

@@ -67,7 +67,7 @@ def test_of_runs_that_claim_a_folder_at_once_one_gets_it(tmp_path: Path, runs: i
                 assert sentence == "" if lr == winner else f"(lr is {winner} there and {lr} here)" in sentence
 
 
-def test_one_process_writes_a_folder(tmp_path: Path) -> None:
+def test_one_process_writes_a_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Its owner is named; whoever comes after it finds the same run; one that has finished is only read."""
     folder = tmp_path / "run"
     with claimed(folder, {"lr": 1}) as finished:
@@ -85,8 +85,10 @@ def test_one_process_writes_a_folder(tmp_path: Path) -> None:
     (folder / "record.json").touch()
     dead = replace(Owner.here(), born="5")  # killed between its record and the removal of its lock
     (folder / "lock.json").write_text(json.dumps(asdict(dead)))
+    capfd.readouterr()
     with claimed(folder, {"lr": 1}) as finished:
         assert finished
+        assert str(folder) in capfd.readouterr().out  # or results of earlier data would look like those of today's
     folder.chmod(0o555)
     with claimed(folder, {"lr": 1}) as finished:
         assert finished
