@@ -347,8 +347,11 @@ def _backbones(
 
 
 def family(record: RunRecord) -> tuple[Any, ...]:
-    """Architecture and pre-training of a run's backbone: (architecture, classes, stem), each None if unknown."""
-    return tuple(record.backbone.get(key) for key in ("arch", "num_classes", "stem"))
+    """Architecture and pre-training of a run's backbone: (architecture, classes, stem), each None if unknown.
+
+    Files without a classifier, as converted ones, do not say on how many classes they were trained.
+    """
+    return tuple(record.backbone.get(key) or None for key in ("arch", "num_classes", "stem"))
 
 
 def networks(families: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], str]:

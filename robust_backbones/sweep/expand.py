@@ -270,6 +270,7 @@ class _Expansion:
 
     def _transfer(self, task: Task, name: str, sources: Mapping[int, _Source]) -> None:
         """One run for all seeds, or for each seed with its own backbone; the study's own networks keep their names."""
+        sources = {seed: self._stated(name, source) for seed, source in sources.items()}
         first = next(iter(sources.values()))
         label = name if first.needs else ""
         if len({source.path for source in sources.values()}) > 1:
@@ -277,6 +278,14 @@ class _Expansion:
                 self._transfer_one(task, f"{name}-seed{seed}", source, [seed], label)
         else:
             self._transfer_one(task, name, first, [*sources], label)
+
+    def _stated(self, name: str, source: _Source) -> _Source:
+        """A file that says by itself what the manifest's options say of it, which the verb ``transfer`` does not take."""
+        if not source.options:
+            return source
+        run = self._convert(name, source)
+        path = f"{self._folder(run.key)}/backbone.pkl"
+        return replace(source, path=path, weights=run.key, needs=(run.key,), options=())
 
     def _transfer_one(self, task: Task, name: str, source: _Source, seeds: Sequence[int], label: str) -> None:
         _refuse_own(f"task {task.name}", task.options, ("output", "seeds", "labels"))

@@ -244,6 +244,22 @@ def test_a_later_switch_changes_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert keys(planned(tmp_path, with_(SMALL, "tasks/voc/overrides/SOLVER.SWITCH", True))) != before
 
 
+def test_what_is_said_of_a_file_holds_for_its_transfer_too(
+    torchvision_file: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The verb reads no such options: it is given the converted file, in which they are."""
+    own = {"file": str(torchvision_file("resnet18")), "options": {"threat_model": "L2:3"}}
+    content = {"backbones": {"own": own}, "tasks": {"flowers": SMALL["tasks"]["flowers"]}}
+    convert, transfer = planned(tmp_path, content).runs
+    assert convert.argv[-2:] == ("--threat-model", "L2:3")
+    assert transfer.needs == (convert.key,)
+    assert convert.argv[3] in transfer.argv
+    assert transfer.results == ("own/seed_0/record.json",)
+    del own["options"]
+    (transfer,) = planned(tmp_path, content).runs
+    assert own["file"] in transfer.argv
+
+
 def test_keys_hold_a_files_bytes_not_its_place(torchvision_file: Callable[[str], Path], tmp_path: Path) -> None:
     source = torchvision_file("resnet18").read_bytes()
     other = tmp_path / "other.pth"
