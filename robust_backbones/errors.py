@@ -2,7 +2,6 @@
 
 import errno
 import math
-import re
 from collections.abc import Collection
 from typing import Any
 
@@ -18,7 +17,8 @@ class InputError(Exception):
     def __init__(self, message: str) -> None:
         # A DataLoader worker re-raises as type(error)("Caught ... Original Traceback ... InputError: message");
         # keep the sentence alone, in one line whatever the error that it quotes.
-        super().__init__(re.sub(r"\s*\n\s*", " ", message.rsplit("InputError: ", 1)[-1].strip()))
+        lines = map(str.strip, message.rsplit("InputError: ", 1)[-1].splitlines())
+        super().__init__(" ".join(filter(None, lines)))
 
 
 class MissingPackageError(InputError, ModuleNotFoundError):
