@@ -252,6 +252,8 @@ def fed_as(config: Config, *specs: BackboneSpec) -> Config:
             values = " and ".join(str(getattr(spec, name)) + f" ({spec.arch})" for spec in specs)
             raise InputError(f"the networks were made for different {name}, {values}: give --{name.replace('_', '-')}")
         given[name] = found.pop()
+    if not config.val_resize:  # type: ignore[attr-defined]
+        given["val_resize"] = max(given["val_resize"], given["image_size"])  # of a larger image_size that is given
     check_choice("interpolation", given["interpolation"], INTERPOLATIONS)
     for spec in specs:
         if given["image_size"] != (only_size(spec) or given["image_size"]):

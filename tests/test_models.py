@@ -188,8 +188,10 @@ def test_images_for_a_cifar_stem_are_cifars_whole() -> None:
     """At 224 pixels the same ball around an image is another adversary."""
     spec = usual_spec("resnet18", 4, stem="cifar")
     assert identify(build_backbone(spec).state_dict()) == spec
-    image = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
-    assert torch.equal(fed_as(RobustnessConfig(ThreatModel("L2", 0.5)), spec).val_transform()(image), image)
+    for size, given in ((32, {}), (64, {"image_size": 64})):  # a network of larger ones, whose file does not say it
+        image = torch.randint(256, (3, size, size), dtype=torch.uint8)
+        config = fed_as(RobustnessConfig(ThreatModel("L2", 0.5), **given), spec)
+        assert torch.equal(config.val_transform()(image), image)
 
 
 def test_a_stem_changes_nothing_after_it() -> None:

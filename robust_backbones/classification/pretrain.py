@@ -79,7 +79,7 @@ def pretrain(
     check_several(parts[0].classes, data / "train")
     warn_of_shared(*parts)
     classes = parts[0].classes
-    spec = replace(spec, num_classes=len(classes))
+    spec = replace(spec, num_classes=len(classes), val_resize=config.val_resize)
     keeps = start is not None and _knows(start, classes, data / "train")
     origin = {"start_sha256": start.source_sha256} if start else {}
     task = TrainingTask(

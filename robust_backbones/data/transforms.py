@@ -108,7 +108,8 @@ class EvaluationImages:
     """Side of the images; 0: the network's own; of a ResNet that `pretrain` has not trained at another, 224, or 32
     with the cifar stem."""
     val_resize: int = 0
-    """Shorter side of images before the central crop of ``image_size`` in evaluation; 0: the network's own, or 256."""
+    """Shorter side of images before the central crop of ``image_size`` in evaluation; 0: the network's own, or 256;
+    ``image_size`` if that is larger."""
     interpolation: str = ""
     """bilinear or bicubic; empty: the network's own, bilinear for a ResNet."""
 
