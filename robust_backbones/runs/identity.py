@@ -114,7 +114,8 @@ def _difference(name: str, held: Any, own: Any) -> str:
     if name == DIGESTS:
         changed = [data for data, digest in own if dict(held).get(data, digest) != digest]
         return f"the files of {', '.join(changed)} have changed"
-    held, own = (value[:10] if re.fullmatch("[0-9a-f]{64}", str(value)) else value for value in (held, own))  # a sha256
+    short = [value[:10] if re.fullmatch("[0-9a-f]{64}", str(value)) else value for value in (held, own)]  # of a sha256
+    held, own = short if short[0] != short[1] else (held, own)  # fingerprints may begin alike
     return f"{name} is {held} there and {own} here"
 
 

@@ -1,6 +1,7 @@
 """Which runs are the same: not where they run, not what is left out at its default; all else makes another run."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robust_backbones.runs.identity import FINGERPRINT, FREE, differences, digest, flat, read_settings
+from robust_backbones.errors import InputError
+from robust_backbones.runs.identity import FINGERPRINT, FREE, check_same, differences, digest, flat, read_settings
 
 NAMES = st.sampled_from(["lr", "SEED", "a.b", "c", "label-1"])
 VALUES = st.none() | st.integers(-3, 3) | st.sampled_from([0.5, 1e-5]) | st.text("ab:0", max_size=3)
@@ -54,6 +56,14 @@ def test_data_are_the_same_where_most_of_their_images_are() -> None:
         assert differences(held, own) == differences(own, held) == differ
         assert not differences({"data": "shapes"}, own)
     assert differences({"data": "shapes"}, {**held, "data": "others"}) == ["data"]
+
+
+@pytest.mark.parametrize("place", [0, 16, 60])
+def test_a_refusal_shows_how_two_digests_differ(place: int) -> None:
+    held = "0" * 64
+    own = (held[:place] + "f" * 40)[:64].ljust(64, "0")
+    with pytest.raises(InputError, match=r"start_sha256 is (0+) there and (?!\1 here)"):
+        check_same(Path("run"), {"start_sha256": held}, {"start_sha256": own})
 
 
 @given(CONFIGS)
