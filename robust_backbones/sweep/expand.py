@@ -280,7 +280,7 @@ class _Expansion:
             self._transfer_one(task, name, first, [*sources], label)
 
     def _stated(self, name: str, source: _Source) -> _Source:
-        """A file that says by itself what the manifest's options say of it, which the verb ``transfer`` does not take."""
+        """A file that itself says what the manifest's options say of it, which the verb ``transfer`` does not take."""
         if not source.options:
             return source
         run = self._convert(name, source)
