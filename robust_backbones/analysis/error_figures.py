@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from robust_backbones.analysis.detection_errors import ERRORS, ORACLES, DetectionErrors
-from robust_backbones.analysis.figures import COLORS, MOST_CURVES, Picture, grouped_bars, save
+from robust_backbones.analysis.figures import COLORS, MOST_CURVES, Picture, grouped_bars, legend_above, save
 from robust_backbones.analysis.tables import Table
 from robust_backbones.errors import InputError
 
@@ -53,7 +53,7 @@ def error_figure(errors: Mapping[str, DetectionErrors], title: str, path: Path) 
     axes.axvline(len(ERRORS) - 0.25, color=COLORS[0], linewidth=1, linestyle=":")
     axes.set_xticks(centers, [name.replace(" ", "\n") for name in ORACLES], fontsize="small")
     axes.set_ylabel("AP50 points that its repair gives")
-    figure.legend(loc="outside upper center", ncols=3, fontsize="small")
+    legend_above(figure, 3)
     caption = (
         f"{title}: what AP50 loses to each type of error (TIDE). Bars: the points that repairing this type alone would "
         "give; they do not add up to the loss. Both: wrong class and wrong place. Right of the dotted line: all wrong "

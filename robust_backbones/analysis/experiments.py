@@ -200,9 +200,11 @@ class Experiment:
         """Remarks on every table of the experiment."""
         remarks = list(self.notes)
         repeated = [backbone for backbone in self.backbones if len(backbone.runs) > 1]
-        if self.task != "transfer" and any(len({r.weights for r in b.runs.values()}) == 1 for b in repeated):
+        of_one_file = [b.label for b in repeated if len({run.weights for run in b.runs.values()}) == 1]
+        if self.task != "transfer" and of_one_file:
+            whose = "a backbone" if len(of_one_file) == len(repeated) else " and ".join(of_one_file)
             remarks.append(
-                "The seeds of a backbone start from one pre-trained file: spread and tests are about fine-tuning, and "
+                f"The seeds of {whose} start from one pre-trained file: spread and tests are about fine-tuning, and "
                 "what another pre-training would change is not in them."
             )
         if self.mixed_versions:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -123,6 +124,16 @@ def grouped_bars(
         )
     axes.grid(alpha=0.3, axis="y")
     axes.set_axisbelow(True)
+
+
+def legend_above(figure: Figure, columns: int, handles: Sequence[Artist] | None = None) -> None:
+    """One legend above all panels, in as many columns, ``columns`` at most, as the width of the figure has room for."""
+    given = {} if handles is None else {"handles": handles}
+    for count in range(columns, 0, -1):
+        legend = figure.legend(loc="outside upper center", ncols=count, fontsize="small", **given)
+        if count == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def epsilon_places(epsilons: Sequence[float]) -> list[float]:

@@ -24,6 +24,7 @@ from robust_backbones.analysis.figures import (
     epsilon_axis,
     epsilon_places,
     grouped_bars,
+    legend_above,
     number_of,
     save,
 )
@@ -84,7 +85,7 @@ def condition_figure(experiment: Experiment, kind: str, path: Path) -> Picture |
     grouped_bars(axes, range(len(metrics)), groups, reach)
     axes.set_xticks(range(len(metrics)), heads.values(), fontsize="small")
     axes.set_ylabel(f"{metric_name(kind)} (0-100)")
-    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
+    legend_above(figure, 2)
     caption = (
         f"{experiment.title}: {metric_name(kind)} on clean and on changed images. Bars: mean over the seeds (n) of "
         "training, with its 95 % t interval where there are two or more."

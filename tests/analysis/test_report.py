@@ -24,7 +24,7 @@ from scipy import stats
 
 from robust_backbones.analysis import inheritance, study_figures
 from robust_backbones.analysis.experiments import bounds, experiments, metric_name, setting_names
-from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, MOST_CURVES, Picture, grouped_bars
+from robust_backbones.analysis.figures import COLORS, LINES, MARKERS, MOST_CURVES, Picture, grouped_bars, legend_above
 from robust_backbones.analysis.paper.values import PAPER, differences_to_paper, paper_result
 from robust_backbones.analysis.records import Primary, RecordedRun, find_primary, find_runs, write_records
 from robust_backbones.analysis.report import STYLE, write_report
@@ -398,6 +398,13 @@ def test_a_pretraining_a_seed_is_one_backbone(tmp_path: Path) -> None:
     result = one_result(tmp_path / "own", *runs)
     assert [row.summary.n for row in result.rows] == [3, 3]
     assert not any("start from one pre-trained file" in remark for remark in result.experiment.remarks)
+    one_file = [
+        replace(run, backbone=run.backbone | {"source_sha256": "one"}) for run in runs if run.threat_model == "L2:0"
+    ]
+    mixed = one_result(tmp_path / "mixed", *one_file, *(run for run in runs if run.threat_model != "L2:0"))
+    (remark,) = (remark for remark in mixed.experiment.remarks if "start from one pre-trained file" in remark)
+    assert mixed.experiment.backbones[0].label in remark
+    assert mixed.experiment.backbones[1].label not in remark
     # The same architecture, trained on other classes: a backbone of its own, which has no standard one.
     other = {"arch": "resnet50", "num_classes": 100, "source_sha256": "other"}
     beside = one_result(tmp_path / "beside", *runs, *(record(BACKBONES[1], s, backbone=other) for s in range(3)))
@@ -1014,3 +1021,15 @@ def test_on_narrow_screens_tables_are_cards(report: Path) -> None:
     page = Page((report / "report.html").read_text())
     assert all(cell.get("data-head") for cell in page.all("td"))
     assert re.search(r"max-width: 40rem.*td[.]words [{] order: -1", STYLE, re.DOTALL)
+
+
+def test_a_legend_has_the_columns_that_a_figure_has_room_for() -> None:
+    for letters, columns in ((3, 3), (25, 2), (40, 1)):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for name in "abcd":
+            axes.plot([0, 1], label=name * letters)
+        legend_above(figure, 3)
+        (legend,) = figure.legends
+        assert legend._ncols == columns
+        assert legend.get_window_extent().width <= figure.bbox.width

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from robust_backbones.analysis.figures import STYLES, Picture, number_of, save
+from robust_backbones.analysis.figures import STYLES, Picture, legend_above, number_of, save
 from robust_backbones.analysis.paper.transfer_results import Target, Trials
 from robust_backbones.analysis.paper.values import TRANSFER_SOURCE, differences_to_paper_transfer
 
@@ -69,7 +69,7 @@ class Drawing:
         for label, color, marker, line in entries:
             face = "white" if marker == "D" and line == "none" else color
             handles += self.axes[0].plot([], [], marker=marker, linestyle=line, color=color, mfc=face, label=label)
-        self.figure.legend(handles=handles, loc="outside upper center", ncols=min(3, len(handles)), fontsize="small")
+        legend_above(self.figure, min(3, len(handles)), handles)
 
     def save(self, path: Path, caption: str, alt: str, where: str = "Hollow markers in panels of their own") -> Picture:
         """``caption`` and ``alt`` follow the name of the mode; ``where`` says how the paper's values are drawn."""
