@@ -111,7 +111,7 @@ def study() -> Table:
     for result in results(*experiments(runs), primary=find_primary([DOCS / "study"])):
         experiment, metric = result.experiment, result.metric
         found = {
-            row.backbone.trained_at: _mean_and_std(row.summary)
+            "as it is" if row.backbone.family[1] == 1000 else row.backbone.trained_at: _mean_and_std(row.summary)
             + signs.get(row.comparison.verdict if row.comparison else "", "")
             for row in result.rows
             if row.summary
@@ -123,8 +123,8 @@ def study() -> Table:
         elif metric in of_detectors:
             detectors[f"Faster R-CNN, {experiment.dataset}", of_detectors[metric]] = found
     cells |= detectors
-    models = sorted({model for found in cells.values() for model in found} - {"unknown"}, key=_epsilon)
-    rows = [[*key, *(found.get(model, "-") for model in ["unknown", *models])] for key, found in cells.items()]
+    models = sorted({model for found in cells.values() for model in found} - {"as it is"}, key=_epsilon)
+    rows = [[*key, *(found.get(model, "-") for model in ["as it is", *models])] for key, found in cells.items()]
     return Table.of(["after", "result", "as it is", *(f"ε = {_epsilon(model):g}" for model in models)], rows)
 
 
