@@ -105,8 +105,7 @@ class EvaluationImages:
     """How images are resized and cropped in evaluation: the part of a config that ``models.fed_as`` fills."""
 
     image_size: int = 0
-    """Side of the images; 0: the network's own; of a ResNet that `pretrain` has not trained at another, 224, or 32
-    with the cifar stem."""
+    """Side of the images; 0: the network's own, such as `pretrain` trained it at, or 224, or 32 with a cifar stem."""
     val_resize: int = 0
     """Shorter side of images before the central crop of ``image_size`` in evaluation; 0: the network's own, or 256;
     ``image_size`` if that is larger."""
