@@ -228,6 +228,8 @@ class BackboneMetadata:
             raise InputError(f"its backbone metadata is not of the format {FORMAT}")
         fields.pop("overrides", None)  # for readers without this package; the spec gives them again
         spec = spec_from(fields.pop("spec", None))
+        if unknown := sorted(map(str, fields.keys() - _TYPES.keys())):
+            raise InputError(f"its backbone metadata cannot be read ({', '.join(unknown)})")
         try:
             made = cls(spec, **fields)
             check_types(made, _TYPES)
