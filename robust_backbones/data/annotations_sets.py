@@ -43,7 +43,7 @@ def parts_of(text: str) -> tuple[str, str, bool]:
         or second.lower().endswith(".json")
         or (not is_coco and locate(first).is_file())
     ):
-        raise InputError(f"{text!r} names no data set: give annotations.json:IMAGES, or VOC_FOLDER:LIST")
+        raise InputError(f"{text!r} names no data set: give NAME=annotations.json:IMAGES, or NAME=VOC_FOLDER:LIST")
     return first, second, is_coco
 
 
